@@ -1,0 +1,42 @@
+"""What the three families share: checked choices and timm's default configurations."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+def choose(argument: str, value: str, choices: Sequence[str]) -> str:
+    """`value` if it is one of `choices`.
+
+    Raises:
+        ValueError: it is not; the message names the argument, the value and the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{argument}={value!r}: choose one of {', '.join(choices)}")
+    return value
+
+
+IMAGENET_CFG: dict[str, Any] = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.875,
+    "interpolation": "bilinear",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "conv1",
+    "classifier": "fc",
+}
+
+# Mean and deviation of CIFAR-10's training images.
+CIFAR_CFG: dict[str, Any] = {
+    **IMAGENET_CFG,
+    "num_classes": 10,
+    "input_size": (3, 32, 32),
+    "pool_size": (8, 8),
+    "crop_pct": 1.0,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}

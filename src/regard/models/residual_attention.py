@@ -1,0 +1,549 @@
+"""Residual Attention Network (Wang et al., CVPR 2017, arXiv 1704.06904).
+
+The ImageNet networks are the authors' own definitions, layer for layer
+(github.com/fwang91/residual-attention-network, Caffe; BSD licence); the arithmetic is
+checked against them. Where the paper's figure and the definitions differ, the definitions
+are right: the skip path of a mask is one residual unit (a single identity), the trunk is
+not added into the mask, max-pools have no padding and round up, and interpolation aligns
+the corners.
+
+The authors published no definition of the CIFAR networks. These follow the ImageNet rules:
+conv 3x3 to 16 channels, stages 64 / 128 / 256 at 32 / 16 / 8, and masks that pool down to
+the smallest map of the trunk, so 2 / 1 / 0 times (the mask that does not pool keeps both of its
+groups of r units). With that Attention-92 has 1.89M parameters (paper 1.9M), Attention-236
+4.87M (5.1M), Attention-452 9.43M (8.6M): no reading of the paper that was tried gives all
+three.
+
+Reading order: residual units, mask, attention module, network, variants.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import create_classifier
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from regard.models._common import CIFAR_CFG, IMAGENET_CFG, choose
+
+RESIDUALS = ("residual", "naive")
+ACTIVATIONS = ("mixed", "channel", "spatial")
+MASKS = ("encoder_decoder", "local")
+
+
+class PreActUnit(nn.Module):
+    """Pre-activation bottleneck: x + conv1x1(a(conv3x3(a(conv1x1(a(x)))))), a = BN then ReLU.
+
+    The 3x3 convolution has the stride. Where the shape changes, the shortcut is a 1x1
+    convolution of the activated input a(x); elsewhere it is x itself.
+
+    The first unit of a stage always has that shortcut, `project=True`.
+
+    Shapes: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride)).
+    """
+
+    shortcut_is_activated: torch.jit.Final[bool]
+
+    def __init__(
+        self, in_channels: int, channels: int, *, stride: int = 1, project: bool = False
+    ) -> None:
+        super().__init__()
+        width = channels // 4
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, channels, 1, bias=False)
+        self.act = nn.ReLU(inplace=True)
+        self.shortcut_is_activated = project or stride != 1 or in_channels != channels
+        self.shortcut = (
+            nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+            if self.shortcut_is_activated
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.act(self.bn1(x))
+        shortcut = self.shortcut(activated if self.shortcut_is_activated else x)
+        y = self.conv1(activated)
+        y = self.conv2(self.act(self.bn2(y)))
+        y = self.conv3(self.act(self.bn3(y)))
+        return y + shortcut
+
+
+class ResNeXtUnit(nn.Module):
+    """Post-activation ResNeXt bottleneck of 32 groups, half as wide as its output.
+
+    ReLU(BN(conv1x1(a(conv3x3(a(conv1x1(x)))))) + shortcut), where a is BN then ReLU after
+    each convolution, and the shortcut BN(conv1x1(x)) where the shape changes, else x.
+
+    Shapes: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, *, stride: int = 1, project: bool = False
+    ) -> None:
+        super().__init__()
+        width = channels // 2
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, groups=32, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU(inplace=True)
+        changes = project or stride != 1 or in_channels != channels
+        self.shortcut = (
+            nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+            if changes
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.bn1(self.conv1(x)))
+        y = self.act(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return self.act(y + self.shortcut(x))
+
+
+Unit = Callable[..., PreActUnit | ResNeXtUnit]
+
+
+def _units(unit: Unit, channels: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*[unit(channels, channels) for _ in range(count)])
+
+
+class MaskActivation(nn.Module):
+    """Turns the mask's last map x into the mask M (the paper's section 3.2, table 1).
+
+    mixed    f1(x) = sigmoid(x)
+    channel  f2(x) = x / ||x_i||, the L2 norm over the channels at each position i
+    spatial  f3(x) = sigmoid((x - mean_c) / std_c), over the positions of each channel c
+
+    f2 and f3 are computed in float32 under autocast, and a map of zeros or of one value
+    gives 0 and 1/2 there instead of 0/0.
+
+    Shapes: (B, C, H, W) -> the same.
+    """
+
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        self.activation = choose("mask_activation", activation, ACTIVATIONS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation == "mixed":
+            return torch.sigmoid(x)
+        y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if self.activation == "channel":
+            return F.normalize(y, dim=1, eps=1e-6).to(x.dtype)
+        centred = y - y.mean(dim=(2, 3), keepdim=True)
+        variance = centred.square().mean(dim=(2, 3), keepdim=True)
+        return torch.sigmoid(centred * torch.rsqrt(variance + 1e-12)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return self.activation
+
+
+def _resize(x: Tensor, like: Tensor) -> Tensor:
+    """x interpolated to the height and width of `like`, as Caffe does: corners aligned."""
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=True)
+
+
+class MaskBranch(nn.Module):
+    """Soft mask branch: pools `depth` times, comes up again, and ends in the mask M.
+
+    Down: max-pool 3x3 stride 2, then r units, `depth` times; r more units at the bottom.
+    Up: interpolate to the size of the map that is joined, add the skip path (one unit on
+    that map), then r units; the last interpolation has neither skip nor unit. Tail:
+    BN-ReLU-conv1x1 twice (pre-activation) or conv1x1-BN-ReLU, conv1x1 (post-activation).
+
+    depth 0, or `mask="local"` for the paper's comparison, has no pooling: 2r units, or the
+    paper's three units, at full size.
+
+    Shapes: (B, C, H, W) -> M of the same shape. H and W are at least 2 ** depth.
+    """
+
+    attention_kind = "mixed"
+
+    def __init__(
+        self, unit: Unit, channels: int, *, depth: int, r: int, mask: str, activation: str
+    ) -> None:
+        super().__init__()
+        local = choose("mask", mask, MASKS) == "local"
+        depth = 0 if local else depth
+        self.pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        self.down = nn.ModuleList([_units(unit, channels, r) for _ in range(depth)])
+        self.bottom = _units(unit, channels, 3 if local else r if depth else 2 * r)
+        self.skip = nn.ModuleList([unit(channels, channels) for _ in range(depth - 1)])
+        self.up = nn.ModuleList([_units(unit, channels, r) for _ in range(depth - 1)])
+        conv1, conv2 = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(2))
+        if unit is PreActUnit:
+            bn1, bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+            self.tail = nn.Sequential(bn1, nn.ReLU(True), conv1, bn2, nn.ReLU(True), conv2)
+        else:
+            self.tail = nn.Sequential(conv1, nn.BatchNorm2d(channels), nn.ReLU(True), conv2)
+        self.act = MaskActivation(activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = [x]  # the map before each pooling, largest first
+        for down in self.down:
+            joined.append(down(self.pool(joined[-1])))
+        y = self.bottom(joined[-1])
+        # joined[-1] is the bottom itself: it is left by interpolation, not joined
+        for i, (skip, up) in enumerate(zip(self.skip, self.up)):  # noqa: B905 (TorchScript)
+            level = joined[-2 - i]
+            y = up(_resize(y, level) + skip(level))
+        if len(joined) > 1:
+            y = _resize(y, x)
+        return self.act(self.tail(y))
+
+
+class AttentionModule(nn.Module):
+    """Attention module: p units, then (1 + M) * T of the trunk T and the mask M, then p units.
+
+    T is t units and M the mask branch, both on the output of the first p units.
+    residual="naive" is the paper's comparison, M * T (naive attention learning).
+
+    Shapes: (B, C, H, W) -> the same.
+    """
+
+    def __init__(
+        self,
+        unit: Unit,
+        channels: int,
+        *,
+        depth: int,
+        p: int,
+        t: int,
+        r: int,
+        residual: str,
+        mask: str,
+        mask_activation: str,
+    ) -> None:
+        super().__init__()
+        self.residual = choose("attention", residual, RESIDUALS) == "residual"
+        self.pre = _units(unit, channels, p)
+        self.trunk = _units(unit, channels, t)
+        self.mask = MaskBranch(
+            unit, channels, depth=depth, r=r, mask=mask, activation=mask_activation
+        )
+        self.post = _units(unit, channels, p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pre(x)
+        trunk, mask = self.trunk(x), self.mask(x)
+        return self.post(trunk + mask * trunk if self.residual else mask * trunk)
+
+
+@register_notrace_function
+def _check_size(x: Tensor, least: int, stem_stride: int) -> None:
+    height, width = x.shape[-2:]
+    if height < least or width < least:
+        raise ValueError(
+            f"this network's masks pool a map of at least {least}x{least} after the stem, but got "
+            f"{height}x{width}: give it images of at least {least * stem_stride}x"
+            f"{least * stem_stride}"
+        )
+
+
+class ResidualAttentionNet(nn.Module):
+    """Residual attention network over timm's interface.
+
+    Args:
+        modules: attention modules in each of the three stages; (1, 1, 1) is Attention-56,
+            (1, 2, 3) Attention-92 on ImageNet.
+        channels: widths of the stem and of the four stages.
+        depths: how often the masks of each stage pool.
+        unit: "preact" (Attention) or "resnext" (AttentionNeXt).
+        stem: "imagenet", conv 7x7 stride 2 and max-pool 3x3 stride 2, or "cifar", conv 3x3.
+        p, t, r: units before and after, in the trunk, and between two poolings.
+        attention: "residual", (1 + M) * T, or "naive", M * T.
+        mask: "encoder_decoder", or "local" convolutions without pooling.
+        mask_activation: "mixed", "channel" or "spatial".
+
+    Input: (B, in_chans, H, W), any height and width of at least `min_size` pixels.
+
+    Raises:
+        ValueError: an argument is not among its choices, or an input is too small.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        *,
+        modules: Sequence[int] = (1, 1, 1),
+        channels: Sequence[int] = (64, 256, 512, 1024, 2048),
+        depths: Sequence[int] = (3, 2, 1),
+        unit: str = "preact",
+        stem: str = "imagenet",
+        p: int = 1,
+        t: int = 2,
+        r: int = 1,
+        attention: str = "residual",
+        mask: str = "encoder_decoder",
+        mask_activation: str = "mixed",
+    ) -> None:
+        super().__init__()
+        for name, count in (("p", p), ("t", t), ("r", r)):
+            if count < 1:
+                raise ValueError(f"{name}={count}: a count of residual units, at least 1")
+        make: Unit = {"preact": PreActUnit, "resnext": ResNeXtUnit}[
+            choose("unit", unit, ("preact", "resnext"))
+        ]
+        imagenet = choose("stem", stem, ("imagenet", "cifar")) == "imagenet"
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.num_features = self.head_hidden_size = channels[-1]
+
+        self.conv1 = (
+            nn.Conv2d(in_chans, channels[0], 7, 2, 3, bias=False)
+            if imagenet
+            else nn.Conv2d(in_chans, channels[0], 3, 1, 1, bias=False)
+        )
+        self.bn1 = nn.BatchNorm2d(channels[0])
+        self.act1 = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True) if imagenet else nn.Identity()
+        self._stem_stride = 4 if imagenet else 1
+        # a map of n is pooled to ceil((n - 1) / 2), and the next stage halves it as well
+        self._least = max(2 ** (d + s) for s, d in enumerate(depths)) if mask != "local" else 1
+        self.min_size = self._least * self._stem_stride
+
+        def module(width: int, depth: int) -> AttentionModule:
+            return AttentionModule(
+                make, width, depth=depth, p=p, t=t, r=r,
+                residual=attention, mask=mask, mask_activation=mask_activation,
+            )  # fmt: skip
+
+        stages = []
+        for i, (count, depth) in enumerate(zip(modules, depths, strict=True)):
+            first = make(channels[i], channels[i + 1], stride=1 if i == 0 else 2, project=True)
+            rest = [module(channels[i + 1], depth) for _ in range(count)]
+            stages.append(nn.Sequential(first, *rest))
+        self.layer1, self.layer2, self.layer3 = stages
+        last = channels[-1]
+        self.layer4 = nn.Sequential(
+            make(channels[-2], last, stride=2 if imagenet else 1, project=True),
+            make(last, last),
+            make(last, last),
+        )
+        preact = make is PreActUnit
+        self.norm = nn.BatchNorm2d(last) if preact else nn.Identity()
+        self.act = nn.ReLU(inplace=True) if preact else nn.Identity()
+        self.global_pool, self.fc = create_classifier(last, num_classes, pool_type=global_pool)
+
+        strides = (2, 4, 8, 16, 32) if imagenet else (1, 1, 2, 4, 4)
+        names = ("act1", "layer1", "layer2", "layer3", "act" if preact else "layer4")
+        self.feature_info = [
+            {"num_chs": c, "reduction": s, "module": n}
+            for c, s, n in zip(channels, strides, names, strict=True)
+        ]
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """He normal initialisation (fan-in) of convolutions and classifier; BN 1 and 0."""
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer-wise learning rates, as timm's networks have."""
+        blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
+        return {"stem": r"^conv1|^bn1", "blocks": [(blocks, None), (r"^norm", (99999,))]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory: each unit or module is computed again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        """The classifier, or its name."""
+        return "fc" if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
+        self.num_classes = num_classes
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool)
+        if num_classes > 0:
+            nn.init.kaiming_normal_(self.fc.weight, nonlinearity="relu")
+            nn.init.zeros_(self.fc.bias)
+
+    def _stage(self, layer: nn.Sequential, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(layer, x)
+        return layer(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps after stem and stages, and the last one; see timm's forward_intermediates.
+
+        norm applies the final BN and ReLU to the last stage's map as well.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW'")
+        take, last = feature_take_indices(5, indices)
+        x = self.act1(self.bn1(self.conv1(x)))
+        maps = [x] if 0 in take else []
+        x = self.maxpool(x)
+        _check_size(x, self._least, self._stem_stride)
+        layers = [self.layer1, self.layer2, self.layer3, self.layer4]
+        for i, layer in enumerate(layers[:last] if stop_early else layers, start=1):
+            x = self._stage(layer, x)
+            if i in take:
+                maps.append(self.act(self.norm(x)) if norm and i == 4 else x)
+        if intermediates_only:
+            return maps
+        if not stop_early or last == 4:
+            x = self.act(self.norm(x))
+        return x, maps
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops what forward_intermediates does not need for these maps."""
+        take, last = feature_take_indices(5, indices)
+        for i in range(last + 1, 5):
+            setattr(self, f"layer{i}", nn.Sequential())
+        if last < 4:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_norm or last < 4:
+            self.norm, self.act = nn.Identity(), nn.Identity()
+        if prune_head or last < 4:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), rounded up."""
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        _check_size(x, self._least, self._stem_stride)
+        x = self._stage(self.layer1, x)
+        x = self._stage(self.layer2, x)
+        x = self._stage(self.layer3, x)
+        x = self._stage(self.layer4, x)
+        return self.act(self.norm(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, num_features, h, w) -> (B, num_classes), or (B, num_features) before the last layer."""
+        x = self.global_pool(x)
+        if self.drop_rate > 0.0:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> ResidualAttentionNet:
+    return build_model_with_cfg(
+        ResidualAttentionNet, name, pretrained, feature_cfg={"flatten_sequential": False}, **kwargs
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{f"attention{n}": IMAGENET_CFG for n in (56, 92)},
+        **{f"attentionnext{n}": IMAGENET_CFG for n in (56, 92)},
+        **{f"attention{n}_cifar": CIFAR_CFG for n in (56, 92, 128, 164, 236, 452)},
+    }
+)
+
+
+@register_model
+def attention56(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-56: one module a stage (table 2). 31.81M parameters, 6.271 GMACs at 224."""
+    return _create("attention56", pretrained, **{"modules": (1, 1, 1), **kwargs})
+
+
+@register_model
+def attention92(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-92: one, two, three modules (table 2). 52.47M parameters, 10.534 GMACs at 224."""
+    return _create("attention92", pretrained, **{"modules": (1, 2, 3), **kwargs})
+
+
+@register_model
+def attentionnext56(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """AttentionNeXt-56: ResNeXt units (table 7). 31.32M parameters, 6.419 GMACs at 224."""
+    args = {"modules": (1, 1, 1), "unit": "resnext", **kwargs}
+    return _create("attentionnext56", pretrained, **args)
+
+
+@register_model
+def attentionnext92(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """AttentionNeXt-92: ResNeXt units, one, two, three modules (the authors' definition)."""
+    args = {"modules": (1, 2, 3), "unit": "resnext", **kwargs}
+    return _create("attentionnext92", pretrained, **args)
+
+
+def _cifar(name: str, m: int, pretrained: bool, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-(36m + 20) with m modules in each stage (section 4.1)."""
+    args = {
+        "modules": (m, m, m), "channels": (16, 64, 128, 256, 256), "depths": (2, 1, 0),
+        "stem": "cifar", "num_classes": 10, **kwargs,
+    }  # fmt: skip
+    return _create(name, pretrained, **args)
+
+
+@register_model
+def attention56_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-56 for 32x32 images, m = 1 (table 1: 5.52 % error on CIFAR-10)."""
+    return _cifar("attention56_cifar", 1, pretrained, **kwargs)
+
+
+@register_model
+def attention92_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-92 for 32x32 images, m = 2 (table 6: 4.99 % error on CIFAR-10)."""
+    return _cifar("attention92_cifar", 2, pretrained, **kwargs)
+
+
+@register_model
+def attention128_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-128 for 32x32 images, m = 3."""
+    return _cifar("attention128_cifar", 3, pretrained, **kwargs)
+
+
+@register_model
+def attention164_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-164 for 32x32 images, m = 4."""
+    return _cifar("attention164_cifar", 4, pretrained, **kwargs)
+
+
+@register_model
+def attention236_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-236 for 32x32 images, m = 6 (table 6: 4.14 % error on CIFAR-10)."""
+    return _cifar("attention236_cifar", 6, pretrained, **kwargs)
+
+
+@register_model
+def attention452_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-452 for 32x32 images, m = 6 and p, t, r = 2, 4, 3 (table 6: 3.90 %)."""
+    return _cifar("attention452_cifar", 6, pretrained, **{"p": 2, "t": 4, "r": 3, **kwargs})

@@ -1,0 +1,542 @@
+"""SonoNet and the attention-gated SonoNet (Schlemper et al., Medical Image Analysis 2019,
+*Attention gated networks*, arXiv 1808.08114), for greyscale ultrasound and the like.
+
+Checked against the authors' code (github.com/ozan-oktay/Attention-Gated-Networks, MIT
+licence: sononet.py, sononet_grid_attention.py, grid_attention_layer.py).
+
+Where this differs from the code: the gate's map is normalised safely where it is constant
+(their 0/0), in float32 under half precision; and the network that they call `sononet`, of
+[2, 2, 3, 3, 3] convolutions, is `convs=(2, 2, 3, 3, 3)` here, where the default is the
+paper's [3, 3, 3, 2, 2] (their `sononet2`).
+
+Reading order: convolution blocks, SonoNet, gate, attention-gated SonoNet, variants.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import SelectAdaptivePool2d
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from regard.models._common import choose
+
+NORMALISATIONS = ("mean_flow", "softmax", "sigmoid", "mean", "range")
+AGGREGATIONS = ("concat", "mean", "deep_sup", "ft")
+
+
+def _conv(in_channels: int, channels: int, kernel_size: int = 3, *, relu: bool = True) -> nn.Module:
+    """Convolution with bias -> BN -> ReLU, the size kept."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2),
+        nn.BatchNorm2d(channels),
+    ]
+    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if relu else []))
+
+
+def _block(in_channels: int, channels: int, convs: int, *, pool: bool) -> nn.Sequential:
+    """`convs` 3x3 convolutions, after a 2x2 max-pool that halves the size (rounded down)."""
+    widths = [in_channels] + [channels] * convs
+    layers: list[nn.Module] = [nn.MaxPool2d(2)] if pool else []
+    layers += [_conv(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    return nn.Sequential(*layers)
+
+
+@register_notrace_function
+def _check_size(x: Tensor) -> None:
+    height, width = x.shape[-2:]
+    if height < 16 or width < 16:
+        raise ValueError(
+            f"SonoNet pools four times by two: images of at least 16x16, not {height}x{width}"
+        )
+
+
+class _SonoNetBase(nn.Module):
+    """The five convolution blocks that both networks share, and timm's interface to them."""
+
+    def __init__(
+        self, in_chans: int, features: int, convs: Sequence[int], num_classes: int, drop_rate: float
+    ) -> None:
+        super().__init__()
+        if features < 1:
+            raise ValueError(f"features={features}: the first block's filters (8, 16, 32 or 64)")
+        if len(convs) != 5 or min(convs) < 1:
+            raise ValueError(f"convs={tuple(convs)}: five counts, as (3, 3, 3, 2, 2)")
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        widths = [features * k for k in (1, 2, 4, 8, 8)]
+        self.widths = widths
+        self.block1 = _block(in_chans, widths[0], convs[0], pool=False)
+        self.block2 = _block(widths[0], widths[1], convs[1], pool=True)
+        self.block3 = _block(widths[1], widths[2], convs[2], pool=True)
+        self.block4 = _block(widths[2], widths[3], convs[3], pool=True)
+        self.block5 = _block(widths[3], widths[4], convs[4], pool=True)
+        self.feature_info = [
+            {"num_chs": width, "reduction": 2**i, "module": f"block{i + 1}"}
+            for i, width in enumerate(widths)
+        ]
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """The authors' initialisation: convolutions He normal fan-in, BN weights N(1, 0.02).
+
+        Biases of BN are 0; those of convolutions, and the linear layers, stay PyTorch's. A
+        gate's psi has bias 3 for "sigmoid" and 10 for "softmax" (grid_attention_layer.py).
+        """
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight)
+            elif isinstance(m, nn.BatchNorm2d):
+                nn.init.normal_(m.weight, 1.0, 0.02)
+                nn.init.zeros_(m.bias)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer-wise learning rates, as timm's networks have."""
+        return {"stem": r"^block1", "blocks": r"^block(\d+)" if coarse else r"^block(\d+)\.(\d+)"}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory: a block's layers are computed again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def _run(self, block: nn.Sequential, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(block, x)
+        return block(x)
+
+    def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The outputs of blocks 3, 4 and 5."""
+        _check_size(x)
+        x = self._run(self.block1, x)
+        x = self._run(self.block2, x)
+        block3 = self._run(self.block3, x)
+        block4 = self._run(self.block4, block3)
+        return block3, block4, self._run(self.block5, block4)
+
+    def _last_map(self, block3: Tensor, block4: Tensor, block5: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps after the five blocks, and forward_features' map; as timm's networks.
+
+        With stop_early the first of the two is the last map that was computed.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW'")
+        take, last = feature_take_indices(5, indices)
+        _check_size(x)
+        maps: list[Tensor] = []
+        for i in range(last + 1 if stop_early else 5):
+            x = self._run(getattr(self, f"block{i + 1}"), x)
+            maps.append(x)
+        taken = [m for i, m in enumerate(maps) if i in take]
+        if intermediates_only:
+            return taken
+        return (self._last_map(*maps[2:]) if len(maps) == 5 else x), taken
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops what forward_intermediates(..., intermediates_only=True) does not need."""
+        take, last = feature_take_indices(5, indices)
+        for i in range(last + 2, 6):
+            setattr(self, f"block{i}", nn.Sequential())
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
+        raise NotImplementedError
+
+
+class SonoNet(_SonoNetBase):
+    """SonoNet: five blocks of convolutions, then 1x1 convolutions to one map a class, averaged.
+
+    Args:
+        features: filters of the first block; the others have 2, 4, 8 and 8 times as many.
+        convs: convolutions of each block.
+        global_pool: "avg", or "" for the classes' maps themselves.
+
+    Input (B, in_chans, H, W) of at least 16x16 pixels; output (B, num_classes).
+
+    Raises:
+        ValueError: an argument is not among its choices, or an input is too small.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 14,
+        in_chans: int = 1,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        *,
+        features: int = 8,
+        convs: Sequence[int] = (3, 3, 3, 2, 2),
+    ) -> None:
+        super().__init__(in_chans, features, convs, num_classes, drop_rate)
+        self.num_features = self.head_hidden_size = self.widths[4]
+        self.reset_classifier(num_classes, global_pool)
+        self.init_weights()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        if num_classes > 0:
+            self.adapt = _conv(self.widths[4], self.widths[2], 1)
+            self.classifier = _conv(self.widths[2], num_classes, 1, relu=False)
+        else:
+            self.adapt, self.classifier = nn.Sequential(), nn.Sequential()
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        """The last 1x1 convolution and its BN, or the name."""
+        return "classifier" if name_only else self.classifier
+
+    def _last_map(self, block3: Tensor, block4: Tensor, block5: Tensor) -> Tensor:
+        return block5
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, 8 features, H / 16, W / 16), rounded down."""
+        return self._maps(x)[2]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, 8 features, h, w) -> (B, num_classes), or the pooled features before the head."""
+        if self.drop_rate > 0.0:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return self.global_pool(x if pre_logits else self.classifier(self.adapt(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class GateMap(nn.Module):
+    """Where a gate looks: the normalised compatibility of a map x with the gating signal g.
+
+    f = ReLU(theta(x) + up(phi(g))), score = psi(f), alpha = normalise(score); theta and phi
+    are 1x1 convolutions without bias, psi has one, `up` is bilinear with aligned corners.
+
+    mean_flow  (s - min s) / sum(s - min s)      the paper's
+    softmax    exp(s) / sum(exp(s))
+    sigmoid    1 / (1 + exp(-s)), each position by itself
+    mean       s / sum(s)
+    range      (s - min s) / (max s - min s)
+
+    Computed in float32 under half precision. A map that is constant to within rounding
+    has no preferred place: it gives 1 / (H W) everywhere, and for `range` 1.
+
+    Shapes: x (B, C, H, W), g (B, C_g, h, w) -> (B, 1, H, W).
+    """
+
+    attention_kind = "spatial"
+
+    def __init__(self, channels: int, gating_channels: int, inner: int, normalise: str) -> None:
+        super().__init__()
+        self.normalise = choose("normalise", normalise, NORMALISATIONS)
+        self.theta = nn.Conv2d(channels, inner, 1, bias=False)
+        self.phi = nn.Conv2d(gating_channels, inner, 1, bias=False)
+        self.psi = nn.Conv2d(inner, 1, 1)
+        for conv in (self.theta, self.phi, self.psi):
+            nn.init.kaiming_normal_(conv.weight)
+        if normalise in ("sigmoid", "softmax"):
+            assert self.psi.bias is not None
+            nn.init.constant_(self.psi.bias, 3.0 if normalise == "sigmoid" else 10.0)
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        theta = self.theta(x)
+        phi = F.interpolate(
+            self.phi(g), size=theta.shape[-2:], mode="bilinear", align_corners=True
+        )
+        score = self.psi(F.relu(theta + phi))
+        s = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
+        return self._normalise(s).to(score.dtype)
+
+    def _normalise(self, s: Tensor) -> Tensor:
+        if self.normalise == "sigmoid":
+            return torch.sigmoid(s)
+        if self.normalise == "softmax":
+            return torch.softmax(s.flatten(2), dim=2).view_as(s)
+        size = s.abs().amax(dim=(2, 3), keepdim=True)
+        eps = 1.2e-7 if s.dtype == torch.float32 else 2.3e-16
+        if self.normalise == "range":
+            low = s.amin(dim=(2, 3), keepdim=True)
+            total = s.amax(dim=(2, 3), keepdim=True) - low
+            flat = total <= eps * size
+            return torch.where(flat, 1.0, (s - low) / torch.where(flat, 1.0, total))
+        if self.normalise == "mean_flow":
+            s = s - s.amin(dim=(2, 3), keepdim=True)
+        # what is within rounding of nothing is nothing: dividing by it would show noise
+        total = s.sum(dim=(2, 3), keepdim=True)
+        flat = total.abs() <= eps * size * s[0, 0].numel()
+        return torch.where(flat, 1.0 / s[0, 0].numel(), s / torch.where(flat, 1.0, total))
+
+    def extra_repr(self) -> str:
+        return f"normalise={self.normalise}"
+
+
+class AttentionGate(nn.Module):
+    """Attention gate: one vector of attended features, the sum over positions of alpha * x.
+
+    Args:
+        channels: of the map x.
+        gating_channels: of the gating signal g, a coarser map.
+        inner: channels in which the two are compared; those of g by default.
+        normalise: of alpha, one of "mean_flow", "softmax", "sigmoid", "mean", "range".
+
+    Shapes: x (B, C, H, W), g (B, C_g, h, w) -> (B, C).
+
+    Raises:
+        ValueError: an argument is not among its choices.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        gating_channels: int,
+        *,
+        inner: int | None = None,
+        normalise: str = "mean_flow",
+    ) -> None:
+        super().__init__()
+        self.map = GateMap(channels, gating_channels, inner or gating_channels, normalise)
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        alpha = self.map(x, g)  # (B, 1, H, W)
+        # a product of matrices, not of maps: alpha * x is never written to memory
+        attended = x.flatten(2) @ alpha.to(x.dtype).flatten(2).transpose(1, 2)  # (B, C, 1)
+        return attended.squeeze(2)
+
+
+class AGSonoNet(_SonoNetBase):
+    """Attention-gated SonoNet: gates on blocks 3 and 4, guided by block 5.
+
+    The features are three vectors: attended block 3 (4f wide), attended block 4 (8f), and
+    the average of block 5 (8f). Aggregations:
+
+    concat    one linear layer on the three vectors
+    mean      a linear layer for each; predicts the mean of their softmaxes
+    deep_sup  the concat layer and the three; predicts the concat layer's
+    ft        a linear layer for each, and one on their logits, for fine-tuning after `mean`
+
+    In evaluation the output is (B, num_classes), logits whose softmax is the prediction. In
+    training `mean` and `deep_sup` give (B, heads, num_classes), in the order above, for
+    `regard.heads_loss` with `head_weights`.
+
+    Args:
+        features: filters of the first block, f; the others have 2, 4, 8 and 8 times as many.
+        convs: convolutions of each block.
+        aggregation: one of the four above.
+        normalise: of the gates' maps, see GateMap.
+        global_pool: of block 5: "avg", or "" for the features as a map.
+
+    Input: (B, in_chans, H, W) of at least 16x16 pixels.
+
+    Raises:
+        ValueError: an argument is not among its choices, or an input is too small.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 14,
+        in_chans: int = 1,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        *,
+        features: int = 8,
+        convs: Sequence[int] = (3, 3, 3, 2, 2),
+        aggregation: str = "mean",
+        normalise: str = "mean_flow",
+    ) -> None:
+        super().__init__(in_chans, features, convs, num_classes, drop_rate)
+        self.aggregation = choose("aggregation", aggregation, AGGREGATIONS)
+        _, _, third, fourth, fifth = self.widths
+        self.vectors = [third, fourth, fifth]
+        self.num_features = self.head_hidden_size = third + fourth + fifth
+        self.gate3 = AttentionGate(third, fifth, normalise=normalise)
+        self.gate4 = AttentionGate(fourth, fifth, normalise=normalise)
+        self.reset_classifier(num_classes, global_pool)
+        self.init_weights()
+
+    @property
+    def head_weights(self) -> tuple[float, ...]:
+        """The weight of each head's cross-entropy in the paper's loss."""
+        return {"mean": (1.0, 1.0, 1.0), "deep_sup": (1.0, 0.1, 0.1, 0.1)}.get(
+            self.aggregation, (1.0,)
+        )
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifiers; 0 classes gives the features, and pool "" their map."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        self.pooled = bool(self.global_pool.pool_type)
+        some = num_classes > 0
+        separate = some and self.aggregation != "concat"
+        self.heads = nn.ModuleList(
+            [nn.Linear(width, num_classes) for width in self.vectors] if separate else []
+        )
+        inputs = num_classes * 3 if self.aggregation == "ft" else self.num_features
+        joint = some and self.aggregation != "mean"
+        self.classifier = nn.Linear(inputs, num_classes) if joint else nn.Identity()
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        """The last linear layer (for `mean` the three heads), or its name."""
+        name = "heads" if self.aggregation == "mean" else "classifier"
+        return name if name_only else getattr(self, name)
+
+    def _last_map(self, block3: Tensor, block4: Tensor, block5: Tensor) -> Tensor:
+        gated = torch.cat([self.gate3(block3, block5), self.gate4(block4, block5)], dim=1)
+        height, width = block5.shape[-2:]
+        everywhere = gated[:, :, None, None].expand(-1, -1, height, width)
+        return torch.cat([everywhere, block5], dim=1)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, 20 features, H / 16, W / 16), rounded down.
+
+        The two attended vectors, the same at every position, then block 5's map, so that
+        pooling over the positions gives the three vectors.
+        """
+        block3, block4, block5 = self._maps(x)
+        return self._last_map(block3, block4, block5)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, 20 features, h, w) -> (B, num_classes), or the vectors as (B, 20 features).
+
+        In training with `mean` and `deep_sup`: (B, heads, num_classes).
+        """
+        if not self.pooled:
+            return x
+        gated = self.vectors[0] + self.vectors[1]
+        x = torch.cat([x[:, :gated, 0, 0], self.global_pool(x[:, gated:])], dim=1)
+        if self.drop_rate > 0.0:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        if pre_logits or self.num_classes == 0:
+            return x
+        return self._aggregate(x)
+
+    def _aggregate(self, x: Tensor) -> Tensor:
+        """(B, 20 features) -> (B, num_classes), or in training (B, heads, num_classes)."""
+        if self.aggregation == "concat" or (self.aggregation == "deep_sup" and not self.training):
+            return self.classifier(x)
+        vectors = x.split(self.vectors, dim=1)
+        heads = [head(vectors[i]) for i, head in enumerate(self.heads)]
+        if self.aggregation == "ft":
+            return self.classifier(torch.cat(heads, dim=1))
+        if self.aggregation == "deep_sup":
+            return torch.stack([self.classifier(x)] + heads, dim=1)  # noqa: RUF005 (TorchScript)
+        stacked = torch.stack(heads, dim=1)  # (B, 3, num_classes)
+        if self.training:
+            return stacked
+        # the logarithm of the mean of the softmaxes: its softmax is that mean
+        return torch.log_softmax(stacked.float() if stacked.dtype != torch.float64 else stacked, 2).logsumexp(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _create(
+    variant: type[_SonoNetBase], name: str, features: int, pretrained: bool, **kwargs: Any
+) -> nn.Module:
+    # where the classifier is depends on the aggregation: tell timm's configuration
+    if kwargs.get("aggregation", "mean") != "mean":
+        overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
+        kwargs["pretrained_cfg_overlay"] = {"classifier": "classifier", **overlay}
+    return build_model_with_cfg(
+        variant, name, pretrained, feature_cfg={"flatten_sequential": False},
+        **{"features": features, **kwargs},
+    )  # fmt: skip
+
+
+# Each image is standardised by its own mean and deviation; 14 classes, crops of 208x272.
+_CFG: dict[str, Any] = {
+    "url": "",
+    "num_classes": 14,
+    "input_size": (1, 208, 272),
+    "pool_size": (13, 17),
+    "crop_pct": 1.0,
+    "interpolation": "bilinear",
+    "mean": (0.5,),
+    "std": (0.5,),
+    "first_conv": "block1.0.0",
+    "classifier": "classifier.0",
+}
+_AG_CFG = {**_CFG, "classifier": ("heads.0", "heads.1", "heads.2")}
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{f"sononet{f}": _CFG for f in (8, 16, 32, 64)},
+        **{f"ag_sononet{f}": _AG_CFG for f in (8, 16, 32, 64)},
+    }
+)
+
+
+@register_model
+def sononet8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SonoNet-8 (table 3: accuracy 0.969). 0.163M parameters."""
+    return _create(SonoNet, "sononet8", 8, pretrained, **kwargs)
+
+
+@register_model
+def sononet16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SonoNet-16 (table 3: accuracy 0.977). 0.648M parameters."""
+    return _create(SonoNet, "sononet16", 16, pretrained, **kwargs)
+
+
+@register_model
+def sononet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SonoNet-32 (table 3: accuracy 0.979). 2.584M parameters."""
+    return _create(SonoNet, "sononet32", 32, pretrained, **kwargs)
+
+
+@register_model
+def sononet64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SonoNet-64. 10.321M parameters."""
+    return _create(SonoNet, "sononet64", 64, pretrained, **kwargs)
+
+
+@register_model
+def ag_sononet8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """AG-SonoNet-8 (table 3: accuracy 0.977). 0.177M parameters, 0.310 GMACs at 208x272."""
+    return _create(AGSonoNet, "ag_sononet8", 8, pretrained, **kwargs)
+
+
+@register_model
+def ag_sononet16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """AG-SonoNet-16 (table 3: accuracy 0.978). 0.701M parameters, 1.233 GMACs."""
+    return _create(AGSonoNet, "ag_sononet16", 16, pretrained, **kwargs)
+
+
+@register_model
+def ag_sononet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """AG-SonoNet-32 (table 3: accuracy 0.980). 2.788M parameters, 4.913 GMACs."""
+    return _create(AGSonoNet, "ag_sononet32", 32, pretrained, **kwargs)
+
+
+@register_model
+def ag_sononet64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """AG-SonoNet-64. 11.122M parameters, 19.617 GMACs."""
+    return _create(AGSonoNet, "ag_sononet64", 64, pretrained, **kwargs)
