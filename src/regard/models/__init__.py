@@ -1,6 +1,6 @@
 """The networks of the three papers, one file a paper, all registered with timm."""
 
-from regard.models import cbam, residual_attention, sononet  # noqa: F401  registers the models
+from regard.models import cbam, residual_attention, sononet
 
 FAMILIES = {
     "residual_attention": residual_attention,

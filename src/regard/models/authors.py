@@ -117,7 +117,7 @@ def _read_file(path: Path) -> Any:
         raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason})") from error
 
 
-def authors_names(model: nn.Module, tensors: Mapping[str, Any] = {}) -> dict[str, str]:  # noqa: B006
+def authors_names(model: nn.Module, tensors: Mapping[str, Any] = {}) -> dict[str, str]:
     """The authors' name of every tensor of `model`, by the name it has here.
 
     `tensors` tells which of two spellings a residual attention checkpoint has.
@@ -174,7 +174,9 @@ def _residual_attention_rule(model: ResidualAttentionNet, tensors: Mapping[str, 
     short = not preact
     if any("/mask/" in name for name in tensors):
         short = any("/mask/down/" in name for name in tensors)
-    layers = _caffe_layers(model, "down" if short else "down_sample", "up" if short else "up_sample")
+    layers = _caffe_layers(
+        model, "down" if short else "down_sample", "up" if short else "up_sample"
+    )
 
     def rename(name: str) -> str:
         module, _, tensor = name.rpartition(".")

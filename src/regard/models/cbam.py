@@ -23,7 +23,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
@@ -131,7 +130,9 @@ class CBAM(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.order = choose("order", order, ORDERS)
+        choose("order", order, ORDERS)
+        self.spatial_first = order == "spatial_channel"
+        self.parallel = order == "parallel"
         self.channel = None
         self.spatial = None
         if order != "spatial":
@@ -143,19 +144,14 @@ class CBAM(nn.Module):
             self.to(device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        channel, spatial = self.channel, self.spatial
-        if channel is None:
-            assert spatial is not None
-            return x * spatial(x)
-        if spatial is None:
-            return x * channel(x)
-        if self.order == "channel_spatial":
-            x = x * channel(x)
-            return x * spatial(x)
-        if self.order == "spatial_channel":
-            x = x * spatial(x)
-            return x * channel(x)
-        return x * channel(x) * spatial(x)
+        seen = x
+        if self.spatial is not None and self.spatial_first:
+            x = x * self.spatial(x)
+        if self.channel is not None:
+            x = x * self.channel(x)
+        if self.spatial is not None and not self.spatial_first:
+            x = x * self.spatial(seen if self.parallel else x)
+        return x
 
 
 SE = partial(CBAM, order="channel", channel_pool="avg")
@@ -286,7 +282,6 @@ class AttentionResNet(ResNet):
         **kwargs: Any,
     ) -> None:
         cifar = choose("stem", stem, ("imagenet", "cifar")) == "cifar"
-        self._fc_fan_in = True
         super().__init__(
             block_args={} if attention is None else {"attn_layer": attention}, **kwargs
         )
@@ -371,7 +366,8 @@ def _load_pretrained_plain(model: ResNet, plain: str) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(f"timm's pretrained weights of {plain} can't be reached: {reason}") from error
     missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
-    assert not unexpected and all(".se." in key for key in missing), (missing, unexpected)
+    assert not unexpected, unexpected
+    assert all(".se." in key for key in missing), missing
     model.pretrained_cfg = model.default_cfg = {
         **model.pretrained_cfg,
         **{k: source.pretrained_cfg[k] for k in ("mean", "std", "crop_pct", "interpolation")},
@@ -407,7 +403,7 @@ def twins(name: str) -> dict[str, str]:
 default_cfgs = generate_default_cfgs(
     {
         **{f"{kind}_{plain}": IMAGENET_CFG for plain in _RESNETS for kind in ("cbam", "se")},
-        **{plain: IMAGENET_CFG for plain in ("wide_resnet18_1_5", "wide_resnet18_2")},
+        **dict.fromkeys(("wide_resnet18_1_5", "wide_resnet18_2"), IMAGENET_CFG),
     }
 )
 

@@ -125,6 +125,18 @@ def _units(unit: Unit, channels: int, count: int) -> nn.Sequential:
     return nn.Sequential(*[unit(channels, channels) for _ in range(count)])
 
 
+@register_notrace_function
+def normalise_mask(x: Tensor, activation: str) -> Tensor:
+    """MaskActivation's f2 ("channel") and f3 ("spatial"), in float32 under half precision."""
+    half = x.dtype == torch.float16 or x.dtype == torch.bfloat16
+    y = x.float() if half else x
+    if activation == "channel":
+        return F.normalize(y, dim=1, eps=1e-6).to(x.dtype)
+    centred = y - y.mean(dim=(2, 3), keepdim=True)
+    variance = centred.square().mean(dim=(2, 3), keepdim=True)
+    return torch.sigmoid(centred * torch.rsqrt(variance + 1e-12)).to(x.dtype)
+
+
 class MaskActivation(nn.Module):
     """Turns the mask's last map x into the mask M (the paper's section 3.2, table 1).
 
@@ -145,12 +157,7 @@ class MaskActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "mixed":
             return torch.sigmoid(x)
-        y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        if self.activation == "channel":
-            return F.normalize(y, dim=1, eps=1e-6).to(x.dtype)
-        centred = y - y.mean(dim=(2, 3), keepdim=True)
-        variance = centred.square().mean(dim=(2, 3), keepdim=True)
-        return torch.sigmoid(centred * torch.rsqrt(variance + 1e-12)).to(x.dtype)
+        return normalise_mask(x, self.activation)
 
     def extra_repr(self) -> str:
         return self.activation
@@ -248,13 +255,13 @@ class AttentionModule(nn.Module):
 
 
 @register_notrace_function
-def _check_size(x: Tensor, least: int, stem_stride: int) -> None:
-    height, width = x.shape[-2:]
-    if height < least or width < least:
+def check_size(x: Tensor, least: int, stem_stride: int) -> None:
+    """Refuses a map that the masks can't pool; no underscore, or FX would trace into it."""
+    if x.shape[-2] < least or x.shape[-1] < least:
+        side = least * stem_stride
         raise ValueError(
-            f"this network's masks pool a map of at least {least}x{least} after the stem, but got "
-            f"{height}x{width}: give it images of at least {least * stem_stride}x"
-            f"{least * stem_stride}"
+            f"the image is too small for this network's masks: at least {side}x{side} pixels, not "
+            f"about {x.shape[-2] * stem_stride}x{x.shape[-1] * stem_stride}"
         )
 
 
@@ -390,11 +397,6 @@ class ResidualAttentionNet(nn.Module):
             nn.init.kaiming_normal_(self.fc.weight, nonlinearity="relu")
             nn.init.zeros_(self.fc.bias)
 
-    def _stage(self, layer: nn.Sequential, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(layer, x)
-        return layer(x)
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -414,10 +416,10 @@ class ResidualAttentionNet(nn.Module):
         x = self.act1(self.bn1(self.conv1(x)))
         maps = [x] if 0 in take else []
         x = self.maxpool(x)
-        _check_size(x, self._least, self._stem_stride)
+        check_size(x, self._least, self._stem_stride)
         layers = [self.layer1, self.layer2, self.layer3, self.layer4]
         for i, layer in enumerate(layers[:last] if stop_early else layers, start=1):
-            x = self._stage(layer, x)
+            x = checkpoint_seq(layer, x) if self.grad_checkpointing else layer(x)
             if i in take:
                 maps.append(self.act(self.norm(x)) if norm and i == 4 else x)
         if intermediates_only:
@@ -445,15 +447,16 @@ class ResidualAttentionNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), rounded up."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-        _check_size(x, self._least, self._stem_stride)
-        x = self._stage(self.layer1, x)
-        x = self._stage(self.layer2, x)
-        x = self._stage(self.layer3, x)
-        x = self._stage(self.layer4, x)
+        check_size(x, self._least, self._stem_stride)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            layers = [self.layer1, self.layer2, self.layer3, self.layer4]
+            x = checkpoint_seq(layers, x, flatten=True)
+        else:
+            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.act(self.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, num_features, h, w) -> (B, num_classes), or (B, num_features) before the last layer."""
+        """(B, num_features, h, w) -> (B, num_classes), or the pooled (B, num_features)."""
         x = self.global_pool(x)
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)

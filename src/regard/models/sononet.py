@@ -12,8 +12,10 @@ paper's [3, 3, 3, 2, 2] (their `sononet2`).
 Reading order: convolution blocks, SonoNet, gate, attention-gated SonoNet, variants.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,16 +49,17 @@ def _block(in_channels: int, channels: int, convs: int, *, pool: bool) -> nn.Seq
     """`convs` 3x3 convolutions, after a 2x2 max-pool that halves the size (rounded down)."""
     widths = [in_channels] + [channels] * convs
     layers: list[nn.Module] = [nn.MaxPool2d(2)] if pool else []
-    layers += [_conv(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    layers += [_conv(a, b) for a, b in itertools.pairwise(widths)]
     return nn.Sequential(*layers)
 
 
 @register_notrace_function
-def _check_size(x: Tensor) -> None:
-    height, width = x.shape[-2:]
-    if height < 16 or width < 16:
+def check_size(x: Tensor) -> None:
+    """Refuses an image that four poolings leave nothing of; no underscore, or FX traces it."""
+    if x.shape[-2] < 16 or x.shape[-1] < 16:
         raise ValueError(
-            f"SonoNet pools four times by two: images of at least 16x16, not {height}x{width}"
+            "the image is too small for SonoNet, which pools four times by two: at least 16x16 "
+            f"pixels, not {x.shape[-2]}x{x.shape[-1]}"
         )
 
 
@@ -111,19 +114,16 @@ class _SonoNetBase(nn.Module):
         """Trades time for memory: a block's layers are computed again in the backward pass."""
         self.grad_checkpointing = enable
 
-    def _run(self, block: nn.Sequential, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(block, x)
-        return block(x)
-
     def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The outputs of blocks 3, 4 and 5."""
-        _check_size(x)
-        x = self._run(self.block1, x)
-        x = self._run(self.block2, x)
-        block3 = self._run(self.block3, x)
-        block4 = self._run(self.block4, block3)
-        return block3, block4, self._run(self.block5, block4)
+        check_size(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            block3 = checkpoint_seq([self.block1, self.block2, self.block3], x, flatten=True)
+            block4 = checkpoint_seq(self.block4, block3)
+            return block3, block4, checkpoint_seq(self.block5, block4)
+        block3 = self.block3(self.block2(self.block1(x)))
+        block4 = self.block4(block3)
+        return block3, block4, self.block5(block4)
 
     def _last_map(self, block3: Tensor, block4: Tensor, block5: Tensor) -> Tensor:
         raise NotImplementedError
@@ -144,10 +144,11 @@ class _SonoNetBase(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW'")
         take, last = feature_take_indices(5, indices)
-        _check_size(x)
+        check_size(x)
         maps: list[Tensor] = []
         for i in range(last + 1 if stop_early else 5):
-            x = self._run(getattr(self, f"block{i + 1}"), x)
+            block = getattr(self, f"block{i + 1}")
+            x = checkpoint_seq(block, x) if self.grad_checkpointing else block(x)
             maps.append(x)
         taken = [m for i, m in enumerate(maps) if i in take]
         if intermediates_only:
@@ -204,7 +205,9 @@ class SonoNet(_SonoNetBase):
         """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+            self.global_pool = SelectAdaptivePool2d(
+                pool_type=global_pool, flatten=bool(global_pool)
+            )
         if num_classes > 0:
             self.adapt = _conv(self.widths[4], self.widths[2], 1)
             self.classifier = _conv(self.widths[2], num_classes, 1, relu=False)
@@ -231,6 +234,38 @@ class SonoNet(_SonoNetBase):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+@register_notrace_function
+def normalise_map(score: Tensor, how: str) -> Tensor:
+    """The gate's map of a score: GateMap's formulas, in float32 under half precision.
+
+    Shapes: (B, 1, H, W) -> the same.
+    """
+    if how == "sigmoid":
+        return torch.sigmoid(score)
+    half = score.dtype == torch.float16 or score.dtype == torch.bfloat16
+    s = score.float() if half else score
+    positions = s.shape[2] * s.shape[3]
+    size = s.abs().amax(dim=(2, 3), keepdim=True)
+    eps = 2.3e-16 if s.dtype == torch.float64 else 1.2e-7
+    if how == "softmax":
+        alpha = torch.softmax(s.flatten(2), dim=2).view(s.shape)
+    elif how == "range":
+        low = s.amin(dim=(2, 3), keepdim=True)
+        total = s.amax(dim=(2, 3), keepdim=True) - low
+        flat = total <= eps * size
+        one = torch.ones_like(total)
+        alpha = torch.where(flat, one, (s - low) / torch.where(flat, one, total))
+    else:
+        if how == "mean_flow":
+            s = s - s.amin(dim=(2, 3), keepdim=True)
+        # what is within rounding of nothing is nothing: dividing by it would show noise
+        total = s.sum(dim=(2, 3), keepdim=True)
+        flat = total.abs() <= eps * size * positions
+        one = torch.ones_like(total)
+        alpha = torch.where(flat, one / positions, s / torch.where(flat, one, total))
+    return alpha.to(score.dtype)
 
 
 class GateMap(nn.Module):
@@ -267,31 +302,8 @@ class GateMap(nn.Module):
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         theta = self.theta(x)
-        phi = F.interpolate(
-            self.phi(g), size=theta.shape[-2:], mode="bilinear", align_corners=True
-        )
-        score = self.psi(F.relu(theta + phi))
-        s = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
-        return self._normalise(s).to(score.dtype)
-
-    def _normalise(self, s: Tensor) -> Tensor:
-        if self.normalise == "sigmoid":
-            return torch.sigmoid(s)
-        if self.normalise == "softmax":
-            return torch.softmax(s.flatten(2), dim=2).view_as(s)
-        size = s.abs().amax(dim=(2, 3), keepdim=True)
-        eps = 1.2e-7 if s.dtype == torch.float32 else 2.3e-16
-        if self.normalise == "range":
-            low = s.amin(dim=(2, 3), keepdim=True)
-            total = s.amax(dim=(2, 3), keepdim=True) - low
-            flat = total <= eps * size
-            return torch.where(flat, 1.0, (s - low) / torch.where(flat, 1.0, total))
-        if self.normalise == "mean_flow":
-            s = s - s.amin(dim=(2, 3), keepdim=True)
-        # what is within rounding of nothing is nothing: dividing by it would show noise
-        total = s.sum(dim=(2, 3), keepdim=True)
-        flat = total.abs() <= eps * size * s[0, 0].numel()
-        return torch.where(flat, 1.0 / s[0, 0].numel(), s / torch.where(flat, 1.0, total))
+        phi = F.interpolate(self.phi(g), size=theta.shape[-2:], mode="bilinear", align_corners=True)
+        return normalise_map(self.psi(F.relu(theta + phi)), self.normalise)
 
     def extra_repr(self) -> str:
         return f"normalise={self.normalise}"
@@ -380,6 +392,8 @@ class AGSonoNet(_SonoNetBase):
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
 
+    __jit_unused_properties__: ClassVar = ["head_weights"]
+
     @property
     def head_weights(self) -> tuple[float, ...]:
         """The weight of each head's cross-entropy in the paper's loss."""
@@ -391,7 +405,9 @@ class AGSonoNet(_SonoNetBase):
         """Replaces the classifiers; 0 classes gives the features, and pool "" their map."""
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+            self.global_pool = SelectAdaptivePool2d(
+                pool_type=global_pool, flatten=bool(global_pool)
+            )
         self.pooled = bool(self.global_pool.pool_type)
         some = num_classes > 0
         separate = some and self.aggregation != "concat"
@@ -452,7 +468,7 @@ class AGSonoNet(_SonoNetBase):
         if self.training:
             return stacked
         # the logarithm of the mean of the softmaxes: its softmax is that mean
-        return torch.log_softmax(stacked.float() if stacked.dtype != torch.float64 else stacked, 2).logsumexp(1)
+        return torch.log_softmax(stacked, dim=2).logsumexp(dim=1) - math.log(len(heads))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
