@@ -1,5 +1,10 @@
 """The networks of the three papers, one file a paper, all registered with timm."""
 
+import fnmatch
+
+from timm import create_model as create_model
+from timm.models import list_models as _timm_list_models
+
 from regard.models import cbam, residual_attention, sononet
 
 FAMILIES = {
@@ -7,3 +12,9 @@ FAMILIES = {
     "cbam": cbam,
     "sononet": sononet,
 }
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of Regard's networks that match a shell pattern, sorted by family."""
+    names = [name for module in FAMILIES for name in _timm_list_models(module=module)]
+    return [name for name in names if fnmatch.fnmatch(name, pattern)]

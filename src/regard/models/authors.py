@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from regard.models.cbam import ResNet
 from regard.models.residual_attention import PreActUnit, ResidualAttentionNet
 from regard.models.sononet import AGSonoNet, SonoNet
 
@@ -257,3 +257,43 @@ def _caffe_layers(model: ResidualAttentionNet, down: str, up: str) -> dict[str, 
         fed_by = unit(f"layer4.{i}", f"post_res_4_{i + 1}", fed_by)
     layers["norm"] = f"{fed_by}/bn"
     return layers
+
+
+def arguments_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments that make the network `name` fit an authors' checkpoint.
+
+    Classes, input channels, AG-SonoNet's aggregation, SonoNet's convolutions and a CIFAR
+    stem are seen from the tensors' names and shapes; what is not seen is left out.
+    """
+    found: dict[str, Any] = {}
+
+    def size(key: str, dim: int) -> int | None:
+        return int(tensors[key].shape[dim]) if key in tensors else None
+
+    if "sononet" in name:
+        found["in_chans"] = size("conv1.conv1.0.weight", 1)
+        last = ("classifier.weight", "classifier1.weight", "conv6_p.cb_unit.0.weight")
+        found["num_classes"] = next((n for key in last if (n := size(key, 0))), None)
+        convs = [
+            sum(f"conv{b}.conv{i}.0.weight" in tensors for i in range(1, 9)) for b in range(1, 6)
+        ]
+        if min(convs) > 0:
+            found["convs"] = convs
+        if name.startswith("ag_"):
+            joint, heads = size("classifier.weight", 1), size("classifier1.weight", 0)
+            if heads is None:
+                found["aggregation"] = "concat"
+            elif joint is None:
+                found["aggregation"] = "mean"
+            else:
+                found["aggregation"] = "ft" if joint == 3 * heads else "deep_sup"
+    else:
+        caffe = "conv1/weight" in tensors
+        stem = "conv1/weight" if caffe else "conv1.weight"
+        found["in_chans"] = size(stem, 1)
+        classifier = tensors.get("classifier/weight" if caffe else "fc.weight")
+        if classifier is not None and classifier.ndim >= 2:
+            found["num_classes"] = int(classifier.shape[-2])
+        if not caffe and size(stem, 2) == 3:
+            found["stem"] = "cifar"
+    return {key: value for key, value in found.items() if value is not None}

@@ -309,9 +309,8 @@ class ResidualAttentionNet(nn.Module):
         for name, count in (("p", p), ("t", t), ("r", r)):
             if count < 1:
                 raise ValueError(f"{name}={count}: a count of residual units, at least 1")
-        make: Unit = {"preact": PreActUnit, "resnext": ResNeXtUnit}[
-            choose("unit", unit, ("preact", "resnext"))
-        ]
+        preact = choose("unit", unit, ("preact", "resnext")) == "preact"
+        make: Unit = PreActUnit if preact else ResNeXtUnit
         imagenet = choose("stem", stem, ("imagenet", "cifar")) == "imagenet"
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -350,14 +349,13 @@ class ResidualAttentionNet(nn.Module):
             make(last, last),
             make(last, last),
         )
-        preact = make is PreActUnit
         self.norm = nn.BatchNorm2d(last) if preact else nn.Identity()
         self.act = nn.ReLU(inplace=True) if preact else nn.Identity()
         self.global_pool, self.fc = create_classifier(last, num_classes, pool_type=global_pool)
 
         strides = (2, 4, 8, 16, 32) if imagenet else (1, 1, 2, 4, 4)
         names = ("act1", "layer1", "layer2", "layer3", "act" if preact else "layer4")
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": c, "reduction": s, "module": n}
             for c, s, n in zip(channels, strides, names, strict=True)
         ]

@@ -85,7 +85,7 @@ class _SonoNetBase(nn.Module):
         self.block3 = _block(widths[1], widths[2], convs[2], pool=True)
         self.block4 = _block(widths[2], widths[3], convs[3], pool=True)
         self.block5 = _block(widths[3], widths[4], convs[4], pool=True)
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": width, "reduction": 2**i, "module": f"block{i + 1}"}
             for i, width in enumerate(widths)
         ]
@@ -337,9 +337,7 @@ class AttentionGate(nn.Module):
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         alpha = self.map(x, g)  # (B, 1, H, W)
-        # a product of matrices, not of maps: alpha * x is never written to memory
-        attended = x.flatten(2) @ alpha.to(x.dtype).flatten(2).transpose(1, 2)  # (B, C, 1)
-        return attended.squeeze(2)
+        return (alpha * x).sum(dim=(2, 3))  # (B, C, H, W) -> (B, C)
 
 
 class AGSonoNet(_SonoNetBase):

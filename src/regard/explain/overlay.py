@@ -1,0 +1,224 @@
+"""An attention map laid over its image, with the range of numbers that the colours stand for.
+
+The image stays underneath in grey, a little compressed so that black and white can carry
+colour too. The attention is colour on top, as opaque as it is strong: nothing at the low end
+of its range, then teal, green and yellow. The colours are the upper part of matplotlib's
+viridis, which is even in brightness, survives a grey print and is read by colour-blind
+people; a thin white outline can mark a level without any colour at all.
+
+A colour says where a value lies in the picture's range, not what it is: `describe` gives
+the true numbers, to be printed with every picture.
+"""
+
+import math
+from typing import Any
+
+import matplotlib
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Picture = NDArray[np.uint8]
+Floats = NDArray[np.float64]
+
+_GREY = (0.10, 0.80)  # black and white of the image, of 0..1: colour must show on both
+_OPACITY = 0.75  # of the strongest attention: a quarter of the image is always seen
+_VIRIDIS_FROM = 0.30  # below is a violet too dark to tell from a dark image
+_ROUNDING = 1e-6  # a spread below this part of the values is float32 rounding, not attention
+
+
+def _as_image(image: ArrayLike) -> Image.Image:
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise ValueError(f"image of {array.dtype}: uint8, 0 to 255, is needed")
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or 0 in array.shape:
+        raise ValueError(f"image of shape {array.shape}: (H, W) or (H, W, 3) is needed")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _as_map(attention: ArrayLike) -> Floats:
+    array = np.asarray(attention, dtype=np.float64)
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"attention of shape {array.shape}: (h, w) is needed")
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).sum())
+        raise ValueError(f"attention has {bad} values of {array.size} that are not finite")
+    return array
+
+
+def _is_flat(attention: Floats) -> bool:
+    return bool(np.ptp(attention) <= _ROUNDING * np.abs(attention).max())
+
+
+def _relative(attention: Floats, limits: tuple[float, float] | None) -> Floats:
+    """The map from 0 at the low limit to 1 at the high one; a constant map is 0 everywhere."""
+    if limits is None:
+        if _is_flat(attention):
+            return np.zeros_like(attention)
+        limits = (attention.min(), attention.max())
+    low, high = limits
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise ValueError(f"limits={limits}: two finite numbers are needed, the lower first")
+    return np.clip((attention - low) / (high - low), 0.0, 1.0)
+
+
+def resize_image(image: ArrayLike, size: tuple[int, int]) -> Picture:
+    """An image at `size` (height, width): its own pixels when enlarged, averages when reduced.
+
+    Args:
+        image: (H, W) or (H, W, 3), uint8.
+        size: in pixels.
+
+    Returns:
+        (height, width) or (height, width, 3), uint8.
+
+    Raises:
+        ValueError: not such an image, or a size below 1.
+    """
+    picture = _as_image(image)
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"size={size}: a height and a width of at least 1 pixel")
+    enlarge = height >= picture.height and width >= picture.width
+    how = Image.Resampling.NEAREST if enlarge else Image.Resampling.BOX
+    return np.asarray(picture.resize((width, height), how))
+
+
+def _colours(grey: Floats, strength: Floats) -> Floats:
+    """Grey image and attention, each (H, W) in 0..1 -> colours (H, W, 3) in 0..1.
+
+    out = (1 - w) grey + w viridis(strength), w = 0.75 strength.
+    """
+    low, high = _GREY
+    viridis = matplotlib.colormaps["viridis"]
+    colour = viridis(_VIRIDIS_FROM + (1.0 - _VIRIDIS_FROM) * strength)[..., :3]
+    weight = (_OPACITY * strength)[..., None]
+    return (1.0 - weight) * (low + (high - low) * grey)[..., None] + weight * colour
+
+
+def _eroded(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    padded = np.pad(mask, 1, constant_values=True)  # a region at the border stays open there
+    centre = padded[1:-1, 1:-1]
+    rows = padded[:-2, 1:-1] & padded[2:, 1:-1]
+    return centre & rows & padded[1:-1, :-2] & padded[1:-1, 2:]
+
+
+def overlay(
+    image: ArrayLike,
+    attention: ArrayLike,
+    *,
+    size: tuple[int, int] | None = None,
+    limits: tuple[float, float] | None = None,
+    outline: float | None = None,
+) -> Picture:
+    """An attention map in colour over its image in grey.
+
+    The map is put between 0 and 1 by its limits, then enlarged bilinearly with Pillow (pixel
+    centres at half pixels, the corners not aligned; triangle-filtered if it is reduced). Map
+    and image cover the same field, whatever their shapes: the result has the image's aspect.
+    A map that is constant to within rounding highlights nothing: the grey image comes back.
+
+    Args:
+        image: (H, W) or (H, W, 3), uint8.
+        attention: (h, w), real numbers of any range.
+        size: (height, width) of the result in pixels; the image's own by default. A small
+            image enlarged here keeps its square pixels under a smooth map.
+        limits: the attention without any colour and with the strongest; the map's own
+            minimum and maximum by default. Give the same for pictures to be compared.
+        outline: a level of 0..1 between the limits around which a white line is drawn, 2
+            pixels wide; for results of about 100 pixels and more. None by default.
+
+    Returns:
+        (height, width, 3), uint8.
+
+    Raises:
+        ValueError: an image or a map of another kind, values that are not finite, limits that
+            are not in order, or an outline outside 0..1.
+    """
+    if outline is not None and not 0.0 < outline < 1.0:
+        raise ValueError(f"outline={outline}: a level between 0 and 1")
+    picture = _as_image(image)
+    height, width = size if size is not None else (picture.height, picture.width)
+    grey = resize_image(np.asarray(picture.convert("L")), (height, width)) / 255.0
+    relative = Image.fromarray(_relative(_as_map(attention), limits).astype(np.float32))
+    large = np.asarray(relative.resize((width, height), Image.Resampling.BILINEAR), np.float64)
+    strength = np.clip(large, 0.0, 1.0)
+    colours = _colours(grey, strength)
+    if outline is not None:
+        inside = strength >= outline
+        colours[inside & ~_eroded(_eroded(inside))] = 1.0
+    return np.rint(255.0 * colours).astype(np.uint8)
+
+
+def _decimals(value: float) -> int:
+    """Decimals that show two digits of a number, or more where it is large."""
+    return max(1 - math.floor(math.log10(abs(value))), 0) if value else 0
+
+
+def _numbers(low: float, high: float, between: float) -> list[str]:
+    """Three numbers, with as many digits as it takes to tell `low` from `high`."""
+    decimals = _decimals(high - low)
+    if decimals > 7:
+        digits = 2 + math.floor(math.log10(max(abs(low), abs(high)) / (high - low)))
+        return [f"{value:.{max(digits, 2)}g}" for value in (low, high, between)]
+    finer = min(max(decimals, _decimals(between)), 7)
+    return [f"{low:.{decimals}f}", f"{high:.{decimals}f}", f"{between:.{finer}f}"]
+
+
+def describe(attention: ArrayLike) -> str:
+    """A map's true range in words, for the picture's caption.
+
+    "attention 0.0002–0.0031; uniform would be 0.0010" for a map that sums to 1 (to within
+    1 %, for half precision), "attention 0.12–0.93; mean 0.40" for another, and "attention
+    0.0069 everywhere" for a constant one.
+
+    Raises:
+        ValueError: not an (h, w) map of finite numbers.
+    """
+    array = _as_map(attention)
+    if _is_flat(array):
+        return f"attention {array.mean():.2g} everywhere"
+    a_share = array.min() >= 0 and abs(array.sum() - 1.0) < 0.01
+    third = 1.0 / array.size if a_share else float(array.mean())
+    low, high, other = _numbers(float(array.min()), float(array.max()), third)
+    return f"attention {low}–{high}; {'uniform would be' if a_share else 'mean'} {other}"
+
+
+def colour_key(width: int, height: int) -> Picture:
+    """What the colours mean: attention from least (left) to most, over black (top) to white.
+
+    Returns:
+        (height, width, 3), uint8.
+    """
+    strength, grey = np.meshgrid(np.linspace(0.0, 1.0, width), np.linspace(0.0, 1.0, height))
+    return np.rint(255.0 * _colours(grey, strength)).astype(np.uint8)
+
+
+def colour_bar(low: float, high: float, *, width: int = 240) -> Picture:
+    """A colour scale for figures: the colours over black to white, `low` and `high` below.
+
+    Args:
+        low: the attention that has no colour.
+        high: the attention that has the strongest.
+        width: in pixels; the height is a sixth of it, and at least 40.
+
+    Returns:
+        (height, width, 3), uint8, on white.
+
+    Raises:
+        ValueError: low is not below high, or the width is under 120.
+    """
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise ValueError(f"low={low}, high={high}: finite numbers are needed, the lower first")
+    if width < 120:
+        raise ValueError(f"width={width}: at least 120 pixels, for the numbers to be read")
+    height = max(width // 6, 40)
+    text_height = height * 2 // 5
+    bar = Image.new("RGB", (width, height), "white")
+    bar.paste(Image.fromarray(colour_key(width, height - text_height - 2)))
+    draw = ImageDraw.Draw(bar)
+    font: Any = ImageFont.load_default(size=text_height * 0.8)
+    left, right, _ = _numbers(low, high, high)
+    draw.text((0, height), left, fill="black", font=font, anchor="ld")
+    draw.text((width, height), right, fill="black", font=font, anchor="rd")
+    return np.asarray(bar)

@@ -1,0 +1,66 @@
+"""A network as a folder that timm loads: config.json and model.safetensors.
+
+`timm.create_model("local-dir:FOLDER", pretrained=True)` gives it back, arguments, weights
+and all; what images it takes and what its classes are called is in config.json.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+# how a network was made, not what it is: loading a folder must not fetch weights again
+_NOT_SAVED = ("pretrained_plain",)
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    data_config: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Saves a network of Regard's or timm's as a folder in timm's `local-dir` layout.
+
+    Args:
+        model: made by create_model().
+        folder: made where missing; each file is written beside and then renamed, so that
+            there is never half a file under its name.
+        class_names: in the order of the classifier's outputs.
+        data_config: timm's preprocessing: input_size (C, H, W), mean, std, interpolation,
+            crop_pct, crop_mode.
+        extra: further entries of config.json, which timm ignores.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the class names are not as many as the classes.
+        OSError: the folder can't be written.
+    """
+    if class_names is not None and len(class_names) != model.num_classes:
+        raise ValueError(f"{len(class_names)} class names for {model.num_classes} classes")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    config: dict[str, Any] = dict(extra or {})
+    if class_names is not None:
+        config["label_names"] = list(class_names)
+    made_with = dict(getattr(model, "_model_args", {}))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+        save_file(tensors, Path(scratch, "model.safetensors"), metadata={"format": "pt"})
+        try:
+            model._model_args = {k: v for k, v in made_with.items() if k not in _NOT_SAVED}  # type: ignore[assignment]
+            path = Path(scratch, "config.json")
+            save_config_for_hf(model, str(path), model_config=config, data_config=data_config)
+        finally:
+            model._model_args = made_with  # type: ignore[assignment]
+        for name in ("model.safetensors", "config.json"):
+            os.replace(Path(scratch, name), folder / name)
+    return folder
