@@ -263,8 +263,9 @@ def _report(
         },
         command=f"regard demo --seed {settings.seed} --epochs {settings.epochs}",
         notes=[
-            "The gallery is not picked by hand: of the held-out images it shows every wrong one "
-            "(at most eight, the surest first) and the first right one of each class.",
+            "The gallery is not picked by hand: of the held-out images it shows the wrong ones (at "
+            "most eight, the surest first), the four right ones that the network was least sure "
+            "of, and the first right one of each class.",
             "A gate's map tells how much each place weighs in the vector that this gate gives to "
             "the classifier. It shows what was weighed, not why: read it as evidence, not proof.",
             "One split and one seed. Another seed gives a slightly different number; the interval "
@@ -274,25 +275,23 @@ def _report(
 
 
 def _gallery(digits: Digits, probabilities: Tensor, gates: dict[str, Tensor]) -> list[GalleryItem]:
-    """All wrong images, at most eight, the surest first; then the first right one a class."""
-    truth = digits.labels[digits.test]
-    sure, predicted = probabilities.max(dim=1)
-    wrong = torch.nonzero(predicted != truth).flatten()
-    surest: list[int] = wrong[sure[wrong].argsort(descending=True)][:8].tolist()
-    right = [
-        found[0].item()
-        for d in range(10)
-        if len(found := torch.nonzero((truth == d) & (predicted == d)).flatten())
-    ]
+    """The wrong images, the least sure right ones, and the first right one of each class."""
+    truth = digits.labels[digits.test].numpy()
+    sure, predicted = (t.numpy() for t in probabilities.max(dim=1))
+    wrong = np.flatnonzero(predicted != truth)
+    wrong = wrong[np.argsort(-sure[wrong])][:8]
+    right = np.flatnonzero(predicted == truth)
+    unsure = right[np.argsort(sure[right])][:4]
+    first = [np.flatnonzero((truth == d) & (predicted == d))[:1] for d in range(10)]
     return [
         GalleryItem(
             image=(digits.scans[digits.test[i]] / 16 * 255).round().astype(np.uint8),
-            true=str(int(truth[i])),
-            predicted=str(int(predicted[i])),
+            true=str(truth[i]),
+            predicted=str(predicted[i]),
             probability=float(sure[i]),
             maps=[(name, values[i].numpy()) for name, values in gates.items()],
         )
-        for i in [*surest, *right]
+        for i in dict.fromkeys(np.concatenate([wrong, unsure, *first]).tolist())
     ]
 
 

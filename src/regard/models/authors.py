@@ -277,7 +277,7 @@ def arguments_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         convs = [
             sum(f"conv{b}.conv{i}.0.weight" in tensors for i in range(1, 9)) for b in range(1, 6)
         ]
-        if min(convs) > 0:
+        if min(convs) > 0 and convs != [3, 3, 3, 2, 2]:
             found["convs"] = convs
         if name.startswith("ag_"):
             joint, heads = size("classifier.weight", 1), size("classifier1.weight", 0)

@@ -54,13 +54,15 @@ def save_model(
         config["label_names"] = list(class_names)
     made_with = dict(getattr(model, "_model_args", {}))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-        save_file(tensors, Path(scratch, "model.safetensors"), metadata={"format": "pt"})
+        weights = Path(scratch, "model.safetensors")
+        save_file(tensors, weights, metadata={"format": "pt"})
         try:
             model._model_args = {k: v for k, v in made_with.items() if k not in _NOT_SAVED}  # type: ignore[assignment]
             path = Path(scratch, "config.json")
             save_config_for_hf(model, str(path), model_config=config, data_config=data_config)
         finally:
             model._model_args = made_with  # type: ignore[assignment]
+        weights.chmod(path.stat().st_mode)  # save_file leaves it to its owner alone
         for name in ("model.safetensors", "config.json"):
             os.replace(Path(scratch, name), folder / name)
     return folder

@@ -206,11 +206,11 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     return [float(t) for t in ticks]
 
 
-def _axis(values: Iterable[float]) -> tuple[float, float]:
+def _axis(values: Iterable[float], *, from_zero: bool = True) -> tuple[float, float]:
     """Lowest and highest; from 0 where the lowest is less than half of the highest."""
     finite = list(values)
     low, high = min(finite), max(finite)
-    if 0 < low < high / 2:
+    if from_zero and 0 < low < high / 2:
         low = 0.0
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
@@ -221,19 +221,24 @@ def _runs(points: Iterable[tuple[float, float] | None]) -> Iterator[list[tuple[f
             yield [p for p in run if p is not None]
 
 
+def _said(y: float, percent: bool) -> str:
+    if not math.isfinite(y):
+        return "not finite"
+    return _percent(y) if percent else f"{y:.3g}"
+
+
 def _chart(
     history: list[dict[str, float]], title: str, keys: dict[str, str], *, percent: bool = False
 ) -> dict[str, Any] | None:
     """Drawing of a quantity by epoch; keys are history's, by the line's name."""
     lines = {
-        name: [(row["epoch"], row.get(key, math.nan)) for row in history]
+        name: [(row["epoch"], row[key]) for row in history if key in row]
         for name, key in keys.items()
     }
     lines = {n: v for n, v in lines.items() if any(math.isfinite(y) for _, y in v)}
     if not lines:
         return None
-    epochs = [row["epoch"] for row in history]
-    x_low, x_high = (epochs[0], epochs[-1]) if len(epochs) > 1 else _axis(epochs)
+    x_low, x_high = _axis((row["epoch"] for row in history), from_zero=False)
     y_ticks = _ticks(*_axis(y for v in lines.values() for _, y in v if math.isfinite(y)))
     if percent:
         y_ticks = [t for t in y_ticks if -1e-9 <= t <= 1 + 1e-9] or [0.0, 1.0]
@@ -245,20 +250,17 @@ def _chart(
     def at_y(y: float) -> float:
         return _BOTTOM - (_BOTTOM - _TOP) * (y - y_low) / (y_high - y_low)
 
-    def said(y: float) -> str:
-        return _percent(y) if percent else f"{y:.3g}"
-
     drawn = []
     for name, values in lines.items():
-        points = [(at_x(x), at_y(y)) if math.isfinite(y) else None for x, y in values]
-        finite = [y for _, y in values if math.isfinite(y)]
+        runs = list(_runs((at_x(x), at_y(y)) if math.isfinite(y) else None for x, y in values))
+        first, last = (_said(values[i][1], percent) for i in (0, -1))
         drawn.append(
             {
                 "name": name,
-                "runs": [" ".join(f"{x:.1f},{y:.1f}" for x, y in run) for run in _runs(points)],
-                "dots": [p for p in points if p] if len(history) <= 15 else [],
-                "last": said(finite[-1]),
-                "words": f"{name} from {said(finite[0])} to {said(finite[-1])}",
+                "runs": [" ".join(f"{x:.1f},{y:.1f}" for x, y in run) for run in runs],
+                "dots": [p for run in runs for p in run if len(values) <= 15 or len(run) == 1],
+                "last": last,
+                "words": f"{name} from {first} to {last}",
             }
         )
     return {
@@ -381,6 +383,7 @@ def _render(report: Report) -> str:
         left_out=len(report.gallery) - len(wrong) - len(right),
         key=_data_uri(colour_key(160, 24), "png"),
         charts=_charts(report.history),
+        history_keys=list(dict.fromkeys(key for row in report.history for key in row)),
         rows=confusion.tolist() if whole else [],
         per_class=per_class,
         mean_recall=sum(recalls) / len(recalls),

@@ -1,0 +1,228 @@
+"""Every network answers timm's verbs, at any size, in half precision, compiled, exported."""
+
+import math
+
+import pytest
+import timm
+import torch
+from timm.models import FeatureInfo
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+import regard
+
+EVERY = regard.list_models()
+# one of each way of building: what holds for it holds for its deeper and wider relatives
+KINDS = ["attention56_cifar", "attentionnext56", "cbam_resnet18", "cbam_resnet50", "se_resnet18",
+         "wide_resnet18_1_5", "sononet8", "ag_sononet8"]  # fmt: skip
+HEADS = {"mean": 3, "deep_sup": 4}
+
+
+def small_input(model, batch=2, side=64):
+    return torch.randn(batch, model.default_cfg["input_size"][0], side, side)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_training_reaches_every_parameter(name):
+    model = regard.create_model(name, num_classes=7).train()
+    outputs = model(small_input(model))
+    assert outputs.shape == ((2, 3, 7) if name.startswith("ag_") else (2, 7))
+    outputs.square().mean().backward()
+    for parameter_name, p in model.named_parameters():
+        assert p.grad is not None, parameter_name
+        assert p.grad.isfinite().all(), parameter_name
+
+
+@pytest.mark.parametrize("name", EVERY)
+@torch.no_grad()
+def test_features_head_and_classifier(name):
+    model = regard.create_model(name).eval()
+    x = small_input(model, batch=1)
+    features = model.forward_features(x)
+    assert features.shape[1] == model.num_features
+    assert torch.equal(model.forward_head(features), model(x))
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (1, model.head_hidden_size)
+    model.reset_classifier(0)
+    assert torch.equal(model(x), pooled)
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), features)
+    model.reset_classifier(3, "avg")
+    assert model(x).shape == (1, 3)
+    assert model.num_classes == 3
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_default_configuration_names_what_is_there(name):
+    with torch.device("meta"):
+        model = regard.create_model(name)
+    parameters = dict(model.named_parameters())
+    cfg = model.default_cfg
+    classifier = cfg["classifier"]
+    for layer in (classifier,) if isinstance(classifier, str) else classifier:
+        assert parameters[f"{layer}.weight"].shape[0] == cfg["num_classes"]
+    assert parameters[f"{cfg['first_conv']}.weight"].shape[1] == cfg["input_size"][0]
+    named = model.get_submodule(model.get_classifier(name_only=True))
+    assert named is model.get_classifier()
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_intermediates_features_only_and_checkpointing(name):
+    model = regard.create_model(name).eval()
+    x = small_input(model, batch=1)
+    final, maps = model.forward_intermediates(x)
+    info = FeatureInfo(model.feature_info, len(model.feature_info))
+    assert [m.shape[1] for m in maps] == info.channels()
+    assert [m.shape[2] for m in maps] == [math.ceil(64 / r) for r in info.reduction()]
+    assert torch.equal(final, model.forward_features(x))
+    (only,) = model.forward_intermediates(x, indices=[2], intermediates_only=True, stop_early=True)
+    assert torch.equal(only, maps[2])
+    for kind in ("list", "getter"):
+        extractor = timm.create_model(name, features_only=True, feature_cls=kind).eval()
+        assert [f.shape for f in extractor(x)] == [m.shape for m in maps]
+    wanted = model(x)
+    model.set_grad_checkpointing()
+    assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("name", ["attention56_cifar", "cbam_resnet18", "ag_sononet8"])
+def test_checkpointing_gives_the_same_gradients(name):
+    gradients = []
+    for enable in (False, True):
+        torch.manual_seed(1)
+        model = regard.create_model(name, num_classes=3).train()
+        model.set_grad_checkpointing(enable)
+        model(small_input(model)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "attention92"])
+@pytest.mark.parametrize("size", [(65, 97), (33, 48), (127, 64)])
+@torch.no_grad()
+def test_odd_and_rectangular_sizes(name, size):
+    model = regard.create_model(name).eval()
+    logits = model(torch.randn(1, model.in_chans, *size))
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "message"),
+    [
+        ("attention56", 30, "at least 32x32 pixels"),
+        ("attention56_cifar", 3, "at least 4x4 pixels, not about 3x3"),
+        ("ag_sononet8", 15, "at least 16x16 pixels, not 15x15"),
+    ],
+)
+def test_too_small_an_image_is_told(name, side, message):
+    model = regard.create_model(name).eval()
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(1, model.in_chans, side, side))
+
+
+@pytest.mark.parametrize("name", [*KINDS, "attention56"])
+def test_bfloat16_autocast_trains_without_nan(name):
+    model = regard.create_model(name, num_classes=4).train()
+    x = small_input(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(x)
+    outputs.float().square().mean().backward()
+    assert outputs.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        exact = model(x).softmax(dim=1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.allclose(model(x).float().softmax(dim=1), exact, atol=0.05)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_compiles_without_a_graph_break(name):
+    torch._dynamo.reset()
+    model = regard.create_model(name, num_classes=3)
+    x = small_input(model)
+    for mode in (True, False):
+        model.train(mode)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        wanted = model(x)
+        model.load_state_dict(state)  # the same running statistics again
+        assert torch.allclose(compiled(x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_exports_with_dynamic_batch(name):
+    model = regard.create_model(name, num_classes=3).eval()
+    x = small_input(model)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    more = small_input(model, batch=5)
+    assert torch.allclose(program.module()(more), model(more), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_torchscript_and_fx(name):
+    with timm.layers.set_scriptable(True):
+        model = regard.create_model(name, num_classes=3).eval()
+    x = small_input(model)
+    wanted = model(x)
+    assert torch.allclose(torch.jit.script(model)(x), wanted, atol=1e-5)
+    tracer = {
+        "leaf_modules": timm.models.get_notrace_modules(),
+        "autowrap_functions": timm.models.get_notrace_functions(),
+    }
+    train_nodes, nodes = get_graph_node_names(
+        model, tracer_kwargs=tracer, suppress_diff_warning=True
+    )
+    traced = create_feature_extractor(
+        model,
+        train_return_nodes=[train_nodes[-1]],
+        eval_return_nodes=[nodes[-1]],
+        tracer_kwargs=tracer,
+        suppress_diff_warning=True,
+    ).eval()
+    assert torch.equal(traced(x)[nodes[-1]], wanted)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_parameter_groups_cover_every_parameter(name):
+    from timm.optim import param_groups_layer_decay
+
+    model = regard.create_model(name)
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    assert len({g["lr_scale"] for g in groups}) > 3
+
+
+def test_an_unknown_argument_or_value_is_refused():
+    wrong = [
+        ("attention56", {"attention": "both"}, "residual, naive"),
+        ("attention56", {"mask": "unet"}, "encoder_decoder, local"),
+        ("attention56", {"mask_activation": "relu"}, "mixed, channel, spatial"),
+        ("attention56", {"t": 0}, "t=0"),
+        ("cbam_resnet18", {"order": "both"}, "channel_spatial, spatial_channel, parallel"),
+        ("cbam_resnet18", {"channel_pool": "min"}, "both, avg, max"),
+        ("cbam_resnet18", {"spatial_pool": "min"}, "avg_max, conv"),
+        ("cbam_resnet18", {"kernel_size": 4}, "kernel_size=4"),
+        ("cbam_resnet18", {"reduction": 0}, "reduction=0"),
+        ("cbam_resnet18", {"stem": "mnist"}, "imagenet, cifar"),
+        ("ag_sononet8", {"aggregation": "max"}, "concat, mean, deep_sup, ft"),
+        ("ag_sononet8", {"normalise": "max"}, "mean_flow, softmax, sigmoid, mean, range"),
+        ("sononet8", {"convs": (3, 3)}, "convs="),
+    ]
+    for name, arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            regard.create_model(name, **arguments)
+    with pytest.raises(TypeError, match="attentoin"):
+        regard.create_model("cbam_resnet18", attentoin=1)
