@@ -146,15 +146,16 @@ def test_bfloat16_autocast_trains_without_nan(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_compiles_without_a_graph_break(name):
     torch._dynamo.reset()
-    model = regard.create_model(name, num_classes=3)
-    x = small_input(model)
+    # in float64: BN over the mask's 2x2 positions makes rounding of float32 large
+    model = regard.create_model(name, num_classes=3).double()
+    x = small_input(model).double()
     for mode in (True, False):
         model.train(mode)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         state = {k: v.clone() for k, v in model.state_dict().items()}
         wanted = model(x)
         model.load_state_dict(state)  # the same running statistics again
-        assert torch.allclose(compiled(x), wanted, atol=1e-5)
+        assert torch.allclose(compiled(x), wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -355,7 +355,7 @@ class ResidualAttentionNet(nn.Module):
 
         strides = (2, 4, 8, 16, 32) if imagenet else (1, 1, 2, 4, 4)
         names = ("act1", "layer1", "layer2", "layer3", "act" if preact else "layer4")
-        self.feature_info: list[dict[str, Any]] = [
+        self.feature_info = [
             {"num_chs": c, "reduction": s, "module": n}
             for c, s, n in zip(channels, strides, names, strict=True)
         ]

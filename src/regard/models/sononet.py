@@ -85,7 +85,7 @@ class _SonoNetBase(nn.Module):
         self.block3 = _block(widths[1], widths[2], convs[2], pool=True)
         self.block4 = _block(widths[2], widths[3], convs[3], pool=True)
         self.block5 = _block(widths[3], widths[4], convs[4], pool=True)
-        self.feature_info: list[dict[str, Any]] = [
+        self.feature_info = [
             {"num_chs": width, "reduction": 2**i, "module": f"block{i + 1}"}
             for i, width in enumerate(widths)
         ]
