@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from regard.models.cbam import twins as twins
     from regard.models.folder import save_model as save_model
     from regard.models.sononet import AttentionGate as AttentionGate
+    from regard.prediction import Classifier as Classifier
+    from regard.prediction import load as load
     from regard.training.losses import heads_loss as heads_loss
+    from regard.training.run import train as train
 
 _WHERE = {
     "AttentionMap": "regard.attention",
@@ -46,7 +49,10 @@ _WHERE = {
     "twins": "regard.models.cbam",
     "save_model": "regard.models.folder",
     "AttentionGate": "regard.models.sononet",
+    "Classifier": "regard.prediction",
+    "load": "regard.prediction",
     "heads_loss": "regard.training.losses",
+    "train": "regard.training.run",
 }
 
 __all__ = sorted(_WHERE)

@@ -1,14 +1,17 @@
 """The command line: parsing, and one-line errors. What the commands do is elsewhere."""
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import cyclopts
 from cyclopts import App, Parameter
 
 from regard import __version__
+from regard.recipes import Recipe, fields_of
 
 app = App(
     name="regard",
@@ -17,6 +20,29 @@ app = App(
     help_format="plaintext",
     result_action="return_value",
 )
+
+
+RecipeFlags = make_dataclass(
+    "RecipeFlags",
+    [
+        (
+            f.name,
+            Annotated[
+                get_type_hints(Recipe)[f.name] | None,
+                Parameter(
+                    help=f.metadata["help"],
+                    group=f"{f.metadata['group']} (of the recipe)",
+                    consume_multiple=True,
+                    negative_iterable=(),
+                ),
+            ],
+            field(default=None),
+        )
+        for f in fields_of()
+    ],
+)
+"""Every field of a recipe as a flag; None where it was not given."""
+RecipeFlags.__module__ = __name__  # Python 3.11 says "types", which cyclopts takes for builtin
 
 
 class UsageError(ValueError):
@@ -95,13 +121,178 @@ def convert(
 
 
 @app.command
+def data(
+    source: Annotated[str, Parameter(name="DATA")],
+    /,
+    *,
+    val: float = 0.1,
+    test: float = 0.2,
+    seed: int = 0,
+    limit: int | None = None,
+    workers: int | None = None,
+    root: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Look at data before training: counts, sizes, faults, leakage.
+
+    Parameters
+    ----------
+    source
+        digits, a folder of class folders (with train, val, test or without), a CSV file
+        (path, label, split, group), cifar10, cifar100, medmnist:FILE.npz or hf:NAME.
+    val
+        Share for validation where the data has no such split.
+    test
+        Share for the test where the data has no such split.
+    seed
+        Of those splits.
+    limit
+        Look at so many images only, evenly spread.
+    workers
+        Processes that decode; without: one a core.
+    root
+        Where cifar10 and cifar100 are kept.
+    json
+        Print JSON.
+    """
+    from regard.data import assign_splits, check_data, open_data, print_check
+
+    table = assign_splits(open_data(source, root=root), val=val, test=test, seed=seed)
+    with _bar("looking at the images") as progress:
+        check = check_data(table, progress=progress, workers=workers, limit=limit)
+    print_check(check, as_json=json)
+    return 0
+
+
+@app.command
+def recipes(name: str | None = None) -> int:
+    """List the recipes, or print one.
+
+    Parameters
+    ----------
+    name
+        A recipe's name; its TOML file is printed, as a start for one of your own.
+    """
+    from regard.recipes import load_recipe, shipped, summary
+
+    texts = shipped()
+    if name is None:
+        for each, text in texts.items():
+            print(f"{each:22s} {summary(text)}")
+        return 0
+    load_recipe(name)
+    print(texts[name] if name in texts else Path(name).read_text(encoding="utf-8"), end="")
+    return 0
+
+
+@app.command
+def train(
+    source: Annotated[str, Parameter(name="DATA")],
+    /,
+    *,
+    model: str | None = None,
+    recipe: str = "quick",
+    out: Path | None = None,
+    resume: Annotated[bool, Parameter(negative=())] = False,
+    weights: Path | None = None,
+    pretrained: Annotated[bool, Parameter(negative=())] = False,
+    root: Path | None = None,
+    flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # type: ignore[valid-type]  # noqa: B008
+) -> int:
+    """Train a network on labelled images.
+
+    Writes a run's folder: the network (timm loads it), recipe, splits, metrics, report.html.
+    Under `accelerate launch -m regard train ...` or torchrun it runs in many processes.
+
+    Parameters
+    ----------
+    source
+        digits, a folder of class folders (with train, val, test or without), a CSV file
+        (path, label, split, group), cifar10, cifar100, medmnist:FILE.npz or hf:NAME.
+    model
+        A network's name, see `regard models`, or any of timm's; without: the recipe's.
+    recipe
+        A name, see `regard recipes`, or a TOML file; the flags below go on top.
+    out
+        The run's folder; without: runs/DATA-MODEL.
+    resume
+        Go on with the run in that folder from its last saved state.
+    weights
+        Start from the network of another run's folder, or from an authors' checkpoint.
+    pretrained
+        Start from timm's pretrained weights; for CBAM and SE the plain network's, grafted.
+    root
+        Where cifar10 and cifar100 are kept.
+    """
+    from regard.training import train as run
+
+    changes = {k: v for k, v in vars(flags).items() if v is not None}
+    run(
+        source, model=model, recipe=recipe, out=out, resume=resume, weights=weights,
+        pretrained=pretrained, root=root, echo=_say, **changes,
+    )  # fmt: skip
+    return 0
+
+
+@app.command
+def evaluate(
+    run: Annotated[str, Parameter(name="RUN")],
+    source: Annotated[str | None, Parameter(name="DATA")] = None,
+    /,
+    *,
+    split: str | None = None,
+    weights: Path | None = None,
+    root: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Test a network on labelled images, with 95 % intervals.
+
+    Parameters
+    ----------
+    run
+        A run's folder; or a network's name, with --weights.
+    source
+        As for training; without: the run's own, as it was split.
+    split
+        train, val, test or all; without: test where there is one.
+    weights
+        For a network's name: a run's folder or an authors' checkpoint.
+    root
+        Where cifar10 and cifar100 are kept.
+    json
+        Print JSON.
+    """
+    from regard.evaluation import evaluate as measure
+    from regard.evaluation import print_evaluation
+    from regard.evaluation.of_run import predictions_of
+
+    unreadable: list[str] = []
+    named, predictions = predictions_of(
+        run, source, split=split, weights=weights, root=root, complain=unreadable.append
+    )
+    found = measure(predictions)
+    if json:
+        from json import dumps
+
+        content = {"split": named, **found.to_dict(), "unreadable": unreadable}
+        print(dumps(content, indent=2, ensure_ascii=False))
+    else:
+        print(f"{run} on the {named} images of {source or 'its own data'}")
+        print_evaluation(found)
+    for line in unreadable:
+        _complain(line)
+    return 1 if unreadable else 0
+
+
+@app.command
 def predict(
-    run: Path,
+    run: Annotated[Path, Parameter(name="RUN")],
     images: Annotated[list[Path], Parameter(negative=())],
     /,
     *,
     top: int = 5,
     json: bool = False,
+    csv: Path | None = None,
 ) -> int:
     """Classify images with a trained network.
 
@@ -110,18 +301,41 @@ def predict(
     run
         The run's folder, such as runs/demo.
     images
-        Image files.
+        Image files, and folders of them.
     top
         How many classes to name for each.
     json
         Print one JSON object a line.
+    csv
+        Write a CSV file instead.
     """
     if top < 1:
         raise UsageError(f"--top {top}: at least 1")
+    if json and csv is not None:
+        raise UsageError("--json and --csv: give one of them")
     from regard.prediction import print_predictions
 
-    failed = print_predictions(run, images, top=top, as_json=json, complain=_complain)
-    return 0 if failed == 0 else 2 if failed == len(images) else 1
+    answered, failed = print_predictions(
+        run, images, top=top, as_json=json, csv=csv, complain=_complain
+    )
+    if answered == failed == 0:
+        raise UsageError(f"no image below {', '.join(map(str, images))}")
+    return 0 if failed == 0 else 1 if answered else 2
+
+
+@app.command
+def report(run: Annotated[Path, Parameter(name="RUN")], /) -> int:
+    """Write a run's report.html again.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    """
+    from regard.report.of_run import report_run
+
+    print(report_run(run))
+    return 0
 
 
 def _arguments(pairs: Sequence[str]) -> dict[str, Any]:
@@ -137,6 +351,21 @@ def _arguments(pairs: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[name] = value  # a word, as `concat`
     return found
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar in a terminal, called with (done, total); None elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _say(line: str) -> None:
@@ -159,12 +388,20 @@ def run_command(tokens: Sequence[str]) -> int:
     except cyclopts.CycloptsError as error:
         _complain(f"{' '.join(str(error).split())} (see `regard --help`)")
         return 2
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         _complain(" ".join(str(error).split()))
         return 2
+    except (OSError, ArithmeticError) as error:  # the work failed; NotFiniteError is one
+        _complain(" ".join(str(error).split()))
+        return 1
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
+    except Exception as error:
+        if type(error).__name__ != "Stopped":  # training's, without importing it
+            raise
+        _complain(f"{error}; its state is saved: go on with the same command and --resume")
+        return 128 + error.signal_number  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

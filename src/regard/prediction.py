@@ -1,80 +1,218 @@
-"""Loads a run's folder and classifies images with it."""
+"""A trained network with all that its folder says: `load` reads it, and it classifies images."""
 
 import json
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any, TextIO
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from timm.data import create_transform, resolve_data_config
-from timm.models import load_model_config_from_path
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from regard.data.images import IMAGE_SUFFIXES, ImageError, read_image, to_channels
+from regard.data.loading import Held, Streamed, default_workers
+from regard.data.preprocess import Preprocess, to_tensor
 from regard.models import create_model
+
+BATCH = 32
+ImageLike = str | Path | NDArray[Any] | Any  # a file, an array (H, W[, C]), or a PIL image
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of one image, the likeliest first, with their probabilities."""
+    """One image: its classes and their probabilities, the likeliest first; or why it has none."""
 
     path: str
     classes: list[tuple[str, float]]
+    error: str | None = None
 
 
 class Classifier:
-    """A trained network with its classes' names and its preprocessing, read from its folder.
+    """A network with its classes' names and its preprocessing.
 
-    Raises:
-        ValueError: the folder holds no network.
+    Attributes:
+        model: in evaluation mode.
+        class_names: in the order of its outputs.
+        preprocess: from a decoded image to its input.
+        config: the folder's config.json, under "regard" what timm does not know.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} holds no trained network (no config.json)")
-        try:
-            self.model: nn.Module = create_model(f"local-dir:{folder}", pretrained=True).eval()
-            config, _, _ = load_model_config_from_path(folder)
-        except (RuntimeError, FileNotFoundError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder}: its network can't be loaded ({error})") from error
-        names = config.get("label_names")
-        count = self.model.num_classes
-        self.class_names = list(names) if names else [str(i) for i in range(count)]
-        data_config = resolve_data_config(model=self.model)
-        self.mode = "L" if data_config["input_size"][0] == 1 else "RGB"
-        self.transform = create_transform(**data_config)
+    def __init__(
+        self,
+        model: nn.Module,
+        class_names: Sequence[str],
+        preprocess: Preprocess,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.class_names = list(class_names)
+        self.preprocess = preprocess
+        self.config = config or {}
 
-    def read(self, path: str | Path) -> Tensor:
-        """One image as the network takes it, (C, H, W).
+    def decode(self, image: ImageLike) -> Tensor:
+        """One image as (C, H, W) of the input's size, in 0..255.
 
         Raises:
-            ValueError: the file is missing or is no image that can be read.
+            ImageError: the file can't be read, or the array is no image.
         """
-        try:
-            with Image.open(path) as image:
-                return self.transform(ImageOps.exif_transpose(image).convert(self.mode))
-        except FileNotFoundError as error:
-            raise ValueError(f"{path}: no such file") from error
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{path}: is no image that can be read") from error
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: can't be read as an image ({error})") from error
+        channels = self.preprocess.input_size[0]
+        if isinstance(image, str | Path):
+            pixels = read_image(image, channels=channels, at_least=self.preprocess.at_least)
+        else:
+            pixels = to_channels(_as_pixels(image), channels)
+        return self.preprocess.fit(to_tensor(pixels))
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, classes)."""
-        return self.model(images).softmax(dim=1)
+        """(B, C, H, W) in 0..255 -> (B, classes), float32."""
+        device = next(self.model.parameters()).device
+        x = self.preprocess.normalise(images.to(device))
+        return self.model(x.contiguous(memory_format=torch.channels_last)).softmax(dim=1).cpu()
 
-    def predict(self, path: str | Path, top: int = 5) -> Prediction:
-        """The likeliest classes of the image in one file.
+    def predict(self, images: ImageLike | Iterable[ImageLike], top: int = 5) -> list[Prediction]:
+        """Classifies files, arrays (H, W[, C]) or PIL images, one or several.
 
         Raises:
-            ValueError: the file can't be read.
+            ImageError: one can't be read; `predict_each` goes on instead.
         """
-        best = self.probabilities(self.read(path)[None])[0].topk(min(top, len(self.class_names)))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return Prediction(str(path), [(self.class_names[i], p) for i, p in pairs])
+        if isinstance(images, str | Path | np.ndarray) or hasattr(images, "convert"):
+            images = [images]
+        answers = list(self.predict_each(images, top))
+        for answer in answers:
+            if answer.error is not None:
+                raise ImageError(answer.error)
+        return answers
+
+    def predict_each(
+        self, images: Iterable[ImageLike], top: int = 5, batch: int = BATCH
+    ) -> Iterator[Prediction]:
+        """An answer for each image in turn, read ahead by threads; memory stays constant."""
+        count = min(top, len(self.class_names))
+        decoded = _read_ahead(images, self._decode_or_error, default_workers(), 2 * batch)
+        while chunk := list(islice(decoded, batch)):
+            good = [image for _, image in chunk if isinstance(image, Tensor)]
+            answers: Iterator[Any] = iter(())
+            if good:
+                best = self.probabilities(_stack(good)).topk(count)
+                answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            for name, image in chunk:
+                if isinstance(image, Tensor):
+                    rows = zip(*next(answers), strict=True)
+                    yield Prediction(name, [(self.class_names[i], p) for i, p in rows])
+                else:
+                    yield Prediction(name, [], image)
+
+    def _decode_or_error(self, image: ImageLike) -> tuple[str, Tensor | str]:
+        name = str(image) if isinstance(image, str | Path) else "image"
+        try:
+            return name, self.decode(image)
+        except ImageError as error:
+            return name, str(error)
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    if len({i.dtype for i in images}) > 1:
+        images = [i.float() for i in images]
+    return torch.stack(images)
+
+
+def _as_pixels(image: Any) -> NDArray[Any]:
+    if hasattr(image, "convert"):  # PIL's, without importing it
+        mode = "L" if image.mode in ("L", "1") else "RGB"
+        image = np.asarray(image.convert(mode))
+    pixels = np.asarray(image)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    good = pixels.ndim == 3 and pixels.shape[2] in (1, 3) and pixels.size
+    if not good or pixels.dtype not in (np.uint8, np.uint16, np.float32):
+        raise ImageError(
+            f"an array of {pixels.dtype} {pixels.shape}: (H, W), (H, W, 1) or (H, W, 3) of uint8, "
+            "uint16, or float32 in 0..1 is needed"
+        )
+    return pixels
+
+
+def _read_ahead(
+    items: Iterable[Any], read: Callable[[Any], Any], threads: int, window: int
+) -> Iterator[Any]:
+    """read(item) of each item, in order, with at most `window` of them under way."""
+    waiting: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) >= window:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def load(folder: str | Path) -> Classifier:
+    """The network of a run's folder, or of any folder in timm's `local-dir` layout.
+
+    Raises:
+        ValueError: the folder holds no network, or one that can't be loaded.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        hint = " yet: its training has not ended" if (folder / "run.json").is_file() else ""
+        raise ValueError(f"{folder} holds no trained network{hint} (no config.json)")
+    try:
+        model = create_model(f"local-dir:{folder}", pretrained=True)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (RuntimeError, FileNotFoundError, json.JSONDecodeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder}: its network can't be loaded ({reason})") from error
+    standardise = config.get("regard", {}).get("standardise", "fixed")
+    preprocess = Preprocess.from_config(model.pretrained_cfg, standardise)
+    names = config.get("label_names") or [str(i) for i in range(model.num_classes)]
+    return Classifier(model, names, preprocess, config)
+
+
+@torch.no_grad()
+def probabilities_of(
+    classifier: Classifier,
+    source: Held | Streamed,
+    count: int,
+    *,
+    batch: int = BATCH,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], list[tuple[int, str]]]:
+    """This process's share of `count` images, none of them twice: rows, (n, classes), unreadable.
+
+    The images are cut into batches, and every `world`-th is this process's.
+    """
+    spans = [(start, min(batch, count - start)) for start in range(0, count, batch)][rank::world]
+    rows: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    found = [np.zeros((0, len(classifier.class_names)))]
+    unreadable = []
+    for part in source.batches(spans):
+        unreadable += part.unreadable
+        if len(part.indices):
+            rows.append(part.indices.numpy())
+            found.append(classifier.probabilities(part.images).double().numpy())
+    return np.concatenate(rows), np.concatenate(found), unreadable
+
+
+# ------------------------------------------------------------------------- the command
+def images_below(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files named, and the images below the folders named, sorted in each folder."""
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        for folder, folders, files in os.walk(path):
+            folders.sort()
+            for name in sorted(files):
+                if name.lower().endswith(tuple(IMAGE_SUFFIXES)) and not name.startswith("."):
+                    yield Path(folder, name)
 
 
 def print_predictions(
@@ -83,26 +221,80 @@ def print_predictions(
     *,
     top: int,
     as_json: bool,
+    csv: Path | None,
     complain: Callable[[str], None],
-) -> int:
-    """Prints a line for each image; returns how many could not be read.
+) -> tuple[int, int]:
+    """Answers for every image, as lines, as JSON lines, or in a CSV file.
+
+    Returns:
+        How many images were answered, and how many could not be read.
 
     Raises:
         ValueError: the folder holds no network.
+        OSError: the CSV can't be written.
     """
-    classifier = Classifier(folder)
-    failed = 0
-    for path in paths:
-        try:
-            prediction = classifier.predict(path, top)
-        except ValueError as error:
-            complain(str(error))
-            failed += 1
-            continue
-        if as_json:
-            classes = [{"class": name, "probability": p} for name, p in prediction.classes]
-            print(json.dumps({"path": prediction.path, "classes": classes}))
+    classifier = load(folder)
+    answered = failed = 0
+    write, finish = _writer(csv, as_json, min(top, len(classifier.class_names)))
+    done = False
+    try:
+        for prediction in classifier.predict_each(images_below(paths), top):
+            if prediction.error is not None:
+                complain(prediction.error)
+                failed += 1
+            else:
+                answered += 1
+            write(prediction)
+        done = True
+    finally:
+        finish(done)
+    return answered, failed
+
+
+def _writer(
+    path: Path | None, as_json: bool, top: int
+) -> tuple[Callable[[Prediction], None], Callable[[bool], None]]:
+    """What writes one prediction, and what ends the writing (True: all went well)."""
+    if path is None:
+        return (_print_json if as_json else _print_line), lambda done: None
+    beside = path.with_name(f".{path.name}.writing")
+    file = beside.open("w", newline="", encoding="utf-8")
+
+    def finish(done: bool) -> None:
+        file.close()
+        if done:
+            os.replace(beside, path)
         else:
-            told = "  ".join(f"{name} {p:.1%}" for name, p in prediction.classes)
-            print(f"{prediction.path}: {told}")
-    return failed
+            beside.unlink(missing_ok=True)
+
+    return _csv_writer(file, top), finish
+
+
+def _csv_writer(file: TextIO, top: int) -> Callable[[Prediction], None]:
+    import csv
+
+    writer = csv.writer(file)
+    ranks = [f"{kind}{k}" for k in range(1, top + 1) for kind in ("class", "probability")]
+    writer.writerow(["path", *ranks, "error"])
+
+    def write(p: Prediction) -> None:
+        cells = [cell for name, share in p.classes for cell in (name, f"{share:.6f}")]
+        cells += [""] * (2 * top - len(cells))
+        writer.writerow([p.path, *cells, p.error or ""])
+
+    return write
+
+
+def _print_json(p: Prediction) -> None:
+    if p.error is not None:
+        answer: dict[str, Any] = {"path": p.path, "error": p.error}
+    else:
+        classes = [{"class": name, "probability": share} for name, share in p.classes]
+        answer = {"path": p.path, "classes": classes}
+    sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+
+
+def _print_line(p: Prediction) -> None:
+    if p.error is None:
+        told = "  ".join(f"{name} {share:.1%}" for name, share in p.classes)
+        sys.stdout.write(f"{p.path}: {told}\n")

@@ -20,10 +20,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 Picture = NDArray[np.uint8]
 Floats = NDArray[np.float64]
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 _GREY = (0.10, 0.80)  # black and white of the image, of 0..1: colour must show on both
 _OPACITY = 0.75  # of the strongest attention: a quarter of the image is always seen
 _VIRIDIS_FROM = 0.30  # below is a violet too dark to tell from a dark image
+_FADED = 0.5  # towards white, of what the network did not see
 _ROUNDING = 1e-6  # a spread below this part of the values is float32 rounding, not attention
 
 
@@ -84,6 +86,40 @@ def resize_image(image: ArrayLike, size: tuple[int, int]) -> Picture:
     return np.asarray(picture.resize((width, height), how))
 
 
+def place(
+    attention: ArrayLike, size: tuple[int, int], *, box: Box | None = None, outside: float = 0.0
+) -> Floats:
+    """A map put where it belongs in the image, enlarged bilinearly (corners not aligned).
+
+    Args:
+        attention: (h, w) floats.
+        size: (height, width) of the image, in pixels.
+        box: left, top, right and bottom of what the map covers, in the same pixels, rounded to
+            whole ones; it may reach beyond the image, where a network saw padding. The whole
+            image by default.
+        outside: the value of pixels that the map does not cover.
+
+    Returns:
+        (height, width).
+
+    Raises:
+        ValueError: not such a map, or a box without a pixel of the image.
+    """
+    height, width = size
+    values = _as_map(attention)
+    left, top, right, bottom = (round(v) for v in (box or (0, 0, width, height)))
+    rows, columns = (max(top, 0), min(bottom, height)), (max(left, 0), min(right, width))
+    if rows[0] >= rows[1] or columns[0] >= columns[1]:
+        raise ValueError(f"box={box}: it holds no pixel of an image {width} wide, {height} high")
+    small = Image.fromarray(values.astype(np.float32))
+    large = small.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+    placed = np.full(size, outside, np.float64)
+    placed[slice(*rows), slice(*columns)] = np.asarray(large)[
+        rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left
+    ]
+    return placed
+
+
 def _colours(grey: Floats, strength: Floats) -> Floats:
     """Grey image and attention, each (H, W) in 0..1 -> colours (H, W, 3) in 0..1.
 
@@ -110,6 +146,7 @@ def overlay(
     size: tuple[int, int] | None = None,
     limits: tuple[float, float] | None = None,
     outline: float | None = None,
+    box: Box | None = None,
 ) -> Picture:
     """An attention map in colour over its image in grey.
 
@@ -127,23 +164,30 @@ def overlay(
             minimum and maximum by default. Give the same for pictures to be compared.
         outline: a level of 0..1 between the limits around which a white line is drawn, 2
             pixels wide; for results of about 100 pixels and more. None by default.
+        box: left, top, right, bottom of what the map covers, in the image's own pixels; the
+            rest of the image is faded. The whole image by default.
 
     Returns:
         (height, width, 3), uint8.
 
     Raises:
         ValueError: an image or a map of another kind, values that are not finite, limits that
-            are not in order, or an outline outside 0..1.
+            are not in order, an outline outside 0..1, or a box outside the image.
     """
     if outline is not None and not 0.0 < outline < 1.0:
         raise ValueError(f"outline={outline}: a level between 0 and 1")
     picture = _as_image(image)
     height, width = size if size is not None else (picture.height, picture.width)
     grey = resize_image(np.asarray(picture.convert("L")), (height, width)) / 255.0
-    relative = Image.fromarray(_relative(_as_map(attention), limits).astype(np.float32))
-    large = np.asarray(relative.resize((width, height), Image.Resampling.BILINEAR), np.float64)
-    strength = np.clip(large, 0.0, 1.0)
+    if box is not None:
+        across, down = width / picture.width, height / picture.height
+        box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    relative = _relative(_as_map(attention), limits)
+    placed = place(relative, (height, width), box=box, outside=np.nan)
+    unseen = np.isnan(placed)
+    strength = np.clip(np.nan_to_num(placed), 0.0, 1.0)
     colours = _colours(grey, strength)
+    colours[unseen] += _FADED * (1.0 - colours[unseen])
     if outline is not None:
         inside = strength >= outline
         colours[inside & ~_eroded(_eroded(inside))] = 1.0
@@ -178,10 +222,32 @@ def describe(attention: ArrayLike) -> str:
     array = _as_map(attention)
     if _is_flat(array):
         return f"attention {array.mean():.2g} everywhere"
-    a_share = array.min() >= 0 and abs(array.sum() - 1.0) < 0.01
+    numbers = spread(array)
+    assert numbers is not None
+    low, high, third = numbers
+    return f"attention {low}–{high}; {third.replace('uniform', 'uniform would be')}"
+
+
+def _is_share(array: Floats) -> bool:
+    """Whether a map sums to 1, to within 1 % for half precision."""
+    return bool(array.min() >= 0 and abs(array.sum() - 1.0) < 0.01)
+
+
+def spread(attention: ArrayLike) -> tuple[str, str, str] | None:
+    """A map's lowest and highest value, and "mean 0.40" or "uniform 0.0069", for a scale.
+
+    None for a map that is constant to within rounding.
+
+    Raises:
+        ValueError: not an (h, w) map of finite numbers.
+    """
+    array = _as_map(attention)
+    if _is_flat(array):
+        return None
+    a_share = _is_share(array)
     third = 1.0 / array.size if a_share else float(array.mean())
     low, high, other = _numbers(float(array.min()), float(array.max()), third)
-    return f"attention {low}–{high}; {'uniform would be' if a_share else 'mean'} {other}"
+    return low, high, f"{'uniform' if a_share else 'mean'} {other}"
 
 
 def colour_key(width: int, height: int) -> Picture:

@@ -4,7 +4,9 @@ Three layouts, one a family; which of a layout's names a tensor has follows from
 here by a few rules, so that every depth, width and class count is covered:
 
 residual attention  Caffe's LAYER/weight, and for BN LAYER/weight, bias, mean, var
-                    (fwang91/residual-attention-network, imagenet_model/*.prototxt)
+                    (fwang91/residual-attention-network, imagenet_model/*.prototxt);
+                    `var` is the variance: a caffemodel of theirs has b = 1 / sqrt(var + 1e-5)
+                    as a BN's fourth blob (their Caffe's bn_layer.cpp), so 1 / b**2 - 1e-5
 CBAM, ResNet        PyTorch names (Jongchan/attention-module, MODELS/model_resnet.py)
 SonoNet             PyTorch names (ozan-oktay/Attention-Gated-Networks, models/networks/)
 """
@@ -80,15 +82,17 @@ def read_tensors(source: Source) -> dict[str, Tensor]:
     content: Any = source
     if isinstance(source, str | Path):
         content = _read_file(Path(source))
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    while isinstance(content, Mapping):  # {"model": {"state_dict": {...}}}
+        inner = [content[key] for key in ("state_dict", "model") if key in content]
+        if not inner or not isinstance(inner[0], Mapping):
+            break
+        content = inner[0]
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{_describe(source)}: no mapping of names to tensors")
     tensors = {}
     for name, value in content.items():
-        if isinstance(value, np.ndarray | np.generic):
-            value = torch.from_numpy(np.array(value))
+        if isinstance(value, np.ndarray | np.generic) and np.issubdtype(value.dtype, np.number):
+            value = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{_describe(source)}: {name!r} is no tensor")
         if not str(name).endswith("num_batches_tracked"):
@@ -114,6 +118,8 @@ def _read_file(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken or foreign file makes a reader raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            reason = f"it holds {found[1]}, and only tensors and plain values are read, for safety"
         raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason})") from error
 
 

@@ -268,6 +268,8 @@ class AttentionResNet(ResNet):
     Args:
         attention: makes the module of a block from its channels; None for a plain network.
         stem: "imagenet", or "cifar" for conv 3x3 stride 1 without pooling.
+        zero_init_last: starts the last BN of each branch at 0, timm's own default, instead
+            of the authors' 1.
         kwargs: timm's ResNet's own.
 
     Raises:
@@ -279,11 +281,14 @@ class AttentionResNet(ResNet):
         *,
         attention: Callable[..., nn.Module] | None = None,
         stem: str = "imagenet",
+        zero_init_last: bool = False,
         **kwargs: Any,
     ) -> None:
         cifar = choose("stem", stem, ("imagenet", "cifar")) == "cifar"
         super().__init__(
-            block_args={} if attention is None else {"attn_layer": attention}, **kwargs
+            block_args={} if attention is None else {"attn_layer": attention},
+            zero_init_last=zero_init_last,
+            **kwargs,
         )
         if cifar:
             self.conv1 = nn.Conv2d(self.in_chans, 64, 3, 1, 1, bias=False)

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import jinja2
@@ -23,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
+from regard.evaluation.intervals import wilson_interval
 from regard.explain.overlay import colour_key, describe, overlay, resize_image
 
 MAX_BYTES = 5_000_000  # of the page
@@ -83,34 +83,6 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     command: str = ""
     notes: list[str] = field(default_factory=list)
-
-
-def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson, JASA 1927), without continuity correction.
-
-    Args:
-        correct: of `total`, counts.
-        total: at least 1.
-        confidence: between 0 and 1.
-
-    Returns:
-        The low and the high end, 0 to 1.
-
-    Raises:
-        ValueError: counts or a confidence out of range.
-    """
-    if not 0 <= correct <= total or total < 1:
-        raise ValueError(f"{correct} correct of {total}: 0 to total, and a total of 1 or more")
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence={confidence}: between 0 and 1, as 0.95")
-    z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
-    share = correct / total
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = math.sqrt(z2 * (share * (1 - share) / total + z2 / (4 * total**2))) / (1 + z2 / total)
-    # exact at the ends, where rounding would leave 1e-17
-    low = 0.0 if correct == 0 else centre - half
-    high = 1.0 if correct == total else centre + half
-    return low, high
 
 
 # ---- words and numbers ------------------------------------------------------------------

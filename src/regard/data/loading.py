@@ -1,0 +1,235 @@
+"""Batches for training and for evaluation, from memory or streamed by workers.
+
+Both ways give the same images: place p in the order of training holds the image
+`Order.at(p)`, cut and augmented by the draws of place p, whoever decodes it and whatever the
+batch. The order is a pure function of the seed, so that resuming is starting at a place.
+"""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from regard.data.augment import draws, random_resized
+from regard.data.images import ImageError
+from regard.data.preprocess import Preprocess, to_tensor
+from regard.data.sources import ImageTable
+from regard.recipes import Recipe
+
+MEMORY_LIMIT = 2 * 1024**3  # bytes of decoded images that are held
+
+
+class Order:
+    """Which image stands at each place: epoch after epoch, shuffled, or drawn by weight.
+
+    Args:
+        count: of images.
+        seed: of the order.
+        weights: (count,) each image's weight; then every epoch is `count` draws with
+            replacement, else a permutation.
+    """
+
+    def __init__(self, count: int, seed: int, weights: NDArray[Any] | None = None) -> None:
+        self.count, self.seed = count, seed
+        self.chances = None if weights is None else weights / weights.sum()
+        self._epochs: dict[int, NDArray[np.int64]] = {}
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._epochs:
+            rng = np.random.default_rng([self.seed, epoch])
+            if self.chances is None:
+                order = rng.permutation(self.count)
+            else:
+                order = rng.choice(self.count, self.count, p=self.chances)
+            self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = order
+        return self._epochs[epoch]
+
+    def at(self, start: int, count: int) -> NDArray[np.int64]:
+        """The images at `count` places from `start` on."""
+        places = np.arange(start, start + count)
+        epochs = places // self.count
+        return np.concatenate(
+            [self._epoch(int(e))[places[epochs == e] % self.count] for e in np.unique(epochs)]
+        )
+
+
+@dataclass
+class Batch:
+    """images (B, C, H, W) in 0..255 and what belongs to them; unreadable ones are left out."""
+
+    images: Tensor
+    indices: Tensor  # (B,) rows of the table
+    draws: Tensor  # (B, WIDTH)
+    unreadable: list[tuple[int, str]] = field(default_factory=list)
+
+
+@dataclass
+class Reader:
+    """Reads one image of a table as the network's input needs it, before standardising."""
+
+    table: ImageTable
+    preprocess: Preprocess
+    recipe: Recipe | None = None  # of the random crop; None: for evaluation
+
+    def decode(self, index: int) -> Tensor:
+        """(C, H, W) in 0..255, of the image's own size."""
+        channels = self.preprocess.input_size[0]
+        at_least = self.preprocess.at_least
+        return to_tensor(self.table.read(index, channels=channels, at_least=at_least))
+
+    def place(self, image: Tensor, u: Tensor) -> Tensor:
+        """(C, H, W) -> (C, *size): cut at random where the recipe does so, else as in a test."""
+        if self.recipe is not None and self.recipe.random_crop == "resized":
+            return random_resized(image, u, self.recipe, self.preprocess.size)
+        return self.preprocess.fit(image)
+
+    @property
+    def cuts_at_random(self) -> bool:
+        """Whether the cut differs from epoch to epoch."""
+        return self.recipe is not None and self.recipe.random_crop == "resized"
+
+
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    """(C, H, W) each -> (B, C, H, W); one that is float makes all float."""
+    if len({image.dtype for image in images}) > 1:
+        images = [image.float() for image in images]
+    return torch.stack(list(images))
+
+
+class _Places(Dataset[Batch]):
+    """Item k is the k-th batch, given as (start place, count); decoded in a worker."""
+
+    def __init__(self, reader: Reader, order: Order | None, seed: int) -> None:
+        self.reader, self.order, self.seed = reader, order, seed
+
+    def __getitem__(self, span: tuple[int, int]) -> Batch:
+        start, count = span
+        u = draws(self.seed, start, count)
+        rows = np.arange(start, start + count) if self.order is None else self.order.at(*span)
+        images, kept, unreadable = [], [], []
+        for k, row in enumerate(rows.tolist()):
+            try:
+                images.append(self.reader.place(self.reader.decode(row), u[k]))
+                kept.append(k)
+            except ImageError as error:
+                unreadable.append((row, str(error)))
+        shape = (0, *self.reader.preprocess.input_size)
+        stacked = _stack(images) if images else torch.zeros(shape)
+        return Batch(stacked, torch.from_numpy(rows)[kept], u[kept], unreadable)
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def default_workers() -> int:
+    """One a core that this process may use, eight at most."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8)
+
+
+class Streamed:
+    """Batches decoded by worker processes, in order."""
+
+    def __init__(self, reader: Reader, order: Order | None, seed: int, workers: int) -> None:
+        self.places = _Places(reader, order, seed)
+        self.workers = workers
+
+    def batches(self, spans: Sequence[tuple[int, int]]) -> Iterator[Batch]:
+        """The batches of these (start, count), in this order."""
+        loader = DataLoader(
+            self.places,
+            batch_size=None,
+            sampler=spans,
+            num_workers=self.workers,
+            worker_init_fn=_leave_signals_to_the_parent if self.workers else None,
+            prefetch_factor=4 if self.workers else None,
+        )
+        return iter(loader)
+
+
+class Held:
+    """Batches from images that are held decoded in memory, as one tensor where they can be."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        order: Order | None,
+        seed: int,
+        images: Tensor | list[Tensor],
+    ) -> None:
+        self.reader, self.order, self.seed, self.images = reader, order, seed, images
+
+    def batches(self, spans: Sequence[tuple[int, int]]) -> Iterator[Batch]:
+        """The batches of these (start, count), in this order."""
+        for start, count in spans:
+            rows = np.arange(start, start + count)
+            if self.order is not None:
+                rows = self.order.at(start, count)
+            u = draws(self.seed, start, count)
+            indices = torch.from_numpy(rows)
+            if isinstance(self.images, Tensor):
+                yield Batch(self.images[indices], indices, u)
+            else:
+                cut = [self.reader.place(self.images[r], u[k]) for k, r in enumerate(rows.tolist())]
+                yield Batch(_stack(cut), indices, u)
+
+
+def decode_all(
+    reader: Reader, *, on_image: Any = None
+) -> tuple[Tensor | list[Tensor], list[tuple[int, str]]]:
+    """Every image of the reader's table decoded, by threads: one tensor where sizes allow.
+
+    Returns:
+        The images, a zero image where one can't be read, and the rows that can't with why.
+    """
+    unreadable: list[tuple[int, str]] = []
+    zero = torch.zeros(reader.preprocess.input_size, dtype=torch.uint8)
+
+    def one(row: int) -> Tensor:
+        try:
+            image = reader.decode(row)
+        except ImageError as error:
+            unreadable.append((row, str(error)))
+            return zero
+        return image if reader.cuts_at_random else reader.preprocess.fit(image)
+
+    images = []
+    with ThreadPoolExecutor(default_workers()) as pool:
+        for image in pool.map(one, range(len(reader.table))):
+            images.append(image)
+            if on_image is not None:
+                on_image(1)
+    unreadable.sort()
+    if reader.cuts_at_random:
+        return images, unreadable
+    return _stack(images), unreadable
+
+
+def fits_in_memory(table: ImageTable, preprocess: Preprocess, recipe: Recipe) -> bool:
+    """Whether `memory="auto"` holds the images: small enough, all together.
+
+    With random_crop=resized images are held in their own size, otherwise in the input's.
+    """
+    channels, height, width = preprocess.input_size
+    if recipe.random_crop != "resized":
+        return len(table) * channels * height * width <= MEMORY_LIMIT
+    if table.arrays is not None:
+        return True
+    sample = np.linspace(0, len(table) - 1, min(len(table), 32)).astype(int)
+    sizes = []
+    for row in sample.tolist():
+        try:
+            sizes.append(table.read(row, channels=channels, at_least=preprocess.at_least).size)
+        except ImageError:
+            continue
+    return bool(sizes) and float(np.mean(sizes)) * len(table) <= MEMORY_LIMIT / 4

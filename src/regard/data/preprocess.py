@@ -1,0 +1,134 @@
+"""What happens to a decoded image before the network: one definition for training, test,
+prediction, explanation and export, read from and written to a network's folder.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+RESIZES = ("squash", "crop", "pad")
+_TIMM_MODES = {"squash": "squash", "crop": "center", "pad": "border"}
+
+Box = tuple[float, float, float, float]
+
+
+def to_tensor(image: NDArray[Any]) -> Tensor:
+    """(H, W, C) uint8, uint16 or float in 0..1 -> (C, H, W) in 0..255: uint8, else float32."""
+    if image.dtype == np.uint8:
+        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
+    scale = 255 / 65535 if image.dtype == np.uint16 else 255.0
+    return torch.from_numpy(image.astype(np.float32) * np.float32(scale)).permute(2, 0, 1)
+
+
+def resample(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
+    """The region (left, top, right, bottom) of (C, H, W), resized to (C, *size), antialiased."""
+    left, top, right, bottom = box
+    region = image[:, top:bottom, left:right]
+    if region.shape[-2:] == size:
+        return region.contiguous()
+    return F.interpolate(region[None], size=size, mode="bilinear", antialias=True)[0]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize, scale and standardise.
+
+    Attributes:
+        input_size: (C, H, W) of the network's input.
+        mean, std: of each channel, of values from 0 to 1; not used where `standardise` is
+            "image".
+        resize: "squash" the whole image, "crop" its middle of the input's aspect, or "pad"
+            it with margins of its mean.
+        crop_pct: of "crop", the share of the side that is kept.
+        standardise: "fixed", by mean and std, or "image", each image by its own.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: str = "crop"
+    crop_pct: float = 1.0
+    standardise: str = "fixed"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.input_size[1:]
+
+    @property
+    def at_least(self) -> int:
+        """The shorter side that a decoded image needs for nothing to be lost."""
+        return math.ceil(max(self.size) / self.crop_pct)
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom): the part of an image that the network sees."""
+        if self.resize != "crop":
+            return 0, 0, width, height
+        h, w = self.size
+        scale = max(h / height, w / width) / self.crop_pct
+        rows, columns = min(height, round(h / scale)), min(width, round(w / scale))
+        rows, columns = max(1, rows), max(1, columns)
+        top, left = (height - rows) // 2, (width - columns) // 2
+        return left, top, left + columns, top + rows
+
+    def fit(self, image: Tensor) -> Tensor:
+        """(C, H, W) of any size in 0..255 -> (C, *size), the same type."""
+        _, height, width = image.shape
+        if self.resize != "pad":
+            return resample(image, self.box(height, width), self.size)
+        h, w = self.size
+        scale = min(h / height, w / width)
+        inner = max(1, round(height * scale)), max(1, round(width * scale))
+        small = resample(image, (0, 0, width, height), inner)
+        fill = small.float().mean(dim=(1, 2), keepdim=True).round()
+        out = fill.to(small.dtype).expand(-1, h, w).clone()
+        top, left = (h - inner[0]) // 2, (w - inner[1]) // 2
+        out[:, top : top + inner[0], left : left + inner[1]] = small
+        return out
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in 0..255 -> standardised float32."""
+        x = images.float()
+        if self.standardise == "image":
+            return standardise_each(x)
+        mean = torch.tensor(self.mean, device=x.device).view(1, -1, 1, 1) * 255
+        std = torch.tensor(self.std, device=x.device).view(1, -1, 1, 1) * 255
+        return (x - mean) / std
+
+    def __call__(self, image: NDArray[Any]) -> Tensor:
+        """A decoded image (H, W, C) -> the network's input (C, H, W)."""
+        return self.normalise(self.fit(to_tensor(image))[None])[0]
+
+    def data_config(self) -> dict[str, Any]:
+        """As timm's configuration has it."""
+        return {
+            "input_size": self.input_size, "mean": self.mean, "std": self.std,
+            "interpolation": "bilinear", "crop_pct": self.crop_pct,
+            "crop_mode": _TIMM_MODES[self.resize],
+        }  # fmt: skip
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], standardise: str = "fixed") -> "Preprocess":
+        """From timm's configuration of a network (its pretrained_cfg)."""
+        modes = {v: k for k, v in _TIMM_MODES.items()}
+        return cls(
+            input_size=tuple(config["input_size"]),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            resize=modes[config.get("crop_mode") or "center"],
+            crop_pct=config.get("crop_pct") or 1.0,
+            standardise=standardise,
+        )
+
+
+def standardise_each(x: Tensor) -> Tensor:
+    """Each image by the mean and deviation of all its values (as AG-SonoNet's authors do)."""
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    std = (x - mean).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    return (x - mean) / std.clamp_min(1e-3)

@@ -1,0 +1,259 @@
+"""What a run decides for itself: network arguments, image size, length, weights, precision."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from regard.conversion import make
+from regard.data.images import ImageError
+from regard.data.preprocess import Preprocess
+from regard.data.sources import ImageTable
+from regard.models.cbam import AttentionResNet, twins
+from regard.recipes import Recipe
+
+DEFAULT_MODEL = "cbam_resnet18"
+SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
+CPU_SIZE = 128  # the largest that is chosen without a GPU; --size takes any
+CIFAR_STEM_UP_TO = 48  # pixels
+
+
+def choose_model(
+    name: str | None, recipe: Recipe, weights: str | Path | None
+) -> tuple[str, dict[str, Any]]:
+    """The network's name, and the recipe's arguments of those that it takes.
+
+    Raises:
+        ValueError: no network is called so.
+    """
+    chosen = name or recipe.model or DEFAULT_MODEL
+    make(chosen, {"num_classes": 2})  # an unknown name is told before any image is read
+    arguments = dict(recipe.model_args)
+    if name is not None and recipe.model is not None and name != recipe.model:
+        family = type(make(name, {"num_classes": 2}))
+        if family is not type(make(recipe.model, {"num_classes": 2})):
+            arguments = {}
+        elif "cbam" in recipe.model and "cbam" not in name:
+            arguments = {k: v for k, v in arguments.items() if k == "stem"}
+    return chosen, arguments
+
+
+def choose_preprocess(
+    name: str,
+    arguments: Mapping[str, Any],
+    recipe: Recipe,
+    table: ImageTable,
+    pretrained: bool,
+) -> tuple[Preprocess, dict[str, Any], list[str]]:
+    """The preprocessing by recipe, network and data, the network's arguments, and what to tell.
+
+    Raises:
+        ValueError: no image of a sample can be read.
+    """
+    sides, channels = _look(table)
+    cfg = timm.models.get_pretrained_cfg(name)
+    default = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
+    height, width, told = _size(recipe, default, sides)
+    arguments = dict(arguments)
+    in_chans = int(arguments.pop("in_chans", 3 if pretrained else channels))
+    model = make(name, {**arguments, "num_classes": 2})
+    if isinstance(model, AttentionResNet) and not pretrained and height <= CIFAR_STEM_UP_TO:
+        arguments.setdefault("stem", "cifar")
+    mean, std = (0.5,) * in_chans, (0.25,) * in_chans
+    if cfg is not None and len(cfg.mean) == in_chans:
+        mean, std = tuple(cfg.mean), tuple(cfg.std)
+    preprocess = Preprocess(
+        input_size=(in_chans, height, width), mean=mean, std=std, resize=recipe.resize,
+        crop_pct=recipe.crop_pct, standardise="image" if recipe.standardise == "image" else "fixed",
+    )  # fmt: skip
+    return preprocess, arguments, told
+
+
+def _look(table: ImageTable) -> tuple[list[int], int]:
+    """Shorter sides, and the channels of most, of up to 64 images spread over the table."""
+    sides, channels, reason = [], [], ""
+    for row in np.linspace(0, len(table) - 1, min(64, len(table))).astype(int).tolist():
+        try:
+            pixels = table.read(row)
+        except ImageError as error:
+            reason = reason or str(error)
+            continue
+        sides.append(min(pixels.shape[:2]))
+        channels.append(pixels.shape[2])
+    if not sides:
+        raise ValueError(f"{table.name}: none of the images tried can be read; {reason}")
+    return sides, int(np.median(channels))
+
+
+def _size(recipe: Recipe, default: tuple[int, ...], sides: list[int]) -> tuple[int, int, list[str]]:
+    if recipe.size is not None:
+        return recipe.size, recipe.size, []
+    side = int(np.median(sides))
+    if default[1] != default[2] and side >= default[1]:  # AG-SonoNet's 208x272
+        return default[1], default[2], []
+    top = max(default[1:]) if torch.cuda.is_available() else min(max(default[1:]), CPU_SIZE)
+    chosen = next((s for s in SIZES if s >= min(side, top)), SIZES[-1])
+    told = [f"image size: {chosen}, as most images are {side} on the shorter side"]
+    if chosen < min(side, max(default[1:])):
+        told = [
+            f"image size: {chosen}, to be quick without a GPU; larger: --size "
+            f"{min(side, max(default[1:]))}"
+        ]
+    return chosen, chosen, told
+
+
+def make_model(
+    name: str,
+    arguments: Mapping[str, Any],
+    classes: int,
+    input_size: tuple[int, int, int],
+    pretrained: bool,
+    weights: str | None,
+) -> nn.Module:
+    """The network, from its initialisation, timm's pretrained weights, or a run's.
+
+    Raises:
+        ValueError: an argument is wrong, the images are too small, or the weights don't fit.
+        OSError: pretrained weights can't be reached.
+    """
+    asked = {**arguments, "num_classes": classes, "in_chans": input_size[0]}
+    takes_plain = timm.is_model(name) and _has_plain(name)
+    if pretrained:
+        asked["pretrained_plain" if takes_plain else "pretrained"] = True
+    try:
+        model = make(name, asked)
+    except (RuntimeError, OSError) as error:
+        if not pretrained:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"--pretrained: weights of {name} can't be loaded ({reason})") from error
+    least = getattr(model, "min_size", 1)
+    if min(input_size[1:]) < least:
+        raise ValueError(f"{name} needs images of at least {least}x{least}: give --size {least}")
+    if weights is not None:
+        load_weights(model, Path(weights))
+    return model
+
+
+def _has_plain(name: str) -> bool:
+    try:
+        return twins(name).get("plain") != name and "se" in twins(name)
+    except ValueError:
+        return False
+
+
+def load_weights(model: nn.Module, source: Path) -> None:
+    """Starts from a run's folder, whatever classifier it had, or from an authors' checkpoint.
+
+    Tensors of the classifier that do not fit are left as they were initialised.
+
+    Raises:
+        ValueError: the source can't be read, or more than the classifier does not fit.
+    """
+    from regard.models.authors import load_authors_weights
+    from regard.prediction import load
+
+    if not source.is_dir():
+        load_authors_weights(model, source)
+        return
+    found = load(source).model.state_dict()
+    own = model.state_dict()
+    fitting = {k: v for k, v in found.items() if k in own and v.shape == own[k].shape}
+    left = [k for k in own if k not in fitting]
+    heads = ("fc.", "classifier.", "heads.")
+    if strange := [k for k in left if not k.startswith(heads)]:
+        raise ValueError(f"--weights {source} does not fit: it lacks {', '.join(strange[:5])}")
+    model.load_state_dict(fitting, strict=False)
+
+
+def choose_steps(recipe: Recipe, images: int, processes: int) -> int:
+    """Optimiser steps of the run: told by the recipe, or by the number of training images."""
+    if recipe.steps is not None:
+        return recipe.steps
+    epochs = recipe.epochs
+    if epochs is None:
+        epochs = min(60.0, max(3.0, 20 * math.sqrt(2000 / images)))
+    batch = min(recipe.batch_size, images)
+    return max(1, math.ceil(epochs * images / (batch * recipe.accumulate * processes)))
+
+
+def parse_weights(text: str, classes: list[str], flag: str) -> NDArray[np.float64]:
+    """CLASS=WEIGHT,CLASS=WEIGHT as an array by class, 1 where a class is not named.
+
+    Raises:
+        ValueError: a class is unknown, or a weight is no number of at least 0.
+    """
+    weights = np.ones(len(classes))
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, value = part.rpartition("=")
+        if not equals or name not in classes:
+            raise ValueError(f"{flag} {part}: CLASS=WEIGHT with one of {', '.join(classes[:20])}")
+        try:
+            weights[classes.index(name)] = float(value)
+        except ValueError:
+            raise ValueError(f"{flag} {part}: {value!r} is no number") from None
+    if not (weights >= 0).all() or not np.isfinite(weights).all() or not weights.any():
+        raise ValueError(f"{flag} {text}: weights of at least 0, and not all 0")
+    return weights
+
+
+def image_weights(table: ImageTable, recipe: Recipe) -> NDArray[np.float64] | None:
+    """Each image's weight for the sampler; None: all are shuffled."""
+    by_class = parse_weights(recipe.sampler_weights, table.classes, "--sampler-weights")
+    if recipe.sampler == "shuffled" and not recipe.sampler_weights:
+        return None
+    if recipe.sampler == "balanced":
+        counts = np.bincount(table.labels, minlength=len(table.classes))
+        by_class = by_class / np.maximum(counts, 1)
+    return by_class[table.labels]
+
+
+def loss_weights(table: ImageTable, recipe: Recipe) -> Tensor | None:
+    """Each class's weight in the loss; None: all alike."""
+    if recipe.class_weights == "none":
+        return None
+    if recipe.class_weights == "balanced":
+        counts = np.bincount(table.labels, minlength=len(table.classes))
+        weights = len(table) / (len(table.classes) * np.maximum(counts, 1))
+    else:
+        weights = parse_weights(recipe.class_weights, table.classes, "--class-weights")
+    return torch.from_numpy(weights).float()
+
+
+def noisy_labels(
+    labels: NDArray[np.int64], classes: int, share: float, seed: int
+) -> NDArray[np.int64]:
+    """Labels of which a share is another class's, evenly drawn from the others (RAN, table 4)."""
+    if share == 0 or classes < 2:
+        return labels
+    rng = np.random.default_rng([seed, 4])
+    changed = rng.permutation(len(labels))[: round(share * len(labels))]
+    noisy = labels.copy()
+    noisy[changed] = (labels[changed] + rng.integers(1, classes, len(changed))) % classes
+    return noisy
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to run in bf16: where the machine computes in it, or where it is asked for."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_has_bf16()
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16 (AVX-512 BF16 or AMX)."""
+    capability = getattr(torch.cpu, "get_capabilities", None)
+    if capability is not None:
+        found = capability()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(probe is not None and inspect.isroutine(probe) and probe())

@@ -1,0 +1,194 @@
+"""A run's folder: what is in it, whose it is, and how each file is written, whole or not at all."""
+
+import csv
+import json
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from regard.evaluation import Evaluation, Predictions
+from regard.recipes import Recipe, parse_recipe
+from regard.training.state import write_whole
+
+RUNS = Path("runs")
+
+
+def choose_out(out: str | Path | None, data: str, model: str | None, resume: bool) -> Path:
+    """The run's folder: as asked for, or runs/DATA-MODEL, with a number where that is taken.
+
+    Raises:
+        ValueError: a run is to be resumed, and there is none.
+    """
+    if out is not None:
+        path = Path(out)
+        if resume and not (path / "run.json").is_file():
+            raise ValueError(f"{path} holds no run to resume")
+        return path
+    name = re.sub(r"[^\w.-]+", "-", Path(data.rstrip("/")).stem or data).strip("-.") or "data"
+    base = RUNS / f"{name}-{model or 'cbam_resnet18'}"
+    taken = [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 10_000))]
+    free = next(i for i, path in enumerate(taken) if not path.exists())
+    if not resume:
+        return taken[free]
+    if free == 0:
+        raise ValueError(f"{base} is not there: no run to resume; name its folder with --out")
+    return taken[free - 1]
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run has been started there."""
+        return (self.path / "run.json").is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether that run has ended, with its network written."""
+        return self.exists and self._run()["status"] == "finished"
+
+    @property
+    def measured(self) -> bool:
+        """Whether mean and deviation have been measured and are kept."""
+        return self.exists and bool(self._run()["measured"])
+
+    def refuse_others(self) -> None:
+        """Refuses a folder that holds anything.
+
+        Raises:
+            ValueError: it does; the message says what to do.
+        """
+        if self.exists:
+            kind = "a finished run" if self.finished else "a run that has not ended"
+            hint = "" if self.finished else "add --resume to go on with it, or "
+            raise ValueError(f"{self.path} holds {kind}: {hint}give --out another folder")
+        if self.path.is_file():
+            raise ValueError(f"{self.path} is a file: give --out a folder")
+        if self.path.is_dir() and any(p.name != ".probe" for p in self.path.iterdir()):
+            raise ValueError(f"{self.path} holds something else: give --out a new folder")
+
+    def _run(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.path / 'run.json'} can't be read ({error})") from error
+
+    def read_plan(self) -> dict[str, Any]:
+        """The plan as a dictionary, as `start` was given it."""
+        return self._run()["plan"]
+
+    def read_facts(self) -> dict[str, Any]:
+        """What was measured, of a finished run."""
+        return self._run()["facts"]
+
+    def read_recipe(self) -> Recipe:
+        """The resolved recipe."""
+        path = self.path / "recipe.toml"
+        return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+
+    # --------------------------------------------------------------------------- writing
+    def write_text(self, name: str, text: str) -> None:
+        """A file of the folder."""
+        write_whole(self.path / name, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+    def start(self, plan: dict[str, Any], recipe_text: str, measured: bool = False) -> None:
+        """Writes what the run is; of a run that is resumed nothing is changed."""
+        if self.exists and not (measured and not self.measured):
+            return
+        plan = {k: v for k, v in plan.items() if k != "recipe"}
+        run = {
+            "status": "running", "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "measured": measured, "plan": plan, "facts": {},
+        }  # fmt: skip
+        self.write_text("recipe.toml", recipe_text)
+        self.write_text("run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Says that the run has ended, and what was measured."""
+        run = {**self._run(), "status": "finished", "facts": facts}
+        self.write_text("run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+        (self.path / "best.safetensors").unlink(missing_ok=True)
+
+    def write_metrics(self, history: list[dict[str, float]]) -> None:
+        """metrics.csv: a row for each evaluation."""
+
+        def write(beside: Path) -> None:
+            with beside.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(history[0]))
+                writer.writeheader()
+                writer.writerows({k: f"{v:.8g}" for k, v in row.items()} for row in history)
+
+        write_whole(self.path / "metrics.csv", write)
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """metrics.csv as written."""
+        with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+    def write_unreadable(self, found: Iterable[tuple[str, str]]) -> None:
+        """unreadable.csv: images that could not be read, and why; known ones are kept."""
+        path = self.path / "unreadable.csv"
+        known: dict[str, str] = {}
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                known = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+        known |= dict(found)
+
+        def write(beside: Path) -> None:
+            with beside.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(["path", "reason"])
+                writer.writerows(known.items())
+
+        write_whole(path, write)
+
+    def write_best(self, model: nn.Module) -> None:
+        """The weights that are best so far."""
+        tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        write_whole(self.path / "best.safetensors", lambda beside: save_file(tensors, beside))
+
+    def read_best(self, model: nn.Module) -> None:
+        """Puts them into the network."""
+        model.load_state_dict(load_file(self.path / "best.safetensors"))
+
+    def write_evaluation(self, split: str, evaluation: Evaluation, said: Predictions) -> None:
+        """evaluation.json, and predictions.npz with what was said of each image."""
+        content = {"split": split, **evaluation.to_dict()}
+        self.write_text("evaluation.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        arrays: dict[str, Any] = {
+            "probabilities": said.probabilities.astype(np.float32),
+            "labels": said.labels,
+            "paths": np.array(said.paths),
+            "classes": np.array(said.classes),
+            "split": np.array(split),
+        }
+        if said.groups is not None:
+            arrays["groups"] = said.groups
+
+        def write(beside: Path) -> None:
+            with beside.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+
+        write_whole(self.path / "predictions.npz", write)
+
+    def read_predictions(self) -> tuple[str, Predictions]:
+        """The split tested, and what was said of each image of it."""
+        with np.load(self.path / "predictions.npz") as file:
+            groups = file.get("groups")
+            return str(file["split"]), Predictions(
+                file["probabilities"].astype(np.float64), file["labels"],
+                file["classes"].tolist(), groups, file["paths"].tolist(),
+            )  # fmt: skip

@@ -1,0 +1,88 @@
+"""Learning rates, parameter groups and optimisers of a recipe."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from regard.attention import attention_kinds
+from regard.recipes import Recipe
+
+
+def rate_factor(recipe: Recipe, step: int, total: int, steps_an_epoch: float) -> float:
+    """The learning rate of a step as a part of recipe.lr.
+
+    Args:
+        step: optimiser steps done before this one.
+        total: steps of the whole run.
+        steps_an_epoch: to tell a schedule in epochs; need not be whole.
+    """
+    here = step / steps_an_epoch if recipe.unit == "epochs" else float(step)
+    warm = recipe.warmup * (steps_an_epoch if recipe.unit == "epochs" else 1.0)
+    if recipe.schedule == "onecycle":
+        return _one_cycle((step + 0.5) / total)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    if recipe.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, total - warm)))
+    if recipe.schedule == "constant":
+        return 1.0
+    factors = recipe.factors or [0.1**i for i in range(len(recipe.milestones) + 1)]
+    return factors[sum(here >= m for m in recipe.milestones)]
+
+
+def _one_cycle(done: float) -> float:
+    """From 1/25 to 1 in a quarter of the run and down to 0, in cosines (Smith 2018)."""
+    if done < 0.25:
+        return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * done / 0.25))
+    return 0.5 * (1 + math.cos(math.pi * (done - 0.25) / 0.75))
+
+
+def fast_parameters(model: nn.Module) -> set[str]:
+    """The names of the gates' and the classifier's parameters; the others are the body."""
+    modules = list(attention_kinds(model))
+    classifier = getattr(model, "get_classifier", None)
+    names = [n for n, _ in model.named_parameters()]
+    if classifier is not None:
+        heads = {id(p) for p in _parameters(classifier())}
+        fast = {n for n, p in model.named_parameters() if id(p) in heads}
+    else:
+        fast = set()
+    # AG-SonoNet's joint and separate classifiers are both heads
+    modules += ["heads", "classifier"]
+    return fast | {n for n in names if any(n.startswith(f"{m}.") for m in modules)}
+
+
+def _parameters(module: nn.Module | tuple[nn.Module, ...]) -> Iterable[nn.Parameter]:
+    parts = module if isinstance(module, tuple) else (module,)
+    return [p for part in parts for p in part.parameters()]
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD or AdamW over groups that carry `lr_scale`: 1, or recipe.body_lr for the body.
+
+    Where recipe.decay_all is off, biases and the weights of norms are not decayed.
+    """
+    fast = fast_parameters(model) if recipe.body_lr != 1 else set()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        scale = 1.0 if recipe.body_lr == 1 or name in fast else recipe.body_lr
+        decay = recipe.weight_decay if recipe.decay_all or p.ndim > 1 else 0.0
+        groups.setdefault((scale, decay), []).append(p)
+    settings = [
+        {"params": ps, "lr_scale": scale, "weight_decay": decay, "lr": recipe.lr * scale}
+        for (scale, decay), ps in groups.items()
+    ]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(settings, lr=recipe.lr)
+    nesterov = recipe.nesterov and recipe.momentum > 0
+    return torch.optim.SGD(settings, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate, scaled in each group by its lr_scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]

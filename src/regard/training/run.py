@@ -1,0 +1,523 @@
+"""A training run from DATA to its folder: `train` prepares, trains, tests, and writes it all.
+
+The folder: config.json and model.safetensors (timm's `local-dir`), recipe.toml, run.json,
+splits.csv, metrics.csv, evaluation.json, predictions.npz, report.html, TensorBoard's events,
+and state/ while the run goes on.
+"""
+
+import contextlib
+import dataclasses
+import platform
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+import regard
+from regard.data.loading import Held, Order, Reader, Streamed, default_workers
+from regard.data.preprocess import Preprocess
+from regard.data.sources import ImageTable, open_data
+from regard.data.splits import assign_splits, read_splits, write_splits
+from regard.evaluation import Evaluation, Predictions, evaluate
+from regard.models.folder import save_model
+from regard.prediction import Classifier, probabilities_of
+from regard.recipes import Recipe, load_recipe, recipe_toml
+from regard.training.choices import (
+    choose_model,
+    choose_preprocess,
+    choose_steps,
+    image_weights,
+    loss_weights,
+    make_model,
+    noisy_labels,
+    use_bf16,
+)
+from regard.training.folder import RunFolder, choose_out
+from regard.training.images import Part, load_part, measured
+from regard.training.loop import NotFiniteError, Stopped, Trainer
+from regard.training.state import States, check_space
+from regard.training.terminal import Display
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, decided: what is asked for, and what followed from the data."""
+
+    data: str
+    root: str | None
+    model: str
+    model_args: dict[str, Any]
+    weights: str | None
+    pretrained: bool
+    recipe: Recipe
+    classes: list[str]
+    preprocess: Preprocess
+
+
+def train(
+    data: str,
+    *,
+    model: str | None = None,
+    recipe: str | Path | Recipe = "quick",
+    out: str | Path | None = None,
+    resume: bool = False,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    root: str | Path | None = None,
+    echo: Callable[[str], None] = print,
+    **changes: Any,
+) -> Path:
+    """Trains a network on labelled images and writes a run's folder.
+
+    Args:
+        data: digits, a folder, a CSV file, cifar10, ...; see `regard.data.open_data`.
+        model: a network's name; without it the recipe's.
+        recipe: a shipped one's name, a TOML file, or a Recipe.
+        out: the run's folder; without it runs/DATA-MODEL.
+        resume: go on with the run in that folder from its last saved state.
+        weights: a run's folder to start from, or an authors' checkpoint.
+        pretrained: start from timm's pretrained weights (of the plain network, grafted, for a
+            CBAM or SE ResNet).
+        root: where cifar10 and cifar100 are kept.
+        echo: is given the lines for the person.
+        changes: values of the recipe's fields, on top of it.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ValueError: a wrong argument, or data that can't be used.
+        OSError: something can't be read or written.
+        NotFiniteError: the loss became infinite or NaN; the last state is kept.
+        Stopped: SIGINT or SIGTERM; the state is saved.
+    """
+    accelerator = Accelerator(mixed_precision="no")
+    say = echo if accelerator.is_main_process else _quiet
+    base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    asked = base.changed(**changes)
+    folder = RunFolder(choose_out(out, data, model or asked.model, resume))
+    if resume and folder.exists:
+        given = {} if isinstance(recipe, str) and recipe == "quick" else _differing(asked, changes)
+        plan = _resumed(folder, data, model, {**given, **changes})
+        table = read_splits(open_data(data, root=plan.root), folder.path / "splits.csv")
+        if folder.finished:
+            say(f"{folder.path} is finished: nothing is left to do")
+            return folder.path
+    else:
+        folder.refuse_others()
+        plan, table = _planned(data, model, asked, weights, pretrained, root, say)
+    for warning in table.warnings:
+        say(f"note: {warning}")
+    Run(plan, table, folder, accelerator, say).go()
+    return folder.path
+
+
+def _quiet(_: str) -> None:
+    return None
+
+
+def _differing(asked: Recipe, changes: dict[str, Any]) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(Recipe) if f.name not in changes]
+    return {name: getattr(asked, name) for name in names}
+
+
+def _planned(
+    data: str,
+    model: str | None,
+    asked: Recipe,
+    weights: str | Path | None,
+    pretrained: bool,
+    root: str | Path | None,
+    say: Callable[[str], None],
+) -> tuple[Plan, ImageTable]:
+    table = assign_splits(
+        open_data(data, root=root), val=asked.val, test=asked.test, seed=asked.seed
+    )
+    name, arguments = choose_model(model, asked, weights)
+    preprocess, arguments, told = choose_preprocess(name, arguments, asked, table, pretrained)
+    for line in told:
+        say(line)
+    own_root = None if root is None else str(root)
+    own_weights = None if weights is None else str(weights)
+    return Plan(
+        data, own_root, name, arguments, own_weights, pretrained, asked, table.classes, preprocess
+    ), table
+
+
+def _resumed(folder: RunFolder, data: str, model: str | None, given: dict[str, Any]) -> Plan:
+    """The plan that the folder keeps.
+
+    Raises:
+        ValueError: what is asked for now is not what the run was started with.
+    """
+    kept, recipe = folder.read_plan(), folder.read_recipe()
+    now = {"DATA": (kept["data"], data), "--model": (kept["model"], model or kept["model"])}
+    now |= {
+        f"--{name.replace('_', '-')}": (getattr(recipe, name), value)
+        for name, value in given.items()
+        if name not in ("model", "model_args", "workers", "save_minutes")
+    }
+    for name, (was, is_now) in now.items():
+        if was != is_now:
+            raise ValueError(
+                f"{name} {is_now}: {folder.path} was started with {was}; leave it out to "
+                "resume, or give --out another folder"
+            )
+    operational = {k: v for k, v in given.items() if k in ("workers", "save_minutes")}
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in kept["preprocess"].items()
+    }
+    preprocess = Preprocess(**values)
+    return Plan(
+        data, kept["root"], kept["model"], kept["model_args"], kept["weights"],
+        kept["pretrained"], recipe.changed(**operational), kept["classes"], preprocess,
+    )  # fmt: skip
+
+
+class Run:
+    """One run under way, in one of its processes."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        table: ImageTable,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        say: Callable[[str], None],
+    ) -> None:
+        self.plan, self.folder, self.accelerator, self.say = plan, folder, accelerator, say
+        self.main = accelerator.is_main_process
+        self.table = table
+        self.signal = 0
+        self.saved_at = time.perf_counter()
+        self.best: dict[str, float] = {}
+
+    def go(self) -> None:
+        """Prepares, trains, tests and writes; see `train`."""
+        plan, recipe = self.plan, self.plan.recipe
+        torch.manual_seed(recipe.seed)
+        model = self._model()
+        size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        if self.main:
+            check_space(self.folder.path, 10 * size + 50_000_000)
+            self.folder.start(dataclasses.asdict(plan), recipe_toml(recipe, _header(plan)))
+            write_splits(self.table, self.folder.path / "splits.csv")
+        self.parts = self._load_parts()
+        self.plan = plan = self._measured(plan)
+        self.trainer = self._trainer(model)
+        self.states = States(self.folder.path / "state")
+        self._resume()
+        self._announce()
+        with self._stopping(), Display(self.trainer, self.folder, self.main, self.say) as display:
+            self.display = display
+            try:
+                self.trainer.fit(after_step=self._after_step)
+            except NotFiniteError as error:
+                raise self._explained(error) from error
+        self._finish()
+
+    # -------------------------------------------------------------------- preparation
+    def _model(self) -> nn.Module:
+        model = make_model(
+            self.plan.model, self.plan.model_args, len(self.plan.classes),
+            self.plan.preprocess.input_size, self.plan.pretrained, self.plan.weights,
+        )  # fmt: skip
+        return model.to(self.accelerator.device).to(memory_format=torch.channels_last)
+
+    def _load_parts(self) -> dict[str, Part]:
+        parts, unreadable = {}, []
+        for split in ("train", "val", "test"):
+            rows = np.flatnonzero(self.table.splits == split)
+            if len(rows) == 0:
+                continue
+            recipe = self.plan.recipe if split == "train" else None
+            reader = Reader(self.table.select(rows), self.plan.preprocess, recipe)
+            part = load_part(reader, self.plan.recipe, self.say, split, show=self.main)
+            unreadable += part.unreadable
+            parts[split] = part
+        if unreadable:
+            share = len(unreadable) / len(self.table)
+            told = f"{len(unreadable)} of {len(self.table)} images can't be read ({share:.1%})"
+            if share > self.plan.recipe.max_unreadable:
+                raise ValueError(
+                    f"{told}, more than --max-unreadable {self.plan.recipe.max_unreadable:g}: "
+                    + "; ".join(reason for _, reason in unreadable[:3])
+                )
+            self.say(f"note: {told}; they are left out and listed in unreadable.csv")
+            if self.main:
+                self.folder.write_unreadable(unreadable)
+        if "train" not in parts or len(parts["train"].table) == 0:
+            raise ValueError(f"{self.plan.data}: no training image can be read")
+        return parts
+
+    def _measured(self, plan: Plan) -> Plan:
+        """With the training images' mean and deviation, where the recipe standardises by them."""
+        if plan.recipe.standardise != "data" or self.folder.measured:
+            return plan
+        preprocess = measured(self.parts["train"], plan.preprocess)
+        plan = dataclasses.replace(plan, preprocess=preprocess)
+        if self.main:
+            self.folder.start(
+                dataclasses.asdict(plan), recipe_toml(plan.recipe, _header(plan)), True
+            )
+        return plan
+
+    def _source(self, split: str) -> Held | Streamed:
+        part, recipe = self.parts[split], self.plan.recipe
+        order = None
+        if split == "train":
+            order = Order(len(part.table), recipe.seed, image_weights(part.table, recipe))
+        if part.images is not None:
+            return Held(part.reader, order, recipe.seed, part.images)
+        workers = default_workers() if recipe.workers is None else recipe.workers
+        return Streamed(part.reader, order, recipe.seed, workers)
+
+    def _trainer(self, model: nn.Module) -> Trainer:
+        recipe, table = self.plan.recipe, self.parts["train"].table
+        device = self.accelerator.device
+        labels = noisy_labels(table.labels, len(self.plan.classes), recipe.noise, recipe.seed)
+        weights = loss_weights(table, recipe)
+        world = self.accelerator.num_processes
+        return Trainer(
+            model=model,
+            recipe=recipe,
+            preprocess=self.plan.preprocess,
+            source=self._source("train"),
+            labels=torch.from_numpy(labels).to(device),
+            classes=len(self.plan.classes),
+            count=len(table),
+            total=choose_steps(recipe, len(table), world),
+            accelerator=self.accelerator,
+            class_weights=None if weights is None else weights.to(device),
+            bf16=use_bf16(recipe.precision, device),
+        )
+
+    def _resume(self) -> None:
+        state, broken = self.states.load()
+        for line in broken:
+            self.say(f"note: {line}; the state before it is used")
+        if state is not None:
+            self.best = state.pop("best")
+            self.trainer.load_state_dict(state)
+            self.say(f"resumed after step {self.trainer.step:,} of {self.trainer.total:,}")
+
+    def _announce(self) -> None:
+        t, r = self.trainer, self.plan.recipe
+        counts = ", ".join(f"{len(p.table):,} {s}" for s, p in self.parts.items())
+        parameters = sum(p.numel() for p in t.model.parameters())
+        self.say(
+            f"{self.plan.model}, {parameters:,} parameters, {len(self.plan.classes)} classes; "
+            f"images: {counts}"
+        )
+        held = "held in memory" if self.parts["train"].images is not None else "streamed from files"
+        c, h, w = self.plan.preprocess.input_size
+        precision = "bf16" if t.bf16 else "fp32"
+        self.say(
+            f"{t.total:,} steps of {t.images_a_step} images ({t.total / t.steps_an_epoch:.3g} "
+            f"epochs) at {c}x{h}x{w}, {held}, {precision}, {r.optimizer} at {r.lr:g}, "
+            f"{self.accelerator.device} x {self.accelerator.num_processes}"
+        )
+
+    # ----------------------------------------------------------------- while it trains
+    def _after_step(self, trainer: Trainer, loss: float) -> None:
+        self.display.step(loss)
+        ends = trainer.epoch_ends(trainer.step)
+        if ends:
+            self._end_epoch()
+        stop = self._stop_asked()
+        due = time.perf_counter() - self.saved_at > 60 * self.plan.recipe.save_minutes
+        if ends or stop or (due and self.accelerator.num_processes == 1):
+            self._save()
+        if stop and trainer.step < trainer.total:
+            raise Stopped(trainer.step, stop)
+
+    def _end_epoch(self) -> None:
+        t = self.trainer
+        loss, correct, seen = self._summed(t.tally).tolist()
+        t.tally = torch.zeros_like(t.tally)
+        row = {
+            "epoch": round(t.step / t.steps_an_epoch, 3),
+            "step": float(t.step),
+            "learning_rate": float(t.optimizer.param_groups[0]["lr"]),
+            "loss": loss / seen,
+            "accuracy": correct / seen,
+        }
+        if "val" in self.parts:
+            predictions = self.predict("val")
+            chosen = predictions.probabilities[np.arange(len(predictions)), predictions.labels]
+            row["val_loss"] = float(-np.log(np.clip(chosen, 1e-12, 1)).mean())
+            hits = predictions.probabilities.argmax(axis=1) == predictions.labels
+            row["val_accuracy"] = float(hits.mean())
+            self._keep_best(row)
+        t.history.append(row)
+        t.model.train()
+        if self.main:
+            self.folder.write_metrics(t.history)
+        self.display.epoch(row)
+
+    def _keep_best(self, row: dict[str, float]) -> None:
+        better = (row["val_accuracy"], -row["val_loss"])
+        if self.best and better <= (self.best["val_accuracy"], -self.best["val_loss"]):
+            return
+        self.best = {k: row[k] for k in ("epoch", "step", "val_accuracy", "val_loss")}
+        if self.plan.recipe.select == "best" and self.main:
+            self.folder.write_best(self.trainer.weights)
+
+    def _summed(self, tally: Tensor) -> Tensor:
+        return self.accelerator.reduce(tally, "sum").cpu()
+
+    def predict(self, split: str) -> Predictions:
+        """What the network says of a split now, gathered from all processes, no image twice."""
+        part = self.parts[split]
+        classifier = Classifier(self.trainer.weights, self.plan.classes, self.plan.preprocess)
+        rows, found, unreadable = probabilities_of(
+            classifier, self._source(split), len(part.table), batch=max(32, self.trainer.batch),
+            rank=self.accelerator.process_index, world=self.accelerator.num_processes,
+        )  # fmt: skip
+        part.lost = unreadable
+        if self.accelerator.num_processes > 1:
+            gathered = gather_object([(rows, found)])
+            rows = np.concatenate([r for r, _ in gathered])
+            found = np.concatenate([f for _, f in gathered])
+        if len(rows) == 0:
+            raise OSError(f"no {split} image can be read: {unreadable[0][1]}")
+        order = np.argsort(rows)
+        rows, found = rows[order], found[order]
+        table = part.table.select(rows)
+        paths = [table.path(i) for i in range(len(table))]
+        return Predictions(found, table.labels, table.classes, table.groups, paths)
+
+    def _save(self) -> None:
+        if self.main:
+            state = {**self.trainer.state_dict(), "best": self.best}
+            self.states.save(self.trainer.step, state)
+            if self.trainer.unreadable:
+                reader = self.parts["train"].reader
+                found = dict.fromkeys(self.trainer.unreadable)
+                self.folder.write_unreadable([(reader.table.path(r), why) for r, why in found])
+        self.saved_at = time.perf_counter()
+
+    def _explained(self, error: NotFiniteError) -> NotFiniteError:
+        table = self.parts["train"].table
+        files = [table.path(row) for row in error.rows]
+        shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+        told = NotFiniteError(error.step, error.rate, error.rows)
+        told.args = (
+            f"{error}; its images: {shown}. The last good state is kept in "
+            f"{self.states.folder}; try a lower --lr or --clip 1",
+        )
+        return told
+
+    # ------------------------------------------------------------------------- signals
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """A first SIGINT or SIGTERM lets the step end; a second SIGINT ends at once."""
+
+        def ask(number: int, _: FrameType | None) -> None:
+            if self.signal and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        try:
+            before = {s: signal.signal(s, ask) for s in STOP_SIGNALS}
+        except ValueError:  # not in the main thread: signals are another's
+            before = {}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _stop_asked(self) -> int:
+        """The signal to stop for; all processes agree, and ask each other every few steps."""
+        if self.accelerator.num_processes == 1:
+            return self.signal
+        if self.trainer.step % 10:
+            return 0
+        flag = torch.tensor([self.signal], device=self.accelerator.device)
+        return int(self.accelerator.gather(flag).max())
+
+    # --------------------------------------------------------------------------- end
+    def _finish(self) -> None:
+        """Takes the chosen weights, tests them, and writes the network and the report."""
+        t = self.trainer
+        if self.plan.recipe.select == "best" and self.best:
+            self.accelerator.wait_for_everyone()
+            self.folder.read_best(t.weights)
+        split = next(s for s in ("test", "val", "train") if s in self.parts)
+        predictions = self.predict(split)
+        if not self.main:
+            return
+        evaluation = evaluate(predictions, seed=self.plan.recipe.seed)
+        self._write_network(evaluation)
+        self.folder.write_evaluation(split, evaluation, predictions)
+        self.folder.finish(self._facts(split))
+        self.states.clear()
+        self._tell(split, evaluation)
+
+    def _write_network(self, evaluation: Evaluation) -> None:
+        plan = self.plan
+        standardise = plan.preprocess.standardise
+        top1 = evaluation.metrics["top1"]
+        save_model(
+            self.trainer.weights, self.folder.path, class_names=plan.classes,
+            data_config=plan.preprocess.data_config(),
+            extra={"regard": {"standardise": standardise, "top1": top1.value}},
+        )  # fmt: skip
+
+    def _facts(self, split: str) -> dict[str, Any]:
+        t = self.trainer
+        return {
+            "tested_on": split,
+            "counts": {s: len(p.table) for s, p in self.parts.items()},
+            "parameters": sum(p.numel() for p in t.model.parameters()),
+            "steps": t.total,
+            "epochs": t.total / t.steps_an_epoch,
+            "seconds": t.seconds,
+            "waited": t.waited / max(t.seconds, 1e-9),
+            "images_a_second": t.total * t.images_a_step / max(t.seconds, 1e-9),
+            "best": self.best,
+            "bf16": t.bf16,
+            "threads": torch.get_num_threads(),
+            "device": str(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "unreadable": len(set(t.unreadable))
+            + sum(len(p.unreadable) for p in self.parts.values()),
+            "versions": {
+                "regard": regard.__version__, "torch": torch.__version__,
+                "Python": platform.python_version(),
+            },
+        }  # fmt: skip
+
+    def _tell(self, split: str, evaluation: Evaluation) -> None:
+        from regard.report.of_run import report_run
+
+        top1 = evaluation.metrics["top1"]
+        wrong = int(evaluation.n - np.trace(evaluation.confusion))
+        name = {"test": "test", "val": "validation", "train": "training"}[split]
+        self.say(
+            f"accuracy on the {evaluation.n:,} {name} images: {top1.value:.2%} (95 % interval "
+            f"{top1.low:.2%} to {top1.high:.2%}), {wrong} wrong; trained in "
+            f"{self.trainer.seconds:.0f} s, {self.trainer.waited / self.trainer.seconds:.0%} of it "
+            "waiting for images"
+        )
+        self.say(f"the network: {self.folder.path}; the report: {report_run(self.folder.path)}")
+
+
+def _header(plan: Plan) -> str:
+    command = " ".join(shlex.quote(a) for a in sys.argv[1:])
+    first = f"The recipe of this run, every value resolved: {plan.model} on {plan.data}"
+    return f"{first}\nregard {command}"

@@ -1,0 +1,113 @@
+"""A run's saved states: complete or not there, and always one that is good.
+
+A state is written beside, flushed to the disk, and renamed; the one before it is removed only
+then. Whatever is killed at whatever moment, the newest complete state is found and read.
+"""
+
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_NAME = re.compile(r"step-(\d{9})\.pt")
+KEPT = 2  # the newest, and the one before it in case the disk harms the newest
+
+
+class StateError(OSError):
+    """A state that can't be written, or none that can be read; the message says why."""
+
+
+class States:
+    """The states in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _newest_first(self) -> Iterator[tuple[int, Path]]:
+        found: list[tuple[int, Path]] = []
+        if self.folder.is_dir():
+            found = [
+                (int(m[1]), p) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name))
+            ]
+        return iter(sorted(found, reverse=True))
+
+    def save(self, step: int, content: dict[str, Any]) -> None:
+        """Writes the state after `step` steps; tensors, numbers, strings, lists and dicts.
+
+        Raises:
+            StateError: it can't be written; the states before it are as they were.
+        """
+        path = self.folder / f"step-{step:09d}.pt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda beside: torch.save(content, beside))
+        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
+            reason = " ".join(str(error).split())[:200]
+            raise StateError(f"{path}: the state can't be saved ({reason})") from error
+        for _, old in list(self._newest_first())[KEPT:]:
+            old.unlink(missing_ok=True)
+
+    def load(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """The newest state that can be read, and a line about each that can't.
+
+        Raises:
+            StateError: there are states, and none can be read.
+        """
+        broken: list[str] = []
+        for _, path in self._newest_first():
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True), broken
+            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+                reason = " ".join(str(error).split())[:120]
+                broken.append(f"{path} can't be read ({reason})")
+        if broken:
+            raise StateError("; ".join(broken))
+        return None, []
+
+    def clear(self) -> None:
+        """Removes what only a run that goes on needs."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_whole(path: Path, write: Any) -> None:
+    """Has `write` write a file beside `path`, flushes it to the disk, and renames it."""
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        write(beside)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename too must be on the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuses a folder that can't be written or a disk without room, before hours are spent.
+
+    Raises:
+        StateError: the message says which, and how much is missing.
+    """
+    probe = folder / ".probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"regard")
+        probe.unlink()
+    except OSError as error:
+        raise StateError(f"{folder} can't be written ({error.strerror})") from error
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StateError(
+            f"{folder}: {free / 1e6:,.0f} MB are free, and the run needs about "
+            f"{needed / 1e6:,.0f} MB for its weights and states"
+        )

@@ -1,0 +1,239 @@
+"""What a check finds in real files: numbers against numpy, leaks, faults, in processes too."""
+
+import json
+import multiprocessing
+import shutil
+import tracemalloc
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from regard.data.check import check_data, print_check
+from regard.data.sources import open_data
+from regard.data.splits import assign_splits
+
+PHOTOS = load_sample_images().images  # two of (427, 640, 3)
+
+
+def crop(k, size=(24, 30)):
+    y, x = 7 * k % 380, 11 * k % 600
+    return PHOTOS[k % 2][y : y + size[0], x : x + size[1]]
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(pixels)).save(path, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train and test of two classes, 6 and 2 images each."""
+    k = 0
+    for split, n in (("train", 6), ("test", 2)):
+        for c in ("china", "flower"):
+            for i in range(n):
+                k += 1
+                save(tmp_path / "data" / split / c / f"{i}.png", crop(k))
+    return tmp_path / "data"
+
+
+def test_a_clean_folder(folder):
+    calls = []
+    check = check_data(open_data(str(folder)), progress=lambda *done: calls.append(done))
+    assert calls == [(i, 16) for i in range(1, 17)]
+    assert (check.images, check.checked) == (16, 16)
+    assert check.counts == {s: {"china": n, "flower": n} for s, n in (("train", 6), ("test", 2))}
+    assert check.sizes["height"] == {"min": 24, "median": 24, "max": 24}
+    assert check.sizes["common"] == [[24, 30, 16]]
+    assert (check.channels, check.depths) == ({"3": 16}, {"8 bit": 16})
+    assert not check.unreadable
+    assert not check.leaks
+    assert not check.duplicates
+    train = np.stack([crop(k) for k in range(1, 13)]) / 255
+    assert np.allclose(check.mean, train.mean((0, 1, 2)), rtol=0, atol=1e-12)
+    assert np.allclose(check.std, train.std((0, 1, 2)), rtol=0, atol=1e-12)
+    assert check.warnings == ["2 classes have fewer than 20 images to train on"]
+    assert check.suggestion == {
+        "size": 24, "channels": 3, "class_weights": {"china": 1.0, "flower": 1.0}, "resize": "crop",
+    }  # fmt: skip
+
+
+def test_leaks_and_duplicates_are_found_under_any_name_and_format(folder):
+    leaked = folder / "test/flower/other name.bmp"
+    save(leaked, crop(1))  # train/china/0.png, and under another label
+    shutil.copy(folder / "train/flower/2.png", folder / "train/flower/copy.png")
+    save(folder / "test/china/turned.png", crop(1)[::-1])  # is another picture
+    reshaped = crop(1).reshape(30, 24, 3)  # the same bytes in another shape, too
+    save(folder / "test/china/reshaped.png", reshaped)
+    check = check_data(open_data(str(folder)))
+    assert check.leaks == [[(str(folder / "train/china/0.png"), "train"), (str(leaked), "test")]]
+    assert check.duplicates == [
+        [(str(folder / f"train/flower/{name}.png"), "train") for name in ("2", "copy")]
+    ]
+    assert "1 pictures are in more than one split: results would flatter" in check.warnings
+    assert "1 pictures are several times in one split" in check.warnings
+    assert "1 pictures carry different labels in different places" in check.warnings
+
+
+def test_unreadable_files_are_listed_and_the_rest_counts(folder):
+    whole = (folder / "train/china/3.png").read_bytes()
+    (folder / "train/china/3.png").write_bytes(whole[:200])
+    (folder / "test/flower/1.png").write_text("a text")
+    (folder / "test/flower/empty.jpg").touch()
+    check = check_data(open_data(str(folder)))
+    told = {path.removeprefix(f"{folder}/"): reason for path, reason in check.unreadable}
+    assert list(told) == ["train/china/3.png", "test/flower/1.png", "test/flower/empty.jpg"]
+    assert told["test/flower/empty.jpg"] == "is empty (0 bytes)"
+    assert check.sizes["common"] == [[24, 30, 14]]
+    train = np.stack([crop(k) for k in range(1, 13) if k != 4]) / 255
+    assert np.allclose(check.mean, train.mean((0, 1, 2)), rtol=0, atol=1e-12)
+    assert "3 images can't be read" in check.warnings
+
+
+def test_nothing_readable_at_all(tmp_path):
+    for c in "ab":
+        (tmp_path / c).mkdir()
+        (tmp_path / c / "1.png").touch()
+    check = check_data(open_data(str(tmp_path)))
+    assert len(check.unreadable) == 2
+    assert check.sizes["height"] is None
+    print_check(check)
+
+
+def test_processes_find_the_same(folder):
+    (folder / "train/china/5.png").write_text("broken")
+    table = open_data(str(folder))
+    many = table.select(np.tile(np.arange(16), 9))  # several chunks, the last one shorter
+    alone = check_data(many, workers=1)
+    assert check_data(many, workers=2) == alone
+    assert len(alone.unreadable) == 9
+    assert len(alone.duplicates) == 15
+    assert not multiprocessing.active_children()
+
+
+def test_grey_and_colour_and_depths(tmp_path):
+    grey = crop(1)[..., 0]
+    save(tmp_path / "a/8.png", grey)
+    save(tmp_path / "a/16.png", grey.astype(np.uint16) * 16)
+    save(tmp_path / "b/rgb.png", np.stack([grey] * 3, 2)[::-1])
+    check = check_data(open_data(str(tmp_path)))
+    assert check.channels == {"1": 2, "3": 1}
+    assert check.depths == {"16 bit": 1, "8 bit": 2}
+    assert check.suggestion["channels"] == 1  # the colour image is grey
+    values = np.concatenate(
+        [(grey / 255).ravel(), (grey * 16.0 / 65535).ravel(), grey.ravel() / 255]
+    )
+    assert check.mean == pytest.approx([values.mean()], abs=1e-12)
+    assert check.std == pytest.approx([values.std()], abs=1e-12)
+    assert "images of different depth: 1 16 bit, 2 8 bit" in check.warnings
+    assert any(f"values up to {int(grey.max()) * 16}" in line for line in check.warnings)
+    save(tmp_path / "b/colour.png", crop(2))
+    mixed = check_data(open_data(str(tmp_path)))
+    assert mixed.suggestion["channels"] == 3
+    greys = np.stack([values.reshape(-1, 1)[:, 0]] * 3, 1)
+    both = np.concatenate([greys, crop(2).reshape(-1, 3) / 255])
+    assert np.allclose(mixed.mean, both.mean(0), rtol=0, atol=1e-12)
+    assert "2 images are greyscale, 2 have colours" in mixed.warnings
+
+
+@pytest.mark.parametrize(
+    ("sizes", "suggested", "resize"),
+    [
+        ([(28, 28)] * 4, 28, "none"),
+        ([(64, 64)] * 4, 64, "none"),
+        ([(100, 120), (100, 130), (110, 100), (90, 95)], 96, "crop"),
+        ([(300, 310), (500, 400), (400, 400), (300, 400)], 224, "crop"),
+        ([(60, 200), (60, 60), (60, 70), (60, 80)], 60, "pad"),
+    ],
+)
+def test_suggested_sizes(tmp_path, sizes, suggested, resize):
+    for i, size in enumerate(sizes):
+        save(tmp_path / "ab"[i % 2] / f"{i}.png", np.full(size, i, np.uint8))
+    check = check_data(open_data(str(tmp_path)))
+    assert (check.suggestion["size"], check.suggestion["resize"]) == (suggested, resize)
+    heights = sorted(h for h, _ in sizes)
+    assert check.sizes["height"]["median"] == heights[1]  # the lower one
+
+
+def test_digits_with_splits():
+    table = assign_splits(open_data("digits"), val=0.1, test=0.2, seed=0)
+    check = check_data(table)
+    train = table.arrays[table.splits == "train"] / 255
+    assert check.mean == pytest.approx([train.mean()], abs=1e-12)
+    assert check.std == pytest.approx([train.std()], abs=1e-12)
+    assert check.suggestion["size"] == 8
+    assert sum(check.suggestion["class_weights"].values()) == pytest.approx(10, rel=0.01)
+    assert not check.leaks
+
+
+def test_imbalance_groups_and_missing_classes(tmp_path):
+    lines = ["path,label,split,group"]
+    for i in range(44):
+        save(tmp_path / f"{i}.png", crop(i))
+        split = "test" if i >= 42 else "train"
+        lines.append(f"{i}.png,{'rare' if i < 2 else 'usual'},{split},p{i // 3}")
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    check = check_data(open_data(str(tmp_path / "a.csv")))
+    assert check.groups == {
+        "number": 15, "smallest": 2, "median": 3, "largest": 3, "divided": [],
+    }  # fmt: skip
+    assert check.suggestion["class_weights"] == {"rare": 42 / 4, "usual": 42 / 80}
+    assert "test has no images of rare" in check.warnings
+    assert "unbalanced: 2 to 40 images a class; see the class weights" in check.warnings
+    lines[1] = lines[1].replace("train", "test")
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    divided = check_data(open_data(str(tmp_path / "a.csv")))
+    assert divided.groups["divided"] == ["p0"]
+    assert "1 groups are in more than one split" in divided.warnings
+
+
+def test_a_limit_is_spread_evenly(folder):
+    check = check_data(open_data(str(folder)), limit=4)
+    assert (check.images, check.checked) == (16, 4)
+    assert check.channels == {"3": 4}
+    assert check.counts["train"] == {"china": 6, "flower": 6}
+    for name in ("limit", "workers"):
+        with pytest.raises(ValueError, match=f"{name}=0: at least 1"):
+            check_data(open_data(str(folder)), **{name: 0})
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path):
+    # 60 images of 768 KB: one or two at a time
+    for i in range(60):
+        save(tmp_path / "ab"[i % 2] / f"{i}.png", np.full((512, 512, 3), i, np.uint8))
+    table = open_data(str(tmp_path))
+    check_data(table, limit=2, workers=1)
+    tracemalloc.start()
+    check_data(table, workers=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 512 * 512 * 3
+
+
+def test_nothing_is_written(folder):
+    def state():
+        return {p: p.stat().st_mtime_ns for p in (folder, *folder.rglob("*"))}
+
+    before = state()
+    check_data(open_data(str(folder)), workers=2)
+    assert state() == before
+
+
+def test_printing(folder, capsys):
+    save(folder / "test/china/[bold] \udcff.png", crop(1))  # markup, and not UTF-8
+    (folder / "train/china/1.png").write_text("broken")
+    check = check_data(open_data(str(folder)))
+    print_check(check)
+    shown = capsys.readouterr().out
+    assert "[bold] \\udcff.png (test)" in shown
+    assert "china" in shown
+    assert "warning: 1 images can't be read" in shown
+    assert "suggestion: size 24, channels 3, resize crop" in shown
+    assert len(shown.splitlines()) < 40
+    print_check(check, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["leaks"][0][1] == [str(folder / "test/china/[bold] \udcff.png"), "test"]
+    assert set(told) == set(check.__dataclass_fields__)
+    assert told["mean"] == check.mean

@@ -1,0 +1,312 @@
+"""Grafting: attention under a trained ResNet that changes no bit, and is free to learn."""
+
+import copy
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import regard
+
+PLAIN = ["resnet18", "resnet50", "resnext50_32x4d"]
+ATTENTION = {
+    "cbam": regard.CBAM,
+    "se": regard.SE,
+    "spatial_channel": partial(regard.CBAM, order="spatial_channel"),
+    "parallel_k3": partial(regard.CBAM, order="parallel", kernel_size=3),
+    "spatial": partial(regard.CBAM, order="spatial", spatial_pool="conv"),
+}
+GATES = {"cbam": 2, "se": 1, "spatial_channel": 2, "parallel_k3": 2, "spatial": 1}
+
+
+def trained(name="resnet18", num_classes=5):
+    """A plain network as training leaves one: weights and statistics of every sign and size."""
+    return copy.deepcopy(_trained(name, num_classes))
+
+
+@functools.cache
+def _trained(name, num_classes):
+    torch.manual_seed(7)
+    model = timm.create_model(name, num_classes=num_classes)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.weight, 0.8, 0.6)
+            nn.init.normal_(m.bias, 0.0, 0.5)
+            nn.init.normal_(m.running_mean, 0.0, 0.3)
+            nn.init.uniform_(m.running_var, 0.3, 3.0)
+    return model.eval()
+
+
+def images(batch=2):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(batch, 3, 32, 48, generator=generator)
+
+
+def gates(model):
+    return {n: m for n, m in model.named_modules() if getattr(m, "attention_kind", None)}
+
+
+def assert_same_answers(plain, grafted, x):
+    """Bit for bit, in evaluation and in training, the running statistics included.
+
+    Trains both networks' running statistics.
+    """
+    with torch.no_grad():
+        wanted = plain.eval()(x)
+        assert wanted.isfinite().all()
+        assert wanted.std() > 0
+        assert torch.equal(grafted.eval()(x), wanted)
+        for _ in range(2):  # the second sees the gates' own running statistics moved
+            assert torch.equal(grafted.train()(x), plain.train()(x))
+        assert torch.equal(grafted.eval()(x), plain.eval()(x))
+    buffers = dict(grafted.named_buffers())
+    for name, wanted in plain.named_buffers():
+        assert torch.equal(buffers[name], wanted), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_graft_answers_bit_for_bit_as_the_plain_network(name, attention, dtype):
+    plain = trained(name).to(dtype)
+    assert min(m.weight.min() for m in plain.modules() if isinstance(m, nn.BatchNorm2d)) < 0
+    grafted = regard.graft(plain, ATTENTION[attention])
+    blocks = [m for m in grafted.modules() if hasattr(m, "se")]
+    assert len(gates(grafted)) == GATES[attention] * len(blocks) > 0
+    assert {p.dtype for p in grafted.parameters()} == {dtype}
+    assert_same_answers(plain, grafted, images().to(dtype))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_every_gate_starts_at_exactly_one_half(attention):
+    grafted = regard.graft(trained(), ATTENTION[attention])
+    for mode in (False, True):
+        with torch.no_grad(), regard.record(grafted.train(mode)) as maps:
+            grafted(images())
+        assert len(maps) == GATES[attention] * 8
+        for recorded in maps.values():
+            assert torch.equal(recorded.values, torch.full_like(recorded.values, 0.5))
+
+
+def test_gates_laid_over_without_grafting_change_the_answer():
+    plain = trained()
+    naive = regard.create_model("cbam_resnet18", num_classes=5).eval()
+    naive.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        answer, wanted = naive(images()), plain(images())
+    assert (answer - wanted).norm() > 0.1 * wanted.norm()
+
+
+@pytest.mark.parametrize("attention", ["cbam", "se", "parallel_k3"])
+def test_training_moves_every_gate(attention):
+    grafted = regard.graft(trained(), ATTENTION[attention]).train()
+    before = {n: p.detach().clone() for n, p in grafted.named_parameters()}
+    optimiser = torch.optim.SGD(grafted.parameters(), lr=0.01)
+    target = torch.arange(4) % 5
+    for _ in range(2):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(grafted(images(batch=4)), target).backward()
+        optimiser.step()
+    for name, gate in gates(grafted).items():
+        channel = gate.attention_kind == "channel"
+        # the first step moves the last layer, and through it the second moves the first one
+        layers = ("mlp.2.weight", "mlp.2.bias", "mlp.0.weight") if channel else ("bn.weight",
+                  "bn.bias", "conv.weight")  # fmt: skip
+        for layer in layers:
+            parameter = gate.get_parameter(layer)
+            assert parameter.isfinite().all()
+            assert not torch.equal(parameter, before[f"{name}.{layer}"]), f"{name}.{layer}"
+    with torch.no_grad(), regard.record(grafted) as maps:
+        grafted(images())
+    assert all((m.values != 0.5).any() for m in maps.values())
+
+
+def test_the_plain_network_is_left_as_it_was():
+    plain = trained().train()
+    plain.layer2.eval()
+    before = {n: t.clone() for n, t in plain.state_dict().items()}
+    cfg = copy.deepcopy(plain.pretrained_cfg)
+    grafted = regard.graft(plain)
+    with torch.no_grad():
+        for p in grafted.parameters():
+            p.add_(1.0)
+    after = plain.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[n], before[n]) for n in before)
+    assert plain.pretrained_cfg == cfg
+    assert grafted.layer1[0].se.spatial.bn.training
+    assert not grafted.layer2[0].se.spatial.bn.training
+
+
+@pytest.mark.parametrize(
+    ("make", "attention", "message"),
+    [
+        (lambda: timm.create_model("seresnet50"), regard.CBAM, "attention already: SEModule"),
+        (lambda: regard.create_model("cbam_resnet18"), regard.CBAM, "attention already: CBAM"),
+        (lambda: regard.graft(trained()), regard.SE, "attention already: CBAM"),
+        (lambda: timm.create_model("regnetx_002"), regard.CBAM, "timm ResNet, not RegNet"),
+        (lambda: nn.Linear(2, 2), regard.CBAM, "takes a timm ResNet, not Linear"),
+        (
+            lambda: timm.create_model("resnet18", norm_layer="groupnorm"),
+            regard.CBAM,
+            "last norm is GroupNorm",
+        ),
+        (trained, lambda channels: nn.Identity(), "give CBAM, SE or a partial of CBAM"),
+    ],
+    ids=["seresnet", "cbam", "twice", "regnet", "linear", "groupnorm", "identity"],
+)
+def test_what_can_not_be_grafted_is_refused_in_one_line(make, attention, message):
+    model = make()
+    with pytest.raises(ValueError, match=message) as caught:
+        regard.graft(model, attention)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["cbam", "se"])
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+def test_a_grafted_network_is_saved_under_its_own_name(tmp_path, name, kind):
+    plain = trained(name)
+    grafted = regard.graft(plain, ATTENTION[kind])
+    regard.save_model(grafted, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
+    assert config["architecture"] == regard.twins(name)[kind] == f"{kind}_{name}"
+    again = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    assert again.num_classes == 5
+    assert_same_answers(plain, again, images())
+
+
+def test_twins_by_name():
+    resnets = [
+        *("resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet18_1_5", "wide_resnet18_2"),
+        *("resnext50_32x4d", "resnext101_32x4d"),
+    ]
+    for base in resnets:
+        wanted = {"plain": base, "se": f"se_{base}", "cbam": f"cbam_{base}"}
+        for name in wanted.values():
+            assert timm.is_model(name)
+            assert regard.twins(name) == wanted
+    for f in (8, 16, 32, 64):
+        wanted = {"plain": f"sononet{f}", "ag": f"ag_sononet{f}"}
+        for name in wanted.values():
+            assert timm.is_model(name)
+            assert regard.twins(name) == wanted
+    for name in ("attention56", "vgg11", "cbam_vgg11"):
+        with pytest.raises(ValueError, match=f"{name!r} has no twin; these have: resnet18, .*so"):
+            regard.twins(name)
+
+
+@pytest.mark.parametrize("base", ["resnet18", "resnext50_32x4d", "wide_resnet18_1_5", "sononet8"])
+def test_twins_differ_in_the_attention_alone(base):
+    with torch.device("meta"):
+        shapes = {
+            kind: {n: t.shape for n, t in timm.create_model(name).state_dict().items()}
+            for kind, name in regard.twins(base).items()
+        }
+    for a, b in itertools.pairwise(shapes.values()):
+        assert a != b
+    if base == "sononet8":  # the head differs as well
+        shapes = {k: {n: s for n, s in v.items() if "block" in n} for k, v in shapes.items()}
+    plain = shapes.pop("plain")
+    for kind, twin in shapes.items():
+        assert {n: s for n, s in twin.items() if ".se." not in n} == plain, kind
+
+
+PRETRAINED = """
+import json, sys, timm, torch, regard
+
+def failure(name, **arguments):
+    try:
+        regard.create_model(name, pretrained_plain=True, **arguments)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+x = torch.load(sys.argv[1], weights_only=True)
+answers = {"absent": failure("cbam_resnet34"), "wrong": failure("cbam_resnet50")}
+for name in ("cbam_resnet18", "se_resnet18"):
+    model = regard.create_model(name, pretrained_plain=True).eval()
+    with torch.no_grad():
+        answers[name] = model(x)
+    answers[name + " cfg"] = [model.pretrained_cfg[k] for k in ("architecture", "interpolation")]
+few = regard.create_model("cbam_resnet18", pretrained_plain=True, num_classes=3, in_chans=1)
+answers["few"] = few.eval().forward_features(x.mean(dim=1, keepdim=True)).detach()
+regard.save_model(few, sys.argv[3])
+again = timm.create_model("local-dir:" + sys.argv[3], pretrained=True).eval()
+answers["again"] = torch.equal(again(x[:, :1]), few(x[:, :1]))
+answers["cifar"] = failure("cbam_resnet18", stem="cifar")
+answers["features"] = failure("cbam_resnet18", features_only=True)
+torch.save(answers, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """What a process answers that has no network, and in its hub's cache resnet18's weights."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    plain = trained(num_classes=1000)
+    for name in ("resnet18", "resnet50"):  # resnet50's file is not resnet50's weights
+        hub_id = timm.get_pretrained_cfg(name).hf_hub_id
+        repository = folder / "hub" / ("models--" + hub_id.replace("/", "--"))
+        snapshot = repository / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+        save_file(plain.state_dict(), snapshot / "model.safetensors")
+    torch.save(images(), folder / "x.pt")
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "HF_HUB_CACHE": str(folder / "hub")}
+    run = subprocess.run(
+        [sys.executable, "-c", PRETRAINED, *(str(folder / n) for n in ("x.pt", "out.pt", "few"))],
+        env=os.environ | hub | {"TORCH_HOME": str(folder / "torch")},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return plain, torch.load(folder / "out.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(("case", "name"), [("absent", "resnet34"), ("wrong", "resnet50")])
+def test_without_pretrained_weights_one_line_says_so(pretrained, case, name):
+    kind, message = pretrained[1][case]
+    assert kind == "OSError"
+    start = f"timm's pretrained weights of {name} can't be reached: "
+    assert message.startswith(start)
+    assert "\n" not in message
+    assert len(message) > len(start) + 10
+
+
+@torch.no_grad()
+def test_over_pretrained_weights_the_answer_is_the_plain_networks(pretrained):
+    plain, answers = pretrained
+    for name in ("cbam_resnet18", "se_resnet18"):
+        assert torch.equal(answers[name], plain(images()))
+        interpolation = plain.pretrained_cfg["interpolation"]
+        assert answers[f"{name} cfg"] == [name, interpolation] == [name, "bicubic"]
+
+
+@torch.no_grad()
+def test_pretrained_weights_fit_other_classes_and_channels(pretrained):
+    plain, answers = pretrained
+    grey = images().mean(dim=1, keepdim=True)
+    # timm sums the first convolution over its channels for one channel
+    wanted = plain.forward_features(grey.expand(-1, 3, -1, -1))
+    assert torch.allclose(answers["few"], wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max())
+    assert answers["again"], "the folder of such a network loads without fetching weights again"
+
+
+def test_pretrained_weights_do_not_fit_other_stems(pretrained):
+    for case in ("cifar", "features"):
+        kind, message = pretrained[1][case]
+        assert kind == "ValueError"
+        assert "timm's weights fit the whole ImageNet network" in message
+        assert "\n" not in message

@@ -1,0 +1,362 @@
+"""Every format to the last bit, upright, over white; every fault one line."""
+
+import itertools
+import os
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_image
+
+from regard.data.images import ImageError, read_image
+
+PHOTO = load_sample_image("flower.jpg")  # (427, 640, 3)
+SMALL = np.ascontiguousarray(PHOTO[100:140, 200:260])  # (40, 60, 3)
+GREY16 = np.arange(30 * 40, dtype=np.uint16).reshape(30, 40) * 54 + 7  # to 64753, every low bit
+
+
+def save(path, array, **options):
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp"])
+def test_lossless_formats_keep_every_value(tmp_path, suffix):
+    options = {"lossless": True} if suffix == "webp" else {}
+    pixels = read_image(save(tmp_path / f"a.{suffix}", SMALL, **options))
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, SMALL)
+    if suffix != "webp":  # which has no greyscale
+        grey = read_image(save(tmp_path / f"g.{suffix}", SMALL[..., 0]))
+        assert np.array_equal(grey, SMALL[..., :1])
+
+
+def test_jpeg_is_what_pil_decodes(tmp_path):
+    path = save(tmp_path / "a.jpg", PHOTO, quality=90)
+    assert np.array_equal(read_image(path), np.asarray(Image.open(path)))
+    assert np.abs(read_image(path).astype(int) - PHOTO).mean() < 3
+
+
+def test_the_content_tells_the_format_not_the_name(tmp_path):
+    path = save(tmp_path / "a.jpg", SMALL, format="PNG")
+    assert np.array_equal(read_image(path), SMALL)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_kept_to_the_last(tmp_path, suffix):
+    pixels = read_image(save(tmp_path / f"a.{suffix}", GREY16))
+    assert pixels.dtype == np.uint16
+    assert np.array_equal(pixels[..., 0], GREY16)
+    assert np.array_equal(
+        read_image(tmp_path / f"a.{suffix}", channels=3), np.repeat(GREY16[..., None], 3, 2)
+    )
+
+
+def test_big_endian_and_wide_integers(tmp_path):
+    rows = GREY16.astype(">u2").tobytes()
+    tags = [(256, 4, 40), (257, 4, 30), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8)]
+    tags += [(277, 3, 1), (278, 4, 30), (279, 4, len(rows))]
+    ifd = struct.pack(">H", len(tags))
+    for tag, kind, value in tags:
+        ifd += struct.pack(">HHI", tag, kind, 1) + struct.pack(">I" if kind == 4 else ">Hxx", value)
+    path = tmp_path / "be.tif"
+    path.write_bytes(b"MM\0*" + struct.pack(">I", 8 + len(rows)) + rows + ifd + bytes(4))
+    with Image.open(path) as image:
+        assert image.mode == "I;16B"
+    assert np.array_equal(read_image(path)[..., 0], GREY16)
+    wide = np.array([[-5, 0, 65535], [70000, 1, 40000]], np.int32)
+    pixels = read_image(save(tmp_path / "wide.tif", wide))
+    assert pixels.dtype == np.uint16
+    assert pixels[..., 0].tolist() == [[0, 0, 65535], [65535, 1, 40000]]
+
+
+def test_floats_are_stretched(tmp_path):
+    values = np.array([[-2.0, 0.0], [6.0, np.nan]], np.float32)
+    pixels = read_image(save(tmp_path / "a.tif", values))
+    assert pixels.dtype == np.float32
+    assert pixels[..., 0].tolist() == [[0.0, 0.25], [1.0, 0.0]]
+    assert not read_image(save(tmp_path / "b.tif", np.full((2, 2), 9, np.float32))).any()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_exif_orientation(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = save(tmp_path / f"a.{suffix}", SMALL, exif=exif, **options)
+    with Image.open(path) as image:
+        image.load()
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert expected.shape[:2] == ((40, 60) if orientation < 5 else (60, 40))
+    assert np.array_equal(read_image(path), expected)
+
+
+def test_exif_turns_sixteen_bits_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path / "a.png", GREY16, exif=exif)
+    assert np.array_equal(read_image(path)[..., 0], np.rot90(GREY16, -1))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # PIL's, which says what we test
+def test_broken_exif_does_not_lose_the_picture(tmp_path):
+    path = save(tmp_path / "a.jpg", SMALL, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05garbage")
+    assert read_image(path).shape == (40, 60, 3)
+
+
+def over_white(colour, alpha):
+    return colour * (alpha / 255) + 255 * (1 - alpha / 255)
+
+
+def test_transparency_is_composed_over_white(tmp_path):
+    alpha = np.linspace(0, 255, 40 * 60).reshape(40, 60, 1).astype(np.uint8)
+    rgba = read_image(save(tmp_path / "a.png", np.concatenate([SMALL, alpha], 2)))
+    assert np.abs(rgba - over_white(SMALL.astype(float), alpha)).max() <= 1
+    grey = Image.fromarray(SMALL[..., 0])
+    grey.putalpha(Image.fromarray(alpha[..., 0]))
+    grey.save(tmp_path / "la.png")
+    pixels = read_image(tmp_path / "la.png")
+    assert pixels.shape == (40, 60, 1)
+    assert np.abs(pixels - over_white(SMALL[..., :1].astype(float), alpha)).max() <= 1
+
+
+def test_palettes(tmp_path):
+    image = Image.new("P", (3, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.putdata([0, 1, 2])
+    image.save(tmp_path / "p.png")
+    red, green, blue = [255, 0, 0], [0, 255, 0], [0, 0, 255]
+    assert read_image(tmp_path / "p.png").tolist() == [[red, green, blue]]
+    image.save(tmp_path / "one.png", transparency=1)
+    assert read_image(tmp_path / "one.png").tolist() == [[red, [255] * 3, blue]]
+    image.save(tmp_path / "each.png", transparency=bytes([255, 0, 128]))
+    half = read_image(tmp_path / "each.png")[0, 2]
+    assert np.abs(half - over_white(np.array(blue), 128)).max() <= 1
+
+
+def test_a_transparent_colour_of_rgb_and_grey(tmp_path):
+    rgb = np.array([[[1, 2, 3], [9, 9, 9]]], np.uint8)
+    save(tmp_path / "rgb.png", rgb, transparency=(1, 2, 3))
+    assert read_image(tmp_path / "rgb.png").tolist() == [[[255] * 3, [9] * 3]]
+    save(tmp_path / "l.png", rgb[..., 0], transparency=1)
+    assert read_image(tmp_path / "l.png").tolist() == [[[255], [9]]]
+
+
+def test_cmyk_and_one_bit(tmp_path):
+    cmyk = Image.fromarray(SMALL).convert("CMYK")
+    cmyk.save(tmp_path / "c.tif")
+    assert np.array_equal(read_image(tmp_path / "c.tif"), np.asarray(cmyk.convert("RGB")))
+    Image.fromarray(SMALL).convert("CMYK").save(tmp_path / "c.jpg", quality=95)
+    assert np.abs(read_image(tmp_path / "c.jpg").astype(int) - SMALL).mean() < 8
+    Image.fromarray(np.eye(9, 11) > 0).save(tmp_path / "1.png")
+    assert np.array_equal(read_image(tmp_path / "1.png")[..., 0], (np.eye(9, 11) * 255))
+
+
+def test_channels(tmp_path):
+    path = save(tmp_path / "a.png", SMALL)
+    luma = np.asarray(Image.fromarray(SMALL).convert("L"))
+    assert np.array_equal(read_image(path, channels=1)[..., 0], luma)
+    grey = read_image(save(tmp_path / "g.png", luma), channels=3)
+    assert np.array_equal(grey, np.stack([luma] * 3, 2))
+    with pytest.raises(ValueError, match="channels=2: choose 1 or 3"):
+        read_image(path, channels=2)
+
+
+@pytest.mark.parametrize("at_least", [1, 50, 106, 107, 213, 214, 427, 500])
+def test_a_reduced_jpeg_is_large_enough_and_the_same_picture(tmp_path, at_least):
+    path = save(tmp_path / "a.jpg", PHOTO, quality=95)
+    pixels = read_image(path, at_least=at_least)
+    assert min(pixels.shape[:2]) >= min(at_least, 427)
+    scale = round(427 / pixels.shape[0])  # the decoder rounds sides up
+    assert scale == next(s for s in (8, 4, 2, 1) if s == 1 or 427 // at_least >= s)
+    small = np.asarray(Image.fromarray(PHOTO).resize(pixels.shape[1::-1], Image.Resampling.BOX))
+    assert np.abs(pixels.astype(int) - small).mean() < 4
+
+
+def test_several_pages_give_the_first(tmp_path):
+    first, second = Image.fromarray(SMALL), Image.fromarray(255 - SMALL)
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[second])
+    assert np.array_equal(read_image(tmp_path / "a.tif"), SMALL)
+
+
+def faulty(folder, fault):
+    path = folder / "bad.png"
+    if fault == "truncated":
+        whole = save(folder / "whole.jpg", PHOTO).read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    elif fault == "cut PNG":
+        whole = save(folder / "whole.png", PHOTO).read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    elif fault == "text":
+        path.write_text("this is no image\n")
+    elif fault == "empty":
+        path.touch()
+    elif fault == "folder":
+        path.mkdir()
+    elif fault == "pipe":
+        os.mkfifo(path)
+    elif fault == "GIF":
+        Image.fromarray(SMALL).save(path, format="GIF")
+    elif fault == "link":
+        path.symlink_to("nowhere.png")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("truncated", "truncated"),
+        ("cut PNG", "truncated"),
+        ("text", "is no PNG, JPEG, BMP, TIFF, WebP or DICOM image"),
+        ("empty", r"is empty \(0 bytes\)"),
+        ("folder", "is a folder"),
+        ("pipe", "is not a regular file"),
+        ("GIF", "is no PNG"),
+        ("link", "no such file"),
+        ("missing", "no such file"),
+    ],
+)
+def test_faults_are_one_line_that_names_the_file(tmp_path, fault, told):
+    path = faulty(tmp_path, fault)
+    with pytest.raises(ImageError, match=told) as caught:
+        read_image(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_decompression_bomb(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png", SMALL)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match="decompression bomb"):
+        read_image(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(tmp_path):
+    path = save(tmp_path / "a.png", SMALL)
+    path.chmod(0)
+    with pytest.raises(ImageError, match="no permission"):
+        read_image(path)
+
+
+WHOLE = {}
+
+
+@given(st.data())
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_damage_is_an_image_or_an_image_error(tmp_path, data):
+    suffix = data.draw(st.sampled_from(["png", "jpg", "bmp", "tif", "webp"]))
+    if suffix not in WHOLE:
+        WHOLE[suffix] = save(tmp_path / f"whole.{suffix}", SMALL[:8, :8]).read_bytes()
+    damaged = bytearray(WHOLE[suffix])
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "x").write_bytes(damaged[: data.draw(st.integers(1, len(damaged)))])
+    try:
+        pixels = read_image(tmp_path / "x")
+    except ImageError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert pixels.ndim == 3
+        assert pixels.shape[2] in (1, 3)
+
+
+# ---- DICOM
+
+
+def dicom(path, stored, **tags):
+    pydicom = pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+    dataset = pydicom.Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    colour = stored.ndim == 3 and stored.shape[2] == 3
+    bits = stored.dtype.itemsize * 8
+    dataset.Rows, dataset.Columns = stored.shape[:2] if colour else stored.shape[-2:]
+    dataset.SamplesPerPixel = 3 if colour else 1
+    dataset.PhotometricInterpretation = "RGB" if colour else "MONOCHROME2"
+    if colour:
+        dataset.PlanarConfiguration = 0
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
+    dataset.PixelRepresentation = int(stored.dtype.kind == "i")
+    dataset.PixelData = stored.tobytes()
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_dicom_without_a_window_is_stretched(tmp_path):
+    stored = np.array([[100, 200], [300, 500]], np.uint16)
+    path = dicom(tmp_path / "no_suffix", stored, RescaleSlope=2, RescaleIntercept=-1024)
+    pixels = read_image(path)
+    assert pixels.dtype == np.float32
+    assert pixels[..., 0].tolist() == [[0, 0.25], [0.5, 1]]
+    inverted = dicom(tmp_path / "i.dcm", stored, PhotometricInterpretation="MONOCHROME1")
+    assert read_image(inverted)[..., 0].tolist() == [[1, 0.75], [0.5, 0]]
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("kind", [np.int16, np.uint16])
+def test_dicom_windows_follow_the_standard(tmp_path, function, kind):
+    hounsfield = np.linspace(-1000, 1000, 30)
+    stored = (hounsfield + 1024).astype(kind).reshape(5, 6)
+    x = stored.astype(float) - 1024
+    window = {"WindowCenter": [40, 500], "WindowWidth": [400, 9], "VOILUTFunction": function}
+    path = dicom(tmp_path / "a.dcm", stored, RescaleSlope=1, RescaleIntercept=-1024, **window)
+    if function == "LINEAR":  # PS3.3 C.11.2.1.2.1
+        expected = np.clip((x - 39.5) / 399 + 0.5, 0, 1)
+    elif function == "LINEAR_EXACT":
+        expected = np.clip((x - 40) / 400 + 0.5, 0, 1)
+    else:
+        expected = 1 / (1 + np.exp(-4 * (x - 40) / 400))
+    assert np.abs(read_image(path)[..., 0] - expected).max() < 1e-6
+
+
+def test_dicom_voi_table(tmp_path):
+    pydicom = pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+    item = pydicom.Dataset()
+    item.add_new(0x00283002, "US", [4, 0, 8])
+    item.add_new(0x00283006, "US", [255, 51, 0, 102])
+    stored = np.array([[0, 1], [2, 7]], np.uint16)
+    path = dicom(tmp_path / "a.dcm", stored, RescaleSlope=1, RescaleIntercept=0,
+                 VOILUTSequence=[item])  # fmt: skip
+    assert np.abs(read_image(path)[..., 0] - [[1, 0.2], [0, 0.4]]).max() < 1e-6
+
+
+def test_dicom_colour_and_frames(tmp_path):
+    pixels = read_image(dicom(tmp_path / "c.dcm", SMALL))
+    assert np.abs(pixels - SMALL / 255).max() < 1e-6
+    luma = SMALL @ [0.299, 0.587, 0.114] / 255
+    assert np.abs(read_image(tmp_path / "c.dcm", channels=1)[..., 0] - luma).max() < 1e-6
+    frames = dicom(tmp_path / "m.dcm", np.zeros((3, 4, 4), np.uint8), NumberOfFrames=3)
+    with pytest.raises(ImageError, match=r"m\.dcm: holds 3 frames"):
+        read_image(frames)
+
+
+def test_dicom_faults(tmp_path):
+    path = dicom(tmp_path / "a.dcm", np.zeros((40, 40), np.uint16))
+    whole = path.read_bytes()
+    (tmp_path / "cut.dcm").write_bytes(whole[:-900])
+    with pytest.raises(ImageError, match=r"cut\.dcm: "):
+        read_image(tmp_path / "cut.dcm")
+    (tmp_path / "bare.dcm").write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(ImageError, match="is DICOM without an image"):
+        read_image(tmp_path / "bare.dcm")
+
+
+def test_the_eight_orientations_differ():
+    from regard.data.images import _upright
+
+    turned = [_upright(np.arange(4).reshape(2, 2, 1), o).ravel().tolist() for o in range(1, 9)]
+    assert all(a != b for a, b in itertools.combinations(turned, 2))
