@@ -67,9 +67,9 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0, epochs: int = 15) -> i
     """
     if epochs < 1:
         raise UsageError(f"--epochs {epochs}: at least 1")
-    from regard.demo import Settings, run
+    from regard.demo import run
 
-    run(out, settings=Settings(seed=seed, epochs=epochs), echo=_say)
+    run(out, seed=seed, epochs=epochs, echo=_say)
     return 0
 
 

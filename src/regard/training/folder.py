@@ -17,6 +17,7 @@ from regard.recipes import Recipe, parse_recipe
 from regard.training.state import write_whole
 
 RUNS = Path("runs")
+NOBODYS = (".probe", ".regard-demo")  # files that make a folder nobody's run
 
 
 def choose_out(out: str | Path | None, data: str, model: str | None, resume: bool) -> Path:
@@ -77,7 +78,7 @@ class RunFolder:
             raise ValueError(f"{self.path} holds {kind}: {hint}give --out another folder")
         if self.path.is_file():
             raise ValueError(f"{self.path} is a file: give --out a folder")
-        if self.path.is_dir() and any(p.name != ".probe" for p in self.path.iterdir()):
+        if self.path.is_dir() and any(p.name not in NOBODYS for p in self.path.iterdir()):
             raise ValueError(f"{self.path} holds something else: give --out a new folder")
 
     def _run(self) -> dict[str, Any]:
