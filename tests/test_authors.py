@@ -120,3 +120,15 @@ def test_arguments_are_seen_from_the_checkpoint(network, arguments):
         names = authors_names(model)
         tensors = {names[k]: v for k, v in model.state_dict().items() if k in names}
     assert arguments_of(network, tensors) == arguments
+
+
+def test_nested_and_foreign_contents(tmp_path):
+    tensors = {n: torch.from_numpy(a) for n, a in SMALL.items()}
+    torch.save({"model": {"state_dict": tensors}}, tmp_path / "nested.pth")
+    np.savez(tmp_path / "big-endian.npz", **{n: a.astype(">f4") for n, a in SMALL.items()})
+    wanted = answer(SMALL)
+    assert torch.equal(answer(tmp_path / "nested.pth"), wanted)
+    assert torch.equal(answer(tmp_path / "big-endian.npz"), wanted)
+    np.savez(tmp_path / "words.npz", **SMALL, note=np.array("text"))
+    with pytest.raises(regard.CheckpointError, match=r"words\.npz"):
+        answer(tmp_path / "words.npz")

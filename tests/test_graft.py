@@ -279,7 +279,7 @@ def pretrained(tmp_path_factory):
 def test_without_pretrained_weights_one_line_says_so(pretrained, case, name):
     kind, message = pretrained[1][case]
     assert kind == "OSError"
-    start = f"timm's pretrained weights of {name} can't be reached: "
+    start = f"timm's pretrained weights of {name} can't be had: "
     assert message.startswith(start)
     assert "\n" not in message
     assert len(message) > len(start) + 10
@@ -310,3 +310,20 @@ def test_pretrained_weights_do_not_fit_other_stems(pretrained):
         assert kind == "ValueError"
         assert "timm's weights fit the whole ImageNet network" in message
         assert "\n" not in message
+
+
+@pytest.mark.parametrize("attention", [partial(regard.CBAM, order="spatial", kernel_size=3), regard.SE])
+@torch.no_grad()
+def test_a_grafted_partial_is_saved_with_its_arguments(tmp_path, attention):
+    plain = timm.create_model("resnet18", num_classes=5).eval()
+    regard.save_model(regard.graft(plain, attention), tmp_path / "grafted")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'grafted'}", pretrained=True).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(loaded(x), plain(x))
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    grafted = regard.graft(timm.create_model("resnet26d"))  # has no CBAM twin by name
+    with pytest.raises(ValueError, match="resnet26d.*could not be loaded again"):
+        regard.save_model(grafted, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

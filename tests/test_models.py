@@ -227,3 +227,16 @@ def test_an_unknown_argument_or_value_is_refused():
             regard.create_model(name, **arguments)
     with pytest.raises(TypeError, match="attentoin"):
         regard.create_model("cbam_resnet18", attentoin=1)
+
+
+@pytest.mark.parametrize("name", ["cbam_resnet50", "se_resnet18", "wide_resnet18_1_5"])
+def test_every_branch_starts_alive_as_the_authors_have_it(name):
+    model = regard.create_model(name)
+    last = [getattr(b, "bn3", b.bn2).weight for b in model.modules() if hasattr(b, "drop_path")]
+    assert len(last) > 7
+    assert all((weight == 1).all() for weight in last)
+
+
+def test_filters_of_the_first_block_can_be_chosen():
+    model = regard.create_model("ag_sononet8", features=16)
+    assert model.block1[0][0].out_channels == 16

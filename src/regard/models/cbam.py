@@ -255,11 +255,22 @@ def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> ResNet:
 def _name_after_grafting(model: ResNet, attention: Callable[..., CBAM]) -> None:
     """Gives the grafted network its own name, where it has one, so that it can be saved."""
     cfg = dict(getattr(model, "pretrained_cfg", None) or {})
-    kind = {CBAM: "cbam", SE: "se"}.get(attention)
+    kind, arguments = _kind_of(attention)
     name = f"{kind}_{cfg.get('architecture')}"
-    if kind is not None and timm.is_model(name):
+    if timm.is_model(name):
         cfg["architecture"] = name
         model.pretrained_cfg = model.default_cfg = cfg
+        made_with: Any = getattr(model, "_model_args", None) or {}
+        model._model_args = {**made_with, **arguments}
+
+
+def _kind_of(attention: Callable[..., CBAM]) -> tuple[str, dict[str, Any]]:
+    """ "cbam" or "se", and the gates' arguments beside, of CBAM, SE or a partial of CBAM."""
+    if attention is SE:
+        return "se", {}
+    if isinstance(attention, partial) and attention.func is CBAM:
+        return "cbam", dict(attention.keywords)
+    return "cbam" if attention is CBAM else "", {}
 
 
 class AttentionResNet(ResNet):
@@ -368,8 +379,8 @@ def _load_pretrained_plain(model: ResNet, plain: str) -> None:
             plain, pretrained=True, num_classes=model.num_classes, in_chans=model.in_chans
         )
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OSError(f"timm's pretrained weights of {plain} can't be reached: {reason}") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise OSError(f"timm's pretrained weights of {plain} can't be had: {reason}") from error
     missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
     assert not unexpected, unexpected
     assert all(".se." in key for key in missing), missing

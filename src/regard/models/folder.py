@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
@@ -41,28 +43,63 @@ def save_model(
         The folder.
 
     Raises:
-        ValueError: the class names are not as many as the classes.
+        ValueError: the class names are not as many as the classes, or the network is not
+            what its name and arguments make, so that the folder could not be loaded.
         OSError: the folder can't be written.
     """
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for {model.num_classes} classes")
+    _check_loadable(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     config: dict[str, Any] = dict(extra or {})
     if class_names is not None:
         config["label_names"] = list(class_names)
-    made_with = dict(getattr(model, "_model_args", {}))
+    made_with: Any = getattr(model, "_model_args", None)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         weights = Path(scratch, "model.safetensors")
         save_file(tensors, weights, metadata={"format": "pt"})
         try:
-            model._model_args = {k: v for k, v in made_with.items() if k not in _NOT_SAVED}  # type: ignore[assignment]
+            model._model_args = _arguments(model)  # type: ignore[assignment]
             path = Path(scratch, "config.json")
             save_config_for_hf(model, str(path), model_config=config, data_config=data_config)
         finally:
-            model._model_args = made_with  # type: ignore[assignment]
+            model._model_args = made_with
         weights.chmod(path.stat().st_mode)  # save_file leaves it to its owner alone
         for name in ("model.safetensors", "config.json"):
             os.replace(Path(scratch, name), folder / name)
     return folder
+
+
+def _arguments(model: nn.Module) -> dict[str, Any]:
+    """What makes the network again: create_model's arguments, with the classes that it has now."""
+    made_with: Any = getattr(model, "_model_args", None) or {}
+    kept = {k: v for k, v in made_with.items() if k not in _NOT_SAVED}
+    return {**kept, "num_classes": model.num_classes}
+
+
+def _check_loadable(model: nn.Module) -> None:
+    """Refuses a network whose name and arguments make another one, before it is written.
+
+    Raises:
+        ValueError: they do; the message names the first tensors that differ.
+    """
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    name = cfg.get("architecture")
+    if name is None or not timm.is_model(name):
+        raise ValueError(f"{type(model).__name__} was not made by create_model(): it has no name")
+    arguments = _arguments(model)
+    with torch.device("meta"):
+        made = timm.create_model(name, **arguments).state_dict()
+    own = model.state_dict()
+    odd = sorted(
+        key for key in own.keys() | made.keys()
+        if key not in own or key not in made or own[key].shape != made[key].shape
+    )  # fmt: skip
+    if odd:
+        shown = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+        raise ValueError(
+            f"this network is no {name} of the arguments it was made with ({shown} differ), so "
+            "the folder could not be loaded again"
+        )

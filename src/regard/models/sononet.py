@@ -473,7 +473,7 @@ class AGSonoNet(_SonoNetBase):
 
 
 def _create(
-    variant: type[_SonoNetBase], name: str, features: int, pretrained: bool, **kwargs: Any
+    variant: type[_SonoNetBase], name: str, features: int, pretrained: bool, /, **kwargs: Any
 ) -> nn.Module:
     # where the classifier is depends on the aggregation: tell timm's configuration
     if kwargs.get("aggregation", "mean") != "mean":
