@@ -21,7 +21,8 @@ Box = tuple[float, float, float, float]
 def to_tensor(image: NDArray[Any]) -> Tensor:
     """(H, W, C) uint8, uint16 or float in 0..1 -> (C, H, W) in 0..255: uint8, else float32."""
     if image.dtype == np.uint8:
-        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
+        pixels = np.require(image, requirements=["C", "W"])  # PIL's arrays can't be written
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     scale = 255 / 65535 if image.dtype == np.uint16 else 255.0
     return torch.from_numpy(image.astype(np.float32) * np.float32(scale)).permute(2, 0, 1)
 

@@ -1,0 +1,240 @@
+"""The command line as a person meets it: real processes, exit codes, one-line errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import regard
+from tests.golden import authors_networks, fill
+
+COMMANDS = (
+    "convert",
+    "data",
+    "demo",
+    "evaluate",
+    "models",
+    "predict",
+    "recipes",
+    "report",
+    "train",
+)
+
+
+def run(*arguments: object, **options):
+    """`regard ARGUMENTS` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "regard", *map(str, arguments)],
+        capture_output=True, text=True, timeout=120, **options,
+    )  # fmt: skip
+
+
+def refused(*arguments: object, code: int = 2, **options) -> str:
+    """The one line on standard error of a call that must fail without a traceback."""
+    done = run(*arguments, **options)
+    lines = done.stderr.splitlines()
+    assert done.returncode == code, done
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("regard: ")
+    return lines[0]
+
+
+def imported_after(code: str) -> set[str]:
+    names = "print(','.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\n{names}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split(","))
+
+
+def test_importing_regard_or_asking_for_help_does_not_import_torch():
+    heavy = {"torch", "timm", "numpy", "matplotlib", "sklearn"}
+    assert not imported_after("import regard") & heavy
+    ask = "from regard.cli import run_command\nrun_command(['{}', '--help'])"
+    for command in COMMANDS:
+        assert not imported_after(ask.format(command)) & heavy, command
+
+
+def test_networks_are_registered_whichever_is_imported_first():
+    for first, second in (("regard", "timm"), ("timm", "regard")):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {first}, {second}; timm.create_model('sononet8')"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+def test_help_names_every_command():
+    done = run("--help")
+    assert done.returncode == 0
+    for command in COMMANDS:
+        assert command in done.stdout
+    assert run("--version").stdout.strip() == regard.__version__
+
+
+def test_the_table_of_networks():
+    done = run("models", "cbam_resnet50")
+    assert done.returncode == 0
+    assert "28.090" in done.stdout
+    assert "28.09" in done.stdout
+    assert "Woo et al." in done.stdout
+    rows = json.loads(run("models", "--json").stdout)
+    assert len(rows) == 36
+    assert next(r for r in rows if r["name"] == "attention56")["parameters"] == 31_810_728
+
+
+def test_recipes_are_listed_and_printed():
+    listed = run("recipes").stdout
+    assert "attention-cifar" in listed
+    assert "quick" in listed
+    assert "milestones = [64000, 96000]" in run("recipes", "attention-cifar").stdout
+    assert "did you mean attention-cifar" in refused("recipes", "atention-cifar")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["models", "vgg"], "no network matches 'vgg'"),
+        (["convert", "x.pth", "--model", "cbam_resnet5", "--out", "o"], "mean cbam_resnet50"),
+        (["convert", "x.pth", "--model", "cbam_resnet50", "--out", "o"], "x.pth: no such file"),
+        (["predict", "nowhere", "x.png"], "nowhere holds no trained network"),
+        (["train", "nowhere", "--model", "ag_sononet8"], "nowhere"),
+        (["train", "digits", "--model", "ag_sonnet8"], "did you mean ag_sononet8"),
+        (["train", "digits", "--recipe", "quik"], "did you mean quick"),
+        (["train", "digits", "--lr", "-1"], "lr=-1.0: from 0 to inf"),
+        (["train", "digits", "--schedule", "linear"], "steps, onecycle, cosine, constant"),
+        (["train", "digits", "--epochs", "2", "--steps", "3"], "give one of them"),
+        (["train", "digits", "--epochs", "many"], "many"),
+        (["train", "digits", "--bogus", "1"], "--bogus"),
+        (["train", "digits", "--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
+        (["data", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere"], "nowhere is no run's folder"),
+        (["report", "nowhere"], "nowhere holds no finished run"),
+        (["demo", "--epochs", "0"], "--epochs 0"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)  # fmt: skip
+def test_a_wrong_call_gets_one_line_and_exit_code_2(tmp_path, arguments, message):
+    assert message in refused(*arguments, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------- convert
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """An authors' file of the concat network, as nn.DataParallel saves it."""
+    tensors = {
+        f"module.{n}": torch.from_numpy(fill(n, s))
+        for n, s in authors_networks()["ag_sononet8_concat"]["tensors"]
+    }
+    path = tmp_path_factory.mktemp("authors") / "ag.pth"
+    torch.save({"state_dict": tensors, "epoch": 3}, path)
+    return path
+
+
+def test_convert_makes_a_folder_that_timm_loads(tmp_path, checkpoint):
+    done = run("convert", checkpoint, "--model", "ag_sononet8", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "aggregation=concat" in done.stdout
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    direct = regard.create_model("ag_sononet8", aggregation="concat").eval()
+    regard.load_authors_weights(direct, checkpoint)
+    x = torch.from_numpy(fill("input", (2, 1, 64, 80)))
+    with torch.no_grad():
+        assert torch.equal(loaded(x), direct(x))
+        assert loaded(x).std() > 0.01
+
+
+def test_convert_refuses_what_does_not_fit_and_leaves_nothing(tmp_path, checkpoint):
+    line = refused("convert", checkpoint, "--model", "sononet8", "--out", tmp_path / "out")
+    assert "missing: " in line
+    assert "conv6_p.cb_unit.0.weight" in line
+    assert "extra: " in line
+    assert "compatibility_score1.psi.weight" in line
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    line = refused("convert", checkpoint, "--model", "ag_sononet8", "--out", tmp_path / "mine")
+    assert "is there already" in line
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    line = refused("convert", checkpoint, "--model", "ag_sononet8", "--out", tmp_path / "o",
+                   "--arg", "aggregation=sum")  # fmt: skip
+    assert "aggregation='sum': choose one of concat, mean, deep_sup, ft" in line
+
+
+# ------------------------------------------------------------------------------- predict
+@pytest.fixture(scope="module")
+def network(tmp_path_factory) -> Path:
+    """An untrained network as a folder, for what does not depend on its weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("network") / "run"
+    model = regard.create_model("ag_sononet8", num_classes=3)
+    regard.save_model(
+        model, folder, class_names=["cat", "dog", "cow"],
+        data_config={"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,), "crop_pct": 1.0,
+                     "crop_mode": "squash", "interpolation": "bilinear"},
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (40, 50), dtype=np.uint8)).save(folder / "a.png")
+    Image.fromarray(rng.integers(0, 256, (60, 50, 3), dtype=np.uint8)).save(folder / "b.jpg")
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_predict_answers_every_image_and_names_the_broken_one(network, pictures):
+    done = run("predict", network, pictures / "b.jpg", pictures, "--json", "--top", "2")
+    assert done.returncode == 1
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [Path(a["path"]).name for a in answers] == ["b.jpg", "a.png", "b.jpg", "broken.png"]
+    assert answers[0] == answers[2]
+    assert "classes" not in answers[3]
+    assert len(done.stderr.splitlines()) == 1
+    assert "broken.png" in done.stderr
+    for answer in answers[:3]:
+        assert len(answer["classes"]) == 2
+        assert {c["class"] for c in answer["classes"]} < {"cat", "dog", "cow"}
+    # Python's answer is the same
+    classifier = regard.load(network)
+    (again,) = classifier.predict(pictures / "b.jpg", top=2)
+    assert [c["class"] for c in answers[0]["classes"]] == [name for name, _ in again.classes]
+    told = [c["probability"] for c in answers[0]["classes"]]
+    assert told == pytest.approx([p for _, p in again.classes], abs=1e-6)
+
+
+def test_predict_exit_codes(network, pictures, tmp_path):
+    assert run("predict", network, pictures / "a.png").returncode == 0
+    assert "broken.png" in refused("predict", network, pictures / "broken.png")
+    assert "no image below" in refused("predict", network, tmp_path)
+    assert "no such file" in refused("predict", network, tmp_path / "absent.png").lower()
+
+
+def test_predict_writes_a_csv_whole(network, pictures, tmp_path):
+    done = run("predict", network, pictures, "--csv", tmp_path / "answers.csv", "--top", "1")
+    assert done.returncode == 1
+    rows = (tmp_path / "answers.csv").read_text().splitlines()
+    assert rows[0] == "path,class1,probability1,error"
+    assert len(rows) == 4
+    assert "broken.png" in rows[3]
+    assert [p.name for p in tmp_path.iterdir()] == ["answers.csv"]
+
+
+def test_predict_refuses_a_folder_whose_weights_are_another_networks(network, pictures, tmp_path):
+    config = json.loads((network / "config.json").read_text())
+    config["model_args"]["features"] = 16
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((network / "model.safetensors").read_bytes())
+    assert "can't be loaded" in refused("predict", tmp_path, pictures / "a.png")

@@ -1,0 +1,101 @@
+"""`regard demo`: the first thing that a person runs, as a process of its own."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import regard
+
+
+def demo(folder: Path, *arguments: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "regard", "demo", "--out", str(folder), *arguments],
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    return folder, demo(folder)
+
+
+def test_it_tells_how_well_it_does_and_does_well(whole):
+    folder, said = whole
+    found = re.search(
+        r"accuracy on the (\d+) test images: ([\d.]+)% \(95 % interval ([\d.]+)% to ([\d.]+)%\)",
+        said,
+    )
+    images, accuracy, low, high = int(found[1]), *(float(found[i]) for i in (2, 3, 4))
+    assert images == 359  # a fifth of 1,797
+    assert accuracy >= 98.5
+    assert low <= accuracy <= high
+    assert len(re.findall(r"^epoch .* left$", said, re.M)) >= 14
+    measured = json.loads((folder / "evaluation.json").read_text())["metrics"]["top1"]
+    assert f"{measured['value']:.2%}" == f"{accuracy:.2f}%"
+
+
+def test_the_folder_is_complete_and_timm_loads_it(whole):
+    folder, _ = whole
+    for name in ("config.json", "model.safetensors", "metrics.csv", "report.html", "recipe.toml"):
+        assert (folder / name).stat().st_size > 100, name
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert len(rows) == 15
+    assert float(rows[-1]["loss"]) < 0.2 * float(rows[0]["loss"])
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    classifier = regard.load(folder)
+    assert classifier.class_names == [str(d) for d in range(10)]
+    x = torch.randn(2, 1, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(model(x), classifier.model(x))
+
+
+def test_the_split_is_stratified_and_disjoint(whole):
+    rows = list(csv.DictReader((whole[0] / "splits.csv").open()))
+    names = [row["path"] for row in rows]
+    assert len(set(names)) == len(names) == 1797
+    counts = {
+        split: np.unique([r["label"] for r in rows if r["split"] == split], return_counts=True)[1]
+        for split in ("train", "test")
+    }
+    share = counts["test"] / (counts["test"] + counts["train"])
+    assert share == pytest.approx(0.2, abs=0.006)
+
+
+def test_the_report_stands_alone_and_shows_every_gate(whole):
+    html = (whole[0] / "report.html").read_text(encoding="utf-8")
+    assert len(html) < 5_000_000
+    assert "<script" not in html
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", html)
+    assert html.count("<figure") >= 10
+    for words in ("gate3", "gate4", "95 %", "What it confuses", "picked by hand"):
+        assert words in html.replace("\u00a0", " ")
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path):
+    for name in ("a", "b"):
+        demo(tmp_path / name, "--epochs", "1", "--seed", "3")
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("a", "b"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    demo(tmp_path / "a", "--epochs", "1", "--seed", "4")  # an earlier demo is replaced
+    c = load_file(tmp_path / "a/model.safetensors")
+    assert not all(torch.equal(c[k], b[k]) for k in b)
+
+
+def test_what_no_demo_wrote_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    said = demo(tmp_path, code=2)
+    assert said.strip().count("\n") == 0
+    assert "holds something else" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
