@@ -179,7 +179,7 @@ def choose_steps(recipe: Recipe, images: int, processes: int) -> int:
         return recipe.steps
     epochs = recipe.epochs
     if epochs is None:
-        epochs = min(60.0, max(3.0, 20 * math.sqrt(2000 / images)))
+        epochs = min(60.0, max(3.0, 15 * math.sqrt(2000 / images)))
     batch = min(recipe.batch_size, images)
     return max(1, math.ceil(epochs * images / (batch * recipe.accumulate * processes)))
 
