@@ -312,7 +312,9 @@ def test_pretrained_weights_do_not_fit_other_stems(pretrained):
         assert "\n" not in message
 
 
-@pytest.mark.parametrize("attention", [partial(regard.CBAM, order="spatial", kernel_size=3), regard.SE])
+@pytest.mark.parametrize(
+    "attention", [partial(regard.CBAM, order="spatial", kernel_size=3), regard.SE]
+)
 @torch.no_grad()
 def test_a_grafted_partial_is_saved_with_its_arguments(tmp_path, attention):
     plain = timm.create_model("resnet18", num_classes=5).eval()
@@ -324,6 +326,6 @@ def test_a_grafted_partial_is_saved_with_its_arguments(tmp_path, attention):
 
 def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     grafted = regard.graft(timm.create_model("resnet26d"))  # has no CBAM twin by name
-    with pytest.raises(ValueError, match="resnet26d.*could not be loaded again"):
+    with pytest.raises(ValueError, match=r"resnet26d.*could not be loaded again"):
         regard.save_model(grafted, tmp_path / "run")
     assert not (tmp_path / "run").exists()

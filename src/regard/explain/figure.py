@@ -80,7 +80,11 @@ class _Grid:
 
 
 def _title(axes: Axes, first: str, second: str, left: float = 0.0) -> None:
-    at = {"xycoords": "axes fraction", "textcoords": "offset points", "parse_math": False}
+    at: dict[str, Any] = {
+        "xycoords": "axes fraction",
+        "textcoords": "offset points",
+        "parse_math": False,
+    }
     axes.annotate(
         _short(first, 30), (left, 1), (0, 12), fontsize=_NORMAL, weight="bold", va="bottom", **at
     )
@@ -90,9 +94,7 @@ def _title(axes: Axes, first: str, second: str, left: float = 0.0) -> None:
 
 
 def _bare(axes: Axes, picture: Picture) -> None:
-    axes.imshow(
-        picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto"
-    )
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
     axes.set(xticks=[], yticks=[])
     for side in axes.spines.values():
         side.set_linewidth(0.4)

@@ -188,7 +188,9 @@ class Explanation:
             OSError: it can't be written.
         """
         arrays: dict[str, Any] = {f"{m.kind}/{m.name}": m.values for m in self.modules}
-        arrays |= {"gradcam": m.values for m in self.maps if m.kind == "gradcam"}
+        for m in self.maps:
+            if m.kind == "gradcam":
+                arrays["gradcam"] = m.values
         arrays |= {f"raw/{name}": values for name, values in self.raw.items()}
         about = {
             "path": self.path,
