@@ -324,6 +324,80 @@ def predict(
 
 
 @app.command
+def explain(
+    run: Annotated[Path, Parameter(name="RUN")],
+    images: Annotated[list[Path], Parameter(negative=())],
+    /,
+    *,
+    out: Path = Path("explained"),
+    method: Annotated[list[str] | None, Parameter(negative=())] = None,
+    target: str | None = None,
+    reduce: str = "mean",
+    layer: str | None = None,
+    channels: Annotated[bool, Parameter(negative=())] = False,
+    score: Annotated[bool, Parameter(negative=())] = False,
+    masks: Path | None = None,
+    baseline: str = "blur",
+    seed: int = 0,
+) -> int:
+    """Show where a network looks, and how far that can be believed.
+
+    For each image a picture and the raw maps (.npz); for several a contact sheet.
+
+    Parameters
+    ----------
+    run
+        The run's folder, or any folder in timm's local-dir layout.
+    images
+        Image files, and folders of them.
+    out
+        Folder for what is written.
+    method
+        attention (the network's own) or gradcam; may be repeated; without: both.
+    target
+        Class that Grad-CAM explains; without: the predicted one.
+    reduce
+        Channels of a mask to one map: mean, max, or a channel's number.
+    layer
+        Of Grad-CAM; without: the last map of features.
+    channels
+        Keep every channel of the masks in the .npz.
+    score
+        Deletion and insertion beside random maps, the image's middle and Grad-CAM; and whether
+        the maps change with random weights.
+    masks
+        What people marked: a CSV (path, x0, y0, x1, y1) or a folder of mask images.
+    baseline
+        What takes deleted pixels' place: blur or mean.
+    seed
+        Of random maps, random weights and resamples.
+    """
+    from regard.explain.of_run import METHODS, Request, explain_images
+    from regard.prediction import load
+
+    channel: Any = int(reduce) if reduce.isdecimal() else reduce
+    methods = tuple(method or METHODS)
+    ask = Request(
+        out,
+        methods,
+        target,
+        channel,
+        layer,
+        channels,
+        score,
+        masks,
+        baseline,
+        seed,
+        _complain,
+        _say,
+    )
+    done = explain_images(load(run), images, ask)
+    if done == ask.failed == 0:
+        raise UsageError(f"no image below {', '.join(map(str, images))}")
+    return 0 if ask.failed == 0 else 1 if done else 2
+
+
+@app.command
 def report(run: Annotated[Path, Parameter(name="RUN")], /) -> int:
     """Write a run's report.html again.
 

@@ -78,6 +78,21 @@ class Preprocess:
         top, left = (height - rows) // 2, (width - columns) // 2
         return left, top, left + columns, top + rows
 
+    def seen(self, height: int, width: int) -> Box:
+        """(left, top, right, bottom) of what the input shows, in the image's own pixels.
+
+        As `box`, but where there are margins ("pad") it reaches beyond the image.
+        """
+        if self.resize != "pad":
+            left, top, right, bottom = self.box(height, width)
+            return float(left), float(top), float(right), float(bottom)
+        h, w = self.size
+        scale = min(h / height, w / width)
+        inner = max(1, round(height * scale)), max(1, round(width * scale))
+        top, left = (h - inner[0]) // 2, (w - inner[1]) // 2
+        y, x = height / inner[0], width / inner[1]  # of the image's pixels in one of the input's
+        return -left * x, -top * y, (w - left) * x, (h - top) * y
+
     def fit(self, image: Tensor) -> Tensor:
         """(C, H, W) of any size in 0..255 -> (C, *size), the same type."""
         _, height, width = image.shape

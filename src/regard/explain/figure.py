@@ -129,8 +129,7 @@ def _chart(axes: Axes, stage: str, gates: Sequence[StageMap]) -> None:
             color=colour, linewidth=1.0, label=label,
         )  # fmt: skip
     count = gates[0].values.size
-    blocks = f", {len(gates)} blocks" if len(gates) > 1 else ""
-    _title(axes, stage, f"weights of {count} channels, sorted{blocks}")
+    _title(axes, stage, f"{count} channel weights, sorted")
     axes.set_ylim(0, max(1.0, *(float(g.values.max()) for g in gates)) * 1.03)
     axes.set_xlim(1, count)
     axes.set_xticks([1, count])

@@ -238,7 +238,7 @@ def explain(
         model: any classifier; its own attention is shown if it has any.
         x: (B, C, H, W), the images as the network takes them, on its device.
         images: B originals, uint8, (H, W) or (H, W, 3), of any sizes.
-        boxes: what part of each original the network saw, see seen_box; all of it by default.
+        boxes: what part of each original the network saw; all of it by default.
         classes: the classes' names.
         target: the class to explain, by number or name, or one number for each image; what
             the network predicts by default.
