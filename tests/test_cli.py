@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import regard
+from regard.cli import run_command
 from tests.golden import authors_networks, fill
 
 COMMANDS = (
@@ -121,9 +122,20 @@ def test_recipes_are_listed_and_printed():
         (["frobnicate"], "frobnicate"),
     ],
 )  # fmt: skip
-def test_a_wrong_call_gets_one_line_and_exit_code_2(tmp_path, arguments, message):
-    assert message in refused(*arguments, cwd=tmp_path)
+def test_a_wrong_call_gets_one_line_and_exit_code_2(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("regard: ")
+    assert message in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_call_as_a_process(tmp_path):
+    line = refused("train", "nowhere", "--model", "ag_sononet8", cwd=tmp_path)
+    assert "nowhere" in line
 
 
 # ------------------------------------------------------------------------------- convert

@@ -1,10 +1,7 @@
 """A training run's promises, kept by real processes on real images."""
 
-import csv
 import hashlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,67 +11,18 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 
 import regard
-
-# small enough to take seconds: AG-SonoNet-8 at 16x16 on a few hundred of the digits
-QUICK = ["--model", "ag_sononet8", "--size", "16", "--flip", "0", "--val", "0.2", "--test", "0.2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def start(*arguments: object, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "regard", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options,
-    )  # fmt: skip
-
-
-def run(*arguments: object, code: int = 0, **options) -> str:
-    process = start(*arguments, **options)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == code, (process.returncode, out, err)
-    assert "Traceback" not in err
-    return out + err
-
-
-def same_network(a: Path, b: Path) -> bool:
-    first, second = (load_file(f / "model.safetensors") for f in (a, b))
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-def same_results(a: Path, b: Path) -> bool:
-    texts = [
-        [(f / name).read_text() for name in ("metrics.csv", "evaluation.json")] for f in (a, b)
-    ]
-    return texts[0] == texts[1] and same_network(a, b)
-
-
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory) -> Path:
-    """120 of the digits 0, 1 and 2 as PNG files in a folder of class folders."""
-    from sklearn.datasets import load_digits
-
-    digits, folder = load_digits(), tmp_path_factory.mktemp("scans") / "scans"
-    for name in (0, 1, 2):
-        (folder / str(name)).mkdir(parents=True)
-        for k, scan in enumerate(digits.images[digits.target == name][:40]):
-            pixels = np.kron(scan / 16 * 255, np.ones((3, 3))).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / str(name) / f"{k:02d}.png")
-    return folder
-
-
-def settings(scans: Path, out: Path) -> list[object]:
-    return ["train", scans, *QUICK, "--out", out, "--batch-size", "16", "--epochs", "6"]
-
-
-@pytest.fixture(scope="module")
-def whole(scans, tmp_path_factory) -> Path:
-    """A run that nobody disturbed."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    run(*settings(scans, out))
-    return out
+from tests.helpers import (
+    ENVIRONMENT,
+    QUICK,
+    rows_of,
+    run,
+    same_network,
+    same_results,
+    settings,
+    start,
+)
 
 
 # ---------------------------------------------------------------------------- the folder
@@ -86,7 +34,7 @@ def test_the_folder_explains_itself(whole, scans):
     assert not (whole / "best.safetensors").exists()
     model = timm.create_model(f"local-dir:{whole}", pretrained=True).eval()
     assert model.num_classes == 3
-    rows = list(csv.DictReader((whole / "metrics.csv").open()))
+    rows = rows_of(whole / "metrics.csv")
     assert len(rows) == 6
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     evaluation = json.loads((whole / "evaluation.json").read_text())
@@ -95,7 +43,7 @@ def test_the_folder_explains_itself(whole, scans):
     assert len(events) == 1
     again = regard.load(whole)
     assert again.class_names == ["0", "1", "2"]
-    splits = list(csv.DictReader((whole / "splits.csv").open()))
+    splits = rows_of(whole / "splits.csv")
     assert len({r["path"] for r in splits}) == 120
     assert "report.html" in {p.name for p in whole.iterdir()}
     assert str(scans) in (whole / "recipe.toml").read_text()
@@ -106,7 +54,7 @@ def test_tensorboard_reads_the_events(whole):
 
     events = EventAccumulator(str(whole / "tensorboard"))
     events.Reload()
-    rows = list(csv.DictReader((whole / "metrics.csv").open()))
+    rows = rows_of(whole / "metrics.csv")
     found = events.Scalars("val_accuracy")
     assert [e.step for e in found] == [int(float(r["step"])) for r in rows]
     told = [float(r["val_accuracy"]) for r in rows]
@@ -164,121 +112,6 @@ def test_runs_are_named_after_data_and_model(scans, tmp_path):
     assert names == ["scans-ag_sononet8", "scans-ag_sononet8-2"]
 
 
-# -------------------------------------------------------------------------------- resume
-VARIANTS = {
-    "held": [],
-    "streamed": ["--memory", "no", "--workers", "2"],
-    "everything": ["--ema", "0.9", "--accumulate", "2", "--mixup", "0.2", "--optimizer", "adamw",
-                   "--lr", "0.003", "--rotate", "10", "--erase", "0.3", "--batch-size", "7",
-                   "--sampler", "balanced"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_killed_at_random_moments_it_ends_with_the_same_bits(scans, tmp_path, variant):
-    chosen = [*settings(scans, "OUT"), *VARIANTS[variant]]
-    if "--batch-size" in VARIANTS[variant]:  # given twice is an error
-        at = chosen.index("--batch-size")
-        del chosen[at : at + 2]
-
-    def call(out: Path) -> list[object]:
-        return [out if a == "OUT" else a for a in chosen]
-
-    run(*call(tmp_path / "whole"))
-    out, kills = tmp_path / "killed", 0
-    rng = np.random.default_rng(list(VARIANTS).index(variant))
-    while not (out / "run.json").exists() or "finished" not in (out / "run.json").read_text():
-        resume = ["--resume"] if (out / "run.json").exists() else []
-        process = start(*call(out), "--save-minutes", "0", *resume)
-        wait_until = time.monotonic() + 120
-        before = newest(out)
-        while process.poll() is None and newest(out) == before and time.monotonic() < wait_until:
-            time.sleep(0.002)
-        time.sleep(float(rng.uniform(0, 0.08)))  # in a step, an evaluation, or a write
-        if process.poll() is None and kills < 4:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.communicate(timeout=200)
-    assert kills >= 2
-    assert same_results(tmp_path / "whole", out)
-
-
-def newest(out: Path) -> str:
-    state = out / "state"
-    return max((p.name for p in state.glob("step-*.pt")), default="") if state.exists() else ""
-
-
-DRIVER = """
-import os, signal, sys
-import regard.training.state as state
-whole, count = state.os.replace, 0
-def replace(a, b):
-    global count
-    count += str(b).endswith('.pt')
-    if count == 3 and str(b).endswith('.pt'):
-        os.truncate(a, os.path.getsize(a) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    whole(a, b)
-state.os.replace = replace
-from regard.cli import main
-main(sys.argv[1:])
-"""
-
-
-def test_killed_in_the_middle_of_writing_a_state(whole, scans, tmp_path):
-    out = tmp_path / "run"
-    driver = [sys.executable, "-c", DRIVER, *map(str, settings(scans, out)), "--save-minutes", "0"]
-    done = subprocess.run(driver, capture_output=True, env=ENVIRONMENT, timeout=200)
-    assert done.returncode == -signal.SIGKILL
-    names = sorted(p.name for p in (out / "state").iterdir())
-    assert names == [".step-000000003.pt.writing", "step-000000001.pt", "step-000000002.pt"]
-    assert "resumed after step 2" in run(*settings(scans, out), "--resume")
-    assert same_results(whole, out)
-
-
-def test_a_broken_state_gives_way_to_the_one_before(whole, scans, tmp_path):
-    out = tmp_path / "run"
-    stopped_by(signal.SIGKILL, scans, out)
-    states = sorted((out / "state").glob("step-*.pt"))
-    assert len(states) == 2
-    states[1].write_bytes(states[1].read_bytes()[:1000])
-    said = run(*settings(scans, out), "--resume")
-    assert f"{states[1]} can't be read" in said
-    assert f"resumed after step {int(states[0].stem[5:])} of" in said
-    assert same_results(whole, out)
-
-
-def test_only_broken_states_are_told(scans, tmp_path):
-    out = tmp_path / "run"
-    stopped_by(signal.SIGKILL, scans, out)
-    for path in (out / "state").glob("step-*.pt"):
-        path.write_bytes(b"noise")
-    said = run(*settings(scans, out), "--resume", code=1)
-    assert len([line for line in said.splitlines() if line.startswith("regard: ")]) == 1
-
-
-def stopped_by(number: int, scans: Path, out: Path) -> tuple[int, str]:
-    """A run that got a signal once two states were there."""
-    process = start(*settings(scans, out), "--save-minutes", "0")
-    while process.poll() is None and len(list((out / "state").glob("step-*.pt"))) < 2:
-        time.sleep(0.002)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=100)
-    return process.returncode, err
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(whole, scans, tmp_path, number):
-    out = tmp_path / "run"
-    code, err = stopped_by(number, scans, out)
-    assert code == 128 + number
-    (line,) = [text for text in err.splitlines() if text.startswith("regard: ")]
-    assert "its state is saved: go on with the same command and --resume" in line
-    assert "holds a run that has not ended: add --resume" in run(*settings(scans, out), code=2)
-    assert "resumed after step" in run(*settings(scans, out), "--resume")
-    assert same_results(whole, out)
-
-
 # -------------------------------------------------------------------------------- faults
 def test_a_loss_that_is_not_finite_names_step_rate_and_files(scans, tmp_path):
     out = tmp_path / "run"
@@ -302,7 +135,7 @@ def test_one_unreadable_image_is_left_out_and_listed(scans, tmp_path):
         out = tmp_path / memory
         said = run("train", data, *QUICK, "--steps", "20", "--memory", memory, "--out", out)
         assert "1 of 120 images can't be read (0.8%)" in said
-        (row,) = csv.DictReader((out / "unreadable.csv").open())
+        (row,) = rows_of(out / "unreadable.csv")
         assert row["path"] == str(data / "1/07.png")
         counts = json.loads((out / "run.json").read_text())["facts"]["counts"]
         assert sum(counts.values()) == 119
@@ -340,7 +173,7 @@ def test_a_full_disk_is_told_at_once_and_later_leaves_the_last_state(scans, smal
     while process.poll() is None and len(list((out / "state").glob("step-*.pt"))) < 2:
         time.sleep(0.002)
     with pytest.raises(OSError, match="No space"):
-        filler.write_bytes(bytes(70_000_000))
+        filler.write_bytes(bytes(80_000_000))
     _, err = process.communicate(timeout=100)
     assert process.returncode == 1
     assert "the state can't be saved" in err

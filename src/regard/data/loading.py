@@ -5,6 +5,7 @@ Both ways give the same images: place p in the order of training holds the image
 batch. The order is a pure function of the seed, so that resuming is starting at a place.
 """
 
+import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,7 @@ class Order:
         return self._epochs[epoch]
 
     def at(self, start: int, count: int) -> NDArray[np.int64]:
-        """The images at `count` places from `start` on."""
+        """The images at `count` places from `start` on, at least one."""
         places = np.arange(start, start + count)
         epochs = places // self.count
         return np.concatenate(
@@ -203,33 +204,40 @@ def decode_all(
             return zero
         return image if reader.cuts_at_random else reader.preprocess.fit(image)
 
-    images = []
+    several: list[Tensor] = []
+    together = torch.zeros(
+        (0 if reader.cuts_at_random else len(reader.table), *zero.shape), dtype=torch.uint8
+    )
     with ThreadPoolExecutor(default_workers()) as pool:
-        for image in pool.map(one, range(len(reader.table))):
-            images.append(image)
+        for row, image in enumerate(pool.map(one, range(len(reader.table)))):
+            if reader.cuts_at_random:
+                several.append(image)
+            else:  # one float image makes all float
+                together = together.to(torch.promote_types(together.dtype, image.dtype))
+                together[row] = image
             if on_image is not None:
                 on_image(1)
     unreadable.sort()
-    if reader.cuts_at_random:
-        return images, unreadable
-    return _stack(images), unreadable
+    return several if reader.cuts_at_random else together, unreadable
 
 
-def fits_in_memory(table: ImageTable, preprocess: Preprocess, recipe: Recipe) -> bool:
+def fits_in_memory(reader: Reader) -> bool:
     """Whether `memory="auto"` holds the images: small enough, all together.
 
-    With random_crop=resized images are held in their own size, otherwise in the input's.
+    Where the cut is random, images are held in their own size, otherwise in the input's;
+    of more than 8 bits as float32. Sizes and bits are those of a sample of 32.
     """
-    channels, height, width = preprocess.input_size
-    if recipe.random_crop != "resized":
-        return len(table) * channels * height * width <= MEMORY_LIMIT
-    if table.arrays is not None:
-        return True
-    sample = np.linspace(0, len(table) - 1, min(len(table), 32)).astype(int)
-    sizes = []
-    for row in sample.tolist():
+    table = reader.table
+    images = []
+    for row in np.linspace(0, len(table) - 1, min(len(table), 32)).astype(int).tolist():
         try:
-            sizes.append(table.read(row, channels=channels, at_least=preprocess.at_least).size)
+            images.append(reader.decode(row))
         except ImageError:
             continue
-    return bool(sizes) and float(np.mean(sizes)) * len(table) <= MEMORY_LIMIT / 4
+    if not images:
+        return False
+    width = max(image.element_size() for image in images)  # bytes of a value
+    if not reader.cuts_at_random:
+        return len(table) * math.prod(reader.preprocess.input_size) * width <= MEMORY_LIMIT
+    limit = MEMORY_LIMIT if table.arrays is not None else MEMORY_LIMIT / 4  # sizes may differ
+    return float(np.mean([image.numel() for image in images])) * width * len(table) <= limit

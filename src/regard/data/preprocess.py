@@ -46,7 +46,8 @@ class Preprocess:
             "image".
         resize: "squash" the whole image, "crop" its middle of the input's aspect, or "pad"
             it with margins of its mean.
-        crop_pct: of "crop", the share of the side that is kept.
+        crop_pct: the share of the side that the middle keeps; 1 keeps the whole with
+            "squash" and "pad". As timm has it for its crop modes.
         standardise: "fixed", by mean and std, or "image", each image by its own.
     """
 
@@ -69,12 +70,9 @@ class Preprocess:
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
         """(left, top, right, bottom): the part of an image that the network sees."""
-        if self.resize != "crop":
-            return 0, 0, width, height
-        h, w = self.size
-        scale = max(h / height, w / width) / self.crop_pct
-        rows, columns = min(height, round(h / scale)), min(width, round(w / scale))
-        rows, columns = max(1, rows), max(1, columns)
+        y, x = self._scales(height, width)
+        rows = max(1, min(height, round(self.size[0] / y)))
+        columns = max(1, min(width, round(self.size[1] / x)))
         top, left = (height - rows) // 2, (width - columns) // 2
         return left, top, left + columns, top + rows
 
@@ -93,15 +91,23 @@ class Preprocess:
         y, x = height / inner[0], width / inner[1]  # of the image's pixels in one of the input's
         return -left * x, -top * y, (w - left) * x, (h - top) * y
 
+    def _scales(self, height: int, width: int) -> tuple[float, float]:
+        """By how much an image is enlarged, downwards and across."""
+        y, x = self.size[0] / height, self.size[1] / width
+        if self.resize != "squash":
+            y = x = max(y, x) if self.resize == "crop" else min(y, x)
+        return y / self.crop_pct, x / self.crop_pct
+
     def fit(self, image: Tensor) -> Tensor:
         """(C, H, W) of any size in 0..255 -> (C, *size), the same type."""
         _, height, width = image.shape
+        box = self.box(height, width)
         if self.resize != "pad":
-            return resample(image, self.box(height, width), self.size)
-        h, w = self.size
-        scale = min(h / height, w / width)
-        inner = max(1, round(height * scale)), max(1, round(width * scale))
-        small = resample(image, (0, 0, width, height), inner)
+            return resample(image, box, self.size)
+        (h, w), (y, x) = self.size, self._scales(height, width)
+        rows, columns = box[3] - box[1], box[2] - box[0]
+        inner = max(1, min(h, round(rows * y))), max(1, min(w, round(columns * x)))
+        small = resample(image, box, inner)
         fill = small.float().mean(dim=(1, 2), keepdim=True).round()
         out = fill.to(small.dtype).expand(-1, h, w).clone()
         top, left = (h - inner[0]) // 2, (w - inner[1]) // 2

@@ -203,8 +203,8 @@ def judge(
         left = float(predict(baseline_of(x, ask.baseline)).gather(1, target).mean())
     if left > 0.5:
         ask.complain(
-            f"--baseline {ask.baseline}: images without detail still have their class at {left:.0%}, "
-            "so deletion and insertion say little here; try the other baseline"
+            f"--baseline {ask.baseline}: images without detail still have their class at "
+            f"{left:.0%}, so deletion and insertion say little here; try the other baseline"
         )
     scores = score(predict, x, maps_of(model), baseline=ask.baseline, seed=ask.seed)
     return scores, sanity(model, maps_of, seed=ask.seed)

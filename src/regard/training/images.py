@@ -50,9 +50,7 @@ def load_part(
 ) -> Part:
     """Holds a split's images where they fit, or looks at them to find those that can't be read."""
     table = reader.table
-    held = recipe.memory == "yes" or (
-        recipe.memory == "auto" and fits_in_memory(table, reader.preprocess, recipe)
-    )
+    held = recipe.memory == "yes" or (recipe.memory == "auto" and fits_in_memory(reader))
     images: Tensor | list[Tensor] | None = None
     with _counting(len(table) if held else min(len(table), LOOKED_AT), split, show) as on_image:
         if held:
@@ -113,15 +111,21 @@ def measured(part: Part, preprocess: Preprocess) -> Preprocess:
     rows = np.unique(
         np.linspace(0, len(part.table) - 1, min(len(part.table), MEASURED)).astype(int)
     )
+    spans = [(start, min(64, len(rows) - start)) for start in range(0, len(rows), 64)]
     if isinstance(part.images, Tensor):
-        images = part.images[torch.from_numpy(rows)]
+        held, at = part.images, torch.from_numpy(rows)
+        batches = (held[at[start : start + count]] for start, count in spans)
     else:
         reader = Reader(part.table.select(rows), preprocess)
-        spans = [(start, min(64, len(rows) - start)) for start in range(0, len(rows), 64)]
-        source = Streamed(reader, None, 0, 0)
-        images = torch.cat([batch.images.float() for batch in source.batches(spans)])
-    values = images.double() / 255
-    mean, std = values.mean(dim=(0, 2, 3)), values.std(dim=(0, 2, 3), unbiased=False)
+        batches = (batch.images for batch in Streamed(reader, None, 0, 0).batches(spans))
+    pixels, total, squares = 0, torch.zeros(1).double(), torch.zeros(1).double()
+    for images in batches:  # piece by piece: all of them as doubles could be gigabytes
+        values = images.double() / 255
+        pixels += values.numel() // values.shape[1]
+        total = total + values.sum(dim=(0, 2, 3))
+        squares = squares + values.square().sum(dim=(0, 2, 3))
+    mean = total / pixels
+    std = (squares / pixels - mean.square()).clamp_min(0).sqrt()
     return dataclasses.replace(
         preprocess,
         mean=tuple(round(v, 6) for v in mean.tolist()),

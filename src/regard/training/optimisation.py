@@ -18,18 +18,19 @@ def rate_factor(recipe: Recipe, step: int, total: int, steps_an_epoch: float) ->
         total: steps of the whole run.
         steps_an_epoch: to tell a schedule in epochs; need not be whole.
     """
-    here = step / steps_an_epoch if recipe.unit == "epochs" else float(step)
-    warm = recipe.warmup * (steps_an_epoch if recipe.unit == "epochs" else 1.0)
+    unit = steps_an_epoch if recipe.unit == "epochs" else 1.0
+    warm = recipe.warmup * unit
     if recipe.schedule == "onecycle":
         return _one_cycle((step + 0.5) / total)
-    if step < warm:
-        return (step + 1) / (warm + 1)
+    risen = min(1.0, (step + 1) / (warm + 1))
     if recipe.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, total - warm)))
+        done = max(0.0, step - warm) / max(1.0, total - warm)
+        return risen * 0.5 * (1 + math.cos(math.pi * done))
     if recipe.schedule == "constant":
-        return 1.0
+        return risen
     factors = recipe.factors or [0.1**i for i in range(len(recipe.milestones) + 1)]
-    return factors[sum(here >= m for m in recipe.milestones)]
+    # 1e-6 of a step: 30 epochs of 10/3 steps end with step 100, whatever the rounding
+    return risen * factors[sum(step >= m * unit - 1e-6 for m in recipe.milestones)]
 
 
 def _one_cycle(done: float) -> float:

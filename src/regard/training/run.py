@@ -328,7 +328,7 @@ class Run:
         self.say(
             f"{t.total:,} steps of {t.images_a_step} images ({t.total / t.steps_an_epoch:.3g} "
             f"epochs) at {c}x{h}x{w}, {held}, {precision}, {r.optimizer} at {r.lr:g}, "
-            f"{self.accelerator.device} x {self.accelerator.num_processes}"
+            f"{self.accelerator.device.type} x {self.accelerator.num_processes}"
         )
 
     # ----------------------------------------------------------------- while it trains

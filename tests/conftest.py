@@ -1,0 +1,36 @@
+"""One thread a process: two test processes share two cores, and sums come out the same."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers import run, settings
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory) -> Path:
+    """120 of the digits 0, 1 and 2 as PNG files in a folder of class folders."""
+    from sklearn.datasets import load_digits
+
+    digits, folder = load_digits(), tmp_path_factory.mktemp("scans") / "scans"
+    for name in (0, 1, 2):
+        (folder / str(name)).mkdir(parents=True)
+        for k, scan in enumerate(digits.images[digits.target == name][:40]):
+            pixels = np.kron(scan / 16 * 255, np.ones((3, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / str(name) / f"{k:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(scans, tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(*settings(scans, out))
+    return out

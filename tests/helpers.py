@@ -1,0 +1,63 @@
+"""What the tests of training runs share: tiny runs in processes of their own."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# small enough to take seconds: AG-SonoNet-8 at 16x16 on a few hundred of the digits
+QUICK = ["--model", "ag_sononet8", "--size", "16", "--flip", "0", "--val", "0.2", "--test", "0.2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments: object, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "regard", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options,
+    )  # fmt: skip
+
+
+def run(*arguments: object, code: int = 0, **options) -> str:
+    process = start(*arguments, **options)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == code, (process.returncode, out, err)
+    assert "Traceback" not in err
+    return out + err
+
+
+def same_network(a: Path, b: Path) -> bool:
+    first, second = (load_file(f / "model.safetensors") for f in (a, b))
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def same_results(a: Path, b: Path) -> bool:
+    texts = [
+        [(f / name).read_text() for name in ("metrics.csv", "evaluation.json")] for f in (a, b)
+    ]
+    return texts[0] == texts[1] and same_network(a, b)
+
+
+def settings(scans: Path, out: Path) -> list[object]:
+    return ["train", scans, *QUICK, "--out", out, "--batch-size", "16", "--epochs", "6"]
+
+
+def stopped_by(number: int, scans: Path, out: Path) -> tuple[int, str]:
+    """A run that got a signal once two states were there."""
+    process = start(*settings(scans, out), "--save-minutes", "0")
+    while process.poll() is None and len(list((out / "state").glob("step-*.pt"))) < 2:
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)
+    return process.returncode, err

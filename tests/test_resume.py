@@ -1,0 +1,115 @@
+"""A run that is stopped, whenever and however, ends with the bits of one that was not."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers import ENVIRONMENT, run, same_results, settings, start, stopped_by
+
+VARIANTS = {
+    "held": [],
+    "streamed": ["--memory", "no", "--workers", "2"],
+    "everything": ["--ema", "0.9", "--accumulate", "2", "--mixup", "0.2", "--optimizer", "adamw",
+                   "--lr", "0.003", "--rotate", "10", "--erase", "0.3", "--batch-size", "7",
+                   "--sampler", "balanced"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(scans, tmp_path, variant):
+    chosen = [*settings(scans, "OUT"), *VARIANTS[variant]]
+    if "--batch-size" in VARIANTS[variant]:  # given twice is an error
+        at = chosen.index("--batch-size")
+        del chosen[at : at + 2]
+
+    def call(out: Path) -> list[object]:
+        return [out if a == "OUT" else a for a in chosen]
+
+    run(*call(tmp_path / "whole"))
+    out, kills = tmp_path / "killed", 0
+    rng = np.random.default_rng(list(VARIANTS).index(variant))
+    while not (out / "run.json").exists() or "finished" not in (out / "run.json").read_text():
+        resume = ["--resume"] if (out / "run.json").exists() else []
+        process = start(*call(out), "--save-minutes", "0", *resume)
+        wait_until = time.monotonic() + 120
+        before = newest(out)
+        while process.poll() is None and newest(out) == before and time.monotonic() < wait_until:
+            time.sleep(0.002)
+        time.sleep(float(rng.uniform(0, 0.08)))  # in a step, an evaluation, or a write
+        if process.poll() is None and kills < 4:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate(timeout=200)
+    assert kills >= 2
+    assert same_results(tmp_path / "whole", out)
+
+
+def newest(out: Path) -> str:
+    state = out / "state"
+    return max((p.name for p in state.glob("step-*.pt")), default="") if state.exists() else ""
+
+
+DRIVER = """
+import os, signal, sys
+import regard.training.state as state
+whole, count = state.os.replace, 0
+def replace(a, b):
+    global count
+    count += str(b).endswith('.pt')
+    if count == 3 and str(b).endswith('.pt'):
+        os.truncate(a, os.path.getsize(a) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(a, b)
+state.os.replace = replace
+from regard.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_killed_in_the_middle_of_writing_a_state(whole, scans, tmp_path):
+    out = tmp_path / "run"
+    driver = [sys.executable, "-c", DRIVER, *map(str, settings(scans, out)), "--save-minutes", "0"]
+    done = subprocess.run(driver, capture_output=True, env=ENVIRONMENT, timeout=200)
+    assert done.returncode == -signal.SIGKILL
+    names = sorted(p.name for p in (out / "state").iterdir())
+    assert names == [".step-000000003.pt.writing", "step-000000001.pt", "step-000000002.pt"]
+    assert "resumed after step 2" in run(*settings(scans, out), "--resume")
+    assert same_results(whole, out)
+
+
+def test_a_broken_state_gives_way_to_the_one_before(whole, scans, tmp_path):
+    out = tmp_path / "run"
+    stopped_by(signal.SIGKILL, scans, out)
+    states = sorted((out / "state").glob("step-*.pt"))
+    assert len(states) == 2
+    states[1].write_bytes(states[1].read_bytes()[:1000])
+    said = run(*settings(scans, out), "--resume")
+    assert f"{states[1]} can't be read" in said
+    assert f"resumed after step {int(states[0].stem[5:])} of" in said
+    assert same_results(whole, out)
+
+
+def test_only_broken_states_are_told(scans, tmp_path):
+    out = tmp_path / "run"
+    stopped_by(signal.SIGKILL, scans, out)
+    for path in (out / "state").glob("step-*.pt"):
+        path.write_bytes(b"noise")
+    said = run(*settings(scans, out), "--resume", code=1)
+    assert len([line for line in said.splitlines() if line.startswith("regard: ")]) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(whole, scans, tmp_path, number):
+    out = tmp_path / "run"
+    code, err = stopped_by(number, scans, out)
+    assert code == 128 + number
+    (line,) = [text for text in err.splitlines() if text.startswith("regard: ")]
+    assert "its state is saved: go on with the same command and --resume" in line
+    assert "holds a run that has not ended: add --resume" in run(*settings(scans, out), code=2)
+    assert "resumed after step" in run(*settings(scans, out), "--resume")
+    assert same_results(whole, out)
