@@ -378,19 +378,9 @@ def explain(
     channel: Any = int(reduce) if reduce.isdecimal() else reduce
     methods = tuple(method or METHODS)
     ask = Request(
-        out,
-        methods,
-        target,
-        channel,
-        layer,
-        channels,
-        score,
-        masks,
-        baseline,
-        seed,
-        _complain,
-        _say,
-    )
+        out, methods, target, channel, layer, channels, score, masks, baseline, seed,
+        complain=_complain, echo=_say,
+    )  # fmt: skip
     done = explain_images(load(run), images, ask)
     if done == ask.failed == 0:
         raise UsageError(f"no image below {', '.join(map(str, images))}")

@@ -44,6 +44,8 @@ class Request:
     masks: Path | None = None
     baseline: str = "blur"
     seed: int = 0
+    steps: int = 20
+    repeats: int = 3
     complain: Callable[[str], None] = print
     echo: Callable[[str], None] = print
     failed: int = 0
@@ -206,7 +208,10 @@ def judge(
             f"--baseline {ask.baseline}: images without detail still have their class at "
             f"{left:.0%}, so deletion and insertion say little here; try the other baseline"
         )
-    scores = score(predict, x, maps_of(model), baseline=ask.baseline, seed=ask.seed)
+    scores = score(
+        predict, x, maps_of(model), baseline=ask.baseline, seed=ask.seed, steps=ask.steps,
+        repeats=ask.repeats,
+    )  # fmt: skip
     return scores, sanity(model, maps_of, seed=ask.seed)
 
 

@@ -132,6 +132,7 @@ class Recipe:
     workers: int | None = _field(None, "Run", "Processes that decode; without: one a core.")
     eval_every: float = _field(1.0, "Run", "Epochs between evaluations.")
     save_minutes: float = _field(5.0, "Run", "Minutes between saved states, beside every epoch's.")
+    judge: int = _field(24, "Run", "Test images on which the report judges the attention; 0: none.")
     seed: int = _field(0, "Run", "Of splits, weights, order, augmentation and dropout.")
 
     # what is the network's, not the command line's: keys of a recipe's [model] table
@@ -159,7 +160,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "label_smoothing": (0, 0.999), "noise": (0, 1), "val": (0, 0.9), "test": (0, 0.9),
     "size": (4, 8192), "crop_pct": (0.1, 1), "max_unreadable": (0, 1), "flip": (0, 1),
     "crop_shift": (0, 1), "rotate": (0, 180), "shift": (0, 1), "colour": (0, 1),
-    "erase": (0, 1), "workers": (0, 256), "seed": (0, 2**31), "save_minutes": (0, math.inf),
+    "erase": (0, 1), "workers": (0, 256), "seed": (0, 2**31), "judge": (0, 4096),
+    "save_minutes": (0, math.inf),
 }  # fmt: skip
 
 

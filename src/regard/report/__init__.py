@@ -50,6 +50,21 @@ class GalleryItem:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Belief:
+    """How far the attention can be believed, measured on some of the test images.
+
+    images: how many.
+    rows: for each map, and the controls, its name and the words of its deletion, insertion and
+        gain over random maps.
+    sentences: what follows, in words.
+    """
+
+    images: int
+    rows: list[tuple[str, str, str, str]]
+    sentences: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What the page tells.
 
@@ -68,6 +83,7 @@ class Report:
     versions: of the packages that were used.
     command: what runs it again, for a shell.
     notes: further sentences on what the run does and does not say.
+    belief: how far the attention can be believed, if that was measured.
     """
 
     title: str
@@ -83,6 +99,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     command: str = ""
     notes: list[str] = field(default_factory=list)
+    belief: Belief | None = None
 
 
 # ---- words and numbers ------------------------------------------------------------------

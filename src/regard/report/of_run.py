@@ -12,9 +12,11 @@ from regard.data.images import ImageError
 from regard.data.preprocess import to_tensor
 from regard.data.sources import ImageTable, open_data
 from regard.data.splits import read_splits
-from regard.evaluation import Predictions, evaluate
+from regard.evaluation import Estimate, Predictions, evaluate
+from regard.explain.of_run import Request, judge
 from regard.prediction import Classifier, load
-from regard.report import GalleryItem, Report, write_report
+from regard.recipes import Recipe
+from regard.report import Belief, GalleryItem, Report, write_report
 from regard.training.folder import RunFolder
 
 MOST_WRONG, LEAST_SURE, MOST_CLASSES = 12, 6, 12
@@ -34,7 +36,8 @@ def report_run(folder: str | Path) -> Path:
     split, said = run.read_predictions()
     evaluation = evaluate(said, seed=recipe.seed)
     classifier = load(run.path)
-    gallery, left_out = _gallery(run, plan, classifier, split, said)
+    table = _table(run, plan)
+    gallery, left_out = _gallery(table, classifier, split, said)
     top1 = evaluation.metrics["top1"]
     write_report(
         Report(
@@ -51,6 +54,7 @@ def report_run(folder: str | Path) -> Path:
             versions=facts["versions"],
             command=_command(run.path),
             notes=_notes(split, facts, said, left_out),
+            belief=_belief(table, classifier, split, recipe),
         ),
         run.path / "report.html",
     )
@@ -91,6 +95,7 @@ def _notes(split: str, facts: dict[str, Any], said: Predictions, left_out: int) 
         notes.insert(1, "The weights were chosen on these images, so the numbers flatter them.")
     if split == "train":
         notes.insert(1, "The network was trained on these images: the numbers say little.")
+    notes += [f"The data: {warning}" for warning in facts.get("warnings", [])]
     if facts["unreadable"]:
         notes.append(f"{facts['unreadable']} images could not be read; see unreadable.csv.")
     if left_out:
@@ -113,13 +118,54 @@ def choose(said: Predictions) -> list[int]:
     return list(dict.fromkeys(np.concatenate([surest, unsure, *first]).tolist()))
 
 
+def _table(run: RunFolder, plan: dict[str, Any]) -> ImageTable | None:
+    """The run's data as it was split; None where it has moved: the numbers still stand."""
+    try:
+        return read_splits(open_data(plan["data"], root=plan["root"]), run.path / "splits.csv")
+    except (ValueError, OSError):
+        return None
+
+
+def _belief(
+    table: ImageTable | None, classifier: Classifier, split: str, recipe: Recipe
+) -> Belief | None:
+    """Deletion, insertion and the sanity check on some images of the split, evenly spread."""
+    if table is None or recipe.judge == 0 or not attention_kinds(classifier.model):
+        return None
+    part = table.select(table.splits == split)
+    preprocess, images = classifier.preprocess, []
+    for row in np.linspace(0, len(part) - 1, min(recipe.judge, len(part))).astype(int).tolist():
+        try:
+            pixels = part.read(row, channels=preprocess.input_size[0])
+        except ImageError:
+            continue
+        images.append(preprocess.fit(to_tensor(pixels)).float())
+    if not images:
+        return None
+    x = preprocess.normalise(torch.stack(images))
+    told: list[str] = []
+    ask = Request(Path(), seed=recipe.seed, steps=10, repeats=1, complain=told.append)
+    scores, checks = judge(classifier, x, ask)
+    rows = [
+        (s.name, _area(s.deletion), _area(s.insertion), _area(s.over_random))
+        for s in scores.values()
+    ]
+    sentences = [s.verdict() for s in scores.values() if s.over_random is not None]
+    sentences += [check.verdict() for check in checks]
+    return Belief(images=len(x), rows=rows, sentences=[*sentences, *told])
+
+
+def _area(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+
+
 def _gallery(
-    run: RunFolder, plan: dict[str, Any], classifier: Classifier, split: str, said: Predictions
+    table: ImageTable | None, classifier: Classifier, split: str, said: Predictions
 ) -> tuple[list[GalleryItem], int]:
     """The images chosen, with the network's maps, and how many can't be read any more."""
-    try:
-        table = read_splits(open_data(plan["data"], root=plan["root"]), run.path / "splits.csv")
-    except (ValueError, OSError):  # the data has moved: the numbers still stand
+    if table is None:
         return [], len(choose(said))
     rows = {table.path(i): i for i in np.flatnonzero(table.splits == split).tolist()}
     items, lost = [], 0

@@ -490,6 +490,7 @@ class Run:
             "waited": t.waited / max(t.seconds, 1e-9),
             "images_a_second": t.total * t.images_a_step / max(t.seconds, 1e-9),
             "best": self.best,
+            "warnings": list(self.table.warnings),
             "bf16": t.bf16,
             "threads": torch.get_num_threads(),
             "device": str(self.accelerator.device),

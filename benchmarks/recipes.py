@@ -1,0 +1,95 @@
+"""A short run of every recipe on real images: does the loss fall, is it well over chance?
+
+    python benchmarks/recipes.py CIFAR_FOLDER OUT [RECIPE ...]
+
+CIFAR_FOLDER holds train/CLASS/*.jpg and test/CLASS/*.jpg (here: the first 200 images a class of
+each). Lengths are cut to what two cores do in minutes, the schedules' milestones with them; what
+is cut stands in the command. Appends a row a run to benchmarks/recipes.csv.
+"""
+
+import csv
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).with_name("recipes.csv")
+
+# DATA is CIFAR_FOLDER, OUT the folder of all runs
+RUNS = {
+    "demo": "digits --recipe demo",
+    "ag-sononet": "digits --recipe ag-sononet --model ag_sononet8 --size 48 --flip 0 --epochs 12 "
+    "--milestones 1 6 9",
+    "ag-sononet-ft": "digits --recipe ag-sononet-ft --model ag_sononet8 --size 48 --flip 0 --epochs 3 "
+    "--milestones 2 --weights OUT/ag-sononet",
+    "attention-cifar": "DATA --recipe attention-cifar --model attention56_cifar --steps 400 "
+    "--milestones 250 350",
+    "attention-cifar-fast": "DATA --recipe attention-cifar-fast --model attention56_cifar --steps 160 "
+    "--batch-size 128 --lr 0.2 --warmup 20 --milestones 100 140",
+    "cbam-cifar": "DATA --recipe cbam-cifar --model cbam_resnet18 --epochs 6 --milestones 4 5",
+    "attention-imagenet": "DATA --recipe attention-imagenet --model attention56 --size 64 --steps 160 "
+    "--batch-size 32 --milestones 100 130 150 --crop-area 0.3 1",
+    "cbam-imagenet": "DATA --recipe cbam-imagenet --model cbam_resnet18 --size 64 --epochs 9 "
+    "--batch-size 64 --milestones 3 6 --crop-area 0.3 1",
+    "quick": "DATA",
+    "finetune": "DATA --recipe finetune --model cbam_resnet18 --size 32 --weights OUT/quick --epochs 2",
+}
+
+
+def processor() -> str:
+    """The CPU's name, as Linux tells it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def measure(name: str, data: str, out: Path) -> dict[str, str]:
+    """Runs `regard train` and reads what its folder says."""
+    command = ["train", *RUNS[name].replace("DATA", data).replace("OUT", str(out)).split()]
+    folder = out / name
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "regard", *command, "--out", str(folder)], check=True)
+    seconds = time.perf_counter() - started
+    facts = json.loads((folder / "run.json").read_text())["facts"]
+    test = json.loads((folder / "evaluation.json").read_text())
+    with (folder / "metrics.csv").open() as file:
+        history = list(csv.DictReader(file))
+    top1 = test["metrics"]["top1"]
+    return {
+        "recipe": name,
+        "command": "regard train " + RUNS[name].replace("DATA", "CIFAR").replace("OUT/", "runs/"),
+        "training images": str(facts["counts"]["train"]),
+        "steps": str(facts["steps"]),
+        "first loss": f"{float(history[0]['loss']):.3f}",
+        "last loss": f"{float(history[-1]['loss']):.3f}",
+        "test accuracy": f"{top1['value']:.4f}",
+        "low": f"{top1['low']:.4f}",
+        "high": f"{top1['high']:.4f}",
+        "chance": f"{1 / len(test['classes']):.2f}",
+        "seconds in all": f"{seconds:.0f}",
+        "images a second": f"{facts['images_a_second']:.0f}",
+        "waiting": f"{facts['waited']:.3f}",
+        "machine": f"{processor()}, {facts['threads']} threads",
+        "torch": facts["versions"]["torch"],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    """Runs those named, or all."""
+    data, out = sys.argv[1], Path(sys.argv[2])
+    for name in sys.argv[3:] or RUNS:
+        row = measure(name, data, out)
+        new = not RESULTS.exists()
+        with RESULTS.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
