@@ -74,7 +74,7 @@ def _reduced(found: AttentionMap, index: int, reduce: Reduce) -> StageMap:
         raise ValueError(f"reduce={reduce}: {found.name} has channels 0 to {count - 1}")
     else:
         raise ValueError(f"reduce={reduce!r}: choose mean, max or a channel's number")
-    array = np.array(values.cpu(), np.float32)
+    array = values.cpu().numpy().copy()
     return StageMap(found.name, found.kind, array, words, stage_of(found.name))
 
 

@@ -1,0 +1,266 @@
+"""The scores say the right thing where the right thing is known."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from regard.explain.faithfulness import (
+    CENTRE,
+    RANDOM,
+    area,
+    baseline_of,
+    curves,
+    random_maps,
+    rank_correlation,
+    ranks_of,
+    sanity,
+    score,
+)
+from regard.explain.of_run import Request, judge, own_maps
+from regard.explain.pointing import point, read_masks
+from regard.prediction import Classifier
+
+
+class Map(nn.Module):
+    """(B, 1, 32, 32) -> (B, 1, 8, 8): a softmax over the brightness of 4x4 patches."""
+
+    attention_kind = "spatial"
+
+    def forward(self, x):
+        pooled = F.avg_pool2d(x, 4)
+        return torch.softmax(8 * pooled.flatten(1), dim=1).view(pooled.shape)
+
+
+class Noise(nn.Module):
+    """Maps that depend on nothing that matters: other noise for each image."""
+
+    attention_kind = "spatial"
+
+    def forward(self, x):
+        return torch.rand(len(x), 1, 8, 8, generator=torch.Generator().manual_seed(7))
+
+
+class Patch(nn.Module):
+    """Class 1 if some 4x4 patch is bright. Its answer comes through the map, or passes it by."""
+
+    def __init__(self, attention: nn.Module, *, uses: bool):
+        super().__init__()
+        self.attention, self.uses = attention, uses
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, x):
+        pooled = F.avg_pool2d(x, 4)
+        attention = self.attention(x)
+        seen = (attention * pooled).sum(dim=(1, 2, 3)) if self.uses else pooled.amax(dim=(1, 2, 3))
+        bright = self.scale * (seen - 1.5)
+        return torch.stack([-bright, bright], dim=1)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """24 of dim noise with one bright 4x4 patch, never in the middle; and where it is."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(0, 0.2, (24, 1, 32, 32))).float()
+    places = []
+    for i in range(24):
+        row, column = (4 * int(rng.choice([0, 1, 6, 7])) for _ in range(2))
+        x[i, :, row : row + 4, column : column + 4] = 3.0
+        places.append((row, column))
+    return x, places
+
+
+def predictor(model):
+    return lambda x: model(x).softmax(dim=1)
+
+
+@torch.no_grad()
+def test_a_map_that_the_answer_comes_through_scores_high(images):
+    x, places = images
+    model = Patch(Map(), uses=True).eval()
+    assert (model(x).argmax(dim=1) == 1).all()
+    maps = own_maps(model, x)
+    scores = score(predictor(model), x, maps)
+    found = scores["attention"]
+    assert found.over_random.low > 0.5
+    assert found.over_centre.low > 0.5
+    assert found.deletion.value < 0.1
+    assert found.insertion.value > 0.9
+    assert "shows places that the answer depends on" in found.verdict()
+    for values, (row, column) in zip(maps["attention"], places, strict=True):
+        assert int(values.argmax()) == row // 4 * 8 + column // 4
+
+
+@torch.no_grad()
+def test_a_map_that_the_answer_ignores_scores_like_random(images):
+    x, _ = images
+    model = Patch(Noise(), uses=False).eval()
+    assert (model(x).argmax(dim=1) == 1).all()
+    found = score(predictor(model), x, own_maps(model, x), repeats=8)["attention"]
+    assert found.over_random.low < 0 < found.over_random.high
+    assert "can't be told from random maps" in found.verdict()
+
+
+@torch.no_grad()
+def test_a_map_that_points_away_is_worse_than_random(images):
+    x, _ = images
+    model = Patch(Map(), uses=True).eval()
+    away = {"away": -own_maps(model, x)["attention"]}
+    found = score(predictor(model), x, away)["away"]
+    assert found.over_random.high < 0
+    assert "worse than random" in found.verdict()
+
+
+@torch.no_grad()
+def test_curves_begin_and_end_where_they_must(images):
+    x, _ = images
+    model = Patch(Map(), uses=True).eval()
+    target = torch.ones(24, dtype=torch.long)
+    base = baseline_of(x)
+    maps = own_maps(model, x)["attention"]
+    deletion, insertion = curves(
+        predictor(model), x, maps, target, baseline=base, steps=16, batch_size=7
+    )
+    whole, none = (predictor(model)(v)[:, 1].numpy() for v in (x, base))
+    assert deletion.shape == insertion.shape == (24, 17)
+    np.testing.assert_allclose(deletion[:, 0], whole, atol=1e-6)
+    np.testing.assert_allclose(deletion[:, -1], none, atol=1e-6)
+    np.testing.assert_allclose(insertion[:, 0], none, atol=1e-6)
+    np.testing.assert_allclose(insertion[:, -1], whole, atol=1e-6)
+    # after the first of 16 steps, 64 pixels, the patch of 16 is gone, or there
+    assert deletion[:, 1].max() < 0.01
+    assert insertion[:, 1].min() > 0.99
+    one_by_one = curves(predictor(model), x, maps, target, baseline=base, steps=16, batch_size=64)
+    np.testing.assert_allclose(one_by_one[0], deletion, atol=1e-6)
+
+
+def test_area_is_that_of_trapezoids():
+    assert area(np.array([[1.0, 0.0], [1.0, 1.0]])).tolist() == [0.5, 1.0]
+    curve = np.random.default_rng(0).random((3, 21))
+    np.testing.assert_allclose(area(curve), np.trapezoid(curve, dx=1 / 20, axis=1))
+
+
+def test_ranks_follow_the_map_and_break_ties_at_random():
+    maps = torch.arange(16.0).view(1, 4, 4)
+    assert ranks_of(maps, (4, 4)).flatten().tolist() == list(range(15, -1, -1))
+    flat = [ranks_of(torch.ones(1, 4, 4), (16, 16), seed).flatten() for seed in (0, 1)]
+    assert sorted(flat[0].tolist()) == list(range(256))
+    assert not torch.equal(*flat)
+    assert abs(np.corrcoef(flat[0], np.arange(256))[0, 1]) < 0.2
+
+
+def test_scores_are_the_same_each_time_and_name_their_controls(images):
+    x, _ = images
+    model = Patch(Map(), uses=True).eval()
+    with torch.no_grad():
+        a, b = (score(predictor(model), x[:6], own_maps(model, x[:6]), seed=3) for _ in range(2))
+    assert list(a) == ["attention", RANDOM, CENTRE]
+    for name in a:
+        assert a[name].gain == b[name].gain
+        np.testing.assert_array_equal(a[name].each, b[name].each)
+    for bad, message in (
+        ({}, "at least one"), ({"m": torch.zeros(5, 2, 2)}, r"\(5, 2, 2\): \(6, h, w\)"),
+        ({"m": torch.full((6, 2, 2), torch.nan)}, "not finite"),
+        ({RANDOM: torch.zeros(6, 2, 2)}, "control"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            score(predictor(model), x[:6], bad)
+    with pytest.raises(ValueError, match="choose one of blur, mean"):
+        baseline_of(x, "zero")
+
+
+def test_the_blurred_baseline_has_no_detail_left(images):
+    x, _ = images
+    blurred = baseline_of(x)
+    assert blurred.amax() < 0.3 * x.amax()  # the patch, spread wide
+    assert blurred.mean() == pytest.approx(float(x.mean()), abs=0.02)
+    assert baseline_of(x, "mean").std(dim=(2, 3)).max() == 0
+
+
+# ---------------------------------------------------------------------------- sanity
+class Learnt(nn.Module):
+    """A map by a convolution, which random weights change."""
+
+    attention_kind = "spatial"
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 5, 4, 2)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_the_sanity_check_tells_what_was_learnt_from_what_was_not(images):
+    x, _ = images
+    torch.manual_seed(5)  # not sanity's own
+    for attention, unchanged in ((Learnt(), 0.0), (Map(), 1.0)):
+        model = Patch(attention, uses=False).eval()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        (found,) = sanity(model, lambda m: own_maps(m, x))
+        assert found.unchanged == unchanged
+        assert f"{unchanged:.0%} of the maps" in found.verdict()
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_rank_correlation_against_scipy():
+    from scipy.stats import spearmanr
+
+    a, b = random_maps((5, 6, 7), 0), random_maps((5, 6, 7), 1) + random_maps((5, 6, 7), 0)
+    expected = [spearmanr(p.flatten(), q.flatten()).statistic for p, q in zip(a, b, strict=True)]
+    np.testing.assert_allclose(rank_correlation(a, b), expected, atol=1e-9)
+    flat = torch.ones(5, 6, 7)
+    assert rank_correlation(a, flat).tolist() == [0.0] * 5
+    assert rank_correlation(flat, flat).tolist() == [1.0] * 5
+
+
+def test_judging_a_classifier_needs_no_run(images):
+    from regard.data.preprocess import Preprocess
+
+    x, _ = images
+    model = Patch(Map(), uses=True)
+    classifier = Classifier(model, ["dark", "bright"], Preprocess((1, 32, 32), (0.0,), (1.0,)))
+    said: list[str] = []
+    ask = Request(None, methods=("attention",), complain=said.append, steps=8, repeats=2)
+    scores, checks = judge(classifier, x, ask)
+    assert scores["attention"].over_random.low > 0.5
+    assert checks[0].unchanged == 1.0  # its map has no weights
+    assert said == []
+
+
+# ---------------------------------------------------------------------------- pointing
+def test_pointing_and_energy():
+    attention = np.zeros((4, 4))
+    attention[0, 3] = 3.0
+    attention[3, 0] = 1.0
+    mask = np.zeros((40, 40), dtype=bool)
+    mask[:20, 20:] = True
+    found = point(attention, mask)
+    assert found.hit
+    assert found.chance == 0.25
+    assert found.energy == pytest.approx(0.75, abs=0.02)
+    assert not point(attention.T[::-1, ::-1].T, mask).hit
+    with pytest.raises(ValueError, match="marks nothing"):
+        point(attention, np.zeros((40, 40), dtype=bool))
+
+
+def test_masks_from_boxes_and_from_images(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "boxes.csv").write_text("path,x0,y0,x1,y1\na.png,10,0,20,5\na.png,0,0,1,1\n")
+    (mask,) = read_masks(tmp_path / "boxes.csv", ["somewhere/a.png"], [(30, 40)])
+    assert mask.sum() == 51
+    assert mask[0:5, 10:20].all()
+    with pytest.raises(ValueError, match=r"has no box for b\.png"):
+        read_masks(tmp_path / "boxes.csv", ["b.png"], [(30, 40)])
+    (tmp_path / "bad.csv").write_text("path,x0,y0\n")
+    with pytest.raises(ValueError, match="lacks the columns x1, y1"):
+        read_masks(tmp_path / "bad.csv", ["a.png"], [(30, 40)])
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "a.png")
+    (again,) = read_masks(folder, ["a.jpg"], [(30, 40)])
+    np.testing.assert_array_equal(again, mask)
+    with pytest.raises(ValueError, match=r"is \(30, 40\), its image \(31, 40\)"):
+        read_masks(folder, ["a.jpg"], [(31, 40)])

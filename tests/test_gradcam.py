@@ -1,0 +1,69 @@
+"""Grad-CAM against a computation by hand, and on networks of every kind."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import regard
+from regard.explain.gradcam import default_layer, gradcam
+
+
+class Cam(nn.Module):
+    """Convolution, global average, linear: here Grad-CAM is ReLU(CAM) / positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.conv(x)).mean(dim=(2, 3)))
+
+
+def test_it_is_the_class_activation_map_where_that_is_defined():
+    torch.manual_seed(0)
+    model, x = Cam(), torch.randn(3, 3, 8, 9)
+    target = torch.tensor([0, 3, 1])
+    features = model.conv(x).detach()
+    slopes = (features > 0).float().mean(dim=(2, 3)) / 1  # d mean(relu) / d feature, averaged
+    weights = model.fc.weight[target].detach() * slopes / (8 * 9)
+    expected = (weights[:, :, None, None] * features).sum(dim=1).relu()
+    torch.testing.assert_close(gradcam(model, x, target, layer="conv"), expected)
+    assert expected.max() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("resnet18", (2, 2)), ("cbam_resnet18", (2, 2)), ("attention56_cifar", (16, 16)),
+        ("ag_sononet8", (4, 4)), ("sononet8", (4, 4)), ("vit_tiny_patch16_224", (4, 4)),
+        ("convnext_atto", (2, 2)),
+    ],
+)  # fmt: skip
+def test_on_networks_of_every_kind_it_leaves_nothing_behind(name, shape):
+    torch.manual_seed(0)
+    more = {"img_size": 64} if "vit" in name else {}
+    model = timm.create_model(name, num_classes=5, **more).train()
+    x = torch.randn(2, model.default_cfg["input_size"][0], 64, 64)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = gradcam(model, x, layer=default_layer(model, x))
+    assert found.shape == (2, *shape)
+    assert found.isfinite().all()
+    assert (found >= 0).all()
+    assert not found.requires_grad
+    assert model.training
+    assert all(m._forward_hooks == {} for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    # another class is another map
+    maps = [gradcam(model, x, target) for target in range(5)]
+    assert any(not torch.equal(maps[0], m) for m in maps[1:])
+
+
+def test_wrong_layers_and_classes_are_named():
+    model, x = regard.create_model("ag_sononet8"), torch.randn(1, 1, 32, 32)
+    with pytest.raises(ValueError, match="layer='block9': no such layer"):
+        gradcam(model, x, layer="block9")
+    with pytest.raises(ValueError, match="classes are 0 to 13"):
+        gradcam(model, x, 14)
