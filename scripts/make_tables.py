@@ -4,7 +4,8 @@
     python scripts/make_tables.py --check    # says what would change; exit code 1 if anything
 
 What it writes: the columns `parameters` and `macs` of src/regard/figures.csv, and
-in README.md what stands between the two comments that name this script.
+in README.md and docs/training.md what stands between the two comments that name this script;
+the latter from benchmarks/recipes.csv.
 """
 
 import csv
@@ -21,7 +22,11 @@ from regard import create_model
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "src/regard/figures.csv"
 README = ROOT / "README.md"
-TABLE = re.compile(r"(<!-- table: scripts/make_tables.py -->\n).*?(<!-- end of table -->)", re.S)
+TRAINING = ROOT / "docs/training.md"
+RECIPES = ROOT / "benchmarks/recipes.csv"
+TABLE = re.compile(
+    r"(<!-- table: scripts/make_tables.py[ a-z]*-->\n).*?(<!-- end of table -->)", re.S
+)
 
 
 def count(name: str) -> tuple[str, int, int]:
@@ -64,12 +69,38 @@ def markdown_table(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def recipes_table(text: str) -> str:
+    """The table of short runs of docs/training.md."""
+    lines = [
+        "| Recipe | Images | Steps | Loss, first to last epoch | Test accuracy (95 % interval) "
+        "| s | Machine and date |",
+        "|---|---:|---:|---|---|---:|---|",
+    ]
+    commands = []
+    for row in csv.DictReader(io.StringIO(text)):
+        shares = [f"{100 * float(row[k]):.1f}" for k in ("test accuracy", "low", "high")]
+        lines.append(
+            f"| `{row['recipe']}` | {row['training images']} | {row['steps']} "
+            f"| {row['first loss']} to {row['last loss']} "
+            f"| {shares[0]} % ({shares[1]}–{shares[2]}) | {row['seconds in all']} "
+            f"| {row['machine']}, torch {row['torch']}, {row['date']} |"
+        )
+        commands.append(row["command"])
+    return "\n".join([*lines, "", "```", *commands, "```"]) + "\n"
+
+
 def main() -> int:
     """Writes both, or checks them."""
     csv_text = counted_csv(FIGURES.read_text(encoding="utf-8"))
     readme = README.read_text(encoding="utf-8")
     table = markdown_table(csv_text)
-    wanted = {FIGURES: csv_text, README: TABLE.sub(lambda m: m[1] + table + m[2], readme)}
+    training = TRAINING.read_text(encoding="utf-8")
+    runs = recipes_table(RECIPES.read_text(encoding="utf-8"))
+    wanted = {
+        FIGURES: csv_text,
+        README: TABLE.sub(lambda m: m[1] + table + m[2], readme),
+        TRAINING: TABLE.sub(lambda m: m[1] + runs + m[2], training),
+    }
     stale = [path for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
     for path in stale:
         print(f"{path.relative_to(ROOT)} is not up to date")
