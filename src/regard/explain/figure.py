@@ -143,11 +143,11 @@ def _chart(axes: Axes, stage: str, gates: Sequence[StageMap]) -> None:
 
 def _heading(fig: Figure, found: Explanation, height: float) -> None:
     name, p = found.classes[0]
-    others = "   ".join(f"{_short(c, 24)} {_percent(q)}" for c, q in found.classes[1:3])
-    first = f"{_short(found.path, 48)}: {_short(name, 40)} {_percent(p)}"
+    others = ", ".join(f"{_short(c, 24)} ({_percent(q)})" for c, q in found.classes[1:3])
+    first = f"{_short(found.path, 44)}: {_short(name, 36)} ({_percent(p)})"
     second = f"then {others}" if others else ""
     if found.target[0] != name:
-        told = f"Grad-CAM explains {_short(found.target[0], 30)}, {_percent(found.target[1])}"
+        told = f"Grad-CAM explains {_short(found.target[0], 30)} ({_percent(found.target[1])})"
         second = f"{second}   ·   {told}" if second else told
     x = _GAP / fig.get_figwidth()
     _write(fig, x, 1 - 0.07 / height, first, fontsize=9.5, weight="bold", va="top")
@@ -155,6 +155,8 @@ def _heading(fig: Figure, found: Explanation, height: float) -> None:
 
 
 def _percent(p: float) -> str:
+    if 0.0 < p < 0.001:
+        return "< 0.1 %"
     return "> 99.9 %" if 0.999 < p < 1.0 else f"{100 * p:.1f} %"
 
 
@@ -267,7 +269,8 @@ def contact_sheet(
         left, top = gap + (i % columns) * cell[0], gap + (i // columns) * cell[1]
         name, p = e.classes[0]
         across = cell[0] - 2 * gap
-        draw.text((left, top), _fit(f"{e.path}: {name} {_percent(p)}", bold, across), "black", bold)
+        told = f"{e.path}: {name} ({_percent(p)})"
+        draw.text((left, top), _fit(told, bold, across), "black", bold)
         for k, m in enumerate([None, *shown]):
             x = left + k * (side + 4)
             sheet.paste(_thumbnail(e, m, side), (x, top + head))
