@@ -121,7 +121,7 @@ class Explanation:
         path: of the image, or a name for it.
         image: (H, W, 3) or (H, W), uint8, the original.
         box: left, top, right, bottom of what the network saw, in the original's pixels.
-        classes: names with probabilities, the likeliest first.
+        classes: all names with probabilities, the likeliest first.
         target: the class that Grad-CAM explains, with its probability.
         maps: to show, gathered by stage.
         modules: the same, one a module; "channel" ones hold a weight for each channel.
@@ -330,7 +330,7 @@ def _explain_batch(
     probabilities = logits.float().softmax(dim=1).cpu()
     found = []
     for i, p in enumerate(probabilities):
-        order = p.argsort(descending=True, stable=True)[:5].tolist()
+        order = p.argsort(descending=True, stable=True).tolist()
         t = int(targets[i])
         said = [(classes[k], float(p[k])) for k in order], (classes[t], float(p[t]))
         each = attention_stages(maps, i, reduce=reduce, gather=False) if own else []

@@ -211,7 +211,8 @@ def _with_headers(answer: Response, nonce: str) -> Response:
         {
             "Content-Security-Policy": "default-src 'none'; connect-src 'self'; "
             f"img-src 'self' data: blob:; script-src 'nonce-{nonce}'; "
-            f"style-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+            f"style-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'",
             "X-Content-Type-Options": "nosniff",
             "X-Frame-Options": "DENY",
             "Referrer-Policy": "no-referrer",
