@@ -18,7 +18,20 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 # small enough to take seconds: AG-SonoNet-8 at 16x16 on a few hundred of the digits
-QUICK = ["--model", "ag_sononet8", "--size", "16", "--flip", "0", "--val", "0.2", "--test", "0.2"]
+QUICK = [
+    "--judge",
+    "0",
+    "--model",
+    "ag_sononet8",
+    "--size",
+    "16",
+    "--flip",
+    "0",
+    "--val",
+    "0.2",
+    "--test",
+    "0.2",
+]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -1,5 +1,6 @@
 """`regard explain`: the pictures, the numbers, and where a map lies on its image."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from sklearn.datasets import load_sample_images
 
 import regard
 from regard.data.preprocess import Preprocess, to_tensor
-from regard.explain.maps import attention_stages, explain, stage_of
+from regard.explain.maps import Explanation, StageMap, attention_stages, explain, stage_of
 from tests.helpers import rows_of, run
 
 
@@ -182,3 +183,24 @@ def test_what_is_shown_is_what_the_network_said():
     assert dict(found.classes)["b"] == pytest.approx(float(p[1]), abs=1e-6)
     assert found.target[0] == "abc"[int(p.argmax())]
     assert found.figure().get_size_inches()[0] == pytest.approx(7.16)
+
+
+@pytest.mark.parametrize("shape", [(427, 130), (427, 640), (120, 640), (8, 8)])
+def test_the_picture_can_be_read_whatever_the_images_shape(shape):
+    values = np.linspace(0.4463, 0.5241, 49, dtype=np.float32).reshape(7, 7)
+    maps = [StageMap(n, "spatial", values, "", n) for n in ("gate3", "gate4")]
+    found = Explanation(
+        path="a.png", image=np.zeros(shape, np.uint8), box=(0, 0, shape[1], shape[0]),
+        classes=[("0", 0.9996), ("6", 0.0003)], target=("0", 0.9996), maps=maps,
+    )  # fmt: skip
+    fig = found.figure()
+    fig.draw_without_rendering()
+    scales = [[t for t in axes.texts if "0." in t.get_text()] for axes in fig.axes]
+    scales = [texts for texts in scales if texts]
+    assert len(scales) == 2
+    for texts in scales:
+        boxes = sorted((t.get_window_extent() for t in texts), key=lambda b: b.x0)
+        assert len(boxes) == 3
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    # "0 > 99.9 %" would read as a comparison
+    assert [t.get_text() for t in fig.texts] == ["a.png: 0 (> 99.9 %)", "then 6 (< 0.1 %)"]

@@ -41,7 +41,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(scans, tmp_path, va
         while process.poll() is None and newest(out) == before and time.monotonic() < wait_until:
             time.sleep(0.002)
         time.sleep(float(rng.uniform(0, 0.08)))  # in a step, an evaluation, or a write
-        if process.poll() is None and kills < 4:
+        if process.poll() is None and kills < 3:
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.communicate(timeout=200)

@@ -84,12 +84,19 @@ class Preprocess:
         if self.resize != "pad":
             left, top, right, bottom = self.box(height, width)
             return float(left), float(top), float(right), float(bottom)
-        h, w = self.size
-        scale = min(h / height, w / width)
-        inner = max(1, round(height * scale)), max(1, round(width * scale))
-        top, left = (h - inner[0]) // 2, (w - inner[1]) // 2
-        y, x = height / inner[0], width / inner[1]  # of the image's pixels in one of the input's
-        return -left * x, -top * y, (w - left) * x, (h - top) * y
+        (h, w), (left, top, right, bottom) = self.size, self.box(height, width)
+        rows, columns = self._inner(height, width)
+        y, x = (bottom - top) / rows, (right - left) / columns  # image pixels in one of the input's
+        above, before = (h - rows) // 2, (w - columns) // 2
+        return (
+            left - before * x, top - above * y, left + (w - before) * x, top + (h - above) * y,
+        )  # fmt: skip
+
+    def _inner(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of what lies within the margins of "pad"."""
+        (h, w), (y, x) = self.size, self._scales(height, width)
+        left, top, right, bottom = self.box(height, width)
+        return max(1, min(h, round((bottom - top) * y))), max(1, min(w, round((right - left) * x)))
 
     def _scales(self, height: int, width: int) -> tuple[float, float]:
         """By how much an image is enlarged, downwards and across."""
@@ -104,9 +111,7 @@ class Preprocess:
         box = self.box(height, width)
         if self.resize != "pad":
             return resample(image, box, self.size)
-        (h, w), (y, x) = self.size, self._scales(height, width)
-        rows, columns = box[3] - box[1], box[2] - box[0]
-        inner = max(1, min(h, round(rows * y))), max(1, min(w, round(columns * x)))
+        (h, w), inner = self.size, self._inner(height, width)
         small = resample(image, box, inner)
         fill = small.float().mean(dim=(1, 2), keepdim=True).round()
         out = fill.to(small.dtype).expand(-1, h, w).clone()

@@ -316,6 +316,9 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
             reset: Any = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+                continue
+            for p in module.parameters(recurse=False):  # a parameter of the module's own
+                nn.init.normal_(p, std=0.02)
     return other
 
 

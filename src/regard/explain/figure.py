@@ -207,7 +207,8 @@ def explanation_figure(found: Explanation, *, width: float = 7.16) -> Figure:
         if m.kind == "gradcam":
             first = f"{first}: {found.target[0]}"
         _title(axes, first, second)
-        _scale(grid, m, left, top + drawn * aspect, drawn)
+        # as wide as the column: a narrow image leaves no room for the numbers
+        _scale(grid, m, left, top + drawn * aspect, cell)
     for i, (stage, gates) in enumerate(charts.items()):
         left = _GAP + (i % columns) * (cell + _GAP)
         top = _HEAD + rows * row + (i // columns) * chart_row + _TITLE

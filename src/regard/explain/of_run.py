@@ -178,12 +178,20 @@ def own_maps(model: nn.Module, x: Tensor, reduce: Reduce = "mean") -> dict[str, 
     return {name: torch.stack(each) for name, each in found.items()}
 
 
-def maps_to_score(model: nn.Module, x: Tensor, ask: Request) -> dict[str, Tensor]:
-    """The network's own maps and Grad-CAM's, as asked for."""
+def maps_to_score(model: nn.Module, x: Tensor, ask: Request, target: Tensor) -> dict[str, Tensor]:
+    """The network's own maps, and Grad-CAM's for the classes `target` (B,), as asked for."""
     found = own_maps(model, x, ask.reduce) if "attention" in ask.methods else {}
     if "gradcam" in ask.methods:
-        found["Grad-CAM"] = gradcam(model, x, layer=ask.layer).cpu()
+        found["Grad-CAM"] = gradcam(model, x, target, layer=ask.layer).cpu()
     return found
+
+
+def explained(classifier: Classifier, x: Tensor, ask: Request) -> Tensor:
+    """The classes that are explained, (B,): the one asked for, or those predicted."""
+    if ask.target is not None:
+        return torch.full((len(x),), classifier.class_names.index(ask.target))
+    with torch.no_grad(), evaluating(classifier.model):
+        return torch.cat([classifier.model(part).argmax(dim=1) for part in x.split(16)])
 
 
 def judge(
@@ -196,21 +204,23 @@ def judge(
         with torch.no_grad(), evaluating(model):
             return model(images).float().softmax(dim=1)
 
-    def maps_of(network: nn.Module) -> dict[str, Tensor]:
-        parts = [maps_to_score(network, part, ask) for part in x.split(16)]
+    target = explained(classifier, x, ask)
+
+    def maps_of(network: nn.Module) -> dict[str, Tensor]:  # of random weights too: the same classes
+        pairs = zip(x.split(16), target.split(16), strict=True)
+        parts = [maps_to_score(network, part, ask, t) for part, t in pairs]
         return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     with torch.no_grad():
-        target = predict(x).argmax(dim=1, keepdim=True)
-        left = float(predict(baseline_of(x, ask.baseline)).gather(1, target).mean())
+        left = float(predict(baseline_of(x, ask.baseline)).gather(1, target[:, None]).mean())
     if left > 0.5:
         ask.complain(
             f"--baseline {ask.baseline}: images without detail still have their class at "
             f"{left:.0%}, so deletion and insertion say little here; try the other baseline"
         )
     scores = score(
-        predict, x, maps_of(model), baseline=ask.baseline, seed=ask.seed, steps=ask.steps,
-        repeats=ask.repeats,
+        predict, x, maps_of(model), target=target, baseline=ask.baseline, seed=ask.seed,
+        steps=ask.steps, repeats=ask.repeats,
     )  # fmt: skip
     return scores, sanity(model, maps_of, seed=ask.seed)
 
@@ -284,8 +294,8 @@ def _point(
 ) -> dict[str, dict[str, float]]:
     assert ask.masks is not None
     masks = read_masks(ask.masks, [str(s.path) for s in kept], [s.picture.shape[:2] for s in kept])
-    found = {}
-    for name, maps in maps_to_score(classifier.model, x, ask).items():
+    found, target = {}, explained(classifier, x, ask)
+    for name, maps in maps_to_score(classifier.model, x, ask, target).items():
         each = [
             point(values.numpy(), mask, box=s.box)
             for values, mask, s in zip(maps, masks, kept, strict=True)
