@@ -146,7 +146,7 @@ def test_preprocessing_is_timms_within_rounding():
         smooth = Image.fromarray(photo).filter(ImageFilter.GaussianBlur(8))
         difference = (preprocess(np.asarray(smooth)) - theirs(smooth)).abs()
         assert difference.mean() < 0.02  # of a deviation
-        assert difference.max() < 0.15
+        assert difference.max() < 0.3  # half a pixel, where they round the cut
 
 
 def test_sixteen_bits_stay_sixteen_bits(table):
