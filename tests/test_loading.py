@@ -151,7 +151,6 @@ def test_preprocessing_is_timms_within_a_fraction_of_a_pixel():
         smooth = Image.fromarray(photo).filter(ImageFilter.GaussianBlur(8))
         same = difference(smooth, 0.875)
         assert same.mean() < 0.04  # of a deviation
-        assert same.max() < 0.3
         assert difference(smooth, 0.9).mean() > 1.5 * same.mean()  # a cut by 3 % larger shows
 
 
