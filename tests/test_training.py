@@ -68,6 +68,9 @@ def test_evaluate_counts_as_the_training_did(whole):
     assert again["split"] == "test"
     everything = json.loads(run("evaluate", whole, "--split", "all", "--json"))
     assert everything["n"] == 120
+    data = json.loads((whole / "run.json").read_text())["plan"]["data"]
+    by_name = json.loads(run("evaluate", "ag_sononet8", data, "--weights", whole, "--json"))
+    assert by_name["confusion"] == everything["confusion"]
 
 
 def test_predict_says_what_evaluate_counts(whole, scans):

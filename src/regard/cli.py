@@ -277,7 +277,8 @@ def evaluate(
         content = {"split": named, **found.to_dict(), "unreadable": unreadable}
         print(dumps(content, indent=2, ensure_ascii=False))
     else:
-        print(f"{run} on the {named} images of {source or 'its own data'}")
+        which = "all" if named == "all" else f"the {named}"
+        print(f"{run} on {which} images of {source or 'its own data'}")
         print_evaluation(found)
     for line in unreadable:
         _complain(line)

@@ -76,6 +76,13 @@ def _named(name: str, table: ImageTable, weights: str | Path | None) -> Classifi
     """A network by its name, with weights from elsewhere."""
     if weights is None:
         raise ValueError(f"{name} is no run's folder: to test a network by its name give --weights")
+    if Path(weights).is_dir():  # a run's folder: its images are prepared as they were there
+        other = load(weights)
+        arguments: Any = getattr(other.model, "_model_args", None) or {}
+        kept = {k: v for k, v in arguments.items() if k not in ("num_classes", "in_chans")}
+        size = other.preprocess.input_size
+        model = make_model(name, kept, len(other.class_names), size, False, str(weights))
+        return Classifier(model, other.class_names, other.preprocess)
     cfg = timm.models.get_pretrained_cfg(name)
     size = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
     model = make_model(name, {}, len(table.classes), size, False, str(weights))
