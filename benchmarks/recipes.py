@@ -24,15 +24,15 @@ RUNS = {
     "--milestones 1 6 9",
     "ag-sononet-ft": "digits --recipe ag-sononet-ft --model ag_sononet8 --size 48 --flip 0 "
     "--epochs 3 --milestones 2 --weights OUT/ag-sononet",
-    "attention-cifar": "DATA --recipe attention-cifar --model attention56_cifar --steps 400 "
-    "--milestones 250 350",
+    "attention-cifar": "DATA --recipe attention-cifar --model attention56_cifar --steps 240 "
+    "--milestones 160 210",
     "attention-cifar-fast": "DATA --recipe attention-cifar-fast --model attention56_cifar "
-    "--steps 160 --batch-size 128 --lr 0.2 --warmup 20 --milestones 100 140",
-    "cbam-cifar": "DATA --recipe cbam-cifar --model cbam_resnet18 --epochs 6 --milestones 4 5",
+    "--steps 90 --batch-size 128 --lr 0.2 --warmup 10 --milestones 60 80",
+    "cbam-cifar": "DATA --recipe cbam-cifar --model cbam_resnet18 --epochs 4 --milestones 2 3",
     "attention-imagenet": "DATA --recipe attention-imagenet --model attention56 --size 64 "
-    "--steps 160 --batch-size 32 --milestones 100 130 150 --crop-area 0.3 1",
-    "cbam-imagenet": "DATA --recipe cbam-imagenet --model cbam_resnet18 --size 64 --epochs 9 "
-    "--batch-size 64 --milestones 3 6 --crop-area 0.3 1",
+    "--steps 80 --batch-size 32 --milestones 50 65 75 --crop-area 0.3 1",
+    "cbam-imagenet": "DATA --recipe cbam-imagenet --model cbam_resnet18 --size 64 --epochs 5 "
+    "--batch-size 64 --milestones 3 4 --crop-area 0.3 1",
     "quick": "DATA",
     "finetune": "DATA --recipe finetune --model cbam_resnet18 --size 32 --epochs 2 "
     "--weights OUT/quick",
