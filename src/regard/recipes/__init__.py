@@ -148,9 +148,14 @@ class Recipe:
         _check_ranges(self)
 
     def changed(self, **changes: Any) -> "Recipe":
-        """The recipe with other values; an unknown name is a ValueError."""
-        _known(changes)
-        return dataclasses.replace(self, **changes)
+        """The recipe with other values; an unknown name or a value of a wrong type is a ValueError.
+
+        Lists will do for tuples and whole numbers for others; None where a field may be None.
+        """
+        _known(changes, [f.name for f in dataclasses.fields(self)])
+        hints = get_type_hints(Recipe)
+        cast = {k: _cast(k, v, hints[k]) for k, v in changes.items()}
+        return dataclasses.replace(self, **cast)
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -166,6 +171,11 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def _check_ranges(recipe: Recipe) -> None:
+    for f in fields_of():
+        value = getattr(recipe, f.name)
+        several = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, float) and not math.isfinite(v) for v in several):
+            raise ValueError(f"{f.name}={value}: finite numbers only")
     for name, (low, high) in _RANGES.items():
         value = getattr(recipe, name)
         if value is not None and not low <= value <= high:
@@ -180,6 +190,10 @@ def _check_ranges(recipe: Recipe) -> None:
         raise ValueError(f"val={recipe.val} and test={recipe.test} leave nothing to train on")
     if list(recipe.milestones) != sorted(recipe.milestones):
         raise ValueError(f"milestones={recipe.milestones}: in rising order")
+    if min((*recipe.milestones, *recipe.factors), default=0) < 0:
+        raise ValueError(
+            f"milestones={recipe.milestones} and factors={recipe.factors}: none below 0"
+        )
     if recipe.factors and len(recipe.factors) != len(recipe.milestones) + 1:
         raise ValueError(
             f"factors={recipe.factors}: one more than the {len(recipe.milestones)} milestones"
@@ -188,6 +202,8 @@ def _check_ranges(recipe: Recipe) -> None:
         low, high = getattr(recipe, name)
         if not 0 < low <= high:
             raise ValueError(f"{name}={getattr(recipe, name)}: least and largest, above 0")
+    if recipe.crop_area[1] > 1:
+        raise ValueError(f"crop_area={recipe.crop_area}: shares of the area, at most 1")
 
 
 def fields_of() -> list[dataclasses.Field[Any]]:
@@ -195,8 +211,7 @@ def fields_of() -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(Recipe) if "help" in f.metadata]
 
 
-def _known(names: Mapping[str, Any]) -> None:
-    known = [f.name for f in dataclasses.fields(Recipe)]
+def _known(names: Mapping[str, Any], known: list[str]) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
@@ -245,8 +260,10 @@ def parse_recipe(text: str, name: str) -> Recipe:
     """
     try:
         values = tomllib.loads(text)
-        network = dict(values.pop("model", {}))
-        _known(values)
+        network = values.pop("model", {})
+        if not isinstance(network, dict) or not isinstance(network.get("name", ""), str):
+            raise ValueError(f"model={network!r}: a table, [model], with the network's name")
+        _known(values, [*(f.name for f in fields_of()), "model"])
         hints = get_type_hints(Recipe)
         cast = {key: _cast(key, value, hints[key]) for key, value in values.items()}
         return Recipe(model=network.pop("name", None), model_args=network, **cast)
@@ -258,8 +275,10 @@ def _cast(key: str, value: Any, hint: Any) -> Any:
     """TOML's value as the field's type; TOML has no tuples, and writes 1 for 1.0."""
     kinds = [a for a in get_args(hint) if a is not type(None)] if _is_union(hint) else [hint]
     kind = kinds[0]
+    if value is None and _is_union(hint):
+        return None
     if get_origin(kind) is tuple:
-        if not isinstance(value, list) or not all(_is_number(v) for v in value):
+        if not isinstance(value, list | tuple) or not all(_is_number(v) for v in value):
             raise ValueError(f"{key}={value!r}: a list of numbers")
         wanted = [a for a in get_args(kind) if a is not ...]
         if ... not in get_args(kind) and len(value) != len(wanted):
@@ -267,9 +286,12 @@ def _cast(key: str, value: Any, hint: Any) -> Any:
         return tuple(float(v) for v in value)
     if kind is float and _is_number(value):
         return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{key}={value!r}: {kind.__name__} is needed")
+    if kind in _KINDS and type(value) is not kind:
+        raise ValueError(f"{key}={value!r}: {_KINDS[kind]} is needed")
     return value
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def _is_union(hint: Any) -> bool:

@@ -18,6 +18,7 @@ from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable
 from regard.models.cbam import AttentionResNet, twins
 from regard.recipes import Recipe
+from regard.training.optimisation import classifier_modules
 
 DEFAULT_MODEL = "cbam_resnet18"
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
@@ -60,8 +61,14 @@ def choose_preprocess(
     sides, channels = _look(table)
     cfg = timm.models.get_pretrained_cfg(name)
     default = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
-    height, width, told = _size(recipe, default, sides)
     arguments = dict(arguments)
+    if cfg is not None and cfg.fixed_input_size:  # a transformer; its weights are for one size
+        height, width = (recipe.size, recipe.size) if recipe.size else default[1:]
+        told: list[str] = []
+        if (height, width) != default[1:]:
+            arguments.setdefault("img_size", height)
+    else:
+        height, width, told = _size(recipe, default, sides)
     in_chans = int(arguments.pop("in_chans", 3 if pretrained else channels))
     model = make(name, {**arguments, "num_classes": 2})
     if isinstance(model, AttentionResNet) and not pretrained and height <= CIFAR_STEM_UP_TO:
@@ -71,7 +78,8 @@ def choose_preprocess(
         mean, std = tuple(cfg.mean), tuple(cfg.std)
     preprocess = Preprocess(
         input_size=(in_chans, height, width), mean=mean, std=std, resize=recipe.resize,
-        crop_pct=recipe.crop_pct, standardise="image" if recipe.standardise == "image" else "fixed",
+        crop_pct=recipe.crop_pct if recipe.resize == "crop" else 1.0,
+        standardise="image" if recipe.standardise == "image" else "fixed",
     )  # fmt: skip
     return preprocess, arguments, told
 
@@ -99,7 +107,7 @@ def _size(recipe: Recipe, default: tuple[int, ...], sides: list[int]) -> tuple[i
     if default[1] != default[2] and side >= default[1]:  # AG-SonoNet's 208x272
         return default[1], default[2], []
     top = max(default[1:]) if torch.cuda.is_available() else min(max(default[1:]), CPU_SIZE)
-    chosen = next((s for s in SIZES if s >= min(side, top)), SIZES[-1])
+    chosen = next((s for s in SIZES if s >= min(side, top)), top)
     told = [f"image size: {chosen}, as most images are {side} on the shorter side"]
     if chosen < min(side, max(default[1:])):
         told = [
@@ -163,13 +171,17 @@ def load_weights(model: nn.Module, source: Path) -> None:
     if not source.is_dir():
         load_authors_weights(model, source)
         return
-    found = load(source).model.state_dict()
+    trained = load(source).model
+    found = trained.state_dict()
     own = model.state_dict()
     fitting = {k: v for k, v in found.items() if k in own and v.shape == own[k].shape}
-    left = [k for k in own if k not in fitting]
-    heads = ("fc.", "classifier.", "heads.")
-    if strange := [k for k in left if not k.startswith(heads)]:
-        raise ValueError(f"--weights {source} does not fit: it lacks {', '.join(strange[:5])}")
+    heads = tuple(f"{m}." for m in (*classifier_modules(model), *classifier_modules(trained)))
+    strange = {k: "it has no" for k in found if k not in own}
+    strange |= {k: "it lacks" if k not in found else "another shape of" for k in own}
+    told = [f"{strange[k]} {k}" for k in strange if k not in fitting and not k.startswith(heads)]
+    if told:
+        more = f" and {len(told) - 5} more" if len(told) > 5 else ""
+        raise ValueError(f"--weights {source} does not fit: {', '.join(told[:5])}{more}")
     model.load_state_dict(fitting, strict=False)
 
 
@@ -181,7 +193,8 @@ def choose_steps(recipe: Recipe, images: int, processes: int) -> int:
     if epochs is None:
         epochs = min(60.0, max(3.0, 15 * math.sqrt(2000 / images)))
     batch = min(recipe.batch_size, images)
-    return max(1, math.ceil(epochs * images / (batch * recipe.accumulate * processes)))
+    steps = epochs * images / (batch * recipe.accumulate * processes)
+    return max(1, math.ceil(steps - 1e-6))  # 0.07 * 100 is a little more than 7
 
 
 def parse_weights(text: str, classes: list[str], flag: str) -> NDArray[np.float64]:
@@ -205,14 +218,21 @@ def parse_weights(text: str, classes: list[str], flag: str) -> NDArray[np.float6
 
 
 def image_weights(table: ImageTable, recipe: Recipe) -> NDArray[np.float64] | None:
-    """Each image's weight for the sampler; None: all are shuffled."""
+    """Each image's weight for the sampler; None: all are shuffled.
+
+    Raises:
+        ValueError: the recipe's weights can't be read, or leave no image.
+    """
     by_class = parse_weights(recipe.sampler_weights, table.classes, "--sampler-weights")
     if recipe.sampler == "shuffled" and not recipe.sampler_weights:
         return None
     if recipe.sampler == "balanced":
         counts = np.bincount(table.labels, minlength=len(table.classes))
         by_class = by_class / np.maximum(counts, 1)
-    return by_class[table.labels]
+    weights = by_class[table.labels]
+    if not weights.any():
+        raise ValueError(f"--sampler-weights {recipe.sampler_weights}: no image is left to draw")
+    return weights
 
 
 def loss_weights(table: ImageTable, recipe: Recipe) -> Tensor | None:

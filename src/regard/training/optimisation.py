@@ -1,7 +1,6 @@
 """Learning rates, parameter groups and optimisers of a recipe."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -42,22 +41,18 @@ def _one_cycle(done: float) -> float:
 
 def fast_parameters(model: nn.Module) -> set[str]:
     """The names of the gates' and the classifier's parameters; the others are the body."""
-    modules = list(attention_kinds(model))
-    classifier = getattr(model, "get_classifier", None)
-    names = [n for n, _ in model.named_parameters()]
-    if classifier is not None:
-        heads = {id(p) for p in _parameters(classifier())}
-        fast = {n for n, p in model.named_parameters() if id(p) in heads}
-    else:
-        fast = set()
+    modules = (*attention_kinds(model), *classifier_modules(model))
+    starts = tuple(f"{module}." for module in modules)
+    return {name for name, _ in model.named_parameters() if name.startswith(starts)}
+
+
+def classifier_modules(model: nn.Module) -> list[str]:
+    """The names of a network's classifiers: timm's one or, of distilled networks, two."""
+    found = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
+    parts = found if isinstance(found, tuple | list) else (found,)
+    names = [n for n, module in model.named_modules() if any(module is part for part in parts)]
     # AG-SonoNet's joint and separate classifiers are both heads
-    modules += ["heads", "classifier"]
-    return fast | {n for n in names if any(n.startswith(f"{m}.") for m in modules)}
-
-
-def _parameters(module: nn.Module | tuple[nn.Module, ...]) -> Iterable[nn.Parameter]:
-    parts = module if isinstance(module, tuple) else (module,)
-    return [p for part in parts for p in part.parameters()]
+    return [*names, "heads", "classifier"]
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
