@@ -86,6 +86,11 @@ def test_scores_masks_and_choices(tmp_path, photos):
         assert found["scores"][name]["verdict"] in said
         assert 0 <= found["pointing"][name]["energy"] <= 1
     assert len(rows_of(out / "scores.csv")) == 12
+    with np.load(out / "curves.npz") as curves:
+        deletion, insertion = curves["Grad-CAM"]
+        assert deletion.shape == insertion.shape == (2, 21)
+        told = found["scores"]["Grad-CAM"]["deletion"]["value"]
+        assert np.trapezoid(deletion, dx=1 / 20, axis=1).mean() == pytest.approx(told)
     with np.load(out / "china.npz") as numbers:
         about = json.loads(str(numbers["about"]))
         assert about["target"][0] == "cat"
@@ -177,7 +182,7 @@ def test_what_is_shown_is_what_the_network_said():
     image = load_sample_images().images[0][..., 0].copy()
     preprocess = Preprocess((1, 64, 64), (0.5,), (0.25,))
     x = preprocess.normalise(preprocess.fit(to_tensor(image[..., None]))[None])
-    (found,) = explain(model, x, [image], classes=["a", "b", "c"], keep_channels=True)
+    (found,) = regard.explain(model, x, [image], classes=["a", "b", "c"], keep_channels=True)
     with torch.no_grad():
         p = model(x).softmax(dim=1)[0]
     assert dict(found.classes)["b"] == pytest.approx(float(p[1]), abs=1e-6)

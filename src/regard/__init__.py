@@ -59,6 +59,8 @@ __all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "explain":  # a package that can be called
+        return importlib.import_module("regard.explain")
     if name not in _WHERE:
         raise AttributeError(f"module 'regard' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

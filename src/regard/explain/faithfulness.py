@@ -138,6 +138,8 @@ class MapScore:
         over_random, over_centre: how much its gain is above that of random maps and of the blob,
             paired by image; None for these themselves.
         each: (B, 2) deletion and insertion areas of each image.
+        curves: (2, B, steps + 1), the deletion and insertion curves themselves; of random maps the
+            mean over the repeats.
     """
 
     name: str
@@ -147,6 +149,7 @@ class MapScore:
     over_random: Estimate | None
     over_centre: Estimate | None
     each: Floats
+    curves: Floats
 
     def verdict(self) -> str:
         """One plain sentence of what follows."""
@@ -226,18 +229,19 @@ def score(
     shape = (len(x), int(finest[-2]), int(finest[-1]))
     others = baseline_of(x, baseline)
 
-    def areas(values: Tensor, salt: int) -> Floats:
+    def drawn(values: Tensor, salt: int) -> Floats:
         pair = curves(
             predict, x, values, target, baseline=others, steps=steps, batch_size=batch_size,
             seed=seed + salt,
         )  # fmt: skip
-        return np.stack([area(c) for c in pair], axis=1)
+        return np.stack(pair)
 
-    each = {name: areas(values, 0) for name, values in maps.items()}
-    noise = [areas(random_maps(shape, seed + 1 + k), k) for k in range(repeats)]
-    each[RANDOM] = np.mean(noise, axis=0)
-    each[CENTRE] = areas(centre_maps(shape), 0)
-    return {name: _map_score(name, each, seed) for name in each}
+    found = {name: drawn(values, 0) for name, values in maps.items()}
+    noise = [drawn(random_maps(shape, seed + 1 + k), k) for k in range(repeats)]
+    found[RANDOM] = np.mean(noise, axis=0)
+    found[CENTRE] = drawn(centre_maps(shape), 0)
+    each = {name: np.stack([area(c) for c in pair], axis=1) for name, pair in found.items()}
+    return {name: _map_score(name, each, seed, found[name]) for name in each}
 
 
 def _check_maps(x: Tensor, maps: Mapping[str, Tensor]) -> None:
@@ -252,7 +256,7 @@ def _check_maps(x: Tensor, maps: Mapping[str, Tensor]) -> None:
             raise ValueError(f"map {name!r} has values that are not finite")
 
 
-def _map_score(name: str, each: Mapping[str, Floats], seed: int) -> MapScore:
+def _map_score(name: str, each: Mapping[str, Floats], seed: int, pair: Floats) -> MapScore:
     own = each[name]
     gain = own[:, 1] - own[:, 0]
 
@@ -264,7 +268,7 @@ def _map_score(name: str, each: Mapping[str, Floats], seed: int) -> MapScore:
     return MapScore(
         name,
         bootstrap(own[:, 0], seed), bootstrap(own[:, 1], seed), bootstrap(gain, seed),
-        over(RANDOM), over(CENTRE), own,
+        over(RANDOM), over(CENTRE), own, pair,
     )  # fmt: skip
 
 

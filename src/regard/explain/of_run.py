@@ -17,7 +17,7 @@ from regard.attention import attention_kinds, record
 from regard.data.images import ImageError, read_image
 from regard.data.preprocess import to_tensor
 from regard.explain.faithfulness import MapScore, Sanity, baseline_of, sanity, score
-from regard.explain.figure import contact_sheet
+from regard.explain.figure import contact_sheet, curves_figure
 from regard.explain.gradcam import evaluating, gradcam
 from regard.explain.maps import METHODS, Explanation, Reduce, attention_stages, explain
 from regard.explain.overlay import Picture
@@ -238,6 +238,7 @@ def _judge(classifier: Classifier, kept: list[Seen], ask: Request) -> None:
             s.name: {"unchanged": s.unchanged, "similarity": s.similarity.tolist()} for s in checks
         }
         _write_areas(scores, kept, ask)
+        _write_curves(scores, kept, ask)
         _tell(scores, checks, ask)
     if ask.masks is not None:
         content["pointing"] = _point(classifier, kept, x, ask)
@@ -264,6 +265,19 @@ def _write_areas(scores: dict[str, MapScore], kept: list[Seen], ask: Request) ->
                     writer.writerow([seen.path, name, f"{deletion:.6f}", f"{insertion:.6f}"])
 
     write_whole(ask.out / "scores.csv", write)
+
+
+def _write_curves(scores: dict[str, MapScore], kept: list[Seen], ask: Request) -> None:
+    """curves.npz, (2, images, steps + 1) by map, and curves.png, their means."""
+    arrays: dict[str, Any] = {name: s.curves for name, s in scores.items()}
+
+    def write(beside: Path) -> None:
+        with beside.open("wb") as file:
+            np.savez_compressed(file, paths=np.array([str(s.path) for s in kept]), **arrays)
+
+    write_whole(ask.out / "curves.npz", write)
+    fig = curves_figure(scores)
+    write_whole(ask.out / "curves.png", lambda beside: fig.savefig(beside, format="png", dpi=200))
 
 
 def _tell(scores: dict[str, MapScore], checks: list[Sanity], ask: Request) -> None:
