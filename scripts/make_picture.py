@@ -2,77 +2,112 @@
 
     regard demo && python scripts/make_picture.py runs/demo
 
-Which images: the two held-out ones that the network was least sure of, the surest wrong one if
-there is one, and the first right one of the classes 0, 1, 2 ... until there are eight.
+Which held-out images is a rule, not a choice: the surest wrong one, if there is one; the two
+right ones that the network was least sure of; then the first right one of the classes 0, 1, 2
+and so on, until there are eight. Each map has its own scale, from its lowest value to its highest.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib import font_manager
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from regard import load
 from regard.data.preprocess import to_tensor
 from regard.data.sources import open_data
-from regard.explain.overlay import overlay, resize_image
-from regard.report.of_run import choose, maps_of
+from regard.evaluation import Predictions
+from regard.explain.overlay import Picture, colour_key, overlay, resize_image
+from regard.prediction import Classifier
+from regard.report.of_run import maps_of
 from regard.training.folder import RunFolder
 
-SIDE, GAP, TEXT, LEFT = 144, 10, 26, 74
-COUNT = 8
 OUT = Path(__file__).resolve().parent.parent / "docs/images/digits.png"
+COUNT = 8
+# in pixels of the picture, which is made to be shown at half its size
+SIDE, GAP, HEAD, LEFT, FOOT = 176, 12, 76, 108, 56
+PAGE, INK, MUTED, WRONG = "#14191d", "#eef1f2", "#a3adb4", "#ffa463"  # on white and on dark
 
 
-def chosen(said) -> list[int]:
+def chosen(said: Predictions) -> list[int]:
     """Rows of the predictions, by the rule above."""
-    wrong = said.probabilities.argmax(axis=1) != said.labels
-    listed = choose(said)
-    surest_wrong = [i for i in listed if wrong[i]][:1]
-    right = [i for i in listed if not wrong[i]]
     sure = said.probabilities.max(axis=1)
-    unsure = sorted(right, key=lambda i: sure[i])[:2]
-    first = [int(np.flatnonzero(~wrong & (said.labels == c))[0]) for c in range(10)]
-    return list(dict.fromkeys([*surest_wrong, *unsure, *first]))[:COUNT]
+    right = said.probabilities.argmax(axis=1) == said.labels
+    surest_wrong = np.flatnonzero(~right)[np.argsort(-sure[~right], kind="stable")][:1]
+    least_sure = np.flatnonzero(right)[np.argsort(sure[right], kind="stable")][:2]
+    first = [np.flatnonzero(right & (said.labels == c))[:1] for c in range(len(said.classes))]
+    return list(dict.fromkeys(np.concatenate([surest_wrong, least_sure, *first]).tolist()))[:COUNT]
 
 
-def main() -> None:
+def panels(scan: NDArray[np.uint8], classifier: Classifier) -> list[tuple[str, Picture]]:
+    """The scan (H, W), and each gate's attention over it, with their names."""
+    with torch.no_grad():
+        maps = maps_of(classifier, classifier.preprocess.fit(to_tensor(scan[..., None])))
+    shown = [("scan", np.repeat(resize_image(scan, (SIDE, SIDE))[..., None], 3, axis=2))]
+    return shown + [
+        (name, overlay(scan, values, size=(SIDE, SIDE), outline=0.5)) for name, values in maps
+    ]
+
+
+def heading(said: Predictions, i: int) -> tuple[str, str, str]:
+    """Two lines on what the network said of image i, and their colour."""
+    p = said.probabilities[i]
+    name, truth = said.classes[int(p.argmax())], said.classes[said.labels[i]]
+    share = "> 99.9 %" if p.max() > 0.999 else f"{p.max():.1%}".replace("%", " %")
+    return (f"{name}", share, INK) if name == truth else (f"{name}, is {truth}", share, WRONG)
+
+
+def sheet(columns: list[tuple[tuple[str, str, str], list[tuple[str, Picture]]]]) -> Image.Image:
+    """The columns side by side, with a line at the foot that says what the colours mean."""
+    rows = [name for name, _ in columns[0][1]]
+    size = (LEFT + len(columns) * (SIDE + GAP), HEAD + len(rows) * (SIDE + GAP) + FOOT)
+    picture = Image.new("RGB", size, PAGE)
+    draw = ImageDraw.Draw(picture)
+    faces = {w: font_manager.findfont(f"DejaVu Sans:{w}") for w in ("regular", "bold")}
+    large, font = (ImageFont.truetype(faces[w], n) for w, n in (("bold", 27), ("regular", 24)))
+    for k, name in enumerate(rows):
+        words = name.removesuffix(".map").replace("gate", "gate ")
+        draw.text((12, HEAD + k * (SIDE + GAP) + SIDE // 2), words, MUTED, font, anchor="lm")
+    for column, ((first, second, colour), shown) in enumerate(columns):
+        x = LEFT + column * (SIDE + GAP)
+        draw.text((x, 32), first, colour, large, anchor="ls")
+        draw.text((x, 64), second, MUTED, font, anchor="ls")
+        for k, (_, panel) in enumerate(shown):
+            picture.paste(Image.fromarray(panel), (x, HEAD + k * (SIDE + GAP)))
+    middle = size[1] - FOOT // 2 - 2
+    picture.paste(Image.fromarray(colour_key(160, 24)), (LEFT, middle - 12))
+    words = "attention, from least to most; the white line is half way"
+    draw.text((LEFT + 176, middle), words, MUTED, font, anchor="lm")
+    return picture
+
+
+def main() -> int:
     """Writes the picture."""
+    if len(sys.argv) != 2:
+        print("give a demo's run: python scripts/make_picture.py runs/demo", file=sys.stderr)
+        return 2
     run = RunFolder(Path(sys.argv[1]))
     classifier, (_, said) = load(run.path), run.read_predictions()
     table = open_data("digits")
     rows = {table.path(i): i for i in range(len(table))}
-    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 16)
-    small = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
-    width = LEFT + COUNT * (SIDE + GAP)
-    height = TEXT + 3 * (SIDE + GAP)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, words in enumerate(("image", "gate 3", "gate 4")):
-        draw.text((8, TEXT + k * (SIDE + GAP) + SIDE // 2 - 8), words, "black", font)
-    for column, i in enumerate(chosen(said)):
-        pixels = table.read(rows[said.paths[i]])
-        with torch.no_grad():
-            maps = maps_of(classifier, classifier.preprocess.fit(to_tensor(pixels)))
-        scan = pixels[..., 0]
-        panels = [resize_image(scan, (SIDE, SIDE))]
-        panels += [overlay(scan, values, size=(SIDE, SIDE), outline=0.5) for _, values in maps]
-        x = LEFT + column * (SIDE + GAP)
-        predicted = int(said.probabilities[i].argmax())
-        right = predicted == said.labels[i]
-        share = said.probabilities[i].max()
-        shown = "> 99.9 %" if share > 0.999 else f"{share:.1%}".replace("%", " %")
-        told = f"{predicted}  {shown}" if right else f"{predicted}, is {said.labels[i]}  {shown}"
-        draw.text((x, 4), told, "black" if right else "#b3400f", small)
-        for k, panel in enumerate(panels):
-            array = panel if panel.ndim == 3 else np.repeat(panel[..., None], 3, axis=2)
-            sheet.paste(Image.fromarray(array), (x, TEXT + k * (SIDE + GAP)))
+    assert said.paths is not None
+    picture = sheet(
+        [
+            (heading(said, i), panels(table.read(rows[said.paths[i]])[..., 0], classifier))
+            for i in chosen(said)
+        ]
+    )
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(128).save(OUT, optimize=True)
-    print(OUT, OUT.stat().st_size)
+    beside = OUT.with_name(f".{OUT.name}.part")
+    picture.quantize(256, dither=Image.Dither.NONE).save(beside, "PNG", optimize=True)
+    os.replace(beside, OUT)
+    print(f"{OUT}: {picture.width}x{picture.height}, {OUT.stat().st_size // 1000} kB")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,10 +20,12 @@ COMMANDS = (
     "data",
     "demo",
     "evaluate",
+    "explain",
     "models",
     "predict",
     "recipes",
     "report",
+    "serve",
     "train",
 )
 
@@ -78,6 +80,9 @@ def test_help_names_every_command():
     for command in COMMANDS:
         assert command in done.stdout
     assert run("--version").stdout.strip() == regard.__version__
+    script = Path(sys.executable).with_name("regard")  # as it is installed
+    told = subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == regard.__version__
 
 
 def test_the_table_of_networks():

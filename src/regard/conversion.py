@@ -30,7 +30,9 @@ def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         return create_model(name, **arguments)
     except TypeError as error:
-        raise ValueError(f"{name}: {str(error).rpartition('__init__() ')[2]}") from error
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        reason = str(error).rpartition("__init__() ")[2]
+        raise ValueError(f"{name} with {given}: {reason}") from error
 
 
 def convert(

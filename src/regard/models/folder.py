@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
@@ -59,7 +60,10 @@ def save_model(
     made_with: Any = getattr(model, "_model_args", None)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         weights = Path(scratch, "model.safetensors")
-        save_file(tensors, weights, metadata={"format": "pt"})
+        try:
+            save_file(tensors, weights, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, say, which is no OSError there
+            raise OSError(f"{folder}: its weights can't be written ({error})") from error
         try:
             model._model_args = _arguments(model)  # type: ignore[assignment]
             path = Path(scratch, "config.json")

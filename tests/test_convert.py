@@ -1,0 +1,135 @@
+"""`regard convert`: every kind of file and network, and what is left behind when it fails."""
+
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import regard
+from regard.cli import run_command
+from tests.golden import authors_networks, authors_outputs, fill
+
+NETWORKS = authors_networks()
+
+
+def tensors_of(name: str) -> dict[str, Tensor]:
+    return {n: torch.from_numpy(fill(n, s)) for n, s in NETWORKS[name]["tensors"]}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("authors") / "ag.pth"
+    torch.save(tensors_of("ag_sononet8_concat"), path)
+    return path
+
+
+def refused(capsys, *arguments: object, code: int = 2) -> str:
+    assert run_command(["convert", *map(str, arguments)]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("regard: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "suffix"),
+    [
+        ("ag_sononet8_deep_sup", "ag_sononet8", ".npz"),
+        ("ag_sononet8_ft", "ag_sononet8", ".safetensors"),
+        ("sononet8", "sononet8", ".pth"),
+        ("cbam_resnet18", "cbam_resnet18", ".pth"),
+    ],
+)
+@torch.no_grad()
+def test_the_folder_answers_as_the_authors_network(tmp_path, capsys, name, network, suffix):
+    tensors, source = tensors_of(name), tmp_path / f"theirs{suffix}"
+    if suffix == ".npz":
+        np.savez(source, **{key: value.numpy() for key, value in tensors.items()})
+    elif suffix == ".safetensors":
+        save_file(tensors, source)
+    else:
+        torch.save({"state_dict": {f"module.{k}": v for k, v in tensors.items()}}, source)
+    before = source.read_bytes()
+    assert run_command(["convert", str(source), "--model", network, "--out", f"{tmp_path}/o"]) == 0
+    assert f"{len(tensors)} tensors" in capsys.readouterr().out
+    loaded = timm.create_model(f"local-dir:{tmp_path}/o", pretrained=True).eval()
+    direct = regard.create_model(network, **dict(loaded._model_args)).eval()
+    regard.load_authors_weights(direct, tensors)
+    x = torch.from_numpy(fill("input", NETWORKS[name]["input"]))
+    ours = loaded(x)
+    assert torch.equal(ours, direct(x))
+    theirs = authors_outputs()[f"{name}/0"]
+    assert np.linalg.norm(ours.numpy() - theirs) / np.linalg.norm(theirs) < 1e-5
+    assert source.read_bytes() == before
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
+        "config.json", "model.safetensors",
+    ]  # fmt: skip
+
+
+def test_an_argument_that_the_weights_do_not_show_is_given_by_hand(tmp_path, checkpoint):
+    out = tmp_path / "new" / "folder"  # made with its parents
+    call = ["convert", str(checkpoint), "--model", "ag_sononet8", "--out", str(out)]
+    assert run_command([*call, "--arg", "normalise=sigmoid"]) == 0
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert loaded._model_args["normalise"] == "sigmoid"
+    assert run_command(call) == 2  # it is there already
+
+
+def test_an_empty_folder_is_as_good_as_a_new_one(tmp_path, checkpoint):
+    call = ["convert", str(checkpoint), "--model", "ag_sononet8", "--out", str(tmp_path / "o")]
+    (tmp_path / "o").mkdir()
+    assert run_command(call) == 0
+    assert timm.create_model(f"local-dir:{tmp_path}/o", pretrained=True).num_classes == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arg", "aggregation"], "--arg aggregation: give NAME=VALUE"),
+        (["--arg", "a b=1"], "--arg a b=1: give NAME=VALUE"),
+        (["--arg", "bogus=1"], "bogus"),
+        (["--arg", "num_classes=many"], "num_classes='many'"),
+        (["--arg", "num_classes=3"], r"shape of classifier.weight: .*the network's is \(3, 160\)"),
+        (["--model", "cbam_resnet18"], r"missing: .*layer1.*; extra: .*compatibility_score1"),
+        (["--model", "attention56_cifar"], "no definition of the CIFAR networks"),
+        (["--model", "ag_sonont8"], "no network is called 'ag_sonont8'; did you mean ag_sononet8"),
+        (["--model", "vit_tiny_patch16_224"], "no checkpoint layout for VisionTransformer"),
+    ],
+)
+def test_a_wrong_call_writes_nothing(tmp_path, capsys, checkpoint, arguments, message):
+    if "--model" not in arguments:
+        arguments = ["--model", "ag_sononet8", *arguments]
+    line = refused(capsys, checkpoint, "--out", tmp_path / "o", *arguments)
+    assert re.search(message, line), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_out_that_can_not_be(tmp_path, capsys, checkpoint):
+    call = (checkpoint, "--model", "ag_sononet8", "--out")
+    (tmp_path / "file").write_text("mine")
+    assert "is there already" in refused(capsys, *call, tmp_path / "file")
+    assert str(tmp_path / "file") in refused(capsys, *call, tmp_path / "file" / "o", code=1)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_disk_that_fills_up_is_told_and_leaves_nothing(tmp_path, checkpoint):
+    """A process that may write no more than 100 kB a file; the weights are 700 kB."""
+    done = subprocess.run(
+        [sys.executable, "-m", "regard", "convert", checkpoint, "--model", "ag_sononet8",
+         "--out", tmp_path / "o"],
+        capture_output=True, text=True, timeout=200,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("regard: ")
+    assert "weights can't be written" in line
+    assert "too large" in line
+    assert list(tmp_path.iterdir()) == []
