@@ -3,15 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from scipy.stats import chisquare, kstest
 from sklearn.datasets import load_sample_images
 
 from regard.data.augment import WIDTH, augment, draws, mixed
-from regard.data.loading import Held, Order, Reader, Streamed, decode_all
+from regard.data.loading import Held, Order, Reader, Streamed, decode_all, fits_in_memory
 from regard.data.preprocess import Preprocess
-from regard.data.sources import open_data
+from regard.data.sources import ImageTable, open_data
 from regard.recipes import Recipe
+from regard.training.images import load_part, measured
 
 CROPS = ("none", "shift", "resized")
 
@@ -51,7 +54,7 @@ def test_memory_and_workers_give_the_same_images(table, crop):
     recipe = Recipe(random_crop=crop, rotate=10, zoom=(0.9, 1.1), colour=0.2, erase=0.5)
     spans = [(0, 8), (8, 8), (16, 8)]  # over the end of an epoch of 21
     held = batches(table, "held", recipe, spans)
-    for workers in (0, 2):
+    for workers in (0, 1, 2):
         streamed = batches(table, "streamed", recipe, spans, workers)
         for a, b in zip(held, streamed, strict=True):
             assert torch.equal(a[0], b[0])
@@ -162,3 +165,191 @@ def test_sixteen_bits_stay_sixteen_bits(table):
     assert len(values.unique()) > 2500  # of 3,000 pixels; 256 if they were cut to 8 bits
     flat = Preprocess((1, 8, 8), (0.5,), (0.5,), standardise="image")
     assert flat(np.full((8, 8, 1), 9, np.uint8)).abs().max() == 0
+
+
+# ------------------------------------------------------------------------------- the order
+@given(
+    count=st.integers(1, 30), start=st.integers(0, 200), length=st.integers(1, 90),
+    weighted=st.booleans(),
+)  # fmt: skip
+def test_the_order_is_the_same_from_any_place(count, start, length, weighted):
+    weights = np.arange(1.0, count + 1) if weighted else None
+    whole = Order(count, 9, weights).at(0, start + length)
+    assert np.array_equal(Order(count, 9, weights).at(start, length), whole[start:])
+    walked = Order(count, 9, weights)  # as training walks, batch by batch
+    parts = [walked.at(k, min(7, start + length - k)) for k in range(0, start + length, 7)]
+    assert np.array_equal(np.concatenate(parts), whole)
+    if not weighted:
+        for k in range(0, len(whole) - count + 1, count):
+            assert sorted(whole[k : k + count]) == list(range(count))
+
+
+def test_no_two_epochs_are_alike():
+    epochs = {tuple(Order(12, 0).at(12 * e, 12)) for e in range(20)}
+    assert len(epochs) == 20
+
+
+def test_images_without_weight_are_never_drawn():
+    drawn = Order(4, 0, np.array([0.0, 1.0, 3.0, 0.0])).at(0, 4000)
+    assert set(drawn) == {1, 2}
+    assert chisquare(np.bincount(drawn)[1:3], [1000, 3000]).pvalue > 0.01
+
+
+# ------------------------------------------------------------------- what can't be read
+@pytest.fixture
+def damaged(tmp_path):
+    """Twelve even images, 0 to 11, of which 3 is no image, 7 is cut off, and 10 is gone."""
+    for k in range(12):
+        (tmp_path / f"class{k % 2}").mkdir(exist_ok=True)
+        noise = np.random.default_rng(k).integers(0, 9, (40, 40))
+        Image.fromarray((noise + 20 * k).astype(np.uint8)).save(
+            tmp_path / f"class{k % 2}/{k:02d}.png"
+        )
+    table = open_data(str(tmp_path))
+    by_name = sorted(range(12), key=lambda i: table.path(i)[-6:])
+    files = [table.path(i) for i in by_name]
+    (tmp_path / "class1/03.png").write_bytes(b"no image")
+    (tmp_path / "class1/07.png").write_bytes((tmp_path / "class1/07.png").read_bytes()[:500])
+    (tmp_path / "class0/10.png").unlink()
+    return table.select(by_name), files
+
+
+UNIT = Preprocess((1, 40, 40), (0.0,), (1 / 255,))
+BAD = {3, 7, 10}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_leaves_out_what_cannot_be_read(damaged, workers):
+    table, files = damaged
+    source = Streamed(Reader(table, UNIT, Recipe()), None, 5, workers)
+    found = list(source.batches([(0, 5), (5, 5), (10, 1), (11, 1)]))
+    assert [b.indices.tolist() for b in found] == [[0, 1, 2, 4], [5, 6, 8, 9], [], [11]]
+    assert [len(b.images) for b in found] == [4, 4, 0, 1]
+    assert found[2].images.shape == (0, 1, 40, 40)
+    for b in found:
+        level = b.images.float().mean(dim=(1, 2, 3))
+        assert ((level - 20 * b.indices - 4).abs() < 0.5).all()
+        for row, u in zip(b.indices.tolist(), b.draws, strict=True):
+            assert torch.equal(u, draws(5, row, 1)[0])  # its own, whoever is missing before it
+    told = [u for b in found for u in b.unreadable]
+    assert [row for row, _ in told] == sorted(BAD)
+    for row, reason in told:
+        assert files[row] in reason
+        assert "\n" not in reason
+
+
+@pytest.mark.parametrize("memory", ["yes", "no"])
+@pytest.mark.parametrize("crop", CROPS)
+def test_a_part_has_its_readable_images_alone(damaged, memory, crop):
+    table, files = damaged
+    recipe = Recipe(memory=memory, random_crop=crop)
+    counted = []
+    part = load_part(Reader(table, UNIT, recipe), recipe, counted.append, "train", show=False)
+    assert [path for path, _ in part.unreadable] == [files[row] for row in sorted(BAD)]
+    kept = [row for row in range(12) if row not in BAD]
+    assert [part.table.path(i) for i in range(9)] == [files[row] for row in kept]
+    assert np.array_equal(part.table.labels, table.labels[kept])
+    if memory == "no":
+        assert part.images is None
+        return
+    levels = [float(image.float().mean()) for image in part.images]
+    assert levels == pytest.approx([20 * row + 4 for row in kept], abs=0.5)
+
+
+def test_one_deep_image_makes_all_of_them_floats(table):
+    reader = Reader(table, Preprocess((1, 20, 20), (0.0,), (1 / 255,)))
+    images, _ = decode_all(reader)
+    assert images.dtype == torch.float32
+    for row in range(len(table)):
+        assert torch.equal(images[row], reader.preprocess.fit(reader.decode(row)).float())
+    eight = [i for i in range(len(table)) if not table.path(i).endswith("deep.png")]
+    assert decode_all(Reader(table.select(eight), reader.preprocess))[0].dtype == torch.uint8
+
+
+def test_evaluation_takes_rows_in_order(table):
+    reader = Reader(table, UNIT)
+    spans = [(0, 4), (8, 4)]
+    held = list(Held(reader, None, 0, decode_all(reader)[0]).batches(spans))
+    streamed = list(Streamed(reader, None, 0, 2).batches(spans))
+    for a, b in zip(held, streamed, strict=True):
+        assert torch.equal(a.indices, b.indices)
+        assert torch.equal(a.images.float(), b.images.float())
+    assert [b.indices.tolist() for b in held] == [[0, 1, 2, 3], [8, 9, 10, 11]]
+
+
+# --------------------------------------------------------------------------------- memory
+def many(count: int, path: str) -> ImageTable:
+    """So many times the same file; tables know names alone, so it costs nothing."""
+    return ImageTable(
+        "many",
+        ["a", "b"],
+        np.zeros(count, np.int64),
+        np.full(count, "", "U5"),
+        files=[path] * count,
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "crop", "fits", "too_many"),
+    [
+        # 2 GiB of 3 x 224 x 224 bytes, or of four bytes each for more than 8 bits
+        (8, "none", 14_200, 14_300),
+        (16, "shift", 3_550, 3_600),
+        # half a GiB of 3 x 100 x 160, in the images' own size
+        (8, "resized", 11_100, 11_300),
+        (16, "resized", 2_780, 2_810),
+    ],
+)
+def test_images_are_held_where_they_fit(tmp_path, bits, crop, fits, too_many):
+    path = str(tmp_path / "a.png")
+    Image.fromarray(np.zeros((100, 160), np.uint8 if bits == 8 else np.uint16)).save(path)
+    preprocess, recipe = Preprocess((3, 224, 224), (0.5,) * 3, (0.2,) * 3), Recipe(random_crop=crop)
+    assert fits_in_memory(Reader(many(fits, path), preprocess, recipe))
+    assert not fits_in_memory(Reader(many(too_many, path), preprocess, recipe))
+
+
+def test_tests_are_held_in_the_inputs_size_whatever_the_training_cut(tmp_path):
+    path = str(tmp_path / "a.png")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+    preprocess = Preprocess((3, 224, 224), (0.5,) * 3, (0.2,) * 3)
+    small = Recipe(random_crop="resized")
+    assert fits_in_memory(Reader(many(20_000, path), preprocess, small))
+    assert not fits_in_memory(Reader(many(20_000, path), preprocess, None))
+    recipe = Recipe(random_crop="resized", memory="auto")
+    part = load_part(Reader(many(3, path), preprocess), recipe, print, "val", show=False)
+    assert part.images.shape == (3, 3, 224, 224)
+
+
+def test_what_cannot_be_read_is_not_held(tmp_path):
+    assert not fits_in_memory(Reader(many(3, str(tmp_path / "none.png")), UNIT, Recipe()))
+
+
+# ------------------------------------------------------------------------------- measuring
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("memory", ["yes", "no"])
+def test_mean_and_deviation_are_the_images(table, memory, crop):
+    preprocess = Preprocess((3, 32, 48), (0.0,) * 3, (1.0,) * 3, resize="squash")
+    recipe = Recipe(memory=memory, random_crop=crop)
+    part = load_part(Reader(table, preprocess, recipe), recipe, print, "train", show=False)
+    found = measured(part, preprocess)
+    at_least = preprocess.at_least
+    images = np.stack(
+        [preprocess(table.read(i, channels=3, at_least=at_least)) for i in range(len(table))]
+    )
+    assert found.mean == pytest.approx(images.mean(axis=(0, 2, 3)), abs=2e-4)
+    assert found.std == pytest.approx(images.std(axis=(0, 2, 3)), abs=2e-4)
+
+
+def test_measuring_many_goes_piece_by_piece_and_even_images_are_no_division_by_zero():
+    rng = np.random.default_rng(0)
+    arrays = rng.integers(0, 256, (300, 8, 8)).astype(np.uint8)
+    table = ImageTable("a", ["a", "b"], np.zeros(300, np.int64), np.full(300, ""), arrays=arrays)
+    preprocess = Preprocess((1, 8, 8), (0.0,), (1.0,))
+    part = load_part(Reader(table, preprocess), Recipe(), print, "train", show=False)
+    found = measured(part, preprocess)
+    assert found.mean == pytest.approx([arrays.mean() / 255], abs=1e-6)
+    assert found.std == pytest.approx([arrays.std() / 255], abs=1e-6)
+    part.images.fill_(200)
+    even = measured(part, preprocess)
+    assert even.std == (0.001,)
+    assert even.normalise(part.images).isfinite().all()

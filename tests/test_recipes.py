@@ -1,6 +1,7 @@
 """Recipes: the papers' numbers, step by step; round trips; and errors for people."""
 
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -79,11 +80,138 @@ def test_the_shapes_of_schedules():
         ("flip = true", "flip=True: a number is needed"),
         ("val = 0.6\ntest = 0.5", "leave nothing to train on"),
         ("lr = ", "recipe x.toml: "),
+        ("lr = 0.1\nmomentum 0.9", "line 2"),
+        ("batch_size = 64.0", "batch_size=64.0: a whole number is needed"),
+        ("nesterov = 1", "nesterov=1: true or false is needed"),
+        ("schedule = 3", "schedule=3: "),
+        ("milestones = 30", "milestones=30: a list of numbers"),
+        ("milestones = ['30']", "milestones=['30']: a list of numbers"),
+        ("factors = [-1.0]", "none below 0"),
+        ("lr = nan", "lr=nan: finite numbers only"),
+        ("epochs = inf", "epochs=inf: finite numbers only"),
+        ("zoom = [0.5, inf]", "finite numbers only"),
+        ("zoom = [1.2, 0.8]", "least and largest"),
+        ("crop_area = [0.1, 2.0]", "at most 1"),
+        ("batch_size = 0", "batch_size=0: from 1 to inf"),
+        ("flip = 1.5", "flip=1.5: from 0 to 1"),
+        ("size = 2", "size=2: from 4 to 8192"),
+        ("epochs = 0", "more than 0"),
+        ("label_smoothing = 1.0", "label_smoothing=1.0: from 0 to 0.999"),
+        ("model = 'attention56'", "a table, [model]"),
+        ("model = 3", "a table, [model]"),
+        ("[model]\nname = 3", "a table, [model]"),
+        ("model_args = {}", "a recipe has no 'model_args'"),
+        ("zzzz = 1", "it has epochs, steps, batch_size"),
     ],
 )
 def test_what_is_wrong_is_named(text, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as e:
         parse_recipe(text, "x.toml")
+    assert str(e.value).startswith("recipe x.toml: ")
+    assert "\n" not in str(e.value)
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("# mine\nlr = 1\nzoom = [1, 2]\n[model]\nname = 'ag_sononet8'\nsize = 3\n")
+    found = load_recipe(path)
+    assert found == Recipe(lr=1.0, zoom=(1.0, 2.0), model="ag_sononet8", model_args={"size": 3})
+    assert isinstance(found.lr, float)
+    path.write_bytes(b"lr = '\xff'")
+    for wrong, message in (
+        (path, "can't be read as a recipe"),
+        (tmp_path / "none.toml", "can't be read as a recipe"),
+        (tmp_path, "no recipe"),
+        ("attention-cifer", "did you mean attention-cifar"),
+    ):
+        with pytest.raises(ValueError, match=message) as e:
+            load_recipe(wrong)
+        assert "\n" not in str(e.value)
+
+
+def test_values_on_top_of_a_recipe():
+    changed = Recipe().changed(lr=1, zoom=[0.5, 2], size=None, model="resnet18")
+    assert (changed.lr, changed.zoom, changed.model) == (1.0, (0.5, 2.0), "resnet18")
+    for values, message in (
+        ({"lr": "fast"}, "lr='fast': a number is needed"),
+        ({"lr": None}, "lr=None: a number is needed"),
+        ({"learning_rates": 1}, "a recipe has no 'learning_rates'"),
+        ({"steps": 1.5}, "steps=1.5: a whole number is needed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Recipe().changed(**values)
+
+
+def test_every_value_survives_the_file():
+    recipe = Recipe(
+        epochs=1 / 3, lr=1e-7, milestones=(0.1, 2 / 3), factors=(1.0, 0.1, 1e-9), workers=0,
+        seed=2**31, sampler_weights='Größe "3"=2', model="ag_sononet8",
+        model_args={"aggregation": "ft", "stem": 'a"b', "drop": 0.1, "flags": [1, 2]},
+    )  # fmt: skip
+    header = 'regard train "a\\b" --lr 1\nnext'
+    assert parse_recipe(recipe_toml(recipe, header), "again") == recipe
+    assert recipe_toml(recipe, header).startswith('# regard train "a\\b" --lr 1\n# next\n')
+
+
+def commands(text: str) -> list[list[str]]:
+    """The `regard train ...` of a recipe's header, with lines joined that end in a backslash."""
+    comment = "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    lines = comment.replace("\\\n", " ").splitlines()
+    starts = [line.partition("regard train ")[2] for line in lines]
+    return [
+        ["train", *shlex.split(start)]
+        for line, start in zip(lines, starts, strict=True)
+        if line.startswith(("regard train ", "accelerate launch "))
+    ]
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_headers_command_is_one(name):
+    from regard.cli import app
+
+    found = commands(shipped()[name])
+    assert found
+    named = set()
+    for tokens in found:
+        command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+        assert command.__name__ == "train"
+        recipe = load_recipe(bound.arguments.get("recipe", "quick"))
+        model = bound.arguments.get("model") or recipe.model
+        assert model is not None
+        assert model == "NAME" or timm.is_model(model)
+        named.add(bound.arguments.get("recipe", "quick"))
+    assert name in named
+
+
+def test_images_of_a_step_are_the_papers():
+    """Processes times the batch of each, by the headers of the recipes for many."""
+    for name, images, least in (("attention-imagenet", 64, 32), ("cbam-imagenet", 256, 1)):
+        text = shipped()[name]
+        processes = int(re.search(r"--num_processes (\d+)", text)[1])
+        batch = int(re.search(r"--batch-size (\d+)", text)[1])
+        assert processes * batch == load_recipe(name).batch_size == images
+        assert batch >= least
+
+
+def test_the_rest_of_the_papers_numbers():
+    cifar, imagenet = load_recipe("attention-cifar"), load_recipe("attention-imagenet")
+    for recipe in (cifar, imagenet):
+        assert (recipe.nesterov, recipe.momentum, recipe.weight_decay) == (True, 0.9, 1e-4)
+        assert (recipe.batch_size, recipe.lr, recipe.decay_all, recipe.flip) == (64, 0.1, True, 0.5)
+    assert cifar.crop_shift * cifar.size == 4
+    assert imagenet.steps == 530_000
+    cbam = load_recipe("cbam-imagenet")
+    assert (cbam.epochs, cbam.batch_size, cbam.size, cbam.crop_pct) == (90, 256, 224, 224 / 256)
+    assert (cbam.momentum, cbam.weight_decay, cbam.decay_all) == (0.9, 1e-4, True)
+    assert cbam.random_crop == imagenet.random_crop == "resized"
+    sononet = load_recipe("ag-sononet")
+    assert (sononet.epochs, sononet.batch_size, sononet.weight_decay) == (300, 64, 1e-6)
+    assert (sononet.zoom, sononet.standardise, sononet.sampler) == ((0.7, 1.3), "image", "balanced")
+    assert sononet.model_args == {"aggregation": "mean"}
+    epochs = [round(rate("ag-sononet", 100 * e + 99), 6) for e in range(300)]
+    assert epochs == [0.01] * 5 + [0.1] * 95 + [0.01] * 100 + [0.001] * 100
+    cbam_epochs = [round(rate("cbam-imagenet", 100 * e + 50), 6) for e in range(90)]
+    assert cbam_epochs == [0.1] * 30 + [0.01] * 30 + [0.001] * 30
 
 
 def test_every_field_is_a_documented_flag(capsys):

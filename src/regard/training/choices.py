@@ -35,15 +35,20 @@ def choose_model(
         ValueError: no network is called so.
     """
     chosen = name or recipe.model or DEFAULT_MODEL
-    make(chosen, {"num_classes": 2})  # an unknown name is told before any image is read
+    _outline(chosen)  # an unknown name is told before any image is read
     arguments = dict(recipe.model_args)
     if name is not None and recipe.model is not None and name != recipe.model:
-        family = type(make(name, {"num_classes": 2}))
-        if family is not type(make(recipe.model, {"num_classes": 2})):
+        if type(_outline(name)) is not type(_outline(recipe.model)):
             arguments = {}
         elif "cbam" in recipe.model and "cbam" not in name:
             arguments = {k: v for k, v in arguments.items() if k == "stem"}
     return chosen, arguments
+
+
+def _outline(name: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+    """The network without weights, which costs no time; the errors are those of `make`."""
+    with torch.device("meta"):
+        return make(name, {**(arguments or {}), "num_classes": 2})
 
 
 def choose_preprocess(
@@ -70,7 +75,7 @@ def choose_preprocess(
     else:
         height, width, told = _size(recipe, default, sides)
     in_chans = int(arguments.pop("in_chans", 3 if pretrained else channels))
-    model = make(name, {**arguments, "num_classes": 2})
+    model = _outline(name, arguments)
     if isinstance(model, AttentionResNet) and not pretrained and height <= CIFAR_STEM_UP_TO:
         arguments.setdefault("stem", "cifar")
     mean, std = (0.5,) * in_chans, (0.25,) * in_chans
@@ -142,12 +147,28 @@ def make_model(
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(f"--pretrained: weights of {name} can't be loaded ({reason})") from error
-    least = getattr(model, "min_size", 1)
-    if min(input_size[1:]) < least:
-        raise ValueError(f"{name} needs images of at least {least}x{least}: give --size {least}")
+    _check_size(model, name, input_size)
     if weights is not None:
         load_weights(model, Path(weights))
     return model
+
+
+def _check_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
+    """Refuses images that the network can't take, by one of zeros, before anything is written."""
+    least = getattr(model, "min_size", 1)
+    if min(input_size[1:]) < least:
+        raise ValueError(f"{name} needs images of at least {least}x{least}: give --size {least}")
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *input_size))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        height, width = input_size[1:]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        told = f"{name} can't take images of {height}x{width} ({reason}): give another --size"
+        raise ValueError(told) from error
+    finally:
+        model.train(training)
 
 
 def _has_plain(name: str) -> bool:

@@ -1,0 +1,326 @@
+"""Each augmentation on images with known answers, and all of them over many draws."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import beta, binomtest, kstest
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+
+from regard.data import augment as module
+from regard.data.augment import WIDTH, augment, draws, mixed, random_resized
+from regard.data.preprocess import Preprocess, resample
+from regard.recipes import Recipe
+
+OFF = Recipe(flip=0.0)
+LARGEST = 1 - 2**-24  # that draws() gives
+UNIFORM = st.floats(0, LARGEST, width=32)
+
+
+def plain(height: int, width: int, channels: int = 1) -> Preprocess:
+    """Normalising changes nothing."""
+    return Preprocess((channels, height, width), (0.0,) * channels, (1 / 255,) * channels)
+
+
+def chosen(count: int = 1, **values: float) -> Tensor:
+    """Draws that are 0.5, which is the middle of everything, but for these."""
+    u = torch.full((count, WIDTH), 0.5)
+    for name, value in values.items():
+        u[:, getattr(module, name)] = value
+    return u
+
+
+def augmented(images: Tensor, recipe: Recipe, u: Tensor) -> Tensor:
+    return augment(images, u, recipe, plain(*images.shape[2:], images.shape[1]))
+
+
+def blob(height: int, width: int, y: float, x: float, sigma: float = 2.0) -> Tensor:
+    """(1, 1, H, W): a Gaussian at a place told from the middle, downwards and to the right."""
+    rows = torch.arange(height)[:, None] - (height - 1) / 2 - y
+    columns = torch.arange(width)[None] - (width - 1) / 2 - x
+    return 200 * torch.exp(-(rows**2 + columns**2) / (2 * sigma**2))[None, None]
+
+
+def moments(image: Tensor) -> tuple[float, float, float, float, float]:
+    """Of (1, 1, H, W): centre y, x from the middle, variances and covariance."""
+    weights = (image[0, 0] / image.sum()).double()
+    height, width = weights.shape
+    y = torch.arange(height)[:, None] - (height - 1) / 2
+    x = torch.arange(width)[None] - (width - 1) / 2
+    cy, cx = float((weights * y).sum()), float((weights * x).sum())
+    y, x = y - cy, x - cx
+    return cy, cx, *(float((weights * v).sum()) for v in (y * y, x * x, y * x))
+
+
+# -------------------------------------------------------------------------------- the draws
+@given(st.integers(0, 2**31), st.integers(0, 2**40), st.lists(st.integers(1, 9), min_size=2))
+def test_draws_do_not_depend_on_the_calls(seed, start, counts):
+    whole = draws(seed, start, sum(counts))
+    at = start
+    for count in counts:
+        assert torch.equal(draws(seed, at, count), whole[at - start : at - start + count])
+        at += count
+
+
+def test_every_number_is_uniform_and_its_own():
+    u = draws(11, 0, 4000).numpy()
+    assert u.dtype == np.float32
+    assert 0 <= u.min() <= u.max() < 1
+    # the least of 24 p-values of a true generator is under 0.0004 once in a hundred times
+    assert min(kstest(column, "uniform").pvalue for column in u.T) > 0.0004
+    together = np.abs(np.corrcoef(u.T) - np.eye(WIDTH))
+    assert together.max() < 4.5 / math.sqrt(len(u))
+    assert abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 4 / math.sqrt(len(u))
+    others = draws(12, 0, 4000).numpy()
+    assert not (others == u).all(axis=1).any()
+    assert abs(np.corrcoef(others.ravel(), u.ravel())[0, 1]) < 4 / math.sqrt(u.size)
+
+
+# ------------------------------------------------------------------------------ off is off
+@pytest.mark.parametrize("standardise", ["fixed", "image"])
+def test_off_is_off_to_the_bit(standardise):
+    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
+    preprocess = Preprocess((3, 427, 640), (0.4,) * 3, (0.2,) * 3, standardise=standardise)
+    for images in (photos, photos.float() + 0.25):
+        found = augment(images, draws(0, 0, 2), OFF, preprocess)
+        assert torch.equal(found, preprocess.normalise(images))
+    # and drawn so that nothing happens, all of it at once changes next to nothing
+    everything = Recipe(
+        random_crop="shift", flip=0.4, rotate=90, zoom=(0.5, 2.0), shift=0.3, colour=0.9, erase=0.4
+    )
+    found = augment(photos, chosen(2), everything, preprocess)
+    torch.testing.assert_close(found, preprocess.normalise(photos), atol=2e-3, rtol=0)
+
+
+def test_the_images_given_are_not_changed():
+    images = torch.rand(4, 3, 12, 12) * 255
+    before = images.clone()
+    recipe = Recipe(random_crop="shift", rotate=9, colour=0.5, erase=1.0, flip=1.0)
+    augment(images, draws(0, 0, 4), recipe, plain(12, 12, 3))
+    assert torch.equal(images, before)
+
+
+# -------------------------------------------------------------------------------- geometry
+def test_a_flip_is_a_mirror_for_those_drawn():
+    images = torch.rand(2000, 3, 2, 5)
+    u = draws(3, 0, 2000)
+    found = augmented(images, Recipe(flip=0.3), u)
+    flipped = u[:, module.FLIP] < 0.3
+    assert torch.equal(found[flipped], images.flip(3)[flipped])
+    assert torch.equal(found[~flipped], images[~flipped])
+    assert binomtest(int(flipped.sum()), 2000, 0.3).pvalue > 0.01
+
+
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), UNIFORM, UNIFORM,
+)  # fmt: skip
+def test_a_random_shift_is_a_cut_of_the_image_in_a_black_frame(height, width, share, top, left):
+    image = torch.rand(1, 2, height, width) + 1
+    recipe = Recipe(flip=0.0, random_crop="shift", crop_shift=share)
+    found = augmented(image, recipe, chosen(TOP=top, LEFT=left))
+    pads = round(height * share), round(width * share)
+    frame = F.pad(image, (pads[1], pads[1], pads[0], pads[0]))
+    y, x = (
+        int(np.float32(u) * np.float32(2 * pad + 1)) for u, pad in ((top, pads[0]), (left, pads[1]))
+    )
+    assert torch.equal(found, frame[:, :, y : y + height, x : x + width])
+
+
+def test_random_shifts_are_balanced():
+    image = torch.zeros(1, 1, 16, 16)
+    image[..., 8, 8] = 1.0
+    recipe = Recipe(flip=0.0, random_crop="shift", crop_shift=0.125)
+    found = augmented(image.expand(5000, -1, -1, -1), recipe, draws(0, 0, 5000)).sum(dim=0)[0]
+    assert found[6:11, 6:11].sum() == 5000  # two pixels either way, all 25 places
+    assert (found[6:11, 6:11] - 200).abs().max() < 4 * math.sqrt(200)
+
+
+@pytest.mark.parametrize("u", [0.0, 1.0])
+def test_a_quarter_turn(u):
+    image = torch.rand(1, 2, 17, 17) * 255
+    found = augmented(image, Recipe(flip=0.0, rotate=90), chosen(ANGLE=u))
+    turned = torch.rot90(image, 1 if u else -1, (2, 3))
+    torch.testing.assert_close(found, turned, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("degrees", [-70, -30, 10, 45, 90])
+@pytest.mark.parametrize(("height", "width"), [(41, 41), (41, 81), (90, 40)])
+def test_rotation_keeps_shapes_and_distances(degrees, height, width):
+    """A round blob stays round, and stays as far from the middle, in a picture of any aspect."""
+    recipe = Recipe(flip=0.0, rotate=90)
+    found = augmented(blob(height, width, 4, 9), recipe, chosen(ANGLE=0.5 + degrees / 180))
+    y, x, yy, xx, yx = moments(found)
+    angle = math.radians(degrees)  # the same way for all, told from the picture
+    expected = (
+        4 * math.cos(angle) - 9 * math.sin(angle),
+        4 * math.sin(angle) + 9 * math.cos(angle),
+    )
+    assert (y, x) == pytest.approx(expected, abs=0.05)
+    assert (yy, xx, yx) == pytest.approx((4, 4, 0), abs=0.3)
+
+
+@pytest.mark.parametrize(("u", "zoom"), [(0.0, 0.5), (0.5, 1.0), (1.0, 2.0)])
+def test_zoom_enlarges(u, zoom):
+    recipe = Recipe(flip=0.0, zoom=(0.5, 2.0))
+    y, x, yy, xx, yx = moments(augmented(blob(61, 101, 4, -8, 3), recipe, chosen(ZOOM=u)))
+    assert (y, x) == pytest.approx((4 * zoom, -8 * zoom), abs=0.05)
+    assert (yy, xx, yx) == pytest.approx((9 * zoom**2, 9 * zoom**2, 0), abs=0.3 * zoom**2)
+
+
+def test_a_shift_by_whole_pixels_moves_them():
+    image = torch.rand(1, 3, 20, 40) * 255
+    recipe = Recipe(flip=0.0, shift=0.1)  # 2 rows, 4 columns
+    for u, rows, columns in ((1.0, 2, 4), (0.0, -2, -4), (0.75, 1, 2)):
+        found = augmented(image, recipe, chosen(SHIFT_X=u, SHIFT_Y=u))
+        # the border goes on outside
+        padded = F.pad(image, (4, 4, 2, 2), mode="replicate")
+        expected = padded[:, :, 2 + rows : 22 + rows, 4 + columns : 44 + columns]
+        torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
+    down = augmented(image, recipe, chosen(SHIFT_Y=1.0))
+    torch.testing.assert_close(down[:, :, :-2], image[:, :, 2:], atol=0.01, rtol=0)
+
+
+def test_turns_zooms_and_shifts_favour_no_side():
+    recipe = Recipe(rotate=30, zoom=(0.8, 1.25), shift=0.1)
+    images = blob(33, 33, 0, 0).expand(4000, -1, -1, -1)
+    found = augmented(images, recipe, draws(5, 0, 4000)).mean(dim=0, keepdim=True)
+    y, x, yy, xx, yx = moments(found)
+    assert abs(y) < 0.12  # shifts of up to 3.3 pixels: 4 deviations of their mean
+    assert abs(x) < 0.12
+    assert yy == pytest.approx(xx, abs=0.5)
+    assert abs(yx) < 0.3
+    wide = blob(33, 33, 0, 8).expand(4000, -1, -1, -1)
+    turned = augmented(wide, Recipe(flip=0.0, rotate=30), draws(5, 0, 4000))
+    assert abs(moments(turned.mean(dim=0, keepdim=True))[0]) < 0.2
+
+
+# ---------------------------------------------------------------------------------- values
+def test_colours():
+    image = torch.rand(1, 3, 9, 9) * 60 + 90
+    recipe = Recipe(flip=0.0, colour=0.4)
+    brighter = augmented(image, recipe, chosen(BRIGHTNESS=0.75))
+    torch.testing.assert_close(brighter, image * 1.2, atol=1e-2, rtol=0)
+    paler = augmented(image, recipe, chosen(CONTRAST=0.0))
+    torch.testing.assert_close(paler.mean(), image.mean(), atol=1e-2, rtol=0)
+    torch.testing.assert_close(paler.std(), image.std() * 0.6, atol=1e-2, rtol=0)
+    grey = augmented(image, Recipe(flip=0.0, colour=1.0), chosen(SATURATION=0.0))
+    luma = 0.299 * image[:, 0] + 0.587 * image[:, 1] + 0.114 * image[:, 2]
+    torch.testing.assert_close(grey, luma[:, None].expand_as(image), atol=1e-2, rtol=0)
+    # nothing leaves the range of an image, and greyscale has no colours to change
+    wild = augmented(image.expand(500, -1, -1, -1), Recipe(colour=1.0), draws(0, 0, 500))
+    assert 0 <= wild.min() < 1
+    assert 254 < wild.max() <= 255.01
+    single = image[:, :1]
+    assert torch.equal(augmented(single, recipe, chosen()), augmented(single, recipe, chosen(
+        SATURATION=0.0
+    )))  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "count"), [((64, 64), 1500), ((208, 272), 300)])
+def test_erasing(size, count):
+    u = draws(1, 0, count)
+    images = torch.ones(count, 1, *size)
+    found = augmented(images, Recipe(flip=0.0, erase=0.4), u)[:, 0]
+    gone = found == 0
+    share = gone.float().mean(dim=(1, 2))
+    erased = share > 0
+    assert torch.equal(erased, u[:, module.ERASE] < 0.4)
+    assert binomtest(int(erased.sum()), count, 0.4).pvalue > 0.01
+    assert share[erased].min() > 0.017  # 2 % to 33 %, to whole pixels
+    assert share[erased].max() < 0.345
+    assert 0.15 < share[erased].mean() < 0.2
+    # one rectangle: rows that are touched times columns that are touched
+    rows, columns = gone.any(dim=2).sum(dim=1), gone.any(dim=1).sum(dim=1)
+    assert torch.equal(rows * columns, gone.sum(dim=(1, 2)))
+    assert 0.22 < (rows / columns)[erased].min() < 0.4
+    if count < 1000:
+        return
+    # no side is favoured
+    often = gone.double().mean(dim=0)
+    assert (often - often.flip(0)).abs().max() < 0.05
+    assert (often - often.flip(1)).abs().max() < 0.05
+
+
+def test_erasing_sets_the_mean():
+    preprocess = Preprocess((2, 32, 32), (0.3, 0.6), (0.1, 0.2))
+    u = chosen(ERASE=0.0)
+    found = augment(torch.full((1, 2, 32, 32), 200.0), u, Recipe(flip=0.0, erase=0.5), preprocess)
+    raw = found * torch.tensor([0.1, 0.2]).view(1, 2, 1, 1) + torch.tensor([0.3, 0.6]).view(
+        1, 2, 1, 1
+    )
+    gone = found[0, 0] == 0
+    assert 0.1 < gone.float().mean() < 0.25
+    torch.testing.assert_close(raw[0, 1][gone], torch.full((int(gone.sum()),), 0.6))
+    torch.testing.assert_close(raw[0, 1][~gone], torch.full((int((~gone).sum()),), 200 / 255))
+
+
+# --------------------------------------------------------------------------- random resized
+@given(
+    image=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    area=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
+    u=st.tuples(UNIFORM, UNIFORM, UNIFORM, UNIFORM),
+)
+def test_a_random_region_lies_within_the_image(image, size, area, u):
+    recipe = Recipe(random_crop="resized", crop_area=(min(area), max(area)))
+    drawn = chosen(AREA=u[0], ASPECT=u[1], LEFT=u[2], TOP=u[3])[0]
+    values = torch.rand(1, *image) * 200 + 20  # what lies outside would be 0, or nothing
+    found = random_resized(values, drawn, recipe, size)
+    assert found.shape == (1, *size)
+    assert values.min() - 1e-3 <= found.min()
+    assert found.max() <= values.max() + 1e-3
+
+
+def test_the_whole_area_in_the_middle_is_the_whole_image():
+    values = torch.rand(3, 40, 50)
+    recipe = Recipe(random_crop="resized", crop_area=(1.0, 1.0))
+    whole = random_resized(values, chosen()[0], recipe, (20, 25))
+    assert torch.equal(whole, resample(values, (0, 0, 50, 40), (20, 25)))
+
+
+def test_random_regions_are_of_the_areas_and_aspects_asked_for():
+    """Each pixel says where it is, so the slope of the result tells the region's size."""
+    height, width = 400, 300
+    y = torch.arange(height)[:, None].expand(height, width)
+    x = torch.arange(width)[None].expand(height, width)
+    values = torch.stack([y, x]).float()
+    recipe = Recipe(random_crop="resized", crop_area=(0.1, 0.5))
+    areas, aspects, middles = [], [], []
+    for u in draws(2, 0, 400):
+        found = random_resized(values, u, recipe, (32, 32))
+        rows = float(found[0, 22, 0] - found[0, 10, 0]) / 12 * 32
+        columns = float(found[1, 0, 22] - found[1, 0, 10]) / 12 * 32
+        areas.append(rows * columns / (height * width))
+        aspects.append(math.log(columns / rows))
+        middles.append([float(v) for v in found.mean(dim=(1, 2))])
+    assert kstest(areas, "uniform", (0.1, 0.4)).pvalue > 0.01
+    limit = math.log(4 / 3)
+    assert kstest(aspects, "uniform", (-limit, 2 * limit)).pvalue > 0.01
+    assert np.mean(middles, axis=0) == pytest.approx([199.5, 149.5], abs=12)
+    assert np.ptp(middles, axis=0).min() > 100
+
+
+# ---------------------------------------------------------------------------------- mixup
+@pytest.mark.parametrize("alpha", [0.4, 1.0, 3.0])
+def test_mixup_follows_its_distribution(alpha):
+    u = draws(4, 0, 3000)
+    x = torch.rand(3000, 1, 2, 2)
+    labels = torch.arange(3000) % 2  # each image's neighbour is of the other class
+    mixed_x, target = mixed(x, F.one_hot(labels, 2).float(), u, alpha)
+    torch.testing.assert_close(target.sum(dim=1), torch.ones(3000))
+    own = target[torch.arange(3000), labels]
+    assert kstest(own.double().numpy().clip(1e-9, 1 - 1e-9), beta(alpha, alpha).cdf).pvalue > 0.01
+    shares = own.view(-1, 1, 1, 1)
+    torch.testing.assert_close(mixed_x, x * shares + x.roll(1, 0) * (1 - shares))
+
+
+def test_mixup_of_the_ends_is_finite():
+    for u in (0.0, LARGEST):
+        x, target = mixed(torch.rand(3, 1, 2, 2), torch.eye(3), chosen(3, MIX=u), 0.01)
+        assert x.isfinite().all()
+        assert torch.equal(target.sum(dim=1), torch.ones(3))

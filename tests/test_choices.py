@@ -1,0 +1,339 @@
+"""What a run decides for itself, against what people's data and networks need."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from regard.data.sources import ImageTable, open_data
+from regard.models import create_model
+from regard.models.folder import save_model
+from regard.recipes import Recipe, load_recipe
+from regard.training.choices import (
+    choose_model,
+    choose_preprocess,
+    choose_steps,
+    cpu_has_bf16,
+    image_weights,
+    load_weights,
+    loss_weights,
+    make_model,
+    noisy_labels,
+    parse_weights,
+    use_bf16,
+)
+
+CLASSES = ["a", "b", "c=d"]
+
+
+def arrays(height: int, width: int, channels: int = 1, labels=(0, 0, 0, 1, 1, 2)) -> ImageTable:
+    """A table of even images."""
+    shape = (len(labels), height, width) + ((3,) if channels == 3 else ())
+    return ImageTable(
+        "arrays", CLASSES, np.array(labels), np.full(len(labels), ""),
+        arrays=np.zeros(shape, np.uint8),
+    )  # fmt: skip
+
+
+def chosen(name: str, recipe: Recipe, table: ImageTable, pretrained: bool = False):
+    preprocess, arguments, told = choose_preprocess(name, {}, recipe, table, pretrained)
+    return preprocess.input_size, arguments, told
+
+
+# ------------------------------------------------------------------------------ the network
+def test_an_unknown_network_is_told_with_its_neighbours():
+    with pytest.raises(ValueError, match=r"'cbam_resnet19'; did you mean .*cbam_resnet18") as e:
+        choose_model("cbam_resnet19", Recipe(), None)
+    assert "\n" not in str(e.value)
+
+
+def test_a_recipes_arguments_go_to_networks_that_take_them():
+    ft, cifar = load_recipe("ag-sononet-ft"), load_recipe("cbam-cifar")
+    assert choose_model(None, ft, None) == ("ag_sononet8", {"aggregation": "ft"})
+    assert choose_model("ag_sononet16", ft, None) == ("ag_sononet16", {"aggregation": "ft"})
+    assert choose_model("attention56_cifar", ft, None) == ("attention56_cifar", {})
+    assert choose_model("resnet18", cifar, None) == ("resnet18", {})
+    assert choose_model("se_resnet18", cifar, None) == ("se_resnet18", {"stem": "cifar"})
+    assert choose_model(None, Recipe(), None) == ("cbam_resnet18", {})
+    for name, arguments in (choose_model("ag_sononet16", ft, None),):
+        assert make_model(name, arguments, 3, (1, 64, 64), False, None).num_classes == 3
+
+
+# --------------------------------------------------------------------------- size and input
+def test_the_size_follows_the_images():
+    quick = Recipe()
+    assert chosen("cbam_resnet18", quick, open_data("digits"))[0] == (1, 32, 32)
+    assert chosen("cbam_resnet18", quick, arrays(70, 99))[0] == (1, 96, 96)
+    assert chosen("cbam_resnet18", quick, arrays(99, 64, 3))[0] == (3, 64, 64)
+    assert chosen("attention92_cifar", quick, arrays(300, 300, 3))[0] == (3, 32, 32)
+    assert chosen("cbam_resnet18", Recipe(size=57), arrays(300, 300))[0] == (1, 57, 57)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is chosen without a GPU")
+def test_without_a_gpu_the_size_is_quick_and_says_so():
+    size, _, told = chosen("cbam_resnet18", Recipe(), arrays(500, 400, 3))
+    assert size == (3, 128, 128)
+    assert len(told) == 1
+    assert "--size 224" in told[0]
+    assert "--size 200" in chosen("cbam_resnet18", Recipe(), arrays(500, 200, 3))[2][0]
+
+
+def test_a_size_that_is_not_square_is_kept_for_images_as_large():
+    assert chosen("ag_sononet8", Recipe(), arrays(300, 400))[0] == (1, 208, 272)
+    assert chosen("ag_sononet8", Recipe(), arrays(100, 100))[0] == (1, 128, 128)
+
+
+def test_a_transformer_keeps_its_size_or_is_made_for_another():
+    name = "vit_tiny_patch16_224"
+    size, arguments, _ = chosen(name, Recipe(), open_data("digits"))
+    assert size == (1, 224, 224)
+    assert arguments == {}
+    size, arguments, _ = chosen(name, Recipe(size=64), open_data("digits"))
+    assert (size, arguments) == ((1, 64, 64), {"img_size": 64})
+    model = make_model(name, arguments, 10, size, False, None).eval()
+    assert model(torch.zeros(2, *size)).shape == (2, 10)
+
+
+def test_small_images_get_a_small_stem():
+    assert chosen("cbam_resnet18", Recipe(), open_data("digits"))[1] == {"stem": "cifar"}
+    assert chosen("cbam_resnet18", Recipe(size=64), open_data("digits"))[1] == {}
+    assert chosen("cbam_resnet18", Recipe(), open_data("digits"), True)[1] == {}  # its weights' own
+    assert chosen("ag_sononet8", Recipe(), open_data("digits"))[1] == {}
+
+
+def test_channels_are_those_of_most_images():
+    assert chosen("cbam_resnet18", Recipe(), arrays(64, 64, 3))[0][0] == 3
+    assert chosen("cbam_resnet18", Recipe(), arrays(64, 64))[0][0] == 1
+    assert chosen("cbam_resnet18", Recipe(), arrays(64, 64), True)[0][0] == 3
+
+
+def test_preprocessing_is_the_recipes():
+    table = arrays(64, 64, 3)
+
+    def made(**values):
+        return choose_preprocess("cbam_resnet18", {}, Recipe(**values), table, False)[0]
+
+    assert (made(crop_pct=0.9).resize, made(crop_pct=0.9).crop_pct) == ("crop", 0.9)
+    for resize in ("squash", "pad"):  # the whole image, as the recipe's help says
+        assert (made(resize=resize, crop_pct=0.9).crop_pct) == 1
+    assert made(standardise="image").standardise == "image"
+    assert made(standardise="model").mean == pytest.approx((0.485, 0.456, 0.406))
+
+
+def test_images_that_are_none_are_told(tmp_path):
+    for c in "ab":
+        (tmp_path / c).mkdir()
+        (tmp_path / c / "1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"none of the images tried can be read; .*1\.png") as e:
+        chosen("cbam_resnet18", Recipe(), open_data(str(tmp_path)))
+    assert "\n" not in str(e.value)
+    Image.new("L", (40, 50)).save(tmp_path / "b" / "2.png")
+    assert chosen("cbam_resnet18", Recipe(), open_data(str(tmp_path)))[0] == (1, 48, 48)
+
+
+# -------------------------------------------------------------------------------- the weights
+def saved(path: Path, name: str, classes: int, **arguments) -> Path:
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=classes, **arguments)
+    config = {"input_size": (model.pretrained_cfg["input_size"]), "mean": (0.5,), "std": (0.2,)}
+    return save_model(model, path, data_config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("cbam_resnet18", "fc."), ("attention56_cifar", "fc."), ("ag_sononet8", "heads."),
+        ("sononet8", "classifier."), ("resnet10t", "fc."), ("convnext_atto", "head.fc."),
+    ],
+)  # fmt: skip
+def test_a_run_of_other_classes_gives_all_but_its_classifier(tmp_path, name, head):
+    before = create_model(f"local-dir:{saved(tmp_path, name, 3)}", pretrained=True).state_dict()
+    torch.manual_seed(1)
+    channels = 3 if "sononet" not in name else 1
+    model = make_model(name, {}, 5, (channels, 64, 64), False, str(tmp_path))
+    after = model.state_dict()
+    assert model.num_classes == 5
+    kept = [k for k in before if not k.startswith(head)]
+    assert all(torch.equal(before[k], after[k]) for k in kept)
+    assert any(k.startswith(head) and before[k].shape != after[k].shape for k in before)
+    torch.manual_seed(1)
+    same = make_model(name, {}, 3, (channels, 64, 64), False, str(tmp_path)).state_dict()
+    assert all(torch.equal(before[k], same[k]) for k in before)
+
+
+def test_the_joint_classifier_is_trained_on_heads_that_were(tmp_path):
+    """AG-SonoNet: `mean` first, then `ft`."""
+    heads = saved(tmp_path, "ag_sononet8", 4, aggregation="mean")
+    before = create_model(f"local-dir:{heads}", pretrained=True).state_dict()
+    torch.manual_seed(1)
+    joint = make_model(
+        "ag_sononet8", {"aggregation": "ft"}, 4, (1, 64, 64), False, str(heads)
+    ).state_dict()
+    assert any(k.startswith("heads.") for k in before)
+    assert all(torch.equal(joint[k], v) for k, v in before.items())
+    assert {k for k in joint if k not in before} == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize(
+    ("trained", "wanted", "channels", "message"),
+    [
+        ("resnet18", "cbam_resnet18", 3, "it lacks layer1.0.se."),
+        ("cbam_resnet18", "resnet18", 3, "it has no layer1.0.se."),
+        ("cbam_resnet18", "cbam_resnet18", 1, "another shape of conv1.weight"),
+        ("ag_sononet8", "ag_sononet16", 1, "another shape of"),
+    ],
+)
+def test_weights_of_another_network_are_refused(tmp_path, trained, wanted, channels, message):
+    saved(tmp_path, trained, 3)
+    with pytest.raises(ValueError, match=r"does not fit: ") as e:
+        make_model(wanted, {}, 3, (channels, 64, 64), False, str(tmp_path))
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 400
+
+
+def test_weights_that_are_not_there_are_told(tmp_path):
+    model = create_model("cbam_resnet18")
+    with pytest.raises(ValueError, match="nowhere"):
+        load_weights(model, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no trained network"):
+        load_weights(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("attention56", 16, "attention56 needs images of at least 32x32: give --size 32"),
+        ("sononet8", 8, "at least 16x16 pixels, not 8x8"),
+        ("inception_v4", 32, "inception_v4 can't take images of 32x32 ("),
+        ("vit_tiny_patch16_224", 32, "vit_tiny_patch16_224 can't take images of 32x32 ("),
+    ],
+)
+def test_images_that_are_too_small_are_told(name, size, message):
+    with pytest.raises(ValueError, match="give ") as e:
+        make_model(name, {}, 3, (1, size, size), False, None)
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_trying_the_size_changes_nothing():
+    torch.manual_seed(3)
+    tried = make_model("cbam_resnet18", {}, 3, (1, 32, 32), False, None)
+    torch.manual_seed(3)
+    made = create_model("cbam_resnet18", num_classes=3, in_chans=1)
+    after, before = tried.state_dict(), made.state_dict()
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    assert tried.training
+
+
+def test_pretrained_weights_without_a_network_are_one_line(tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-m", "regard", "train", "digits", "--model", "cbam_resnet18",
+         "--pretrained", "--size", "32", "--out", str(tmp_path / "run")],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("regard: --pretrained: weights of cbam_resnet18 can't be loaded (")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+# ------------------------------------------------------------------------- length and weights
+@pytest.mark.parametrize(
+    ("recipe", "images", "processes", "steps"),
+    [
+        (Recipe(epochs=2, batch_size=10), 100, 1, 20),
+        (Recipe(epochs=0.07, batch_size=1), 100, 1, 7),  # 7.000000000000001 in floats
+        (Recipe(epochs=0.001), 10, 1, 1),
+        (Recipe(epochs=3, batch_size=64), 5, 1, 3),  # the batch is all there is
+        (Recipe(epochs=90, batch_size=32), 1_281_167, 8, 450_411),
+    ],
+)
+def test_steps(recipe, images, processes, steps):
+    assert choose_steps(recipe, images, processes) == steps
+
+
+def test_weights_of_classes_are_read():
+    read = parse_weights("a=2, c=d=0.5,", CLASSES, "--x")
+    assert read.tolist() == [2, 1, 0.5]
+    assert parse_weights("", CLASSES, "--x").tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat=1", r"--x cat=1: CLASS=WEIGHT with one of a, b, c=d"),
+        ("a", r"--x a: CLASS=WEIGHT"),
+        ("a=1,b=heavy", r"--x b=heavy: 'heavy' is no number"),
+        ("a=-1", r"--x a=-1: weights of at least 0"),
+        ("a=nan", "weights of at least 0"),
+        ("a=inf", "weights of at least 0"),
+        ("a=0,b=0,c=d=0", "not all 0"),
+    ],
+)
+def test_wrong_weights_of_classes_are_told(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_weights(text, CLASSES, "--x")
+
+
+def test_samplers():
+    table = arrays(4, 4)  # 3, 2 and 1 of the classes
+    balanced = image_weights(table, Recipe(sampler="balanced"))
+    np.testing.assert_allclose(balanced, [1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2, 1])
+    weighted = image_weights(table, Recipe(sampler="balanced", sampler_weights="b=13"))
+    np.testing.assert_allclose(weighted, [1 / 3, 1 / 3, 1 / 3, 13 / 2, 13 / 2, 1])
+    alone = image_weights(table, Recipe(sampler_weights="a=0"))
+    np.testing.assert_allclose(alone, [0, 0, 0, 1, 1, 1])
+    assert image_weights(table, Recipe()) is None
+    with pytest.raises(ValueError, match="--sampler-weights"):
+        image_weights(table, Recipe(sampler_weights="z=1"))  # though all are shuffled
+    with pytest.raises(ValueError, match="no image is left"):
+        image_weights(table.select([0, 1]), Recipe(sampler_weights="a=0"))
+
+
+def test_weights_of_the_loss():
+    table = arrays(4, 4)
+    assert loss_weights(table, Recipe()) is None
+    balanced = loss_weights(table, Recipe(class_weights="balanced"))
+    torch.testing.assert_close(balanced, torch.tensor([6 / 9, 1, 2]))
+    told = loss_weights(table, Recipe(class_weights="b=3"))
+    assert told.tolist() == [1, 3, 1]
+    missing = loss_weights(table.select([0, 1, 3]), Recipe(class_weights="balanced"))
+    assert missing.isfinite().all()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.7, 1.0])
+def test_noise_is_exact_and_never_the_same_class(share):
+    labels = np.random.default_rng(0).integers(0, 3, 1001)
+    before = labels.copy()
+    noisy = noisy_labels(labels, 3, share, 5)
+    assert np.array_equal(labels, before)
+    assert (noisy != labels).sum() == round(share * 1001)
+    assert set(noisy) <= {0, 1, 2}
+    assert not np.array_equal(noisy, noisy_labels(labels, 3, share, 6))
+
+
+def test_no_noise():
+    labels = np.array([0, 1, 0])
+    assert np.array_equal(noisy_labels(labels, 2, 0.0, 0), labels)
+    assert np.array_equal(noisy_labels(labels * 0, 1, 0.5, 0), labels * 0)
+
+
+# ---------------------------------------------------------------------------------- precision
+def test_bf16_where_it_is_asked_for_or_computed():
+    cpu = torch.device("cpu")
+    assert use_bf16("bf16", cpu)
+    assert not use_bf16("fp32", cpu)
+    assert use_bf16("auto", cpu) == cpu_has_bf16()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells what its CPU can")
+def test_bf16_is_what_the_machine_says():
+    words = Path("/proc/cpuinfo").read_text().split()
+    assert cpu_has_bf16() == bool({"avx512_bf16", "amx_bf16", "bf16"} & set(words))

@@ -1,0 +1,184 @@
+"""Learning rates step by step, and which parameters learn how fast and decay."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from regard.models import create_model
+from regard.recipes import Recipe
+from regard.training.optimisation import fast_parameters, make_optimizer, rate_factor, set_rate
+
+
+def rates(recipe: Recipe, total: int, steps_an_epoch: float) -> np.ndarray:
+    return np.array([rate_factor(recipe, s, total, steps_an_epoch) for s in range(total)])
+
+
+# ------------------------------------------------------------------------------- schedules
+def test_one_cycle():
+    found = rates(Recipe(schedule="onecycle"), 1000, 10.0)
+    assert found[0] == pytest.approx(0.04, abs=1e-4)
+    assert 249 <= found.argmax() <= 250
+    assert found.max() == pytest.approx(1, abs=1e-4)
+    assert found[124:126].mean() == pytest.approx(0.52, abs=1e-3)  # half of the rise
+    assert found[624:626].mean() == pytest.approx(0.5, abs=1e-3)  # half of the fall
+    assert found[-1] == pytest.approx(0, abs=1e-5)
+    for total in (1, 2, 7):  # however short, never nothing
+        assert (rates(Recipe(schedule="onecycle"), total, 3.3) > 0.01).any()
+
+
+def test_cosine_after_a_linear_rise():
+    found = rates(Recipe(schedule="cosine", warmup=2.0), 1000, 12.5)
+    np.testing.assert_allclose(np.diff(found[:25]), 1 / 26)
+    assert found[0] == pytest.approx(1 / 26)
+    assert found[25] == 1
+    assert (np.diff(found[25:]) < 0).all()
+    assert found[25 + 975 // 2] == pytest.approx(0.5, abs=1e-2)
+    assert found[-1] == pytest.approx(0, abs=1e-5)
+    short = rates(Recipe(schedule="cosine"), 4, 1.0)
+    np.testing.assert_allclose(short, [1, 0.8536, 0.5, 0.1464], atol=1e-4)
+
+
+def test_warm_up_in_steps_and_longer_than_the_run():
+    found = rates(Recipe(schedule="constant", warmup=4, unit="steps"), 8, 1000.0)
+    np.testing.assert_allclose(found, [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1])
+    short = rates(Recipe(schedule="cosine", warmup=50, unit="steps"), 8, 1000.0)
+    np.testing.assert_allclose(short, np.arange(1, 9) / 51)
+
+
+def test_warm_up_rises_to_the_rate_that_follows():
+    recipe = Recipe(
+        schedule="steps", unit="steps", warmup=4, milestones=(6, 8), factors=(0.1, 1.0, 0.01)
+    )
+    expected = [0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 1, 1, 0.01, 0.01]
+    np.testing.assert_allclose(rates(recipe, 10, 1000.0), expected)
+
+
+def test_factors_are_tenths_where_none_are_told():
+    recipe = Recipe(schedule="steps", unit="steps", milestones=(2, 3))
+    np.testing.assert_allclose(rates(recipe, 5, 1.0), [1, 1, 0.1, 0.01, 0.01])
+    assert (rates(Recipe(schedule="steps"), 5, 1.0) == 1).all()
+
+
+@given(images=st.integers(1, 10**6), batch=st.integers(1, 1024), epoch=st.integers(1, 300))
+@example(images=2997, batch=7, epoch=252)  # 107,892 steps; 251.99999999999997 in floats
+def test_a_milestone_in_epochs_is_the_first_step_after_them(images, batch, epoch):
+    recipe = Recipe(schedule="steps", milestones=(epoch,), factors=(1.0, 0.5))
+    first = math.ceil(epoch * images / batch) if epoch * images % batch else epoch * images // batch
+    found = [rate_factor(recipe, s, 10**9, images / batch) for s in (first - 1, first)]
+    assert found == [1.0, 0.5]
+
+
+def test_set_rate_keeps_the_groups_apart():
+    model = create_model("cbam_resnet18", num_classes=2)
+    optimizer = make_optimizer(model, Recipe(lr=0.2, body_lr=0.1))
+    assert {g["lr_scale"]: g["lr"] for g in optimizer.param_groups} == {1.0: 0.2, 0.1: 0.2 * 0.1}
+    set_rate(optimizer, 0.5)
+    assert {g["lr_scale"]: g["lr"] for g in optimizer.param_groups} == {1.0: 0.5, 0.1: 0.05}
+
+
+# ------------------------------------------------------------------------------ the groups
+NETWORKS = [
+    ("cbam_resnet18", {}, (".se.", "fc.")),
+    ("se_resnet18", {}, (".se.", "fc.")),
+    ("ag_sononet8", {"aggregation": "mean"}, ("gate", "heads.")),
+    ("ag_sononet8", {"aggregation": "ft"}, ("gate", "heads.", "classifier.")),
+    ("ag_sononet8", {"aggregation": "concat"}, ("gate", "classifier.")),
+    ("ag_sononet8", {"aggregation": "deep_sup"}, ("gate", "heads.", "classifier.")),
+    ("sononet8", {}, ("classifier.",)),
+    ("attention56_cifar", {}, (".mask.", "fc.")),
+    ("resnet10t", {}, ("fc.",)),
+    ("vit_tiny_patch16_224", {"img_size": 32}, ("head.",)),
+    ("deit_tiny_distilled_patch16_224", {"img_size": 32}, ("head.", "head_dist.")),
+    ("convnext_atto", {}, ("head.fc.",)),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "parts"), NETWORKS)
+def test_gates_and_classifier_learn_at_the_full_rate(name, arguments, parts):
+    model = create_model(name, num_classes=3, **arguments)
+    names = [n for n, _ in model.named_parameters()]
+    expected = {
+        n for n in names if n.startswith(parts) or any(p in n for p in parts if p[0] == ".")
+    }
+    assert 0 < len(expected) < len(names)
+    assert all(any(part in n for n in expected) for part in parts)
+    assert fast_parameters(model) == expected
+    for decay_all in (True, False):
+        recipe = Recipe(body_lr=0.1, weight_decay=0.03, decay_all=decay_all)
+        told = {id(p): (n, p.ndim) for n, p in model.named_parameters()}
+        found = []
+        for group in make_optimizer(model, recipe).param_groups:
+            for p in group["params"]:
+                n, ndim = told[id(p)]
+                found.append(n)
+                assert group["lr_scale"] == (1.0 if n in expected else 0.1), n
+                assert group["weight_decay"] == (0.03 if decay_all or ndim > 1 else 0), n
+        assert sorted(found) == sorted(names)  # each of them, once
+
+
+@pytest.mark.parametrize(("name", "arguments"), [(n, a) for n, a, _ in NETWORKS[::2]])
+def test_without_decay_all_norms_and_biases_are_spared(name, arguments):
+    """By the kind of module, not by the number of dimensions."""
+    model = create_model(name, num_classes=3, **arguments)
+    norms = {
+        id(p)
+        for m in model.modules()
+        if "norm" in type(m).__name__.lower() and not list(m.children())
+        for p in m.parameters()
+    }
+    spared = {n for n, p in model.named_parameters() if id(p) in norms or n.endswith("bias")}
+    decays = {
+        id(p): group["weight_decay"]
+        for group in make_optimizer(model, Recipe(decay_all=False)).param_groups
+        for p in group["params"]
+    }
+    for n, p in model.named_parameters():
+        if n in spared:
+            assert decays[id(p)] == 0, n
+        elif n.endswith(("conv.weight", "conv1.weight", "conv2.weight", "fc.weight")):
+            assert decays[id(p)] == 1e-4, n
+
+
+def test_frozen_parameters_are_left_out():
+    model = create_model("resnet10t", num_classes=2)
+    for p in model.layer1.parameters():
+        p.requires_grad_(False)
+    count = sum(len(g["params"]) for g in make_optimizer(model, Recipe()).param_groups)
+    assert count == sum(p.requires_grad for p in model.parameters())
+
+
+def test_the_optimisers_are_pytorchs():
+    model = torch.nn.Linear(3, 2)  # a network that is not timm's has no classifier
+    assert fast_parameters(model) == set()
+    sgd = make_optimizer(model, Recipe(momentum=0.8, weight_decay=0.02, lr=0.3))
+    assert isinstance(sgd, torch.optim.SGD)
+    (group,) = sgd.param_groups
+    wanted = {"lr": 0.3, "momentum": 0.8, "nesterov": True, "weight_decay": 0.02, "dampening": 0}
+    assert {k: group[k] for k in wanted} == wanted
+    assert not make_optimizer(model, Recipe(nesterov=False)).param_groups[0]["nesterov"]
+    assert not make_optimizer(model, Recipe(momentum=0.0)).param_groups[0]["nesterov"]
+    adamw = make_optimizer(model, Recipe(optimizer="adamw", weight_decay=0.05, lr=1e-3))
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert (adamw.param_groups[0]["lr"], adamw.param_groups[0]["weight_decay"]) == (1e-3, 0.05)
+
+
+def test_three_steps_by_hand():
+    """SGD as the papers write it: v = 0.9 v + g + decay w, w = w - lr (g' + 0.9 v)."""
+    p = torch.nn.Parameter(torch.tensor([2.0]))
+    holder = torch.nn.Module()
+    holder.register_parameter("p", p)
+    optimizer = make_optimizer(holder, Recipe(lr=0.1, weight_decay=0.01))
+    w, v = 2.0, 0.0
+    for step, rate in enumerate((0.1, 0.1, 0.01)):
+        set_rate(optimizer, rate)
+        optimizer.zero_grad()
+        (3.0 * p * (step + 1)).sum().backward()
+        optimizer.step()
+        g = 3.0 * (step + 1) + 0.01 * w
+        v = 0.9 * v + g
+        w -= rate * (g + 0.9 * v)
+        assert p.item() == pytest.approx(w, rel=1e-5)
