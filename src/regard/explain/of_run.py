@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from regard.attention import attention_kinds, record
 from regard.data.images import ImageError, read_image
-from regard.data.preprocess import to_tensor
 from regard.explain.faithfulness import MapScore, Sanity, baseline_of, sanity, score
 from regard.explain.figure import contact_sheet, curves_figure
 from regard.explain.gradcam import evaluating, gradcam
@@ -64,7 +63,9 @@ class Seen:
 
 def as_picture(pixels: Any) -> Picture:
     """A decoded image (H, W, C) of any depth as uint8, (H, W) or (H, W, 3)."""
-    scale = {np.dtype(np.uint8): 1.0, np.dtype(np.uint16): 255 / 65535}.get(pixels.dtype, 255.0)
+    if pixels.dtype == np.uint8:
+        return pixels[..., 0] if pixels.shape[2] == 1 else pixels
+    scale = 255 / 65535 if pixels.dtype == np.uint16 else 255.0
     shown = np.clip(np.rint(pixels * scale), 0, 255).astype(np.uint8)
     return shown[..., 0] if shown.shape[2] == 1 else shown
 
@@ -77,8 +78,7 @@ def see(classifier: Classifier, path: Path) -> Seen:
     """
     preprocess = classifier.preprocess
     pixels = read_image(path)
-    wanted = read_image(path, channels=preprocess.input_size[0])
-    x = preprocess.normalise(preprocess.fit(to_tensor(wanted))[None])[0]
+    x = preprocess.normalise(classifier.decode(path)[None])[0]  # as `regard predict` sees it
     return Seen(path, as_picture(pixels), x, preprocess.seen(*pixels.shape[:2]))
 
 

@@ -4,30 +4,36 @@ import asyncio
 import base64
 import html
 import io
+import ipaddress
+import math
 import secrets
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
 
-import numpy as np
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from PIL import Image
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import regard
 from regard.attention import attention_kinds
-from regard.explain.maps import Explanation, StageMap
+from regard.explain.maps import StageMap
 from regard.explain.overlay import describe, overlay
 from regard.prediction import Classifier
-from regard.serve.engine import SHOWN, Engine, figure_bytes, npz_bytes
-from regard.serve.uploads import Limits, decode, read_body
+from regard.serve.engine import Engine, Looked
+from regard.serve.uploads import Limits, check, read_body
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PATIENCE = 10.0  # for the headers of a request, in seconds
+SAME = (
+    "The answer is that of `regard predict --json` of this file alone: to the last bit where no "
+    "other request is answered in the same batch, else within 1e-6."
+)
 IMAGE_BODY = {
     "requestBody": {
         "required": True,
@@ -58,11 +64,16 @@ def create_app(classifier: Classifier, *, limits: Limits | None = None, host: st
     )
     app.state.engine = engine
     _add_routes(app, classifier, engine, limits)
-    _add_safety(app, limits)
-    if host in LOOPBACK:
-        # Starlette cuts a Host at its first colon, so that [::1] is "["
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "["])
+    _add_safety(app, limits, only_loopback=is_loopback(host))
     return app
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's, reached from this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _add_routes(app: FastAPI, classifier: Classifier, engine: Engine, limits: Limits) -> None:
@@ -88,10 +99,12 @@ def _add_routes(app: FastAPI, classifier: Classifier, engine: Engine, limits: Li
             "attention": attention_kinds(classifier.model),
         }
 
-    @app.post("/api/predict", summary="Classify an image", openapi_extra=IMAGE_BODY)
+    @app.post(
+        "/api/predict", summary="Classify an image", description=SAME, openapi_extra=IMAGE_BODY
+    )
     async def predict(request: Request, top: int = 5) -> dict[str, Any]:
-        pixels = await _image(request, limits)
-        found = await engine.predict(pixels, max(1, min(top, most)))
+        body = await _image(request, engine, limits)
+        found = await engine.predict(body, max(1, min(top, most)))
         return {"classes": [{"class": name, "probability": p} for name, p in found]}
 
     @app.post("/api/explain", summary="Where the network looked", openapi_extra=IMAGE_BODY)
@@ -103,38 +116,38 @@ def _add_routes(app: FastAPI, classifier: Classifier, engine: Engine, limits: Li
             raise HTTPException(422, f"target={target!r}: choose one of {names}")
         if form not in ("json", "png", "npz"):
             raise HTTPException(422, f"form={form!r}: choose one of json, png, npz")
-        found = await engine.explain(await _image(request, limits), target)
-        loop = asyncio.get_running_loop()
+        looked = await engine.explain(await _image(request, engine, limits), target)
         if form == "png":
-            picture = await loop.run_in_executor(None, figure_bytes, found)
-            return Response(picture, media_type="image/png")
+            return Response(await engine.beside(looked.png), media_type="image/png")
         if form == "npz":
-            numbers = await loop.run_in_executor(None, npz_bytes, found)
+            numbers = await engine.beside(looked.npz)
             return Response(numbers, media_type="application/octet-stream")
-        return JSONResponse(await loop.run_in_executor(None, _as_json, found, top))
+        return JSONResponse(await engine.beside(_as_json, looked, top))
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> HTMLResponse:
-        return HTMLResponse(_docs(app, request.state.nonce))
+        return HTMLResponse(_docs(app, str(request.base_url), request.state.nonce))
 
 
 def _name(classifier: Classifier) -> str:
     return str(classifier.config.get("architecture", type(classifier.model).__name__))
 
 
-async def _image(request: Request, limits: Limits) -> Any:
+async def _image(request: Request, engine: Engine, limits: Limits) -> bytes:
     body = await read_body(request, limits)
-    return await asyncio.get_running_loop().run_in_executor(None, decode, body, limits)
+    await engine.beside(check, body, limits)
+    return body
 
 
 # ---------------------------------------------------------------------------- explaining
-def _as_json(found: Explanation, top: int) -> dict[str, Any]:
+def _as_json(looked: Looked, top: int) -> dict[str, Any]:
+    found = looked.found
     return {
         "classes": [{"class": n, "probability": p} for n, p in found.classes[: max(1, top)]],
         "target": {"class": found.target[0], "probability": found.target[1]},
-        "image": _uri(_shown(found.image)),
-        "box": list(found.box),
-        "maps": [_map(found, m) for m in found.spatial()],
+        "image": _uri(found.image),
+        "box": list(looked.box),
+        "maps": [_map(looked, m) for m in found.spatial()],
         "channels": [
             {"stage": m.stage, "name": m.name, "weights": sorted(m.values.tolist(), reverse=True)}
             for m in found.modules
@@ -143,27 +156,14 @@ def _as_json(found: Explanation, top: int) -> dict[str, Any]:
     }
 
 
-def _shown(image: Any) -> Any:
-    """The image, made small enough to send back where it is larger, its aspect kept."""
-    picture = Image.fromarray(np.asarray(image))
-    longest = max(picture.size)
-    if longest > SHOWN:
-        factor = SHOWN / longest
-        size = [max(1, round(side * factor)) for side in picture.size]
-        return np.asarray(picture.resize((size[0], size[1]), Image.Resampling.BOX))
-    return np.asarray(image)
-
-
-def _map(found: Explanation, m: StageMap) -> dict[str, Any]:
-    height, width = found.image.shape[:2]
-    factor = min(1.0, SHOWN / max(height, width)) if max(height, width) > SHOWN else 1.0
-    if max(height, width) < 256:
-        factor = float(-(-256 // max(height, width)))
-    size = max(1, round(height * factor)), max(1, round(width * factor))
+def _map(looked: Looked, m: StageMap) -> dict[str, Any]:
+    image, box = looked.found.image, looked.found.box
+    height, width = image.shape[:2]
+    times = max(1, -(-256 // max(height, width)))  # a small image keeps its square pixels
     return {
         "name": m.name, "kind": m.kind, "stage": m.stage, "size": list(m.values.shape),
         "reduction": m.reduction, "range": describe(m.values),
-        "picture": _uri(overlay(found.image, m.values, size=size, box=found.box)),
+        "picture": _uri(overlay(image, m.values, size=(height * times, width * times), box=box)),
     }  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def _uri(picture: Any) -> str:
 
 
 # -------------------------------------------------------------------------------- safety
-def _add_safety(app: FastAPI, limits: Limits) -> None:
+def _add_safety(app: FastAPI, limits: Limits, *, only_loopback: bool) -> None:
     """Bounds the work, adds the headers, and makes every error JSON without a trace."""
     in_work = 0
 
@@ -187,11 +187,13 @@ def _add_safety(app: FastAPI, limits: Limits) -> None:
         nonlocal in_work
         request.state.nonce = secrets.token_urlsafe(16)
         working = request.url.path.startswith("/api/") and request.method == "POST"
-        if working and in_work >= limits.requests:
-            answer: Response = JSONResponse(
+        answer: Response | None = _refused(request, only_loopback)
+        if answer is None and working and in_work >= limits.requests:
+            answer = JSONResponse(
                 {"detail": f"{limits.requests} requests are in work: come again"}, 503,
                 {"Retry-After": "1"},
             )  # fmt: skip
+        if answer is not None:
             return _with_headers(answer, request.state.nonce)
         in_work += working
         try:
@@ -199,11 +201,23 @@ def _add_safety(app: FastAPI, limits: Limits) -> None:
         except TimeoutError:
             answer = JSONResponse({"detail": "the answer took too long"}, 504)
         except Exception as error:
-            print(f"regard: {request.url.path}: {type(error).__name__}: {error}", flush=True)
+            print(f"regard: {request.url.path}: {type(error).__name__}: {error}", file=sys.stderr)
             answer = JSONResponse({"detail": "the server failed on this request"}, 500)
         finally:
             in_work -= working
         return _with_headers(answer, request.state.nonce)
+
+
+def _refused(request: Request, only_loopback: bool) -> Response | None:
+    """The answer to what another site's page might have sent; None to all else."""
+    host = request.headers.get("host", "")
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if only_loopback and not is_loopback(name):
+        return JSONResponse({"detail": "this server goes by localhost or its address only"}, 400)
+    asked_by = request.headers.get("sec-fetch-site", "none")  # browsers alone send it
+    if request.method == "POST" and asked_by not in ("same-origin", "none"):
+        return JSONResponse({"detail": "another site's page may not ask"}, 403)
+    return None
 
 
 def _with_headers(answer: Response, nonce: str) -> Response:
@@ -223,7 +237,7 @@ def _with_headers(answer: Response, nonce: str) -> Response:
     return answer
 
 
-def _docs(app: FastAPI, nonce: str) -> str:
+def _docs(app: FastAPI, address: str, nonce: str) -> str:
     """The OpenAPI document as a page, without scripts."""
     rows = []
     for path, verbs in app.openapi()["paths"].items():
@@ -231,7 +245,8 @@ def _docs(app: FastAPI, nonce: str) -> str:
             names = ", ".join(p["name"] for p in what.get("parameters", []))
             rows.append(
                 f"<h2><code>{verb.upper()} {html.escape(path)}</code></h2>"
-                f"<p>{html.escape(what.get('summary', ''))}</p>"
+                f"<p>{html.escape(what.get('summary', ''))}. "
+                f"{html.escape(what.get('description', ''))}</p>"
                 + (f"<p>Parameters: <code>{html.escape(names)}</code></p>" if names else "")
                 + ("<p>Body: the image file's bytes.</p>" if "requestBody" in what else "")
             )
@@ -242,19 +257,52 @@ def _docs(app: FastAPI, nonce: str) -> str:
         "sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem}h2{font-size:1.1rem;"
         "margin-top:2rem}</style><h1>Regard: API</h1><p>The whole description: "
         '<a href="/openapi.json">openapi.json</a>. With curl: <code>curl --data-binary @image.jpg '
-        "http://127.0.0.1:8000/api/predict</code></p>" + "".join(rows) + "</html>"
+        f"{html.escape(address)}api/predict</code></p>" + "".join(rows) + "</html>"
     )
 
 
 # ------------------------------------------------------------------------------- running
+class _Protocol(H11Protocol):
+    """Hangs up where the headers of a request take longer than PATIENCE."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(PATIENCE, self._give_up, self.cycle)
+
+    def on_response_complete(self) -> None:
+        done = self.cycle
+        super().on_response_complete()
+        self.loop.call_later(PATIENCE, self._give_up, done)
+
+    def _give_up(self, last: Any) -> None:
+        if self.cycle is last and not self.transport.is_closing():  # no new headers since
+            self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens, and from then on takes signals."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self.ready()
+
+
 def serve(
     classifier: Classifier, *, host: str, port: int, limits: Limits, echo: Callable[[str], None]
 ) -> None:
-    """Serves until SIGTERM or SIGINT, and finishes what is in work.
+    """Serves until SIGTERM or SIGINT, finishes what is in work, and exits.
 
     Raises:
+        ValueError: the port is none.
         OSError: the address can't be listened on.
+        SystemExit: 0, once a signal has ended it.
     """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port {port}: choose one of 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -264,15 +312,15 @@ def serve(
         listener.close()
         raise OSError(f"can't listen on {host}:{port} ({error.strerror})") from error
     shown = f"[{host}]" if ":" in host else host
-    app = create_app(classifier, limits=limits, host=host)
+    address = f"http://{shown}:{listener.getsockname()[1]}/"
     config = uvicorn.Config(
-        app, log_level="error", timeout_keep_alive=5, timeout_graceful_shutdown=int(limits.seconds),
-        h11_max_incomplete_event_size=65536,
+        create_app(classifier, limits=limits, host=host), http=_Protocol, log_level="error",
+        timeout_keep_alive=5, timeout_graceful_shutdown=math.ceil(limits.seconds),
+        h11_max_incomplete_event_size=65536, server_header=False,
     )  # fmt: skip
-    # uvicorn raises the signal again once it has finished: to stop is no failure
+    # before uvicorn takes signals, and after: it raises them again once it has finished
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    server = uvicorn.Server(config)
-    echo(f"http://{shown}:{listener.getsockname()[1]}/  ({_name(classifier)}; Ctrl-C ends)")
+        signal.signal(number, lambda *_: sys.exit(0))
     with listener:
-        server.run(sockets=[listener])
+        ready = f"{address}  ({_name(classifier)}; Ctrl-C ends)"
+        _Server(config, lambda: echo(ready)).run(sockets=[listener])

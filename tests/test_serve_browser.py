@@ -1,0 +1,160 @@
+"""The page of `regard serve`, used by a person in a real browser."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.test_serve import Server, jpeg
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+DROP = """([kind, bytes]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([new Uint8Array(bytes)], "given.jpg", {type: "image/jpeg"}));
+  const event = kind === "drop"
+    ? new DragEvent("drop", {dataTransfer: data, cancelable: true, bubbles: true})
+    : new ClipboardEvent("paste", {clipboardData: data, bubbles: true});
+  document.body.dispatchEvent(event);
+}"""
+
+
+@pytest.fixture(scope="module")
+def server(whole):
+    found = Server(whole)
+    yield found
+    assert found.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def photo() -> bytes:
+    return jpeg((640, 427))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no chromium here: the page was not tried in a browser")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
+def test_a_persons_way_through_the_page(browser, server, photo, scans, tmp_path, size):
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda m: problems.append(m.text) if "422" not in m.text else None)
+    page.on("requestfailed", lambda request: problems.append(request.url))
+    elsewhere: list[str] = []
+    page.on("request", lambda r: elsewhere.append(r.url) if server.url not in r.url else None)
+    page.goto(server.url)
+    assert "3 classes" in page.wait_for_selector("#about:has-text('classes')").inner_text()
+    digit = next(scans.rglob("1/*.png"))
+    page.set_input_files("#file", digit)
+    page.wait_for_selector("#result:visible")
+    assert page.locator("#classes button").count() == 3
+    assert page.locator(".maps figure").count() == 3
+    assert page.locator("figcaption b").nth(0).inner_text() == "gate3"
+    shares = page.locator(".share").all_inner_texts()
+    assert digit.name in page.inner_text("#status")
+    # another class is explained
+    second = page.locator("#classes button").nth(1)
+    name = second.locator(".name").inner_text()
+    second.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f"figcaption b:text-is('Grad-CAM: {name}')")
+    assert page.locator("#classes button[aria-pressed=true] .name").inner_text() == name
+    assert page.evaluate("document.activeElement.textContent").startswith(name)
+    assert f"explained: {name}" in page.inner_text("#status")
+    assert page.locator(".share").all_inner_texts() == shares
+    # the picture and the maps
+    with page.expect_download() as download:
+        page.click("#npz")
+    download.value.save_as(tmp_path / "maps.npz")
+    with np.load(tmp_path / "maps.npz") as maps:
+        assert "gradcam" in maps
+    with page.expect_download() as download:
+        page.click("#png")
+    assert download.value.suggested_filename == f"{digit.stem}-attention.png"
+    download.value.save_as(tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.width > 1000
+    # a file that is no image, then a photograph
+    bad = tmp_path / "notes.png"
+    bad.write_text("no image")
+    page.set_input_files("#file", bad)
+    page.wait_for_selector("#status.bad")
+    assert page.inner_text("#status").startswith("notes.png: no image that can be read")
+    assert not page.is_visible("#result")
+    (tmp_path / "photo.jpg").write_bytes(photo)
+    page.set_input_files("#file", tmp_path / "photo.jpg")
+    page.wait_for_selector("#result:visible")
+    assert not page.locator("#status.bad").count()
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    assert [u for u in elsewhere if not u.startswith(("data:", "blob:"))] == []
+    assert problems == []
+    page.close()
+
+
+def test_dropped_and_pasted_images_are_taken(browser, server, photo):
+    page = browser.new_page()
+    for kind in ("drop", "paste"):
+        page.goto(server.url)
+        page.evaluate(DROP, [kind, list(photo)])
+        page.wait_for_selector("#result:visible")
+        assert page.inner_text("#status").startswith("given.jpg: ")
+    page.close()
+
+
+def contrast(page, selector: str) -> float:
+    """WCAG 2.1's contrast of a text with what is behind it."""
+    colours = page.evaluate(
+        """selector => {
+          let node = document.querySelector(selector);
+          const text = getComputedStyle(node).color;
+          const ground = () => getComputedStyle(node).backgroundColor;
+          while (ground() === "rgba(0, 0, 0, 0)") node = node.parentElement;
+          return [text, ground()].map(c => c.match(/[0-9]+/g).slice(0, 3).map(Number));
+        }""",
+        selector,
+    )
+    linear = np.array(colours) / 255
+    linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
+    low, high = sorted(linear @ [0.2126, 0.7152, 0.0722])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_can_be_read_and_worked_by_keyboard(browser, server, scans, tmp_path, scheme):
+    page = browser.new_page(color_scheme=scheme)
+    page.goto(server.url)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "file"
+    page.set_input_files("#file", next(scans.rglob("2/*.png")))
+    page.wait_for_selector("#result:visible")
+    reached = set()
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        reached.add(
+            page.evaluate(
+                "document.activeElement.id || document.activeElement.className || 'class'"
+            )
+        )
+    assert {"class", "png", "npz"} <= reached
+    for text in ("#status", ".muted", "#classes .name", "figcaption", "#png", "#drop label"):
+        assert contrast(page, text) >= 4.5, text
+    assert page.locator("img:not([alt])").count() == 0
+    (tmp_path / "bad.jpg").write_bytes(b"x")
+    page.set_input_files("#file", tmp_path / "bad.jpg")
+    page.wait_for_selector("#status.bad")
+    assert contrast(page, "#status") >= 4.5
+    page.close()
