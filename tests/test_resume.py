@@ -1,15 +1,21 @@
 """A run that is stopped, whenever and however, ends with the bits of one that was not."""
 
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.helpers import ENVIRONMENT, run, same_results, settings, start, stopped_by
+import regard
+from regard.cli import run_command
+from regard.recipes import Recipe
+from regard.training import Stopped
+from tests.helpers import ENVIRONMENT, rows_of, run, same_results, settings, start, stopped_by
 
 VARIANTS = {
     "held": [],
@@ -112,4 +118,93 @@ def test_a_signal_saves_and_says_how_to_go_on(whole, scans, tmp_path, number):
     assert "its state is saved: go on with the same command and --resume" in line
     assert "holds a run that has not ended: add --resume" in run(*settings(scans, out), code=2)
     assert "resumed after step" in run(*settings(scans, out), "--resume")
+    assert same_results(whole, out)
+
+
+@pytest.fixture
+def dropping(scans, tmp_path, monkeypatch):
+    """A run of timm's ResNet with dropout and stochastic depth, 2.3 epochs of 7.2 steps."""
+    monkeypatch.setattr("regard.training.terminal.PLAIN_EVERY", 0.0)  # a line a step
+    recipe = Recipe(
+        model="resnet10t", model_args={"drop_rate": 0.4, "drop_path_rate": 0.3}, size=32,
+        batch_size=10, epochs=2.3, ema=0.8, clip=1.0, lr=0.02, random_crop="resized", colour=0.2,
+        val=0.2, test=0.2, judge=0, flip=0, erase=0.3,
+    )  # fmt: skip
+
+    def go(name: str, at_step=lambda step: None, **options) -> Path:
+        def echo(line: str) -> None:
+            if told := re.search(r"step (\d+) of 17 ", line):
+                at_step(int(told[1]))
+
+        out = tmp_path / name
+        return regard.train(str(scans), recipe=recipe, out=out, echo=echo, **options)
+
+    return go
+
+
+def interrupt(step: int, times: int = 1):
+    def at_step(here: int) -> None:
+        if here == step:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+
+    return at_step
+
+
+def test_dropout_and_parts_of_epochs_go_on_as_they_were(dropping):
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    whole = dropping("whole")
+    assert [float(r["step"]) for r in rows_of(whole / "metrics.csv")] == [8, 15, 17]
+    for step in (5, 8, 11):  # in an epoch, at its end, in the next
+        with pytest.raises(Stopped, match=f"stopped after step {step}"):
+            dropping("stopped", interrupt(step), resume=step > 5)
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert same_results(whole, dropping("stopped", resume=True))
+
+
+def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(dropping, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        dropping("ended", interrupt(11, times=2))
+    assert [p.name for p in (tmp_path / "ended/state").iterdir()] == ["step-000000008.pt"]
+    assert same_results(dropping("whole"), dropping("ended", resume=True))
+
+
+def test_in_a_thread_signals_are_left_alone(dropping):
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    seen, paths = [], []
+
+    def look(_: int) -> None:
+        seen.append((signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=lambda: paths.append(dropping("run", look)))
+    thread.start()
+    thread.join()
+    assert paths[0].name == "run"
+    assert (paths[0] / "report.html").is_file()
+    assert set(seen) == {handlers}
+
+
+def test_what_a_run_was_started_with_is_not_changed(scans, tmp_path, whole, capsys):
+    out = tmp_path / "run"
+    stopped_by(signal.SIGTERM, scans, out)
+    kept = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for flags, named in (
+        (["--ema", "0.9"], "--ema 0.9: .* was started with 0.0; leave it out"),
+        (["--weights", whole], "--weights .* was started with None"),
+        (["--pretrained"], "--pretrained True: .* was started with False"),
+        (["--recipe", "cbam-cifar"], "--lr 0.1: .* was started with 0.05"),
+        (["--model", "sononet8"], "--model sononet8: .* was started with ag_sononet8"),
+    ):
+        asked = [*settings(scans, out), "--resume", *flags]
+        if "--model" in flags:  # given twice is an error of its own
+            del asked[asked.index("--model") : asked.index("--model") + 2]
+        assert run_command(list(map(str, asked))) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert re.search(named, said), said
+    other = [str(a) for a in (*settings(scans, out), "--resume")]
+    other[1] = "digits"
+    assert run_command(other) == 2
+    assert "DATA digits: " in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == kept
+    run(*settings(scans, out), "--resume", "--save-minutes", "9", "--workers", "1")
     assert same_results(whole, out)

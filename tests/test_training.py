@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import timm
 import torch
 
 import regard
+from regard.training import NotFiniteError
 from tests.helpers import (
     ENVIRONMENT,
     QUICK,
@@ -129,8 +132,6 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_files(scans, tmp_path):
 
 
 def test_one_unreadable_image_is_left_out_and_listed(scans, tmp_path):
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(scans, data)
     (data / "1/07.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"broken")
@@ -179,7 +180,9 @@ def test_a_full_disk_is_told_at_once_and_later_leaves_the_last_state(scans, smal
         filler.write_bytes(bytes(80_000_000))
     _, err = process.communicate(timeout=100)
     assert process.returncode == 1
-    assert "the state can't be saved" in err
+    (line,) = [text for text in err.splitlines() if text.startswith("regard: ")]
+    assert str(out) in line  # a state, best.safetensors or metrics.csv, whichever came first
+    assert "can't be written (" in line
     filler.unlink()
     assert "resumed after step" in run(*settings(scans, out), "--resume")
     assert same_results(whole, out)
@@ -218,3 +221,106 @@ def test_two_processes_count_as_one_does(whole, scans, tmp_path):
     assert np.sum(by_two["confusion"]) == 24
     with np.load(out / "predictions.npz") as said_of:
         assert len(set(said_of["paths"].tolist())) == 24
+
+
+# --------------------------------------------------------------- of the library, in process
+def trained(scans: Path, out: Path, **changes) -> Path:
+    values = {"model": "ag_sononet8", "size": 16, "flip": 0, "val": 0.2, "test": 0.2, "judge": 0}
+    return regard.train(str(scans), out=out, echo=lambda _: None, **(values | changes))
+
+
+def test_weights_that_the_last_step_of_an_epoch_broke_are_not_kept(scans, tmp_path):
+    """The loss was finite before the update; what is tested and saved after it must be too."""
+    broken = {"lr": 1e30, "schedule": "constant", "batch_size": 72, "save_minutes": 0}
+    for out, steps in ((tmp_path / "goes-on", 5), (tmp_path / "ends", 1)):
+        with pytest.raises(NotFiniteError, match=r"of step 0 is not finite \(learning rate 1e\+30"):
+            trained(scans, out, steps=steps, **broken)
+        assert not list(out.glob("state/*.pt"))
+        assert not (out / "model.safetensors").exists()
+
+
+def test_a_run_that_could_not_start_leaves_its_folder_free(scans, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(scans, data)
+    for name in ("2/09.png", "1/07.png"):
+        (data / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"2 of 120 images can't be read \(1.7%\), more than"):
+        trained(data, out, steps=2)
+    trained(data, out, steps=2, max_unreadable=0.1)
+    assert {r["path"] for r in rows_of(out / "unreadable.csv")} == {
+        str(data / "2/09.png"), str(data / "1/07.png"),
+    }  # fmt: skip
+
+
+def test_images_lost_on_the_way_are_left_out_and_listed(scans, tmp_path, monkeypatch):
+    monkeypatch.setattr("regard.training.images.LOOKED_AT", 2)  # of a split, its first and last
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(scans, data)
+    splits: dict[str, list[Path]] = {}
+    for row in rows_of(trained(scans, tmp_path / "first", steps=1) / "splits.csv"):
+        splits.setdefault(row["split"], []).append(data / row["path"])
+    lost = sorted(str(paths[len(paths) // 2]) for paths in splits.values())
+    assert len(lost) == 3
+    for path in lost:
+        Path(path).write_bytes(b"\x89PNG\r\n\x1a\n")
+    trained(data, out, epochs=2, batch_size=16, memory="no", workers=0)
+    listed = rows_of(out / "unreadable.csv")
+    assert sorted(r["path"] for r in listed) == lost
+    assert all(r["reason"] for r in listed)
+    assert json.loads((out / "run.json").read_text())["facts"]["unreadable"] == 3
+    assert json.loads((out / "evaluation.json").read_text())["n"] == 23
+
+
+def test_a_patient_is_never_on_two_sides(scans, tmp_path):
+    lines = ["path,label,group"]
+    for k, path in enumerate(sorted(scans.rglob("*.png"))):
+        lines.append(f"{path},{path.parent.name},patient {k // 4}")
+    manifest = tmp_path / "images.csv"
+    manifest.write_text("\n".join(lines) + "\n")
+    out = trained(manifest, tmp_path / "run", steps=2)
+    rows = rows_of(out / "splits.csv")
+    sides: dict[str, set[str]] = {}
+    for row in rows:
+        sides.setdefault(row["group"], set()).add(row["split"])
+    assert len(sides) == 30
+    assert all(len(where) == 1 for where in sides.values())
+    assert {row["split"] for row in rows} == {"train", "val", "test"}
+
+
+def test_evaluate_takes_other_data_with_some_of_the_classes(whole, scans, tmp_path):
+    for name in ("2", "1"):
+        shutil.copytree(scans / name, tmp_path / "some" / name)
+    some = json.loads(run("evaluate", whole, tmp_path / "some", "--json"))
+    every = json.loads(run("evaluate", whole, scans, "--split", "all", "--json"))
+    assert some["n"] == 80
+    assert some["confusion"] == [[0, 0, 0], *every["confusion"][1:]]
+    (tmp_path / "some/2").rename(tmp_path / "some/two")
+    said = run("evaluate", whole, tmp_path / "some", code=2)
+    assert "classes that the network does not know: two; it knows 0, 1, 2" in said
+
+
+PEAK = """
+import resource, sys
+from regard.cli import run_command
+code = run_command(sys.argv[1:])
+print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+
+
+def test_predicting_ten_times_as_many_images_takes_no_more_memory(whole, scans, tmp_path):
+    peaks = []
+    for count in (300, 3000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for k in range(count):
+            os.link(scans / f"{k % 3}/{k % 40:02d}.png", folder / f"{k}.png")
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, "predict", str(whole), str(folder), "--csv",
+             str(tmp_path / f"{count}.csv")],
+            capture_output=True, text=True, env=ENVIRONMENT, timeout=200,
+        )  # fmt: skip
+        code, peak = map(int, done.stderr.split())
+        assert code == 0
+        assert len(rows_of(tmp_path / f"{count}.csv")) == count
+        peaks.append(peak / 1024)
+    assert peaks[1] - peaks[0] < 30  # MB; the images alone are 2.3 MB as bytes, 9 as floats

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,12 +13,14 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from regard.data.sources import ImageTable
+from regard.data.splits import write_splits
 from regard.evaluation import Evaluation, Predictions
 from regard.recipes import Recipe, parse_recipe
 from regard.training.state import write_whole
 
 RUNS = Path("runs")
-NOBODYS = (".probe", ".regard-demo")  # files that make a folder nobody's run
+NOBODYS = (".probe", ".regard-demo", ".run.json.writing")  # files that make a folder nobody's run
 
 
 def choose_out(out: str | Path | None, data: str, model: str | None, resume: bool) -> Path:
@@ -53,21 +56,16 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a run has been started there."""
-        return (self.path / "run.json").is_file()
+        """Whether a run has been started there, with all that it needs to go on."""
+        return (self.path / "run.json").is_file() and self._run()["status"] != "starting"
 
     @property
     def finished(self) -> bool:
         """Whether that run has ended, with its network written."""
         return self.exists and self._run()["status"] == "finished"
 
-    @property
-    def measured(self) -> bool:
-        """Whether mean and deviation have been measured and are kept."""
-        return self.exists and bool(self._run()["measured"])
-
     def refuse_others(self) -> None:
-        """Refuses a folder that holds anything.
+        """Refuses a folder that holds anything, but for a run that ended before it started.
 
         Raises:
             ValueError: it does; the message says what to do.
@@ -78,7 +76,9 @@ class RunFolder:
             raise ValueError(f"{self.path} holds {kind}: {hint}give --out another folder")
         if self.path.is_file():
             raise ValueError(f"{self.path} is a file: give --out a folder")
-        if self.path.is_dir() and any(p.name not in NOBODYS for p in self.path.iterdir()):
+        if (self.path / "run.json").is_file() or not self.path.is_dir():
+            return
+        if any(p.name not in NOBODYS for p in self.path.iterdir()):
             raise ValueError(f"{self.path} holds something else: give --out a new folder")
 
     def _run(self) -> dict[str, Any]:
@@ -101,27 +101,36 @@ class RunFolder:
         return parse_recipe(path.read_text(encoding="utf-8"), str(path))
 
     # --------------------------------------------------------------------------- writing
+    def _write_run(self, run: dict[str, Any]) -> None:
+        self.write_text("run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+
     def write_text(self, name: str, text: str) -> None:
         """A file of the folder."""
         write_whole(self.path / name, lambda beside: beside.write_text(text, encoding="utf-8"))
 
-    def start(self, plan: dict[str, Any], recipe_text: str, measured: bool = False) -> None:
-        """Writes what the run is; of a run that is resumed nothing is changed."""
-        if self.exists and not (measured and not self.measured):
+    def claim(self) -> None:
+        """Marks the folder as a run's; until `start` another run may take its place."""
+        if not self.exists:
+            self._write_run({"status": "starting"})
+
+    def start(self, plan: dict[str, Any], recipe_text: str, table: ImageTable) -> None:
+        """Writes what the run is, run.json last; of a run that is resumed nothing is changed."""
+        if self.exists:
             return
         plan = {k: v for k, v in plan.items() if k != "recipe"}
-        run = {
-            "status": "running", "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "measured": measured, "plan": plan, "facts": {},
-        }  # fmt: skip
         self.write_text("recipe.toml", recipe_text)
-        self.write_text("run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+        write_splits(table, self.path / "splits.csv")
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._write_run({"status": "running", "started": started, "plan": plan, "facts": {}})
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Says that the run has ended, and what was measured."""
-        run = {**self._run(), "status": "finished", "facts": facts}
-        self.write_text("run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+        self._write_run({**self._run(), "status": "finished", "facts": facts})
         (self.path / "best.safetensors").unlink(missing_ok=True)
+        for left in self.path.glob(".writing-*"):  # of a process that was killed: a whole network
+            shutil.rmtree(left, ignore_errors=True)
+        for left in self.path.glob(".*.writing"):
+            left.unlink(missing_ok=True)
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
         """metrics.csv: a row for each evaluation."""

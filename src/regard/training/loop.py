@@ -29,10 +29,10 @@ CHECK_EVERY = 20  # steps between looks at the loss, on a device where looking m
 
 
 class NotFiniteError(ArithmeticError):
-    """The loss is not finite; `step` is the step, `rows` the images of the batch."""
+    """Loss or weights are not finite; `step` is the step, `rows` the images of the batch."""
 
-    def __init__(self, step: int, rate: float, rows: list[int]) -> None:
-        super().__init__(f"the loss of step {step} is not finite (learning rate {rate:.3g})")
+    def __init__(self, step: int, rate: float, rows: list[int], what: str = "the loss") -> None:
+        super().__init__(f"{what} of step {step} is not finite (learning rate {rate:.3g})")
         self.step, self.rate, self.rows = step, rate, rows
 
 
@@ -167,8 +167,8 @@ class Trainer:
                 self._count(outputs.detach(), labels, batch_loss.detach())
             looked = device.type == "cpu" or (self.step + 1) % CHECK_EVERY == 0
             bad = torch.where((bad < 0) & ~loss.isfinite(), self.step, bad)
-            if (looked or self.step + 1 == self.total) and int(bad) >= 0:
-                raise NotFiniteError(int(bad), rate, self._rows(int(bad)))
+            if (looked or self.step + 1 == self.total) and (first := self._agreed(bad)) >= 0:
+                raise NotFiniteError(first, rate, self._rows(first))
             if self.recipe.clip:
                 self.accelerator.clip_grad_norm_(self._forward.parameters(), self.recipe.clip)
             self.optimizer.step()
@@ -179,7 +179,36 @@ class Trainer:
             self.seconds += time.perf_counter() - started
             after_step(self, float(loss) if looked else math.nan)
 
+    def check_finite(self) -> None:
+        """Refuses weights that the last step broke, before they are tested or saved.
+
+        Raises:
+            NotFiniteError: some are infinite or NaN, of the network or of its average.
+        """
+        tensors = [*self.model.state_dict().values(), *self.weights.state_dict().values()]
+        finite = torch.stack([t.isfinite().all() for t in tensors if t.is_floating_point()])
+        if not bool(finite.all()):
+            raise self.not_finite("a weight")
+
+    def not_finite(self, what: str) -> NotFiniteError:
+        """The error of the step that was done last."""
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        return NotFiniteError(self.step - 1, rate, self._rows(self.step - 1), what)
+
+    def share_buffers(self) -> None:
+        """Gives all processes the first one's running means of BN; each counts its own."""
+        if self.accelerator.num_processes == 1:
+            return
+        for buffer in [*self.model.buffers(), *self.weights.buffers()]:
+            torch.distributed.broadcast(buffer, 0)
+
     # ------------------------------------------------------------------------ its parts
+    def _agreed(self, bad: Tensor) -> int:
+        """The step whose loss was not finite in any process, or -1: all end together."""
+        if self.accelerator.num_processes == 1:
+            return int(bad)
+        return int(self.accelerator.gather(bad.view(1)).max())
+
     def _prepare(self) -> None:
         self.model.train()
         if self.accelerator.num_processes > 1:

@@ -28,7 +28,7 @@ import regard
 from regard.data.loading import Held, Order, Reader, Streamed, default_workers
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, open_data
-from regard.data.splits import assign_splits, read_splits, write_splits
+from regard.data.splits import assign_splits, read_splits
 from regard.evaluation import Evaluation, Predictions, evaluate
 from regard.models.folder import save_model
 from regard.prediction import Classifier, probabilities_of
@@ -50,6 +50,7 @@ from regard.training.state import States, check_space
 from regard.training.terminal import Display
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ASK_EVERY = 10  # steps between the processes' asking each other whether to stop or to save
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ def train(
     folder = RunFolder(choose_out(out, data, model or asked.model, resume))
     if resume and folder.exists:
         given = {} if isinstance(recipe, str) and recipe == "quick" else _differing(asked, changes)
-        plan = _resumed(folder, data, model, {**given, **changes})
+        plan = _resumed(folder, data, model, {**given, **changes}, weights, pretrained)
         table = read_splits(open_data(data, root=plan.root), folder.path / "splits.csv")
         if folder.finished:
-            say(f"{folder.path} is finished: nothing is left to do")
+            _finished(folder, accelerator.is_main_process, say)
             return folder.path
     else:
         folder.refuse_others()
@@ -127,6 +128,17 @@ def train(
 
 def _quiet(_: str) -> None:
     return None
+
+
+def _finished(folder: RunFolder, main: bool, say: Callable[[str], None]) -> None:
+    """Of a run that is finished: does what is left where it was ended in its last moment."""
+    from regard.report.of_run import report_run
+
+    if main:
+        States(folder.path / "state").clear()
+        if not (folder.path / "report.html").is_file():
+            say(f"the report: {report_run(folder.path)}")
+    say(f"{folder.path} is finished: nothing is left to do")
 
 
 def _differing(asked: Recipe, changes: dict[str, Any]) -> dict[str, Any]:
@@ -157,14 +169,26 @@ def _planned(
     ), table
 
 
-def _resumed(folder: RunFolder, data: str, model: str | None, given: dict[str, Any]) -> Plan:
+def _resumed(
+    folder: RunFolder,
+    data: str,
+    model: str | None,
+    given: dict[str, Any],
+    weights: str | Path | None,
+    pretrained: bool,
+) -> Plan:
     """The plan that the folder keeps.
 
     Raises:
         ValueError: what is asked for now is not what the run was started with.
     """
     kept, recipe = folder.read_plan(), folder.read_recipe()
-    now = {"DATA": (kept["data"], data), "--model": (kept["model"], model or kept["model"])}
+    now: dict[str, tuple[Any, Any]] = {
+        "DATA": (kept["data"], data),
+        "--model": (kept["model"], model or kept["model"]),
+        "--weights": (kept["weights"], kept["weights"] if weights is None else str(weights)),
+        "--pretrained": (kept["pretrained"], kept["pretrained"] or pretrained),
+    }
     now |= {
         f"--{name.replace('_', '-')}": (getattr(recipe, name), value)
         for name, value in given.items()
@@ -204,6 +228,7 @@ class Run:
         self.signal = 0
         self.saved_at = time.perf_counter()
         self.best: dict[str, float] = {}
+        self.resumed = folder.exists
 
     def go(self) -> None:
         """Prepares, trains, tests and writes; see `train`."""
@@ -211,23 +236,28 @@ class Run:
         torch.manual_seed(recipe.seed)
         model = self._model()
         size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        self.accelerator.wait_for_everyone()  # all have seen the folder as it was
         if self.main:
             check_space(self.folder.path, 10 * size + 50_000_000)
-            self.folder.start(dataclasses.asdict(plan), recipe_toml(recipe, _header(plan)))
-            write_splits(self.table, self.folder.path / "splits.csv")
+            self.folder.claim()
         self.parts = self._load_parts()
         self.plan = plan = self._measured(plan)
+        if self.main:
+            text = recipe_toml(recipe, _header(plan))
+            self.folder.start(dataclasses.asdict(plan), text, self.table)
         self.trainer = self._trainer(model)
         self.states = States(self.folder.path / "state")
         self._resume()
         self._announce()
-        with self._stopping(), Display(self.trainer, self.folder, self.main, self.say) as display:
-            self.display = display
-            try:
+        try:
+            with (
+                self._stopping(),
+                Display(self.trainer, self.folder, self.main, self.say) as self.display,
+            ):
                 self.trainer.fit(after_step=self._after_step)
-            except NotFiniteError as error:
-                raise self._explained(error) from error
-        self._finish()
+            self._finish()
+        except NotFiniteError as error:
+            raise self._explained(error) from error
 
     # -------------------------------------------------------------------- preparation
     def _model(self) -> nn.Module:
@@ -265,15 +295,10 @@ class Run:
 
     def _measured(self, plan: Plan) -> Plan:
         """With the training images' mean and deviation, where the recipe standardises by them."""
-        if plan.recipe.standardise != "data" or self.folder.measured:
+        if plan.recipe.standardise != "data" or self.resumed:
             return plan
         preprocess = measured(self.parts["train"], plan.preprocess)
-        plan = dataclasses.replace(plan, preprocess=preprocess)
-        if self.main:
-            self.folder.start(
-                dataclasses.asdict(plan), recipe_toml(plan.recipe, _header(plan)), True
-            )
-        return plan
+        return dataclasses.replace(plan, preprocess=preprocess)
 
     def _source(self, split: str) -> Held | Streamed:
         part, recipe = self.parts[split], self.plan.recipe
@@ -312,6 +337,8 @@ class Run:
         if state is not None:
             self.best = state.pop("best")
             self.trainer.load_state_dict(state)
+            if not self.main:  # the first process has what all of them counted
+                self.trainer.tally, self.trainer.unreadable = torch.zeros(3).double(), []
             self.say(f"resumed after step {self.trainer.step:,} of {self.trainer.total:,}")
 
     def _announce(self) -> None:
@@ -337,15 +364,16 @@ class Run:
         ends = trainer.epoch_ends(trainer.step)
         if ends:
             self._end_epoch()
-        stop = self._stop_asked()
-        due = time.perf_counter() - self.saved_at > 60 * self.plan.recipe.save_minutes
-        if ends or stop or (due and self.accelerator.num_processes == 1):
+        stop, due = self._asked()
+        if ends or stop or due:
             self._save()
         if stop and trainer.step < trainer.total:
+            self.accelerator.wait_for_everyone()  # one that ends early may end the others
             raise Stopped(trainer.step, stop)
 
     def _end_epoch(self) -> None:
         t = self.trainer
+        t.check_finite()
         loss, correct, seen = self._summed(t.tally).tolist()
         t.tally = torch.zeros_like(t.tally)
         row = {
@@ -382,33 +410,47 @@ class Run:
     def predict(self, split: str) -> Predictions:
         """What the network says of a split now, gathered from all processes, no image twice."""
         part = self.parts[split]
+        self.trainer.share_buffers()
         classifier = Classifier(self.trainer.weights, self.plan.classes, self.plan.preprocess)
         rows, found, unreadable = probabilities_of(
             classifier, self._source(split), len(part.table), batch=max(32, self.trainer.batch),
             rank=self.accelerator.process_index, world=self.accelerator.num_processes,
         )  # fmt: skip
-        part.lost = unreadable
         if self.accelerator.num_processes > 1:
-            gathered = gather_object([(rows, found)])
-            rows = np.concatenate([r for r, _ in gathered])
-            found = np.concatenate([f for _, f in gathered])
+            gathered = gather_object([(rows, found, unreadable)])
+            rows = np.concatenate([r for r, _, _ in gathered])
+            found = np.concatenate([f for _, f, _ in gathered])
+            unreadable = [u for _, _, us in gathered for u in us]
+        part.lost = unreadable
+        self._list_unreadable(part, unreadable)
         if len(rows) == 0:
             raise OSError(f"no {split} image can be read: {unreadable[0][1]}")
         order = np.argsort(rows)
         rows, found = rows[order], found[order]
+        if not np.isfinite(found).all():
+            raise self.trainer.not_finite("what the network answers after the update")
         table = part.table.select(rows)
         paths = [table.path(i) for i in range(len(table))]
         return Predictions(found, table.labels, table.classes, table.groups, paths)
 
     def _save(self) -> None:
+        t = self.trainer
+        t.check_finite()
+        t.share_buffers()
+        if self.accelerator.num_processes > 1:  # what each process counted becomes the first's
+            t.tally, t.unreadable = self._summed(t.tally), gather_object(t.unreadable)
+            if not self.main:
+                t.tally, t.unreadable = torch.zeros_like(t.tally), []
         if self.main:
-            state = {**self.trainer.state_dict(), "best": self.best}
-            self.states.save(self.trainer.step, state)
-            if self.trainer.unreadable:
-                reader = self.parts["train"].reader
-                found = dict.fromkeys(self.trainer.unreadable)
-                self.folder.write_unreadable([(reader.table.path(r), why) for r, why in found])
+            t.unreadable = list(dict.fromkeys(t.unreadable))  # a state holds each once
+            self.states.save(t.step, {**t.state_dict(), "best": self.best})
+            self._list_unreadable(self.parts["train"], t.unreadable)
         self.saved_at = time.perf_counter()
+
+    def _list_unreadable(self, part: Part, found: list[tuple[int, str]]) -> None:
+        """Adds images that were found unreadable on the way to unreadable.csv."""
+        if found and self.main:
+            self.folder.write_unreadable([(part.table.path(row), why) for row, why in found])
 
     def _explained(self, error: NotFiniteError) -> NotFiniteError:
         table = self.parts["train"].table
@@ -441,14 +483,16 @@ class Run:
             for s, handler in before.items():
                 signal.signal(s, handler)
 
-    def _stop_asked(self) -> int:
-        """The signal to stop for; all processes agree, and ask each other every few steps."""
+    def _asked(self) -> tuple[int, bool]:
+        """The signal to stop for, and whether a state is due; all processes agree on both."""
+        due = time.perf_counter() - self.saved_at > 60 * self.plan.recipe.save_minutes
         if self.accelerator.num_processes == 1:
-            return self.signal
-        if self.trainer.step % 10:
-            return 0
-        flag = torch.tensor([self.signal], device=self.accelerator.device)
-        return int(self.accelerator.gather(flag).max())
+            return self.signal, due
+        if self.trainer.step % ASK_EVERY:
+            return 0, False
+        asked = torch.tensor([[self.signal, due]], device=self.accelerator.device)
+        number, saving = self.accelerator.gather(asked).amax(dim=0).tolist()
+        return number, bool(saving)
 
     # --------------------------------------------------------------------------- end
     def _finish(self) -> None:
@@ -496,7 +540,7 @@ class Run:
             "device": str(self.accelerator.device),
             "processes": self.accelerator.num_processes,
             "unreadable": len(set(t.unreadable))
-            + sum(len(p.unreadable) for p in self.parts.values()),
+            + sum(len(p.unreadable) + len(p.lost) for p in self.parts.values()),
             "versions": {
                 "regard": regard.__version__, "torch": torch.__version__,
                 "Python": platform.python_version(),

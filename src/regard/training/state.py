@@ -4,17 +4,21 @@ A state is written beside, flushed to the disk, and renamed; the one before it i
 then. Whatever is killed at whatever moment, the newest complete state is found and read.
 """
 
+import contextlib
 import os
 import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 _NAME = re.compile(r"step-(\d{9})\.pt")
+_BROKEN = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
 KEPT = 2  # the newest, and the one before it in case the disk harms the newest
 
 
@@ -46,10 +50,10 @@ class States:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda beside: torch.save(content, beside))
-        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
-            reason = " ".join(str(error).split())[:200]
-            raise StateError(f"{path}: the state can't be saved ({reason})") from error
-        for _, old in list(self._newest_first())[KEPT:]:
+        except OSError as error:
+            raise StateError(f"the state can't be saved: {error}") from error
+        left = [old for _, old in list(self._newest_first())[KEPT:]]
+        for old in [*left, *self.folder.glob(".step-*.writing")]:  # of a process that was killed
             old.unlink(missing_ok=True)
 
     def load(self) -> tuple[dict[str, Any] | None, list[str]]:
@@ -61,8 +65,8 @@ class States:
         broken: list[str] = []
         for _, path in self._newest_first():
             try:
-                return torch.load(path, map_location="cpu", weights_only=True), broken
-            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+                return _read(path), broken
+            except _BROKEN as error:
                 reason = " ".join(str(error).split())[:120]
                 broken.append(f"{path} can't be read ({reason})")
         if broken:
@@ -74,16 +78,31 @@ class States:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+        if (harmed := file.testzip()) is not None:
+            raise ValueError(f"{harmed} in it is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def write_whole(path: Path, write: Any) -> None:
-    """Has `write` write a file beside `path`, flushes it to the disk, and renames it."""
+    """Has `write` write a file beside `path`, flushes it to the disk, and renames it.
+
+    Raises:
+        StateError: it can't be written; what was there before is as it was.
+    """
     beside = path.with_name(f".{path.name}.writing")
     try:
         write(beside)
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's zip writer: RuntimeError
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise StateError(f"{path} can't be written ({reason})") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
     if os.name == "posix":  # the rename too must be on the disk
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -101,8 +120,10 @@ def check_space(folder: Path, needed: int) -> None:
     probe = folder / ".probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"regard")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"regard")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise StateError(f"{folder} can't be written ({error.strerror})") from error
     free = shutil.disk_usage(folder).free

@@ -2,6 +2,7 @@
 TensorBoard's events.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -35,7 +36,8 @@ class Display:
         from torch.utils.tensorboard import SummaryWriter
 
         self.events = SummaryWriter(
-            str(self.folder.path / "tensorboard"), purge_step=self.first or None
+            str(self.folder.path / "tensorboard"),
+            purge_step=self.first + 1 if self.first else None,  # what a resumed run tells again
         )
         console = Console(stderr=True)
         if console.is_terminal:
@@ -58,7 +60,8 @@ class Display:
         if self.bar is not None:
             self.bar.stop()
         if self.events is not None:
-            self.events.close()
+            with contextlib.suppress(OSError):  # a full disk: nothing that matters is lost
+                self.events.close()
 
     def _rates(self) -> tuple[float, float, float]:
         """Images a second, share of waiting, seconds left."""

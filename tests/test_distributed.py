@@ -1,0 +1,138 @@
+"""Two real processes: they train as one, test as one, and stop and go on together."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from regard.data import assign_splits, open_data
+from regard.data.loading import Order
+from regard.evaluation.of_run import predictions_of
+from regard.training.choices import image_weights
+from regard.training.folder import RunFolder
+from tests.helpers import ENVIRONMENT, QUICK, same_results
+
+# Each process is the command line, and tells in the folder TOLD what it had at the end. The
+# second one is slow where the first could have written the run's folder meanwhile, and is sent
+# a signal by itself where SIGNAL names a step.
+DRIVER = """
+import hashlib, json, os, signal, sys, time
+import regard.training.run as r
+from regard.cli import main
+
+rank, told = os.environ["RANK"], os.environ["TOLD"]
+choose_out, measured, fit, finish = r.choose_out, r.measured, r.Trainer.fit, r.Run._finish
+def slow(function):
+    def slowly(*arguments):
+        time.sleep(1.0 if rank == "1" else 0.0)
+        return function(*arguments)
+    return slowly
+r.choose_out, r.measured = slow(choose_out), slow(measured)
+def signalled(self, *, after_step):
+    def after(trainer, loss):
+        if rank == "1" and str(trainer.step) == os.environ.get("SIGNAL"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        after_step(trainer, loss)
+    fit(self, after_step=after)
+r.Trainer.fit = signalled
+def telling(self):
+    t = self.trainer
+    parameters = b"".join(p.detach().numpy().tobytes() for p in t.model.parameters())
+    places = [t.source.order.at(*span).tolist() for span in t.spans(0)]
+    tell = {"weights": hashlib.sha256(parameters).hexdigest(), "places": places,
+            "mean": self.plan.preprocess.mean}
+    with open(f"{told}/{rank}.json", "w") as file:
+        json.dump(tell, file)
+    finish(self)
+r.Run._finish = telling
+main(sys.argv[1:])
+"""
+SETTINGS = [
+    "train", "digits", *QUICK, "--batch-size", "8", "--steps", "24", "--select", "last",
+    "--sampler", "balanced", "--ema", "0.5", "--lr", "0.05", "--eval-every", "0.2",
+]  # fmt: skip
+
+
+def in_two(folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """The command line in two processes; `folder` gets the driver and what they tell."""
+    folder.mkdir(exist_ok=True)
+    (folder / "driver.py").write_text(DRIVER)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+        str(folder / "driver.py"), *map(str, arguments),
+    ]  # fmt: skip
+    environment |= {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", "TOLD": str(folder)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    """A run of two processes that nobody disturbed; its folder is pair/run."""
+    folder = tmp_path_factory.mktemp("pair")
+    done = in_two(folder, *SETTINGS, "--out", folder / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cpu x 2" in done.stdout
+    return folder
+
+
+def told_by(pair: Path) -> list[dict]:
+    return [json.loads((pair / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_both_hold_the_same_weights_and_prepare_images_alike(pair):
+    first, second = told_by(pair)
+    assert first["weights"] == second["weights"]
+    assert first["mean"] == second["mean"] != [0.5]
+
+
+def test_the_balanced_order_is_dealt_out_each_place_once(pair):
+    first, second = told_by(pair)
+    dealt = [row for both in zip(first["places"], second["places"], strict=True) for row in both]
+    table = assign_splits(open_data("digits"), val=0.2, test=0.2, seed=0)
+    train = table.select(table.splits == "train")
+    recipe = RunFolder(pair / "run").read_recipe()
+    order = Order(len(train), 0, image_weights(train, recipe))
+    assert np.concatenate(dealt).tolist() == order.at(0, 24 * 16).tolist()
+
+
+def test_two_processes_test_as_one_does(pair):
+    """Every test image once, and with one set of weights and of BN's running means."""
+    run = pair / "run"
+    _, by_one = predictions_of(run)
+    with np.load(run / "predictions.npz") as by_two:
+        assert len(by_two["labels"]) == len(by_one) == 359  # in 12 batches, the last of 7
+        assert by_two["labels"].tolist() == by_one.labels.tolist()
+        assert np.abs(by_two["probabilities"] - by_one.probabilities).max() < 1e-5
+    confusion = json.loads((run / "evaluation.json").read_text())["confusion"]
+    counted = np.zeros((10, 10), int)
+    np.add.at(counted, (by_one.labels, by_one.probabilities.argmax(axis=1)), 1)
+    assert confusion == counted.tolist()
+
+
+def test_a_signal_to_one_stops_both_and_they_go_on_to_the_same_end(pair, tmp_path):
+    out = tmp_path / "run"
+    stopped = in_two(tmp_path, *SETTINGS, "--out", out, SIGNAL="13")
+    assert stopped.returncode != 0
+    assert "stopped after step 20; its state is saved" in stopped.stderr
+    kept = torch.load(out / "state/step-000000020.pt", weights_only=True)
+    assert kept["step"] == 20
+    resumed = in_two(tmp_path, *SETTINGS, "--out", out, "--resume")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "resumed after step 20 of 24" in resumed.stdout
+    assert same_results(pair / "run", out)
+
+
+def test_a_loss_that_is_not_finite_is_told_by_both(tmp_path):
+    done = in_two(
+        tmp_path, *SETTINGS[:-4], "--out", tmp_path / "run", "--schedule", "constant",
+        "--lr", "1e30", "--eval-every", "1",
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if "is not finite" in line]
+    assert done.returncode != 0
+    assert lines
+    assert all("the loss of step" in line for line in lines)
+    assert "Connection closed by peer" not in done.stderr
