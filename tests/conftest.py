@@ -7,11 +7,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.helpers import run, settings
+
+# The same cases each time, whatever the machine; none of them against a clock.
+hypothesis.settings.register_profile("regard", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("regard")
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,13 @@
 
 import csv
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from tests.nursery import Process
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -35,11 +35,11 @@ QUICK = [
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def start(*arguments: object, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "regard", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options,
-    )  # fmt: skip
+def start(
+    *arguments: object, env: dict[str, str] = ENVIRONMENT, cwd: Path | None = None
+) -> Process:
+    """`regard ARGUMENTS` in a process of its own."""
+    return Process([*map(str, arguments)], ENVIRONMENT, cwd)
 
 
 def run(*arguments: object, code: int = 0, **options) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 import regard
 from regard.cli import run_command
 from tests.golden import authors_networks, fill
+from tests.helpers import start
 
 COMMANDS = (
     "convert",
@@ -32,10 +33,9 @@ COMMANDS = (
 
 def run(*arguments: object, **options):
     """`regard ARGUMENTS` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "regard", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, **options,
-    )  # fmt: skip
+    process = start(*arguments, **options)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def refused(*arguments: object, code: int = 2, **options) -> str:

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import regard
-from tests.helpers import rows_of
+from tests.helpers import rows_of, run
 
 
 def demo(folder: Path, *arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "regard", "demo", "--out", str(folder), *arguments],
-        capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
+    return run("demo", "--out", folder, *arguments, code=code)
 
 
 @pytest.fixture(scope="module")

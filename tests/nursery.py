@@ -1,0 +1,201 @@
+"""Processes of `regard` that start at once: forked from one that has imported everything.
+
+Importing torch, timm and the rest takes seconds, and the tests start many processes. Here one
+process imports, and then forks a child for each command: a process of its own as any other,
+with its own streams, signals and exit code. tests/test_cli.py and tests/test_import.py start
+`regard` from nothing, so that what forking could hide is seen there.
+"""
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+
+PRELOADED = (
+    "torch", "torchvision", "timm", "accelerate", "sklearn.metrics", "sklearn.datasets",
+    "scipy.stats", "matplotlib.pyplot", "jinja2", "PIL.Image", "fastapi", "uvicorn",
+    "torch.utils.tensorboard", "torch.utils.data", "regard.training.run", "regard.prediction",
+    "regard.explain.of_run", "regard.report.of_run", "regard.evaluation.of_run", "regard.demo",
+    "regard.conversion", "regard.serve.app",
+)  # fmt: skip
+
+
+class Process:
+    """One command in a forked process; answers as `subprocess.Popen` with text pipes does."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], cwd: Path | None = None):
+        (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+        self._line = socket.socket(socket.AF_UNIX)
+        self._line.connect(str(_nursery()))
+        request = {
+            "arguments": arguments,
+            "environment": environment,
+            "cwd": str(cwd or os.getcwd()),
+        }
+        socket.send_fds(self._line, [json.dumps(request).encode() + b"\n"], [out_end, err_end])
+        os.close(out_end)
+        os.close(err_end)
+        self.args = ["regard", *arguments]
+        self.stdout, self.stderr = os.fdopen(out), os.fdopen(err)
+        self.returncode: int | None = None
+        self._told = b""
+        while b"\n" not in self._told:
+            self._told += self._line.recv(100)
+        pid, self._told = self._told.split(b"\n", 1)
+        self.pid = int(pid)
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.returncode is None:
+            self._line.settimeout(None if end is None else max(end - time.monotonic(), 1e-3))
+            try:
+                self._told += self._line.recv(100)
+            except TimeoutError:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
+            if self._told.endswith(b"\n"):
+                self.returncode = int(self._told)
+                self._line.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        texts = ["", ""]
+
+        def read(k: int, stream) -> None:
+            texts[k] = stream.read()
+
+        streams = enumerate((self.stdout, self.stderr))
+        threads = [threading.Thread(target=read, args=s, daemon=True) for s in streams]
+        for thread in threads:
+            thread.start()
+        self.wait(timeout)
+        for thread in threads:
+            thread.join(timeout)
+        self.stdout.close()
+        self.stderr.close()
+        return texts[0], texts[1]
+
+
+_address: Path | None = None
+_life = None  # the nursery ends when this pipe does, that is, with the process of the tests
+
+
+def _nursery() -> Path:
+    """The socket of this process's nursery, which is started on first use."""
+    global _address, _life
+    if _address is None:
+        address = Path(tempfile.mkdtemp(prefix="regard-")) / "nursery"
+        started = subprocess.Popen(
+            [sys.executable, "-m", "tests.nursery", str(address)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
+        )  # fmt: skip
+        assert started.stdout is not None
+        assert started.stdout.readline() == b"ready\n"
+        _address, _life = address, started
+    return _address
+
+
+def serve(address: str) -> dict:
+    """Forks a child for each request. Returns in the child only, with its request."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()  # what is imported is no rubbish; looking at it would copy its pages
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(100)
+    bell, rung = os.pipe()
+    os.set_blocking(bell, False)
+    os.set_blocking(rung, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(rung)
+    ready = selectors.DefaultSelector()
+    for source in (sys.stdin.buffer, listener, bell):
+        ready.register(source, selectors.EVENT_READ)
+    os.write(1, b"ready\n")
+    children: dict[int, socket.socket] = {}
+    while True:
+        sources = [key.fileobj for key, _ in ready.select()]
+        if sys.stdin.buffer in sources:
+            os._exit(0)  # nobody is there any more
+        if bell in sources:
+            os.read(bell, 1000)
+            while children:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    break
+                with children.pop(pid) as line, contextlib.suppress(OSError):
+                    line.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+        if listener in sources:
+            line, _ = listener.accept()
+            text, fds, _, _ = socket.recv_fds(line, 1 << 20, 2)
+            while not text.endswith(b"\n"):
+                text += line.recv(1 << 20)
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                ready.close()
+                for other in (line, listener, *children.values()):
+                    other.close()
+                for fd, place in zip(
+                    (os.open(os.devnull, os.O_RDONLY), *fds), range(3), strict=True
+                ):
+                    os.dup2(fd, place)
+                    os.close(fd)
+                os.close(bell)
+                os.close(rung)
+                return json.loads(text)
+            for fd in fds:
+                os.close(fd)
+            children[pid] = line
+            line.sendall(b"%d\n" % pid)
+
+
+if __name__ == "__main__":
+    wanted = serve(sys.argv[1])
+    os.environ.clear()
+    os.environ.update(wanted["environment"])
+    os.chdir(wanted["cwd"])
+    sys.argv = ["regard", *wanted["arguments"]]
+    from regard.cli import main
+
+    code: object = 1
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    # as the interpreter ends, without taking thousands of modules apart
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
