@@ -78,6 +78,10 @@ class Process:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def signal_group(self, number: int) -> None:
+        """To it and all that it started, as `timeout`, systemd and SLURM do."""
+        os.killpg(self.pid, number)
+
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
 
@@ -143,7 +147,9 @@ def serve(address: str) -> dict:
     while True:
         sources = [key.fileobj for key, _ in ready.select()]
         if sys.stdin.buffer in sources:
-            os._exit(0)  # nobody is there any more
+            for pid in children:  # nobody is there any more
+                os.killpg(pid, signal.SIGKILL)
+            os._exit(0)
         if bell in sources:
             os.read(bell, 1000)
             while children:
@@ -159,6 +165,7 @@ def serve(address: str) -> dict:
                 text += line.recv(1 << 20)
             pid = os.fork()
             if pid == 0:
+                os.setpgid(0, 0)  # a group of its own, as a shell's jobs have
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 ready.close()

@@ -85,6 +85,20 @@ def test_help_names_every_command():
     assert told.strip() == regard.__version__
 
 
+def test_a_reader_that_has_enough_is_no_fault():
+    """`regard recipes NAME | head -1`, with more written than a pipe holds."""
+    code = "from regard.cli import main, app\n"
+    code += "app.command(lambda: print('line\\n' * 100_000), name='much')\nmain(['much'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "line\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 141
+
+
 def test_the_table_of_networks():
     done = run("models", "cbam_resnet50")
     assert done.returncode == 0

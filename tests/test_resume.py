@@ -121,6 +121,20 @@ def test_a_signal_saves_and_says_how_to_go_on(whole, scans, tmp_path, number):
     assert same_results(whole, out)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_workers_too_saves_as_well(scans, tmp_path, number):
+    """As from `timeout`, systemd, SLURM or Ctrl-C, which signal the whole group."""
+    chosen = [*settings(scans, tmp_path / "run"), *VARIANTS["streamed"]]
+    process = start(*chosen, "--save-minutes", "0")
+    while process.poll() is None and newest(tmp_path / "run") == "":
+        time.sleep(0.002)
+    process.signal_group(number)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, err
+    (line,) = err.splitlines()
+    assert "its state is saved" in line
+
+
 @pytest.fixture
 def dropping(scans, tmp_path, monkeypatch):
     """A run of timm's ResNet with dropout and stochastic depth, 2.3 epochs of 7.2 steps."""

@@ -1,6 +1,7 @@
 """The command line: parsing, and one-line errors. What the commands do is elsewhere."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, make_dataclass
@@ -487,8 +488,23 @@ def _complain(line: str) -> None:
 
 
 def main(tokens: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: 0 done, 1 failed in part, 2 a wrong call."""
-    sys.exit(run_command(sys.argv[1:] if tokens is None else tokens))
+    """Runs the command line and exits.
+
+    With 0 where all is done, 1 where work failed or failed in part, 2 for a wrong call, and
+    128 + N where signal N ended it.
+    """
+    code = run_command(sys.argv[1:] if tokens is None else tokens)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _unread()
+    sys.exit(code)
+
+
+def _unread() -> int:
+    """As if SIGPIPE had ended it: whoever read the output, such as `head`, has enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + 13
 
 
 def run_command(tokens: Sequence[str]) -> int:
@@ -501,6 +517,8 @@ def run_command(tokens: Sequence[str]) -> int:
     except ValueError as error:
         _complain(" ".join(str(error).split()))
         return 2
+    except BrokenPipeError:
+        return _unread()
     except (OSError, ArithmeticError) as error:  # the work failed; NotFiniteError is one
         _complain(" ".join(str(error).split()))
         return 1

@@ -128,9 +128,23 @@ class _Places(Dataset[Batch]):
         return Batch(stacked, torch.from_numpy(rows)[kept], u[kept], unreadable)
 
 
+_ENDING = {signal.SIGINT, signal.SIGTERM}
+
+
 def _leave_signals_to_the_parent(_: int) -> None:
+    """For a worker: one signal to the whole group of processes is for the parent to act on.
+
+    Ctrl-C, `timeout`, systemd and SLURM all signal the group. The parent then needs its
+    workers for as long as it takes to end a step; afterwards it ends them itself, by a SIGTERM
+    where it must, which is why only the first is ignored.
+    """
+
+    def first(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, first)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
 
 
 def default_workers() -> int:
@@ -155,7 +169,13 @@ class Streamed:
             worker_init_fn=_leave_signals_to_the_parent if self.workers else None,
             prefetch_factor=4 if self.workers else None,
         )
-        return iter(loader)
+        if not self.workers:
+            return iter(loader)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # until a worker is ready
+        try:
+            return iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Held:
