@@ -244,6 +244,8 @@ def evaluate(
     split: str | None = None,
     weights: Path | None = None,
     root: Path | None = None,
+    engine: str = "eager",
+    precision: str = "auto",
     json: bool = False,
 ) -> int:
     """Test a network on labelled images, with 95 % intervals.
@@ -260,6 +262,12 @@ def evaluate(
         For a network's name: a run's folder or an authors' checkpoint.
     root
         Where cifar10 and cifar100 are kept.
+    engine
+        eager, compiled, onnxruntime or openvino; auto measures those that are installed, once
+        for this network and machine, and takes the fastest whose answers agree.
+    precision
+        Of the engine: fp32, bf16, or auto: bf16 where the machine computes in it, but never
+        with eager.
     json
         Print JSON.
     """
@@ -267,10 +275,17 @@ def evaluate(
     from regard.evaluation import print_evaluation
     from regard.evaluation.of_run import predictions_of
 
+    def prepare(classifier: Any, reader: Any) -> None:
+        count = len(reader.table)
+        rows = range(0, count, max(1, count // 64))
+        reads = [lambda i=i: reader.place(reader.decode(i), None) for i in rows]
+        _use_engine(classifier, engine, precision, reads, count)
+
     unreadable: list[str] = []
     named, predictions = predictions_of(
-        run, source, split=split, weights=weights, root=root, complain=unreadable.append
-    )
+        run, source, split=split, weights=weights, root=root, complain=unreadable.append,
+        prepare=prepare,
+    )  # fmt: skip
     found = measure(predictions)
     if json:
         from json import dumps
@@ -293,6 +308,8 @@ def predict(
     /,
     *,
     top: int = 5,
+    engine: str = "eager",
+    precision: str = "auto",
     json: bool = False,
     csv: Path | None = None,
 ) -> int:
@@ -306,6 +323,12 @@ def predict(
         Image files, and folders of them.
     top
         How many classes to name for each.
+    engine
+        eager, compiled, onnxruntime or openvino; auto measures those that are installed, once
+        for this network and machine, and takes the fastest whose answers agree.
+    precision
+        Of the engine: fp32, bf16, or auto: bf16 where the machine computes in it, but never
+        with eager.
     json
         Print one JSON object a line.
     csv
@@ -315,10 +338,15 @@ def predict(
         raise UsageError(f"--top {top}: at least 1")
     if json and csv is not None:
         raise UsageError("--json and --csv: give one of them")
-    from regard.prediction import print_predictions
+    from regard.prediction import images_below, load, print_predictions
 
+    classifier = load(run)
+    if engine != "eager" or precision != "auto":
+        paths = list(images_below(images))
+        reads = [lambda p=p: classifier.decode(p) for p in paths[:64]]
+        _use_engine(classifier, engine, precision, reads, len(paths))
     answered, failed = print_predictions(
-        run, images, top=top, as_json=json, csv=csv, complain=_complain
+        classifier, images, top=top, as_json=json, csv=csv, complain=_complain
     )
     if answered == failed == 0:
         raise UsageError(f"no image below {', '.join(map(str, images))}")
@@ -400,6 +428,8 @@ def serve(
     megapixels: float = 50.0,
     requests: int = 16,
     seconds: float = 60.0,
+    engine: str = "eager",
+    precision: str = "auto",
 ) -> int:
     """Serve a page to try a network on, and its API.
 
@@ -419,6 +449,12 @@ def serve(
         Requests in work at the same moment; the rest are told to come again.
     seconds
         For a request, before it is given up.
+    engine
+        eager, compiled, onnxruntime or openvino; auto measures those that are installed, once
+        for this network and machine, and takes the fastest whose answers agree.
+    precision
+        Of the engine: fp32, bf16, or auto: bf16 where the machine computes in it, but never
+        with eager.
     """
     try:
         from regard.serve.app import serve as listen
@@ -430,7 +466,9 @@ def serve(
     from regard.prediction import load
 
     limits = Limits(megabytes, megapixels, requests, seconds)
-    listen(load(run), host=host, port=port, limits=limits, echo=_say)
+    classifier = load(run)
+    _use_engine(classifier, engine, precision, [], None, sizes=(1, 4, 16))
+    listen(classifier, host=host, port=port, limits=limits, echo=_say)
     return 0
 
 
@@ -447,6 +485,25 @@ def report(run: Annotated[Path, Parameter(name="RUN")], /) -> int:
 
     print(report_run(run))
     return 0
+
+
+def _use_engine(
+    classifier: Any,
+    engine: str,
+    precision: str,
+    reads: Sequence[Callable[[], Any]],
+    count: int | None,
+    sizes: tuple[int, ...] = (32,),
+) -> None:
+    """Gives a classifier the engine that was asked for; the plain network is one already."""
+    if engine == "eager" and precision in ("auto", "fp32"):
+        return
+    from regard.engines import open_engine, probe_images
+
+    classifier.engine = open_engine(
+        classifier, engine, precision=precision, sizes=sizes, images=probe_images(reads),
+        count=count, echo=_complain,
+    )  # fmt: skip
 
 
 def _arguments(pairs: Sequence[str]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Classifier:
         class_names: in the order of its outputs.
         preprocess: from a decoded image to its input.
         config: the folder's config.json, under "regard" what timm does not know.
+        engine: what answers instead of the model itself, see `regard.engines`; None: nothing.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Classifier:
         self.class_names = list(class_names)
         self.preprocess = preprocess
         self.config = config or {}
+        self.engine: Callable[[Tensor], Tensor] | None = None
 
     def decode(self, image: ImageLike) -> Tensor:
         """One image as (C, H, W) of the input's size, in 0..255.
@@ -72,6 +74,8 @@ class Classifier:
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in 0..255 -> (B, classes), float32."""
+        if self.engine is not None:
+            return self.engine(images)
         device = next(self.model.parameters()).device
         x = self.preprocess.normalise(images.to(device))
         return self.model(x.contiguous(memory_format=torch.channels_last)).softmax(dim=1).cpu()
@@ -216,7 +220,7 @@ def images_below(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def print_predictions(
-    folder: Path,
+    classifier: Classifier,
     paths: Sequence[Path],
     *,
     top: int,
@@ -230,10 +234,8 @@ def print_predictions(
         How many images were answered, and how many could not be read.
 
     Raises:
-        ValueError: the folder holds no network.
         OSError: the CSV can't be written.
     """
-    classifier = load(folder)
     answered = failed = 0
     write, finish = _writer(csv, as_json, min(top, len(classifier.class_names)))
     done = False

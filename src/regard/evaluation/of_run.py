@@ -26,6 +26,7 @@ def predictions_of(
     weights: str | Path | None = None,
     root: str | Path | None = None,
     complain: Callable[[str], None] = print,
+    prepare: Callable[[Classifier, Reader], None] = lambda classifier, reader: None,
 ) -> tuple[str, Predictions]:
     """What a network says of labelled images, and the split they are of ("all": no splits).
 
@@ -36,6 +37,7 @@ def predictions_of(
         weights: for a network's name: a run's folder or an authors' checkpoint.
         root: where cifar10 and cifar100 are.
         complain: is told of each image that can't be read.
+        prepare: may give the network an engine; gets what reads the images.
 
     Raises:
         ValueError: no such network, data, split, or classes that the network does not know.
@@ -51,7 +53,9 @@ def predictions_of(
         classifier = _named(str(run), table, weights)
     named, table = _split(table, split)
     table = _as_known(table, classifier.class_names)
-    source = Streamed(Reader(table, classifier.preprocess), None, 0, default_workers())
+    reader = Reader(table, classifier.preprocess)
+    prepare(classifier, reader)
+    source = Streamed(reader, None, 0, default_workers())
     rows, found, unreadable = probabilities_of(classifier, source, len(table))
     for _, reason in unreadable:
         complain(reason)

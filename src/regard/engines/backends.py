@@ -1,0 +1,260 @@
+"""The engines: each answers (B, C, H, W) in 0..255 with probabilities (B, classes)."""
+
+import contextlib
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.data.preprocess import Preprocess
+from regard.engines.deployed import Deployed, fold_batch_norms
+
+Run = Callable[[Tensor], Tensor]  # (B, C, H, W) float32 of one fixed B -> (B, classes)
+
+
+class Engine:
+    """A network made ready for batches of fixed sizes; other sizes are filled up or cut.
+
+    Args:
+        model: in evaluation mode. Not changed.
+        preprocess: whose `input_size` is the only size that comes.
+        sizes: the batches to be ready for.
+        precision: "fp32" or "bf16".
+
+    Raises:
+        ValueError: a package that it needs is not installed, or the network can't be converted.
+    """
+
+    name = ""
+    needs: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+    fills_up = True  # a batch to one of `sizes`
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        preprocess: Preprocess,
+        sizes: tuple[int, ...] = (32,),
+        precision: str = "fp32",
+    ) -> None:
+        absent = [package for package in self.needs if find_spec(package) is None]
+        if absent:
+            raise ValueError(
+                f"engine {self.name} needs {' and '.join(absent)}: "
+                f"pip install 'regard[{self.name}]' brings it"
+            )
+        if precision not in self.precisions:
+            raise ValueError(f"engine {self.name} computes in {' or '.join(self.precisions)}")
+        self.precision = precision
+        self.sizes = tuple(sorted(set(sizes)))
+        self.device = next(model.parameters()).device
+        self._runs = self._build(model, preprocess)
+        for size in self.sizes:  # what is compiled or allocated at the first call is done here
+            self._runs(torch.zeros(size, *preprocess.input_size, device=self.device))
+
+    def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in 0..255, any B -> (B, classes), float32, on the CPU."""
+        most = self.sizes[-1]
+        parts = [self._one(images[k : k + most]) for k in range(0, len(images), most)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _one(self, images: Tensor) -> Tensor:
+        count = len(images)
+        size = next(s for s in self.sizes if s >= count)
+        x = images.to(self.device).float()
+        if (
+            self.fills_up and count < size
+        ):  # filled up with its first image: zeros could be slow (denormals)
+            x = torch.cat([x, x[:1].expand(size - count, -1, -1, -1)])
+        return self._runs(x)[:count].cpu()
+
+    def __repr__(self) -> str:
+        return f"{self.name}, {self.precision}"
+
+
+class Eager(Engine):
+    """PyTorch, operator by operator."""
+
+    name = "eager"
+    fills_up = False
+
+    def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
+        bf16 = self.precision == "bf16"
+        deployed = Deployed(fold_batch_norms(model).bfloat16() if bf16 else model, preprocess)
+
+        def run(x: Tensor) -> Tensor:
+            found = deployed(x.contiguous(memory_format=torch.channels_last))
+            assert isinstance(found, Tensor)
+            return found
+
+        return run
+
+
+class Compiled(Engine):
+    """torch.compile with frozen weights: BN folded, channels_last, operators fused."""
+
+    name = "compiled"
+
+    def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
+        folded = fold_batch_norms(model).to(memory_format=torch.channels_last)
+        if self.precision == "bf16":
+            folded = folded.bfloat16()
+        deployed = Deployed(folded, preprocess)
+        options: Any = {"freezing": True} if self.device.type == "cpu" else None
+        compiled = torch.compile(deployed, dynamic=False, options=options)
+
+        def run(x: Tensor) -> Tensor:
+            with torch.no_grad():  # freezing asks for it
+                return compiled(x.contiguous(memory_format=torch.channels_last))
+
+        return run
+
+
+class OnnxRuntime(Engine):
+    """ONNX Runtime on the CPU, through a file in memory."""
+
+    name = "onnxruntime"
+    needs = ("onnxruntime", "onnx", "onnxscript")
+    precisions = ("fp32",)
+
+    def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
+        import onnxruntime
+
+        program = onnx_program(Deployed(fold_batch_norms(model).cpu(), preprocess), preprocess)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        content = program.model_proto.SerializeToString()
+        session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+
+        def run(x: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(None, {"images": x.cpu().numpy()})[0])
+
+        return run
+
+
+class OpenVino(Engine):
+    """OpenVINO on the CPU; in bf16 by its own choice of layers."""
+
+    name = "openvino"
+    needs = ("openvino",)
+
+    def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
+        found = openvino_model(Deployed(fold_batch_norms(model).cpu(), preprocess), preprocess)
+        runs = {}
+        for size in self.sizes:  # a fixed shape is faster than one that may change
+            found.reshape([size, *preprocess.input_size])
+            runs[size] = compile_openvino(found, self.precision).create_infer_request()
+
+        def run(x: Tensor) -> Tensor:
+            answers = runs[len(x)].infer([x.cpu().contiguous().numpy()], share_inputs=True)
+            return torch.from_numpy(answers[0].copy())
+
+        return run
+
+
+ENGINES: dict[str, type[Engine]] = {e.name: e for e in (Eager, Compiled, OnnxRuntime, OpenVino)}
+
+
+# ------------------------------------------------------------------- conversion, also of export
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters print and warn of their own deprecations, which nobody here can act on."""
+    said = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(said):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def example(preprocess: Preprocess, batch: int = 2) -> Tensor:
+    """(batch, C, H, W) of noise in 0..255 to trace with."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(batch, *preprocess.input_size, generator=generator) * 255
+
+
+def exported(deployed: Deployed, preprocess: Preprocess) -> torch.export.ExportedProgram:
+    """The graph of torch.export, of any batch.
+
+    Raises:
+        ValueError: the network can't be exported.
+    """
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    with quiet(), torch.no_grad():
+        try:
+            return torch.export.export(
+                deployed, (example(preprocess),), dynamic_shapes=({0: batch},)
+            )
+        except Exception as error:  # torch has no class of its own for these
+            raise ValueError(f"torch.export: {_first_line(error)}") from error
+
+
+def onnx_program(deployed: Deployed, preprocess: Preprocess) -> Any:
+    """torch.onnx's program of any batch: images -> probabilities, then the maps by name.
+
+    Raises:
+        ValueError: the network can't be converted.
+    """
+    program = exported(deployed, preprocess)
+    with quiet():
+        try:
+            return torch.onnx.export(
+                program, (), input_names=["images"], output_names=output_names(deployed),
+                dynamo=True, verbose=False,
+            )  # fmt: skip
+        except Exception as error:
+            raise ValueError(f"torch.onnx: {_first_line(error)}") from error
+
+
+def openvino_model(deployed: Deployed, preprocess: Preprocess) -> Any:
+    """OpenVINO's model of any batch: images -> probabilities, then the maps by name.
+
+    Raises:
+        ValueError: the network can't be converted.
+    """
+    os.environ.setdefault("OPENVINO_TELEMETRY", "0")
+    import openvino
+
+    program = exported(deployed, preprocess)
+    with quiet():
+        try:
+            model = openvino.convert_model(program)
+        except Exception as error:
+            raise ValueError(f"openvino: {_first_line(error)}") from error
+    model.reshape([-1, *preprocess.input_size])
+    model.inputs[0].tensor.set_names({"images"})
+    for port, name in zip(model.outputs, output_names(deployed), strict=True):
+        port.tensor.set_names({name})
+    return model
+
+
+def compile_openvino(model: Any, precision: str) -> Any:
+    """A model made ready for this CPU, with as many threads as torch has."""
+    import openvino
+
+    return openvino.Core().compile_model(
+        model,
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        },
+    )
+
+
+def output_names(deployed: Deployed) -> list[str]:
+    """Of the graph's outputs: probabilities, then attention.NAME of each map."""
+    return ["probabilities", *(f"attention.{name}" for name in deployed.maps)]
+
+
+def _first_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
