@@ -21,6 +21,7 @@ register_with_timm()
 if TYPE_CHECKING:
     from regard.attention import AttentionMap as AttentionMap
     from regard.attention import record as record
+    from regard.engines.choice import open_engine as open_engine
     from regard.models import create_model as create_model
     from regard.models import list_models as list_models
     from regard.models.authors import CheckpointError as CheckpointError
@@ -53,6 +54,7 @@ _WHERE = {
     "load": "regard.prediction",
     "heads_loss": "regard.training.losses",
     "train": "regard.training.run",
+    "open_engine": "regard.engines.choice",
 }
 
 __all__ = sorted(_WHERE)

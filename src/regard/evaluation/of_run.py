@@ -45,14 +45,14 @@ def predictions_of(
     """
     if weights is None and Path(run).is_dir():
         classifier = load(run)
-        table = _run_data(Path(run), data, root)
+        table = run_table(Path(run), data, root)
     else:
         if data is None:
             raise ValueError(f"{run} is no run's folder: a network's name needs DATA and --weights")
         table = open_data(data, root=root)
         classifier = _named(str(run), table, weights)
     named, table = _split(table, split)
-    table = _as_known(table, classifier.class_names)
+    table = as_known(table, classifier.class_names)
     reader = Reader(table, classifier.preprocess)
     prepare(classifier, reader)
     source = Streamed(reader, None, 0, default_workers())
@@ -66,7 +66,12 @@ def predictions_of(
     return named, Predictions(found, kept.labels, kept.classes, kept.groups, paths)
 
 
-def _run_data(run: Path, data: str | None, root: str | Path | None) -> ImageTable:
+def run_table(run: Path, data: str | None, root: str | Path | None) -> ImageTable:
+    """The images of a run, split as they were for training; or other data.
+
+    Raises:
+        ValueError: the folder does not say what it was trained on, or the data is not as it was.
+    """
     folder = RunFolder(run)
     if data is not None:
         return open_data(data, root=root)
@@ -107,7 +112,7 @@ def _split(table: ImageTable, split: str | None) -> tuple[str, ImageTable]:
     return chosen, table.select(table.splits == chosen)
 
 
-def _as_known(table: ImageTable, classes: list[str]) -> ImageTable:
+def as_known(table: ImageTable, classes: list[str]) -> ImageTable:
     """With labels as the network counts them.
 
     Raises:
