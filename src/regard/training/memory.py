@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -100,7 +101,7 @@ def fit_memory(
     if not chosen:
         raise ValueError(
             f"--fit-memory: a batch of {sizes[-1]}, the smallest equal part of a step of {images}, "
-            f"needs {_bytes(needed[sizes[-1]])} of {_bytes(free)} free: try --grad-checkpointing, "
+            f"needs {_need(needed[sizes[-1]])} {_bytes(free)} free: try --grad-checkpointing, "
             "a smaller --size, or another --batch-size"
         )
     if needed:
@@ -110,9 +111,8 @@ def fit_memory(
 
 def _told(images: int, chosen: int, before: int, needed: dict[int, float], free: float) -> str:
     whole = needed.get(images, float("inf"))
-    need = f"{_bytes(whole)} of" if whole < float("inf") else "more than"
     parts = f"{images // chosen} part{'s' * (chosen < images)} of {chosen}"
-    told = f"a step of {images} needs {need} {_bytes(free)} free: {parts}"
+    told = f"a step of {images} needs {_need(whole)} {_bytes(free)} free: {parts}"
     if chosen < images:
         told += f", {_bytes(needed[chosen])} each"
     if chosen != before:
@@ -120,9 +120,11 @@ def _told(images: int, chosen: int, before: int, needed: dict[int, float], free:
     return told
 
 
+def _need(count: float) -> str:
+    return f"{_bytes(count)} of" if count < float("inf") else "more than"
+
+
 def _bytes(count: float) -> str:
-    if count == float("inf"):
-        return "more"
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
@@ -146,9 +148,9 @@ def peak_on_gpu(trainer: Trainer, size: int) -> int | None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    batch = _repeated(first_batches(trainer)[0], size)
     try:
         with rehearsal(trainer, recipe=trainer.recipe.changed(accumulate=2)) as at_trial:
+            batch = _repeated(first_batches(at_trial)[0], size)
             for _ in range(2):
                 rehearse(at_trial, [batch, batch])
         peak = torch.cuda.max_memory_allocated(device) - before
@@ -270,14 +272,18 @@ def _peak(now: bool = False) -> int:
 
 
 def _extrapolated(points: list[tuple[int, int]], sizes: list[int]) -> dict[int, float]:
-    """Bytes by batch: linear between the batches measured, and beyond."""
+    """Bytes by batch: linear between the batches measured, and beyond them.
+
+    Of small batches the weights and what the optimiser does take the most, so that they differ
+    by less than larger ones may, or by more: beyond, the steeper of two lines is followed.
+    """
     if not points:
         return {}
     if len(points) == 1:
         points = [(0, 0), *points]
-    needed = {}
-    for size in sizes:
-        last = next((k for k, (batch, _) in enumerate(points) if batch >= size), len(points) - 1)
-        (a, low), (b, high) = points[max(1, last) - 1], points[max(1, last)]
-        needed[size] = low + (high - low) / (b - a) * (size - a)
-    return needed
+    batches, peaks = zip(*points, strict=True)
+    slopes = [(peaks[-1] - peaks[k]) / (batches[-1] - batches[k]) for k in (0, -2)]
+    return {
+        size: float(np.interp(size, batches, peaks)) + max(slopes) * max(0, size - batches[-1])
+        for size in sizes
+    }

@@ -43,9 +43,9 @@ def choose_compiled(
     want = trainer.recipe.compile
     if want == "no" or kept is False:
         return False
-    batches = first_batches(trainer)
     left = trainer.total - trainer.step
     with rehearsal(trainer) as at_trial:
+        batches = first_batches(at_trial)
 
         def seconds(forward: Any) -> float:
             started = clock()
@@ -59,7 +59,7 @@ def choose_compiled(
         if measuring and left * once * MOST_SAVED < LEAST_COMPILING:
             say(f"not compiled: {left:,} steps take about {left * once:.0f} s, which is too short")
             return False
-        say("compiling ..." if not measuring else f"{once:.3g} s a step; compiling, to compare ...")
+        say(f"{once:.3g} s a step; compiling, to compare ..." if measuring else "compiling ...")
         compiled, first, reason = compiler(eager), 0.0, ""
         try:
             first = seconds(compiled)
