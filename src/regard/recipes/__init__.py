@@ -124,7 +124,16 @@ class Recipe:
         "auto", "Run", "auto (bf16 where the machine has it), fp32 or bf16.",
         ("auto", "fp32", "bf16"),
     )  # fmt: skip
-    compile: bool = _field(False, "Run", "Compile the network with torch.compile.")
+    compile: str = _field(
+        "no", "Run", "torch.compile: no, yes, or auto (measured at the start, if the run is long).",
+        ("no", "yes", "auto"),
+    )  # fmt: skip
+    grad_checkpointing: bool = _field(
+        False, "Run", "Less memory, more time: layers are computed again in the backward pass."
+    )
+    fit_memory: bool = _field(
+        False, "Run", "Split each step into as few equal batches as fit in memory; BN sees those."
+    )
     memory: str = _field(
         "auto", "Run", "Hold images decoded in memory: auto, yes, or no (stream them).",
         ("auto", "yes", "no"),
@@ -273,6 +282,8 @@ def parse_recipe(text: str, name: str) -> Recipe:
 
 def _cast(key: str, value: Any, hint: Any) -> Any:
     """TOML's value as the field's type; TOML has no tuples, and writes 1 for 1.0."""
+    if key == "compile" and isinstance(value, bool):  # as recipes had it before there was auto
+        return "yes" if value else "no"
     kinds = [a for a in get_args(hint) if a is not type(None)] if _is_union(hint) else [hint]
     kind = kinds[0]
     if value is None and _is_union(hint):

@@ -290,6 +290,14 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     return cpu_has_bf16()
 
 
+def bf16_note(precision: str, device: torch.device) -> str | None:
+    """What to tell where bf16 is asked for, and the machine only emulates it."""
+    if precision != "bf16" or use_bf16("auto", device):
+        return None
+    what = "GPU" if device.type == "cuda" else "CPU" if device.type == "cpu" else device.type
+    return f"note: this {what} does not compute in bf16, only imitates it: fp32 may be faster"
+
+
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies in bf16 (AVX-512 BF16 or AMX)."""
     capability = getattr(torch.cpu, "get_capabilities", None)

@@ -91,6 +91,10 @@ class RunFolder:
         """The plan as a dictionary, as `start` was given it."""
         return self._run()["plan"]
 
+    def read_measured(self) -> dict[str, Any]:
+        """What was decided by measuring when the run was started."""
+        return self._run().get("measured", {})
+
     def read_facts(self) -> dict[str, Any]:
         """What was measured, of a finished run."""
         return self._run()["facts"]
@@ -113,15 +117,27 @@ class RunFolder:
         if not self.exists:
             self._write_run({"status": "starting"})
 
-    def start(self, plan: dict[str, Any], recipe_text: str, table: ImageTable) -> None:
-        """Writes what the run is, run.json last; of a run that is resumed nothing is changed."""
+    def start(
+        self,
+        plan: dict[str, Any],
+        recipe_text: str,
+        table: ImageTable,
+        measured: dict[str, Any] | None = None,
+    ) -> None:
+        """Writes what the run is, run.json last; of a run that is resumed nothing is changed.
+
+        `measured` is what was decided by measuring, for `read_measured`.
+        """
         if self.exists:
             return
         plan = {k: v for k, v in plan.items() if k != "recipe"}
         self.write_text("recipe.toml", recipe_text)
         write_splits(table, self.path / "splits.csv")
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._write_run({"status": "running", "started": started, "plan": plan, "facts": {}})
+        self._write_run({
+            "status": "running", "started": started, "plan": plan, "measured": measured or {},
+            "facts": {},
+        })  # fmt: skip
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Says that the run has ended, and what was measured."""

@@ -22,6 +22,7 @@ from regard.data.augment import augment, mixed
 from regard.data.loading import Batch
 from regard.data.preprocess import Preprocess
 from regard.recipes import Recipe
+from regard.training.checkpoints import kept_statistics
 from regard.training.losses import heads_loss
 from regard.training.optimisation import make_optimizer, rate_factor, set_rate
 
@@ -64,6 +65,7 @@ class Trainer:
         total: optimiser steps of the whole run.
         class_weights: (classes,) for the loss, or None.
         bf16: whether the network runs under autocast.
+        compiled: the network as torch.compile gives it; None: it runs eagerly.
     """
 
     model: nn.Module
@@ -77,6 +79,7 @@ class Trainer:
     accelerator: Accelerator
     class_weights: Tensor | None = None
     bf16: bool = False
+    compiled: Any = None
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     unreadable: list[tuple[int, str]] = field(default_factory=list)
@@ -146,7 +149,7 @@ class Trainer:
             NotFiniteError: the loss is not finite; the weights are those before that step.
         """
         self._prepare()
-        accumulate, device = self.recipe.accumulate, self.accelerator.device
+        device = self.accelerator.device
         bad = torch.full((), -1, device=device)  # the first step whose loss was not finite
         batches = iter(self.source.batches(self.spans(self.step)))
         rate = 0.0
@@ -157,27 +160,41 @@ class Trainer:
             )
             set_rate(self.optimizer, rate)
             _seed(self.recipe.seed, self.step, self.accelerator)
-            loss = torch.zeros((), device=device)
-            for part in range(accumulate):
-                x, target, labels = self._input(next(batches), started if part == 0 else None)
-                with self._synchronised(part == accumulate - 1):
-                    outputs, batch_loss = self._loss(x, target)
-                    self.accelerator.backward(batch_loss / accumulate)
-                loss += batch_loss.detach() / accumulate
-                self._count(outputs.detach(), labels, batch_loss.detach())
+            loss = self.gradients(batches, started)
             looked = device.type == "cpu" or (self.step + 1) % CHECK_EVERY == 0
             bad = torch.where((bad < 0) & ~loss.isfinite(), self.step, bad)
             if (looked or self.step + 1 == self.total) and (first := self._agreed(bad)) >= 0:
                 raise NotFiniteError(first, rate, self._rows(first))
-            if self.recipe.clip:
-                self.accelerator.clip_grad_norm_(self._forward.parameters(), self.recipe.clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            if self.ema is not None:
-                self.ema.update(self.model)
+            self.update()
             self.step += 1
             self.seconds += time.perf_counter() - started
             after_step(self, float(loss) if looked else math.nan)
+
+    def gradients(self, batches: Iterator[Batch], started: float | None = None) -> Tensor:
+        """Adds up the gradients of a step's batches; returns its mean loss.
+
+        The time since `started`, until the first batch is ready, counts as waiting.
+        """
+        accumulate = self.recipe.accumulate
+        loss = torch.zeros((), device=self.accelerator.device)
+        for part in range(accumulate):
+            x, target, labels = self._input(next(batches), started if part == 0 else None)
+            with self._synchronised(part == accumulate - 1):
+                outputs, batch_loss = self._loss(x, target)
+                with self._recomputing():
+                    self.accelerator.backward(batch_loss / accumulate)
+            loss += batch_loss.detach() / accumulate
+            self._count(outputs.detach(), labels, batch_loss.detach())
+        return loss
+
+    def update(self) -> None:
+        """Moves the weights, and their average, by the gradients."""
+        if self.recipe.clip:
+            self.accelerator.clip_grad_norm_(self._forward.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model)
 
     def check_finite(self) -> None:
         """Refuses weights that the last step broke, before they are tested or saved.
@@ -218,13 +235,20 @@ class Trainer:
                     self.accelerator.device.index
                 ],
             )  # fmt: skip
-        if self.recipe.compile:
-            self._forward = torch.compile(self._forward)
+            if self.compiled is not None:  # anew: it is cut where gradients are exchanged
+                self._forward = torch.compile(self._forward)
+        elif self.compiled is not None:
+            self._forward = self.compiled
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are exchanged between processes with the last batch of a step only."""
         distributed = isinstance(self._forward, nn.parallel.DistributedDataParallel)
         return self._forward.no_sync() if distributed and not last else contextlib.nullcontext()
+
+    def _recomputing(self) -> contextlib.AbstractContextManager[Any]:
+        """For the backward pass, which checkpoints let go forward a second time."""
+        checkpoints = self.recipe.grad_checkpointing
+        return kept_statistics(self.model) if checkpoints else contextlib.nullcontext()
 
     def _input(self, batch: Batch, started: float | None) -> tuple[Tensor, Tensor, Tensor]:
         """The network's input (B, C, H, W), the target, and the labels (B,)."""

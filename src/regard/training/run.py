@@ -33,7 +33,9 @@ from regard.evaluation import Evaluation, Predictions, evaluate
 from regard.models.folder import save_model
 from regard.prediction import Classifier, probabilities_of
 from regard.recipes import Recipe, load_recipe, recipe_toml
+from regard.training.checkpoints import set_checkpointing
 from regard.training.choices import (
+    bf16_note,
     choose_model,
     choose_preprocess,
     choose_steps,
@@ -46,6 +48,8 @@ from regard.training.choices import (
 from regard.training.folder import RunFolder, choose_out
 from regard.training.images import Part, load_part, measured
 from regard.training.loop import NotFiniteError, Stopped, Trainer
+from regard.training.memory import Described, fit_memory
+from regard.training.speed import choose_compiled
 from regard.training.state import States, check_space
 from regard.training.terminal import Display
 
@@ -109,6 +113,7 @@ def train(
     say = echo if accelerator.is_main_process else _quiet
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     asked = base.changed(**changes)
+    changes = {name: getattr(asked, name) for name in changes}  # as the recipe has them
     folder = RunFolder(choose_out(out, data, model or asked.model, resume))
     if resume and folder.exists:
         given = {} if isinstance(recipe, str) and recipe == "quick" else _differing(asked, changes)
@@ -242,10 +247,10 @@ class Run:
             self.folder.claim()
         self.parts = self._load_parts()
         self.plan = plan = self._measured(plan)
+        self.trainer, chosen = self._fitted(self._trainer(model))
         if self.main:
             text = recipe_toml(recipe, _header(plan))
-            self.folder.start(dataclasses.asdict(plan), text, self.table)
-        self.trainer = self._trainer(model)
+            self.folder.start(dataclasses.asdict(plan), text, self.table, chosen)
         self.states = States(self.folder.path / "state")
         self._resume()
         self._announce()
@@ -265,6 +270,8 @@ class Run:
             self.plan.model, self.plan.model_args, len(self.plan.classes),
             self.plan.preprocess.input_size, self.plan.pretrained, self.plan.weights,
         )  # fmt: skip
+        if self.plan.recipe.grad_checkpointing:
+            set_checkpointing(model, self.plan.model)
         return model.to(self.accelerator.device).to(memory_format=torch.channels_last)
 
     def _load_parts(self) -> dict[str, Part]:
@@ -330,6 +337,26 @@ class Run:
             bf16=use_bf16(recipe.precision, device),
         )
 
+    def _fitted(self, trainer: Trainer) -> tuple[Trainer, dict[str, Any]]:
+        """The trainer as memory and speed have it, and what was decided, as a resumed run had it.
+
+        It is decided before the folder says that the run has started: what can't be is no run.
+        """
+        recipe, kept = self.plan.recipe, self.folder.read_measured() if self.resumed else {}
+        chosen: dict[str, Any] = {}
+        if recipe.fit_memory:
+            described = Described(
+                self.plan.model, self.plan.model_args, len(self.plan.classes),
+                self.plan.preprocess, recipe, trainer.bf16, torch.get_num_threads(),
+            )  # fmt: skip
+            batch, parts = kept.get("batches") or fit_memory(trainer, described, self.say)
+            chosen["batches"] = [batch, parts]
+            recipe = trainer.recipe.changed(batch_size=batch, accumulate=parts)
+            trainer = dataclasses.replace(trainer, recipe=recipe)
+        if recipe.compile != "no":
+            chosen["compiled"] = choose_compiled(trainer, self.say, kept.get("compiled"))
+        return trainer, chosen
+
     def _resume(self) -> None:
         state, broken = self.states.load()
         for line in broken:
@@ -352,6 +379,8 @@ class Run:
         held = "held in memory" if self.parts["train"].images is not None else "streamed from files"
         c, h, w = self.plan.preprocess.input_size
         precision = "bf16" if t.bf16 else "fp32"
+        if note := bf16_note(r.precision, self.accelerator.device):
+            self.say(note)
         self.say(
             f"{t.total:,} steps of {t.images_a_step} images ({t.total / t.steps_an_epoch:.3g} "
             f"epochs) at {c}x{h}x{w}, {held}, {precision}, {r.optimizer} at {r.lr:g}, "
@@ -536,6 +565,8 @@ class Run:
             "best": self.best,
             "warnings": list(self.table.warnings),
             "bf16": t.bf16,
+            "compiled": t.compiled is not None,
+            "batches": [t.batch, t.recipe.accumulate],
             "threads": torch.get_num_threads(),
             "device": str(self.accelerator.device),
             "processes": self.accelerator.num_processes,

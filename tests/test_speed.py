@@ -1,0 +1,450 @@
+"""What a run decides by measuring, and that measuring leaves no trace in it."""
+
+import dataclasses
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import regard
+import regard.training.choices as choices
+import regard.training.memory as memory
+import regard.training.run as run_module
+from regard.data.loading import Held, Order, Reader
+from regard.data.preprocess import Preprocess
+from regard.data.sources import open_data
+from regard.recipes import Recipe, parse_recipe
+from regard.training import Stopped, train
+from regard.training.checkpoints import set_checkpointing
+from regard.training.loop import Trainer
+from regard.training.memory import Described, fit_memory, free_memory
+from regard.training.rehearsal import first_batches
+from regard.training.speed import choose_compiled
+from tests.helpers import same_network
+
+
+def trainer_of(model: nn.Module, side: int = 16, bf16: bool = False, **recipe) -> Trainer:
+    """Ready to train the network on 60 of the digits."""
+    table = open_data("digits").select(np.arange(60))
+    chosen = Recipe(**{"batch_size": 12, "steps": 890, "flip": 0.0, **recipe})
+    preprocess = Preprocess((1, side, side), (0.5,), (0.25,))
+    reader = Reader(table, preprocess, chosen)
+    images = torch.stack([preprocess.fit(reader.decode(i)) for i in range(60)])
+    return Trainer(
+        model=model.train(), recipe=chosen, preprocess=preprocess,
+        source=Held(reader, Order(60, 0), 0, images), labels=torch.from_numpy(table.labels),
+        classes=10, count=60, total=chosen.steps, accelerator=Accelerator(cpu=True), bf16=bf16,
+    )  # fmt: skip
+
+
+def tiny() -> nn.Module:
+    """A convolution, BN, dropout and a classifier."""
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------ gradient checkpointing
+def gradients(name: str, side: int, bf16: bool, checkpointing: bool, backend: str | None = None):
+    """Gradients and BN's statistics after two batches of a step."""
+    torch.manual_seed(1)
+    model = regard.create_model(name, num_classes=10, in_chans=1)
+    if checkpointing:
+        set_checkpointing(model, name)
+    trainer = trainer_of(model, side, bf16, grad_checkpointing=checkpointing, accumulate=2)
+    if backend is not None:
+        torch._dynamo.reset()
+        trainer._forward = torch.compile(model, backend=backend)
+    trainer.gradients(iter(first_batches(trainer)))
+    return [p.grad for p in model.parameters()], dict(model.named_buffers())
+
+
+def assert_alike(one, other, **tolerance) -> None:
+    for a, b in zip(one[0], other[0], strict=True):
+        assert torch.allclose(a, b, **tolerance)
+    for key, buffer in one[1].items():
+        assert torch.allclose(buffer, other[1][key], **tolerance), key
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("name", "side"), [("ag_sononet8", 16), ("attention56_cifar", 8), ("cbam_resnet18", 32)]
+)
+def test_checkpointing_changes_neither_gradients_nor_what_bn_counts(name, side, bf16):
+    plain, again = (gradients(name, side, bf16, c) for c in (False, True))
+    assert {int(b) for key, b in again[1].items() if "num_batches" in key} == {2}
+    assert_alike(plain, again, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointing_and_compiling_go_together():
+    plain = gradients("ag_sononet8", 16, False, False)
+    both = gradients("ag_sononet8", 16, False, True, "aot_eager")
+    assert {int(b) for key, b in both[1].items() if "num_batches" in key} == {2}
+    assert_alike(plain, both, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["squeezenet", "selecsls42"])
+def test_networks_without_checkpoints_are_refused_in_a_line(name):
+    model = tiny() if name == "squeezenet" else timm.create_model(name)
+    with pytest.raises(ValueError, match=f"^--grad-checkpointing: {name} has none") as caught:
+        set_checkpointing(model, name)
+    assert "\n" not in str(caught.value)
+
+
+# -------------------------------------------------------------------------------- compiling
+class Stage:
+    """A clock that a network's steps move, and a compiler with a price."""
+
+    def __init__(self, model: nn.Module, eager: float, compiled: float, compiling: float) -> None:
+        self.now, self.costs, self.compiling = 0.0, (eager, compiled), compiling
+        self.compilations = 0
+        self.model, self.failing = model, ""
+        model.register_forward_pre_hook(self._runs)
+        self.is_compiled = False
+
+    def _runs(self, *_) -> None:
+        self.now += self.costs[self.is_compiled]
+
+    def clock(self) -> float:
+        return self.now
+
+    def compiler(self, model: nn.Module):
+        self.compilations += 1
+        unpaid = [self.compiling]
+
+        def compiled(x):
+            if self.failing:
+                raise RuntimeError(self.failing)
+            self.now += unpaid.pop() if unpaid else 0
+            self.is_compiled = True
+            try:
+                return model(x)
+            finally:
+                self.is_compiled = False
+
+        return compiled
+
+
+def decided(eager=1.16, compiled=0.84, compiling=70.0, failing="", kept=None, **recipe):
+    """The trainer after the decision, its stage, and what was told last."""
+    trainer = trainer_of(tiny(), **{"compile": "auto", **recipe})
+    stage, told = Stage(trainer.model, eager, compiled, compiling), [""]
+    stage.failing = failing
+    stage.chosen = choose_compiled(
+        trainer, told.append, kept, compiler=stage.compiler, clock=stage.clock
+    )
+    assert stage.chosen == (trainer.compiled is not None)
+    return trainer, stage, told[-1]
+
+
+def test_the_faster_is_chosen_and_told_with_its_numbers():
+    trainer, stage, told = decided()
+    assert stage.chosen
+    assert told == (
+        "compiled: 0.84 s a step against 1.16 s eager; compiling took 70 s, "
+        "won back after 219 of 890 steps"
+    )
+    assert stage.compilations == 1  # what was compiled to measure is what trains
+    trainer._prepare()
+    assert trainer._forward is trainer.compiled
+    _, stage, told = decided(eager=1.06, compiled=1.35)
+    assert not stage.chosen
+    assert told == "not compiled: 1.35 s a step against 1.06 s eager; compiling took 70 s"
+    _, stage, told = decided(steps=100)  # spent it is
+    assert stage.chosen
+    assert told.endswith("compiling took 70 s, more than 100 steps win back")
+
+
+def test_a_short_run_is_not_compiled_to_find_out():
+    _, stage, told = decided(steps=17)
+    assert (stage.chosen, stage.compilations) == (False, 0)
+    assert told == "not compiled: 17 steps take about 20 s, which is too short"
+    _, stage, _ = decided(steps=18)
+    assert stage.compilations == 1
+
+
+def test_a_compiler_that_fails_is_told_and_only_yes_ends_the_run():
+    why = "inductor raised:\nNo working C++ compiler"
+    trainer, stage, told = decided(failing=why)
+    assert told == "not compiled: it can't be here (inductor raised: No working C++ compiler)"
+    assert not stage.chosen
+    with pytest.raises(ValueError, match=r"^--compile yes: .*No working C\+\+ compiler"):
+        decided(failing=why, compile="yes")
+    trainer._prepare()
+    assert trainer._forward is trainer.model
+
+
+def test_yes_no_and_what_was_decided_are_not_measured():
+    for stage, wanted in (
+        (decided(compiled=9, compile="yes")[1], (True, 1)),
+        (decided(compile="no")[1], (False, 0)),
+        (decided(kept=False)[1], (False, 0)),
+        (decided(compiled=9, kept=True)[1], (True, 1)),
+    ):
+        assert (stage.chosen, stage.compilations) == wanted
+
+
+def everything(trainer: Trainer) -> bytes:
+    state = trainer.state_dict()
+    tensors = {k: v.numpy().tobytes() for k, v in state.pop("model").items()}
+    return pickle.dumps((
+        tensors, state["optimizer"], state["tally"].tolist(), state["history"], state["step"],
+        state["unreadable"], torch.get_rng_state().tolist(),
+        [p.grad for p in trainer.model.parameters()],
+        [m.training for m in trainer.model.modules()],
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("failing", ["", "no compiler"])
+def test_measuring_leaves_no_trace(failing):
+    trainer = trainer_of(tiny(), compile="auto", mixup=0.2, accumulate=2, ema=0.9, lr=0.5)
+    stage = Stage(trainer.model, 1.16, 0.84, 70)
+    stage.failing = failing
+    before = everything(trainer)
+    choose_compiled(trainer, str, compiler=stage.compiler, clock=stage.clock)
+    assert stage.now > 0
+    assert everything(trainer) == before
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang")), reason="no compiler here")
+@pytest.mark.filterwarnings("ignore")
+def test_a_real_compiler():
+    torch._dynamo.reset()
+    trainer, told = trainer_of(tiny(), compile="yes"), []
+    assert choose_compiled(trainer, told.append)
+    assert told == ["compiling ..."]
+    other = trainer_of(tiny())
+    for t in (trainer, other):
+        t._prepare()
+        t.model[3].p = 0.0
+        t.gradients(iter(first_batches(t)))
+    assert trainer._forward is not trainer.model
+    for a, b in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------- memory
+def described(**recipe) -> Described:
+    return Described(
+        "ag_sononet8", {}, 10, Preprocess((1, 16, 16), (0.5,), (0.25,)), Recipe(**recipe), False, 1
+    )
+
+
+def on_cpu(free: float, **recipe):
+    """What fits where a batch needs 100 MB and 100 MB an image; at most 8 are measured."""
+    told: list[str] = []
+
+    def measure(_, sizes, limit):
+        batches = [b for b in (2, 4, 8) if b <= max(sizes)]
+        return [(b, 100_000_000 * (b + 1)) for b in batches]
+
+    found = fit_memory(
+        trainer_of(tiny(), **recipe), described(), told.append, measure=measure, free=free
+    )
+    return found, told[-1]
+
+
+def test_a_step_is_split_into_as_few_equal_parts_as_fit():
+    assert on_cpu(9e9, batch_size=48) == ((48, 1), "a step of 48 needs 4.9 GB of 9.0 GB free: "
+                                                   "1 part of 48")  # fmt: skip
+    found, told = on_cpu(3e9, batch_size=48)
+    assert found == (24, 2)
+    assert told == (
+        "a step of 48 needs 4.9 GB of 3.0 GB free: 2 parts of 24, 2.5 GB each; "
+        "BN sees batches of 24 instead of 48"
+    )
+    assert on_cpu(2e9, batch_size=48)[0] == (16, 3)
+    assert on_cpu(9e9, batch_size=12, accumulate=4)[0] == (48, 1)
+    # no more than there are images, all 60 of them
+    assert on_cpu(9e10, batch_size=60, accumulate=2)[0] == (60, 2)
+    assert on_cpu(9e10, batch_size=100)[0] == (60, 1)
+    assert on_cpu(9e9, batch_size=1)[0] == (1, 1)
+
+
+def test_where_nothing_fits_it_is_told_in_a_line():
+    with pytest.raises(ValueError, match="a batch of 2, the smallest equal part of a step of 48, "
+                                         "needs 300 MB of 100 MB free"):  # fmt: skip
+        on_cpu(1e8, batch_size=48)
+    with pytest.raises(ValueError, match="a batch of 53, the smallest"):  # a prime number
+        on_cpu(1e9, batch_size=53)
+
+
+def test_the_split_step_sees_the_same_images_at_the_same_rate():
+    whole = trainer_of(tiny(), batch_size=48)
+    recipe = whole.recipe.changed(batch_size=16, accumulate=3)
+    split = dataclasses.replace(whole, recipe=recipe)
+    assert (split.images_a_step, split.steps_an_epoch) == (48, whole.steps_an_epoch)
+    assert recipe.lr == whole.recipe.lr
+    places = [place for start, n in split.spans(888) for place in range(start, start + n)]
+    assert places == [*range(888 * 48, 890 * 48)]
+
+
+def test_on_a_gpu_it_is_tried():
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1, is_main_process=True)
+    trainer = dataclasses.replace(trainer_of(tiny(), batch_size=48), accelerator=gpu)
+    tried, told = [], []
+
+    def attempt(_, size):
+        tried.append(size)
+        return None if size > 20 else size * 100_000_000
+
+    assert fit_memory(trainer, described(), told.append, attempt=attempt, free=2e9) == (16, 3)
+    assert tried == [48, 24, 16]
+    assert told == [
+        "a step of 48 needs more than 2.0 GB free: 3 parts of 16, 1.6 GB each; "
+        "BN sees batches of 16 instead of 48"
+    ]
+    with pytest.raises(ValueError, match=r"a batch of 2, .* needs more than 2\.0 GB free"):
+        fit_memory(trainer, described(), str, attempt=lambda *_: None, free=2e9)
+
+
+def test_memory_that_cannot_be_measured_changes_nothing():
+    told = []
+    trainer = trainer_of(tiny(), batch_size=12, accumulate=2)
+    assert fit_memory(trainer, described(), told.append, measure=lambda *_: []) == (12, 2)
+    assert told == ["the memory of a step could not be measured: batches stay as they are"]
+    mps = SimpleNamespace(device=torch.device("mps"), num_processes=1, is_main_process=True)
+    trainer = dataclasses.replace(trainer, accelerator=mps)
+    assert fit_memory(trainer, described(), told.append) == (12, 2)
+    assert "can't be measured on mps" in told[-1]
+
+
+def test_the_rest_is_extrapolated_by_the_steeper_line():
+    needed = memory._extrapolated([(2, 100), (4, 200), (8, 220)], [16, 8, 6, 4, 2])
+    assert needed == {16: 220 + 8 * 20, 8: 220, 6: 210, 4: 200, 2: 100}
+    assert memory._extrapolated([(4, 100)], [8]) == {8: 200}
+
+
+def test_another_process_measures_and_is_none_of_several(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    points = memory.peaks_of(described(grad_checkpointing=True), [512, 256], 1e12)
+    batches = [batch for batch, _ in points]
+    assert batches == [2, 4, 8, 16, 32, 64, 128, 256, 512][: len(batches)]
+    needed = [peak for _, peak in points]
+    assert needed == sorted(needed)
+    # 512 images with 8 channels of 16x16 after each of the first six layers at the least
+    assert points[-1][0] < 512 or needed[-1] - needed[0] > 512 * 8 * 16 * 16 * 4
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert memory.peaks_of(described(), [4], 1e12) == []
+
+
+def test_control_groups_bound_what_is_free(tmp_path):
+    def group(folder: Path, limit: str, names=("memory.max", "memory.current", "inactive_file")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(limit + "\n")
+        (folder / names[1]).write_text("700000000\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{names[2]} 200000000\n")
+
+    group(tmp_path / "two", "1000000000")
+    assert free_memory(tmp_path / "two") == 5e8
+    one = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    group(tmp_path / "one/memory", "800000000", one)
+    assert free_memory(tmp_path / "one") == 3e8
+    group(tmp_path / "max", "max")
+    assert free_memory(tmp_path / "max") > 5e8 > free_memory(tmp_path / "two") - 1
+    assert free_memory(tmp_path / "none") > 5e8
+
+
+# ------------------------------------------------------------------------------ a whole run
+TINY = {"model": "ag_sononet8", "recipe": Recipe(
+    size=16, flip=0.0, judge=0, batch_size=24, steps=3, val=0.2, test=0.2)}  # fmt: skip
+
+
+def test_a_resumed_run_does_as_was_decided_and_the_same_is_learnt(scans, tmp_path, monkeypatch):
+    seen = []
+
+    def fit(trainer, described, say, **_):
+        seen.append(("fit", trainer.recipe.batch_size, described.name))
+        return 12, 2
+
+    def compiled(trainer, say, kept):
+        seen.append(("compile", trainer.recipe.batch_size, kept))
+        return False
+
+    def end(self):
+        raise Stopped(self.trainer.step, 15)
+
+    monkeypatch.setattr(run_module, "fit_memory", fit)
+    monkeypatch.setattr(run_module, "choose_compiled", compiled)
+    out = tmp_path / "run"
+    asked = {**TINY, "out": out, "echo": str, "fit_memory": True, "compile": "auto"}
+    with monkeypatch.context() as stopping:
+        stopping.setattr(run_module.Run, "_finish", end)
+        with pytest.raises(Stopped):
+            train(str(scans), **asked)
+    train(str(scans), **asked, resume=True)
+    assert seen == [("fit", 24, "ag_sononet8"), ("compile", 12, None), ("compile", 12, False)]
+    told = json.loads((out / "run.json").read_text())
+    assert told["measured"] == {"batches": [12, 2], "compiled": False}
+    assert told["facts"]["batches"] == [12, 2]
+    recipe = (out / "recipe.toml").read_text()
+    assert "batch_size = 24\naccumulate = 1\n" in recipe
+    assert 'compile = "auto"' in recipe
+    by_hand = {**TINY, "batch_size": 12, "accumulate": 2}
+    train(str(scans), **by_hand, out=tmp_path / "by-hand", echo=str)
+    assert same_network(out, tmp_path / "by-hand")
+
+
+def test_measuring_and_checkpointing_learn_the_same_bits(scans, tmp_path):
+    told: list[str] = []
+    train(str(scans), **TINY, out=tmp_path / "plain", echo=str)
+    train(str(scans), **TINY, out=tmp_path / "measured", echo=told.append, compile="auto",
+          grad_checkpointing=True)  # fmt: skip
+    assert told[0].startswith("not compiled: 3 steps take about 0 s")
+    assert same_network(tmp_path / "plain", tmp_path / "measured")
+
+
+def test_what_cannot_be_leaves_no_run_behind(scans, tmp_path, monkeypatch):
+    def fails(*_):
+        raise ValueError("--compile yes: the network can't be compiled here (no compiler)")
+
+    monkeypatch.setattr(run_module, "choose_compiled", fails)
+    with pytest.raises(ValueError, match="--compile yes"):
+        train(str(scans), **TINY, out=tmp_path / "run", echo=str, compile="yes")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="--grad-checkpointing: selecsls42 has none"):
+        train(str(scans), **{**TINY, "model": "selecsls42"}, out=tmp_path / "run", echo=str,
+              size=64, grad_checkpointing=True)  # fmt: skip
+    train(str(scans), **TINY, out=tmp_path / "run", echo=str)
+
+
+# ------------------------------------------------------------------------ recipes, precision
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("true", "yes"), ("false", "no"), ('"auto"', "auto"), ('"no"', "no"), ('"yes"', "yes")],
+)
+def test_recipes_from_before_there_was_auto_are_read(text, wanted):
+    assert parse_recipe(f"compile = {text}", "mine").compile == wanted
+    assert Recipe().compile == "no"
+    assert Recipe().changed(compile=True).compile == "yes"
+
+
+def test_a_wrong_choice_names_the_choices():
+    with pytest.raises(ValueError, match="compile='maybe': choose one of no, yes, auto"):
+        Recipe(compile="maybe")
+    with pytest.raises(ValueError, match="fit_memory='yes': true or false is needed"):
+        Recipe().changed(fit_memory="yes")
+
+
+def test_bf16_that_is_only_imitated_is_told(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(choices, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert "this CPU does not compute in bf16" in choices.bf16_note("bf16", cpu)
+    assert "this GPU does not" in choices.bf16_note("bf16", gpu)
+    assert choices.bf16_note("auto", cpu) is choices.bf16_note("fp32", gpu) is None
+    assert not choices.use_bf16("auto", gpu)
+    monkeypatch.setattr(choices, "cpu_has_bf16", lambda: True)
+    assert choices.bf16_note("bf16", cpu) is None
