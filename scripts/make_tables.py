@@ -198,8 +198,8 @@ def _number(text: str, digits: int) -> str:
 
 def _prediction(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| Network | Engine | Precision | Batch | ms (quartiles) | Images/s | Times the authors' way "
-        "| Time over the twin's | Start (s) | Peak memory (MB) |",
+        "| Network | Engine | Precision | Batch | ms (quartiles) | Images/s "
+        "| Times the authors' way | Time over the twin's | Start (s) | Peak memory (MB) |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     faults = []

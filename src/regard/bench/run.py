@@ -1,6 +1,7 @@
 """`regard bench`: plans what competes, measures it group by group, and tells the figures."""
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -219,7 +220,8 @@ def measure_group(
         steps.clear()
         trained_looking.cache_clear()
         # torch.compile gives up on a function after a few networks: the next group starts anew
-        torch.compiler.reset()
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
         gc.collect()
     compare(results)
     return results
