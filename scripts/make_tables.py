@@ -4,14 +4,17 @@
     python scripts/make_tables.py --check    # says what would change; exit code 1 if anything
 
 What it writes: the columns `parameters` and `macs` of src/regard/figures.csv, and
-in README.md and docs/training.md what stands between the two comments that name this script;
-the latter from benchmarks/recipes.csv.
+in README.md, docs/training.md and docs/performance.md what stands between two comments that
+name this script: from benchmarks/recipes.csv, and, machine by machine, from
+benchmarks/performance-*.csv, scaling-*.csv and stream.csv.
 """
 
 import csv
 import io
 import re
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,10 +26,37 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "src/regard/figures.csv"
 README = ROOT / "README.md"
 TRAINING = ROOT / "docs/training.md"
-RECIPES = ROOT / "benchmarks/recipes.csv"
+PERFORMANCE = ROOT / "docs/performance.md"
+BENCHMARKS = ROOT / "benchmarks"
+RECIPES = BENCHMARKS / "recipes.csv"
+AUTHORS = "eager-nchw"  # regard.bench.AUTHORS
+NOTHING = "Not measured yet.\n"
 TABLE = re.compile(
     r"(<!-- table: scripts/make_tables.py[ a-z]*-->\n).*?(<!-- end of table -->)", re.S
 )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a network should reach.
+
+    Attributes:
+        predict: times as fast as the authors' way.
+        twin: its time as a part of its plain twin's on the same engine, at most; None: no twin.
+        train: a training step, times as fast as the authors' way.
+    """
+
+    predict: float
+    twin: float | None
+    train: float
+
+
+TARGETS = {
+    "cbam_resnet50": Target(3.3, 1.12, 2.4),
+    "attention56": Target(3.4, None, 2.4),
+    "ag_sononet8": Target(5.0, 1.0, 1.8),
+}
+TARGET_BATCH = "8"
 
 
 def count(name: str) -> tuple[str, int, int]:
@@ -89,6 +119,193 @@ def recipes_table(text: str) -> str:
     return "\n".join([*lines, "", "```", *commands, "```"]) + "\n"
 
 
+# ------------------------------------------------------------------------ docs/performance.md
+Row = Mapping[str, str]
+
+
+def performance_tables(texts: Sequence[str]) -> dict[str, str]:
+    """The tables `targets`, `prediction` and `training` of CSV texts of benchmarks/performance.py.
+
+    One part for each text, which is a machine's.
+    """
+    parts: dict[str, list[str]] = {"targets": [], "prediction": [], "training": []}
+    for text in texts:
+        rows = list(csv.DictReader(io.StringIO(text)))
+        if not rows:
+            continue
+        told = _machine(rows[0])
+        parts["targets"] += [told, "", *_targets(rows), ""]
+        parts["prediction"] += [told, "", *_prediction(rows), ""]
+        parts["training"] += [told, "", *_training(rows), ""]
+    return {name: "\n".join(lines) if lines else NOTHING for name, lines in parts.items()}
+
+
+def _machine(row: Row) -> str:
+    on = row["machine"] + ("" if row["device"] == "cuda" else f", {row['threads']} threads")
+    return f"**{on}** ({row['extensions']}); {row['versions']}; {row['date']}:"
+
+
+def _best(rows: Sequence[Row], of: str, kind: str) -> Row | None:
+    """The fastest way of a network that is not the authors'."""
+    good = [
+        r for r in rows
+        if (r["of"], r["kind"], r["role"], r["batch"]) == (of, kind, "network", TARGET_BATCH)
+        and not r["fault"] and r["engine"] != AUTHORS and r["times"]
+    ]  # fmt: skip
+    return min(good, key=lambda r: float(r["median_ms"]), default=None)
+
+
+def _targets(rows: Sequence[Row]) -> list[str]:
+    lines = ["| Network | What | Measured | Target | |", "|---|---|---:|---:|---|"]
+    for of in dict.fromkeys(r["of"] for r in rows):
+        if of not in TARGETS:
+            continue
+        target = TARGETS[of]
+        wanted = [
+            ("predict", "prediction, times as fast as the authors' way", "times", target.predict),
+            ("predict", "prediction, time over its plain twin's", "to_twin", target.twin),
+            ("train", "training step, times as fast as the authors' way", "times", target.train),
+        ]
+        for kind, what, column, number in wanted:
+            if number is None:
+                continue
+            best = _best(rows, of, kind)
+            at_most = column == "to_twin"
+            bound = f"{'at most' if at_most else 'at least'} {number:g}"
+            if best is None or not best[column]:
+                lines.append(f"| `{of}` | {what} | not measured | {bound} | |")
+                continue
+            value = float(best[column])
+            good = value <= number if at_most else value >= number
+            mark = "reached" if good else "**falls short**"
+            with_what = f"{what} ({best['engine']}, {best['precision']})"
+            lines.append(f"| `{of}` | {with_what} | {value:.2f} | {bound} | {mark} |")
+    return lines
+
+
+def _way(row: Row) -> str:
+    return "authors' way" if row["engine"] == AUTHORS and row["role"] != "peer" else row["engine"]
+
+
+def _time(row: Row) -> str:
+    ms = [f"{float(row[k]):.1f}" for k in ("median_ms", "low_ms", "high_ms")]
+    return f"{ms[0]} ({ms[1]}–{ms[2]})"
+
+
+def _number(text: str, digits: int) -> str:
+    return f"{float(text):,.{digits}f}" if text else ""
+
+
+def _prediction(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| Network | Engine | Precision | Batch | ms (quartiles) | Images/s "
+        "| Times the authors' way | Time over the twin's | Start (s) | Peak memory (MB) |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    faults = []
+    for r in rows:
+        if r["kind"] != "predict":
+            continue
+        if r["fault"]:
+            faults.append(f"- {r['network']}, {_way(r)}, {r['precision']}: {r['fault']}")
+            continue
+        lines.append(
+            f"| `{r['network']}` | {_way(r)} | {r['precision']} | {r['batch']} | {_time(r)} "
+            f"| {_number(r['images_per_s'], 1)} | {_number(r['times'], 2)} "
+            f"| {_number(r['to_twin'], 2)} | {_number(r['start_s'], 1)} "
+            f"| {_number(r['peak_mb'], 0)} |"
+        )
+    return [*lines, *(["", "Not measured:", "", *faults] if faults else [])]
+
+
+def _training(rows: Sequence[Row]) -> list[str]:
+    training = [r for r in rows if r["kind"] == "train"]
+    if not training:
+        return [NOTHING.strip()]
+    lines = [
+        "| Network | Way | Precision | Batch | ms a step (quartiles) | Images/s "
+        "| Times the authors' way | Start (s) | Peak memory (MB) |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in training:
+        way = _way(r) if r["engine"] == AUTHORS else f"{r['engine']}, channels_last"
+        head = f"| `{r['network']}` | {way} | {r['precision']} | {r['batch']} "
+        if r["fault"]:
+            lines.append(f"{head}| {r['fault']} | | | | |")
+            continue
+        lines.append(
+            f"{head}| {_time(r)} | {_number(r['images_per_s'], 1)} | {_number(r['times'], 2)} "
+            f"| {_number(r['start_s'], 1)} | {_number(r['peak_mb'], 0)} |"
+        )
+    return lines
+
+
+def scaling_table(texts: Mapping[str, str], pictures: Sequence[str]) -> str:
+    """Pictures and figures of benchmarks/scaling.py: {machine's slug: CSV text}."""
+    lines: list[str] = []
+    for name, text in texts.items():
+        rows = list(csv.DictReader(io.StringIO(text)))
+        if not rows:
+            continue
+        lines += [_machine(rows[0] | {"threads": "1 to 2"}), ""]
+        for what in ("size", "batch", "threads"):
+            if f"scaling-{what}-{name}.svg" in pictures:
+                alt = f"Time and peak memory of prediction by {what}"
+                lines += [f"![{alt}](images/scaling-{what}-{name}.svg)", ""]
+        lines += [
+            "| Network | Engine | Size | Batch | Threads | ms an image | Peak memory (MB) |",
+            "|---|---|---|---:|---:|---:|---:|",
+        ]
+        for r in rows:
+            head = (
+                f"| `{r['network']}` | {r['engine']}, {r['precision']} | {r['size']} "
+                f"| {r['batch']} | {r['threads']} "
+            )
+            if r["fault"]:
+                lines.append(f"{head}| {r['fault']} | |")
+            else:
+                each = float(r["median_ms"]) / int(r["batch"])
+                lines.append(f"{head}| {each:.2f} | {_number(r['peak_mb'], 0)} |")
+        lines.append("")
+    return "\n".join(lines) if lines else NOTHING
+
+
+def stream_table(text: str) -> str:
+    """The table of benchmarks/stream.py."""
+    rows = list(csv.DictReader(io.StringIO(text)))
+    if not rows:
+        return NOTHING
+    lines = [
+        "| Network | Engine | Images | Seconds in all | Peak memory (MB) | Images/s "
+        "| decoding alone | network alone | Machine and date |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| `{r['network']}` {r['size']} | {r['engine']} | {int(r['images']):,} "
+            f"| {r['seconds']} | {r['peak_mb']} | {r['images_per_s']} | {r['decoding_per_s']} "
+            f"| {r['network_per_s']} "
+            f"| {r['machine']}, {r['threads']} threads, torch {r['torch']}, {r['date']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def performance_page(page: str, benchmarks: Path, pictures: Path) -> str:
+    """docs/performance.md with the tables of what a folder of benchmarks holds."""
+    texts = [p.read_text(encoding="utf-8") for p in sorted(benchmarks.glob("performance-*.csv"))]
+    scaling = {
+        p.stem.removeprefix("scaling-"): p.read_text(encoding="utf-8")
+        for p in sorted(benchmarks.glob("scaling-*.csv"))
+    }
+    stream = benchmarks / "stream.csv"
+    tables = {
+        **performance_tables(texts),
+        "scaling": scaling_table(scaling, [p.name for p in pictures.glob("*.svg")]),
+        "stream": stream_table(stream.read_text(encoding="utf-8") if stream.exists() else ""),
+    }
+    return TABLE.sub(lambda m: m[1] + tables[m[1].split()[-2]] + m[2], page)
+
+
 def main() -> int:
     """Writes both, or checks them."""
     csv_text = counted_csv(FIGURES.read_text(encoding="utf-8"))
@@ -96,10 +313,12 @@ def main() -> int:
     table = markdown_table(csv_text)
     training = TRAINING.read_text(encoding="utf-8")
     runs = recipes_table(RECIPES.read_text(encoding="utf-8"))
+    performance = PERFORMANCE.read_text(encoding="utf-8")
     wanted = {
         FIGURES: csv_text,
         README: TABLE.sub(lambda m: m[1] + table + m[2], readme),
         TRAINING: TABLE.sub(lambda m: m[1] + runs + m[2], training),
+        PERFORMANCE: performance_page(performance, BENCHMARKS, PERFORMANCE.parent / "images"),
     }
     stale = [path for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
     for path in stale:

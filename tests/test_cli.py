@@ -17,6 +17,7 @@ from tests.golden import authors_networks, fill
 from tests.helpers import start
 
 COMMANDS = (
+    "bench",
     "convert",
     "data",
     "demo",

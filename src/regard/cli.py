@@ -92,6 +92,66 @@ def models(pattern: str = "*", *, json: bool = False) -> int:
 
 
 @app.command
+def bench(
+    model: Annotated[list[str] | None, Parameter(negative=())] = None,
+    /,
+    *,
+    peers: Annotated[bool, Parameter(negative=())] = False,
+    engine: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
+    precision: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
+    train: Annotated[bool, Parameter(negative=())] = False,
+    batch_size: Annotated[list[int] | None, Parameter(negative=(), consume_multiple=True)] = None,
+    size: tuple[int, int] | None = None,
+    threads: int | None = None,
+    turns: int = 10,
+    memory: Annotated[bool, Parameter(negative=())] = False,
+    device: str = "cpu",
+    json: bool = False,
+    csv: Path | None = None,
+) -> int:
+    """Measure how fast networks predict here, beside the authors' way and their plain twins.
+
+    The weights are random and the images noise: neither changes the time.
+
+    Parameters
+    ----------
+    model
+        Networks' names; without: cbam_resnet50, attention56 and ag_sononet8.
+    peers
+        Also the same networks of pytorchcv and timm.
+    engine
+        eager, compiled, onnxruntime, openvino; without: all that are installed.
+    precision
+        fp32, bf16, or auto: all that the machine computes in.
+    train
+        Measure training steps as well.
+    batch_size
+        Images at a time; without: 8.
+    size
+        Height and width of the images; without: each network's own.
+    threads
+        Of the CPU; without: as many as torch takes.
+    turns
+        In which each is timed; more is surer.
+    memory
+        Measure each one's peak memory too, in a process of its own.
+    device
+        cpu or cuda.
+    json
+        Print JSON, with each turn's seconds.
+    csv
+        Add the rows to a CSV file.
+    """
+    from regard.bench.cli import command
+
+    return command(
+        model, csv=csv, as_json=json, echo=_complain, peers=peers, engines=engine,
+        precisions=precision or ["auto"], train=train, batch_sizes=batch_size or [8], size=size,
+        threads=threads, turns=turns, memory=memory, device=device,
+    )  # fmt: skip
+
+
+@app.command
 def convert(
     source: Path,
     *,
