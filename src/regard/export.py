@@ -27,6 +27,7 @@ from regard.data.sources import ImageTable
 from regard.engines.backends import (
     compile_openvino,
     exported,
+    import_openvino,
     onnx_program,
     openvino_model,
     output_names,
@@ -224,9 +225,7 @@ def read_metadata(path: str | Path, to: str) -> dict[str, Any]:
             if p.key.startswith("regard.")
         }
     if to == "openvino":
-        import openvino
-
-        model = openvino.Core().read_model(str(path))
+        model = import_openvino().Core().read_model(str(path))
         told = model.get_rt_info(["regard"]).value
         return {name: json.loads(_text(value)) for name, value in told.items()}
     extra = {"regard.json": ""}
@@ -263,8 +262,7 @@ def _write_openvino(path: Path, deployed: Deployed, classifier: Classifier, fact
 
 
 def _save_openvino(model: Any, path: Path, facts: dict[str, str]) -> None:
-    import openvino
-
+    openvino = import_openvino()
     for name, value in facts.items():
         model.set_rt_info(value, ["regard", name])
     openvino.save_model(model, str(path), compress_to_fp16=False)
@@ -321,6 +319,7 @@ def openvino_int8(deployed: Deployed, preprocess: Any, images: Tensor) -> Any:
     """OpenVINO's model in 8 bits, its ranges those of `images` (n, C, H, W) in 0..255."""
     import logging
 
+    import_openvino()
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
@@ -348,9 +347,7 @@ def open_file(path: str | Path, to: str) -> Run:
         session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
         return lambda x: [torch.from_numpy(a) for a in session.run(None, {"images": x.numpy()})]
     if to == "openvino":
-        import openvino
-
-        compiled = compile_openvino(openvino.Core().read_model(str(path)), "fp32")
+        compiled = compile_openvino(import_openvino().Core().read_model(str(path)), "fp32")
         count = len(compiled.outputs)
 
         def answer(x: Tensor) -> list[Tensor]:

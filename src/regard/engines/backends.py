@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -214,15 +215,22 @@ def onnx_program(deployed: Deployed, preprocess: Preprocess) -> Any:
             raise ValueError(f"torch.onnx: {_first_line(error)}") from error
 
 
+def import_openvino() -> Any:
+    """OpenVINO, without the messages about its use that it and NNCF would send over the network."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # not importable
+    os.environ.setdefault("NNCF_CI", "1")
+    import openvino
+
+    return openvino
+
+
 def openvino_model(deployed: Deployed, preprocess: Preprocess) -> Any:
     """OpenVINO's model of any batch: images -> probabilities, then the maps by name.
 
     Raises:
         ValueError: the network can't be converted.
     """
-    os.environ.setdefault("OPENVINO_TELEMETRY", "0")
-    import openvino
-
+    openvino = import_openvino()
     program = exported(deployed, preprocess)
     with quiet():
         try:
@@ -238,8 +246,7 @@ def openvino_model(deployed: Deployed, preprocess: Preprocess) -> Any:
 
 def compile_openvino(model: Any, precision: str) -> Any:
     """A model made ready for this CPU, with as many threads as torch has."""
-    import openvino
-
+    openvino = import_openvino()
     return openvino.Core().compile_model(
         model,
         "CPU",

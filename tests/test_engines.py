@@ -1,0 +1,178 @@
+"""Engines answer as eager fp32 does, and `auto` takes the one that measuring favours."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import regard
+from regard.data.preprocess import Preprocess
+from regard.engines import BOUNDS, ENGINES, fold_batch_norms, open_engine
+from regard.engines import choice as choosing
+from regard.engines.choice import Measured, cheapest
+from regard.machine import has_bf16
+from regard.prediction import Classifier
+from tests.helpers import run
+
+NETWORKS = {
+    "ag_sononet8": ((1, 32, 40), "image"),
+    "attention56_cifar": ((3, 32, 32), "fixed"),
+    "cbam_resnet18": ((3, 40, 32), "fixed"),
+}
+QUICK = [("eager", "fp32"), ("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
+
+
+def lively(name: str, classes: int = 5) -> nn.Module:
+    """A network whose BNs are not the identity and whose gates are not one half."""
+    torch.manual_seed(0)
+    channels = NETWORKS[name][0][0]
+    model = regard.create_model(name, num_classes=classes, in_chans=channels)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def classifier(name: str) -> Classifier:
+    size, standardise = NETWORKS[name]
+    values = (0.5,) * size[0], (0.25,) * size[0]
+    preprocess = Preprocess(size, *values, standardise=standardise)
+    return Classifier(lively(name), list("abcde"), preprocess)
+
+
+def some_images(name: str, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    shape = (count, *NETWORKS[name][0])
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_folding_leaves_the_function_and_the_original_as_they_were(name):
+    model = lively(name).double()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    folded = fold_batch_norms(model)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    left = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    had = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    # pre-activation units begin with a BN of their own, every other BN follows a convolution
+    assert len(left) < len(had)
+    assert name == "attention56_cifar" or left == []
+    x = torch.randn(2, *NETWORKS[name][0], dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(folded(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("engine", "precision"), QUICK)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_answers_are_those_of_the_network(name, engine, precision):
+    if precision == "bf16" and not has_bf16():
+        pytest.skip("this machine has no bf16")
+    found = classifier(name)
+    images = some_images(name, 11)
+    expected = found.probabilities(images)
+    ready = ENGINES[engine](found.model, found.preprocess, (2, 4), precision)
+    for count in (1, 2, 3, 11):  # filled up, exact, filled up, in parts
+        answer = ready(images[:count])
+        assert answer.shape == (count, 5)
+        assert answer.dtype == torch.float32
+        assert (answer - expected[:count]).abs().max() <= BOUNDS[precision]
+    assert torch.equal(ready(images.float()), ready(images))
+
+
+def test_the_compiled_network_answers_the_same():
+    found = classifier("ag_sononet8")
+    images = some_images("ag_sononet8", 5)
+    ready = ENGINES["compiled"](found.model, found.preprocess, (4,), "fp32")
+    assert (ready(images) - found.probabilities(images)).abs().max() <= BOUNDS["fp32"]
+
+
+def test_a_network_of_timms_own_is_taken_too():
+    model = timm.create_model("resnet10t", num_classes=3).eval()
+    found = Classifier(model, list("abc"), Preprocess((3, 32, 32), (0.5,) * 3, (0.5,) * 3))
+    images = some_images("attention56_cifar", 3)
+    ready = ENGINES["openvino"](model, found.preprocess, (3,), "fp32")
+    assert (ready(images) - found.probabilities(images)).abs().max() <= BOUNDS["fp32"]
+
+
+def test_cheapest_counts_the_start_and_leaves_out_what_does_not_agree():
+    rows = [
+        Measured("eager", "fp32", start=0, batch=1.0),
+        Measured("compiled", "bf16", start=60, batch=0.2),
+        Measured("openvino", "fp32", start=5, batch=0.5),
+        Measured("openvino", "bf16", start=5, batch=0.1, difference=0.06),
+        Measured("onnxruntime", "fp32", start=0, batch=0.1, same=False),
+        Measured("onnxruntime", "fp32", fault="not installed"),
+    ]
+    assert cheapest(rows, 32, 32) is rows[0]
+    assert cheapest(rows, 32 * 20, 32) is rows[2]  # 20 s, 64 s, 15 s
+    assert cheapest(rows, None, 32) is rows[1]
+
+
+def test_auto_measures_once_and_remembers(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    turns: list[int] = []
+    real = choosing.measure
+
+    def measure(classifier, name, precision, sizes, probe, turns_=choosing.TURNS, **given):
+        turns.append(given.get("turns", turns_))
+        engine, found = real(classifier, name, precision, sizes, probe, turns=0)
+        batch = {"onnxruntime": 0.1}.get(name, 1.0)
+        return engine, Measured(name, precision, 0.0, batch, found.difference, found.same)
+
+    monkeypatch.setattr(choosing, "measure", measure)
+    monkeypatch.setattr(choosing, "ENGINES", {k: ENGINES[k] for k in ("eager", "onnxruntime")})
+    found, said = classifier("ag_sononet8"), []
+    images = some_images("ag_sononet8", 4)
+
+    def choose() -> str:
+        turns.clear()
+        return open_engine(found, "auto", sizes=(4,), images=images, echo=said.append).name
+
+    assert choose() == "onnxruntime"
+    assert len([t for t in turns if t]) == 2  # each was timed
+    assert any("10.0 times eager" in line for line in said)
+    assert choose() == "onnxruntime"
+    assert [t for t in turns if t] == []  # none was timed again
+    memory = tmp_path / "regard/engines.json"
+    (entry,) = json.loads(memory.read_text()).values()
+    assert entry["network"] == "ag_sononet8"
+    memory.write_text("{ damaged")
+    assert choose() == "onnxruntime"
+    assert len([t for t in turns if t]) == 2
+    json.loads(memory.read_text())
+
+
+def test_wrong_names_are_one_line():
+    found = classifier("ag_sononet8")
+    with pytest.raises(ValueError, match="engine 'warp': choose auto, eager, compiled, onnx"):
+        open_engine(found, "warp")
+    with pytest.raises(ValueError, match="precision 'fp8': choose auto, fp32, bf16"):
+        open_engine(found, "eager", precision="fp8")
+    with pytest.raises(ValueError, match="computes in fp32"):
+        ENGINES["onnxruntime"](found.model, found.preprocess, (1,), "bf16")
+
+
+def test_what_is_not_installed_says_how_to_have_it(monkeypatch):
+    monkeypatch.setattr("regard.engines.backends.find_spec", lambda name: None)
+    found = classifier("ag_sononet8")
+    with pytest.raises(ValueError, match=r"pip install 'regard\[openvino\]'"):
+        ENGINES["openvino"](found.model, found.preprocess)
+
+
+def test_the_commands_take_an_engine(whole, scans):
+    images = [scans / "0/00.png", scans / "1/01.png"]
+    plain, other = (
+        [json.loads(line) for line in run("predict", whole, *images, "--json", *more).splitlines()
+         if line.startswith("{")]
+        for more in ([], ["--engine", "onnxruntime"])
+    )  # fmt: skip
+    for a, b in zip(plain, other, strict=True):
+        shares = [{c["class"]: c["probability"] for c in row["classes"]} for row in (a, b)]
+        assert shares[0] == pytest.approx(shares[1], abs=1e-5)
+    assert "within" in run("evaluate", whole, "--engine", "openvino", "--precision", "fp32")
+    assert "choose auto, eager" in run("evaluate", whole, "--engine", "warp", code=2)

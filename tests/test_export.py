@@ -1,0 +1,96 @@
+"""Exported files: they answer as the network does, say what they are, or are not there."""
+
+import numpy as np
+import pytest
+import torch
+
+import regard
+import regard.export as exporting
+from regard.attention import record
+from regard.export import ExportError, export, open_file, read_metadata
+from tests.helpers import run
+
+FILES = {"onnx": "net.onnx", "openvino": "net.xml", "torch": "net.pt2"}
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("to", FILES)
+def test_a_file_answers_as_the_network_and_shows_its_maps(whole, tmp_path, to):
+    path = export(whole, to=to, out=tmp_path / FILES[to], maps=True, echo=silent)
+    facts = read_metadata(path, to)
+    assert facts["class_names"] == ["0", "1", "2"]
+    assert facts["input_size"] == [1, 16, 16]
+    assert facts["outputs"] == ["probabilities", "attention.gate3.map", "attention.gate4.map"]
+    assert facts["precision"] == "fp32"
+    classifier = regard.load(whole)
+    answers = open_file(path, to)
+    generator = torch.Generator().manual_seed(5)
+    for count in (1, 2, 7):  # of any batch
+        images = torch.rand(count, 1, 16, 16, generator=generator) * 255
+        with record(classifier.model) as maps:
+            expected = classifier.probabilities(images)
+        found = answers(images)
+        assert torch.allclose(found[0], expected, atol=1e-5)
+        assert torch.allclose(found[0].sum(dim=1), torch.ones(count), atol=1e-5)
+        for got, name in zip(found[1:], ("gate3.map", "gate4.map"), strict=True):
+            assert torch.allclose(got, maps[name].spatial(), atol=1e-5)
+    parts = {"openvino": ["net.bin", "net.xml"]}.get(to, [FILES[to]])
+    assert sorted(p.name for p in tmp_path.iterdir()) == parts
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_eight_bits_tell_what_they_cost(whole, tmp_path, to):
+    said: list[str] = []
+    path = export(whole, to=to, out=tmp_path / FILES[to], int8=True, force=True, echo=said.append)
+    assert any("INT8 on the 24 validation images:" in line for line in said)
+    assert read_metadata(path, to)["precision"] == "int8"
+    images = torch.rand(3, 1, 16, 16) * 255
+    (answer,) = open_file(path, to)(images)
+    assert torch.allclose(answer, regard.load(whole).probabilities(images), atol=0.2)
+
+
+def test_eight_bits_that_lose_too_much_are_not_kept(whole, tmp_path, monkeypatch):
+    right = iter([np.ones(100), np.arange(100) >= 2] * 2)  # 2 points
+    monkeypatch.setattr("regard.export._right", lambda classifier, table: next(right))
+    # the file stays as it was: what is judged is the count above
+    monkeypatch.setitem(exporting._QUANTISERS, "onnx", lambda *a: None)
+    monkeypatch.setattr("regard.export._check_metadata", lambda *a: None)
+    out = tmp_path / "net.onnx"
+    with pytest.raises(ExportError, match=r"98.00% against 100.00% in fp32, \+2.00 points lost"):
+        export(whole, to="onnx", out=out, int8=True, echo=silent)
+    assert list(tmp_path.iterdir()) == []
+    assert export(whole, to="onnx", out=out, int8=True, force=True, echo=silent) == out
+
+
+def test_a_file_that_answers_otherwise_is_not_kept(whole, tmp_path, monkeypatch):
+    def wrong(path, to):
+        return lambda x: [torch.full((len(x), 3), 1 / 3)]
+
+    monkeypatch.setattr("regard.export.open_file", wrong)
+    with pytest.raises(ExportError, match="not kept"):
+        export(whole, to="torch", out=tmp_path / "net.pt2", echo=silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_calls_are_one_line(whole, tmp_path):
+    out = tmp_path / "net.onnx"
+    assert "choose one of onnx, openvino, torch" in run(
+        "export", whole, "--to", "tflite", "--out", out, code=2
+    )
+    assert "ends in .xml" in run("export", whole, "--to", "openvino", "--out", out, code=2)
+    assert "--int8: only with --to onnx or openvino" in run(
+        "export", whole, "--to", "torch", "--out", tmp_path / "a.pt2", "--int8", code=2
+    )
+    out.write_text("mine")
+    assert "is there already" in run("export", whole, "--to", "onnx", "--out", out, code=2)
+    assert out.read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_the_command(whole, tmp_path):
+    said = run("export", whole, "--to", "torch", "--out", tmp_path / "deep/net.pt2")
+    assert "loaded again: 24 images alone and together, answers within" in said
+    assert (tmp_path / "deep/net.pt2").stat().st_size > 100_000
