@@ -135,3 +135,13 @@ def test_a_save_that_fails_leaves_the_network_that_was_there(tmp_path):
     assert "OSError: " in done.stdout, done.stderr
     assert str(tmp_path) in done.stdout
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_cifar_stem_is_loaded_with_the_input_it_was_saved_with(tmp_path):
+    model = regard.create_model("cbam_resnet18", stem="cifar", in_chans=1, num_classes=2)
+    config = {"input_size": (1, 48, 48), "mean": (0.3,), "std": (0.2,), "crop_pct": 0.9}
+    regard.save_model(model, tmp_path, class_names=["a", "b"], data_config=config)
+    found = regard.load(tmp_path)
+    assert found.preprocess.input_size == (1, 48, 48)
+    assert found.preprocess.crop_pct == 0.9
+    assert found.probabilities(torch.zeros(1, 1, 48, 48)).shape == (1, 2)

@@ -358,7 +358,8 @@ def _create(
     gates = {k: kwargs.pop(k) for k in _GATE_ARGUMENTS if attention is not None and k in kwargs}
     if attention is not None and gates:
         attention = partial(attention, **gates)
-    if kwargs.get("stem") == "cifar":
+    told = kwargs.get("pretrained_cfg")  # a saved network's own, when it is loaded again
+    if kwargs.get("stem") == "cifar" and (not told or isinstance(told, str)):
         overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
         cifar = {"input_size": (3, 32, 32), "pool_size": (4, 4), "crop_pct": 1.0}
         kwargs["pretrained_cfg_overlay"] = {**cifar, **overlay}
