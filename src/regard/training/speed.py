@@ -1,6 +1,5 @@
 """Whether a run is compiled: where it is left to us, a few steps are measured both ways."""
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -75,7 +74,8 @@ def choose_compiled(
             trainer.compiled = compiled
             return True
         rounds = [(seconds(eager), seconds(compiled)) for _ in range(3 if once > 1 else 9)]
-        slow, fast = (statistics.median(times) for times in zip(*rounds, strict=True))
+        # the least, as other work on the machine only ever adds
+        slow, fast = (min(times) for times in zip(*rounds, strict=True))
     many = trainer.accelerator.num_processes > 1
     chosen, told = _first_ones(trainer, _decision(slow, fast, max(0.0, first - fast), left, many))
     say(told)
