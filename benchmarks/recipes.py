@@ -9,11 +9,12 @@ is cut stands in the command. Appends a row a run to benchmarks/recipes.csv.
 
 import csv
 import json
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from regard.machine import processor
 
 RESULTS = Path(__file__).with_name("recipes.csv")
 
@@ -37,14 +38,6 @@ RUNS = {
     "finetune": "DATA --recipe finetune --model cbam_resnet18 --size 32 --epochs 2 "
     "--weights OUT/quick",
 }
-
-
-def processor() -> str:
-    """The CPU's name, as Linux tells it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def measure(name: str, data: str, out: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from regard.data.sources import ImageTable, open_data
+from regard.machine import cpu_has_bf16
 from regard.models import create_model
 from regard.models.folder import save_model
 from regard.recipes import Recipe, load_recipe
@@ -18,7 +19,6 @@ from regard.training.choices import (
     choose_model,
     choose_preprocess,
     choose_steps,
-    cpu_has_bf16,
     image_weights,
     load_weights,
     loss_weights,

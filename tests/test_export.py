@@ -1,5 +1,11 @@
 """Exported files: they answer as the network does, say what they are, or are not there."""
 
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +79,20 @@ def test_a_file_that_answers_otherwise_is_not_kept(whole, tmp_path, monkeypatch)
     with pytest.raises(ExportError, match="not kept"):
         export(whole, to="torch", out=tmp_path / "net.pt2", echo=silent)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_docs_example_runs_without_regard(whole, scans, tmp_path):
+    text = (Path(__file__).parents[1] / "docs/exporting.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    export(whole, to="onnx", out=tmp_path / "net.onnx", echo=silent)
+    shutil.copy(scans / "2/07.png", tmp_path / "image.png")
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; assert 'torch' not in sys.modules"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (answer,) = regard.load(whole).predict(scans / "2/07.png")
+    assert done.stdout.strip() == answer.classes[0][0]
 
 
 def test_wrong_calls_are_one_line(whole, tmp_path):

@@ -440,11 +440,11 @@ def test_a_wrong_choice_names_the_choices():
 
 def test_bf16_that_is_only_imitated_is_told(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(choices, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("regard.machine.cpu_has_bf16", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert "this CPU does not compute in bf16" in choices.bf16_note("bf16", cpu)
     assert "this GPU does not" in choices.bf16_note("bf16", gpu)
     assert choices.bf16_note("auto", cpu) is choices.bf16_note("fp32", gpu) is None
     assert not choices.use_bf16("auto", gpu)
-    monkeypatch.setattr(choices, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("regard.machine.cpu_has_bf16", lambda: True)
     assert choices.bf16_note("bf16", cpu) is None

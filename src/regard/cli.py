@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -44,6 +44,32 @@ RecipeFlags = make_dataclass(
 )
 """Every field of a recipe as a flag; None where it was not given."""
 RecipeFlags.__module__ = __name__  # Python 3.11 says "types", which cyclopts takes for builtin
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """What answers: the flags that evaluate, predict and serve share."""
+
+    engine: Annotated[
+        str,
+        Parameter(
+            help="eager, compiled, onnxruntime or openvino; auto measures those that are "
+            "installed, once for this network and machine, and takes the fastest whose answers "
+            "agree."
+        ),
+    ] = "eager"
+    precision: Annotated[
+        str,
+        Parameter(
+            help="Of the engine: fp32, bf16, or auto: bf16 where the machine computes in it, but "
+            "never with eager."
+        ),
+    ] = "auto"
+
+    @property
+    def plain(self) -> bool:
+        """Whether the network itself answers, operator by operator in fp32."""
+        return self.engine == "eager" and self.precision != "bf16"
 
 
 class UsageError(ValueError):
@@ -304,8 +330,7 @@ def evaluate(
     split: str | None = None,
     weights: Path | None = None,
     root: Path | None = None,
-    engine: str = "eager",
-    precision: str = "auto",
+    use: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),
     json: bool = False,
 ) -> int:
     """Test a network on labelled images, with 95 % intervals.
@@ -322,12 +347,6 @@ def evaluate(
         For a network's name: a run's folder or an authors' checkpoint.
     root
         Where cifar10 and cifar100 are kept.
-    engine
-        eager, compiled, onnxruntime or openvino; auto measures those that are installed, once
-        for this network and machine, and takes the fastest whose answers agree.
-    precision
-        Of the engine: fp32, bf16, or auto: bf16 where the machine computes in it, but never
-        with eager.
     json
         Print JSON.
     """
@@ -338,8 +357,8 @@ def evaluate(
     def prepare(classifier: Any, reader: Any) -> None:
         count = len(reader.table)
         rows = range(0, count, max(1, count // 64))
-        reads = [lambda i=i: reader.place(reader.decode(i), None) for i in rows]
-        _use_engine(classifier, engine, precision, reads, count)
+        reads = [lambda i=i: classifier.preprocess.fit(reader.decode(i)) for i in rows]
+        _use_engine(classifier, use, reads, count)
 
     unreadable: list[str] = []
     named, predictions = predictions_of(
@@ -368,8 +387,7 @@ def predict(
     /,
     *,
     top: int = 5,
-    engine: str = "eager",
-    precision: str = "auto",
+    use: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),
     json: bool = False,
     csv: Path | None = None,
 ) -> int:
@@ -383,12 +401,6 @@ def predict(
         Image files, and folders of them.
     top
         How many classes to name for each.
-    engine
-        eager, compiled, onnxruntime or openvino; auto measures those that are installed, once
-        for this network and machine, and takes the fastest whose answers agree.
-    precision
-        Of the engine: fp32, bf16, or auto: bf16 where the machine computes in it, but never
-        with eager.
     json
         Print one JSON object a line.
     csv
@@ -401,10 +413,10 @@ def predict(
     from regard.prediction import images_below, load, print_predictions
 
     classifier = load(run)
-    if engine != "eager" or precision != "auto":
+    if not use.plain:
         paths = list(images_below(images))
         reads = [lambda p=p: classifier.decode(p) for p in paths[:64]]
-        _use_engine(classifier, engine, precision, reads, len(paths))
+        _use_engine(classifier, use, reads, len(paths))
     answered, failed = print_predictions(
         classifier, images, top=top, as_json=json, csv=csv, complain=_complain
     )
@@ -539,8 +551,7 @@ def serve(
     megapixels: float = 50.0,
     requests: int = 16,
     seconds: float = 60.0,
-    engine: str = "eager",
-    precision: str = "auto",
+    use: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),
 ) -> int:
     """Serve a page to try a network on, and its API.
 
@@ -560,12 +571,6 @@ def serve(
         Requests in work at the same moment; the rest are told to come again.
     seconds
         For a request, before it is given up.
-    engine
-        eager, compiled, onnxruntime or openvino; auto measures those that are installed, once
-        for this network and machine, and takes the fastest whose answers agree.
-    precision
-        Of the engine: fp32, bf16, or auto: bf16 where the machine computes in it, but never
-        with eager.
     """
     try:
         from regard.serve.app import serve as listen
@@ -578,7 +583,7 @@ def serve(
 
     limits = Limits(megabytes, megapixels, requests, seconds)
     classifier = load(run)
-    _use_engine(classifier, engine, precision, [], None, sizes=(1, 4, 16))
+    _use_engine(classifier, use, [], None, sizes=(1, 4, 16))
     listen(classifier, host=host, port=port, limits=limits, echo=_say)
     return 0
 
@@ -600,19 +605,20 @@ def report(run: Annotated[Path, Parameter(name="RUN")], /) -> int:
 
 def _use_engine(
     classifier: Any,
-    engine: str,
-    precision: str,
+    use: EngineFlags,
     reads: Sequence[Callable[[], Any]],
     count: int | None,
     sizes: tuple[int, ...] = (32,),
 ) -> None:
     """Gives a classifier the engine that was asked for; the plain network is one already."""
-    if engine == "eager" and precision in ("auto", "fp32"):
-        return
-    from regard.engines import open_engine, probe_images
+    from regard.engines import PRECISIONS, open_engine, probe_images
 
+    if use.precision not in PRECISIONS:
+        raise UsageError(f"--precision {use.precision}: choose {', '.join(PRECISIONS)}")
+    if use.plain:
+        return
     classifier.engine = open_engine(
-        classifier, engine, precision=precision, sizes=sizes, images=probe_images(reads),
+        classifier, use.engine, precision=use.precision, sizes=sizes, images=probe_images(reads),
         count=count, echo=_complain,
     )  # fmt: skip
 

@@ -10,10 +10,15 @@ import torch
 
 
 def has_bf16(device: torch.device | None = None) -> bool:
-    """Whether the device multiplies in bf16, instead of emulating it."""
+    """Whether a device, without one this CPU, multiplies in bf16 instead of imitating it."""
     if device is not None and device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capability = getattr(torch.cpu, "get_capabilities", None)  # AVX-512 BF16, AMX or Arm's BF16
+    return cpu_has_bf16()
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16 (AVX-512 BF16, AMX, or Arm's BF16)."""
+    capability = getattr(torch.cpu, "get_capabilities", None)
     if capability is not None:
         found = capability()
         return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))

@@ -56,12 +56,12 @@ class Engine:
         self.device = next(model.parameters()).device
         self._runs = self._build(model, preprocess)
         for size in self.sizes:  # what is compiled or allocated at the first call is done here
-            self._runs(torch.zeros(size, *preprocess.input_size, device=self.device))
+            self(torch.zeros(size, *preprocess.input_size))
 
     def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
         raise NotImplementedError
 
-    @torch.inference_mode()
+    @torch.no_grad()  # which freezing asks for
     def __call__(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in 0..255, any B -> (B, classes), float32, on the CPU."""
         most = self.sizes[-1]
@@ -114,8 +114,7 @@ class Compiled(Engine):
         compiled = torch.compile(deployed, dynamic=False, options=options)
 
         def run(x: Tensor) -> Tensor:
-            with torch.no_grad():  # freezing asks for it
-                return compiled(x.contiguous(memory_format=torch.channels_last))
+            return compiled(x.contiguous(memory_format=torch.channels_last))
 
         return run
 

@@ -30,7 +30,7 @@ from regard.serve.engine import Engine, Looked
 from regard.serve.uploads import Limits, check, read_body
 
 PATIENCE = 10.0  # for the headers of a request, in seconds
-SAME = (
+SAME = (  # without another engine
     "The answer is that of `regard predict --json` of this file alone: to the last bit where no "
     "other request is answered in the same batch, else within 1e-6."
 )
@@ -100,8 +100,9 @@ def _add_routes(app: FastAPI, classifier: Classifier, engine: Engine, limits: Li
         }
 
     @app.post(
-        "/api/predict", summary="Classify an image", description=SAME, openapi_extra=IMAGE_BODY
-    )
+        "/api/predict", summary="Classify an image", openapi_extra=IMAGE_BODY,
+        description=SAME if classifier.engine is None else f"Answered by {classifier.engine!r}.",
+    )  # fmt: skip
     async def predict(request: Request, top: int = 5) -> dict[str, Any]:
         body = await _image(request, engine, limits)
         found = await engine.predict(body, max(1, min(top, most)))

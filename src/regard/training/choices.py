@@ -1,6 +1,5 @@
 """What a run decides for itself: network arguments, image size, length, weights, precision."""
 
-import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from regard.conversion import make
 from regard.data.images import ImageError
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable
+from regard.machine import has_bf16
 from regard.models.cbam import AttentionResNet, twins
 from regard.recipes import Recipe
 from regard.training.optimisation import classifier_modules
@@ -285,9 +285,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     """Whether to run in bf16: where the machine computes in it, or where it is asked for."""
     if precision != "auto":
         return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return cpu_has_bf16()
+    return has_bf16(device)
 
 
 def bf16_note(precision: str, device: torch.device) -> str | None:
@@ -296,13 +294,3 @@ def bf16_note(precision: str, device: torch.device) -> str | None:
         return None
     what = "GPU" if device.type == "cuda" else "CPU" if device.type == "cpu" else device.type
     return f"note: this {what} does not compute in bf16, only imitates it: fp32 may be faster"
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies in bf16 (AVX-512 BF16 or AMX)."""
-    capability = getattr(torch.cpu, "get_capabilities", None)
-    if capability is not None:
-        found = capability()
-        return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(probe is not None and inspect.isroutine(probe) and probe())
