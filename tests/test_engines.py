@@ -67,6 +67,30 @@ def test_folding_leaves_the_function_and_the_original_as_they_were(name):
         assert torch.allclose(folded(x), model(x), rtol=1e-9, atol=1e-9)
 
 
+class Shared(nn.Module):
+    """Convolutions whose output is needed without their BN as well, or that are used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.twice, self.after = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        y = self.bn(y) + y
+        return self.after(self.twice(y)) + self.twice(x)
+
+
+def test_a_convolution_that_is_needed_by_itself_is_left_alone():
+    torch.manual_seed(0)
+    model = Shared().eval()
+    for bn in (model.bn, model.after):
+        nn.init.uniform_(bn.running_var, 2, 3)
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(fold_batch_norms(model)(x), model(x))
+
+
 @pytest.mark.parametrize(("engine", "precision"), QUICK)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_answers_are_those_of_the_network(name, engine, precision):

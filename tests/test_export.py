@@ -71,13 +71,28 @@ def test_eight_bits_that_lose_too_much_are_not_kept(whole, tmp_path, monkeypatch
     assert export(whole, to="onnx", out=out, int8=True, force=True, echo=silent) == out
 
 
-def test_a_file_that_answers_otherwise_is_not_kept(whole, tmp_path, monkeypatch):
+def off_by_little(shares, *maps):
+    return [shares * 0.999 + 0.001 / 3, *maps]  # the same class, 6e-4 off at most
+
+
+WRONG = {
+    "another class": lambda shares, *maps: [shares.roll(1, dims=1), *maps],
+    "probabilities": off_by_little,
+    "the map gate4.map": lambda shares, a, b: [shares, a, b * 1.001],
+    "the map gate3.map": lambda shares, a, b: [shares, a * float("nan"), b],
+    "not of the network's shapes": lambda shares, a, b: [shares, a],
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_file_that_answers_otherwise_is_not_kept(whole, tmp_path, monkeypatch, what):
     def wrong(path, to):
-        return lambda x: [torch.full((len(x), 3), 1 / 3)]
+        right = open_file(path, to)
+        return lambda x: WRONG[what](*right(x))
 
     monkeypatch.setattr("regard.export.open_file", wrong)
-    with pytest.raises(ExportError, match="not kept"):
-        export(whole, to="torch", out=tmp_path / "net.pt2", echo=silent)
+    with pytest.raises(ExportError, match=f"{what}.*not kept"):
+        export(whole, to="torch", out=tmp_path / "net.pt2", maps=True, echo=silent)
     assert list(tmp_path.iterdir()) == []
 
 
