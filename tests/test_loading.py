@@ -1,5 +1,7 @@
 """The images of a run: the same ones for the same seed and place, however they come."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -216,6 +218,18 @@ def damaged(tmp_path):
 
 UNIT = Preprocess((1, 40, 40), (0.0,), (1 / 255,))
 BAD = {3, 7, 10}
+
+
+def test_beside_openvino_threads_read_the_same_images(table, monkeypatch):
+    """Processes that are forked beside it crash this one at the next end of a child."""
+    recipe = Recipe(random_crop="resized")
+    spans = [(0, 4), (4, 4), (8, 3)]
+    expected = batches(table, "streamed", recipe, spans, 2)
+    monkeypatch.setitem(sys.modules, "openvino", object())
+    monkeypatch.setattr("regard.data.loading.DataLoader", None)  # nothing is forked
+    found = batches(table, "streamed", recipe, spans, 2)
+    for a, b in zip(found, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

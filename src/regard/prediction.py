@@ -3,9 +3,7 @@
 import json
 import os
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regard.data.images import IMAGE_SUFFIXES, ImageError, read_image, to_channels
-from regard.data.loading import Held, Streamed, default_workers
+from regard.data.loading import Held, Streamed, default_workers, read_ahead
 from regard.data.preprocess import Preprocess, to_tensor
 from regard.models import create_model
 
@@ -99,7 +97,7 @@ class Classifier:
     ) -> Iterator[Prediction]:
         """An answer for each image in turn, read ahead by threads; memory stays constant."""
         count = min(top, len(self.class_names))
-        decoded = _read_ahead(images, self._decode_or_error, default_workers(), 2 * batch)
+        decoded = read_ahead(images, self._decode_or_error, default_workers(), 2 * batch)
         while chunk := list(islice(decoded, batch)):
             good = [image for _, image in chunk if isinstance(image, Tensor)]
             answers: Iterator[Any] = iter(())
@@ -141,20 +139,6 @@ def _as_pixels(image: Any) -> NDArray[Any]:
             "uint16, or float32 in 0..1 is needed"
         )
     return pixels
-
-
-def _read_ahead(
-    items: Iterable[Any], read: Callable[[Any], Any], threads: int, window: int
-) -> Iterator[Any]:
-    """read(item) of each item, in order, with at most `window` of them under way."""
-    waiting: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append(pool.submit(read, item))
-            if len(waiting) >= window:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def load(folder: str | Path) -> Classifier:

@@ -8,8 +8,10 @@ batch. The order is a pure function of the seed, so that resuming is starting at
 import math
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,15 +46,16 @@ class Order:
         self._epochs: dict[int, NDArray[np.int64]] = {}
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._epochs:
+        order = self._epochs.get(epoch)
+        if order is None:
             rng = np.random.default_rng([self.seed, epoch])
             if self.chances is None:
                 order = rng.permutation(self.count)
             else:
                 order = rng.choice(self.count, self.count, p=self.chances)
-            self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = order
-        return self._epochs[epoch]
+            kept = {e: o for e, o in self._epochs.items() if e == epoch - 1}
+            self._epochs = kept | {epoch: order}  # replaced whole: threads may be reading
+        return order
 
     def at(self, start: int, count: int) -> NDArray[np.int64]:
         """The images at `count` places from `start` on, at least one."""
@@ -153,7 +156,11 @@ def default_workers() -> int:
 
 
 class Streamed:
-    """Batches decoded by worker processes, in order."""
+    """Batches decoded by workers, in order: processes, or threads where none may be forked.
+
+    Processes forked beside OpenVINO, which has threads of its own, were seen to crash this one
+    later, at the next end of a child.
+    """
 
     def __init__(self, reader: Reader, order: Order | None, seed: int, workers: int) -> None:
         self.places = _Places(reader, order, seed)
@@ -161,6 +168,8 @@ class Streamed:
 
     def batches(self, spans: Sequence[tuple[int, int]]) -> Iterator[Batch]:
         """The batches of these (start, count), in this order."""
+        if self.workers and "openvino" in sys.modules:
+            return read_ahead(spans, self.places.__getitem__, self.workers, 4 * self.workers)
         loader = DataLoader(
             self.places,
             batch_size=None,
@@ -176,6 +185,20 @@ class Streamed:
             return iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def read_ahead(
+    items: Iterable[Any], read: Callable[[Any], Any], threads: int, window: int
+) -> Iterator[Any]:
+    """read(item) of each item, in order, with at most `window` of them under way."""
+    waiting: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) >= window:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class Held:
