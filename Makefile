@@ -14,6 +14,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+	$(BIN)/pytest -m native
 
 # A stamp file tells what is installed, so that the second time nothing is.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -17,6 +17,8 @@ from regard.bench.run import run_bench
 from regard.bench.timing import take_turns
 from regard.cli import run_command
 
+pytestmark = pytest.mark.native
+
 ROOT = Path(__file__).parent.parent
 MACHINE = {
     "processor": "Test (R) CPU", "extensions": ["avx2"], "threads": 2, "accelerator": None,

@@ -16,6 +16,8 @@ from regard.machine import has_bf16
 from regard.prediction import Classifier
 from tests.helpers import run
 
+pytestmark = pytest.mark.native
+
 NETWORKS = {
     "ag_sononet8": ((1, 32, 40), "image"),
     "attention56_cifar": ((3, 32, 32), "fixed"),

@@ -16,6 +16,8 @@ from regard.attention import record
 from regard.export import ExportError, export, open_file, read_metadata
 from tests.helpers import run
 
+pytestmark = pytest.mark.native
+
 FILES = {"onnx": "net.onnx", "openvino": "net.xml", "torch": "net.pt2"}
 
 
