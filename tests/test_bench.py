@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from regard.bench import AUTHORS, Contestant, Result, compare, measure_alone, plan, prepare
 from regard.bench import run as bench_run
+from regard.bench.alone import Elsewhere
 from regard.bench.contestants import absent_packages, peers_of, twin_of
 from regard.bench.results import append_csv, as_rows, slug
 from regard.bench.run import run_bench
@@ -68,6 +70,7 @@ def fake(monkeypatch):
         return clock.step([found]), 0.25
 
     monkeypatch.setattr(bench_run, "prepare", ready)
+    monkeypatch.setattr(bench_run.Elsewhere, "prepare", lambda self, c: ready(c))
     monkeypatch.setattr(bench_run, "has_bf16", lambda device: False)
     return clock, seconds
 
@@ -245,17 +248,20 @@ def test_the_plain_twin_is_beside_each_network():
 def test_bf16_competes_where_the_machine_computes_in_it(monkeypatch):
     for fast in (False, True):
         monkeypatch.setattr(bench_run, "has_bf16", lambda device, fast=fast: fast)
-        monkeypatch.setattr(bench_run, "absent_packages", lambda engine: [])
+        monkeypatch.setattr(bench_run, "absent_packages", lambda engine, precision="fp32": [])
         prediction, training = plan(["attention56_cifar"], train=True)[0]
         found = {(c.engine, c.precision) for c in prediction}
         assert ("onnxruntime", "bf16") not in found
         assert (("openvino", "bf16") in found) == fast
+        assert [c.engine for c in prediction if c.precision == "int8"] == ["openvino"]
         assert {c.precision for c in training[1:]} == ({"bf16"} if fast else {"fp32"})
 
 
 def test_an_engine_that_is_not_installed_is_told_once(monkeypatch):
     lacking = {"onnxruntime": ["onnx"]}
-    monkeypatch.setattr(bench_run, "absent_packages", lambda engine: lacking.get(engine, []))
+    monkeypatch.setattr(
+        bench_run, "absent_packages", lambda engine, precision="fp32": lacking.get(engine, [])
+    )
     groups, told = plan(["ag_sononet8", "sononet8"], batch_sizes=[1, 2])
     assert told == ["onnxruntime: needs onnx: pip install 'regard[onnxruntime]'"]
     assert all(c.engine != "onnxruntime" for group in groups for c in group)
@@ -276,7 +282,7 @@ def test_peers_that_are_not_there_are_told(monkeypatch):
     [
         ({"models": ["cbam_resnet5"]}, r"no network is called 'cbam_resnet5'; did you mean cbam"),
         ({"engines": ["tensorrt"]}, r"engine 'tensorrt': choose eager, compiled"),
-        ({"precisions": ["fp16"]}, r"precision 'fp16': choose auto, fp32, bf16"),
+        ({"precisions": ["fp16"]}, r"precision 'fp16': choose auto, fp32, bf16, int8"),
         ({"device": "tpu"}, r"device 'tpu': choose cpu, cuda"),
         ({"batch_sizes": [4, 0]}, r"batch size 4 0: at least 1"),
         ({"threads": 0}, r"threads 0: at least 1"),
@@ -315,6 +321,30 @@ def test_the_contestants_of_a_group_answer_the_same():
         step, start = prepare(contestant(engine, batch=2))
         torch.testing.assert_close(step(), expected, rtol=1e-3, atol=1e-5)
         assert start >= 0
+
+
+def test_int8_is_near_the_network_and_not_the_network():
+    expected = prepare(contestant(AUTHORS, batch=2))[0]()
+    if absent_packages("openvino", "int8"):
+        pytest.skip("openvino and nncf are not installed")
+    found = prepare(contestant("openvino", "int8", batch=2))[0]()
+    assert 1e-6 < (found - expected).abs().max() < 0.05
+
+
+def test_the_authors_way_runs_in_a_process_whose_memory_is_as_usual():
+    elsewhere = Elsewhere()
+    try:
+        step, start = elsewhere.prepare(contestant(AUTHORS, batch=2))
+        assert start > 0
+        step()
+        with pytest.raises(RuntimeError, match="no network is called 'ag_sononet9'"):
+            elsewhere.prepare(contestant(AUTHORS, network="ag_sononet9"))
+        step()  # and the first is still there
+        (process,) = elsewhere._pool._processes.values()
+        assert process.pid != os.getpid()
+    finally:
+        elsewhere.close()
+    assert not process.is_alive()
 
 
 def test_training_steps_of_all_ways_lower_the_same_loss():
@@ -371,6 +401,7 @@ def test_the_page_shows_measured_beside_target_and_marks_what_falls_short(tmp_pa
         one(0.5, AUTHORS, **twin), one(0.08, "openvino", **twin),
         one(0.9, AUTHORS, kind="train"), one(0.6, "compiled", "bf16", kind="train"),
         one(0.9, AUTHORS, of="attention56", network="attention56"),
+        one(0.2, "openvino", "int8", of="attention56", network="attention56"),
     ]  # fmt: skip
     compare(rows)
     folder = tmp_path / "benchmarks"
@@ -388,6 +419,8 @@ def test_the_page_shows_measured_beside_target_and_marks_what_falls_short(tmp_pa
         f"| `ag_sononet8` | training step, {way} (compiled, bf16) | 1.50 | at least 1.8 "
         "| **falls short** |",
         f"| `attention56` | prediction, {way} | not measured | at least 3.4 | |",
+        f"| `attention56` | prediction in INT8, {way} (openvino, int8) | 4.50 | at least 5 "
+        "| **falls short** |",
         "| `ag_sononet8` | openvino | fp32 | 8 | 100.0 (100.0–100.0) | 80.0 | 6.00 | 1.25 | 1.5 "
         "|  |",
         "- ag_sononet8, compiled, fp32: no compiler",

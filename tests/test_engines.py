@@ -1,17 +1,20 @@
 """Engines answer as eager fp32 does, and `auto` takes the one that measuring favours."""
 
+import copy
 import json
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import regard
 from regard.data.preprocess import Preprocess
 from regard.engines import BOUNDS, ENGINES, fold_batch_norms, open_engine
 from regard.engines import choice as choosing
 from regard.engines.choice import Measured, cheapest
+from regard.engines.deployed import PairedColumns, pair_columns
 from regard.machine import has_bf16
 from regard.prediction import Classifier
 from tests.helpers import run
@@ -93,6 +96,53 @@ def test_a_convolution_that_is_needed_by_itself_is_left_alone():
         assert torch.equal(fold_batch_norms(model)(x), model(x))
 
 
+@pytest.mark.parametrize("size", [(16, 16), (35, 32), (32, 35)], ids=str)
+def test_two_columns_at_once_are_the_same_convolutions(size, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    folded = fold_batch_norms(lively("ag_sononet8")).double()
+    paired = pair_columns(copy.deepcopy(folded))
+    made = [m for m in paired.modules() if isinstance(m, PairedColumns)]
+    assert len(made) == 3  # of block 1, each with its ReLU
+    assert all(m.relu for m in made)
+    x = torch.randn(2, 1, *size, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(paired(x), folded(x), rtol=1e-9, atol=1e-12)
+
+
+def test_two_columns_at_once_only_where_they_fit_and_pay(monkeypatch):
+    fits = [nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1, bias=False)]
+    others = [
+        nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(1, 8, 3), nn.Conv2d(1, 8, 5, padding=1),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(1, 8, 3, 2, padding=1),
+        nn.Conv2d(1, 8, 3, padding=1, padding_mode="circular"),
+    ]  # fmt: skip
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert [PairedColumns.fits(c) for c in fits + others] == [True] * 2 + [False] * 6
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not any(PairedColumns.fits(c) for c in fits)
+
+
+def test_a_relu_that_others_see_before_stays_outside(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(1, 8, 3, padding=1), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return self.relu(y) + y
+
+    torch.manual_seed(0)
+    model = Branches().double().eval()
+    x = torch.randn(2, 1, 6, 8, dtype=torch.float64)
+    with torch.no_grad():
+        before = model(x)
+        assert torch.allclose(pair_columns(model)(x), before, rtol=1e-9, atol=1e-12)
+    assert isinstance(model.conv, PairedColumns)
+
+
 @pytest.mark.parametrize(("engine", "precision"), QUICK)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_answers_are_those_of_the_network(name, engine, precision):
@@ -113,8 +163,13 @@ def test_answers_are_those_of_the_network(name, engine, precision):
 def test_the_compiled_network_answers_the_same():
     found = classifier("ag_sononet8")
     images = some_images("ag_sononet8", 5)
+    counters["inductor"].clear()
     ready = ENGINES["compiled"](found.model, found.preprocess, (4,), "fp32")
+    # which it only can where the weights are frozen into the graph
+    assert counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] > 10
+    made = counters["stats"]["unique_graphs"]
     assert (ready(images) - found.probabilities(images)).abs().max() <= BOUNDS["fp32"]
+    assert counters["stats"]["unique_graphs"] == made  # no call compiles again
 
 
 def test_a_network_of_timms_own_is_taken_too():

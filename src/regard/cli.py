@@ -148,7 +148,7 @@ def bench(
     engine
         eager, compiled, onnxruntime, openvino; without: all that are installed.
     precision
-        fp32, bf16, or auto: all that the machine computes in.
+        fp32, bf16, int8 (of openvino), or auto: all that the machine computes in.
     train
         Measure training steps as well.
     batch_size
@@ -612,9 +612,11 @@ def _use_engine(
 ) -> None:
     """Gives a classifier the engine that was asked for; the plain network is one already."""
     from regard.engines import PRECISIONS, open_engine, probe_images
+    from regard.machine import keep_freed_memory
 
     if use.precision not in PRECISIONS:
         raise UsageError(f"--precision {use.precision}: choose {', '.join(PRECISIONS)}")
+    keep_freed_memory()
     if use.plain:
         return
     classifier.engine = open_engine(

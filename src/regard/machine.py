@@ -1,5 +1,7 @@
 """What this machine is and can do: for choosing engines, and for the header of every figure."""
 
+import contextlib
+import ctypes
 import importlib.metadata
 import inspect
 import platform
@@ -7,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# the names' numbers in glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST = 2**30  # bytes of a block that is kept
 
 
 def has_bf16(device: torch.device | None = None) -> bool:
@@ -65,3 +71,19 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: v for name, v in versions.items() if v is not None},
     }
+
+
+def keep_freed_memory() -> bool:
+    """Has this process keep the memory of freed tensors for the next ones, on the CPU.
+
+    glibc gives every block above 32 MiB back to the system at once, and the next tensor of
+    that size then has all its pages mapped and cleared anew: with large batches a good part
+    of a training step's time (docs/performance.md). In turn the process stays at its peak.
+
+    Returns:
+        Whether it could be done: elsewhere than on glibc nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # musl, macOS, Windows
+        mallopt = ctypes.CDLL(None).mallopt
+        return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST) and mallopt(_M_TRIM_THRESHOLD, -1))
+    return False

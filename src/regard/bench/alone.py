@@ -1,6 +1,7 @@
-"""One contestant in a process of its own: its peak memory, and its time undisturbed."""
+"""Contestants in processes of their own: their peak memory, and memory as others handle it."""
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from regard.bench.contestants import Contestant, prepare
+from regard.bench.contestants import Contestant, Step, prepare
 from regard.bench.results import Result
 from regard.bench.timing import take_turns
 
@@ -22,18 +23,77 @@ def measure_alone(contestants: Sequence[Contestant], turns: int) -> list[Result]
     The processes are forked from one that has imported torch and nothing more, so that what
     one of them uses is its own network's.
     """
-    methods = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload(["regard.bench.alone"])
     found = []
     for c in contestants:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with ProcessPoolExecutor(1, mp_context=_context()) as pool:
             try:
                 found.append(pool.submit(_measure, c, turns).result())
             except Exception as error:  # a process that was killed is one of them
                 found.append(Result(c, fault=first_line(error)))
     return found
+
+
+class Elsewhere:
+    """A second process for those contestants that run as they would without Regard.
+
+    Regard keeps freed memory for the next tensors (`keep_freed_memory`). In a process that
+    does so everybody else would gain by it as well; so they have one where nobody did. It is
+    started by the first of them, and called from this process's turns: what it does by itself
+    is wait.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def prepare(self, c: Contestant) -> tuple[Step, float]:
+        """As `contestants.prepare`, in that process.
+
+        Raises:
+            RuntimeError: whatever was thrown there, in one line.
+        """
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(1, mp_context=_context())
+        number, start = self._pool.submit(_make_ready, c).result()
+        return functools.partial(self._call, number), start
+
+    def _call(self, number: int) -> None:
+        assert self._pool is not None
+        self._pool.submit(_call_ready, number).result()
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+_ready: list[Step] = []  # in the second process
+
+
+def _make_ready(c: Contestant) -> tuple[int, float]:
+    torch.set_num_threads(c.threads)
+    try:
+        step, start = prepare(c)
+    except Exception as error:  # its own class may be one that can't be sent
+        raise RuntimeError(first_line(error)) from None
+    _ready.append(step)
+    return len(_ready) - 1, start
+
+
+def _call_ready(number: int) -> None:
+    try:
+        _ready[number]()
+    except Exception as error:
+        raise RuntimeError(first_line(error)) from None
+
+
+def _context() -> Any:
+    """Forks from a process that has imported torch and nothing more, where forking is safe."""
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(["regard.bench.alone"])
+    return context
 
 
 def _measure(c: Contestant, turns: int) -> Result:

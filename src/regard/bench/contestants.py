@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from regard.conversion import make
 from regard.data.preprocess import Preprocess
-from regard.engines import ENGINES
+from regard.engines import ENGINES, Deployed
+from regard.engines.backends import OpenVino
+from regard.export import openvino_int8
+from regard.machine import keep_freed_memory
 from regard.models.cbam import twins
 from regard.training.losses import heads_loss
 
@@ -40,7 +43,7 @@ class Contestant:
         role: "network", "twin" (the same without attention) or "peer" (another library's).
         engine: AUTHORS, COMPILE, or one of regard.engines.ENGINES; in training eager or
             compiled.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16", or of openvino "int8".
         batch: images.
         size: (C, H, W) of an image.
         threads: of the CPU.
@@ -87,7 +90,8 @@ def _prediction_step(c: Contestant, model: nn.Module) -> Step:
     """From (B, C, H, W) uint8 on the CPU to probabilities there."""
     preprocess, images = preprocess_of(c.of, c.size), noise(c.batch, c.size)
     if c.engine not in (AUTHORS, COMPILE):
-        engine = ENGINES[c.engine](model, preprocess, (c.batch,), c.precision)
+        made = Int8 if c.precision == "int8" else ENGINES[c.engine]
+        engine = made(model, preprocess, (c.batch,), c.precision)
         return lambda: engine(images)
     called: Any = torch.compile(model) if c.engine == COMPILE else model
 
@@ -98,10 +102,22 @@ def _prediction_step(c: Contestant, model: nn.Module) -> Step:
     return step
 
 
+class Int8(OpenVino):
+    """OpenVINO in 8 bits, as `regard export --int8` makes it; its ranges are those of noise."""
+
+    needs = ("openvino", "nncf")
+    precisions = ("int8",)
+
+    def _convert(self, deployed: Deployed, preprocess: Preprocess) -> Any:
+        return openvino_int8(deployed, preprocess, noise(16, preprocess.input_size).float())
+
+
 def _training_step(c: Contestant, model: nn.Module) -> Step:
     """Forward, cross entropy, backward and SGD, on a batch that is ready."""
     bf16 = c.precision == "bf16"
     layout = torch.contiguous_format if c.engine == AUTHORS else torch.channels_last
+    if c.engine != AUTHORS and c.device == "cpu":
+        keep_freed_memory()
     model = model.to(memory_format=layout).train()
     x = preprocess_of(c.of, c.size).normalise(noise(c.batch, c.size)).to(c.device)
     x = x.contiguous(memory_format=layout)
@@ -206,9 +222,10 @@ def twin_of(name: str) -> str | None:
     return None if plain == name else plain
 
 
-def absent_packages(engine: str) -> list[str]:
+def absent_packages(engine: str, precision: str = "fp32") -> list[str]:
     """The packages that an engine of ENGINES needs and that are not installed."""
-    return [package for package in ENGINES[engine].needs if find_spec(package) is None]
+    needs = Int8.needs if precision == "int8" else ENGINES[engine].needs
+    return [package for package in needs if find_spec(package) is None]
 
 
 def peers_of(name: str) -> tuple[list[str], list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from regard.bench.alone import first_line, measure_alone
+from regard.bench.alone import Elsewhere, first_line, measure_alone
 from regard.bench.contestants import (
     AUTHORS,
     COMPILE,
@@ -110,7 +110,10 @@ def plan(
         else:
             installed.append(name)
     usable = [(e, p) for e in installed for p in kinds if p in ENGINES[e].precisions]
-    training = [p for p in kinds if p == "bf16" or "bf16" not in kinds or "auto" not in precisions]
+    if "int8" in kinds and "openvino" in installed:
+        usable.append(("openvino", "int8"))
+    floats = [p for p in kinds if p != "int8"]
+    training = [p for p in floats if p == "bf16" or "bf16" not in kinds or "auto" not in precisions]
     groups = []
     count = threads or torch.get_num_threads()
     for name, shape in sizes.items():
@@ -200,10 +203,13 @@ def measure_group(
     results = [Result(c) for c in group]
     steps: list[Any] = []
     ready: list[Result] = []
+    elsewhere = Elsewhere()
     try:
         for number, r in enumerate(results, start=1):
             try:
-                step, r.start = prepare(r.contestant)
+                c = r.contestant
+                theirs = c.engine in (AUTHORS, COMPILE) and c.device == "cpu"
+                step, r.start = elsewhere.prepare(c) if theirs else prepare(c)
             except Exception as error:  # whatever a converter or a compiler throws
                 _fail(r, error, echo)
                 continue
@@ -218,6 +224,7 @@ def measure_group(
                 r.seconds, r.calls = found
     finally:
         steps.clear()
+        elsewhere.close()
         trained_looking.cache_clear()
         # torch.compile gives up on a function after a few networks: the next group starts anew
         if "torch._dynamo" in sys.modules:
@@ -243,15 +250,23 @@ def _add_memory(results: Sequence[Result], echo: Echo) -> None:
 
 
 def _precisions(asked: Sequence[str], device: torch.device) -> list[str]:
-    """fp32 and bf16 in order; "auto" is all that the device computes in."""
+    """fp32, bf16 and int8 in order; "auto" is all that the device computes in."""
     fast = has_bf16(device)
+    eight = device.type == "cpu" and not absent_packages("openvino", "int8")
+    choices = (*PRECISIONS, "int8")
     for name in asked:
-        if name not in PRECISIONS:
-            raise ValueError(f"precision {name!r}: choose {', '.join(PRECISIONS)}")
+        if name not in choices:
+            raise ValueError(f"precision {name!r}: choose {', '.join(choices)}")
+        if name == "int8" and not eight:
+            raise ValueError(
+                "precision 'int8': on the CPU, by openvino and nncf: "
+                "pip install 'regard[openvino]' brings them"
+            )
         if name == "bf16" and not fast:
             raise ValueError("precision 'bf16': this machine only emulates it; choose fp32 or auto")
-    chosen = set(asked) | (({"fp32", "bf16"} if fast else {"fp32"}) if "auto" in asked else set())
-    return [p for p in ("fp32", "bf16") if p in chosen]
+    everything = {"fp32", *(["bf16"] if fast else []), *(["int8"] if eight else [])}
+    chosen = set(asked) | (everything if "auto" in asked else set())
+    return [p for p in ("fp32", "bf16", "int8") if p in chosen]
 
 
 def _check_device(name: str) -> None:

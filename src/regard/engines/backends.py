@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from regard.data.preprocess import Preprocess
-from regard.engines.deployed import Deployed, fold_batch_norms
+from regard.engines.deployed import Deployed, fold_batch_norms, pair_columns
+from regard.machine import cpu_has_bf16, keep_freed_memory
 
 Run = Callable[[Tensor], Tensor]  # (B, C, H, W) float32 of one fixed B -> (B, classes)
 
@@ -54,6 +55,8 @@ class Engine:
         self.precision = precision
         self.sizes = tuple(sorted(set(sizes)))
         self.device = next(model.parameters()).device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._runs = self._build(model, preprocess)
         for size in self.sizes:  # what is compiled or allocated at the first call is done here
             self(torch.zeros(size, *preprocess.input_size))
@@ -106,15 +109,18 @@ class Compiled(Engine):
     name = "compiled"
 
     def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
-        folded = fold_batch_norms(model).to(memory_format=torch.channels_last)
+        folded = pair_columns(fold_batch_norms(model)).to(memory_format=torch.channels_last)
         if self.precision == "bf16":
             folded = folded.bfloat16()
-        deployed = Deployed(folded, preprocess)
-        options: Any = {"freezing": True} if self.device.type == "cpu" else None
-        compiled = torch.compile(deployed, dynamic=False, options=options)
+        compiled = torch.compile(Deployed(folded, preprocess), dynamic=False)
+        on_cpu = self.device.type == "cpu"
 
         def run(x: Tensor) -> Tensor:
-            return compiled(x.contiguous(memory_format=torch.channels_last))
+            # as an option of torch.compile it would come too late: dynamo would hand the weights
+            # over as inputs, and nothing of them could be frozen. The calls while an engine is
+            # made compile; none does later, and what is asked for then costs next to nothing.
+            with torch._inductor.config.patch(freezing=on_cpu):
+                return compiled(x.contiguous(memory_format=torch.channels_last))
 
         return run
 
@@ -124,7 +130,7 @@ class OnnxRuntime(Engine):
 
     name = "onnxruntime"
     needs = ("onnxruntime", "onnx", "onnxscript")
-    precisions = ("fp32",)
+    precisions: tuple[str, ...] = ("fp32",)
 
     def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
         import onnxruntime
@@ -146,10 +152,10 @@ class OpenVino(Engine):
     """OpenVINO on the CPU; in bf16 by its own choice of layers."""
 
     name = "openvino"
-    needs = ("openvino",)
+    needs: tuple[str, ...] = ("openvino",)
 
     def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
-        found = openvino_model(Deployed(fold_batch_norms(model).cpu(), preprocess), preprocess)
+        found = self._convert(Deployed(fold_batch_norms(model).cpu(), preprocess), preprocess)
         runs = {}
         for size in self.sizes:  # a fixed shape is faster than one that may change
             found.reshape([size, *preprocess.input_size])
@@ -160,6 +166,9 @@ class OpenVino(Engine):
             return torch.from_numpy(answers[0].copy())
 
         return run
+
+    def _convert(self, deployed: Deployed, preprocess: Preprocess) -> Any:
+        return openvino_model(deployed, preprocess)
 
 
 ENGINES: dict[str, type[Engine]] = {e.name: e for e in (Eager, Compiled, OnnxRuntime, OpenVino)}
@@ -244,13 +253,18 @@ def openvino_model(deployed: Deployed, preprocess: Preprocess) -> Any:
 
 
 def compile_openvino(model: Any, precision: str) -> Any:
-    """A model made ready for this CPU, with as many threads as torch has."""
+    """A model made ready for this CPU, with as many threads as torch has.
+
+    Of "int8" what is not in 8 bits is in bf16 where the CPU computes in it, as OpenVINO itself
+    has it.
+    """
     openvino = import_openvino()
+    bf16 = precision == "bf16" or (precision == "int8" and cpu_has_bf16())
     return openvino.Core().compile_model(
         model,
         "CPU",
         {
-            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         },

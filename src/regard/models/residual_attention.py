@@ -224,6 +224,9 @@ class AttentionModule(nn.Module):
     residual="naive" is the paper's comparison, M * T (naive attention learning).
 
     Shapes: (B, C, H, W) -> the same.
+
+    Compiled, sigmoid, product, sum and the next unit's BN and ReLU are one pass, which reads
+    the trunk and the mask's last map; called operator by operator they are five.
     """
 
     def __init__(

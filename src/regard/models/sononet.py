@@ -320,6 +320,10 @@ class AttentionGate(nn.Module):
 
     Shapes: x (B, C, H, W), g (B, C_g, h, w) -> (B, C).
 
+    Compiled, x is read twice: by theta's convolution, and by the weighted sum, whose products
+    are never written. Between them one pass reads theta(x), interpolates phi(g), adds and
+    rectifies, in place; psi reads that.
+
     Raises:
         ValueError: an argument is not among its choices.
     """
@@ -444,24 +448,25 @@ class AGSonoNet(_SonoNetBase):
         """
         if not self.pooled:
             return x
-        gated = self.vectors[0] + self.vectors[1]
-        x = torch.cat([x[:, :gated, 0, 0], self.global_pool(x[:, gated:])], dim=1)
-        if self.drop_rate > 0.0:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
-        if pre_logits or self.num_classes == 0:
-            return x
-        return self._aggregate(x)
+        third, fourth, _ = self.vectors
+        gated = third + fourth
+        attended3, attended4 = x[:, :third, 0, 0], x[:, third:gated, 0, 0]
+        return self._head([attended3, attended4, self.global_pool(x[:, gated:])], pre_logits)
 
-    def _aggregate(self, x: Tensor) -> Tensor:
-        """(B, 20 features) -> (B, num_classes), or in training (B, heads, num_classes)."""
+    def _head(self, vectors: list[Tensor], pre_logits: bool = False) -> Tensor:
+        """The three vectors, (B, 4f), (B, 8f) and (B, 8f) -> what forward_head gives."""
+        if self.drop_rate > 0.0:
+            vectors = [F.dropout(v, p=self.drop_rate, training=self.training) for v in vectors]
+        if pre_logits or self.num_classes == 0:
+            return torch.cat(vectors, dim=1)
         if self.aggregation == "concat" or (self.aggregation == "deep_sup" and not self.training):
-            return self.classifier(x)
-        vectors = x.split(self.vectors, dim=1)
+            return self.classifier(torch.cat(vectors, dim=1))
         heads = [head(vectors[i]) for i, head in enumerate(self.heads)]
         if self.aggregation == "ft":
             return self.classifier(torch.cat(heads, dim=1))
         if self.aggregation == "deep_sup":
-            return torch.stack([self.classifier(x)] + heads, dim=1)  # noqa: RUF005 (TorchScript)
+            joint = self.classifier(torch.cat(vectors, dim=1))
+            return torch.stack([joint] + heads, dim=1)  # noqa: RUF005 (TorchScript)
         stacked = torch.stack(heads, dim=1)  # (B, 3, num_classes)
         if self.training:
             return stacked
@@ -469,7 +474,12 @@ class AGSonoNet(_SonoNetBase):
         return torch.log_softmax(stacked, dim=2).logsumexp(dim=1) - math.log(len(heads))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        """forward_head of forward_features, without laying the vectors out as a map between."""
+        block3, block4, block5 = self._maps(x)
+        if not self.pooled:
+            return self._last_map(block3, block4, block5)
+        attended3, attended4 = self.gate3(block3, block5), self.gate4(block4, block5)
+        return self._head([attended3, attended4, self.global_pool(block5)])
 
 
 def _create(

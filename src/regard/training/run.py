@@ -30,6 +30,7 @@ from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, open_data
 from regard.data.splits import assign_splits, read_splits
 from regard.evaluation import Evaluation, Predictions, evaluate
+from regard.machine import keep_freed_memory
 from regard.models.folder import save_model
 from regard.prediction import Classifier, probabilities_of
 from regard.recipes import Recipe, load_recipe, recipe_toml
@@ -272,6 +273,8 @@ class Run:
         )  # fmt: skip
         if self.plan.recipe.grad_checkpointing:
             set_checkpointing(model, self.plan.model)
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         return model.to(self.accelerator.device).to(memory_format=torch.channels_last)
 
     def _load_parts(self) -> dict[str, Part]:
