@@ -36,7 +36,7 @@ class Classifier:
     """A network with its classes' names and its preprocessing.
 
     Attributes:
-        model: in evaluation mode.
+        model: put in evaluation mode, its weights in channels_last.
         class_names: in the order of its outputs.
         preprocess: from a decoded image to its input.
         config: the folder's config.json, under "regard" what timm does not know.
@@ -50,7 +50,8 @@ class Classifier:
         preprocess: Preprocess,
         config: dict[str, Any] | None = None,
     ) -> None:
-        self.model = model.eval()
+        # an input of one channel is of both layouts: only the weights can tell which is meant
+        self.model = model.eval().to(memory_format=torch.channels_last)
         self.class_names = list(class_names)
         self.preprocess = preprocess
         self.config = config or {}

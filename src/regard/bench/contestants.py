@@ -124,7 +124,10 @@ def _training_step(c: Contestant, model: nn.Module) -> Step:
     generator = torch.Generator().manual_seed(SEED)
     labels = torch.randint(model.num_classes, (c.batch,), generator=generator).to(c.device)  # type: ignore[call-overload]
     # a rate so small that a thousand steps leave the network's values where they were
-    optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, weight_decay=1e-4)
+    fused = c.engine != AUTHORS
+    optimizer = torch.optim.SGD(
+        model.parameters(), 1e-4, momentum=0.9, weight_decay=1e-4, fused=fused
+    )
     forward: Any = torch.compile(model) if c.engine == "compiled" else model
     weights: Any = getattr(model, "head_weights", None)
 

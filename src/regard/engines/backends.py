@@ -1,6 +1,7 @@
 """The engines: each answers (B, C, H, W) in 0..255 with probabilities (B, classes)."""
 
 import contextlib
+import copy
 import io
 import os
 import sys
@@ -86,14 +87,15 @@ class Engine:
 
 
 class Eager(Engine):
-    """PyTorch, operator by operator."""
+    """PyTorch, operator by operator, in channels_last."""
 
     name = "eager"
     fills_up = False
 
     def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
         bf16 = self.precision == "bf16"
-        deployed = Deployed(fold_batch_norms(model).bfloat16() if bf16 else model, preprocess)
+        own = fold_batch_norms(model).bfloat16() if bf16 else copy.deepcopy(model)
+        deployed = Deployed(own.to(memory_format=torch.channels_last), preprocess)
 
         def run(x: Tensor) -> Tensor:
             found = deployed(x.contiguous(memory_format=torch.channels_last))

@@ -58,7 +58,8 @@ def classifier_modules(model: nn.Module) -> list[str]:
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """SGD or AdamW over groups that carry `lr_scale`: 1, or recipe.body_lr for the body.
 
-    Where recipe.decay_all is off, biases and the weights of norms are not decayed.
+    Where recipe.decay_all is off, biases and the weights of norms are not decayed. Both are
+    fused: a step is one pass over a parameter, its gradient and its momentum.
     """
     fast = fast_parameters(model) if recipe.body_lr != 1 else set()
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -73,9 +74,11 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         for (scale, decay), ps in groups.items()
     ]
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(settings, lr=recipe.lr)
+        return torch.optim.AdamW(settings, lr=recipe.lr, fused=True)
     nesterov = recipe.nesterov and recipe.momentum > 0
-    return torch.optim.SGD(settings, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
+    return torch.optim.SGD(
+        settings, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=True
+    )
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
