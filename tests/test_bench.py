@@ -14,7 +14,7 @@ from regard.bench import AUTHORS, Contestant, Result, compare, measure_alone, pl
 from regard.bench import run as bench_run
 from regard.bench.alone import Elsewhere
 from regard.bench.contestants import absent_packages, peers_of, twin_of
-from regard.bench.results import append_csv, as_rows, slug
+from regard.bench.results import append_csv, as_rows, pooled, slug
 from regard.bench.run import run_bench
 from regard.bench.timing import take_turns
 from regard.cli import run_command
@@ -306,6 +306,23 @@ def test_a_wrong_call_is_one_line(tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("regard: ")
         assert message in line
+
+
+def test_rounds_are_pooled_and_what_failed_in_one_has_failed():
+    def a_round(authors, eager, fault=None):
+        results = [
+            Result(contestant(AUTHORS), seconds=authors, start=authors[0], calls=3),
+            Result(contestant(), seconds=eager, start=eager[0], peak=7),
+            Result(contestant("openvino"), seconds=[1.0], fault=fault),
+        ]
+        compare(results)
+        return results
+
+    authors, eager, broken = pooled([a_round([8.0], [4.0]), a_round([4.0, 6.0], [2.0, 3.0], "no")])
+    assert authors.seconds == [8.0, 4.0, 6.0]
+    assert (eager.median, eager.start, eager.peak) == (3.0, 4.0, 7)
+    assert eager.times == 2.0
+    assert broken.fault == "no"
 
 
 # ------------------------------------------------------------------------ the contestants

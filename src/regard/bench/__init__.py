@@ -7,7 +7,7 @@
 
 from regard.bench.alone import measure_alone
 from regard.bench.contestants import AUTHORS, COMPILE, DEFAULT_MODELS, Contestant, prepare
-from regard.bench.results import Result, append_csv, as_rows, compare, print_results, slug
+from regard.bench.results import Result, append_csv, as_rows, compare, pooled, print_results, slug
 from regard.bench.run import Report, plan, run_bench
 from regard.bench.timing import take_turns
 
@@ -23,6 +23,7 @@ __all__ = [
     "compare",
     "measure_alone",
     "plan",
+    "pooled",
     "prepare",
     "print_results",
     "run_bench",

@@ -4,7 +4,7 @@ import csv
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,22 @@ def compare(results: Sequence[Result]) -> None:
         if c.role == "network" and c.of in twins:
             twin = find(c, twins[c.of], "twin", c.engine, c.precision)
             r.to_twin = r.median / twin.median if twin is not None else None
+
+
+def pooled(rounds: Sequence[Sequence[Result]]) -> list[Result]:
+    """The results of the same contestants in several processes, their turns put together.
+
+    Start and memory are the first round's: later ones find compiled kernels in the cache.
+    """
+    found = []
+    for same in zip(*rounds, strict=True):
+        first = same[0]
+        assert all(r.contestant == first.contestant for r in same)
+        faults = [r.fault for r in same if r.fault is not None]
+        seconds = [s for r in same for s in r.seconds]
+        found.append(replace(first, seconds=seconds, fault=faults[0] if faults else None))
+    compare(found)
+    return found
 
 
 def as_rows(
