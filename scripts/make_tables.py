@@ -6,7 +6,7 @@
 What it writes: the columns `parameters` and `macs` of src/regard/figures.csv, and
 in README.md, docs/training.md and docs/performance.md what stands between two comments that
 name this script: from benchmarks/recipes.csv, and, machine by machine, from
-benchmarks/performance-*.csv, scaling-*.csv and stream.csv.
+benchmarks/performance-*.csv, scaling-*.csv, freed-memory-*.csv and stream.csv.
 """
 
 import csv
@@ -299,6 +299,27 @@ def stream_table(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def freed_table(texts: Sequence[str]) -> str:
+    """The table of benchmarks/freed_memory.py, of all machines."""
+    rows = [row for text in texts for row in csv.DictReader(io.StringIO(text))]
+    if not rows:
+        return NOTHING
+    lines = [
+        "| Network | What | Batch | ms, as glibc has it | ms, kept | Times as fast "
+        "| Page faults | kept | Peak memory (MB) | kept | Machine and date |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for r in rows:
+        what = "a training step" if r["kind"] == "train" else "prediction"
+        lines.append(
+            f"| `{r['network']}` | {what}, {r['precision']} | {r['batch']} | {r['usual_ms']} "
+            f"| {r['kept_ms']} | {r['times']} | {int(r['usual_faults']):,} "
+            f"| {int(r['kept_faults']):,} | {r['usual_peak_mb']} | {r['kept_peak_mb']} "
+            f"| {r['machine']}, {r['threads']} threads, torch {r['torch']}, {r['date']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def performance_page(page: str, benchmarks: Path, pictures: Path) -> str:
     """docs/performance.md with the tables of what a folder of benchmarks holds."""
     texts = [p.read_text(encoding="utf-8") for p in sorted(benchmarks.glob("performance-*.csv"))]
@@ -310,6 +331,9 @@ def performance_page(page: str, benchmarks: Path, pictures: Path) -> str:
     tables = {
         **performance_tables(texts),
         "scaling": scaling_table(scaling, [p.name for p in pictures.glob("*.svg")]),
+        "freed": freed_table(
+            [p.read_text(encoding="utf-8") for p in sorted(benchmarks.glob("freed-memory-*.csv"))]
+        ),
         "stream": stream_table(stream.read_text(encoding="utf-8") if stream.exists() else ""),
     }
     return TABLE.sub(lambda m: m[1] + tables[m[1].split()[-2]] + m[2], page)

@@ -450,7 +450,7 @@ def test_the_page_shows_measured_beside_target_and_marks_what_falls_short(tmp_pa
     (folder / "performance-x.csv").unlink()
     empty = module.performance_page(found, folder, tmp_path)
     assert "Test (R) CPU" not in empty
-    assert empty.count("Not measured yet.") == 5
+    assert empty.count("Not measured yet.") == 6
 
 
 def test_the_tables_of_scaling_and_streaming(tmp_path):
@@ -461,6 +461,16 @@ def test_the_tables_of_scaling_and_streaming(tmp_path):
     found = module.scaling_table({"x": text}, ["scaling-batch-x.svg"])
     assert "| `ag_sononet8` | eager, fp32 | 1x32x32 | 8 | 1 | 50.00 | 500 |" in found
     assert found.count("(images/scaling-") == 1
+    freed = {
+        "network": "cbam_resnet50", "kind": "train", "precision": "bf16", "batch": "32",
+        "threads": "2", "usual_ms": "9.0", "kept_ms": "6.0", "times": "1.50",
+        "usual_faults": "1234", "kept_faults": "5", "usual_peak_mb": "70", "kept_peak_mb": "80",
+        "turns": "9", "date": "2026-01-02", "machine": "CPU", "torch": "9.9",
+    }  # fmt: skip
+    assert (
+        "| `cbam_resnet50` | a training step, bf16 | 32 | 9.0 | 6.0 | 1.50 | 1,234 | 5 | 70 | 80 "
+        "| CPU, 2 threads, torch 9.9, 2026-01-02 |"
+    ) in module.freed_table([as_csv([freed])])
     names = (
         "network", "size", "engine", "threads", "images", "answered", "seconds", "peak_mb",
         "images_per_s", "decoding_per_s", "network_per_s", "date", "machine", "torch",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,15 +76,26 @@ class Engine:
     def _one(self, images: Tensor) -> Tensor:
         count = len(images)
         size = next(s for s in self.sizes if s >= count)
-        x = images.to(self.device).float()
-        if (
-            self.fills_up and count < size
-        ):  # filled up with its first image: zeros could be slow (denormals)
+        x = self._as_floats(images)
+        # filled up with its first image: zeros could be slow (denormals)
+        if self.fills_up and count < size:
             x = torch.cat([x, x[:1].expand(size - count, -1, -1, -1)])
         return self._runs(x)[:count].cpu()
 
+    def _as_floats(self, images: Tensor) -> Tensor:
+        return images.to(self.device).float()
+
     def __repr__(self) -> str:
         return f"{self.name}, {self.precision}"
+
+
+class _OutsideTorch(Engine):
+    """An engine with threads of its own, on the CPU."""
+
+    def _as_floats(self, images: Tensor) -> Tensor:
+        # by numpy, as torch's threads would go on spinning for milliseconds after so short a
+        # work, on the cores that this engine's threads are about to need
+        return torch.from_numpy(images.cpu().numpy().astype(np.float32))
 
 
 class Eager(Engine):
@@ -127,7 +139,7 @@ class Compiled(Engine):
         return run
 
 
-class OnnxRuntime(Engine):
+class OnnxRuntime(_OutsideTorch):
     """ONNX Runtime on the CPU, through a file in memory."""
 
     name = "onnxruntime"
@@ -150,7 +162,7 @@ class OnnxRuntime(Engine):
         return run
 
 
-class OpenVino(Engine):
+class OpenVino(_OutsideTorch):
     """OpenVINO on the CPU; in bf16 by its own choice of layers."""
 
     name = "openvino"
