@@ -49,7 +49,11 @@ def test_the_folder_is_complete_and_timm_loads_it(whole):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     classifier = regard.load(folder)
     assert classifier.class_names == [str(d) for d in range(10)]
+    theirs, ours = model.state_dict(), classifier.model.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[k], ours[k]) for k in ours)
     x = torch.randn(2, 1, 48, 48)
+    model = model.to(memory_format=torch.channels_last)  # in which a classifier has its weights
     with torch.no_grad():
         assert torch.equal(model(x), classifier.model(x))
 
