@@ -49,6 +49,8 @@ def test_the_folder_is_complete_and_timm_loads_it(whole):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     classifier = regard.load(folder)
     assert classifier.class_names == [str(d) for d in range(10)]
+    weight = classifier.model.block2[1][0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
     theirs, ours = model.state_dict(), classifier.model.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[k], ours[k]) for k in ours)
