@@ -24,7 +24,7 @@ def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*list_models(), *timm.list_models()], n=3)
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`regard models` lists them"
         raise ValueError(f"no network is called {name!r}; {hint}")
     try:
