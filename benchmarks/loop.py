@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 import regard
-from regard.data.loading import Held, Order, Reader
+from regard.data.loading import InMemoryLoader, Reader, SampleOrder
 from regard.data.preprocess import Preprocess
 from regard.data.sources import open_data
-from regard.recipes import Recipe
+from regard.training.config import Recipe
 from regard.training.loop import Trainer
-from regard.training.losses import heads_loss
+from regard.training.losses import multi_head_cross_entropy
 
 BATCH, SIZE = 64, 32
 
@@ -43,7 +43,7 @@ def trainer(name: str, steps: int) -> Trainer:
     images = torch.stack([preprocess.fit(reader.decode(i)) for i in range(len(table))])
     return Trainer(
         model=make(name, 10, 1), recipe=recipe, preprocess=preprocess,
-        source=Held(reader, Order(len(table), 0), 0, images),
+        source=InMemoryLoader(reader, SampleOrder(len(table), 0), 0, images),
         labels=torch.from_numpy(table.labels), classes=10, count=len(table), total=steps,
         accelerator=Accelerator(mixed_precision="no"),
     )  # fmt: skip
@@ -62,7 +62,7 @@ def bare(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, ste
         outputs = model(x)
         several = outputs.ndim == 3
         loss = (
-            heads_loss(outputs, labels[rows], weights)
+            multi_head_cross_entropy(outputs, labels[rows], weights)
             if several
             else F.cross_entropy(outputs, labels[rows])
         )
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
     ours = trainer(args.model, args.steps * (args.rounds + 1))
-    images = ours.preprocess.normalise(ours.source.images)  # type: ignore[attr-defined]
+    images = ours.preprocess.normalize(ours.source.images)  # type: ignore[attr-defined]
     model = make(args.model, 10, 1).train()
     ratios, speeds = [], ([], [])
     for turn in range(args.rounds + 1):

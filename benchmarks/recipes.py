@@ -31,9 +31,9 @@ RUNS = {
     "--steps 90 --batch-size 128 --lr 0.2 --warmup 10 --milestones 60 80",
     "cbam-cifar": "DATA --recipe cbam-cifar --model cbam_resnet18 --epochs 4 --milestones 2 3",
     "attention-imagenet": "DATA --recipe attention-imagenet --model attention56 --size 64 "
-    "--steps 80 --batch-size 32 --milestones 50 65 75 --crop-area 0.3 1",
+    "--steps 80 --batch-size 32 --milestones 50 65 75 --crop-scale 0.3 1",
     "cbam-imagenet": "DATA --recipe cbam-imagenet --model cbam_resnet18 --size 64 --epochs 5 "
-    "--batch-size 64 --milestones 3 4 --crop-area 0.3 1",
+    "--batch-size 64 --milestones 3 4 --crop-scale 0.3 1",
     "quick": "DATA",
     "finetune": "DATA --recipe finetune --model cbam_resnet18 --size 32 --epochs 2 "
     "--weights OUT/quick",

@@ -43,8 +43,8 @@ SHARES = (0.5, 0.75, 1.0, 1.5)  # of the network's own height and width
 BATCHES = (1, 4, 8, 16)
 THREADS = (1, 2)
 BATCH = 8  # where the batch is not what varies
-# Okabe and Ito's colours, which colour-blind people can tell apart; the line says the engine
-COLOURS = {"cbam_resnet50": "#0072B2", "attention56": "#D55E00", "ag_sononet8": "#009E73"}
+# Okabe and Ito's colors, which color-blind people can tell apart; the line says the engine
+COLORS = {"cbam_resnet50": "#0072B2", "attention56": "#D55E00", "ag_sononet8": "#009E73"}
 LINES = {"eager": ("--", "o"), "fastest": ("-", "s")}
 
 
@@ -120,7 +120,7 @@ def draw(rows: list[dict[str, str]], name: str, folder: Path) -> list[Path]:
                 for axis, y in zip(axes, (per_image, memory), strict=True):
                     axis.plot(
                         [x[k] for k in order], [y[k] for k in order], line, marker=marker,
-                        markersize=4, color=COLOURS.get(model, "#000000"), label=label,
+                        markersize=4, color=COLORS.get(model, "#000000"), label=label,
                     )  # fmt: skip
         wording = {"size": "pixels, as a part of the network's own input",
                    "batch": "batch size", "threads": "threads"}[what]  # fmt: skip

@@ -35,7 +35,7 @@ from regard.bench import append_csv, take_turns
 from regard.data.loading import default_workers
 from regard.engines import open_engine, probe_images
 from regard.machine import describe_machine
-from regard.prediction import BATCH
+from regard.predict import BATCH
 
 RESULTS = Path(__file__).with_name("stream.csv")
 

@@ -21,10 +21,10 @@ from regard import load
 from regard.data.preprocess import to_tensor
 from regard.data.sources import open_data
 from regard.evaluation import Predictions
-from regard.explain.overlay import Picture, colour_key, overlay, resize_image
-from regard.prediction import Classifier
-from regard.report.of_run import maps_of
-from regard.training.folder import RunFolder
+from regard.explanations.overlay import Picture, color_key, overlay, resize_image
+from regard.predict import Classifier
+from regard.report.build import maps_of
+from regard.runs import RunFolder
 
 OUT = Path(__file__).resolve().parent.parent / "docs/images/digits.png"
 COUNT = 8
@@ -54,7 +54,7 @@ def panels(scan: NDArray[np.uint8], classifier: Classifier) -> list[tuple[str, P
 
 
 def heading(said: Predictions, i: int) -> tuple[str, str, str]:
-    """Two lines on what the network said of image i, and their colour."""
+    """Two lines on what the network said of image i, and their color."""
     p = said.probabilities[i]
     name, truth = said.classes[int(p.argmax())], said.classes[said.labels[i]]
     share = "> 99.9 %" if p.max() > 0.999 else f"{p.max():.1%}".replace("%", " %")
@@ -62,7 +62,7 @@ def heading(said: Predictions, i: int) -> tuple[str, str, str]:
 
 
 def sheet(columns: list[tuple[tuple[str, str, str], list[tuple[str, Picture]]]]) -> Image.Image:
-    """The columns side by side, with a line at the foot that says what the colours mean."""
+    """The columns side by side, with a line at the foot that says what the colors mean."""
     rows = [name for name, _ in columns[0][1]]
     size = (LEFT + len(columns) * (SIDE + GAP), HEAD + len(rows) * (SIDE + GAP) + FOOT)
     picture = Image.new("RGB", size, PAGE)
@@ -72,14 +72,14 @@ def sheet(columns: list[tuple[tuple[str, str, str], list[tuple[str, Picture]]]])
     for k, name in enumerate(rows):
         words = name.removesuffix(".map").replace("gate", "gate ")
         draw.text((12, HEAD + k * (SIDE + GAP) + SIDE // 2), words, MUTED, font, anchor="lm")
-    for column, ((first, second, colour), shown) in enumerate(columns):
+    for column, ((first, second, color), shown) in enumerate(columns):
         x = LEFT + column * (SIDE + GAP)
-        draw.text((x, 32), first, colour, large, anchor="ls")
+        draw.text((x, 32), first, color, large, anchor="ls")
         draw.text((x, 64), second, MUTED, font, anchor="ls")
         for k, (_, panel) in enumerate(shown):
             picture.paste(Image.fromarray(panel), (x, HEAD + k * (SIDE + GAP)))
     middle = size[1] - FOOT // 2 - 2
-    picture.paste(Image.fromarray(colour_key(160, 24)), (LEFT, middle - 12))
+    picture.paste(Image.fromarray(color_key(160, 24)), (LEFT, middle - 12))
     words = "attention, from least to most; the white line is half way"
     draw.text((LEFT + 176, middle), words, MUTED, font, anchor="lm")
     return picture

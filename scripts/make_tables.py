@@ -1,9 +1,9 @@
 """Counts every network and writes the tables that show the counts.
 
-    python scripts/make_tables.py            # writes figures.csv and the README's table
+    python scripts/make_tables.py            # writes zoo.csv and the README's table
     python scripts/make_tables.py --check    # says what would change; exit code 1 if anything
 
-What it writes: the columns `parameters` and `macs` of src/regard/figures.csv, and
+What it writes: the columns `parameters` and `macs` of src/regard/models/zoo.csv, and
 in README.md, docs/training.md and docs/performance.md what stands between two comments that
 name this script: from benchmarks/recipes.csv, and, machine by machine, from
 benchmarks/performance-*.csv, scaling-*.csv, freed-memory-*.csv and stream.csv.
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from regard import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = ROOT / "src/regard/figures.csv"
+FIGURES = ROOT / "src/regard/models/zoo.csv"
 README = ROOT / "README.md"
 TRAINING = ROOT / "docs/training.md"
 PERFORMANCE = ROOT / "docs/performance.md"
@@ -73,7 +73,7 @@ def count(name: str) -> tuple[str, int, int]:
 
 
 def counted_csv(text: str) -> str:
-    """figures.csv with its counts made again; the papers' figures are kept as they are."""
+    """zoo.csv with its counts made again; the papers' figures are kept as they are."""
     rows = list(csv.DictReader(io.StringIO(text)))
     for row in rows:
         row["input"], row["parameters"], row["macs"] = count(row["name"])  # type: ignore[assignment]

@@ -19,7 +19,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 # small enough to take seconds: AG-SonoNet-8 at 16x16 on a few hundred of the digits
 QUICK = [
-    "--judge",
+    "--faithfulness-images",
     "0",
     "--model",
     "ag_sononet8",

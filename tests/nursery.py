@@ -26,9 +26,9 @@ from pathlib import Path
 PRELOADED = (
     "torch", "torchvision", "timm", "accelerate", "sklearn.metrics", "sklearn.datasets",
     "scipy.stats", "matplotlib.pyplot", "jinja2", "PIL.Image", "fastapi", "uvicorn",
-    "torch.utils.tensorboard", "torch.utils.data", "regard.training.run", "regard.prediction",
-    "regard.explain.of_run", "regard.report.of_run", "regard.evaluation.of_run", "regard.demo",
-    "regard.conversion", "regard.serve.app",
+    "torch.utils.tensorboard", "torch.utils.data", "regard.training.run", "regard.predict",
+    "regard.commands.explain", "regard.report.build", "regard.runs", "regard.commands.demo",
+    "regard.commands.convert", "regard.serve.app",
 )  # fmt: skip
 
 

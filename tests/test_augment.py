@@ -13,17 +13,16 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from regard.data import augment as module
-from regard.data.augment import WIDTH, augment, draws, mixed, random_resized
+from regard.data.augment import WIDTH, Augmentation, augment, draws, mixed, random_resized
 from regard.data.preprocess import Preprocess, resample
-from regard.recipes import Recipe
 
-OFF = Recipe(flip=0.0)
+OFF = Augmentation(flip=0.0)
 LARGEST = 1 - 2**-24  # that draws() gives
 UNIFORM = st.floats(0, LARGEST, width=32)
 
 
 def plain(height: int, width: int, channels: int = 1) -> Preprocess:
-    """Normalising changes nothing."""
+    """Normalizing changes nothing."""
     return Preprocess((channels, height, width), (0.0,) * channels, (1 / 255,) * channels)
 
 
@@ -35,7 +34,7 @@ def chosen(count: int = 1, **values: float) -> Tensor:
     return u
 
 
-def augmented(images: Tensor, recipe: Recipe, u: Tensor) -> Tensor:
+def augmented(images: Tensor, recipe: Augmentation, u: Tensor) -> Tensor:
     return augment(images, u, recipe, plain(*images.shape[2:], images.shape[1]))
 
 
@@ -47,7 +46,7 @@ def blob(height: int, width: int, y: float, x: float, sigma: float = 2.0) -> Ten
 
 
 def moments(image: Tensor) -> tuple[float, float, float, float, float]:
-    """Of (1, 1, H, W): centre y, x from the middle, variances and covariance."""
+    """Of (1, 1, H, W): center y, x from the middle, variances and covariance."""
     weights = (image[0, 0] / image.sum()).double()
     height, width = weights.shape
     y = torch.arange(height)[:, None] - (height - 1) / 2
@@ -82,25 +81,33 @@ def test_every_number_is_uniform_and_its_own():
 
 
 # ------------------------------------------------------------------------------ off is off
-@pytest.mark.parametrize("standardise", ["fixed", "image"])
-def test_off_is_off_to_the_bit(standardise):
+@pytest.mark.parametrize("normalization", ["fixed", "image"])
+def test_off_is_off_to_the_bit(normalization):
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
-    preprocess = Preprocess((3, 427, 640), (0.4,) * 3, (0.2,) * 3, standardise=standardise)
+    preprocess = Preprocess((3, 427, 640), (0.4,) * 3, (0.2,) * 3, normalization=normalization)
     for images in (photos, photos.float() + 0.25):
         found = augment(images, draws(0, 0, 2), OFF, preprocess)
-        assert torch.equal(found, preprocess.normalise(images))
+        assert torch.equal(found, preprocess.normalize(images))
     # and drawn so that nothing happens, all of it at once changes next to nothing
-    everything = Recipe(
-        random_crop="shift", flip=0.4, rotate=90, zoom=(0.5, 2.0), shift=0.3, colour=0.9, erase=0.4
+    everything = Augmentation(
+        random_crop="shift",
+        flip=0.4,
+        rotate=90,
+        zoom=(0.5, 2.0),
+        shift=0.3,
+        color_jitter=0.9,
+        random_erasing=0.4,
     )
     found = augment(photos, chosen(2), everything, preprocess)
-    torch.testing.assert_close(found, preprocess.normalise(photos), atol=2e-3, rtol=0)
+    torch.testing.assert_close(found, preprocess.normalize(photos), atol=2e-3, rtol=0)
 
 
 def test_the_images_given_are_not_changed():
     images = torch.rand(4, 3, 12, 12) * 255
     before = images.clone()
-    recipe = Recipe(random_crop="shift", rotate=9, colour=0.5, erase=1.0, flip=1.0)
+    recipe = Augmentation(
+        random_crop="shift", rotate=9, color_jitter=0.5, random_erasing=1.0, flip=1.0
+    )
     augment(images, draws(0, 0, 4), recipe, plain(12, 12, 3))
     assert torch.equal(images, before)
 
@@ -109,7 +116,7 @@ def test_the_images_given_are_not_changed():
 def test_a_flip_is_a_mirror_for_those_drawn():
     images = torch.rand(2000, 3, 2, 5)
     u = draws(3, 0, 2000)
-    found = augmented(images, Recipe(flip=0.3), u)
+    found = augmented(images, Augmentation(flip=0.3), u)
     flipped = u[:, module.FLIP] < 0.3
     assert torch.equal(found[flipped], images.flip(3)[flipped])
     assert torch.equal(found[~flipped], images[~flipped])
@@ -121,7 +128,7 @@ def test_a_flip_is_a_mirror_for_those_drawn():
 )  # fmt: skip
 def test_a_random_shift_is_a_cut_of_the_image_in_a_black_frame(height, width, share, top, left):
     image = torch.rand(1, 2, height, width) + 1
-    recipe = Recipe(flip=0.0, random_crop="shift", crop_shift=share)
+    recipe = Augmentation(flip=0.0, random_crop="shift", crop_shift=share)
     found = augmented(image, recipe, chosen(TOP=top, LEFT=left))
     pads = round(height * share), round(width * share)
     frame = F.pad(image, (pads[1], pads[1], pads[0], pads[0]))
@@ -134,7 +141,7 @@ def test_a_random_shift_is_a_cut_of_the_image_in_a_black_frame(height, width, sh
 def test_random_shifts_are_balanced():
     image = torch.zeros(1, 1, 16, 16)
     image[..., 8, 8] = 1.0
-    recipe = Recipe(flip=0.0, random_crop="shift", crop_shift=0.125)
+    recipe = Augmentation(flip=0.0, random_crop="shift", crop_shift=0.125)
     found = augmented(image.expand(5000, -1, -1, -1), recipe, draws(0, 0, 5000)).sum(dim=0)[0]
     assert found[6:11, 6:11].sum() == 5000  # two pixels either way, all 25 places
     assert (found[6:11, 6:11] - 200).abs().max() < 4 * math.sqrt(200)
@@ -143,7 +150,7 @@ def test_random_shifts_are_balanced():
 @pytest.mark.parametrize("u", [0.0, 1.0])
 def test_a_quarter_turn(u):
     image = torch.rand(1, 2, 17, 17) * 255
-    found = augmented(image, Recipe(flip=0.0, rotate=90), chosen(ANGLE=u))
+    found = augmented(image, Augmentation(flip=0.0, rotate=90), chosen(ANGLE=u))
     turned = torch.rot90(image, 1 if u else -1, (2, 3))
     torch.testing.assert_close(found, turned, atol=0.01, rtol=0)
 
@@ -152,7 +159,7 @@ def test_a_quarter_turn(u):
 @pytest.mark.parametrize(("height", "width"), [(41, 41), (41, 81), (90, 40)])
 def test_rotation_keeps_shapes_and_distances(degrees, height, width):
     """A round blob stays round, and stays as far from the middle, in a picture of any aspect."""
-    recipe = Recipe(flip=0.0, rotate=90)
+    recipe = Augmentation(flip=0.0, rotate=90)
     found = augmented(blob(height, width, 4, 9), recipe, chosen(ANGLE=0.5 + degrees / 180))
     y, x, yy, xx, yx = moments(found)
     angle = math.radians(degrees)  # the same way for all, told from the picture
@@ -166,7 +173,7 @@ def test_rotation_keeps_shapes_and_distances(degrees, height, width):
 
 @pytest.mark.parametrize(("u", "zoom"), [(0.0, 0.5), (0.5, 1.0), (1.0, 2.0)])
 def test_zoom_enlarges(u, zoom):
-    recipe = Recipe(flip=0.0, zoom=(0.5, 2.0))
+    recipe = Augmentation(flip=0.0, zoom=(0.5, 2.0))
     y, x, yy, xx, yx = moments(augmented(blob(61, 101, 4, -8, 3), recipe, chosen(ZOOM=u)))
     assert (y, x) == pytest.approx((4 * zoom, -8 * zoom), abs=0.05)
     assert (yy, xx, yx) == pytest.approx((9 * zoom**2, 9 * zoom**2, 0), abs=0.3 * zoom**2)
@@ -174,7 +181,7 @@ def test_zoom_enlarges(u, zoom):
 
 def test_a_shift_by_whole_pixels_moves_them():
     image = torch.rand(1, 3, 20, 40) * 255
-    recipe = Recipe(flip=0.0, shift=0.1)  # 2 rows, 4 columns
+    recipe = Augmentation(flip=0.0, shift=0.1)  # 2 rows, 4 columns
     for u, rows, columns in ((1.0, 2, 4), (0.0, -2, -4), (0.75, 1, 2)):
         found = augmented(image, recipe, chosen(SHIFT_X=u, SHIFT_Y=u))
         # the border goes on outside
@@ -185,8 +192,8 @@ def test_a_shift_by_whole_pixels_moves_them():
     torch.testing.assert_close(down[:, :, :-2], image[:, :, 2:], atol=0.01, rtol=0)
 
 
-def test_turns_zooms_and_shifts_favour_no_side():
-    recipe = Recipe(rotate=30, zoom=(0.8, 1.25), shift=0.1)
+def test_turns_zooms_and_shifts_favor_no_side():
+    recipe = Augmentation(rotate=30, zoom=(0.8, 1.25), shift=0.1)
     images = blob(33, 33, 0, 0).expand(4000, -1, -1, -1)
     found = augmented(images, recipe, draws(5, 0, 4000)).mean(dim=0, keepdim=True)
     y, x, yy, xx, yx = moments(found)
@@ -195,24 +202,26 @@ def test_turns_zooms_and_shifts_favour_no_side():
     assert yy == pytest.approx(xx, abs=0.5)
     assert abs(yx) < 0.3
     wide = blob(33, 33, 0, 8).expand(4000, -1, -1, -1)
-    turned = augmented(wide, Recipe(flip=0.0, rotate=30), draws(5, 0, 4000))
+    turned = augmented(wide, Augmentation(flip=0.0, rotate=30), draws(5, 0, 4000))
     assert abs(moments(turned.mean(dim=0, keepdim=True))[0]) < 0.2
 
 
 # ---------------------------------------------------------------------------------- values
-def test_colours():
+def test_colors():
     image = torch.rand(1, 3, 9, 9) * 60 + 90
-    recipe = Recipe(flip=0.0, colour=0.4)
+    recipe = Augmentation(flip=0.0, color_jitter=0.4)
     brighter = augmented(image, recipe, chosen(BRIGHTNESS=0.75))
     torch.testing.assert_close(brighter, image * 1.2, atol=1e-2, rtol=0)
     paler = augmented(image, recipe, chosen(CONTRAST=0.0))
     torch.testing.assert_close(paler.mean(), image.mean(), atol=1e-2, rtol=0)
     torch.testing.assert_close(paler.std(), image.std() * 0.6, atol=1e-2, rtol=0)
-    grey = augmented(image, Recipe(flip=0.0, colour=1.0), chosen(SATURATION=0.0))
+    gray = augmented(image, Augmentation(flip=0.0, color_jitter=1.0), chosen(SATURATION=0.0))
     luma = 0.299 * image[:, 0] + 0.587 * image[:, 1] + 0.114 * image[:, 2]
-    torch.testing.assert_close(grey, luma[:, None].expand_as(image), atol=1e-2, rtol=0)
-    # nothing leaves the range of an image, and greyscale has no colours to change
-    wild = augmented(image.expand(500, -1, -1, -1), Recipe(colour=1.0), draws(0, 0, 500))
+    torch.testing.assert_close(gray, luma[:, None].expand_as(image), atol=1e-2, rtol=0)
+    # nothing leaves the range of an image, and grayscale has no colors to change
+    wild = augmented(
+        image.expand(500, -1, -1, -1), Augmentation(color_jitter=1.0), draws(0, 0, 500)
+    )
     assert 0 <= wild.min() < 1
     assert 254 < wild.max() <= 255.01
     single = image[:, :1]
@@ -225,7 +234,7 @@ def test_colours():
 def test_erasing(size, count):
     u = draws(1, 0, count)
     images = torch.ones(count, 1, *size)
-    found = augmented(images, Recipe(flip=0.0, erase=0.4), u)[:, 0]
+    found = augmented(images, Augmentation(flip=0.0, random_erasing=0.4), u)[:, 0]
     gone = found == 0
     share = gone.float().mean(dim=(1, 2))
     erased = share > 0
@@ -240,7 +249,7 @@ def test_erasing(size, count):
     assert 0.22 < (rows / columns)[erased].min() < 0.4
     if count < 1000:
         return
-    # no side is favoured
+    # no side is favored
     often = gone.double().mean(dim=0)
     assert (often - often.flip(0)).abs().max() < 0.05
     assert (often - often.flip(1)).abs().max() < 0.05
@@ -249,7 +258,9 @@ def test_erasing(size, count):
 def test_erasing_sets_the_mean():
     preprocess = Preprocess((2, 32, 32), (0.3, 0.6), (0.1, 0.2))
     u = chosen(ERASE=0.0)
-    found = augment(torch.full((1, 2, 32, 32), 200.0), u, Recipe(flip=0.0, erase=0.5), preprocess)
+    found = augment(
+        torch.full((1, 2, 32, 32), 200.0), u, Augmentation(flip=0.0, random_erasing=0.5), preprocess
+    )
     raw = found * torch.tensor([0.1, 0.2]).view(1, 2, 1, 1) + torch.tensor([0.3, 0.6]).view(
         1, 2, 1, 1
     )
@@ -267,7 +278,7 @@ def test_erasing_sets_the_mean():
     u=st.tuples(UNIFORM, UNIFORM, UNIFORM, UNIFORM),
 )
 def test_a_random_region_lies_within_the_image(image, size, area, u):
-    recipe = Recipe(random_crop="resized", crop_area=(min(area), max(area)))
+    recipe = Augmentation(random_crop="resized", crop_scale=(min(area), max(area)))
     drawn = chosen(AREA=u[0], ASPECT=u[1], LEFT=u[2], TOP=u[3])[0]
     values = torch.rand(1, *image) * 200 + 20  # what lies outside would be 0, or nothing
     found = random_resized(values, drawn, recipe, size)
@@ -278,7 +289,7 @@ def test_a_random_region_lies_within_the_image(image, size, area, u):
 
 def test_the_whole_area_in_the_middle_is_the_whole_image():
     values = torch.rand(3, 40, 50)
-    recipe = Recipe(random_crop="resized", crop_area=(1.0, 1.0))
+    recipe = Augmentation(random_crop="resized", crop_scale=(1.0, 1.0))
     whole = random_resized(values, chosen()[0], recipe, (20, 25))
     assert torch.equal(whole, resample(values, (0, 0, 50, 40), (20, 25)))
 
@@ -289,7 +300,7 @@ def test_random_regions_are_of_the_areas_and_aspects_asked_for():
     y = torch.arange(height)[:, None].expand(height, width)
     x = torch.arange(width)[None].expand(height, width)
     values = torch.stack([y, x]).float()
-    recipe = Recipe(random_crop="resized", crop_area=(0.1, 0.5))
+    recipe = Augmentation(random_crop="resized", crop_scale=(0.1, 0.5))
     areas, aspects, middles = [], [], []
     for u in draws(2, 0, 400):
         found = random_resized(values, u, recipe, (32, 32))
@@ -310,7 +321,7 @@ def test_random_regions_are_of_the_areas_and_aspects_asked_for():
 def test_mixup_follows_its_distribution(alpha):
     u = draws(4, 0, 3000)
     x = torch.rand(3000, 1, 2, 2)
-    labels = torch.arange(3000) % 2  # each image's neighbour is of the other class
+    labels = torch.arange(3000) % 2  # each image's neighbor is of the other class
     mixed_x, target = mixed(x, F.one_hot(labels, 2).float(), u, alpha)
     torch.testing.assert_close(target.sum(dim=1), torch.ones(3000))
     own = target[torch.arange(3000), labels]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import regard
-from regard.models.authors import arguments_of, authors_names
+from regard.models.original_weights import arguments_of, authors_names
 from tests.golden import authors_networks, fill
 
 NETWORKS = authors_networks()

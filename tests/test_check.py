@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from regard.data.check import check_data, print_check
+from regard.commands.data import print_check
+from regard.data.audit import check_data
 from regard.data.sources import open_data
 from regard.data.splits import assign_splits
 
@@ -113,29 +114,29 @@ def test_processes_find_the_same(folder):
     assert not multiprocessing.active_children()
 
 
-def test_grey_and_colour_and_depths(tmp_path):
-    grey = crop(1)[..., 0]
-    save(tmp_path / "a/8.png", grey)
-    save(tmp_path / "a/16.png", grey.astype(np.uint16) * 16)
-    save(tmp_path / "b/rgb.png", np.stack([grey] * 3, 2)[::-1])
+def test_gray_and_color_and_depths(tmp_path):
+    gray = crop(1)[..., 0]
+    save(tmp_path / "a/8.png", gray)
+    save(tmp_path / "a/16.png", gray.astype(np.uint16) * 16)
+    save(tmp_path / "b/rgb.png", np.stack([gray] * 3, 2)[::-1])
     check = check_data(open_data(str(tmp_path)))
     assert check.channels == {"1": 2, "3": 1}
     assert check.depths == {"16 bit": 1, "8 bit": 2}
-    assert check.suggestion["channels"] == 1  # the colour image is grey
+    assert check.suggestion["channels"] == 1  # the color image is gray
     values = np.concatenate(
-        [(grey / 255).ravel(), (grey * 16.0 / 65535).ravel(), grey.ravel() / 255]
+        [(gray / 255).ravel(), (gray * 16.0 / 65535).ravel(), gray.ravel() / 255]
     )
     assert check.mean == pytest.approx([values.mean()], abs=1e-12)
     assert check.std == pytest.approx([values.std()], abs=1e-12)
     assert "images of different depth: 1 16 bit, 2 8 bit" in check.warnings
-    assert any(f"values up to {int(grey.max()) * 16}" in line for line in check.warnings)
-    save(tmp_path / "b/colour.png", crop(2))
+    assert any(f"values up to {int(gray.max()) * 16}" in line for line in check.warnings)
+    save(tmp_path / "b/color.png", crop(2))
     mixed = check_data(open_data(str(tmp_path)))
     assert mixed.suggestion["channels"] == 3
-    greys = np.stack([values.reshape(-1, 1)[:, 0]] * 3, 1)
-    both = np.concatenate([greys, crop(2).reshape(-1, 3) / 255])
+    grays = np.stack([values.reshape(-1, 1)[:, 0]] * 3, 1)
+    both = np.concatenate([grays, crop(2).reshape(-1, 3) / 255])
     assert np.allclose(mixed.mean, both.mean(0), rtol=0, atol=1e-12)
-    assert "2 images are greyscale, 2 have colours" in mixed.warnings
+    assert "2 images are grayscale, 2 have colors" in mixed.warnings
 
 
 @pytest.mark.parametrize(

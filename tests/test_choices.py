@@ -13,16 +13,15 @@ from PIL import Image
 from regard.data.sources import ImageTable, open_data
 from regard.machine import cpu_has_bf16
 from regard.models import create_model
-from regard.models.folder import save_model
-from regard.recipes import Recipe, load_recipe
-from regard.training.choices import (
+from regard.models.create import load_weights, make_model
+from regard.models.io import save_model
+from regard.training.config import Recipe, load_recipe
+from regard.training.plan import (
     choose_model,
     choose_preprocess,
     choose_steps,
     image_weights,
-    load_weights,
     loss_weights,
-    make_model,
     noisy_labels,
     parse_weights,
     use_bf16,
@@ -46,7 +45,7 @@ def chosen(name: str, recipe: Recipe, table: ImageTable, pretrained: bool = Fals
 
 
 # ------------------------------------------------------------------------------ the network
-def test_an_unknown_network_is_told_with_its_neighbours():
+def test_an_unknown_network_is_told_with_its_neighbors():
     with pytest.raises(ValueError, match=r"'cbam_resnet19'; did you mean .*cbam_resnet18") as e:
         choose_model("cbam_resnet19", Recipe(), None)
     assert "\n" not in str(e.value)
@@ -121,8 +120,8 @@ def test_preprocessing_is_the_recipes():
     assert (made(crop_pct=0.9).resize, made(crop_pct=0.9).crop_pct) == ("crop", 0.9)
     for resize in ("squash", "pad"):  # the whole image, as the recipe's help says
         assert (made(resize=resize, crop_pct=0.9).crop_pct) == 1
-    assert made(standardise="image").standardise == "image"
-    assert made(standardise="model").mean == pytest.approx((0.485, 0.456, 0.406))
+    assert made(normalization="image").normalization == "image"
+    assert made(normalization="model").mean == pytest.approx((0.485, 0.456, 0.406))
 
 
 def test_images_that_are_none_are_told(tmp_path):

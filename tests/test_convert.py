@@ -76,9 +76,9 @@ def test_the_folder_answers_as_the_authors_network(tmp_path, capsys, name, netwo
 def test_an_argument_that_the_weights_do_not_show_is_given_by_hand(tmp_path, checkpoint):
     out = tmp_path / "new" / "folder"  # made with its parents
     call = ["convert", str(checkpoint), "--model", "ag_sononet8", "--out", str(out)]
-    assert run_command([*call, "--arg", "normalise=sigmoid"]) == 0
+    assert run_command([*call, "--arg", "normalize=sigmoid"]) == 0
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True)
-    assert loaded._model_args["normalise"] == "sigmoid"
+    assert loaded._model_args["normalize"] == "sigmoid"
     assert run_command(call) == 2  # it is there already
 
 

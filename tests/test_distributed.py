@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from regard.data import assign_splits, open_data
-from regard.data.loading import Order
-from regard.evaluation.of_run import predictions_of
-from regard.training.choices import image_weights
-from regard.training.folder import RunFolder
+from regard.data.loading import SampleOrder
+from regard.runs import predictions_of
+from regard.training.config import load_recipe
+from regard.training.plan import image_weights
 from tests.helpers import ENVIRONMENT, QUICK, same_results
 
 # Each process is the command line, and tells in the folder TOLD what it had at the end. The
@@ -53,7 +53,7 @@ main(sys.argv[1:])
 """
 SETTINGS = [
     "train", "digits", *QUICK, "--batch-size", "8", "--steps", "24", "--select", "last",
-    "--sampler", "balanced", "--ema", "0.5", "--lr", "0.05", "--eval-every", "0.2",
+    "--sampler", "balanced", "--ema-decay", "0.5", "--lr", "0.05", "--eval-every", "0.2",
 ]  # fmt: skip
 
 
@@ -94,8 +94,8 @@ def test_the_balanced_order_is_dealt_out_each_place_once(pair):
     dealt = [row for both in zip(first["places"], second["places"], strict=True) for row in both]
     table = assign_splits(open_data("digits"), val=0.2, test=0.2, seed=0)
     train = table.select(table.splits == "train")
-    recipe = RunFolder(pair / "run").read_recipe()
-    order = Order(len(train), 0, image_weights(train, recipe))
+    recipe = load_recipe(pair / "run/recipe.toml")
+    order = SampleOrder(len(train), 0, image_weights(train, recipe))
     assert np.concatenate(dealt).tolist() == order.at(0, 24 * 16).tolist()
 
 

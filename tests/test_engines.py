@@ -1,4 +1,4 @@
-"""Engines answer as eager fp32 does, and `auto` takes the one that measuring favours."""
+"""Engines answer as eager fp32 does, and `auto` takes the one that measuring favors."""
 
 import copy
 import json
@@ -12,11 +12,11 @@ from torch._dynamo.utils import counters
 import regard
 from regard.data.preprocess import Preprocess
 from regard.engines import BOUNDS, ENGINES, fold_batch_norms, open_engine
-from regard.engines import choice as choosing
-from regard.engines.choice import Measured, cheapest
-from regard.engines.deployed import PairedColumns, pair_columns
+from regard.engines import choose as choosing
+from regard.engines.choose import Measured, cheapest
+from regard.engines.conversion import PairedColumns, pair_columns
 from regard.machine import has_bf16
-from regard.prediction import Classifier
+from regard.predict import Classifier
 from tests.helpers import run
 
 pytestmark = pytest.mark.native
@@ -44,9 +44,9 @@ def lively(name: str, classes: int = 5) -> nn.Module:
 
 
 def classifier(name: str) -> Classifier:
-    size, standardise = NETWORKS[name]
+    size, standardize = NETWORKS[name]
     values = (0.5,) * size[0], (0.25,) * size[0]
-    preprocess = Preprocess(size, *values, standardise=standardise)
+    preprocess = Preprocess(size, *values, normalization=standardize)
     return Classifier(lively(name), list("abcde"), preprocess)
 
 

@@ -15,12 +15,11 @@ from rich.console import Console
 from scipy.stats import binomtest
 from sklearn import metrics as sk
 
+from regard.commands.tables import print_comparison, print_evaluation
 from regard.evaluation import (
     Predictions,
     compare,
     evaluate,
-    print_comparison,
-    print_evaluation,
 )
 from regard.evaluation.intervals import wilson_interval
 

@@ -11,8 +11,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import regard
+from regard.attention import StageMap, attention_stages, stage_of
 from regard.data.preprocess import Preprocess, to_tensor
-from regard.explain.maps import Explanation, StageMap, attention_stages, explain, stage_of
+from regard.explanations.explanation import Explanation, explain
 from tests.helpers import rows_of, run
 
 
@@ -80,7 +81,7 @@ def test_scores_masks_and_choices(tmp_path, photos):
     )  # fmt: skip
     found = json.loads((out / "scores.json").read_text())
     assert set(found["scores"]) == {
-        "layer1.1.mask", "layer2.1.mask", "layer3.1.mask", "Grad-CAM", "random", "centre blob",
+        "layer1.1.mask", "layer2.1.mask", "layer3.1.mask", "Grad-CAM", "random", "center blob",
     }  # fmt: skip
     for name in ("layer1.1.mask", "Grad-CAM"):
         assert found["scores"][name]["verdict"] in said
@@ -150,8 +151,8 @@ def test_maps_lie_on_the_part_of_the_image_that_was_seen():
             Net(), x, [image], [preprocess.seen(*shape)], classes=["a", "b"], methods=["attention"]
         )
         laid = found.overlay("look").astype(int)
-        colour = laid[..., 1] - laid[..., 2]  # yellow and green against grey
-        peak = np.unravel_index(colour.argmax(), colour.shape)
+        color = laid[..., 1] - laid[..., 2]  # yellow and green against gray
+        peak = np.unravel_index(color.argmax(), color.shape)
         assert laid.shape[:2] == shape
         assert abs(peak[0] - dot[0]) <= 5, resize
         assert abs(peak[1] - dot[1]) <= 5, resize
@@ -181,7 +182,7 @@ def test_what_is_shown_is_what_the_network_said():
     model = regard.create_model("ag_sononet8", num_classes=3).eval()
     image = load_sample_images().images[0][..., 0].copy()
     preprocess = Preprocess((1, 64, 64), (0.5,), (0.25,))
-    x = preprocess.normalise(preprocess.fit(to_tensor(image[..., None]))[None])
+    x = preprocess.normalize(preprocess.fit(to_tensor(image[..., None]))[None])
     (found,) = regard.explain(model, x, [image], classes=["a", "b", "c"], keep_channels=True)
     with torch.no_grad():
         p = model(x).softmax(dim=1)[0]

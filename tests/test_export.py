@@ -13,7 +13,8 @@ import torch
 import regard
 import regard.export as exporting
 from regard.attention import record
-from regard.export import ExportError, export, open_file, read_metadata
+from regard.errors import ExportError
+from regard.export import export, open_file, read_metadata
 from tests.helpers import run
 
 pytestmark = pytest.mark.native
@@ -64,7 +65,7 @@ def test_eight_bits_that_lose_too_much_are_not_kept(whole, tmp_path, monkeypatch
     right = iter([np.ones(100), np.arange(100) >= 2] * 2)  # 2 points
     monkeypatch.setattr("regard.export._right", lambda classifier, table: next(right))
     # the file stays as it was: what is judged is the count above
-    monkeypatch.setitem(exporting._QUANTISERS, "onnx", lambda *a: None)
+    monkeypatch.setitem(exporting._QUANTIZERS, "onnx", lambda *a: None)
     monkeypatch.setattr("regard.export._check_metadata", lambda *a: None)
     out = tmp_path / "net.onnx"
     with pytest.raises(ExportError, match=r"98.00% against 100.00% in fp32, \+2.00 points lost"):

@@ -6,21 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from regard.explain.faithfulness import (
-    CENTRE,
+from regard.attention import own_maps
+from regard.explanations.faithfulness import (
+    CENTER,
     RANDOM,
+    Request,
     area,
     baseline_of,
     curves,
+    judge,
     random_maps,
     rank_correlation,
     ranks_of,
     sanity,
     score,
 )
-from regard.explain.of_run import Request, judge, own_maps
-from regard.explain.pointing import point, read_masks
-from regard.prediction import Classifier
+from regard.explanations.pointing import point, read_masks
+from regard.predict import Classifier
 
 
 class Map(nn.Module):
@@ -84,7 +86,7 @@ def test_a_map_that_the_answer_comes_through_scores_high(images):
     scores = score(predictor(model), x, maps)
     found = scores["attention"]
     assert found.over_random.low > 0.5
-    assert found.over_centre.low > 0.5
+    assert found.over_center.low > 0.5
     assert found.deletion.value < 0.1
     assert found.insertion.value > 0.9
     assert "shows places that the answer depends on" in found.verdict()
@@ -155,7 +157,7 @@ def test_scores_are_the_same_each_time_and_name_their_controls(images):
     model = Patch(Map(), uses=True).eval()
     with torch.no_grad():
         a, b = (score(predictor(model), x[:6], own_maps(model, x[:6]), seed=3) for _ in range(2))
-    assert list(a) == ["attention", RANDOM, CENTRE]
+    assert list(a) == ["attention", RANDOM, CENTER]
     for name in a:
         assert a[name].gain == b[name].gain
         np.testing.assert_array_equal(a[name].each, b[name].each)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import regard
-from regard.figures import figures
+from regard.models.zoo import figures
 
 ROOT = Path(__file__).parent.parent
 

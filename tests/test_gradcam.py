@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import regard
-from regard.explain.gradcam import default_layer, gradcam
+from regard.explanations.gradcam import default_layer, gradcam
 
 
 class Cam(nn.Module):

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
-from regard.data.images import ImageError, read_image
+from regard.data.images import read_image
+from regard.errors import ImageError
 
 PHOTO = load_sample_image("flower.jpg")  # (427, 640, 3)
 SMALL = np.ascontiguousarray(PHOTO[100:140, 200:260])  # (40, 60, 3)
-GREY16 = np.arange(30 * 40, dtype=np.uint16).reshape(30, 40) * 54 + 7  # to 64753, every low bit
+GRAY16 = np.arange(30 * 40, dtype=np.uint16).reshape(30, 40) * 54 + 7  # to 64753, every low bit
 
 
 def save(path, array, **options):
@@ -29,9 +30,9 @@ def test_lossless_formats_keep_every_value(tmp_path, suffix):
     pixels = read_image(save(tmp_path / f"a.{suffix}", SMALL, **options))
     assert pixels.dtype == np.uint8
     assert np.array_equal(pixels, SMALL)
-    if suffix != "webp":  # which has no greyscale
-        grey = read_image(save(tmp_path / f"g.{suffix}", SMALL[..., 0]))
-        assert np.array_equal(grey, SMALL[..., :1])
+    if suffix != "webp":  # which has no grayscale
+        gray = read_image(save(tmp_path / f"g.{suffix}", SMALL[..., 0]))
+        assert np.array_equal(gray, SMALL[..., :1])
 
 
 def test_jpeg_is_what_pil_decodes(tmp_path):
@@ -47,16 +48,16 @@ def test_the_content_tells_the_format_not_the_name(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bits_are_kept_to_the_last(tmp_path, suffix):
-    pixels = read_image(save(tmp_path / f"a.{suffix}", GREY16))
+    pixels = read_image(save(tmp_path / f"a.{suffix}", GRAY16))
     assert pixels.dtype == np.uint16
-    assert np.array_equal(pixels[..., 0], GREY16)
+    assert np.array_equal(pixels[..., 0], GRAY16)
     assert np.array_equal(
-        read_image(tmp_path / f"a.{suffix}", channels=3), np.repeat(GREY16[..., None], 3, 2)
+        read_image(tmp_path / f"a.{suffix}", channels=3), np.repeat(GRAY16[..., None], 3, 2)
     )
 
 
 def test_big_endian_and_wide_integers(tmp_path):
-    rows = GREY16.astype(">u2").tobytes()
+    rows = GRAY16.astype(">u2").tobytes()
     tags = [(256, 4, 40), (257, 4, 30), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8)]
     tags += [(277, 3, 1), (278, 4, 30), (279, 4, len(rows))]
     ifd = struct.pack(">H", len(tags))
@@ -66,7 +67,7 @@ def test_big_endian_and_wide_integers(tmp_path):
     path.write_bytes(b"MM\0*" + struct.pack(">I", 8 + len(rows)) + rows + ifd + bytes(4))
     with Image.open(path) as image:
         assert image.mode == "I;16B"
-    assert np.array_equal(read_image(path)[..., 0], GREY16)
+    assert np.array_equal(read_image(path)[..., 0], GRAY16)
     wide = np.array([[-5, 0, 65535], [70000, 1, 40000]], np.int32)
     pixels = read_image(save(tmp_path / "wide.tif", wide))
     assert pixels.dtype == np.uint16
@@ -98,8 +99,8 @@ def test_exif_orientation(tmp_path, orientation, suffix):
 def test_exif_turns_sixteen_bits_too(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    path = save(tmp_path / "a.png", GREY16, exif=exif)
-    assert np.array_equal(read_image(path)[..., 0], np.rot90(GREY16, -1))
+    path = save(tmp_path / "a.png", GRAY16, exif=exif)
+    assert np.array_equal(read_image(path)[..., 0], np.rot90(GRAY16, -1))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # PIL's, which says what we test
@@ -108,17 +109,17 @@ def test_broken_exif_does_not_lose_the_picture(tmp_path):
     assert read_image(path).shape == (40, 60, 3)
 
 
-def over_white(colour, alpha):
-    return colour * (alpha / 255) + 255 * (1 - alpha / 255)
+def over_white(color, alpha):
+    return color * (alpha / 255) + 255 * (1 - alpha / 255)
 
 
 def test_transparency_is_composed_over_white(tmp_path):
     alpha = np.linspace(0, 255, 40 * 60).reshape(40, 60, 1).astype(np.uint8)
     rgba = read_image(save(tmp_path / "a.png", np.concatenate([SMALL, alpha], 2)))
     assert np.abs(rgba - over_white(SMALL.astype(float), alpha)).max() <= 1
-    grey = Image.fromarray(SMALL[..., 0])
-    grey.putalpha(Image.fromarray(alpha[..., 0]))
-    grey.save(tmp_path / "la.png")
+    gray = Image.fromarray(SMALL[..., 0])
+    gray.putalpha(Image.fromarray(alpha[..., 0]))
+    gray.save(tmp_path / "la.png")
     pixels = read_image(tmp_path / "la.png")
     assert pixels.shape == (40, 60, 1)
     assert np.abs(pixels - over_white(SMALL[..., :1].astype(float), alpha)).max() <= 1
@@ -138,7 +139,7 @@ def test_palettes(tmp_path):
     assert np.abs(half - over_white(np.array(blue), 128)).max() <= 1
 
 
-def test_a_transparent_colour_of_rgb_and_grey(tmp_path):
+def test_a_transparent_color_of_rgb_and_gray(tmp_path):
     rgb = np.array([[[1, 2, 3], [9, 9, 9]]], np.uint8)
     save(tmp_path / "rgb.png", rgb, transparency=(1, 2, 3))
     assert read_image(tmp_path / "rgb.png").tolist() == [[[255] * 3, [9] * 3]]
@@ -160,8 +161,8 @@ def test_channels(tmp_path):
     path = save(tmp_path / "a.png", SMALL)
     luma = np.asarray(Image.fromarray(SMALL).convert("L"))
     assert np.array_equal(read_image(path, channels=1)[..., 0], luma)
-    grey = read_image(save(tmp_path / "g.png", luma), channels=3)
-    assert np.array_equal(grey, np.stack([luma] * 3, 2))
+    gray = read_image(save(tmp_path / "g.png", luma), channels=3)
+    assert np.array_equal(gray, np.stack([luma] * 3, 2))
     with pytest.raises(ValueError, match="channels=2: choose 1 or 3"):
         read_image(path, channels=2)
 
@@ -280,12 +281,12 @@ def dicom(path, stored, **tags):
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
     dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-    colour = stored.ndim == 3 and stored.shape[2] == 3
+    color = stored.ndim == 3 and stored.shape[2] == 3
     bits = stored.dtype.itemsize * 8
-    dataset.Rows, dataset.Columns = stored.shape[:2] if colour else stored.shape[-2:]
-    dataset.SamplesPerPixel = 3 if colour else 1
-    dataset.PhotometricInterpretation = "RGB" if colour else "MONOCHROME2"
-    if colour:
+    dataset.Rows, dataset.Columns = stored.shape[:2] if color else stored.shape[-2:]
+    dataset.SamplesPerPixel = 3 if color else 1
+    dataset.PhotometricInterpretation = "RGB" if color else "MONOCHROME2"
+    if color:
         dataset.PlanarConfiguration = 0
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
     dataset.PixelRepresentation = int(stored.dtype.kind == "i")
@@ -334,7 +335,7 @@ def test_dicom_voi_table(tmp_path):
     assert np.abs(read_image(path)[..., 0] - [[1, 0.2], [0, 0.4]]).max() < 1e-6
 
 
-def test_dicom_colour_and_frames(tmp_path):
+def test_dicom_color_and_frames(tmp_path):
     pixels = read_image(dicom(tmp_path / "c.dcm", SMALL))
     assert np.abs(pixels - SMALL / 255).max() < 1e-6
     luma = SMALL @ [0.299, 0.587, 0.114] / 255

@@ -63,7 +63,7 @@ def test_every_public_name_is_there_and_another_is_refused():
     for name in regard.__all__:
         assert callable(getattr(regard, name)), name
         assert name in dir(regard)
-    with pytest.raises(AttributeError, match="module 'regard' has no attribute 'creat_model'"):
+    with pytest.raises(AttributeError, match="creat_model"):
         regard.creat_model  # noqa: B018
 
 

@@ -11,12 +11,19 @@ from PIL import Image, ImageFilter
 from scipy.stats import chisquare, kstest
 from sklearn.datasets import load_sample_images
 
-from regard.data.augment import WIDTH, augment, draws, mixed
-from regard.data.loading import Held, Order, Reader, Streamed, decode_all, fits_in_memory
+from regard.data.augment import WIDTH, Augmentation, augment, draws, mixed
+from regard.data.loading import (
+    InMemoryLoader,
+    Reader,
+    SampleOrder,
+    StreamingLoader,
+    decode_all,
+    fits_in_memory,
+)
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, open_data
-from regard.recipes import Recipe
-from regard.training.images import load_part, measured
+from regard.training.config import Recipe
+from regard.training.splits import load_split, measured
 
 CROPS = ("none", "shift", "resized")
 
@@ -38,22 +45,24 @@ def table(tmp_path_factory):
     return open_data(str(folder))
 
 
-def batches(table, way: str, recipe: Recipe, spans, workers: int = 0):
+def batches(table, way: str, recipe: Augmentation, spans, workers: int = 0):
     preprocess = Preprocess((3, 32, 32), (0.5,) * 3, (0.25,) * 3)
-    reader, order = Reader(table, preprocess, recipe), Order(len(table), 3)
+    reader, order = Reader(table, preprocess, recipe), SampleOrder(len(table), 3)
     if way == "held":
         images, bad = decode_all(reader)
         assert bad == []
-        source = Held(reader, order, 3, images)
+        source = InMemoryLoader(reader, order, 3, images)
     else:
-        source = Streamed(reader, order, 3, workers)
+        source = StreamingLoader(reader, order, 3, workers)
     found = list(source.batches(spans))
     return [(b.indices, augment(b.images, b.draws, recipe, preprocess), b.draws) for b in found]
 
 
 @pytest.mark.parametrize("crop", CROPS)
 def test_memory_and_workers_give_the_same_images(table, crop):
-    recipe = Recipe(random_crop=crop, rotate=10, zoom=(0.9, 1.1), colour=0.2, erase=0.5)
+    recipe = Augmentation(
+        random_crop=crop, rotate=10, zoom=(0.9, 1.1), color_jitter=0.2, random_erasing=0.5
+    )
     spans = [(0, 8), (8, 8), (16, 8)]  # over the end of an epoch of 21
     held = batches(table, "held", recipe, spans)
     for workers in (0, 1, 2):
@@ -69,18 +78,20 @@ def test_memory_and_workers_give_the_same_images(table, crop):
 
 
 def test_the_order_is_a_permutation_each_epoch_and_starts_anywhere():
-    order = Order(50, 0)
+    order = SampleOrder(50, 0)
     epochs = [order.at(50 * e, 50) for e in range(3)]
     assert all(sorted(e.tolist()) == list(range(50)) for e in epochs)
     assert not np.array_equal(epochs[0], epochs[1])
-    np.testing.assert_array_equal(Order(50, 0).at(30, 50), np.r_[epochs[0][30:], epochs[1][:30]])
-    assert not np.array_equal(Order(50, 1).at(0, 50), epochs[0])
+    np.testing.assert_array_equal(
+        SampleOrder(50, 0).at(30, 50), np.r_[epochs[0][30:], epochs[1][:30]]
+    )
+    assert not np.array_equal(SampleOrder(50, 1).at(0, 50), epochs[0])
 
 
 def test_weights_are_those_of_the_draws():
     labels = np.repeat([0, 1, 2], [800, 150, 50])
     weights = 1 / np.bincount(labels)[labels]
-    drawn = labels[Order(1000, 5, weights).at(0, 6000)]
+    drawn = labels[SampleOrder(1000, 5, weights).at(0, 6000)]
     counts = np.bincount(drawn)
     assert chisquare(counts).pvalue > 0.01
     assert counts.max() / counts.min() < 1.1
@@ -96,7 +107,7 @@ def test_draws_belong_to_the_place_not_to_the_call():
 
 
 def test_what_each_augmentation_does():
-    preprocess = Preprocess((1, 16, 24), (0.0,), (1 / 255,))  # normalising changes nothing
+    preprocess = Preprocess((1, 16, 24), (0.0,), (1 / 255,))  # normalizing changes nothing
     image = torch.zeros(1, 1, 16, 24)
     image[0, 0, 4, 6] = 200.0
     u = torch.full((1, WIDTH), 0.5)
@@ -110,20 +121,20 @@ def test_what_each_augmentation_does():
         x = augment(image, v, recipe, preprocess)[0, 0]
         return tuple(int(i) for i in np.unravel_index(int(x.argmax()), x.shape)), float(x.max())
 
-    off = Recipe(flip=0.0)
+    off = Augmentation(flip=0.0)
     assert torch.equal(augment(image, u, off, preprocess), image)
-    assert place(Recipe(flip=1.0)) == ((4, 17), 200.0)
-    shift = Recipe(flip=0.0, random_crop="shift", crop_shift=0.125)  # 2 rows, 3 columns
+    assert place(Augmentation(flip=1.0)) == ((4, 17), 200.0)
+    shift = Augmentation(flip=0.0, random_crop="shift", crop_shift=0.125)  # 2 rows, 3 columns
     assert place(shift, TOP=0.0, LEFT=0.0) == ((6, 9), 200.0)
     assert place(shift, TOP=0.99, LEFT=0.99) == ((2, 3), 200.0)
     # a quarter turn about the middle of a wide image keeps distances: no shear
-    turned, _ = place(Recipe(flip=0.0, rotate=90.0), ANGLE=1.0)
+    turned, _ = place(Augmentation(flip=0.0, rotate=90.0), ANGLE=1.0)
     assert (abs(turned[0] - 7.5), abs(turned[1] - 11.5)) == (5.5, 3.5)
-    bright, _ = place(Recipe(flip=0.0, colour=0.5), BRIGHTNESS=1.0), None
+    bright, _ = place(Augmentation(flip=0.0, color_jitter=0.5), BRIGHTNESS=1.0), None
     assert bright[1] > 200
     noise = torch.rand(400, 1, 32, 32) + 1
     erased = augment(
-        noise, draws(0, 0, 400), Recipe(flip=0.0, erase=1.0),
+        noise, draws(0, 0, 400), Augmentation(flip=0.0, random_erasing=1.0),
         Preprocess((1, 32, 32), (0.0,), (1 / 255,)),
     )  # fmt: skip
     share = (erased == 0).float().mean(dim=(1, 2, 3))
@@ -165,7 +176,7 @@ def test_sixteen_bits_stay_sixteen_bits(table):
     values = Reader(table, preprocess).decode(deep)
     assert values.dtype == torch.float32
     assert len(values.unique()) > 2500  # of 3,000 pixels; 256 if they were cut to 8 bits
-    flat = Preprocess((1, 8, 8), (0.5,), (0.5,), standardise="image")
+    flat = Preprocess((1, 8, 8), (0.5,), (0.5,), normalization="image")
     assert flat(np.full((8, 8, 1), 9, np.uint8)).abs().max() == 0
 
 
@@ -176,9 +187,9 @@ def test_sixteen_bits_stay_sixteen_bits(table):
 )  # fmt: skip
 def test_the_order_is_the_same_from_any_place(count, start, length, weighted):
     weights = np.arange(1.0, count + 1) if weighted else None
-    whole = Order(count, 9, weights).at(0, start + length)
-    assert np.array_equal(Order(count, 9, weights).at(start, length), whole[start:])
-    walked = Order(count, 9, weights)  # as training walks, batch by batch
+    whole = SampleOrder(count, 9, weights).at(0, start + length)
+    assert np.array_equal(SampleOrder(count, 9, weights).at(start, length), whole[start:])
+    walked = SampleOrder(count, 9, weights)  # as training walks, batch by batch
     parts = [walked.at(k, min(7, start + length - k)) for k in range(0, start + length, 7)]
     assert np.array_equal(np.concatenate(parts), whole)
     if not weighted:
@@ -187,12 +198,12 @@ def test_the_order_is_the_same_from_any_place(count, start, length, weighted):
 
 
 def test_no_two_epochs_are_alike():
-    epochs = {tuple(Order(12, 0).at(12 * e, 12)) for e in range(20)}
+    epochs = {tuple(SampleOrder(12, 0).at(12 * e, 12)) for e in range(20)}
     assert len(epochs) == 20
 
 
 def test_images_without_weight_are_never_drawn():
-    drawn = Order(4, 0, np.array([0.0, 1.0, 3.0, 0.0])).at(0, 4000)
+    drawn = SampleOrder(4, 0, np.array([0.0, 1.0, 3.0, 0.0])).at(0, 4000)
     assert set(drawn) == {1, 2}
     assert chisquare(np.bincount(drawn)[1:3], [1000, 3000]).pvalue > 0.01
 
@@ -222,7 +233,7 @@ BAD = {3, 7, 10}
 
 def test_beside_openvino_threads_read_the_same_images(table, monkeypatch):
     """Processes that are forked beside it crash this one at the next end of a child."""
-    recipe = Recipe(random_crop="resized")
+    recipe = Augmentation(random_crop="resized")
     spans = [(0, 4), (4, 4), (8, 3)]
     expected = batches(table, "streamed", recipe, spans, 2)
     monkeypatch.setitem(sys.modules, "openvino", object())
@@ -235,7 +246,7 @@ def test_beside_openvino_threads_read_the_same_images(table, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_leaves_out_what_cannot_be_read(damaged, workers):
     table, files = damaged
-    source = Streamed(Reader(table, UNIT, Recipe()), None, 5, workers)
+    source = StreamingLoader(Reader(table, UNIT, Augmentation()), None, 5, workers)
     found = list(source.batches([(0, 5), (5, 5), (10, 1), (11, 1)]))
     assert [b.indices.tolist() for b in found] == [[0, 1, 2, 4], [5, 6, 8, 9], [], [11]]
     assert [len(b.images) for b in found] == [4, 4, 0, 1]
@@ -258,7 +269,9 @@ def test_a_part_has_its_readable_images_alone(damaged, memory, crop):
     table, files = damaged
     recipe = Recipe(memory=memory, random_crop=crop)
     counted = []
-    part = load_part(Reader(table, UNIT, recipe), recipe, counted.append, "train", show=False)
+    part = load_split(
+        Reader(table, UNIT, recipe.augmentation), recipe, counted.append, "train", show=False
+    )
     assert [path for path, _ in part.unreadable] == [files[row] for row in sorted(BAD)]
     kept = [row for row in range(12) if row not in BAD]
     assert [part.table.path(i) for i in range(9)] == [files[row] for row in kept]
@@ -283,8 +296,8 @@ def test_one_deep_image_makes_all_of_them_floats(table):
 def test_evaluation_takes_rows_in_order(table):
     reader = Reader(table, UNIT)
     spans = [(0, 4), (8, 4)]
-    held = list(Held(reader, None, 0, decode_all(reader)[0]).batches(spans))
-    streamed = list(Streamed(reader, None, 0, 2).batches(spans))
+    held = list(InMemoryLoader(reader, None, 0, decode_all(reader)[0]).batches(spans))
+    streamed = list(StreamingLoader(reader, None, 0, 2).batches(spans))
     for a, b in zip(held, streamed, strict=True):
         assert torch.equal(a.indices, b.indices)
         assert torch.equal(a.images.float(), b.images.float())
@@ -317,7 +330,10 @@ def many(count: int, path: str) -> ImageTable:
 def test_images_are_held_where_they_fit(tmp_path, bits, crop, fits, too_many):
     path = str(tmp_path / "a.png")
     Image.fromarray(np.zeros((100, 160), np.uint8 if bits == 8 else np.uint16)).save(path)
-    preprocess, recipe = Preprocess((3, 224, 224), (0.5,) * 3, (0.2,) * 3), Recipe(random_crop=crop)
+    preprocess, recipe = (
+        Preprocess((3, 224, 224), (0.5,) * 3, (0.2,) * 3),
+        Augmentation(random_crop=crop),
+    )
     assert fits_in_memory(Reader(many(fits, path), preprocess, recipe))
     assert not fits_in_memory(Reader(many(too_many, path), preprocess, recipe))
 
@@ -326,16 +342,16 @@ def test_tests_are_held_in_the_inputs_size_whatever_the_training_cut(tmp_path):
     path = str(tmp_path / "a.png")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
     preprocess = Preprocess((3, 224, 224), (0.5,) * 3, (0.2,) * 3)
-    small = Recipe(random_crop="resized")
+    small = Augmentation(random_crop="resized")
     assert fits_in_memory(Reader(many(20_000, path), preprocess, small))
     assert not fits_in_memory(Reader(many(20_000, path), preprocess, None))
     recipe = Recipe(random_crop="resized", memory="auto")
-    part = load_part(Reader(many(3, path), preprocess), recipe, print, "val", show=False)
+    part = load_split(Reader(many(3, path), preprocess), recipe, print, "val", show=False)
     assert part.images.shape == (3, 3, 224, 224)
 
 
 def test_what_cannot_be_read_is_not_held(tmp_path):
-    assert not fits_in_memory(Reader(many(3, str(tmp_path / "none.png")), UNIT, Recipe()))
+    assert not fits_in_memory(Reader(many(3, str(tmp_path / "none.png")), UNIT, Augmentation()))
 
 
 # ------------------------------------------------------------------------------- measuring
@@ -344,7 +360,9 @@ def test_what_cannot_be_read_is_not_held(tmp_path):
 def test_mean_and_deviation_are_the_images(table, memory, crop):
     preprocess = Preprocess((3, 32, 48), (0.0,) * 3, (1.0,) * 3, resize="squash")
     recipe = Recipe(memory=memory, random_crop=crop)
-    part = load_part(Reader(table, preprocess, recipe), recipe, print, "train", show=False)
+    part = load_split(
+        Reader(table, preprocess, recipe.augmentation), recipe, print, "train", show=False
+    )
     found = measured(part, preprocess)
     at_least = preprocess.at_least
     images = np.stack(
@@ -359,11 +377,11 @@ def test_measuring_many_goes_piece_by_piece_and_even_images_are_no_division_by_z
     arrays = rng.integers(0, 256, (300, 8, 8)).astype(np.uint8)
     table = ImageTable("a", ["a", "b"], np.zeros(300, np.int64), np.full(300, ""), arrays=arrays)
     preprocess = Preprocess((1, 8, 8), (0.0,), (1.0,))
-    part = load_part(Reader(table, preprocess), Recipe(), print, "train", show=False)
+    part = load_split(Reader(table, preprocess), Recipe(), print, "train", show=False)
     found = measured(part, preprocess)
     assert found.mean == pytest.approx([arrays.mean() / 255], abs=1e-6)
     assert found.std == pytest.approx([arrays.std() / 255], abs=1e-6)
     part.images.fill_(200)
     even = measured(part, preprocess)
     assert even.std == (0.001,)
-    assert even.normalise(part.images).isfinite().all()
+    assert even.normalize(part.images).isfinite().all()

@@ -1,4 +1,4 @@
-"""heads_loss: each head's cross-entropy, weighted and summed, against numbers by hand."""
+"""multi_head_cross_entropy: weighted sums of cross-entropies, against numbers by hand."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def one_hot(smoothing=0.0):
 
 def test_each_head_counts_once_by_default():
     wanted = cross_entropies(outputs(), one_hot()).mean(axis=0).sum()
-    loss = regard.heads_loss(outputs(), TARGET)
+    loss = regard.multi_head_cross_entropy(outputs(), TARGET)
     assert loss.shape == ()
     assert loss.item() == pytest.approx(wanted, rel=1e-12)
 
@@ -41,48 +41,50 @@ def test_the_networks_own_weights(aggregation):
     weights = {"mean": [1, 1, 1], "deep_sup": [1, 0.1, 0.1, 0.1]}[aggregation]
     z = outputs(heads=len(weights))
     wanted = cross_entropies(z, one_hot()).mean(axis=0) @ np.array(weights)
-    loss = regard.heads_loss(z, TARGET, model.head_weights)
+    loss = regard.multi_head_cross_entropy(z, TARGET, model.head_weights)
     assert loss.item() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_one_head_is_cross_entropy():
     z = outputs(heads=1)
     wanted = F.cross_entropy(z[:, 0], TARGET)
-    assert torch.equal(regard.heads_loss(z, TARGET), wanted)
-    assert torch.equal(regard.heads_loss(z[:, 0], TARGET), wanted)
-    assert torch.equal(regard.heads_loss(z[:, 0], TARGET, [1.0]), wanted)
-    assert torch.equal(regard.heads_loss(z[:, 0], TARGET, (0.5,)), 0.5 * wanted)
+    assert torch.equal(regard.multi_head_cross_entropy(z, TARGET), wanted)
+    assert torch.equal(regard.multi_head_cross_entropy(z[:, 0], TARGET), wanted)
+    assert torch.equal(regard.multi_head_cross_entropy(z[:, 0], TARGET, [1.0]), wanted)
+    assert torch.equal(regard.multi_head_cross_entropy(z[:, 0], TARGET, (0.5,)), 0.5 * wanted)
 
 
 def test_label_smoothing_reaches_every_head():
     wanted = cross_entropies(outputs(), one_hot(0.2)).mean(axis=0) @ np.array([1.0, 0.5, 2.0])
-    loss = regard.heads_loss(outputs(), TARGET, [1.0, 0.5, 2.0], label_smoothing=0.2)
+    loss = regard.multi_head_cross_entropy(outputs(), TARGET, [1.0, 0.5, 2.0], label_smoothing=0.2)
     assert loss.item() == pytest.approx(wanted, rel=1e-12)
-    assert loss.item() != pytest.approx(regard.heads_loss(outputs(), TARGET, [1, 0.5, 2]).item())
+    assert loss.item() != pytest.approx(
+        regard.multi_head_cross_entropy(outputs(), TARGET, [1, 0.5, 2]).item()
+    )
 
 
 def test_probabilities_as_target():
     mixed = 0.3 * one_hot() + 0.7 * one_hot()[::-1]
     wanted = cross_entropies(outputs(), mixed).mean(axis=0).sum()
-    loss = regard.heads_loss(outputs(), torch.from_numpy(mixed.copy()))
+    loss = regard.multi_head_cross_entropy(outputs(), torch.from_numpy(mixed.copy()))
     assert loss.item() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_class_weights_and_no_reduction():
     each = cross_entropies(outputs(), one_hot())
-    loss = regard.heads_loss(outputs(), TARGET, [2.0, 0.0, 1.0], reduction="none")
+    loss = regard.multi_head_cross_entropy(outputs(), TARGET, [2.0, 0.0, 1.0], reduction="none")
     np.testing.assert_allclose(loss.numpy(), each @ np.array([2.0, 0.0, 1.0]), rtol=1e-12)
     classes = np.array([0.5, 2.0, 1.0, 3.0])
     of_images = classes[TARGET.numpy()]
     wanted = (each * of_images[:, None]).sum() / of_images.sum()
-    loss = regard.heads_loss(outputs(), TARGET, weight=torch.from_numpy(classes))
+    loss = regard.multi_head_cross_entropy(outputs(), TARGET, weight=torch.from_numpy(classes))
     assert loss.item() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_gradients_are_the_weighted_differences():
     z = outputs().requires_grad_()
     weights = np.array([1.0, 0.1, 0.0])
-    regard.heads_loss(z, TARGET, list(weights)).backward()
+    regard.multi_head_cross_entropy(z, TARGET, list(weights)).backward()
     softmax = np.exp(z.detach().numpy())
     softmax /= softmax.sum(axis=2, keepdims=True)
     wanted = (softmax - one_hot()[:, None]) * weights[:, None] / len(TARGET)
@@ -92,7 +94,7 @@ def test_gradients_are_the_weighted_differences():
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0,) * 4, ()])
 def test_weights_that_are_not_as_many_as_the_heads(weights):
     with pytest.raises(ValueError, match="the network has 3 heads") as caught:
-        regard.heads_loss(outputs(), TARGET, weights)
+        regard.multi_head_cross_entropy(outputs(), TARGET, weights)
     assert str(caught.value) == f"weights={weights}: the network has 3 heads"
     with pytest.raises(ValueError, match="1 heads"):
-        regard.heads_loss(outputs()[:, 0], TARGET, (1.0, 0.1))
+        regard.multi_head_cross_entropy(outputs()[:, 0], TARGET, (1.0, 0.1))

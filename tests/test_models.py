@@ -219,7 +219,7 @@ def test_an_unknown_argument_or_value_is_refused():
         ("cbam_resnet18", {"reduction": 0}, "reduction=0"),
         ("cbam_resnet18", {"stem": "mnist"}, "imagenet, cifar"),
         ("ag_sononet8", {"aggregation": "max"}, "concat, mean, deep_sup, ft"),
-        ("ag_sononet8", {"normalise": "max"}, "mean_flow, softmax, sigmoid, mean, range"),
+        ("ag_sononet8", {"normalize": "max"}, "mean_flow, softmax, sigmoid, mean, range"),
         ("sononet8", {"convs": (3, 3)}, "convs="),
     ]
     for name, arguments, message in wrong:

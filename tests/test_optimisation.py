@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from regard.models import create_model
-from regard.recipes import Recipe
-from regard.training.optimisation import fast_parameters, make_optimizer, rate_factor, set_rate
+from regard.training.config import Recipe
+from regard.training.optim import gate_and_head_parameters, make_optimizer, rate_factor, set_rate
 
 
 def rates(recipe: Recipe, total: int, steps_an_epoch: float) -> np.ndarray:
@@ -43,22 +43,26 @@ def test_cosine_after_a_linear_rise():
 
 
 def test_warm_up_in_steps_and_longer_than_the_run():
-    found = rates(Recipe(schedule="constant", warmup=4, unit="steps"), 8, 1000.0)
+    found = rates(Recipe(schedule="constant", warmup=4, schedule_unit="steps"), 8, 1000.0)
     np.testing.assert_allclose(found, [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1])
-    short = rates(Recipe(schedule="cosine", warmup=50, unit="steps"), 8, 1000.0)
+    short = rates(Recipe(schedule="cosine", warmup=50, schedule_unit="steps"), 8, 1000.0)
     np.testing.assert_allclose(short, np.arange(1, 9) / 51)
 
 
 def test_warm_up_rises_to_the_rate_that_follows():
     recipe = Recipe(
-        schedule="steps", unit="steps", warmup=4, milestones=(6, 8), factors=(0.1, 1.0, 0.01)
+        schedule="steps",
+        schedule_unit="steps",
+        warmup=4,
+        milestones=(6, 8),
+        lr_factors=(0.1, 1.0, 0.01),
     )
     expected = [0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 1, 1, 0.01, 0.01]
     np.testing.assert_allclose(rates(recipe, 10, 1000.0), expected)
 
 
 def test_factors_are_tenths_where_none_are_told():
-    recipe = Recipe(schedule="steps", unit="steps", milestones=(2, 3))
+    recipe = Recipe(schedule="steps", schedule_unit="steps", milestones=(2, 3))
     np.testing.assert_allclose(rates(recipe, 5, 1.0), [1, 1, 0.1, 0.01, 0.01])
     assert (rates(Recipe(schedule="steps"), 5, 1.0) == 1).all()
 
@@ -66,7 +70,7 @@ def test_factors_are_tenths_where_none_are_told():
 @given(images=st.integers(1, 10**6), batch=st.integers(1, 1024), epoch=st.integers(1, 300))
 @example(images=2997, batch=7, epoch=252)  # 107,892 steps; 251.99999999999997 in floats
 def test_a_milestone_in_epochs_is_the_first_step_after_them(images, batch, epoch):
-    recipe = Recipe(schedule="steps", milestones=(epoch,), factors=(1.0, 0.5))
+    recipe = Recipe(schedule="steps", milestones=(epoch,), lr_factors=(1.0, 0.5))
     first = math.ceil(epoch * images / batch) if epoch * images % batch else epoch * images // batch
     found = [rate_factor(recipe, s, 10**9, images / batch) for s in (first - 1, first)]
     assert found == [1.0, 0.5]
@@ -74,7 +78,7 @@ def test_a_milestone_in_epochs_is_the_first_step_after_them(images, batch, epoch
 
 def test_set_rate_keeps_the_groups_apart():
     model = create_model("cbam_resnet18", num_classes=2)
-    optimizer = make_optimizer(model, Recipe(lr=0.2, body_lr=0.1))
+    optimizer = make_optimizer(model, Recipe(lr=0.2, backbone_lr_scale=0.1))
     assert {g["lr_scale"]: g["lr"] for g in optimizer.param_groups} == {1.0: 0.2, 0.1: 0.2 * 0.1}
     set_rate(optimizer, 0.5)
     assert {g["lr_scale"]: g["lr"] for g in optimizer.param_groups} == {1.0: 0.5, 0.1: 0.05}
@@ -106,9 +110,11 @@ def test_gates_and_classifier_learn_at_the_full_rate(name, arguments, parts):
     }
     assert 0 < len(expected) < len(names)
     assert all(any(part in n for n in expected) for part in parts)
-    assert fast_parameters(model) == expected
-    for decay_all in (True, False):
-        recipe = Recipe(body_lr=0.1, weight_decay=0.03, decay_all=decay_all)
+    assert gate_and_head_parameters(model) == expected
+    for decay_norm_and_bias in (True, False):
+        recipe = Recipe(
+            backbone_lr_scale=0.1, weight_decay=0.03, decay_norm_and_bias=decay_norm_and_bias
+        )
         told = {id(p): (n, p.ndim) for n, p in model.named_parameters()}
         found = []
         for group in make_optimizer(model, recipe).param_groups:
@@ -116,12 +122,12 @@ def test_gates_and_classifier_learn_at_the_full_rate(name, arguments, parts):
                 n, ndim = told[id(p)]
                 found.append(n)
                 assert group["lr_scale"] == (1.0 if n in expected else 0.1), n
-                assert group["weight_decay"] == (0.03 if decay_all or ndim > 1 else 0), n
+                assert group["weight_decay"] == (0.03 if decay_norm_and_bias or ndim > 1 else 0), n
         assert sorted(found) == sorted(names)  # each of them, once
 
 
 @pytest.mark.parametrize(("name", "arguments"), [(n, a) for n, a, _ in NETWORKS[::2]])
-def test_without_decay_all_norms_and_biases_are_spared(name, arguments):
+def test_without_decay_norm_and_bias_norms_and_biases_are_spared(name, arguments):
     """By the kind of module, not by the number of dimensions."""
     model = create_model(name, num_classes=3, **arguments)
     norms = {
@@ -133,7 +139,7 @@ def test_without_decay_all_norms_and_biases_are_spared(name, arguments):
     spared = {n for n, p in model.named_parameters() if id(p) in norms or n.endswith("bias")}
     decays = {
         id(p): group["weight_decay"]
-        for group in make_optimizer(model, Recipe(decay_all=False)).param_groups
+        for group in make_optimizer(model, Recipe(decay_norm_and_bias=False)).param_groups
         for p in group["params"]
     }
     for n, p in model.named_parameters():
@@ -151,9 +157,9 @@ def test_frozen_parameters_are_left_out():
     assert count == sum(p.requires_grad for p in model.parameters())
 
 
-def test_the_optimisers_are_pytorchs():
+def test_the_optimizers_are_pytorchs():
     model = torch.nn.Linear(3, 2)  # a network that is not timm's has no classifier
-    assert fast_parameters(model) == set()
+    assert gate_and_head_parameters(model) == set()
     sgd = make_optimizer(model, Recipe(momentum=0.8, weight_decay=0.02, lr=0.3))
     assert isinstance(sgd, torch.optim.SGD)
     (group,) = sgd.param_groups

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits, load_sample_image
 
-from regard.explain.overlay import colour_bar, colour_key, describe, overlay, resize_image
+from regard.explanations.overlay import color_bar, color_key, describe, overlay, resize_image
 
 
 def digit(index=0):
@@ -17,8 +17,8 @@ def spot(shape, y, x):
     return attention
 
 
-def colourfulness(picture):
-    """How far each pixel is from grey: what only attention can cause."""
+def colorfulness(picture):
+    """How far each pixel is from gray: what only attention can cause."""
     return np.ptp(picture.astype(int), axis=2)
 
 
@@ -30,37 +30,37 @@ def place(array):
 def test_the_brightest_spot_lies_over_its_cell(cell):
     # 12 cells over 240 pixels: cell k covers pixels 20 k to 20 k + 19
     picture = overlay(np.full((240, 240), 90, np.uint8), spot((12, 12), *cell))
-    row, column = place(colourfulness(picture))
+    row, column = place(colorfulness(picture))
     assert (row // 20, column // 20) == cell
 
 
 def test_a_map_between_two_cells_is_bilinear():
-    # one row of 2 cells, 0 and 1, over 4 pixels: centres at 0.25, 0.75, 1.25, 1.75 cells,
-    # so weights 0, 0.25, 0.75, 1; grey 91 becomes 0.1 + 0.7 * 91 / 255 of white
+    # one row of 2 cells, 0 and 1, over 4 pixels: centers at 0.25, 0.75, 1.25, 1.75 cells,
+    # so weights 0, 0.25, 0.75, 1; gray 91 becomes 0.1 + 0.7 * 91 / 255 of white
     picture = overlay(np.full((1, 4), 91, np.uint8), np.array([[0.0, 1.0]]))
-    grey = round(255 * (0.1 + 0.7 * 91 / 255))
-    assert picture[0, 0].tolist() == [grey] * 3
-    # the strongest: a quarter of the grey and three of viridis's last colour (253, 231, 37)
-    expected = [round(0.25 * grey + 0.75 * c) for c in (253, 231, 37)]
+    gray = round(255 * (0.1 + 0.7 * 91 / 255))
+    assert picture[0, 0].tolist() == [gray] * 3
+    # the strongest: a quarter of the gray and three of viridis's last color (253, 231, 37)
+    expected = [round(0.25 * gray + 0.75 * c) for c in (253, 231, 37)]
     assert np.abs(picture[0, 3].astype(int) - expected).max() <= 1
-    ramp = colourfulness(picture)[0]
+    ramp = colorfulness(picture)[0]
     assert ramp[0] == 0 < ramp[1] < ramp[2] < ramp[3]
 
 
 @pytest.mark.parametrize("value", [0.0, 1 / 144, -3.0, 1e30])
 def test_a_constant_map_highlights_nothing(value):
     flat = overlay(digit(), np.full((12, 12), value), outline=0.5)
-    assert colourfulness(flat).max() == 0
-    grey = digit().astype(float)
-    assert np.abs(flat[..., 0] - 255 * (0.1 + 0.7 * grey / 255)).max() <= 0.5
+    assert colorfulness(flat).max() == 0
+    gray = digit().astype(float)
+    assert np.abs(flat[..., 0] - 255 * (0.1 + 0.7 * gray / 255)).max() <= 0.5
 
 
 def test_rounding_is_not_attention():
     attention = np.full((12, 12), 1 / 144)
     attention[3, 3] += 1e-10
-    assert colourfulness(overlay(digit(), attention)).max() == 0
+    assert colorfulness(overlay(digit(), attention)).max() == 0
     attention[3, 3] += 1e-4
-    assert colourfulness(overlay(digit(), attention, size=(96, 96))).max() > 50
+    assert colorfulness(overlay(digit(), attention, size=(96, 96))).max() > 50
 
 
 def test_the_scale_and_the_offset_of_a_map_do_not_matter_but_limits_do():
@@ -68,9 +68,9 @@ def test_the_scale_and_the_offset_of_a_map_do_not_matter_but_limits_do():
     picture = overlay(digit(), attention)
     np.testing.assert_array_equal(picture, overlay(digit(), attention * 64 - 32))
     wide = overlay(digit(), attention, limits=(0.0, 4.0))
-    assert colourfulness(wide).max() < colourfulness(picture).max() / 2
-    # under given limits a constant map has a colour: it can be compared
-    assert colourfulness(overlay(digit(), np.ones((3, 3)), limits=(0.0, 1.0))).min() > 100
+    assert colorfulness(wide).max() < colorfulness(picture).max() / 2
+    # under given limits a constant map has a color: it can be compared
+    assert colorfulness(overlay(digit(), np.ones((3, 3)), limits=(0.0, 1.0))).min() > 100
 
 
 @pytest.mark.parametrize("shape", [(48, 20), (20, 48, 3)])
@@ -80,7 +80,7 @@ def test_the_image_keeps_its_size_and_aspect(shape):
     assert overlay(image, np.eye(7), size=(96, 33)).shape == (96, 33, 3)
     # the map's own aspect is not the image's: its left half is the picture's left half
     halves = overlay(np.zeros(shape, np.uint8), np.repeat([[0.0, 1.0]], 7, axis=0))
-    columns = colourfulness(halves).mean(axis=0)
+    columns = colorfulness(halves).mean(axis=0)
     assert columns[0] == 0
     assert columns[-1] > columns[shape[1] // 2] > 0
 
@@ -88,15 +88,15 @@ def test_the_image_keeps_its_size_and_aspect(shape):
 def test_the_image_is_seen_under_the_strongest_attention():
     image = np.array([[0, 255], [255, 0]], np.uint8)
     picture = overlay(image, np.ones((1, 1)), limits=(0.0, 1.0)).astype(int)
-    # a quarter of the grey's 0.7 of 255
+    # a quarter of the gray's 0.7 of 255
     assert np.abs(picture[0, 1] - picture[0, 0] - 0.25 * 0.7 * 255).max() <= 1
 
 
-def test_a_colour_photograph_lies_underneath_in_grey():
+def test_a_color_photograph_lies_underneath_in_gray():
     photo = load_sample_image("flower.jpg")[:64, :80]
     plain = overlay(photo, np.zeros((4, 4)))
     assert np.ptp(photo.astype(int), axis=2).max() > 20
-    assert colourfulness(plain).max() == 0
+    assert colorfulness(plain).max() == 0
     luma = photo @ [0.299, 0.587, 0.114]
     assert np.abs(plain[..., 0] - (25.5 + 0.7 * luma)).max() < 1.5
 
@@ -131,18 +131,18 @@ def test_the_range_in_words():
     assert describe([[1e-12, 3e-12]]) == "attention 1e-12–3e-12; mean 2e-12"
 
 
-def test_the_colour_key_runs_from_nothing_to_most():
-    key = colour_key(50, 9)
+def test_the_color_key_runs_from_nothing_to_most():
+    key = color_key(50, 9)
     assert key.shape == (9, 50, 3)
-    assert colourfulness(key)[:, 0].max() == 0
-    assert colourfulness(key)[:, -1].min() > 100
-    # read without colour: over any grey but the brightest, more attention is brighter
+    assert colorfulness(key)[:, 0].max() == 0
+    assert colorfulness(key)[:, -1].min() > 100
+    # read without color: over any gray but the brightest, more attention is brighter
     luma = key[0] @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(luma) > 0).all()
 
 
-def test_the_colour_bar_shows_its_numbers():
-    bar, other = colour_bar(0.0002, 0.0031), colour_bar(0.0002, 0.0041)
+def test_the_color_bar_shows_its_numbers():
+    bar, other = color_bar(0.0002, 0.0031), color_bar(0.0002, 0.0041)
     assert bar.shape == (40, 240, 3)
     assert bar.dtype == np.uint8
     left, right = np.s_[26:, :120], np.s_[26:, 120:]
@@ -173,4 +173,4 @@ def test_options_out_of_range_are_named():
     with pytest.raises(ValueError, match=r"size=\(0, 8\)"):
         overlay(digit(), np.eye(3), size=(0, 8))
     with pytest.raises(ValueError, match=r"low=2, high=1"):
-        colour_bar(2, 1)
+        color_bar(2, 1)

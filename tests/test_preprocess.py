@@ -34,7 +34,7 @@ def plain(height: int, width: int, channels: int = 1, **options) -> Preprocess:
     crop_pct=st.floats(0.1, 1),
     resize=st.sampled_from(RESIZES),
 )
-def test_the_box_is_a_centred_part_of_the_image(image, size, crop_pct, resize):
+def test_the_box_is_a_centered_part_of_the_image(image, size, crop_pct, resize):
     height, width = image
     box = plain(*size, resize=resize, crop_pct=crop_pct).box(height, width)
     left, top, right, bottom = box
@@ -154,8 +154,8 @@ def test_eight_sixteen_bits_and_floats_agree():
 
 def test_every_level_of_sixteen_bits_survives():
     levels = np.arange(65536, dtype=np.uint16).reshape(256, 256, 1)
-    for standardise in ("fixed", "image"):
-        ours = Preprocess((1, 256, 256), (0.5,), (0.25,), standardise=standardise)
+    for normalization in ("fixed", "image"):
+        ours = Preprocess((1, 256, 256), (0.5,), (0.25,), normalization=normalization)
         seen = ours(levels).flatten()
         assert (seen.diff() > 0).all()
     assert float(plain(256, 256)(levels).max()) == pytest.approx(255, abs=1e-4)
@@ -168,21 +168,21 @@ def test_the_fixed_standard_is_torchvisions():
 
 
 def test_each_image_by_its_own_standard():
-    ours = Preprocess((3, 64, 64), MEAN, STD, standardise="image")
+    ours = Preprocess((3, 64, 64), MEAN, STD, normalization="image")
     batch = torch.stack([ours.fit(to_tensor(photo)) for photo in PHOTOS])
-    seen = ours.normalise(batch)
+    seen = ours.normalize(batch)
     for image in seen:
         assert abs(float(image.mean())) < 1e-5
         assert float(image.std(unbiased=False)) == pytest.approx(1, abs=1e-4)
-    assert torch.equal(ours.normalise(batch[:1])[0], seen[0])  # whatever the batch
+    assert torch.equal(ours.normalize(batch[:1])[0], seen[0])  # whatever the batch
     for value in (0, 7, 255):
-        even = ours.normalise(torch.full((2, 3, 64, 64), value).byte())
+        even = ours.normalize(torch.full((2, 3, 64, 64), value).byte())
         assert (even == 0).all()
     # one step of sixteen bits is contrast, not nothing
     faint = np.full((64, 64, 1), 30000, np.uint16)
     faint[::2] += 1
-    grey = Preprocess((1, 64, 64), (0.5,), (0.5,), standardise="image")
-    assert float(grey(faint).std(unbiased=False)) == pytest.approx(1, abs=0.05)
+    gray = Preprocess((1, 64, 64), (0.5,), (0.5,), normalization="image")
+    assert float(gray(faint).std(unbiased=False)) == pytest.approx(1, abs=0.05)
 
 
 def test_arrays_are_not_changed_and_may_be_read_only():

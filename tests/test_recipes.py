@@ -9,15 +9,22 @@ import timm
 import torch
 
 import regard
-from regard.recipes import Recipe, fields_of, load_recipe, parse_recipe, recipe_toml, shipped
-from regard.training.choices import (
+from regard.training.config import (
+    Recipe,
+    fields_of,
+    load_recipe,
+    parse_recipe,
+    recipe_toml,
+    shipped,
+)
+from regard.training.optim import gate_and_head_parameters, make_optimizer, rate_factor
+from regard.training.plan import (
     choose_steps,
     image_weights,
     loss_weights,
     noisy_labels,
     parse_weights,
 )
-from regard.training.optimisation import fast_parameters, make_optimizer, rate_factor
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -47,7 +54,7 @@ def test_the_papers_learning_rates():
         assert rate("ag-sononet", int(epoch * 100)) == pytest.approx(expected), epoch
     recipe = load_recipe("attention-cifar")
     assert (recipe.steps, recipe.batch_size, recipe.nesterov) == (160_000, 64, True)
-    assert (recipe.momentum, recipe.weight_decay, recipe.decay_all) == (0.9, 1e-4, True)
+    assert (recipe.momentum, recipe.weight_decay, recipe.decay_norm_and_bias) == (0.9, 1e-4, True)
     fast = load_recipe("attention-cifar-fast")
     assert fast.steps * fast.batch_size == recipe.steps * recipe.batch_size
     assert load_recipe("cbam-imagenet").nesterov is False
@@ -75,7 +82,7 @@ def test_the_shapes_of_schedules():
         ("epochs = 3\nsteps = 4", "give one of them"),
         ("schedule = 'linear'", "choose one of steps, onecycle, cosine, constant"),
         ("milestones = [3, 1]", "in rising order"),
-        ("milestones = [1]\nfactors = [1.0]", "one more than the 1 milestones"),
+        ("milestones = [1]\nlr_factors = [1.0]", "one more than the 1 milestones"),
         ("zoom = [1.0]", "2 numbers"),
         ("flip = true", "flip=True: a number is needed"),
         ("val = 0.6\ntest = 0.5", "leave nothing to train on"),
@@ -86,12 +93,12 @@ def test_the_shapes_of_schedules():
         ("schedule = 3", "schedule=3: "),
         ("milestones = 30", "milestones=30: a list of numbers"),
         ("milestones = ['30']", "milestones=['30']: a list of numbers"),
-        ("factors = [-1.0]", "none below 0"),
+        ("lr_factors = [-1.0]", "none below 0"),
         ("lr = nan", "lr=nan: finite numbers only"),
         ("epochs = inf", "epochs=inf: finite numbers only"),
         ("zoom = [0.5, inf]", "finite numbers only"),
         ("zoom = [1.2, 0.8]", "least and largest"),
-        ("crop_area = [0.1, 2.0]", "at most 1"),
+        ("crop_scale = [0.1, 2.0]", "at most 1"),
         ("batch_size = 0", "batch_size=0: from 1 to inf"),
         ("flip = 1.5", "flip=1.5: from 0 to 1"),
         ("size = 2", "size=2: from 4 to 8192"),
@@ -144,7 +151,7 @@ def test_values_on_top_of_a_recipe():
 
 def test_every_value_survives_the_file():
     recipe = Recipe(
-        epochs=1 / 3, lr=1e-7, milestones=(0.1, 2 / 3), factors=(1.0, 0.1, 1e-9), workers=0,
+        epochs=1 / 3, lr=1e-7, milestones=(0.1, 2 / 3), lr_factors=(1.0, 0.1, 1e-9), workers=0,
         seed=2**31, sampler_weights='Größe "3"=2', model="ag_sononet8",
         model_args={"aggregation": "ft", "stem": 'a"b', "drop": 0.1, "flags": [1, 2]},
     )  # fmt: skip
@@ -197,16 +204,25 @@ def test_the_rest_of_the_papers_numbers():
     cifar, imagenet = load_recipe("attention-cifar"), load_recipe("attention-imagenet")
     for recipe in (cifar, imagenet):
         assert (recipe.nesterov, recipe.momentum, recipe.weight_decay) == (True, 0.9, 1e-4)
-        assert (recipe.batch_size, recipe.lr, recipe.decay_all, recipe.flip) == (64, 0.1, True, 0.5)
+        assert (recipe.batch_size, recipe.lr, recipe.decay_norm_and_bias, recipe.flip) == (
+            64,
+            0.1,
+            True,
+            0.5,
+        )
     assert cifar.crop_shift * cifar.size == 4
     assert imagenet.steps == 530_000
     cbam = load_recipe("cbam-imagenet")
     assert (cbam.epochs, cbam.batch_size, cbam.size, cbam.crop_pct) == (90, 256, 224, 224 / 256)
-    assert (cbam.momentum, cbam.weight_decay, cbam.decay_all) == (0.9, 1e-4, True)
+    assert (cbam.momentum, cbam.weight_decay, cbam.decay_norm_and_bias) == (0.9, 1e-4, True)
     assert cbam.random_crop == imagenet.random_crop == "resized"
     sononet = load_recipe("ag-sononet")
     assert (sononet.epochs, sononet.batch_size, sononet.weight_decay) == (300, 64, 1e-6)
-    assert (sononet.zoom, sononet.standardise, sononet.sampler) == ((0.7, 1.3), "image", "balanced")
+    assert (sononet.zoom, sononet.normalization, sononet.sampler) == (
+        (0.7, 1.3),
+        "image",
+        "balanced",
+    )
     assert sononet.model_args == {"aggregation": "mean"}
     epochs = [round(rate("ag-sononet", 100 * e + 99), 6) for e in range(300)]
     assert epochs == [0.01] * 5 + [0.1] * 95 + [0.01] * 100 + [0.001] * 100
@@ -247,17 +263,17 @@ def groups(model, **recipe):
 )  # fmt: skip
 def test_gates_and_classifier_are_faster_than_the_body(name, fast, slow):
     model = timm.create_model(name, num_classes=3)
-    found = fast_parameters(model)
+    found = gate_and_head_parameters(model)
     assert fast <= found
     assert not slow & found
-    by_scale = {scale: names for scale, _, names in groups(model, body_lr=0.1)}
+    by_scale = {scale: names for scale, _, names in groups(model, backbone_lr_scale=0.1)}
     assert by_scale[1.0] == found
     assert slow <= by_scale[0.1]
 
 
 def test_norms_and_biases_need_not_decay():
     model = regard.create_model("cbam_resnet18", num_classes=3)
-    by_decay = {decay: names for _, decay, names in groups(model, decay_all=False)}
+    by_decay = {decay: names for _, decay, names in groups(model, decay_norm_and_bias=False)}
     assert "bn1.weight" in by_decay[0.0]
     assert "fc.bias" in by_decay[0.0]
     assert "conv1.weight" in by_decay[1e-4]

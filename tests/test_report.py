@@ -218,7 +218,7 @@ def test_the_pictures_are_the_image_and_its_overlays(tmp_path):
     sources = [a for a in Page(written(tmp_path)).all("img") if a["alt"].startswith(("T", "The"))]
     pictures = [Image.open(io.BytesIO(base64.b64decode(a["src"].split(",")[1]))) for a in sources]
     assert len(pictures) == 9
-    # the wrong one comes first: its very pixels, then gate3 in colour, then a flat grey one
+    # the wrong one comes first: its very pixels, then gate3 in color, then a flat gray one
     np.testing.assert_array_equal(np.asarray(pictures[0]), items()[1].image)
     assert sources[0]["class"] == "pixels"
     spread = [int(np.ptp(np.asarray(p).astype(int), axis=2).max()) for p in pictures[1:3]]

@@ -13,16 +13,17 @@ import pytest
 
 import regard
 from regard.cli import run_command
-from regard.recipes import Recipe
-from regard.training import Stopped
+from regard.errors import Stopped
+from regard.training.config import Recipe
 from tests.helpers import ENVIRONMENT, rows_of, run, same_results, settings, start, stopped_by
 
 VARIANTS = {
     "held": [],
     "streamed": ["--memory", "no", "--workers", "2"],
-    "everything": ["--ema", "0.9", "--accumulate", "2", "--mixup", "0.2", "--optimizer", "adamw",
-                   "--lr", "0.003", "--rotate", "10", "--erase", "0.3", "--batch-size", "7",
-                   "--sampler", "balanced"],
+    "everything": ["--ema-decay", "0.9", "--accumulate", "2", "--mixup", "0.2",
+                   "--optimizer", "adamw", "--lr", "0.003", "--rotate", "10",
+                   "--random-erasing", "0.3",
+                   "--batch-size", "7", "--sampler", "balanced"],
 }  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def newest(out: Path) -> str:
 
 DRIVER = """
 import os, signal, sys
-import regard.training.state as state
+import regard.files as state
 whole, count = state.os.replace, 0
 def replace(a, b):
     global count
@@ -138,11 +139,11 @@ def test_a_signal_to_the_workers_too_saves_as_well(scans, tmp_path, number):
 @pytest.fixture
 def dropping(scans, tmp_path, monkeypatch):
     """A run of timm's ResNet with dropout and stochastic depth, 2.3 epochs of 7.2 steps."""
-    monkeypatch.setattr("regard.training.terminal.PLAIN_EVERY", 0.0)  # a line a step
+    monkeypatch.setattr("regard.training.progress.PLAIN_EVERY", 0.0)  # a line a step
     recipe = Recipe(
         model="resnet10t", model_args={"drop_rate": 0.4, "drop_path_rate": 0.3}, size=32,
-        batch_size=10, epochs=2.3, ema=0.8, clip=1.0, lr=0.02, random_crop="resized", colour=0.2,
-        val=0.2, test=0.2, judge=0, flip=0, erase=0.3,
+        batch_size=10, epochs=2.3, ema_decay=0.8, clip_grad=1.0, lr=0.02, random_crop="resized",
+        color_jitter=0.2, val=0.2, test=0.2, faithfulness_images=0, flip=0, random_erasing=0.3,
     )  # fmt: skip
 
     def go(name: str, at_step=lambda step: None, **options) -> Path:
@@ -203,7 +204,7 @@ def test_what_a_run_was_started_with_is_not_changed(scans, tmp_path, whole, caps
     stopped_by(signal.SIGTERM, scans, out)
     kept = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     for flags, named in (
-        (["--ema", "0.9"], "--ema 0.9: .* was started with 0.0; leave it out"),
+        (["--ema-decay", "0.9"], "--ema-decay 0.9: .* was started with 0.0; leave it out"),
         (["--weights", whole], "--weights .* was started with None"),
         (["--pretrained"], "--pretrained True: .* was started with False"),
         (["--recipe", "cbam-cifar"], "--lr 0.1: .* was started with 0.05"),

@@ -22,7 +22,7 @@ from sklearn.datasets import load_sample_images
 
 from regard import load
 from regard.cli import run_command
-from regard.prediction import Prediction
+from regard.predict import Prediction
 from regard.serve.engine import Engine, _Waiting
 from tests.helpers import run, start
 

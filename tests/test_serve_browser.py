@@ -117,7 +117,7 @@ def test_dropped_and_pasted_images_are_taken(browser, server, photo):
 
 def contrast(page, selector: str) -> float:
     """WCAG 2.1's contrast of a text with what is behind it."""
-    colours = page.evaluate(
+    colors = page.evaluate(
         """selector => {
           let node = document.querySelector(selector);
           const text = getComputedStyle(node).color;
@@ -127,7 +127,7 @@ def contrast(page, selector: str) -> float:
         }""",
         selector,
     )
-    linear = np.array(colours) / 255
+    linear = np.array(colors) / 255
     linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
     low, high = sorted(linear @ [0.2126, 0.7152, 0.0722])
     return (high + 0.05) / (low + 0.05)

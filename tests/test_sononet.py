@@ -1,4 +1,4 @@
-"""The gates' five normalisations, the four aggregations, and the heads that training sees."""
+"""The gates' five normalizations, the four aggregations, and the heads that training sees."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import regard
-from regard.models.sononet import AGGREGATIONS, NORMALISATIONS, normalise_map
+from regard.models.sononet import AGGREGATIONS, NORMALIZATIONS, normalize_map
 from tests.golden import filled_model
 
 HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # relative rounding of one value
@@ -36,11 +36,11 @@ def scores(seed=0, shape=(4, 1, 5, 7)):
     return np.random.default_rng(seed).normal(size=shape) + 0.5
 
 
-@pytest.mark.parametrize("how", NORMALISATIONS)
+@pytest.mark.parametrize("how", NORMALIZATIONS)
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 50.0])
 def test_the_formulas(how, scale):
     s = scale * scores()
-    ours = normalise_map(torch.from_numpy(s), how).numpy()
+    ours = normalize_map(torch.from_numpy(s), how).numpy()
     np.testing.assert_allclose(ours, by_hand(s, how), rtol=1e-11, atol=1e-15)
     if how in ("mean_flow", "softmax", "mean"):
         np.testing.assert_allclose(ours.sum(axis=(1, 2, 3)), 1.0, rtol=1e-12)
@@ -48,11 +48,11 @@ def test_the_formulas(how, scale):
         assert (ours.min(), ours.max()) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize("how", NORMALISATIONS)
+@pytest.mark.parametrize("how", NORMALIZATIONS)
 @pytest.mark.parametrize("dtype", HALF, ids=names(HALF))
 def test_half_precision_is_the_formula_rounded_once(how, dtype):
     s = torch.from_numpy(scores(1, (2, 1, 13, 17))).to(dtype)
-    ours = normalise_map(s, how)
+    ours = normalize_map(s, how)
     assert ours.dtype == dtype
     wanted = by_hand(s.double().numpy(), how)
     # half-precision floats have a smallest step as well, 2^-24 in float16
@@ -60,13 +60,13 @@ def test_half_precision_is_the_formula_rounded_once(how, dtype):
     np.testing.assert_allclose(ours.double().numpy(), wanted, **tolerance)
 
 
-@pytest.mark.parametrize("how", NORMALISATIONS)
+@pytest.mark.parametrize("how", NORMALIZATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=names(DTYPES))
 @pytest.mark.parametrize("value", [0.0, 1.7, -3.3, 1e-6, 3e4])
 @pytest.mark.parametrize("size", [(4, 8), (13, 17), (1, 1)])
 def test_a_constant_map_looks_everywhere(how, dtype, value, size):
     s = torch.full((2, 1, *size), value, dtype=dtype, requires_grad=True)
-    alpha = normalise_map(s, how)
+    alpha = normalize_map(s, how)
     assert alpha.dtype == dtype
     n = size[0] * size[1]
     if how == "sigmoid":
@@ -89,40 +89,42 @@ def test_a_constant_map_looks_everywhere(how, dtype, value, size):
 def test_rounding_is_no_place_to_look_at(how, dtype):
     s = torch.full((1, 1, 6, 8), 1.7, dtype=dtype)
     s[0, 0, 2, 3] = torch.nextafter(s[0, 0, 2, 3], torch.tensor(2.0, dtype=dtype))
-    flat = normalise_map(s, how)
+    flat = normalize_map(s, how)
     assert torch.equal(flat, torch.full_like(s, 1.0 if how == "range" else 1 / 48))
     s[0, 0, 2, 3] += 1e-3  # and this is a place
-    assert normalise_map(s, how)[0, 0, 2, 3] > 0.9
+    assert normalize_map(s, how)[0, 0, 2, 3] > 0.9
 
 
-@pytest.mark.parametrize("how", NORMALISATIONS)
-def test_one_flat_map_does_not_touch_its_neighbours(how):
+@pytest.mark.parametrize("how", NORMALIZATIONS)
+def test_one_flat_map_does_not_touch_its_neighbors(how):
     s = torch.from_numpy(scores(2, (3, 1, 4, 4)))
     s[1] = 0.0
     s.requires_grad_()
-    alpha = normalise_map(s, how)
+    alpha = normalize_map(s, how)
     (alpha * torch.arange(16.0).view(1, 1, 4, 4)).sum().backward()
     alone = s.detach()[[0, 2]].requires_grad_()
-    apart = normalise_map(alone, how)
+    apart = normalize_map(alone, how)
     (apart * torch.arange(16.0).view(1, 1, 4, 4)).sum().backward()
     assert torch.equal(alpha[[0, 2]], apart)
     assert torch.equal(s.grad[[0, 2]], alone.grad)
     assert s.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("how", NORMALISATIONS)
+@pytest.mark.parametrize("how", NORMALIZATIONS)
 def test_gradients_are_those_of_the_formulas(how):
     s = torch.from_numpy(scores(3, (2, 1, 3, 4))).requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: normalise_map(t, how), (s,))
+    assert torch.autograd.gradcheck(lambda t: normalize_map(t, how), (s,))
 
 
-@pytest.mark.parametrize("how", NORMALISATIONS)
+@pytest.mark.parametrize("how", NORMALIZATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_gate_on_an_empty_image_trains(how, dtype):
     torch.manual_seed(0)
-    model = regard.create_model("ag_sononet8", num_classes=3, normalise=how).to(dtype).train()
+    model = regard.create_model("ag_sononet8", num_classes=3, normalize=how).to(dtype).train()
     outputs = model(torch.zeros(2, 1, 32, 48, dtype=dtype))
-    regard.heads_loss(outputs.float(), torch.tensor([0, 2]), model.head_weights).backward()
+    regard.multi_head_cross_entropy(
+        outputs.float(), torch.tensor([0, 2]), model.head_weights
+    ).backward()
     assert outputs.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
@@ -154,7 +156,7 @@ def test_what_training_and_evaluation_give(aggregation):
     weights = {"mean": (1, 1, 1), "deep_sup": (1, 0.1, 0.1, 0.1)}.get(aggregation, (1,))
     assert model.head_weights == weights
     assert len(model.head_weights) == max(1, HEADS[aggregation])
-    regard.heads_loss(outputs, torch.tensor([0, 1, 4]), model.head_weights).backward()
+    regard.multi_head_cross_entropy(outputs, torch.tensor([0, 1, 4]), model.head_weights).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None, name
         assert p.grad.isfinite().all(), name
@@ -221,20 +223,20 @@ def test_the_third_vector_is_the_average_of_the_last_block():
     assert torch.allclose(vectors[1], model.gate4(block4, block5), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("normalise", "bias"), [("sigmoid", 3.0), ("softmax", 10.0)])
-def test_the_authors_biases_of_psi(normalise, bias):
-    model = regard.create_model("ag_sononet8", normalise=normalise)
+@pytest.mark.parametrize(("normalize", "bias"), [("sigmoid", 3.0), ("softmax", 10.0)])
+def test_the_authors_biases_of_psi(normalize, bias):
+    model = regard.create_model("ag_sononet8", normalize=normalize)
     assert model.gate3.map.psi.bias.item() == model.gate4.map.psi.bias.item() == bias
 
 
 @torch.no_grad()
 def test_a_gate_of_ones_own_size():
     torch.manual_seed(0)
-    gate = regard.AttentionGate(6, 10, inner=4, normalise="softmax")
+    gate = regard.AttentionGate(6, 10, inner=4, normalize="softmax")
     x, g = torch.randn(2, 6, 9, 11), torch.randn(2, 10, 3, 4)
     assert gate.map.theta.weight.shape == (4, 6, 1, 1)
     assert gate.map.phi.weight.shape == (4, 10, 1, 1)
     assert regard.AttentionGate(6, 10).map.theta.weight.shape == (10, 6, 1, 1)
     assert torch.allclose(gate(x, g), (gate.map(x, g) * x).sum(dim=(2, 3)))
-    with pytest.raises(ValueError, match="normalise='max': choose one of mean_flow, softmax"):
-        regard.AttentionGate(6, 10, normalise="max")
+    with pytest.raises(ValueError, match="normalize='max': choose one of mean_flow, softmax"):
+        regard.AttentionGate(6, 10, normalize="max")

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from regard.data.images import ImageError
 from regard.data.sources import class_counts, open_data
+from regard.errors import ImageError
 
 
 def picture(path, value=0):
@@ -382,5 +382,5 @@ def test_nothing_here_imports_torch():
     code = "import regard.data, sys, json; print(json.dumps([m for m in sys.modules]))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(json.loads(out.stdout))
-    assert "regard.data.check" in loaded
+    assert "regard.data.audit" in loaded
     assert not loaded & {"torch", "torchvision", "sklearn", "pydicom", "rich"}

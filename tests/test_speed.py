@@ -16,19 +16,20 @@ from accelerate import Accelerator
 from torch import nn
 
 import regard
-import regard.training.choices as choices
 import regard.training.memory as memory
+import regard.training.plan as choices
 import regard.training.run as run_module
-from regard.data.loading import Held, Order, Reader
+from regard.commands.train import train
+from regard.data.loading import InMemoryLoader, Reader, SampleOrder
 from regard.data.preprocess import Preprocess
 from regard.data.sources import open_data
-from regard.recipes import Recipe, parse_recipe
-from regard.training import Stopped, train
-from regard.training.checkpoints import set_checkpointing
+from regard.errors import Stopped
+from regard.training.activation_checkpointing import set_checkpointing
+from regard.training.compile import choose_compiled
+from regard.training.config import Recipe, parse_recipe
 from regard.training.loop import Trainer
 from regard.training.memory import Described, fit_memory, free_memory
-from regard.training.rehearsal import first_batches
-from regard.training.speed import choose_compiled
+from regard.training.trial import first_batches
 from tests.helpers import same_network
 
 
@@ -41,7 +42,8 @@ def trainer_of(model: nn.Module, side: int = 16, bf16: bool = False, **recipe) -
     images = torch.stack([preprocess.fit(reader.decode(i)) for i in range(60)])
     return Trainer(
         model=model.train(), recipe=chosen, preprocess=preprocess,
-        source=Held(reader, Order(60, 0), 0, images), labels=torch.from_numpy(table.labels),
+        source=InMemoryLoader(reader, SampleOrder(60, 0), 0, images),
+        labels=torch.from_numpy(table.labels),
         classes=10, count=60, total=chosen.steps, accelerator=Accelerator(cpu=True), bf16=bf16,
     )  # fmt: skip
 
@@ -208,7 +210,7 @@ def everything(trainer: Trainer) -> bytes:
 
 @pytest.mark.parametrize("failing", ["", "no compiler"])
 def test_measuring_leaves_no_trace(failing):
-    trainer = trainer_of(tiny(), compile="auto", mixup=0.2, accumulate=2, ema=0.9, lr=0.5)
+    trainer = trainer_of(tiny(), compile="auto", mixup=0.2, accumulate=2, ema_decay=0.9, lr=0.5)
     stage = Stage(trainer.model, 1.16, 0.84, 70)
     stage.failing = failing
     before = everything(trainer)
@@ -359,7 +361,8 @@ def test_control_groups_bound_what_is_free(tmp_path):
 
 # ------------------------------------------------------------------------------ a whole run
 TINY = {"model": "ag_sononet8", "recipe": Recipe(
-    size=16, flip=0.0, judge=0, batch_size=24, steps=3, val=0.2, test=0.2)}  # fmt: skip
+    size=16, flip=0.0, faithfulness_images=0, batch_size=24, steps=3,
+    val=0.2, test=0.2)}  # fmt: skip
 
 
 def test_a_resumed_run_does_as_was_decided_and_the_same_is_learnt(scans, tmp_path, monkeypatch):

@@ -9,8 +9,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from regard.training.folder import RunFolder
-from regard.training.state import StateError, States, check_space, write_whole
+from regard.errors import StateError
+from regard.files import check_space, write_atomically
+from regard.runs import RunFolder
+from regard.training.checkpoint import Checkpoints
 from tests.helpers import ENVIRONMENT, QUICK, rows_of, same_results
 
 
@@ -20,7 +22,7 @@ def content(step: int, size: int = 10) -> dict:
 
 # -------------------------------------------------------------------------------- states
 def test_the_newest_two_states_are_kept(tmp_path):
-    states = States(tmp_path / "state")
+    states = Checkpoints(tmp_path / "state")
     assert states.load() == (None, [])
     for step in (7, 900, 1000, 1_000_001):
         states.save(step, content(step))
@@ -37,7 +39,7 @@ def test_the_newest_two_states_are_kept(tmp_path):
 
 @pytest.mark.parametrize("harm", ["empty", "garbage", "text", "pickle", "half", "tail", "middle"])
 def test_a_harmed_state_gives_way_to_the_one_before(tmp_path, harm):
-    states = States(tmp_path)
+    states = Checkpoints(tmp_path)
     states.save(1, content(1, 5000))
     states.save(2, content(2, 5000))
     newest = tmp_path / "step-000000002.pt"
@@ -71,7 +73,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
         check_space(tmp_path / "run", 10**18)
     assert list((tmp_path / "run").iterdir()) == []
     with pytest.raises(StateError, match=r"state/step-000000001.pt can't be written \(Not a dir"):
-        write_whole(tmp_path / "file/state/step-000000001.pt", lambda p: p.write_text("x"))
+        write_atomically(tmp_path / "file/state/step-000000001.pt", lambda p: p.write_text("x"))
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def tiny_disk(tmp_path):
 def test_a_full_disk_harms_no_file_that_was_there(tiny_disk):
     for name in ("metrics.csv", "best.safetensors"):
         (tiny_disk / name).write_text("whole")
-    states = States(tiny_disk / "state")
+    states = Checkpoints(tiny_disk / "state")
     states.save(1, content(1, 50_000))
     with pytest.raises(
         StateError, match=r"state can't be saved: .*step-000000002.pt can't be"
@@ -118,7 +120,7 @@ def test_a_full_disk_harms_no_file_that_was_there(tiny_disk):
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-import regard.training.run, regard.report.of_run, torch.utils.tensorboard
+import regard.training.run, regard.report.build, torch.utils.tensorboard
 from regard.cli import run_command
 
 folder, arguments = Path(sys.argv[1]), sys.argv[2:]

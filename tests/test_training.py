@@ -16,7 +16,7 @@ import timm
 import torch
 
 import regard
-from regard.training import NotFiniteError
+from regard.errors import NotFiniteError
 from tests.helpers import (
     ENVIRONMENT,
     QUICK,
@@ -122,7 +122,7 @@ def test_runs_are_named_after_data_and_model(scans, tmp_path):
 # -------------------------------------------------------------------------------- faults
 def test_a_loss_that_is_not_finite_names_step_rate_and_files(scans, tmp_path):
     out = tmp_path / "run"
-    said = run(*settings(scans, out), "--lr", "1e30", "--schedule", "constant", "--clip", "0",
+    said = run(*settings(scans, out), "--lr", "1e30", "--schedule", "constant", "--clip-grad", "0",
                "--save-minutes", "0", code=1)  # fmt: skip
     (line,) = [text for text in said.splitlines() if text.startswith("regard: ")]
     assert "is not finite (learning rate 1e+30)" in line
@@ -199,7 +199,14 @@ def test_an_unwritable_folder_is_told_at_once(scans, tmp_path):
 
 # --------------------------------------------------------------- of the library, in process
 def trained(scans: Path, out: Path, **changes) -> Path:
-    values = {"model": "ag_sononet8", "size": 16, "flip": 0, "val": 0.2, "test": 0.2, "judge": 0}
+    values = {
+        "model": "ag_sononet8",
+        "size": 16,
+        "flip": 0,
+        "val": 0.2,
+        "test": 0.2,
+        "faithfulness_images": 0,
+    }
     return regard.train(str(scans), out=out, echo=lambda _: None, **(values | changes))
 
 
@@ -227,7 +234,7 @@ def test_a_run_that_could_not_start_leaves_its_folder_free(scans, tmp_path):
 
 
 def test_images_lost_on_the_way_are_left_out_and_listed(scans, tmp_path, monkeypatch):
-    monkeypatch.setattr("regard.training.images.LOOKED_AT", 2)  # of a split, its first and last
+    monkeypatch.setattr("regard.training.splits.LOOKED_AT", 2)  # of a split, its first and last
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(scans, data)
     splits: dict[str, list[Path]] = {}

@@ -45,7 +45,7 @@ def test_the_default_written_out_is_the_default(label):
             "order": "channel_spatial", "reduction": 16, "stem": "imagenet", "in_chans": 3,
         },
         "ag_sononet8": {
-            "aggregation": "mean", "normalise": "mean_flow", "in_chans": 1,
+            "aggregation": "mean", "normalize": "mean_flow", "in_chans": 1,
         },
     }  # fmt: skip
     ours = golden.variant_outputs(label, defaults[label])

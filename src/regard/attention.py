@@ -6,13 +6,17 @@ and SE's gates, "spatial" for AG-SonoNet's. A network of one's own is recorded a
 its submodules say the same.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from regard.errors import UsageError
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +77,7 @@ def attention_kinds(model: nn.Module) -> dict[str, str]:
 def _refuse_compiled(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise ValueError(
+            raise UsageError(
                 "record() needs the uncompiled model, as a compiled one passes over its hooks: "
                 "record the model that was given to torch.compile (compiled._orig_mod)"
             )
@@ -92,13 +96,13 @@ def record(model: nn.Module) -> Iterator[AttentionMaps]:
     nothing behind, also after an exception.
 
     Raises:
-        ValueError: the network has no attention maps, or is compiled.
+        UsageError: the network has no attention maps, or is compiled.
         RuntimeError: the network is being compiled while it is recorded.
     """
     _refuse_compiled(model)
     kinds = attention_kinds(model)
     if not kinds:
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} has no attention maps to record: use a network of Regard's, "
             "or give your own submodules an attention_kind"
         )
@@ -120,3 +124,128 @@ def record(model: nn.Module) -> Iterator[AttentionMaps]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+Reduce = Literal["mean", "max"] | int
+
+
+@dataclass(frozen=True, eq=False)
+class StageMap:
+    """One map of one image.
+
+    Attributes:
+        name: the submodule, as "layer1.1.mask", or the stage whose blocks were averaged.
+        kind: "spatial", "mixed", "gradcam", each (h, w); or "channel", (C,).
+        values: float32.
+        reduction: in words, how values became one map, as "mean of 256 channels"; or "".
+        stage: the part of the network that it belongs to, as "layer1" or "gate3".
+    """
+
+    name: str
+    kind: str
+    values: NDArray[np.float32]
+    reduction: str
+    stage: str
+
+
+def stage_of(name: str) -> str:
+    """The stage of a submodule: what stands before its block's number, or its parent.
+
+    >>> stage_of("layer1.0.se.spatial"), stage_of("blocks.3.0.se"), stage_of("gate3.map")
+    ('layer1', 'blocks.3', 'gate3')
+    """
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal() and i > 0]
+    return ".".join(parts[: numbers[-1]] if numbers else parts[:-1]) or name
+
+
+def _reduced(found: AttentionMap, index: int, reduce: Reduce) -> StageMap:
+    """One module's map of image `index`, over its channels as `reduce` says."""
+    values = found.values[index].float()  # (C, H, W), (C, 1, 1) or (1, H, W)
+    count, words = len(values), ""
+    if found.kind == "channel":
+        values = values.flatten()
+    elif count == 1:
+        values = values[0]
+    elif reduce == "mean":
+        values, words = values.mean(dim=0), f"mean of {count} channels"
+    elif reduce == "max":
+        values, words = values.amax(dim=0), f"max of {count} channels"
+    elif isinstance(reduce, int) and 0 <= reduce < count:
+        values, words = values[reduce], f"channel {reduce} of {count}"
+    elif isinstance(reduce, int):
+        raise UsageError(f"reduce={reduce}: {found.name} has channels 0 to {count - 1}")
+    else:
+        raise UsageError(f"reduce={reduce!r}: choose mean, max or a channel's number")
+    array = values.cpu().numpy().copy()
+    return StageMap(found.name, found.kind, array, words, stage_of(found.name))
+
+
+def attention_stages(
+    maps: AttentionMaps, index: int, *, reduce: Reduce = "mean", gather: bool = True
+) -> list[StageMap]:
+    """The recorded maps of one image of the batch, in the network's order.
+
+    Args:
+        maps: of `regard.record`.
+        index: of the image in the batch.
+        reduce: how the channels of a "mixed" mask become one map: "mean", "max" or the number
+            of one channel.
+        gather: the blocks of one stage that have a map of the same kind and size, as CBAM's,
+            are averaged to one. "mixed" masks stay one a module.
+
+    Raises:
+        UsageError: another reduction, or a channel that a mask does not have.
+    """
+    each = [_reduced(found, index, reduce) for found in maps.values()]
+    return _gathered(each) if gather else each
+
+
+def _gathered(each: Iterable[StageMap]) -> list[StageMap]:
+    groups: dict[Any, list[StageMap]] = {}
+    for m in each:
+        alone = m.name if m.kind == "mixed" else ""
+        groups.setdefault((m.stage, m.kind, m.values.shape, alone), []).append(m)
+    found = []
+    for (stage, kind, _, _), members in groups.items():
+        if len(members) == 1:
+            found += members
+            continue
+        values = np.mean([m.values for m in members], axis=0)
+        found.append(StageMap(stage, kind, values, f"mean of {len(members)} blocks", stage))
+    return found
+
+
+# -------------------------------------------------------------------------------- scores
+def own_maps(model: nn.Module, x: Tensor, reduce: Reduce = "mean") -> dict[str, Tensor]:
+    """The network's own maps over positions, by stage: (B, h, w) each; empty if it has none."""
+    if not attention_kinds(model):
+        return {}
+    found: dict[str, list[Tensor]] = {}
+    with torch.no_grad(), evaluating(model), record(model) as maps:
+        model(x)
+    for i in range(len(x)):
+        for m in attention_stages(maps, i, reduce=reduce):
+            if m.kind != "channel":
+                found.setdefault(m.name, []).append(torch.from_numpy(m.values))
+    return {name: torch.stack(each) for name, each in found.items()}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode and without gradient checkpointing while the block runs.
+
+    Every submodule's own mode is restored, also after an exception.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    checkpointed = [m for m in model.modules() if getattr(m, "grad_checkpointing", False) is True]
+    try:
+        model.eval()
+        for m in checkpointed:
+            m.grad_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for m in checkpointed:
+            m.grad_checkpointing = True  # type: ignore[assignment]
+        for m, mode in modes:
+            m.training = mode

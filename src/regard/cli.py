@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Annotated, Any, get_type_hints
 import cyclopts
 from cyclopts import App, Parameter
 
-from regard import __version__
-from regard.recipes import Recipe, fields_of
+from regard.errors import RegardError, Stopped, UsageError
+from regard.training.config import Recipe, fields_of
+from regard.version import __version__
 
 app = App(
     name="regard",
@@ -43,6 +45,8 @@ RecipeFlags = make_dataclass(
     ],
 )
 """Every field of a recipe as a flag; None where it was not given."""
+
+
 RecipeFlags.__module__ = __name__  # Python 3.11 says "types", which cyclopts takes for builtin
 
 
@@ -72,10 +76,6 @@ class EngineFlags:
         return self.engine == "eager" and self.precision != "bf16"
 
 
-class UsageError(ValueError):
-    """A wrong call: the message is for the person who made it."""
-
-
 @app.command
 def demo(*, out: Path = Path("runs/demo"), seed: int = 0, epochs: int = 15) -> int:
     """Train AG-SonoNet-8 on real handwritten digits and show where it looks.
@@ -94,7 +94,7 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0, epochs: int = 15) -> i
     """
     if epochs < 1:
         raise UsageError(f"--epochs {epochs}: at least 1")
-    from regard.demo import run
+    from regard.commands.demo import run
 
     run(out, seed=seed, epochs=epochs, echo=_say)
     return 0
@@ -111,7 +111,7 @@ def models(pattern: str = "*", *, json: bool = False) -> int:
     json
         Print JSON, with every figure in full.
     """
-    from regard.figures import print_figures
+    from regard.commands.models import print_figures
 
     print_figures(pattern, as_json=json)
     return 0
@@ -168,7 +168,7 @@ def bench(
     csv
         Add the rows to a CSV file.
     """
-    from regard.bench.cli import command
+    from regard.commands.bench import command
 
     return command(
         model, csv=csv, as_json=json, echo=_complain, peers=peers, engines=engine,
@@ -201,7 +201,7 @@ def convert(
         A further argument of the network as NAME=VALUE; may be repeated. Classes, input
         channels and the aggregation are seen from the checkpoint.
     """
-    from regard.conversion import convert as run
+    from regard.commands.convert import convert as run
 
     run(source, model=model, out=out, arguments=_arguments(arg or []), echo=_say)
     return 0
@@ -242,7 +242,8 @@ def data(
     json
         Print JSON.
     """
-    from regard.data import assign_splits, check_data, open_data, print_check
+    from regard.commands.data import print_check
+    from regard.data import assign_splits, check_data, open_data
 
     table = assign_splits(open_data(source, root=root), val=val, test=test, seed=seed)
     with _bar("looking at the images") as progress:
@@ -260,7 +261,7 @@ def recipes(name: str | None = None) -> int:
     name
         A recipe's name; its TOML file is printed, as a start for one of your own.
     """
-    from regard.recipes import load_recipe, shipped, summary
+    from regard.training.config import load_recipe, shipped, summary
 
     texts = shipped()
     if name is None:
@@ -286,7 +287,7 @@ def train(
     root: Path | None = None,
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> int:
-    """Train a network on labelled images.
+    """Train a network on labeled images.
 
     Writes a run's folder: the network (timm loads it), recipe, splits, metrics, report.html.
     Under `accelerate launch -m regard train ...` or torchrun it runs in many processes.
@@ -311,7 +312,7 @@ def train(
     root
         Where cifar10 and cifar100 are kept.
     """
-    from regard.training import train as run
+    from regard.commands.train import train as run
 
     changes = {k: v for k, v in vars(flags).items() if v is not None}
     run(
@@ -333,7 +334,7 @@ def evaluate(
     use: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),
     json: bool = False,
 ) -> int:
-    """Test a network on labelled images, with 95 % intervals.
+    """Test a network on labeled images, with 95 % intervals.
 
     Parameters
     ----------
@@ -350,9 +351,9 @@ def evaluate(
     json
         Print JSON.
     """
+    from regard.commands.tables import print_evaluation
     from regard.evaluation import evaluate as measure
-    from regard.evaluation import print_evaluation
-    from regard.evaluation.of_run import predictions_of
+    from regard.runs import predictions_of
 
     def prepare(classifier: Any, reader: Any) -> None:
         count = len(reader.table)
@@ -410,7 +411,9 @@ def predict(
         raise UsageError(f"--top {top}: at least 1")
     if json and csv is not None:
         raise UsageError("--json and --csv: give one of them")
-    from regard.prediction import images_below, load, print_predictions
+    from regard.commands.predict import print_predictions
+    from regard.data.sources import images_below
+    from regard.predict import load
 
     classifier = load(run)
     if not use.plain:
@@ -474,8 +477,10 @@ def explain(
     seed
         Of random maps, random weights and resamples.
     """
-    from regard.explain.of_run import METHODS, Request, explain_images
-    from regard.prediction import load
+    from regard.commands.explain import explain_images
+    from regard.explanations.explanation import METHODS
+    from regard.explanations.faithfulness import Request
+    from regard.predict import load
 
     channel: Any = int(reduce) if reduce.isdecimal() else reduce
     methods = tuple(method or METHODS)
@@ -579,7 +584,7 @@ def serve(
         raise UsageError(
             f"the page needs {error.name}: pip install 'regard[serve]' brings it"
         ) from error
-    from regard.prediction import load
+    from regard.predict import load
 
     limits = Limits(megabytes, megapixels, requests, seconds)
     classifier = load(run)
@@ -597,7 +602,7 @@ def report(run: Annotated[Path, Parameter(name="RUN")], /) -> int:
     run
         The run's folder.
     """
-    from regard.report.of_run import report_run
+    from regard.report.build import report_run
 
     print(report_run(run))
     return 0
@@ -690,22 +695,34 @@ def run_command(tokens: Sequence[str]) -> int:
     except cyclopts.CycloptsError as error:
         _complain(f"{' '.join(str(error).split())} (see `regard --help`)")
         return 2
-    except ValueError as error:
-        _complain(" ".join(str(error).split()))
-        return 2
     except BrokenPipeError:
         return _unread()
-    except (OSError, ArithmeticError) as error:  # the work failed; NotFiniteError is one
+    except Stopped as stopped:
+        _complain(f"{stopped}; its state is saved: go on with the same command and --resume")
+        return stopped.exit_code
+    except RegardError as error:
         _complain(" ".join(str(error).split()))
+        return error.exit_code
+    except OSError as error:  # the system's: a full disk, a folder that may not be written
+        if error.errno is None or os.environ.get("REGARD_DEBUG") == "1":
+            return _fault(error)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        _complain(f"{where}{(error.strerror or str(error)).lower()}")
         return 1
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
     except Exception as error:
-        if type(error).__name__ != "Stopped":  # training's, without importing it
-            raise
-        _complain(f"{error}; its state is saved: go on with the same command and --resume")
-        return 128 + error.signal_number  # type: ignore[attr-defined]
+        return _fault(error)
+
+
+def _fault(error: BaseException) -> int:
+    """A fault of Regard's own: said so, with the traceback that a report needs."""
+    _complain(
+        f"a fault of Regard's own ({type(error).__name__}); please report it with the lines below"
+    )
+    traceback.print_exception(error)
+    return 70
 
 
 if __name__ == "__main__":

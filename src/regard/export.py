@@ -1,7 +1,7 @@
 """`regard export`: a network as one file that runs without Regard.
 
 The graph takes decoded and resized images (B, C, H, W) as float32 in 0..255 and gives
-probabilities: standardising and softmax are inside. Class names, the input's size and how to
+probabilities: standardizing and softmax are inside. Class names, the input's size and how to
 resize are in the file's metadata. A file appears under its name only after it was loaded again
 and answered real images as the network does.
 """
@@ -19,11 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import regard
 from regard.attention import attention_kinds, record
-from regard.data.images import ImageError
-from regard.data.loading import Reader, Streamed, default_workers
-from regard.data.sources import ImageTable
+from regard.data.loading import Reader, StreamingLoader, default_workers
+from regard.data.sources import ImageTable, as_known
 from regard.engines.backends import (
     compile_openvino,
     exported,
@@ -33,26 +31,29 @@ from regard.engines.backends import (
     output_names,
     quiet,
 )
-from regard.engines.deployed import Deployed, fold_batch_norms, spatial_maps
-from regard.evaluation.of_run import as_known, run_table
-from regard.prediction import Classifier, load, probabilities_of
+from regard.engines.conversion import Deployed, fold_batch_norms, spatial_maps
+from regard.errors import ExportError, FileError, ImageError, UsageError
+from regard.predict import Classifier, load, probabilities_of
+from regard.runs import run_table
+from regard.version import __version__
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "torch": ()}
+
+
 INT8_NEEDS = {"onnx": (), "openvino": ("nncf",)}
+
+
 BOUND = 1e-4
 """By how much a probability of the file may differ from the network's; a map relative to its
 largest value."""
+
+
 CHECKED = 32  # real images that are compared
 CALIBRATED = 300  # training images of which INT8's ranges are taken
 MOST_LOST = 0.01  # of the accuracy, by INT8
-
 Run = Callable[[Tensor], list[Tensor]]  # (B, C, H, W) -> the graph's outputs
 Echo = Callable[[str], None]
-
-
-class ExportError(ArithmeticError):
-    """The file does not answer as the network does; it was not kept."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def export(
         The file.
 
     Raises:
-        ValueError: a wrong call, or a network that can't be converted.
+        UsageError: a wrong call, or a network that can't be converted.
         ExportError: the file does not answer as the network does, or INT8 loses too much;
             nothing is left at `out`.
         OSError: the file can't be written, or no image can be read.
@@ -107,7 +108,7 @@ def export(
     classifier = load(run)
     own = spatial_maps(classifier.model) if maps else []
     if maps and not own:
-        raise ValueError(f"--maps: {run} has no maps of where it looks")
+        raise UsageError(f"--maps: {run} has no maps of where it looks")
     images = _images(Path(run), classifier, data, root)
     deployed = Deployed(fold_batch_norms(classifier.model).float(), classifier.preprocess, own)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def export(
         _compare(classifier, answers, images.checked, own, echo)
         if int8:
             calibration = _some(classifier, images.train, CALIBRATED)
-            _QUANTISERS[to](path, deployed, classifier, facts, calibration)
+            _QUANTIZERS[to](path, deployed, classifier, facts, calibration)
             _judge_int8(classifier, open_file(path, to, "int8"), images, force, echo)
         _check_metadata(path, to, facts)
         for part in sorted(Path(scratch).iterdir(), key=lambda p: p == path):  # FILE itself last
@@ -132,21 +133,21 @@ def export(
 
 def _check_call(to: str, out: Path, int8: bool, overwrite: bool) -> None:
     if to not in SUFFIXES:
-        raise ValueError(f"--to {to}: choose one of {', '.join(SUFFIXES)}")
+        raise UsageError(f"--to {to}: choose one of {', '.join(SUFFIXES)}")
     if out.suffix != SUFFIXES[to]:
-        raise ValueError(f"--out {out}: a file for {to} ends in {SUFFIXES[to]}")
+        raise UsageError(f"--out {out}: a file for {to} ends in {SUFFIXES[to]}")
     if int8 and to not in INT8_NEEDS:
-        raise ValueError(f"--int8: only with --to {' or '.join(INT8_NEEDS)}")
+        raise UsageError(f"--int8: only with --to {' or '.join(INT8_NEEDS)}")
     needs = (*NEEDS[to], *(INT8_NEEDS[to] if int8 else ()))
     if absent := [package for package in needs if find_spec(package) is None]:
         extra = "onnxruntime" if to == "onnx" else to
-        raise ValueError(
+        raise UsageError(
             f"--to {to} needs {' and '.join(absent)}: pip install 'regard[{extra}]' brings it"
         )
     if out.is_dir():
-        raise ValueError(f"--out {out}: that is a folder")
+        raise UsageError(f"--out {out}: that is a folder")
     if not overwrite and (there := [p for p in _parts(out, to) if p.exists()]):
-        raise ValueError(f"{there[0]} is there already: choose another --out, or --overwrite")
+        raise UsageError(f"{there[0]} is there already: choose another --out, or --overwrite")
 
 
 def _parts(out: Path, to: str) -> list[Path]:
@@ -187,7 +188,7 @@ def _some(classifier: Classifier, table: ImageTable, most: int) -> Tensor:
         except ImageError as error:
             fault = str(error)
     if not found:
-        raise OSError(f"no image of {table.name} can be read to compare on: {fault}")
+        raise FileError(f"no image of {table.name} can be read to compare on: {fault}")
     return torch.stack(found)
 
 
@@ -200,7 +201,7 @@ def metadata(classifier: Classifier, deployed: Deployed, precision: str) -> dict
         "class_names": classifier.class_names,
         "input_size": list(preprocess.input_size),
         "input_range": [0, 255],
-        "input_channels": "grey" if preprocess.input_size[0] == 1 else "RGB",
+        "input_channels": "gray" if preprocess.input_size[0] == 1 else "RGB",
         "resize": preprocess.resize,
         "crop_pct": preprocess.crop_pct,
         "interpolation": "bilinear, antialiased",
@@ -208,7 +209,7 @@ def metadata(classifier: Classifier, deployed: Deployed, precision: str) -> dict
         "attention_kinds": {n: attention_kinds(classifier.model)[n] for n in deployed.maps},
         "precision": precision,
         "network": architecture,
-        "made_by": f"regard {regard.__version__}",
+        "made_by": f"regard {__version__}",
     }
     return {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
 
@@ -278,7 +279,7 @@ _WRITERS = {"onnx": _write_onnx, "openvino": _write_openvino, "torch": _write_to
 
 
 # ------------------------------------------------------------------------------ INT8
-def _quantise_onnx(
+def _quantize_onnx(
     path: Path, deployed: Deployed, classifier: Classifier, facts: Any, images: Tensor
 ) -> None:
     import onnx
@@ -309,7 +310,7 @@ def _quantise_onnx(
         _save_onnx(onnx.load(str(small)), path, facts)
 
 
-def _quantise_openvino(
+def _quantize_openvino(
     path: Path, deployed: Deployed, classifier: Classifier, facts: Any, images: Tensor
 ) -> None:
     _save_openvino(openvino_int8(deployed, classifier.preprocess, images), path, facts)
@@ -338,7 +339,7 @@ def openvino_int8(deployed: Deployed, preprocess: Any, images: Tensor) -> Any:
         )  # fmt: skip
 
 
-_QUANTISERS = {"onnx": _quantise_onnx, "openvino": _quantise_openvino}
+_QUANTIZERS = {"onnx": _quantize_onnx, "openvino": _quantize_openvino}
 
 
 # ------------------------------------------------------------------------------ reading again
@@ -423,7 +424,7 @@ def _judge_int8(
     right8 = _right(small, images.counted)
     count = len(right)
     before, after = right.mean(), right8.mean()
-    which = {"val": "validation", "test": "test", "all": "labelled"}[images.split]
+    which = {"val": "validation", "test": "test", "all": "labeled"}[images.split]
     line = (
         f"INT8 on the {count:,} {which} images: {after:.2%} against {before:.2%} in fp32, "
         f"{100 * (before - after):+.2f} points lost"
@@ -435,6 +436,6 @@ def _judge_int8(
 
 def _right(classifier: Classifier, table: ImageTable) -> Any:
     """Whether each readable image's likeliest class is its label."""
-    source = Streamed(Reader(table, classifier.preprocess), None, 0, default_workers())
+    source = StreamingLoader(Reader(table, classifier.preprocess), None, 0, default_workers())
     rows, found, _ = probabilities_of(classifier, source, len(table))
     return found.argmax(axis=1) == table.labels[rows]

@@ -49,7 +49,7 @@ _ABLATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "sononet8": {"convs": ((2, 2, 3, 3, 3),)},
     "ag_sononet8": {
         "aggregation": ("concat", "deep_sup", "ft"),
-        "normalise": ("softmax", "sigmoid", "mean", "range"),
+        "normalize": ("softmax", "sigmoid", "mean", "range"),
         "in_chans": (3,),
     },
 }
@@ -88,12 +88,12 @@ def variants() -> dict[str, tuple[str, dict[str, Any]]]:
     Twins stand side by side, as they share most of their tensors (see `_filled`).
     """
     names = sorted(regard.list_models(), key=lambda n: n.removeprefix("cbam_").removeprefix("se_"))
-    labelled: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in names}
+    labeled: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in names}
     for name, arguments in _ABLATIONS.items():
         for argument, values in arguments.items():
             for value in values:
-                labelled[f"{name}({argument}={value})"] = (name, {argument: value})
-    return labelled
+                labeled[f"{name}({argument}={value})"] = (name, {argument: value})
+    return labeled
 
 
 @functools.lru_cache(maxsize=1000)

@@ -11,14 +11,15 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from regard.conversion import make
 from regard.data.preprocess import Preprocess
 from regard.engines import ENGINES, Deployed
 from regard.engines.backends import OpenVino
+from regard.errors import UsageError
 from regard.export import openvino_int8
 from regard.machine import keep_freed_memory
 from regard.models.cbam import twins
-from regard.training.losses import heads_loss
+from regard.models.create import make
+from regard.training.losses import multi_head_cross_entropy
 
 DEFAULT_MODELS = ("cbam_resnet50", "attention56", "ag_sononet8")
 AUTHORS = "eager-nchw"
@@ -97,7 +98,7 @@ def _prediction_step(c: Contestant, model: nn.Module) -> Step:
 
     @torch.no_grad()
     def step() -> Tensor:
-        return called(preprocess.normalise(images.to(c.device))).softmax(dim=1).cpu()
+        return called(preprocess.normalize(images.to(c.device))).softmax(dim=1).cpu()
 
     return step
 
@@ -119,7 +120,7 @@ def _training_step(c: Contestant, model: nn.Module) -> Step:
     if c.engine != AUTHORS and c.device == "cpu":
         keep_freed_memory()
     model = model.to(memory_format=layout).train()
-    x = preprocess_of(c.of, c.size).normalise(noise(c.batch, c.size)).to(c.device)
+    x = preprocess_of(c.of, c.size).normalize(noise(c.batch, c.size)).to(c.device)
     x = x.contiguous(memory_format=layout)
     generator = torch.Generator().manual_seed(SEED)
     labels = torch.randint(model.num_classes, (c.batch,), generator=generator).to(c.device)  # type: ignore[call-overload]
@@ -134,7 +135,7 @@ def _training_step(c: Contestant, model: nn.Module) -> Step:
     def step() -> float:
         with torch.autocast(torch.device(c.device).type, dtype=torch.bfloat16, enabled=bf16):
             outputs = forward(x)
-        loss = heads_loss(outputs.float(), labels, weights)
+        loss = multi_head_cross_entropy(outputs.float(), labels, weights)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -148,7 +149,7 @@ def build(name: str, size: tuple[int, int, int]) -> nn.Module:
     """A network with random weights, the same each time; peers by LIBRARY:NAME.
 
     Raises:
-        ValueError: no network is called so.
+        UsageError: no network is called so.
     """
     library, colon, rest = name.partition(":")
     # the generator of all is left as it was
@@ -183,7 +184,7 @@ def trained_looking(name: str, size: tuple[int, int, int], device: str) -> nn.Mo
 
 
 def preprocess_of(name: str, size: tuple[int, int, int]) -> Preprocess:
-    """A network's own standardisation, at the size that is measured."""
+    """A network's own standardization, at the size that is measured."""
     cfg = get_pretrained_cfg(name)
     assert cfg is not None
     return Preprocess.from_config({**cfg.to_dict(), "input_size": size})
@@ -199,7 +200,7 @@ def input_size(name: str, size: tuple[int, int] | None) -> tuple[int, int, int]:
     """(C, H, W): a network's own, or with another height and width.
 
     Raises:
-        ValueError: no network is called so, or it can't take images of this size.
+        UsageError: no network is called so, or it can't take images of this size.
     """
     with torch.device("meta"):
         model = make(name, {}).eval()
@@ -212,7 +213,7 @@ def input_size(name: str, size: tuple[int, int] | None) -> tuple[int, int, int]:
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             told = f"size {height} {width}: {name}, made for {own[0]} {own[1]}, can't take it"
-            raise ValueError(f"{told} ({reason})") from error
+            raise UsageError(f"{told} ({reason})") from error
     return channels, height, width
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.bench.contestants import AUTHORS, Contestant
+from regard.errors import UsageError
 
 
 @dataclass
@@ -141,7 +142,7 @@ def append_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Adds rows to a CSV file, which is made where there is none.
 
     Raises:
-        ValueError: the file has other columns.
+        UsageError: the file has other columns.
         OSError: it can't be written.
     """
     if not rows:
@@ -161,14 +162,14 @@ def check_csv(path: Path, columns: Sequence[str]) -> None:
     """Refuses a CSV file that rows of these columns can't be added to.
 
     Raises:
-        ValueError: the file has other columns.
+        UsageError: the file has other columns.
     """
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open(newline="", encoding="utf-8") as file:
         first = next(csv.reader(file), [])
     if first != list(columns):
-        raise ValueError(f"{path} has other columns than a benchmark's: give another file")
+        raise UsageError(f"{path} has other columns than a benchmark's: give another file")
 
 
 def slug(machine: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from regard.bench.contestants import (
 from regard.bench.results import Result, as_rows, compare, describe
 from regard.bench.timing import take_turns
 from regard.engines import ENGINES, PRECISIONS
+from regard.errors import UsageError
 from regard.machine import describe_machine, has_bf16
 
 Echo = Callable[[str], None]
@@ -90,16 +91,16 @@ def plan(
     """What competes, in groups that are measured turn by turn; and what can't, one line each.
 
     Raises:
-        ValueError: no such network, engine, precision or device, or a size that can't be.
+        UsageError: no such network, engine, precision or device, or a size that can't be.
     """
     for name in engines or ():
         if name not in ENGINES:
-            raise ValueError(f"engine {name!r}: choose {', '.join(ENGINES)}")
+            raise UsageError(f"engine {name!r}: choose {', '.join(ENGINES)}")
     _check_device(device)
     for what, numbers in (("batch size", batch_sizes), ("size", size or ()),
                           ("threads", () if threads is None else (threads,))):  # fmt: skip
         if any(n < 1 for n in numbers):
-            raise ValueError(f"{what} {' '.join(map(str, numbers))}: at least 1")
+            raise UsageError(f"{what} {' '.join(map(str, numbers))}: at least 1")
     kinds = _precisions(precisions, torch.device(device))
     sizes = {name: input_size(name, size) for name in dict.fromkeys(models)}
     told = []
@@ -169,10 +170,10 @@ def run_bench(
         choices: of `plan`.
 
     Raises:
-        ValueError: no such network, engine, precision or device, or a size that can't be.
+        UsageError: no such network, engine, precision or device, or a size that can't be.
     """
     if turns < 1:
-        raise ValueError(f"turns {turns}: at least 1")
+        raise UsageError(f"turns {turns}: at least 1")
     groups, told = plan(models, threads=threads, device=device, **choices)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -256,14 +257,14 @@ def _precisions(asked: Sequence[str], device: torch.device) -> list[str]:
     choices = (*PRECISIONS, "int8")
     for name in asked:
         if name not in choices:
-            raise ValueError(f"precision {name!r}: choose {', '.join(choices)}")
+            raise UsageError(f"precision {name!r}: choose {', '.join(choices)}")
         if name == "int8" and not eight:
-            raise ValueError(
+            raise UsageError(
                 "precision 'int8': on the CPU, by openvino and nncf: "
                 "pip install 'regard[openvino]' brings them"
             )
         if name == "bf16" and not fast:
-            raise ValueError("precision 'bf16': this machine only emulates it; choose fp32 or auto")
+            raise UsageError("precision 'bf16': this machine only emulates it; choose fp32 or auto")
     everything = {"fp32", *(["bf16"] if fast else []), *(["int8"] if eight else [])}
     chosen = set(asked) | (everything if "auto" in asked else set())
     return [p for p in ("fp32", "bf16", "int8") if p in chosen]
@@ -271,6 +272,6 @@ def _precisions(asked: Sequence[str], device: torch.device) -> list[str]:
 
 def _check_device(name: str) -> None:
     if name not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r}: choose cpu, cuda")
+        raise UsageError(f"device {name!r}: choose cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda': this machine has no GPU that torch can use; choose cpu")
+        raise UsageError("device 'cuda': this machine has no GPU that torch can use; choose cpu")

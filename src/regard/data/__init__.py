@@ -1,12 +1,13 @@
-"""Where images come from: reading files, tables of labelled images, splits, checking.
+"""Where images come from: reading files, tables of labeled images, splits, checking.
 
 Nothing here imports torch; `loading` and `transforms`, which do, are imported by their name.
 """
 
-from regard.data.check import DataCheck, check_data, print_check
-from regard.data.images import IMAGE_SUFFIXES, ImageError, read_image
+from regard.data.audit import DataCheck, check_data
+from regard.data.images import IMAGE_SUFFIXES, read_image
 from regard.data.sources import ImageTable, class_counts, open_data
 from regard.data.splits import assign_splits, read_splits, write_splits
+from regard.errors import ImageError
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -17,7 +18,6 @@ __all__ = [
     "check_data",
     "class_counts",
     "open_data",
-    "print_check",
     "read_image",
     "read_splits",
     "write_splits",

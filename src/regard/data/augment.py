@@ -6,6 +6,7 @@ batch size, the number of workers or processes, and wherever a run was resumed.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +14,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.data.preprocess import Preprocess, resample
-from regard.recipes import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How training images are augmented; the defaults are a recipe's.
+
+    Attributes:
+        random_crop: "none", "shift" (pad and crop) or "resized" (random area and aspect).
+        crop_shift: padding of random_crop="shift", as a fraction of the side.
+        crop_scale: least and largest area of random_crop="resized", as fractions.
+        flip: probability of a horizontal flip.
+        rotate: largest rotation in degrees, either way.
+        zoom: least and largest zoom factor.
+        shift: largest shift, as a fraction of the side, either way.
+        color_jitter: largest relative change of brightness, contrast and saturation.
+        random_erasing: probability of erasing a random rectangle.
+        mixup: alpha of mixup's Beta distribution; 0 is off.
+    """
+
+    random_crop: str = "none"
+    crop_shift: float = 0.125
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: float = 0.5
+    rotate: float = 0.0
+    zoom: tuple[float, float] = (1.0, 1.0)
+    shift: float = 0.0
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+
 
 WIDTH = 24  # uniform numbers for each image; a multiple of Philox's four
 # which number is for what
@@ -30,14 +60,16 @@ def draws(seed: int, start: int, count: int) -> Tensor:
     return torch.from_numpy(numbers.astype(np.float32)).clamp_(max=1 - 2**-24)
 
 
-def random_resized(image: Tensor, u: Tensor, recipe: Recipe, size: tuple[int, int]) -> Tensor:
+def random_resized(
+    image: Tensor, u: Tensor, augmentation: Augmentation, size: tuple[int, int]
+) -> Tensor:
     """A region of random area and aspect (3/4 to 4/3), resized: (C, H, W) -> (C, *size).
 
     Inception's crop (Szegedy et al. 2015), as in torchvision's RandomResizedCrop, with one
     try: an aspect that does not fit is cut to what does.
     """
     _, height, width = image.shape
-    low, high = recipe.crop_area
+    low, high = augmentation.crop_scale
     area = (low + (high - low) * float(u[AREA])) * height * width
     aspect = math.exp((2 * float(u[ASPECT]) - 1) * math.log(4 / 3)) * size[1] / size[0]
     rows = max(1, min(height, round(math.sqrt(area / aspect))))
@@ -47,20 +79,22 @@ def random_resized(image: Tensor, u: Tensor, recipe: Recipe, size: tuple[int, in
     return resample(image, (left, top, left + columns, top + rows), size)
 
 
-def augment(images: Tensor, u: Tensor, recipe: Recipe, preprocess: Preprocess) -> Tensor:
-    """(B, C, H, W) in 0..255 and their draws (B, WIDTH) -> augmented and standardised."""
+def augment(
+    images: Tensor, u: Tensor, augmentation: Augmentation, preprocess: Preprocess
+) -> Tensor:
+    """(B, C, H, W) in 0..255 and their draws (B, WIDTH) -> augmented and standardized."""
     x = images.float()
-    if recipe.random_crop == "shift":
-        x = _shifted(x, u, recipe.crop_shift)
-    if recipe.flip > 0:
-        flipped = (u[:, FLIP] < recipe.flip).view(-1, 1, 1, 1)
+    if augmentation.random_crop == "shift":
+        x = _shifted(x, u, augmentation.crop_shift)
+    if augmentation.flip > 0:
+        flipped = (u[:, FLIP] < augmentation.flip).view(-1, 1, 1, 1)
         x = torch.where(flipped, x.flip(3), x)
-    if recipe.rotate > 0 or recipe.zoom != (1.0, 1.0) or recipe.shift > 0:
-        x = _affine(x, u, recipe)
-    if recipe.colour > 0:
-        x = _colour(x, u, recipe.colour)
-    x = preprocess.normalise(x)
-    return _erased(x, u, recipe.erase) if recipe.erase > 0 else x
+    if augmentation.rotate > 0 or augmentation.zoom != (1.0, 1.0) or augmentation.shift > 0:
+        x = _affine(x, u, augmentation)
+    if augmentation.color_jitter > 0:
+        x = _color(x, u, augmentation.color_jitter)
+    x = preprocess.normalize(x)
+    return _erased(x, u, augmentation.random_erasing) if augmentation.random_erasing > 0 else x
 
 
 def _shifted(x: Tensor, u: Tensor, share: float) -> Tensor:
@@ -76,23 +110,23 @@ def _shifted(x: Tensor, u: Tensor, share: float) -> Tensor:
     return cut.gather(3, columns[:, None, None, :].expand(-1, x.shape[1], height, -1))
 
 
-def _affine(x: Tensor, u: Tensor, recipe: Recipe) -> Tensor:
+def _affine(x: Tensor, u: Tensor, augmentation: Augmentation) -> Tensor:
     """Rotation, zoom and shift about the middle; the border is continued outside."""
     height, width = x.shape[-2:]
-    angle = (2 * u[:, ANGLE] - 1) * math.radians(recipe.rotate)
-    low, high = recipe.zoom
+    angle = (2 * u[:, ANGLE] - 1) * math.radians(augmentation.rotate)
+    low, high = augmentation.zoom
     scale = 1 / torch.exp(math.log(low) + (math.log(high) - math.log(low)) * u[:, ZOOM])
     # grid coordinates go from -1 to 1 in either direction, so a rotation keeps the aspect
     cos, sin = scale * angle.cos(), scale * angle.sin()
     aspect = height / width
-    dx, dy = (2 * recipe.shift * (2 * u[:, k] - 1) for k in (SHIFT_X, SHIFT_Y))
+    dx, dy = (2 * augmentation.shift * (2 * u[:, k] - 1) for k in (SHIFT_X, SHIFT_Y))
     theta = torch.stack([cos, -sin * aspect, dx, sin / aspect, cos, dy], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def _colour(x: Tensor, u: Tensor, amount: float) -> Tensor:
-    """Brightness, contrast and, of colour images, saturation, each by 1 - amount to 1 + amount."""
+def _color(x: Tensor, u: Tensor, amount: float) -> Tensor:
+    """Brightness, contrast and, of color images, saturation, each by 1 - amount to 1 + amount."""
 
     def factor(k: int) -> Tensor:
         return (1 + amount * (2 * u[:, k] - 1)).view(-1, 1, 1, 1)
@@ -102,8 +136,8 @@ def _colour(x: Tensor, u: Tensor, amount: float) -> Tensor:
     x = mean + (x - mean) * factor(CONTRAST)
     if x.shape[1] == 3:
         luma = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
-        grey = (x * luma).sum(dim=1, keepdim=True)
-        x = grey + (x - grey) * factor(SATURATION)
+        gray = (x * luma).sum(dim=1, keepdim=True)
+        x = gray + (x - gray) * factor(SATURATION)
     return x.clamp(0, 255)
 
 

@@ -13,16 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from regard.errors import ImageError, UsageError
+
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom",
 )  # fmt: skip
 
+
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 _ORIENTATION = 0x0112  # EXIF 2.3, table 4
-
-
-class ImageError(ValueError):
-    """A file that can't be read as an image: one line, naming the file and what is wrong."""
 
 
 def read_image(
@@ -33,28 +32,28 @@ def read_image(
     C is 1 or 3, as the file is. Transparency is composed over white; palettes and CMYK become
     RGB; of several pages or frames the first is read (but see DICOM).
 
-    - uint8, 0 to 255: the usual. PIL cuts 16-bit colour to 8 bits.
-    - uint16: 16-bit greyscale PNG and TIFF, every bit kept; wider integers are clipped
+    - uint8, 0 to 255: the usual. PIL cuts 16-bit color to 8 bits.
+    - uint16: 16-bit grayscale PNG and TIFF, every bit kept; wider integers are clipped
       to 0..65535.
-    - float32, 0 to 1: greyscale TIFF of floats, its own minimum to 0 and maximum to 1
+    - float32, 0 to 1: grayscale TIFF of floats, its own minimum to 0 and maximum to 1
       (a constant image and values that are not finite to 0).
-    - float32, 0 to 1: DICOM. Greyscale: after rescaling, its VOI table or (the first)
-      window, else the minimum to 0 and the maximum to 1; MONOCHROME1 inverted. Colour:
+    - float32, 0 to 1: DICOM. Grayscale: after rescaling, its VOI table or (the first)
+      window, else the minimum to 0 and the maximum to 1; MONOCHROME1 inverted. Color:
       stored values over the largest that can be stored. Several frames are an error.
 
     Args:
         path: the file.
-        channels: 1 or 3: greyscale is repeated; colour becomes ITU-R 601 luma, as PIL's "L".
+        channels: 1 or 3: grayscale is repeated; color becomes ITU-R 601 luma, as PIL's "L".
         at_least: JPEG only: may be decoded at 1/2, 1/4 or 1/8 of its size, as long as the
             shorter side keeps this many pixels. Several times faster for large photos.
 
     Raises:
         ImageError: missing, empty, broken, no image, larger than PIL's limit for
             decompression bombs, or DICOM while pydicom is not installed.
-        ValueError: channels is neither 1 nor 3.
+        UsageError: channels is neither 1 nor 3.
     """
     if channels not in (None, 1, 3):
-        raise ValueError(f"channels={channels}: choose 1 or 3")
+        raise UsageError(f"channels={channels}: choose 1 or 3")
     try:
         head = _head(path)
     except OSError as error:
@@ -141,12 +140,12 @@ def _pixels(image: Image.Image) -> NDArray[Any]:
         return np.clip(np.asarray(image), 0, 65535).astype(np.uint16)[..., None]
     if image.mode == "F":
         return _stretch(np.asarray(image))[..., None]
-    grey = image.mode in ("1", "L", "LA")
+    gray = image.mode in ("1", "L", "LA")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    array = np.array(image.convert("L" if grey else "RGB"))
-    return array[..., None] if grey else array
+    array = np.array(image.convert("L" if gray else "RGB"))
+    return array[..., None] if gray else array
 
 
 def _stretch(values: NDArray[Any]) -> NDArray[np.float32]:
@@ -185,10 +184,10 @@ def _read_dicom(path: str | Path) -> NDArray[np.float32]:
         bits = int(dataset.BitsStored)
     if stored.ndim == 3:
         return (stored / (2**bits - 1)).astype(np.float32)
-    return _dicom_grey(stored, dataset)[..., None]
+    return _dicom_gray(stored, dataset)[..., None]
 
 
-def _dicom_grey(stored: NDArray[Any], dataset: Any) -> NDArray[np.float32]:
+def _dicom_gray(stored: NDArray[Any], dataset: Any) -> NDArray[np.float32]:
     """Stored values (H, W) -> what a viewer shows, 0 black to 1 white (PS3.3 C.11.1, C.11.2)."""
     from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 

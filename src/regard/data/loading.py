@@ -1,7 +1,7 @@
 """Batches for training and for evaluation, from memory or streamed by workers.
 
 Both ways give the same images: place p in the order of training holds the image
-`Order.at(p)`, cut and augmented by the draws of place p, whoever decodes it and whatever the
+`SampleOrder.at(p)`, cut and augmented by the draws of place p, whoever decodes it and whatever the
 batch. The order is a pure function of the seed, so that resuming is starting at a place.
 """
 
@@ -21,16 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from regard.data.augment import draws, random_resized
-from regard.data.images import ImageError
+from regard.data.augment import Augmentation, draws, random_resized
 from regard.data.preprocess import Preprocess, to_tensor
 from regard.data.sources import ImageTable
-from regard.recipes import Recipe
+from regard.errors import ImageError
 
 MEMORY_LIMIT = 2 * 1024**3  # bytes of decoded images that are held
 
 
-class Order:
+class SampleOrder:
     """Which image stands at each place: epoch after epoch, shuffled, or drawn by weight.
 
     Args:
@@ -78,11 +77,11 @@ class Batch:
 
 @dataclass
 class Reader:
-    """Reads one image of a table as the network's input needs it, before standardising."""
+    """Reads one image of a table as the network's input needs it, before standardizing."""
 
     table: ImageTable
     preprocess: Preprocess
-    recipe: Recipe | None = None  # of the random crop; None: for evaluation
+    augmentation: Augmentation | None = None  # for its random crop; None: evaluation
 
     def decode(self, index: int) -> Tensor:
         """(C, H, W) in 0..255, of the image's own size."""
@@ -92,14 +91,14 @@ class Reader:
 
     def place(self, image: Tensor, u: Tensor) -> Tensor:
         """(C, H, W) -> (C, *size): cut at random where the recipe does so, else as in a test."""
-        if self.recipe is not None and self.recipe.random_crop == "resized":
-            return random_resized(image, u, self.recipe, self.preprocess.size)
+        if self.augmentation is not None and self.augmentation.random_crop == "resized":
+            return random_resized(image, u, self.augmentation, self.preprocess.size)
         return self.preprocess.fit(image)
 
     @property
     def cuts_at_random(self) -> bool:
         """Whether the cut differs from epoch to epoch."""
-        return self.recipe is not None and self.recipe.random_crop == "resized"
+        return self.augmentation is not None and self.augmentation.random_crop == "resized"
 
 
 def _stack(images: Sequence[Tensor]) -> Tensor:
@@ -112,7 +111,7 @@ def _stack(images: Sequence[Tensor]) -> Tensor:
 class _Places(Dataset[Batch]):
     """Item k is the k-th batch, given as (start place, count); decoded in a worker."""
 
-    def __init__(self, reader: Reader, order: Order | None, seed: int) -> None:
+    def __init__(self, reader: Reader, order: SampleOrder | None, seed: int) -> None:
         self.reader, self.order, self.seed = reader, order, seed
 
     def __getitem__(self, span: tuple[int, int]) -> Batch:
@@ -155,14 +154,14 @@ def default_workers() -> int:
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8)
 
 
-class Streamed:
+class StreamingLoader:
     """Batches decoded by workers, in order: processes, or threads where none may be forked.
 
     Processes forked beside OpenVINO, which has threads of its own, were seen to crash this one
     later, at the next end of a child.
     """
 
-    def __init__(self, reader: Reader, order: Order | None, seed: int, workers: int) -> None:
+    def __init__(self, reader: Reader, order: SampleOrder | None, seed: int, workers: int) -> None:
         self.places = _Places(reader, order, seed)
         self.workers = workers
 
@@ -201,13 +200,13 @@ def read_ahead(
             yield waiting.popleft().result()
 
 
-class Held:
+class InMemoryLoader:
     """Batches from images that are held decoded in memory, as one tensor where they can be."""
 
     def __init__(
         self,
         reader: Reader,
-        order: Order | None,
+        order: SampleOrder | None,
         seed: int,
         images: Tensor | list[Tensor],
     ) -> None:

@@ -38,17 +38,17 @@ def resample(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize, scale and standardise.
+    """Resize, scale and standardize.
 
     Attributes:
         input_size: (C, H, W) of the network's input.
-        mean, std: of each channel, of values from 0 to 1; not used where `standardise` is
+        mean, std: of each channel, of values from 0 to 1; not used where `standardize` is
             "image".
         resize: "squash" the whole image, "crop" its middle of the input's aspect, or "pad"
             it with margins of its mean.
         crop_pct: the share of the side that the middle keeps; 1 keeps the whole with
             "squash" and "pad". As timm has it for its crop modes.
-        standardise: "fixed", by mean and std, or "image", each image by its own.
+        normalization: "fixed", by mean and std, or "image", each image by its own.
     """
 
     input_size: tuple[int, int, int]
@@ -56,7 +56,7 @@ class Preprocess:
     std: tuple[float, ...]
     resize: str = "crop"
     crop_pct: float = 1.0
-    standardise: str = "fixed"
+    normalization: str = "fixed"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -119,18 +119,18 @@ class Preprocess:
         out[:, top : top + inner[0], left : left + inner[1]] = small
         return out
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in 0..255 -> standardised float32."""
+    def normalize(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in 0..255 -> standardized float32."""
         x = images.float()
-        if self.standardise == "image":
-            return standardise_each(x)
+        if self.normalization == "image":
+            return normalize_each(x)
         mean = torch.tensor(self.mean, device=x.device).view(1, -1, 1, 1) * 255
         std = torch.tensor(self.std, device=x.device).view(1, -1, 1, 1) * 255
         return (x - mean) / std
 
     def __call__(self, image: NDArray[Any]) -> Tensor:
         """A decoded image (H, W, C) -> the network's input (C, H, W)."""
-        return self.normalise(self.fit(to_tensor(image))[None])[0]
+        return self.normalize(self.fit(to_tensor(image))[None])[0]
 
     def data_config(self) -> dict[str, Any]:
         """As timm's configuration has it."""
@@ -141,7 +141,7 @@ class Preprocess:
         }  # fmt: skip
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], standardise: str = "fixed") -> "Preprocess":
+    def from_config(cls, config: dict[str, Any], normalization: str = "fixed") -> "Preprocess":
         """From timm's configuration of a network (its pretrained_cfg)."""
         modes = {v: k for k, v in _TIMM_MODES.items()}
         return cls(
@@ -150,11 +150,11 @@ class Preprocess:
             std=tuple(config["std"]),
             resize=modes[config.get("crop_mode") or "center"],
             crop_pct=config.get("crop_pct") or 1.0,
-            standardise=standardise,
+            normalization=normalization,
         )
 
 
-def standardise_each(x: Tensor) -> Tensor:
+def normalize_each(x: Tensor) -> Tensor:
     """Each image by the mean and deviation of all its values (as AG-SonoNet's authors do)."""
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
     std = (x - mean).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()

@@ -1,4 +1,4 @@
-"""Tables of labelled images from everything that people have: `open_data` reads DATA.
+"""Tables of labeled images from everything that people have: `open_data` reads DATA.
 
 A table holds names and labels, not pixels (but for data sets of small images that come as one
 array). A million files are listed in seconds: folders are streamed, no file is looked at.
@@ -15,7 +15,8 @@ from urllib.error import HTTPError
 import numpy as np
 from numpy.typing import NDArray
 
-from regard.data.images import IMAGE_SUFFIXES, ImageError, read_image, to_channels
+from regard.data.images import IMAGE_SUFFIXES, read_image, to_channels
+from regard.errors import FileError, ImageError, UsageError
 
 SPLITS = ("train", "val", "test")
 _SPLIT_WORDS = {"": "", **{s: s for s in SPLITS}, "valid": "val", "validation": "val"}
@@ -27,7 +28,7 @@ _CHOICES = (
 
 @dataclass(frozen=True, eq=False)
 class ImageTable:
-    """N labelled images: where they are, not what they show.
+    """N labeled images: where they are, not what they show.
 
     Attributes:
         name: DATA as it was given.
@@ -112,7 +113,7 @@ def open_data(data: str, *, root: str | Path | None = None) -> ImageTable:
         root: where downloads are kept; ~/.cache/regard by default.
 
     Raises:
-        ValueError: DATA is none of these, or what it names is not as it should be.
+        UsageError: DATA is none of these, or what it names is not as it should be.
         OSError: it can't be read or downloaded.
     """
     cache = Path(root) if root is not None else Path("~/.cache/regard").expanduser()
@@ -130,11 +131,11 @@ def open_data(data: str, *, root: str | Path | None = None) -> ImageTable:
     elif path.suffix.lower() == ".csv" and path.is_file():
         table = _manifest(data, path)
     elif path.suffix.lower() == ".csv" or "/" in data:
-        raise ValueError(f"DATA {data!r}: no such folder or CSV file; choose {_CHOICES}")
+        raise UsageError(f"DATA {data!r}: no such folder or CSV file; choose {_CHOICES}")
     else:
-        raise ValueError(f"DATA {data!r}: choose {_CHOICES}")
+        raise UsageError(f"DATA {data!r}: choose {_CHOICES}")
     if len(table.classes) < 2:
-        raise ValueError(f"{data}: only one class ({table.classes[0]!r}); two or more are needed")
+        raise UsageError(f"{data}: only one class ({table.classes[0]!r}); two or more are needed")
     return table
 
 
@@ -169,11 +170,11 @@ def _folder(name: str, root: str) -> ImageTable:
     words = {f: _SPLIT_WORDS[f.lower()] for f in folders if f.lower() in _SPLIT_WORDS}
     if "train" in words.values() and len(words) < len(folders):
         strange = ", ".join(sorted(set(folders) - set(words)))
-        raise ValueError(f"{name}: beside {', '.join(sorted(words))} there is also {strange}")
+        raise UsageError(f"{name}: beside {', '.join(sorted(words))} there is also {strange}")
     if len(words) != len(folders) or not folders:  # the folders are classes
         tops = {"": root}
     elif len(set(words.values())) < len(words):
-        raise ValueError(f"{name}: two folders for one split: {', '.join(sorted(words))}")
+        raise UsageError(f"{name}: two folders for one split: {', '.join(sorted(words))}")
     else:
         tops = {words[f]: path for f, path in sorted(folders.items(), key=_by_split(words))}
     class_folders = {split: dict(sorted(_subfolders(top))) for split, top in tops.items()}
@@ -184,7 +185,7 @@ def _folder(name: str, root: str) -> ImageTable:
         for label, class_name in enumerate(classes):
             images = sorted(_images_below(found[class_name], above=(root, tops[split])))
             if not images:
-                raise ValueError(f"{name}: the class folder {found[class_name]} has no images")
+                raise UsageError(f"{name}: the class folder {found[class_name]} has no images")
             files += images
             runs.append((label, split, len(images)))
     counts = [n for _, _, n in runs]
@@ -206,11 +207,11 @@ def _same_classes(name: str, tops: dict[str, str], found: dict[str, dict[str, st
     """The classes, sorted; the same in every split."""
     classes = sorted(set().union(*found.values()))
     if not classes:
-        raise ValueError(f"{name}: has no class folders (FOLDER/CLASS/IMAGE)")
+        raise UsageError(f"{name}: has no class folders (FOLDER/CLASS/IMAGE)")
     gaps = [f"{tops[s]} has no {c}" for s in found for c in classes if c not in found[s]]
     if gaps:
         more = f" and {len(gaps) - 3} more" if len(gaps) > 3 else ""
-        raise ValueError(f"{name}: classes differ between splits: {', '.join(gaps[:3])}{more}")
+        raise UsageError(f"{name}: classes differ between splits: {', '.join(gaps[:3])}{more}")
     return classes
 
 
@@ -255,15 +256,15 @@ def _manifest(name: str, path: Path) -> ImageTable:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(_rows(name, file))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
+        raise UsageError(f"{name}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
     except csv.Error as error:
-        raise ValueError(f"{name}: is no CSV file ({error})") from error
+        raise UsageError(f"{name}: is no CSV file ({error})") from error
     if not rows:
-        raise ValueError(f"{name}: lists no images")
+        raise UsageError(f"{name}: lists no images")
     base = str(path.parent)
     files = [os.path.normpath(os.path.join(base, row[0])) for row in rows]
     if not os.path.exists(files[0]):
-        raise ValueError(f"{name}: {files[0]} does not exist; paths are told from {base}")
+        raise UsageError(f"{name}: {files[0]} does not exist; paths are told from {base}")
     names = [row[1] for row in rows]
     classes = sorted(set(names))
     index = {c: i for i, c in enumerate(classes)}
@@ -286,7 +287,7 @@ def _rows(name: str, file: TextIO) -> Iterator[tuple[str, str, str, str | None]]
     columns = [c.strip().lower() for c in next(csv.reader([head], delimiter=delimiter), [])]
     for wanted in ("path", "label"):
         if wanted not in columns:
-            raise ValueError(f"{name} line 1: no column {wanted!r} among {', '.join(columns)}")
+            raise UsageError(f"{name} line 1: no column {wanted!r} among {', '.join(columns)}")
     at = {c: i for i, c in enumerate(columns)}
     reader = csv.reader(file, delimiter=delimiter)
     first_on: dict[str, int] = {}
@@ -298,15 +299,15 @@ def _rows(name: str, file: TextIO) -> Iterator[tuple[str, str, str, str | None]]
         row = {c: fields[at[c]].strip() for c in ("path", "label", "split", "group") if c in at}
         for column in ("path", "label", "group"):
             if row.get(column) == "":
-                raise ValueError(f"{name} line {line}: empty {column}")
+                raise UsageError(f"{name} line {line}: empty {column}")
         split = _SPLIT_WORDS.get(row.get("split", "").lower())
         if split is None:
             told = f"{name} line {line}: split {row['split']!r}"
-            raise ValueError(f"{told}: choose train, val, test or leave it empty")
+            raise UsageError(f"{told}: choose train, val, test or leave it empty")
         earlier = first_on.setdefault(os.path.normpath(row["path"]), line)
         if earlier != line:
             told = f"{name} line {line}: path {row['path']!r}"
-            raise ValueError(f"{told} again, after line {earlier}")
+            raise UsageError(f"{told} again, after line {earlier}")
         yield row["path"], row["label"], split, row.get("group")
 
 
@@ -326,7 +327,7 @@ def _cifar(name: str, cache: Path) -> ImageTable:
         reason = " ".join(str(error).split())
         if isinstance(error, HTTPError):
             error.close()  # it holds the connection
-        raise OSError(
+        raise FileError(
             f"{name} can't be downloaded ({reason}); put {kind.url} "
             f"into {cache} by hand and start again"
         ) from error
@@ -340,14 +341,14 @@ def _medmnist(name: str, path: Path) -> ImageTable:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError as error:
-        raise ValueError(f"{name}: no such file") from error
+        raise UsageError(f"{name}: no such file") from error
     except Exception as error:  # zipfile's, zlib's and numpy's own, a dozen kinds
-        raise ValueError(f"{name}: is no .npz file that can be read ({error})") from error
+        raise UsageError(f"{name}: is no .npz file that can be read ({error})") from error
     parts = {}
     for split in SPLITS:
         for key in (f"{split}_images", f"{split}_labels"):
             if key not in arrays:
-                raise ValueError(f"{name}: has no {key}, but {', '.join(sorted(arrays))}")
+                raise UsageError(f"{name}: has no {key}, but {', '.join(sorted(arrays))}")
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         parts[split] = _medmnist_part(f"{name}: {split}", images, labels)
     highest = max(int(labels.max(initial=0)) for _, labels in parts.values())
@@ -360,16 +361,16 @@ def _medmnist_part(
     flat_shape = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
     if images.dtype != np.uint8 or not flat_shape:
         shape = "x".join(map(str, images.shape))
-        raise ValueError(f"{told} images are {images.dtype} {shape}, not uint8 NxHxW or NxHxWx3")
+        raise UsageError(f"{told} images are {images.dtype} {shape}, not uint8 NxHxW or NxHxWx3")
     if labels.ndim == 2 and labels.shape[1] > 1:
-        raise ValueError(
+        raise UsageError(
             f"{told} has {labels.shape[1]} labels an image: multi-label data can't be used, "
             "only one class an image"
         )
     if not np.issubdtype(labels.dtype, np.integer) or labels.size != len(images):
-        raise ValueError(f"{told} has {labels.size} {labels.dtype} labels, {len(images)} images")
+        raise UsageError(f"{told} has {labels.size} {labels.dtype} labels, {len(images)} images")
     if labels.min(initial=0) < 0:
-        raise ValueError(f"{told} has the label {labels.min()}")
+        raise UsageError(f"{told} has the label {labels.min()}")
     return images, labels.reshape(-1)
 
 
@@ -378,11 +379,11 @@ def _hugging_face(name: str, source: str, cache: Path) -> ImageTable:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"{name}: install regard[hf] to read Hugging Face datasets") from error
+        raise UsageError(f"{name}: install regard[hf] to read Hugging Face datasets") from error
     try:
         loaded = datasets.load_dataset(source)
     except (OSError, ValueError, RuntimeError) as error:
-        raise OSError(f"{name}: can't be loaded ({' '.join(str(error).split())})") from error
+        raise FileError(f"{name}: can't be loaded ({' '.join(str(error).split())})") from error
     features = next(iter(loaded.values())).features
     image = _column(name, features, datasets.Image)
     label = _column(name, features, datasets.ClassLabel)
@@ -392,13 +393,13 @@ def _hugging_face(name: str, source: str, cache: Path) -> ImageTable:
     for key, part in loaded.items():
         split = _SPLIT_WORDS.get(key)
         if not split:
-            raise ValueError(f"{name}: has a split {key!r}; only train, validation and test")
+            raise UsageError(f"{name}: has a split {key!r}; only train, validation and test")
         found = _unpack(part.cast_column(image, datasets.Image(decode=False)), image, key, cache)
         files += found
         labels += part[label]
         splits += [split] * len(found)
     if min(labels, default=0) < 0:
-        raise ValueError(f"{name}: has images without a label ({labels.index(-1) + 1}th)")
+        raise UsageError(f"{name}: has images without a label ({labels.index(-1) + 1}th)")
     return ImageTable(
         name=name,
         classes=list(features[label].names),
@@ -413,7 +414,7 @@ def _column(name: str, features: Any, kind: type) -> str:
     found = [column for column, feature in features.items() if isinstance(feature, kind)]
     if len(found) != 1:
         told = f"{name}: needs one column of type {kind.__name__}, has {found or 'none'}"
-        raise ValueError(f"{told} among {', '.join(features)}")
+        raise UsageError(f"{told} among {', '.join(features)}")
     return found[0]
 
 
@@ -434,3 +435,32 @@ def _unpack(part: Any, image: str, key: str, cache: Path) -> list[str]:
                 os.replace(path + ".part", path)
         files.append(path)
     return files
+
+
+def as_known(table: ImageTable, classes: list[str]) -> ImageTable:
+    """With labels as the network counts them.
+
+    Raises:
+        UsageError: the data has classes that the network was not trained on.
+    """
+    if strange := [c for c in table.classes if c not in classes]:
+        raise UsageError(
+            f"{table.name} has classes that the network does not know: {', '.join(strange[:10])}; "
+            f"it knows {', '.join(classes[:10])}"
+        )
+    places = np.array([classes.index(c) for c in table.classes], dtype=np.int64)
+    return replace(table, classes=classes, labels=places[table.labels])
+
+
+# ------------------------------------------------------------------------- the command
+def images_below(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files named, and the images below the folders named, sorted in each folder."""
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        for folder, folders, files in os.walk(path):
+            folders.sort()
+            for name in sorted(files):
+                if name.lower().endswith(tuple(IMAGE_SUFFIXES)) and not name.startswith("."):
+                    yield Path(folder, name)

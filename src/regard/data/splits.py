@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regard.data.sources import SPLITS, ImageTable
+from regard.errors import UsageError
 
 _COLUMNS = ["path", "label", "split", "group"]
 _MOST_TOLD = 10  # warnings about single classes
@@ -35,14 +36,14 @@ def assign_splits(table: ImageTable, *, val: float, test: float, seed: int) -> I
         seed: of the shuffling.
 
     Raises:
-        ValueError: a fraction out of range, splits given for some images only, no
+        UsageError: a fraction out of range, splits given for some images only, no
             training images, too few images or groups, or a group on both sides.
     """
     for name, fraction in (("val", val), ("test", test)):
         if not 0 <= fraction < 1:
-            raise ValueError(f"{name}={fraction}: at least 0 and less than 1")
+            raise UsageError(f"{name}={fraction}: at least 0 and less than 1")
     if val + test >= 1:
-        raise ValueError(f"val={val} and test={test} leave nothing to train on")
+        raise UsageError(f"val={val} and test={test} leave nothing to train on")
     pool, present = _pool(table)
     wanted = {"val": val, "test": test}
     shares = {s: f for s, f in wanted.items() if f > 0 and s not in present}
@@ -58,7 +59,7 @@ def assign_splits(table: ImageTable, *, val: float, test: float, seed: int) -> I
     splits[pool] = names[chosen]
     for s in shares:
         if not np.any(splits == s):
-            raise ValueError(
+            raise UsageError(
                 f"{table.name}: {len(pool)} images are too few for {', '.join(shares)}"
             )
     done = replace(table, splits=splits)
@@ -71,7 +72,7 @@ def check_groups(table: ImageTable) -> None:
     """Makes sure that no group is in two splits.
 
     Raises:
-        ValueError: one is; it is named.
+        UsageError: one is; it is named.
     """
     if table.groups is None:
         return
@@ -83,7 +84,7 @@ def check_groups(table: ImageTable) -> None:
     if len(divided):
         name = str(table.groups[divided[0]])
         found = sorted(set(table.splits[table.groups == name]))
-        raise ValueError(f"{table.name}: group {name!r} is in {' and in '.join(found)}")
+        raise UsageError(f"{table.name}: group {name!r} is in {' and in '.join(found)}")
 
 
 def _pool(table: ImageTable) -> tuple[NDArray[np.int64], set[str]]:
@@ -93,10 +94,10 @@ def _pool(table: ImageTable) -> tuple[NDArray[np.int64], set[str]]:
         return np.arange(len(table)), set()
     if empty.any():
         told = f"{table.name}: {int(empty.sum())} images have no split, the others have one"
-        raise ValueError(f"{told}; give all of them one, or none")
+        raise UsageError(f"{told}; give all of them one, or none")
     present = set(table.splits.tolist())
     if "train" not in present:
-        raise ValueError(f"{table.name}: has no train images, only {' and '.join(sorted(present))}")
+        raise UsageError(f"{table.name}: has no train images, only {' and '.join(sorted(present))}")
     return np.flatnonzero(table.splits == "train"), present
 
 
@@ -135,7 +136,7 @@ def _divide_groups(
     """
     unique, group = np.unique(names, return_inverse=True)
     if len(unique) < len(shares):
-        raise ValueError(f"{len(unique)} groups can't be divided into {', '.join(shares)}")
+        raise UsageError(f"{len(unique)} groups can't be divided into {', '.join(shares)}")
     members = _classes_of_groups(labels, group)
     wanted = np.outer(list(shares.values()), np.bincount(labels))  # (splits, classes)
     have = np.zeros_like(wanted)
@@ -260,7 +261,7 @@ def read_splits(table: ImageTable, path: str | Path) -> ImageTable:
     """The table with the splits of a file that write_splits wrote.
 
     Raises:
-        ValueError: the file is of other data (what differs first is named), or broken.
+        UsageError: the file is of other data (what differs first is named), or broken.
         OSError: it can't be read.
     """
     told = _read_rows(path)
@@ -268,15 +269,15 @@ def read_splits(table: ImageTable, path: str | Path) -> ImageTable:
     for i, key in enumerate(keys):
         if key not in told:
             count = sum(k not in told for k in keys)
-            raise ValueError(f"{path}: {count} of {table.name}'s images are not in it, as {key}")
+            raise UsageError(f"{path}: {count} of {table.name}'s images are not in it, as {key}")
         label, _, group = told[key]
         if label != (mine := table.classes[table.labels[i]]):
-            raise ValueError(f"{path}: {key} is {label!r}, but in {table.name} it is {mine!r}")
+            raise UsageError(f"{path}: {key} is {label!r}, but in {table.name} it is {mine!r}")
         if table.groups is not None and group != table.groups[i]:
             other = f"in {table.name} of {str(table.groups[i])!r}"
-            raise ValueError(f"{path}: {key} is of group {group!r}, but {other}")
+            raise UsageError(f"{path}: {key} is of group {group!r}, but {other}")
     if extra := set(told).difference(keys):
-        raise ValueError(
+        raise UsageError(
             f"{path}: {len(extra)} images of it are not in {table.name}, as {min(extra)}"
         )
     return replace(table, splits=np.array([told[key][1] for key in keys], "U5"))
@@ -287,10 +288,10 @@ def _read_rows(path: str | Path) -> dict[str, tuple[str, str, str]]:
     with open(path, encoding="utf-8", newline="", errors="surrogateescape") as file:
         reader = csv.reader(file)
         if next(reader, None) != _COLUMNS:
-            raise ValueError(f"{path} line 1: is not {','.join(_COLUMNS)}")
+            raise UsageError(f"{path} line 1: is not {','.join(_COLUMNS)}")
         for row in reader:
             if len(row) != 4 or row[2] not in ("", *SPLITS) or row[0] in told:
-                raise ValueError(f"{path} line {reader.line_num}: can't be right: {','.join(row)}")
+                raise UsageError(f"{path} line {reader.line_num}: can't be right: {','.join(row)}")
             told[row[0]] = (row[1], row[2], row[3])
     return told
 

@@ -7,8 +7,8 @@
 """
 
 from regard.engines.backends import ENGINES, Engine
-from regard.engines.choice import BOUNDS, PRECISIONS, Measured, open_engine, probe_images
-from regard.engines.deployed import Deployed, fold_batch_norms, spatial_maps
+from regard.engines.choose import BOUNDS, PRECISIONS, Measured, open_engine, probe_images
+from regard.engines.conversion import Deployed, fold_batch_norms, spatial_maps
 
 __all__ = [
     "BOUNDS",

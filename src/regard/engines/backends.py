@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from regard.data.preprocess import Preprocess
-from regard.engines.deployed import Deployed, fold_batch_norms, pair_columns
+from regard.engines.conversion import Deployed, fold_batch_norms, pair_columns
+from regard.errors import UsageError
 from regard.machine import cpu_has_bf16, keep_freed_memory
 
 Run = Callable[[Tensor], Tensor]  # (B, C, H, W) float32 of one fixed B -> (B, classes)
@@ -31,7 +32,7 @@ class Engine:
         precision: "fp32" or "bf16".
 
     Raises:
-        ValueError: a package that it needs is not installed, or the network can't be converted.
+        UsageError: a package that it needs is not installed, or the network can't be converted.
     """
 
     name = ""
@@ -48,12 +49,12 @@ class Engine:
     ) -> None:
         absent = [package for package in self.needs if find_spec(package) is None]
         if absent:
-            raise ValueError(
+            raise UsageError(
                 f"engine {self.name} needs {' and '.join(absent)}: "
                 f"pip install 'regard[{self.name}]' brings it"
             )
         if precision not in self.precisions:
-            raise ValueError(f"engine {self.name} computes in {' or '.join(self.precisions)}")
+            raise UsageError(f"engine {self.name} computes in {' or '.join(self.precisions)}")
         self.precision = precision
         self.sizes = tuple(sorted(set(sizes)))
         self.device = next(model.parameters()).device
@@ -208,7 +209,7 @@ def exported(deployed: Deployed, preprocess: Preprocess) -> torch.export.Exporte
     """The graph of torch.export, of any batch.
 
     Raises:
-        ValueError: the network can't be exported.
+        UsageError: the network can't be exported.
     """
     batch = torch.export.Dim("batch", min=1, max=2**16)
     with quiet(), torch.no_grad():
@@ -217,14 +218,14 @@ def exported(deployed: Deployed, preprocess: Preprocess) -> torch.export.Exporte
                 deployed, (example(preprocess),), dynamic_shapes=({0: batch},)
             )
         except Exception as error:  # torch has no class of its own for these
-            raise ValueError(f"torch.export: {_first_line(error)}") from error
+            raise UsageError(f"torch.export: {_first_line(error)}") from error
 
 
 def onnx_program(deployed: Deployed, preprocess: Preprocess) -> Any:
     """torch.onnx's program of any batch: images -> probabilities, then the maps by name.
 
     Raises:
-        ValueError: the network can't be converted.
+        UsageError: the network can't be converted.
     """
     program = exported(deployed, preprocess)
     with quiet():
@@ -234,7 +235,7 @@ def onnx_program(deployed: Deployed, preprocess: Preprocess) -> Any:
                 dynamo=True, verbose=False,
             )  # fmt: skip
         except Exception as error:
-            raise ValueError(f"torch.onnx: {_first_line(error)}") from error
+            raise UsageError(f"torch.onnx: {_first_line(error)}") from error
 
 
 def import_openvino() -> Any:
@@ -250,7 +251,7 @@ def openvino_model(deployed: Deployed, preprocess: Preprocess) -> Any:
     """OpenVINO's model of any batch: images -> probabilities, then the maps by name.
 
     Raises:
-        ValueError: the network can't be converted.
+        UsageError: the network can't be converted.
     """
     openvino = import_openvino()
     program = exported(deployed, preprocess)
@@ -258,7 +259,7 @@ def openvino_model(deployed: Deployed, preprocess: Preprocess) -> Any:
         try:
             model = openvino.convert_model(program)
         except Exception as error:
-            raise ValueError(f"openvino: {_first_line(error)}") from error
+            raise UsageError(f"openvino: {_first_line(error)}") from error
     model.reshape([-1, *preprocess.input_size])
     model.inputs[0].tensor.set_names({"images"})
     for port, name in zip(model.outputs, output_names(deployed), strict=True):

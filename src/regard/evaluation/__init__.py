@@ -13,7 +13,6 @@ from regard.evaluation.comparison import Comparison, compare
 from regard.evaluation.intervals import Estimate
 from regard.evaluation.metrics import ClassResult, Evaluation, evaluate
 from regard.evaluation.predictions import Predictions
-from regard.evaluation.tables import print_comparison, print_evaluation
 
 __all__ = [
     "ClassResult",
@@ -23,6 +22,4 @@ __all__ = [
     "Predictions",
     "compare",
     "evaluate",
-    "print_comparison",
-    "print_evaluation",
 ]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from regard.errors import UsageError
 from regard.evaluation.intervals import (
     NAN,
     Estimate,
@@ -80,7 +81,7 @@ def compare(
         resamples, seed, confidence: as in `evaluate`.
 
     Raises:
-        ValueError: images, classes or groups differ; resamples or confidence out of range.
+        UsageError: images, classes or groups differ; resamples or confidence out of range.
     """
     check_settings(resamples, confidence)
     groups = _common_groups(a, b)
@@ -111,17 +112,17 @@ def compare(
 def _common_groups(a: Predictions, b: Predictions) -> Any:
     """The groups of both, once it is sure that the images are the same."""
     if a.classes != b.classes:
-        raise ValueError(f"the classes differ: {_first(a.classes, b.classes)}")
+        raise UsageError(f"the classes differ: {_first(a.classes, b.classes)}")
     if len(a) != len(b):
-        raise ValueError(f"{len(a)} images against {len(b)}: the same ones are needed")
+        raise UsageError(f"{len(a)} images against {len(b)}: the same ones are needed")
     if a.paths is not None and b.paths is not None and list(a.paths) != list(b.paths):
-        raise ValueError(f"the images differ: {_first(a.paths, b.paths)}")
+        raise UsageError(f"the images differ: {_first(a.paths, b.paths)}")
     if not np.array_equal(a.labels, b.labels):
-        raise ValueError(f"the labels differ: {_first(a.labels.tolist(), b.labels.tolist())}")
+        raise UsageError(f"the labels differ: {_first(a.labels.tolist(), b.labels.tolist())}")
     if a.groups is None or b.groups is None:
         return b.groups if a.groups is None else a.groups
     if not np.array_equal(a.groups, b.groups):
-        raise ValueError(f"the groups differ: {_first(a.groups.tolist(), b.groups.tolist())}")
+        raise UsageError(f"the groups differ: {_first(a.groups.tolist(), b.groups.tolist())}")
     return a.groups
 
 

@@ -7,6 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from regard.errors import UsageError
 from regard.evaluation.predictions import Floats
 
 NAN = math.nan
@@ -40,9 +41,9 @@ def finite_or_none(number: float) -> float | None:
 def check_settings(resamples: int, confidence: float) -> None:
     """Refuses with a ValueError what no interval can be made with."""
     if resamples < 2:
-        raise ValueError(f"resamples={resamples}: at least 2, and 1000 for a steady interval")
+        raise UsageError(f"resamples={resamples}: at least 2, and 1000 for a steady interval")
     if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence={confidence}: between 0 and 1, as 0.95")
+        raise UsageError(f"confidence={confidence}: between 0 and 1, as 0.95")
 
 
 def draws(n_units: int, resamples: int, seed: int) -> Iterator[Floats]:
@@ -102,17 +103,17 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
         The low and the high end, 0 to 1.
 
     Raises:
-        ValueError: counts or a confidence out of range.
+        UsageError: counts or a confidence out of range.
     """
     if not 0 <= correct <= total or total < 1:
-        raise ValueError(f"{correct} correct of {total}: 0 to total, and a total of 1 or more")
+        raise UsageError(f"{correct} correct of {total}: 0 to total, and a total of 1 or more")
     if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence={confidence}: between 0 and 1, as 0.95")
+        raise UsageError(f"confidence={confidence}: between 0 and 1, as 0.95")
     z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
     share = correct / total
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    center = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = math.sqrt(z2 * (share * (1 - share) / total + z2 / (4 * total**2))) / (1 + z2 / total)
     # exact at the ends, where rounding would leave 1e-17
-    low = 0.0 if correct == 0 else centre - half
-    high = 1.0 if correct == total else centre + half
+    low = 0.0 if correct == 0 else center - half
+    high = 1.0 if correct == total else center + half
     return low, high

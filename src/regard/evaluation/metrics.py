@@ -118,7 +118,7 @@ def evaluate(
         confidence: of the intervals, between 0 and 1.
 
     Raises:
-        ValueError: resamples or a confidence out of range.
+        UsageError: resamples or a confidence out of range.
     """
     check_settings(resamples, confidence)
     images, classes = outcomes(predictions), predictions.classes

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regard.errors import UsageError
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -27,7 +29,7 @@ class Predictions:
     paths: N of them, or None.
 
     Raises:
-        ValueError: shapes that do not fit, no image, probabilities that are not finite, are
+        UsageError: shapes that do not fit, no image, probabilities that are not finite, are
             negative or do not sum to 1 (within 0.01), labels out of range, classes named twice,
             images without a group.
     """
@@ -45,7 +47,7 @@ class Predictions:
         _check_labels(labels, *probabilities.shape)
         groups = None if self.groups is None else _as_groups(self.groups, len(labels))
         if self.paths is not None and len(self.paths) != len(labels):
-            raise ValueError(f"{len(self.paths)} paths for {len(labels)} images")
+            raise UsageError(f"{len(self.paths)} paths for {len(labels)} images")
         object.__setattr__(self, "probabilities", probabilities)
         object.__setattr__(self, "labels", labels.astype(np.int64))
         object.__setattr__(self, "classes", [str(name) for name in self.classes])
@@ -57,44 +59,44 @@ class Predictions:
 
 def _check_probabilities(probabilities: Floats, classes: list[str]) -> None:
     if probabilities.ndim != 2 or 0 in probabilities.shape:
-        raise ValueError(f"probabilities of shape {probabilities.shape}: (images, classes)")
+        raise UsageError(f"probabilities of shape {probabilities.shape}: (images, classes)")
     if len(classes) != probabilities.shape[1]:
-        raise ValueError(f"{len(classes)} classes for {probabilities.shape[1]} probabilities")
+        raise UsageError(f"{len(classes)} classes for {probabilities.shape[1]} probabilities")
     twice = [name for name, n in Counter(classes).items() if n > 1]
     if twice:
-        raise ValueError(f"class {twice[0]!r} is named twice")
+        raise UsageError(f"class {twice[0]!r} is named twice")
     with np.errstate(invalid="ignore", over="ignore"):  # infinities of either sign in a row
         sums = probabilities.sum(axis=1)  # not finite where any of the row is not
     wrong = np.flatnonzero(~np.isfinite(sums))
     if wrong.size:
-        raise ValueError(f"probabilities of image {wrong[0]} are not finite (and of {wrong.size})")
+        raise UsageError(f"probabilities of image {wrong[0]} are not finite (and of {wrong.size})")
     if probabilities.min() < 0.0:
-        raise ValueError(f"a probability of {probabilities.min():g}: 0 to 1 (logits? use softmax)")
+        raise UsageError(f"a probability of {probabilities.min():g}: 0 to 1 (logits? use softmax)")
     wrong = np.flatnonzero(abs(sums - 1.0) > _SUM_TOLERANCE)
     if wrong.size:
-        raise ValueError(
+        raise UsageError(
             f"probabilities of image {wrong[0]} sum to {sums[wrong[0]]:g}, not 1 (use softmax)"
         )
 
 
 def _check_labels(labels: NDArray[Any], n: int, n_classes: int) -> None:
     if labels.shape != (n,):
-        raise ValueError(f"labels of shape {labels.shape}: ({n},), one an image")
+        raise UsageError(f"labels of shape {labels.shape}: ({n},), one an image")
     if labels.dtype.kind not in "iu":
-        raise ValueError(f"labels of {labels.dtype}: whole numbers, 0 to {n_classes - 1}")
+        raise UsageError(f"labels of {labels.dtype}: whole numbers, 0 to {n_classes - 1}")
     wrong = np.flatnonzero((labels < 0) | (labels >= n_classes))
     if wrong.size:
-        raise ValueError(f"label {labels[wrong[0]]} of image {wrong[0]}: 0 to {n_classes - 1}")
+        raise UsageError(f"label {labels[wrong[0]]} of image {wrong[0]}: 0 to {n_classes - 1}")
 
 
 def _as_groups(groups: Any, n: int) -> NDArray[np.str_]:
     array = np.asarray(groups)
     if array.shape != (n,):
-        raise ValueError(f"groups of shape {array.shape}: ({n},), one an image")
+        raise UsageError(f"groups of shape {array.shape}: ({n},), one an image")
     if array.dtype.kind in "Of":  # None and NaN are how a table says that it is missing
         missing = [i for i, g in enumerate(array.tolist()) if g is None or g != g]
         if missing:
-            raise ValueError(f"image {missing[0]} has no group; give each one, or groups=None")
+            raise UsageError(f"image {missing[0]} has no group; give each one, or groups=None")
     return array.astype(str)
 
 

@@ -5,15 +5,17 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from regard.errors import UsageError
+
 
 def choose(argument: str, value: str, choices: Sequence[str]) -> str:
     """`value` if it is one of `choices`.
 
     Raises:
-        ValueError: it is not; the message names the argument, the value and the choices.
+        UsageError: it is not; the message names the argument, the value and the choices.
     """
     if value not in choices:
-        raise ValueError(f"{argument}={value!r}: choose one of {', '.join(choices)}")
+        raise UsageError(f"{argument}={value!r}: choose one of {', '.join(choices)}")
     return value
 
 
@@ -29,6 +31,7 @@ IMAGENET_CFG: dict[str, Any] = {
     "first_conv": "conv1",
     "classifier": "fc",
 }
+
 
 # Mean and deviation of CIFAR-10's training images.
 CIFAR_CFG: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 The module, and timm's ResNet with it in every block, after the last BN of the residual
 branch and before the addition. Checked against the authors' code
-(github.com/Jongchan/attention-module, MIT licence).
+(github.com/Jongchan/attention-module, MIT license).
 
 Where the authors' code and the paper's formulas differ, this is the code: the MLP has
 biases, a BN (eps 1e-5, momentum 0.01) follows the 7x7 convolution, which has no bias, and
@@ -13,7 +13,7 @@ on the 3x3, and so have these networks.
 Squeeze-and-excitation (Hu et al., CVPR 2018, arXiv 1709.01507), with which the paper
 compares, is the channel gate alone with average pooling: `SE` below.
 
-Reading order: gates, module, initialisation and grafting, network, variants.
+Reading order: gates, module, initialization and grafting, network, variants.
 """
 
 import copy
@@ -27,6 +27,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from regard.errors import FileError, UsageError
 from regard.models._common import IMAGENET_CFG, choose
 
 CHANNEL_POOLS = ("both", "avg", "max")
@@ -48,7 +49,7 @@ class ChannelGate(nn.Module):
     def __init__(self, channels: int, *, reduction: int = 16, pool: str = "both") -> None:
         super().__init__()
         if reduction < 1:
-            raise ValueError(f"reduction={reduction}: a whole number of at least 1")
+            raise UsageError(f"reduction={reduction}: a whole number of at least 1")
         self.pool = choose("channel_pool", pool, CHANNEL_POOLS)
         hidden = max(1, channels // reduction)
         self.mlp = nn.Sequential(
@@ -78,7 +79,7 @@ class SpatialGate(nn.Module):
     def __init__(self, channels: int, *, kernel_size: int = 7, pool: str = "avg_max") -> None:
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size}: choose 7 or 3 (the paper's), or any odd")
+            raise UsageError(f"kernel_size={kernel_size}: choose 7 or 3 (the paper's), or any odd")
         learned = choose("spatial_pool", pool, SPATIAL_POOLS) == "conv"
         self.pool = nn.Conv2d(channels, 1, 1, bias=False) if learned else None
         self.conv = nn.Conv2d(
@@ -119,7 +120,7 @@ class CBAM(nn.Module):
     operator by operator, six reads and two writes, before that addition and ReLU.
 
     Raises:
-        ValueError: an argument is not among its choices.
+        UsageError: an argument is not among its choices.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ SE = partial(CBAM, order="channel", channel_pool="avg")
 
 
 def init_gates(module: nn.Module) -> None:
-    """The authors' initialisation of every gate in `module`, in place.
+    """The authors' initialization of every gate in `module`, in place.
 
     Convolutions He normal fan-out, biases 0, and the spatial gate's BN weight 0, so that
     this gate starts at 1/2. The MLP's weights keep PyTorch's default, as in their code.
@@ -185,7 +186,7 @@ def init_gates(module: nn.Module) -> None:
 def _last_bn(block: nn.Module) -> nn.BatchNorm2d:
     bn = block.bn3 if isinstance(block, Bottleneck) else block.bn2
     if not isinstance(bn, nn.BatchNorm2d) or not bn.affine:
-        raise ValueError(
+        raise UsageError(
             f"a block's last norm is {type(bn).__name__}: grafting folds the gates' factor into an "
             "affine BatchNorm2d"
         )
@@ -238,19 +239,19 @@ def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> ResNet:
         The grafted network, on the device, in the precision and mode of `plain`.
 
     Raises:
-        ValueError: `plain` is no timm ResNet, has attention already, or another norm.
+        UsageError: `plain` is no timm ResNet, has attention already, or another norm.
     """
     if not isinstance(plain, ResNet):
-        raise ValueError(f"graft() takes a timm ResNet, not {type(plain).__name__}")
+        raise UsageError(f"graft() takes a timm ResNet, not {type(plain).__name__}")
     model = copy.deepcopy(plain)
     for block in _blocks(model):
         if block.se is not None:
-            raise ValueError(f"this ResNet has attention already: {type(block.se).__name__}")
+            raise UsageError(f"this ResNet has attention already: {type(block.se).__name__}")
         bn = _last_bn(block)
         weight = bn.weight
         block.se = attention(bn.num_features).to(device=weight.device, dtype=weight.dtype)
         if not isinstance(block.se, CBAM):
-            raise ValueError(f"attention={attention!r}: give CBAM, SE or a partial of CBAM")
+            raise UsageError(f"attention={attention!r}: give CBAM, SE or a partial of CBAM")
         block.se.train(block.training)
         _start_neutral(block)
     _name_after_grafting(model, attention)
@@ -279,7 +280,7 @@ def _kind_of(attention: Callable[..., CBAM]) -> tuple[str, dict[str, Any]]:
 
 
 class AttentionResNet(ResNet):
-    """timm's ResNet with gates, or plain, from the authors' initialisation.
+    """timm's ResNet with gates, or plain, from the authors' initialization.
 
     Args:
         attention: makes the module of a block from its channels; None for a plain network.
@@ -289,7 +290,7 @@ class AttentionResNet(ResNet):
         kwargs: timm's ResNet's own.
 
     Raises:
-        ValueError: an argument is not among its choices.
+        UsageError: an argument is not among its choices.
     """
 
     def __init__(
@@ -315,7 +316,7 @@ class AttentionResNet(ResNet):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = False) -> None:
-        """The authors' initialisation (model_resnet.py): see `init_gates` for the gates.
+        """The authors' initialization (model_resnet.py): see `init_gates` for the gates.
 
         Convolutions He normal fan-out, classifier He normal fan-in, biases 0, BN 1 and 0.
         Their loop goes by names and so passes over the shortcuts' convolutions; here they
@@ -373,7 +374,7 @@ def _create(
     )
     if pretrained_plain:
         if kwargs.get("features_only") or kwargs.get("stem") == "cifar":
-            raise ValueError("pretrained_plain=True: timm's weights fit the whole ImageNet network")
+            raise UsageError("pretrained_plain=True: timm's weights fit the whole ImageNet network")
         _load_pretrained_plain(model, plain)
     return model
 
@@ -386,7 +387,7 @@ def _load_pretrained_plain(model: ResNet, plain: str) -> None:
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise OSError(f"timm's pretrained weights of {plain} can't be had: {reason}") from error
+        raise FileError(f"timm's pretrained weights of {plain} can't be had: {reason}") from error
     missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
     assert not unexpected, unexpected
     assert all(".se." in key for key in missing), missing
@@ -411,7 +412,7 @@ def twins(name: str) -> dict[str, str]:
     and these with one: give `zero_init_last=False` to compare from the same start.
 
     Raises:
-        ValueError: the network has no twin; the message names those that have.
+        UsageError: the network has no twin; the message names those that have.
     """
     base = name.removeprefix("ag_").removeprefix("cbam_").removeprefix("se_")
     if base in _RESNETS:
@@ -419,7 +420,7 @@ def twins(name: str) -> dict[str, str]:
     sononets = [f"sononet{f}" for f in (8, 16, 32, 64)]
     if base in sononets:
         return {"plain": base, "ag": f"ag_{base}"}
-    raise ValueError(f"{name!r} has no twin; these have: {', '.join([*_RESNETS, *sononets])}")
+    raise UsageError(f"{name!r} has no twin; these have: {', '.join([*_RESNETS, *sononets])}")
 
 
 default_cfgs = generate_default_cfgs(

@@ -1,7 +1,7 @@
 """Residual Attention Network (Wang et al., CVPR 2017, arXiv 1704.06904).
 
 The ImageNet networks are the authors' own definitions, layer for layer
-(github.com/fwang91/residual-attention-network, Caffe; BSD licence); the arithmetic is
+(github.com/fwang91/residual-attention-network, Caffe; BSD license); the arithmetic is
 checked against them. Where the paper's figure and the definitions differ, the definitions
 are right: the skip path of a mask is one residual unit (a single identity), the trunk is
 not added into the mask, max-pools have no padding and round up, and interpolation aligns
@@ -33,6 +33,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from regard.errors import UsageError
 from regard.models._common import CIFAR_CFG, IMAGENET_CFG, choose
 
 RESIDUALS = ("residual", "naive")
@@ -126,15 +127,15 @@ def _units(unit: Unit, channels: int, count: int) -> nn.Sequential:
 
 
 @register_notrace_function
-def normalise_mask(x: Tensor, activation: str) -> Tensor:
+def normalize_mask(x: Tensor, activation: str) -> Tensor:
     """MaskActivation's f2 ("channel") and f3 ("spatial"), in float32 under half precision."""
     half = x.dtype == torch.float16 or x.dtype == torch.bfloat16
     y = x.float() if half else x
     if activation == "channel":
         return F.normalize(y, dim=1, eps=1e-6).to(x.dtype)
-    centred = y - y.mean(dim=(2, 3), keepdim=True)
-    variance = centred.square().mean(dim=(2, 3), keepdim=True)
-    return torch.sigmoid(centred * torch.rsqrt(variance + 1e-12)).to(x.dtype)
+    centered = y - y.mean(dim=(2, 3), keepdim=True)
+    variance = centered.square().mean(dim=(2, 3), keepdim=True)
+    return torch.sigmoid(centered * torch.rsqrt(variance + 1e-12)).to(x.dtype)
 
 
 class MaskActivation(nn.Module):
@@ -157,7 +158,7 @@ class MaskActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "mixed":
             return torch.sigmoid(x)
-        return normalise_mask(x, self.activation)
+        return normalize_mask(x, self.activation)
 
     def extra_repr(self) -> str:
         return self.activation
@@ -262,7 +263,7 @@ def check_size(x: Tensor, least: int, stem_stride: int) -> None:
     """Refuses a map that the masks can't pool; no underscore, or FX would trace into it."""
     if x.shape[-2] < least or x.shape[-1] < least:
         side = least * stem_stride
-        raise ValueError(
+        raise UsageError(
             f"the image is too small for this network's masks: at least {side}x{side} pixels, not "
             f"about {x.shape[-2] * stem_stride}x{x.shape[-1] * stem_stride}"
         )
@@ -286,7 +287,7 @@ class ResidualAttentionNet(nn.Module):
     Input: (B, in_chans, H, W), any height and width of at least `min_size` pixels.
 
     Raises:
-        ValueError: an argument is not among its choices, or an input is too small.
+        UsageError: an argument is not among its choices, or an input is too small.
     """
 
     def __init__(
@@ -311,7 +312,7 @@ class ResidualAttentionNet(nn.Module):
         super().__init__()
         for name, count in (("p", p), ("t", t), ("r", r)):
             if count < 1:
-                raise ValueError(f"{name}={count}: a count of residual units, at least 1")
+                raise UsageError(f"{name}={count}: a count of residual units, at least 1")
         preact = choose("unit", unit, ("preact", "resnext")) == "preact"
         make: Unit = PreActUnit if preact else ResNeXtUnit
         imagenet = choose("stem", stem, ("imagenet", "cifar")) == "imagenet"
@@ -366,7 +367,7 @@ class ResidualAttentionNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """He normal initialisation (fan-in) of convolutions and classifier; BN 1 and 0."""
+        """He normal initialization (fan-in) of convolutions and classifier; BN 1 and 0."""
         for m in self.modules():
             if isinstance(m, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
@@ -412,7 +413,7 @@ class ResidualAttentionNet(nn.Module):
         norm applies the final BN and ReLU to the last stage's map as well.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW'")
+            raise UsageError(f"output_fmt={output_fmt!r}: only 'NCHW'")
         take, last = feature_take_indices(5, indices)
         x = self.act1(self.bn1(self.conv1(x)))
         maps = [x] if 0 in take else []

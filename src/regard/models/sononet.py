@@ -1,10 +1,10 @@
 """SonoNet and the attention-gated SonoNet (Schlemper et al., Medical Image Analysis 2019,
-*Attention gated networks*, arXiv 1808.08114), for greyscale ultrasound and the like.
+*Attention gated networks*, arXiv 1808.08114), for grayscale ultrasound and the like.
 
 Checked against the authors' code (github.com/ozan-oktay/Attention-Gated-Networks, MIT
-licence: sononet.py, sononet_grid_attention.py, grid_attention_layer.py).
+license: sononet.py, sononet_grid_attention.py, grid_attention_layer.py).
 
-Where this differs from the code: the gate's map is normalised safely where it is constant
+Where this differs from the code: the gate's map is normalized safely where it is constant
 (their 0/0), in float32 under half precision; and the network that they call `sononet`, of
 [2, 2, 3, 3, 3] convolutions, is `convs=(2, 2, 3, 3, 3)` here, where the default is the
 paper's [3, 3, 3, 2, 2] (their `sononet2`).
@@ -30,9 +30,10 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from regard.errors import UsageError
 from regard.models._common import choose
 
-NORMALISATIONS = ("mean_flow", "softmax", "sigmoid", "mean", "range")
+NORMALIZATIONS = ("mean_flow", "softmax", "sigmoid", "mean", "range")
 AGGREGATIONS = ("concat", "mean", "deep_sup", "ft")
 
 
@@ -57,7 +58,7 @@ def _block(in_channels: int, channels: int, convs: int, *, pool: bool) -> nn.Seq
 def check_size(x: Tensor) -> None:
     """Refuses an image that four poolings leave nothing of; no underscore, or FX traces it."""
     if x.shape[-2] < 16 or x.shape[-1] < 16:
-        raise ValueError(
+        raise UsageError(
             "the image is too small for SonoNet, which pools four times by two: at least 16x16 "
             f"pixels, not {x.shape[-2]}x{x.shape[-1]}"
         )
@@ -71,9 +72,9 @@ class _SonoNetBase(nn.Module):
     ) -> None:
         super().__init__()
         if features < 1:
-            raise ValueError(f"features={features}: the first block's filters (8, 16, 32 or 64)")
+            raise UsageError(f"features={features}: the first block's filters (8, 16, 32 or 64)")
         if len(convs) != 5 or min(convs) < 1:
-            raise ValueError(f"convs={tuple(convs)}: five counts, as (3, 3, 3, 2, 2)")
+            raise UsageError(f"convs={tuple(convs)}: five counts, as (3, 3, 3, 2, 2)")
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
@@ -92,7 +93,7 @@ class _SonoNetBase(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """The authors' initialisation: convolutions He normal fan-in, BN weights N(1, 0.02).
+        """The authors' initialization: convolutions He normal fan-in, BN weights N(1, 0.02).
 
         Biases of BN are 0; those of convolutions, and the linear layers, stay PyTorch's. A
         gate's psi has bias 3 for "sigmoid" and 10 for "softmax" (grid_attention_layer.py).
@@ -142,7 +143,7 @@ class _SonoNetBase(nn.Module):
         With stop_early the first of the two is the last map that was computed.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW'")
+            raise UsageError(f"output_fmt={output_fmt!r}: only 'NCHW'")
         take, last = feature_take_indices(5, indices)
         check_size(x)
         maps: list[Tensor] = []
@@ -183,7 +184,7 @@ class SonoNet(_SonoNetBase):
     Input (B, in_chans, H, W) of at least 16x16 pixels; output (B, num_classes).
 
     Raises:
-        ValueError: an argument is not among its choices, or an input is too small.
+        UsageError: an argument is not among its choices, or an input is too small.
     """
 
     def __init__(
@@ -237,7 +238,7 @@ class SonoNet(_SonoNetBase):
 
 
 @register_notrace_function
-def normalise_map(score: Tensor, how: str) -> Tensor:
+def normalize_map(score: Tensor, how: str) -> Tensor:
     """The gate's map of a score: GateMap's formulas, in float32 under half precision.
 
     Shapes: (B, 1, H, W) -> the same.
@@ -269,9 +270,9 @@ def normalise_map(score: Tensor, how: str) -> Tensor:
 
 
 class GateMap(nn.Module):
-    """Where a gate looks: the normalised compatibility of a map x with the gating signal g.
+    """Where a gate looks: the normalized compatibility of a map x with the gating signal g.
 
-    f = ReLU(theta(x) + up(phi(g))), score = psi(f), alpha = normalise(score); theta and phi
+    f = ReLU(theta(x) + up(phi(g))), score = psi(f), alpha = normalize(score); theta and phi
     are 1x1 convolutions without bias, psi has one, `up` is bilinear with aligned corners.
 
     mean_flow  (s - min s) / sum(s - min s)      the paper's
@@ -288,25 +289,25 @@ class GateMap(nn.Module):
 
     attention_kind = "spatial"
 
-    def __init__(self, channels: int, gating_channels: int, inner: int, normalise: str) -> None:
+    def __init__(self, channels: int, gating_channels: int, inner: int, normalize: str) -> None:
         super().__init__()
-        self.normalise = choose("normalise", normalise, NORMALISATIONS)
+        self.normalize = choose("normalize", normalize, NORMALIZATIONS)
         self.theta = nn.Conv2d(channels, inner, 1, bias=False)
         self.phi = nn.Conv2d(gating_channels, inner, 1, bias=False)
         self.psi = nn.Conv2d(inner, 1, 1)
         for conv in (self.theta, self.phi, self.psi):
             nn.init.kaiming_normal_(conv.weight)
-        if normalise in ("sigmoid", "softmax"):
+        if normalize in ("sigmoid", "softmax"):
             assert self.psi.bias is not None
-            nn.init.constant_(self.psi.bias, 3.0 if normalise == "sigmoid" else 10.0)
+            nn.init.constant_(self.psi.bias, 3.0 if normalize == "sigmoid" else 10.0)
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         theta = self.theta(x)
         phi = F.interpolate(self.phi(g), size=theta.shape[-2:], mode="bilinear", align_corners=True)
-        return normalise_map(self.psi(F.relu(theta + phi)), self.normalise)
+        return normalize_map(self.psi(F.relu(theta + phi)), self.normalize)
 
     def extra_repr(self) -> str:
-        return f"normalise={self.normalise}"
+        return f"normalize={self.normalize}"
 
 
 class AttentionGate(nn.Module):
@@ -316,7 +317,7 @@ class AttentionGate(nn.Module):
         channels: of the map x.
         gating_channels: of the gating signal g, a coarser map.
         inner: channels in which the two are compared; those of g by default.
-        normalise: of alpha, one of "mean_flow", "softmax", "sigmoid", "mean", "range".
+        normalize: of alpha, one of "mean_flow", "softmax", "sigmoid", "mean", "range".
 
     Shapes: x (B, C, H, W), g (B, C_g, h, w) -> (B, C).
 
@@ -325,7 +326,7 @@ class AttentionGate(nn.Module):
     rectifies, in place; psi reads that.
 
     Raises:
-        ValueError: an argument is not among its choices.
+        UsageError: an argument is not among its choices.
     """
 
     def __init__(
@@ -334,10 +335,10 @@ class AttentionGate(nn.Module):
         gating_channels: int,
         *,
         inner: int | None = None,
-        normalise: str = "mean_flow",
+        normalize: str = "mean_flow",
     ) -> None:
         super().__init__()
-        self.map = GateMap(channels, gating_channels, inner or gating_channels, normalise)
+        self.map = GateMap(channels, gating_channels, inner or gating_channels, normalize)
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         alpha = self.map(x, g)  # (B, 1, H, W)
@@ -357,19 +358,19 @@ class AGSonoNet(_SonoNetBase):
 
     In evaluation the output is (B, num_classes), logits whose softmax is the prediction. In
     training `mean` and `deep_sup` give (B, heads, num_classes), in the order above, for
-    `regard.heads_loss` with `head_weights`.
+    `regard.multi_head_cross_entropy` with `head_weights`.
 
     Args:
         features: filters of the first block, f; the others have 2, 4, 8 and 8 times as many.
         convs: convolutions of each block.
         aggregation: one of the four above.
-        normalise: of the gates' maps, see GateMap.
+        normalize: of the gates' maps, see GateMap.
         global_pool: of block 5: "avg", or "" for the features as a map.
 
     Input: (B, in_chans, H, W) of at least 16x16 pixels.
 
     Raises:
-        ValueError: an argument is not among its choices, or an input is too small.
+        UsageError: an argument is not among its choices, or an input is too small.
     """
 
     def __init__(
@@ -382,15 +383,15 @@ class AGSonoNet(_SonoNetBase):
         features: int = 8,
         convs: Sequence[int] = (3, 3, 3, 2, 2),
         aggregation: str = "mean",
-        normalise: str = "mean_flow",
+        normalize: str = "mean_flow",
     ) -> None:
         super().__init__(in_chans, features, convs, num_classes, drop_rate)
         self.aggregation = choose("aggregation", aggregation, AGGREGATIONS)
         _, _, third, fourth, fifth = self.widths
         self.vectors = [third, fourth, fifth]
         self.num_features = self.head_hidden_size = third + fourth + fifth
-        self.gate3 = AttentionGate(third, fifth, normalise=normalise)
-        self.gate4 = AttentionGate(fourth, fifth, normalise=normalise)
+        self.gate3 = AttentionGate(third, fifth, normalize=normalize)
+        self.gate4 = AttentionGate(fourth, fifth, normalize=normalize)
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
 
@@ -495,7 +496,7 @@ def _create(
     )  # fmt: skip
 
 
-# Each image is standardised by its own mean and deviation; 14 classes, crops of 208x272.
+# Each image is standardized by its own mean and deviation; 14 classes, crops of 208x272.
 _CFG: dict[str, Any] = {
     "url": "",
     "num_classes": 14,

@@ -22,8 +22,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
+from regard.errors import UsageError
 from regard.evaluation.intervals import wilson_interval
-from regard.explain.overlay import colour_key, describe, overlay, resize_image
+from regard.explanations.overlay import color_key, describe, overlay, resize_image
 
 MAX_BYTES = 5_000_000  # of the page
 _PICTURE_BYTES = 3_800_000  # of it for the gallery
@@ -321,17 +322,17 @@ def _checked_confusion(report: Report) -> NDArray[np.int64]:
     confusion = np.asarray(report.confusion)
     c = len(report.classes)
     if confusion.shape != (c, c) or c == 0:
-        raise ValueError(f"confusion of shape {confusion.shape}: ({c}, {c}), as there are classes")
+        raise UsageError(f"confusion of shape {confusion.shape}: ({c}, {c}), as there are classes")
     if not np.issubdtype(confusion.dtype, np.integer) or (confusion < 0).any():
-        raise ValueError("confusion: whole numbers of 0 or more are needed")
+        raise UsageError("confusion: whole numbers of 0 or more are needed")
     total, hits = int(confusion.sum()), int(np.trace(confusion))
     if total != report.n_test or total == 0:
-        raise ValueError(f"confusion counts {total} images, n_test says {report.n_test}")
+        raise UsageError(f"confusion counts {total} images, n_test says {report.n_test}")
     if not abs(report.accuracy - hits / total) < 0.5 / total:
-        raise ValueError(f"accuracy={report.accuracy}, but confusion says {hits} of {total}")
+        raise UsageError(f"accuracy={report.accuracy}, but confusion says {hits} of {total}")
     low, high = report.interval
     if not 0.0 <= low <= report.accuracy + 1e-6 <= high + 2e-6 <= 1.0 + 3e-6:
-        raise ValueError(f"interval={report.interval} does not hold accuracy={report.accuracy}")
+        raise UsageError(f"interval={report.interval} does not hold accuracy={report.accuracy}")
     return confusion.astype(np.int64)
 
 
@@ -339,10 +340,10 @@ def _check(report: Report) -> None:
     for row in report.history:
         for key in ("epoch", "loss", "accuracy", "learning_rate"):
             if key not in row:
-                raise ValueError(f"history lacks {key!r}; it has {', '.join(row) or 'nothing'}")
+                raise UsageError(f"history lacks {key!r}; it has {', '.join(row) or 'nothing'}")
     for item in report.gallery:
         if not 0.0 <= item.probability <= 1.0:
-            raise ValueError(f"probability={item.probability} in the gallery: 0 to 1")
+            raise UsageError(f"probability={item.probability} in the gallery: 0 to 1")
 
 
 def _render(report: Report) -> str:
@@ -370,7 +371,7 @@ def _render(report: Report) -> str:
         wrong=wrong,
         right=right,
         left_out=len(report.gallery) - len(wrong) - len(right),
-        key=_data_uri(colour_key(160, 24), "png"),
+        key=_data_uri(color_key(160, 24), "png"),
         charts=_charts(report.history),
         history_keys=list(dict.fromkeys(key for row in report.history for key in row)),
         rows=confusion.tolist() if whole else [],
@@ -387,14 +388,14 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> None:
     how many. The page is written beside `path` and then renamed.
 
     Raises:
-        ValueError: numbers that contradict each other or are out of range, images or maps of
-            another kind (see `regard.explain.overlay`), or a page over 5 MB.
+        UsageError: numbers that contradict each other or are out of range, images or maps of
+            another kind (see `regard.explanations.overlay`), or a page over 5 MB.
         OSError: the file cannot be written.
     """
     target = Path(path)
     page = _render(report).encode()
     if len(page) > MAX_BYTES:
-        raise ValueError(f"the page would have {len(page)} bytes, over {MAX_BYTES}")
+        raise UsageError(f"the page would have {len(page)} bytes, over {MAX_BYTES}")
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         beside.write_bytes(page)

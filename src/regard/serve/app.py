@@ -21,13 +21,13 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-import regard
-from regard.attention import attention_kinds
-from regard.explain.maps import StageMap
-from regard.explain.overlay import describe, overlay
-from regard.prediction import Classifier
+from regard.attention import StageMap, attention_kinds
+from regard.errors import FileError, UsageError
+from regard.explanations.overlay import describe, overlay
+from regard.predict import Classifier
 from regard.serve.engine import Engine, Looked
 from regard.serve.uploads import Limits, check, read_body
+from regard.version import __version__
 
 PATIENCE = 10.0  # for the headers of a request, in seconds
 SAME = (  # without another engine
@@ -60,7 +60,7 @@ def create_app(classifier: Classifier, *, limits: Limits | None = None, host: st
         engine.close()
 
     app = FastAPI(
-        title="Regard", version=regard.__version__, docs_url=None, redoc_url=None, lifespan=lifespan
+        title="Regard", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
     )
     app.state.engine = engine
     _add_routes(app, classifier, engine, limits)
@@ -298,12 +298,12 @@ def serve(
     """Serves until SIGTERM or SIGINT, finishes what is in work, and exits.
 
     Raises:
-        ValueError: the port is none.
+        UsageError: the port is none.
         OSError: the address can't be listened on.
         SystemExit: 0, once a signal has ended it.
     """
     if not 0 <= port <= 65535:
-        raise ValueError(f"--port {port}: choose one of 0 to 65535")
+        raise UsageError(f"--port {port}: choose one of 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -311,7 +311,7 @@ def serve(
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise OSError(f"can't listen on {host}:{port} ({error.strerror})") from error
+        raise FileError(f"can't listen on {host}:{port} ({error.strerror})") from error
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}/"
     config = uvicorn.Config(

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from regard.attention import attention_kinds
 from regard.data.images import read_image
-from regard.explain.maps import Explanation, explain
-from regard.explain.of_run import as_picture
-from regard.explain.overlay import Box, Picture
-from regard.prediction import Classifier
+from regard.explanations.explanation import Explanation, as_picture, explain
+from regard.explanations.overlay import Box, Picture
+from regard.predict import Classifier
 from regard.serve.uploads import as_file
 
 MOST = 16  # images of a batch
@@ -143,7 +142,7 @@ class Engine:
     def _explain(self, body: bytes, target: str | None) -> Looked:
         preprocess, model = self.classifier.preprocess, self.classifier.model
         with as_file(body) as path:
-            x = preprocess.normalise(self.classifier.decode(path)[None])
+            x = preprocess.normalize(self.classifier.decode(path)[None])
             pixels = read_image(path)
         box = preprocess.seen(*pixels.shape[:2])
         picture = _shown(pixels)

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastapi import HTTPException, Request
 from PIL import Image, UnidentifiedImageError
 
-from regard.data.images import ImageError
+from regard.errors import ImageError, UsageError
 
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # what read_image takes beside DICOM
 _NO_IMAGE = "no image that can be read (PNG, JPEG, BMP, TIFF, WebP, DICOM)"
@@ -30,7 +30,7 @@ class Limits:
         seconds: for a whole request; a third of it for the upload.
 
     Raises:
-        ValueError: one is not above 0, or not finite.
+        UsageError: one is not above 0, or not finite.
     """
 
     megabytes: float = 20.0
@@ -42,7 +42,7 @@ class Limits:
         for name in ("megabytes", "megapixels", "requests", "seconds"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"--{name} {value}: more than 0, and finite, is needed")
+                raise UsageError(f"--{name} {value}: more than 0, and finite, is needed")
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:

@@ -1,14 +1,9 @@
-"""Training: `train` makes a run's folder; `loop.py` is the loop, on one screen.
+"""Training: `run.py` makes a run's folder; `loop.py` is the loop, on one screen.
 
-`choices.py` what follows from the data, `images.py` the images of a split, `optimisation.py`
-rates and optimisers, `losses.py`, `state.py` what resuming needs, `folder.py` the run's files,
-`terminal.py` what a person sees, and `run.py` puts them together. What is decided by measuring:
-`speed.py` whether to compile and `memory.py` how to split a step, by steps of `rehearsal.py`;
-`checkpoints.py` is gradient checkpointing.
+`config.py` is the recipe and what its fields mean, with the shipped ones in `recipes/`;
+`plan.py` what follows from the data before a run starts; `splits.py` the images of each split;
+`optim.py` learning rates and optimizers; `losses.py`; `checkpoint.py` what resuming needs;
+`progress.py` what a person sees. Decided by measuring, with the trial steps of `trial.py`:
+`compile.py` whether to compile, and `memory.py` how to split a step.
+`activation_checkpointing.py` trades time for memory.
 """
-
-from regard.training.loop import NotFiniteError, Stopped
-from regard.training.run import train
-from regard.training.state import StateError
-
-__all__ = ["NotFiniteError", "StateError", "Stopped", "train"]

@@ -21,32 +21,17 @@ from torch import Tensor, nn
 from regard.data.augment import augment, mixed
 from regard.data.loading import Batch
 from regard.data.preprocess import Preprocess
-from regard.recipes import Recipe
-from regard.training.checkpoints import kept_statistics
-from regard.training.losses import heads_loss
-from regard.training.optimisation import make_optimizer, rate_factor, set_rate
+from regard.errors import FileError, NotFiniteError
+from regard.training.activation_checkpointing import kept_statistics
+from regard.training.config import Recipe
+from regard.training.losses import multi_head_cross_entropy
+from regard.training.optim import make_optimizer, rate_factor, set_rate
 
 CHECK_EVERY = 20  # steps between looks at the loss, on a device where looking means waiting
 
 
-class NotFiniteError(ArithmeticError):
-    """Loss or weights are not finite; `step` is the step, `rows` the images of the batch."""
-
-    def __init__(self, step: int, rate: float, rows: list[int], what: str = "the loss") -> None:
-        super().__init__(f"{what} of step {step} is not finite (learning rate {rate:.3g})")
-        self.step, self.rate, self.rows = step, rate, rows
-
-
-class Stopped(Exception):  # noqa: N818 (no error: somebody asked for it)
-    """A signal asked the run to stop; its state is saved."""
-
-    def __init__(self, step: int, signal_number: int) -> None:
-        super().__init__(f"stopped after step {step}")
-        self.step, self.signal_number = step, signal_number
-
-
 class Source(Protocol):
-    """Batches by (start place, count): loading.Held or loading.Streamed."""
+    """Batches by (start place, count): loading.InMemoryLoader or loading.StreamingLoader."""
 
     def batches(self, spans: Any) -> Iterator[Batch]: ...
 
@@ -62,7 +47,7 @@ class Trainer:
         labels: (N,) of the training images, on the device.
         classes: how many.
         count: of training images; an epoch is this many places.
-        total: optimiser steps of the whole run.
+        total: optimizer steps of the whole run.
         class_weights: (classes,) for the loss, or None.
         bf16: whether the network runs under autocast.
         compiled: the network as torch.compile gives it; None: it runs eagerly.
@@ -88,12 +73,13 @@ class Trainer:
 
     def __post_init__(self) -> None:
         recipe, world = self.recipe, self.accelerator.num_processes
+        self.augmentation = recipe.augmentation
         self.head_weights = getattr(self.model, "head_weights", None)
         self.batch = min(recipe.batch_size, self.count)
         self.images_a_step = self.batch * recipe.accumulate * world
         self.steps_an_epoch = self.count / self.images_a_step
         self.optimizer = make_optimizer(self.model, recipe)
-        self.ema = ModelEmaV3(self.model, decay=recipe.ema) if recipe.ema else None
+        self.ema = ModelEmaV3(self.model, decay=recipe.ema_decay) if recipe.ema_decay else None
         self.tally = torch.zeros(3, dtype=torch.float64)  # loss, correct, images of this epoch
         self._forward: Any = self.model
 
@@ -179,7 +165,7 @@ class Trainer:
         loss = torch.zeros((), device=self.accelerator.device)
         for part in range(accumulate):
             x, target, labels = self._input(next(batches), started if part == 0 else None)
-            with self._synchronised(part == accumulate - 1):
+            with self._synchronized(part == accumulate - 1):
                 outputs, batch_loss = self._loss(x, target)
                 with self._recomputing():
                     self.accelerator.backward(batch_loss / accumulate)
@@ -189,8 +175,8 @@ class Trainer:
 
     def update(self) -> None:
         """Moves the weights, and their average, by the gradients."""
-        if self.recipe.clip:
-            self.accelerator.clip_grad_norm_(self._forward.parameters(), self.recipe.clip)
+        if self.recipe.clip_grad:
+            self.accelerator.clip_grad_norm_(self._forward.parameters(), self.recipe.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
@@ -240,7 +226,7 @@ class Trainer:
         elif self.compiled is not None:
             self._forward = self.compiled
 
-    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+    def _synchronized(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are exchanged between processes with the last batch of a step only."""
         distributed = isinstance(self._forward, nn.parallel.DistributedDataParallel)
         return self._forward.no_sync() if distributed and not last else contextlib.nullcontext()
@@ -254,11 +240,13 @@ class Trainer:
         """The network's input (B, C, H, W), the target, and the labels (B,)."""
         self.unreadable += batch.unreadable
         if len(batch.indices) == 0:
-            raise OSError(f"no image of step {self.step} can be read: {batch.unreadable[0][1]}")
+            raise FileError(f"no image of step {self.step} can be read: {batch.unreadable[0][1]}")
         device = self.accelerator.device
         u = batch.draws.to(device)
         labels = self.labels[batch.indices.to(device)]
-        x = augment(batch.images.to(device, non_blocking=True), u, self.recipe, self.preprocess)
+        x = augment(
+            batch.images.to(device, non_blocking=True), u, self.augmentation, self.preprocess
+        )
         target = labels
         if self.recipe.mixup > 0 and len(labels) > 1:
             x, target = mixed(x, F.one_hot(labels, self.classes).float(), u, self.recipe.mixup)
@@ -271,7 +259,7 @@ class Trainer:
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             outputs = self._forward(x)
         outputs = outputs.float()
-        loss = heads_loss(
+        loss = multi_head_cross_entropy(
             outputs, target, self.head_weights,
             weight=self.class_weights, label_smoothing=self.recipe.label_smoothing,
         )  # fmt: skip

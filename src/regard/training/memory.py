@@ -25,11 +25,12 @@ from accelerate.utils.memory import should_reduce_batch_size
 from regard.data.augment import draws
 from regard.data.loading import Batch
 from regard.data.preprocess import Preprocess
-from regard.recipes import Recipe
-from regard.training.checkpoints import set_checkpointing
-from regard.training.choices import make_model
+from regard.errors import UsageError
+from regard.models.create import make_model
+from regard.training.activation_checkpointing import set_checkpointing
+from regard.training.config import Recipe
 from regard.training.loop import Trainer
-from regard.training.rehearsal import first_batches, rehearsal, rehearse
+from regard.training.trial import first_batches, rehearsal, rehearse
 
 SHARE = 0.9  # of the free memory that a step may take: the measurement is not exact
 ENOUGH = 512e6  # bytes by which the batches measured differ, when no larger one is needed
@@ -71,7 +72,7 @@ def fit_memory(
         free: bytes, instead of what is free.
 
     Raises:
-        ValueError: not even the smallest batch fits.
+        UsageError: not even the smallest batch fits.
     """
     device, world = trainer.accelerator.device, trainer.accelerator.num_processes
     images = trainer.batch * trainer.recipe.accumulate
@@ -99,7 +100,7 @@ def fit_memory(
         several = gather_object([chosen])
         chosen = broadcast_object_list([several[0]])[0] if device.type == "cpu" else min(several)
     if not chosen:
-        raise ValueError(
+        raise UsageError(
             f"--fit-memory: a batch of {sizes[-1]}, the smallest equal part of a step of {images}, "
             f"needs {_need(needed[sizes[-1]])} {_bytes(free)} free: try --grad-checkpointing, "
             "a smaller --size, or another --batch-size"
@@ -221,7 +222,7 @@ def measure_here() -> None:
     first = 0
     for batch in batches:
         trainer = _random_trainer(described, batch)
-        for _ in range(2):  # the second with all that the optimiser keeps
+        for _ in range(2):  # the second with all that the optimizer keeps
             rehearse(trainer, [next(iter(trainer.source.batches([(0, batch)])))] * 2)
         peak = max(0, _peak() - before)
         print(json.dumps([batch, peak]), flush=True)
@@ -274,7 +275,7 @@ def _peak(now: bool = False) -> int:
 def _extrapolated(points: list[tuple[int, int]], sizes: list[int]) -> dict[int, float]:
     """Bytes by batch: linear between the batches measured, and beyond them.
 
-    Of small batches the weights and what the optimiser does take the most, so that they differ
+    Of small batches the weights and what the optimizer does take the most, so that they differ
     by less than larger ones may, or by more: beyond, the steeper of two lines is followed.
     """
     if not points:

@@ -24,35 +24,43 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-import regard
-from regard.data.loading import Held, Order, Reader, Streamed, default_workers
+from regard.data.loading import (
+    InMemoryLoader,
+    Reader,
+    SampleOrder,
+    StreamingLoader,
+    default_workers,
+)
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, open_data
 from regard.data.splits import assign_splits, read_splits
+from regard.errors import FileError, NotFiniteError, Stopped, UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate
+from regard.files import check_space
 from regard.machine import keep_freed_memory
-from regard.models.folder import save_model
-from regard.prediction import Classifier, probabilities_of
-from regard.recipes import Recipe, load_recipe, recipe_toml
-from regard.training.checkpoints import set_checkpointing
-from regard.training.choices import (
+from regard.models.create import make_model
+from regard.models.io import save_model
+from regard.predict import Classifier, probabilities_of
+from regard.runs import RunFolder, choose_out
+from regard.training.activation_checkpointing import set_checkpointing
+from regard.training.checkpoint import Checkpoints
+from regard.training.compile import choose_compiled
+from regard.training.config import Recipe, load_recipe, recipe_toml
+from regard.training.loop import Trainer
+from regard.training.memory import Described, fit_memory
+from regard.training.plan import (
     bf16_note,
     choose_model,
     choose_preprocess,
     choose_steps,
     image_weights,
     loss_weights,
-    make_model,
     noisy_labels,
     use_bf16,
 )
-from regard.training.folder import RunFolder, choose_out
-from regard.training.images import Part, load_part, measured
-from regard.training.loop import NotFiniteError, Stopped, Trainer
-from regard.training.memory import Described, fit_memory
-from regard.training.speed import choose_compiled
-from regard.training.state import States, check_space
-from regard.training.terminal import Display
+from regard.training.progress import Display
+from regard.training.splits import LoadedSplit, load_split, measured
+from regard.version import __version__
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ASK_EVERY = 10  # steps between the processes' asking each other whether to stop or to save
@@ -86,7 +94,7 @@ def train(
     echo: Callable[[str], None] = print,
     **changes: Any,
 ) -> Path:
-    """Trains a network on labelled images and writes a run's folder.
+    """Trains a network on labeled images and writes a run's folder.
 
     Args:
         data: digits, a folder, a CSV file, cifar10, ...; see `regard.data.open_data`.
@@ -105,7 +113,7 @@ def train(
         The run's folder.
 
     Raises:
-        ValueError: a wrong argument, or data that can't be used.
+        UsageError: a wrong argument, or data that can't be used.
         OSError: something can't be read or written.
         NotFiniteError: the loss became infinite or NaN; the last state is kept.
         Stopped: SIGINT or SIGTERM; the state is saved.
@@ -138,12 +146,8 @@ def _quiet(_: str) -> None:
 
 def _finished(folder: RunFolder, main: bool, say: Callable[[str], None]) -> None:
     """Of a run that is finished: does what is left where it was ended in its last moment."""
-    from regard.report.of_run import report_run
-
     if main:
-        States(folder.path / "state").clear()
-        if not (folder.path / "report.html").is_file():
-            say(f"the report: {report_run(folder.path)}")
+        Checkpoints(folder.path / "state").clear()
     say(f"{folder.path} is finished: nothing is left to do")
 
 
@@ -186,9 +190,9 @@ def _resumed(
     """The plan that the folder keeps.
 
     Raises:
-        ValueError: what is asked for now is not what the run was started with.
+        UsageError: what is asked for now is not what the run was started with.
     """
-    kept, recipe = folder.read_plan(), folder.read_recipe()
+    kept, recipe = folder.read_plan(), load_recipe(folder.path / "recipe.toml")
     now: dict[str, tuple[Any, Any]] = {
         "DATA": (kept["data"], data),
         "--model": (kept["model"], model or kept["model"]),
@@ -202,7 +206,7 @@ def _resumed(
     }
     for name, (was, is_now) in now.items():
         if was != is_now:
-            raise ValueError(
+            raise UsageError(
                 f"{name} {is_now}: {folder.path} was started with {was}; leave it out to "
                 "resume, or give --out another folder"
             )
@@ -246,13 +250,13 @@ class Run:
         if self.main:
             check_space(self.folder.path, 10 * size + 50_000_000)
             self.folder.claim()
-        self.parts = self._load_parts()
+        self.parts = self._load_splits()
         self.plan = plan = self._measured(plan)
         self.trainer, chosen = self._fitted(self._trainer(model))
         if self.main:
             text = recipe_toml(recipe, _header(plan))
             self.folder.start(dataclasses.asdict(plan), text, self.table, chosen)
-        self.states = States(self.folder.path / "state")
+        self.states = Checkpoints(self.folder.path / "state")
         self._resume()
         self._announce()
         try:
@@ -277,22 +281,22 @@ class Run:
             keep_freed_memory()
         return model.to(self.accelerator.device).to(memory_format=torch.channels_last)
 
-    def _load_parts(self) -> dict[str, Part]:
+    def _load_splits(self) -> dict[str, LoadedSplit]:
         parts, unreadable = {}, []
         for split in ("train", "val", "test"):
             rows = np.flatnonzero(self.table.splits == split)
             if len(rows) == 0:
                 continue
-            recipe = self.plan.recipe if split == "train" else None
-            reader = Reader(self.table.select(rows), self.plan.preprocess, recipe)
-            part = load_part(reader, self.plan.recipe, self.say, split, show=self.main)
+            augmentation = self.plan.recipe.augmentation if split == "train" else None
+            reader = Reader(self.table.select(rows), self.plan.preprocess, augmentation)
+            part = load_split(reader, self.plan.recipe, self.say, split, show=self.main)
             unreadable += part.unreadable
             parts[split] = part
         if unreadable:
             share = len(unreadable) / len(self.table)
             told = f"{len(unreadable)} of {len(self.table)} images can't be read ({share:.1%})"
             if share > self.plan.recipe.max_unreadable:
-                raise ValueError(
+                raise UsageError(
                     f"{told}, more than --max-unreadable {self.plan.recipe.max_unreadable:g}: "
                     + "; ".join(reason for _, reason in unreadable[:3])
                 )
@@ -300,30 +304,30 @@ class Run:
             if self.main:
                 self.folder.write_unreadable(unreadable)
         if "train" not in parts or len(parts["train"].table) == 0:
-            raise ValueError(f"{self.plan.data}: no training image can be read")
+            raise UsageError(f"{self.plan.data}: no training image can be read")
         return parts
 
     def _measured(self, plan: Plan) -> Plan:
-        """With the training images' mean and deviation, where the recipe standardises by them."""
-        if plan.recipe.standardise != "data" or self.resumed:
+        """With the training images' mean and deviation, where the recipe standardizes by them."""
+        if plan.recipe.normalization != "data" or self.resumed:
             return plan
         preprocess = measured(self.parts["train"], plan.preprocess)
         return dataclasses.replace(plan, preprocess=preprocess)
 
-    def _source(self, split: str) -> Held | Streamed:
+    def _source(self, split: str) -> InMemoryLoader | StreamingLoader:
         part, recipe = self.parts[split], self.plan.recipe
         order = None
         if split == "train":
-            order = Order(len(part.table), recipe.seed, image_weights(part.table, recipe))
+            order = SampleOrder(len(part.table), recipe.seed, image_weights(part.table, recipe))
         if part.images is not None:
-            return Held(part.reader, order, recipe.seed, part.images)
+            return InMemoryLoader(part.reader, order, recipe.seed, part.images)
         workers = default_workers() if recipe.workers is None else recipe.workers
-        return Streamed(part.reader, order, recipe.seed, workers)
+        return StreamingLoader(part.reader, order, recipe.seed, workers)
 
     def _trainer(self, model: nn.Module) -> Trainer:
         recipe, table = self.plan.recipe, self.parts["train"].table
         device = self.accelerator.device
-        labels = noisy_labels(table.labels, len(self.plan.classes), recipe.noise, recipe.seed)
+        labels = noisy_labels(table.labels, len(self.plan.classes), recipe.label_noise, recipe.seed)
         weights = loss_weights(table, recipe)
         world = self.accelerator.num_processes
         return Trainer(
@@ -456,7 +460,7 @@ class Run:
         part.lost = unreadable
         self._list_unreadable(part, unreadable)
         if len(rows) == 0:
-            raise OSError(f"no {split} image can be read: {unreadable[0][1]}")
+            raise FileError(f"no {split} image can be read: {unreadable[0][1]}")
         order = np.argsort(rows)
         rows, found = rows[order], found[order]
         if not np.isfinite(found).all():
@@ -479,7 +483,7 @@ class Run:
             self._list_unreadable(self.parts["train"], t.unreadable)
         self.saved_at = time.perf_counter()
 
-    def _list_unreadable(self, part: Part, found: list[tuple[int, str]]) -> None:
+    def _list_unreadable(self, part: LoadedSplit, found: list[tuple[int, str]]) -> None:
         """Adds images that were found unreadable on the way to unreadable.csv."""
         if found and self.main:
             self.folder.write_unreadable([(part.table.path(row), why) for row, why in found])
@@ -491,7 +495,7 @@ class Run:
         told = NotFiniteError(error.step, error.rate, error.rows)
         told.args = (
             f"{error}; its images: {shown}. The last good state is kept in "
-            f"{self.states.folder}; try a lower --lr or --clip 1",
+            f"{self.states.folder}; try a lower --lr or --clip-grad 1",
         )
         return told
 
@@ -546,12 +550,12 @@ class Run:
 
     def _write_network(self, evaluation: Evaluation) -> None:
         plan = self.plan
-        standardise = plan.preprocess.standardise
+        normalization = plan.preprocess.normalization
         top1 = evaluation.metrics["top1"]
         save_model(
             self.trainer.weights, self.folder.path, class_names=plan.classes,
             data_config=plan.preprocess.data_config(),
-            extra={"regard": {"standardise": standardise, "top1": top1.value}},
+            extra={"regard": {"normalization": normalization, "top1": top1.value}},
         )  # fmt: skip
 
     def _facts(self, split: str) -> dict[str, Any]:
@@ -576,14 +580,12 @@ class Run:
             "unreadable": len(set(t.unreadable))
             + sum(len(p.unreadable) + len(p.lost) for p in self.parts.values()),
             "versions": {
-                "regard": regard.__version__, "torch": torch.__version__,
+                "regard": __version__, "torch": torch.__version__,
                 "Python": platform.python_version(),
             },
         }  # fmt: skip
 
     def _tell(self, split: str, evaluation: Evaluation) -> None:
-        from regard.report.of_run import report_run
-
         top1 = evaluation.metrics["top1"]
         wrong = int(evaluation.n - np.trace(evaluation.confusion))
         name = {"test": "test", "val": "validation", "train": "training"}[split]
@@ -593,7 +595,7 @@ class Run:
             f"{self.trainer.seconds:.0f} s, {self.trainer.waited / self.trainer.seconds:.0%} of it "
             "waiting for images"
         )
-        self.say(f"the network: {self.folder.path}; the report: {report_run(self.folder.path)}")
+        self.say(f"the network: {self.folder.path}")
 
 
 def _header(plan: Plan) -> str:

@@ -1,0 +1,82 @@
+"""`regard data`: what is in a data set, and what is wrong with it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from regard.data.audit import DataCheck
+from regard.data.sources import SPLITS
+
+# ---- showing it
+
+
+def print_check(check: DataCheck, as_json: bool = False) -> None:
+    """Prints tables and sentences, or everything as JSON."""
+    if as_json:
+        print(json.dumps(asdict(check), indent=2))  # ASCII: a file name need not be UTF-8
+        return
+    from rich.console import Console
+
+    console = Console()
+    # piped, a table must not be cut to the width of a terminal that is not there
+    Console(width=None if console.is_terminal else 160).print(_table(check))
+    for line in _lines(check):
+        console.print(_plain(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _plain(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _table(check: DataCheck) -> Any:
+    """Classes down, splits across; of many classes the largest and the smallest."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("class")
+    splits = [s for s in (*SPLITS, "") if s in check.counts]
+    for split in splits:
+        table.add_column(split or "images", justify="right")
+    rows = [(c, [check.counts[s][c] for s in splits]) for c in check.counts[splits[0]]]
+    if len(rows) > 20:
+        rows.sort(key=lambda row: -sum(row[1]))
+        rows = [*rows[:8], (f"({len(rows) - 16} more)", []), *rows[-8:]]
+    for name, numbers in rows:
+        table.add_row(Text(_plain(name)), *map(str, numbers))
+    table.add_row("all", *(str(sum(check.counts[s].values())) for s in splits), style="bold")
+    return table
+
+
+def _lines(check: DataCheck) -> Iterator[str]:
+    yield ""
+    if check.checked < check.images:
+        yield f"looked at {check.checked} of {check.images} images"
+    for name in ("height", "width"):
+        if told := check.sizes[name]:
+            yield f"{name}  {told['min']} to {told['max']}, median {told['median']}"
+    common = ", ".join(f"{h} x {w} ({n})" for h, w, n in check.sizes["common"])
+    yield f"height x width  {common}"
+    yield "channels  " + ", ".join(f"{c} ({n})" for c, n in check.channels.items())
+    yield "depth  " + ", ".join(f"{d} ({n})" for d, n in check.depths.items())
+    yield "mean  " + ", ".join(f"{m:.4f}" for m in check.mean)
+    yield "deviation  " + ", ".join(f"{s:.4f}" for s in check.std)
+    if g := check.groups:
+        yield f"groups  {g['number']} of {g['smallest']} to {g['largest']}, median {g['median']}"
+    yield from _listed("can't be read", [f"{p}: {reason}" for p, reason in check.unreadable])
+    for title, found in (("in several splits", check.leaks), ("twice", check.duplicates)):
+        yield from _listed(title, [" = ".join(f"{p} ({s or '-'})" for p, s in g) for g in found])
+    yield ""
+    for line in check.warnings:
+        yield f"warning: {line}"
+    said = check.suggestion
+    yield f"suggestion: size {said['size']}, channels {said['channels']}, resize {said['resize']}"
+
+
+def _listed(title: str, rows: list[str]) -> Iterator[str]:
+    if rows:
+        yield f"{title}:"
+        yield from (f"  {row}" for row in rows[:5])
+        if len(rows) > 5:
+            yield f"  and {len(rows) - 5} more (--json lists all)"

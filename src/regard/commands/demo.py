@@ -1,0 +1,36 @@
+"""`regard demo`: trains AG-SonoNet-8 on real handwritten digits and shows where it looks.
+
+scikit-learn's digits are 1,797 scans of 8x8 pixels from forms that 43 people filled in
+(NIST), 16 gray levels, embedded in the library: nothing is downloaded. It is an ordinary run
+of the recipe `demo`.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from regard.commands.train import train
+from regard.errors import Stopped, UsageError
+
+MARK = ".regard-demo"  # in a folder that a demo may replace
+
+
+def run(out: Path, *, seed: int, epochs: float, echo: Callable[[str], None]) -> Path:
+    """Trains, tests and writes the run folder with its report; returns the folder.
+
+    Raises:
+        UsageError: `out` holds something that no demo wrote.
+        OSError: `out` can't be written.
+    """
+    if out.is_file():
+        raise UsageError(f"{out} is a file: give --out a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MARK).exists():
+            raise UsageError(f"{out} holds something else: give --out a new folder")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
+    try:
+        return train("digits", recipe="demo", out=out, echo=echo, seed=seed, epochs=epochs)
+    except Stopped as stopped:
+        raise KeyboardInterrupt from stopped  # a demo is run again, not resumed

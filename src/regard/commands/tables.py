@@ -1,0 +1,163 @@
+"""The tables of the command line."""
+
+import math
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from regard.evaluation.comparison import Comparison
+from regard.evaluation.intervals import Estimate
+from regard.evaluation.metrics import Evaluation
+
+_NAMES = {
+    "top1": "accuracy (top 1)",
+    "top5": "accuracy (top 5)",
+    "balanced_accuracy": "balanced accuracy (macro recall)",
+    "macro_f1": "macro F1",
+    "macro_precision": "macro precision",
+    "ece": "calibration error (ECE)",
+    "nll": "negative log-likelihood",
+}
+
+
+_MOST = 20  # classes in full; of more, the worst and the most frequent confusions
+
+
+def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
+    """Prints the metrics, the classes and the confusions.
+
+    With more than 20 classes, the 20 of lowest recall. The confusion matrix is told as its 20
+    most frequent confusions with more classes, or where the console is too narrow for it.
+    """
+    console = console or Console()
+    _print(console, *_metrics(evaluation))
+    _print(console, *_classes(evaluation))
+    if len(evaluation.classes) <= _MOST:
+        title, matrix = _matrix(evaluation)
+        unbounded = console.options.update(width=10_000)  # else the console's width is the answer
+        if console.measure(matrix, options=unbounded).maximum <= console.width:
+            _print(console, title, matrix)
+            return
+    _print(console, *_confusions(evaluation))
+
+
+def print_comparison(
+    comparison: Comparison, console: Console | None = None, *, a: str = "a", b: str = "b"
+) -> None:
+    """Prints both accuracies, their difference and the p-value; a and b are the names to use."""
+    console = console or Console()
+    table = _table("network")
+    table.add_column("top 1", justify="right")
+    table.add_column("right alone", justify="right")
+    table.add_row(Text(a), _percent(comparison.top1_a), str(comparison.only_a))
+    table.add_row(Text(b), _percent(comparison.top1_b), str(comparison.only_b))
+    _print(console, f"Accuracy on the same {_images(comparison.n, comparison.n_groups)}", table)
+    d = comparison.difference
+    low, high = ("–" if math.isnan(end) else f"{100 * end:+.2f}" for end in (d.low, d.high))
+    test = "exact McNemar test" if comparison.n_groups is None else "exact sign test of groups"
+    console.print(
+        Text(
+            f"{a} less {b}: {100 * d.value:+.2f} points "
+            f"({100 * comparison.confidence:g} % interval {low} to {high}), "
+            f"p = {comparison.p_value:.3g} ({test})"
+        )
+    )
+
+
+def _images(n: int, n_groups: int | None) -> str:
+    images = f"{n} image{'s' if n != 1 else ''}"
+    return images if n_groups is None else f"{images} of {n_groups} group{'s' * (n_groups != 1)}"
+
+
+def _table(first_column: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first_column)
+    return table
+
+
+def _print(console: Console, title: str, table: Table) -> None:
+    """A table below its title, which may be wider: rich breaks its own at the table's width."""
+    console.print(Text(title, style="bold"))
+    if table.row_count:
+        console.print(table)
+    console.print()
+
+
+def _percent(share: float) -> str:
+    """0.978 -> "97.80 %"; never 0 or 100 for what only rounds to it; – for NaN."""
+    if math.isnan(share):
+        return "–"
+    decimals = 2
+    text = f"{100 * share:.{decimals}f}"
+    while 0.0 < share < 1.0 and float(text) in (0.0, 100.0) and decimals < 9:
+        decimals += 1
+        text = f"{100 * share:.{decimals}f}"
+    return f"{text} %"
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.4f}"
+
+
+def _range(estimate: Estimate, *, percent: bool = True) -> str:
+    if math.isnan(estimate.low):
+        return "–"
+    low, high = (_percent(e) if percent else _number(e) for e in (estimate.low, estimate.high))
+    return f"{low.removesuffix(' %')} – {high}"
+
+
+def _metrics(evaluation: Evaluation) -> tuple[str, Table]:
+    table = _table("metric")
+    table.add_column("value", justify="right")
+    table.add_column(f"{100 * evaluation.confidence:g} % interval", justify="right")
+    for key, name in _NAMES.items():
+        if key in evaluation.metrics:
+            estimate, percent = evaluation.metrics[key], key not in ("ece", "nll")
+            value = _percent(estimate.value) if percent else _number(estimate.value)
+            table.add_row(name, value, _range(estimate, percent=percent))
+    return _images(evaluation.n, evaluation.n_groups), table
+
+
+def _classes(evaluation: Evaluation) -> tuple[str, Table]:
+    rows, title = list(evaluation.per_class), "Classes"
+    if len(rows) > _MOST:
+        present = [row for row in rows if row.count]
+        rows = sorted(present, key=lambda row: row.recall.value)[:_MOST]
+        title = f"The {len(rows)} classes of lowest recall, of {len(evaluation.classes)}"
+    table = _table("class")
+    for heading in ("images", "recall", "interval", "precision", "F1"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        shares = [_percent(row.recall.value), _range(row.recall)]
+        shares += [_percent(row.precision.value), _percent(row.f1.value)]
+        table.add_row(Text(row.name), str(row.count), *shares)
+    return title, table
+
+
+def _matrix(evaluation: Evaluation) -> tuple[str, Table]:
+    """The confusion matrix; columns are numbered as the rows are."""
+    table = _table("")
+    for i in range(len(evaluation.classes)):
+        table.add_column(str(i), justify="right", no_wrap=True)
+    for i, (name, row) in enumerate(zip(evaluation.classes, evaluation.confusion, strict=True)):
+        cells = [Text(str(n), style="bold" if i == j else "") for j, n in enumerate(row)]
+        table.add_row(Text(f"{i} {name}"), *cells)
+    return "Confusion: a row for each true class, a column for each predicted one", table
+
+
+def _confusions(evaluation: Evaluation) -> tuple[str, Table]:
+    """The most frequent mistakes."""
+    wrong = evaluation.confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    some = np.flatnonzero(wrong)  # few of the many pairs; in order, for the stable sort
+    order = some[np.argsort(-wrong.flat[some], kind="stable")][:_MOST]
+    table = _table("true")
+    table.add_column("predicted")
+    for heading in ("images", "of"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True):
+        names = Text(evaluation.classes[i]), Text(evaluation.classes[j])
+        table.add_row(*names, str(wrong[i, j]), str(evaluation.confusion[i].sum()))
+    return "The most frequent confusions" if order.size else "No confusions", table

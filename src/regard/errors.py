@@ -1,0 +1,76 @@
+"""The errors that Regard raises for its users; any other exception is a fault of Regard's own.
+
+Each is also of the built-in kind that a Python caller would expect (`ValueError` for a wrong
+call, `OSError` for a file), and carries the exit code of the command line: 2 for a wrong call,
+1 for work that failed.
+"""
+
+from collections.abc import Sequence
+
+
+class RegardError(Exception):
+    """Anything that went wrong for a reason that the user can act on; the message says what."""
+
+    exit_code = 1
+
+
+class UsageError(RegardError, ValueError):
+    """A wrong call: an unknown name, a value out of range, data that does not fit."""
+
+    exit_code = 2
+
+
+class ImageError(RegardError, ValueError):
+    """A file that can't be read as an image: one line that names the file and the reason."""
+
+    exit_code = 2
+
+
+class CheckpointError(RegardError, ValueError):
+    """A weights file that can't be read or does not fit the network."""
+
+    exit_code = 2
+
+
+class FileError(RegardError, OSError):
+    """Something outside of Regard failed: a file, a disk, a download, a port."""
+
+
+class StateError(FileError):
+    """A training state that can't be written, or none that can be read."""
+
+
+class ExportError(RegardError, ArithmeticError):
+    """An exported file does not answer as the network does; it was not kept."""
+
+
+class ResourceError(RegardError, MemoryError):
+    """Out of memory; the message says what to lower."""
+
+
+class NotFiniteError(RegardError, ArithmeticError):
+    """Loss or weights are infinite or NaN.
+
+    Attributes:
+        step: the optimizer step at which it was seen.
+        rate: the learning rate of that step.
+        rows: the training images of that step, as rows of the training split.
+    """
+
+    def __init__(self, step: int, rate: float, rows: Sequence[int], what: str = "the loss") -> None:
+        super().__init__(f"{what} of step {step} is not finite (learning rate {rate:.3g})")
+        self.step, self.rate, self.rows = step, rate, list(rows)
+
+
+class Stopped(RegardError):  # noqa: N818 (no error: somebody asked for it)
+    """A signal asked the run to stop; its state is saved.
+
+    Attributes:
+        step: the last optimizer step that was done.
+        signal_number: such as signal.SIGTERM.
+    """
+
+    def __init__(self, step: int, signal_number: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step, self.signal_number = step, signal_number
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,376 @@
+"""The pictures: one explanation for a paper, and a contact sheet of many.
+
+Every map has its own scale with its true range below it, and says how channels or blocks
+were made one map. The colors are `regard.explanations.overlay`'s.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from regard.attention import StageMap
+from regard.errors import UsageError
+from regard.explanations.explanation import Explanation
+from regard.explanations.overlay import Picture, color_key, describe, overlay, resize_image, spread
+
+# in inches
+_GAP = 0.14  # between panels
+_TITLE = 0.32  # two lines above a panel
+_BAR = 0.28  # the scale below it, with its numbers
+_CHART = 0.95  # a channel chart's axes
+_CHART_FOOT = 0.34
+_HEAD = 0.42
+
+
+_SMALL, _NORMAL = 6.5, 8.0  # points
+
+
+_GRAY = "#555555"
+_PIXELS = 480  # of a panel's longer side, at most twice: sharp at 300 dpi
+_TALLEST = 1.6  # a taller image is drawn narrower than its column
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _write(target: Any, x: float, y: float, text: str, **kwargs: Any) -> None:
+    """Text that is shown as it is: a $ in a file's name is no formula."""
+    target.text(x, y, text, parse_math=False, **kwargs)
+
+
+def _label(m: StageMap) -> tuple[str, str]:
+    """A panel's two lines: which map, and its size and how it became one map."""
+    name = m.name.removesuffix(".map") if m.name.startswith(m.stage) else m.name
+    size = "×".join(str(n) for n in m.values.shape)
+    return name, ", ".join(part for part in (size, m.reduction) if part)
+
+
+def _display_size(image: Picture) -> tuple[int, int]:
+    """(height, width) at which a panel is drawn: small images enlarged by a whole number."""
+    height, width = image.shape[:2]
+    longest = max(height, width)
+    if longest <= _PIXELS:
+        factor = max(1, math.ceil(_PIXELS / longest))
+        return height * factor, width * factor
+    factor = min(1.0, 2 * _PIXELS / longest)
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def _columns(image: Picture) -> int:
+    """Panels in a row: fewer of them for wide images, which would be too low."""
+    aspect = image.shape[0] / image.shape[1]
+    return 2 if aspect < 0.35 else 3 if aspect < 0.6 else 4
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Places axes by inches from the figure's top left."""
+
+    fig: Figure
+    width: float
+    height: float
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        bottom = self.height - top - height
+        return self.fig.add_axes(
+            (left / self.width, bottom / self.height, width / self.width, height / self.height)
+        )
+
+
+def _title(axes: Axes, first: str, second: str, left: float = 0.0) -> None:
+    at: dict[str, Any] = {
+        "xycoords": "axes fraction",
+        "textcoords": "offset points",
+        "parse_math": False,
+    }
+    axes.annotate(
+        _short(first, 30), (left, 1), (0, 12), fontsize=_NORMAL, weight="bold", va="bottom", **at
+    )
+    axes.annotate(
+        _short(second, 38), (left, 1), (0, 3), fontsize=_SMALL, color=_GRAY, va="bottom", **at
+    )
+
+
+def _bare(axes: Axes, picture: Picture) -> None:
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+    axes.set(xticks=[], yticks=[])
+    for side in axes.spines.values():
+        side.set_linewidth(0.4)
+
+
+def _scale(grid: _Grid, m: StageMap, left: float, top: float, width: float) -> None:
+    """The colors with the true numbers at their ends, and the mean between."""
+    axes = grid.axes(left, top + 0.05, width, 0.07)
+    numbers = spread(m.values)
+    if numbers is None:
+        axes.set_axis_off()
+        words = describe(m.values).removeprefix("attention ")
+        axes.text(0, 0.5, words, fontsize=_SMALL, va="center", transform=axes.transAxes)
+        return
+    _bare(axes, color_key(200, 16))
+    for x, text, align in ((0.0, numbers[0], "left"), (0.5, numbers[2], "center"),
+                           (1.0, numbers[1], "right")):  # fmt: skip
+        axes.text(
+            x, -0.35, text, fontsize=_SMALL, ha=align, va="top", transform=axes.transAxes,
+            color=_GRAY if align == "center" else "black",
+        )  # fmt: skip
+
+
+def _chart(axes: Axes, stage: str, gates: Sequence[StageMap]) -> None:
+    """Channel weights of a stage's gates, each sorted, so that their spread can be compared."""
+    colors = matplotlib.colormaps["viridis"]
+    for i, gate in enumerate(gates):
+        color = colors(0.0 if len(gates) == 1 else 0.85 * i / (len(gates) - 1))
+        label = "block 1" if i == 0 else f"block {i + 1}" if i == len(gates) - 1 else None
+        axes.plot(
+            range(1, gate.values.size + 1), sorted(gate.values.tolist(), reverse=True),
+            color=color, linewidth=1.0, label=label,
+        )  # fmt: skip
+    count = gates[0].values.size
+    _title(axes, stage, f"{count} channel weights, sorted")
+    axes.set_ylim(0, max(1.0, *(float(g.values.max()) for g in gates)) * 1.03)
+    axes.set_xlim(1, count)
+    axes.set_xticks([1, count])
+    axes.set_yticks([0, 0.5, 1])
+    axes.tick_params(labelsize=_SMALL, width=0.5, length=2, pad=1.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.axhline(0.5, color="#bbbbbb", linewidth=0.5, zorder=0)
+    if len(gates) > 1:
+        axes.legend(fontsize=_SMALL - 0.5, frameon=False, loc="best", handlelength=1, borderpad=0.1)
+
+
+def _heading(fig: Figure, found: Explanation, height: float) -> None:
+    name, p = found.classes[0]
+    others = ", ".join(f"{_short(c, 24)} ({_percent(q)})" for c, q in found.classes[1:3])
+    first = f"{_short(found.path, 44)}: {_short(name, 36)} ({_percent(p)})"
+    second = f"then {others}" if others else ""
+    if found.target[0] != name:
+        told = f"Grad-CAM explains {_short(found.target[0], 30)} ({_percent(found.target[1])})"
+        second = f"{second}   ·   {told}" if second else told
+    x = _GAP / fig.get_figwidth()
+    _write(fig, x, 1 - 0.07 / height, first, fontsize=9.5, weight="bold", va="top")
+    _write(fig, x, 1 - 0.25 / height, second, fontsize=_NORMAL - 0.5, color=_GRAY, va="top")
+
+
+def _percent(p: float) -> str:
+    if 0.0 < p < 0.001:
+        return "< 0.1 %"
+    return "> 99.9 %" if 0.999 < p < 1.0 else f"{100 * p:.1f} %"
+
+
+def explanation_figure(found: Explanation, *, width: float = 7.16) -> Figure:
+    """The image, each map over it with its scale, Grad-CAM, and the channel weights as charts.
+
+    Args:
+        found: of `regard.explain`.
+        width: of the figure, in inches; type is 6.5 to 9.5 points at any width.
+
+    Returns:
+        A matplotlib figure, to be saved in any of its formats.
+
+    Raises:
+        UsageError: a width under 4 inches.
+    """
+    if width < 4:
+        raise UsageError(f"width={width}: at least 4 inches, for the numbers to be read")
+    charts: dict[str, list[StageMap]] = {}
+    for m in found.modules:
+        if m.kind == "channel":
+            charts.setdefault(m.stage, []).append(m)
+    panels = found.spatial()
+    columns = _columns(found.image)
+    cell = (width - _GAP) / columns - _GAP
+    aspect = found.image.shape[0] / found.image.shape[1]
+    drawn = cell if aspect <= _TALLEST else cell * _TALLEST / aspect
+    row = _TITLE + drawn * aspect + _BAR + _GAP
+    rows = math.ceil((1 + len(panels)) / columns)
+    chart_row = _TITLE + _CHART + _CHART_FOOT
+    height = _HEAD + rows * row + math.ceil(len(charts) / columns) * chart_row
+    fig = Figure(figsize=(width, height), facecolor="white")
+    grid = _Grid(fig, width, height)
+    _heading(fig, found, height)
+    size = _display_size(found.image)
+    for i in range(1 + len(panels)):
+        left = _GAP + (i % columns) * (cell + _GAP)
+        top = _HEAD + (i // columns) * row + _TITLE
+        axes = grid.axes(left, top, drawn, drawn * aspect)
+        if i == 0:
+            _bare(axes, resize_image(found.image, size))
+            _title(axes, "image", f"{found.image.shape[1]}×{found.image.shape[0]} pixels")
+            _frame(axes, found, size)
+            continue
+        m = panels[i - 1]
+        _bare(axes, overlay(found.image, m.values, size=size, box=found.box))
+        first, second = _label(m)
+        if m.kind == "gradcam":
+            first = f"{first}: {found.target[0]}"
+        _title(axes, first, second)
+        # as wide as the column: a narrow image leaves no room for the numbers
+        _scale(grid, m, left, top + drawn * aspect, cell)
+    for i, (stage, gates) in enumerate(charts.items()):
+        left = _GAP + (i % columns) * (cell + _GAP)
+        top = _HEAD + rows * row + (i // columns) * chart_row + _TITLE
+        _chart(grid.axes(left + 0.16, top, cell - 0.22, _CHART), stage, gates)
+    return fig
+
+
+def _frame(axes: Axes, found: Explanation, size: tuple[int, int]) -> None:
+    """A dashed frame around what the network saw, where that is not the whole image."""
+    height, width = found.image.shape[:2]
+    left, top, right, bottom = found.box
+    if (round(left), round(top), round(right), round(bottom)) == (0, 0, width, height):
+        return
+    x, y = size[1] / width, size[0] / height
+    across, down = [left * x, right * x], [top * y, bottom * y]
+    path = ([across[i] for i in (0, 1, 1, 0, 0)], [down[i] for i in (0, 0, 1, 1, 0)])
+    axes.plot(*path, color="black", linewidth=1.6, scalex=False, scaley=False)
+    axes.plot(*path, color="white", linewidth=0.9, linestyle="--", scalex=False, scaley=False)
+
+
+# ---- contact sheet -----------------------------------------------------------------------
+
+
+def contact_sheet(
+    found: Sequence[Explanation],
+    *,
+    columns: int | None = None,
+    side: int = 180,
+    maps: Sequence[str] | None = None,
+) -> Image.Image:
+    """Many images on one sheet: each with some of its maps beside it and their ranges below.
+
+    Args:
+        found: explanations.
+        columns: images in a row; as many as fit into 1800 pixels by default.
+        side: of each thumbnail's square in pixels, at least 100; images keep their aspect.
+        maps: which to show, by name; the last attention map and Grad-CAM by default.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        UsageError: nothing to show, a map that none has, or a side under 100.
+    """
+    if not found:
+        raise UsageError("a contact sheet needs at least one explanation")
+    if side < 100:
+        raise UsageError(f"side={side}: at least 100 pixels, for the numbers to be read")
+    chosen = [_choose(e, maps) for e in found]
+    most = 1 + max(len(c) for c in chosen)
+    gap, head, foot = 10, 24, 34
+    cell = (most * side + (most - 1) * 4 + 2 * gap, side + head + foot + gap)
+    columns = columns or max(1, min(len(found), 1800 // cell[0]))
+    rows = math.ceil(len(found) / columns)
+    sheet = Image.new("RGB", (columns * cell[0], rows * cell[1] + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    bold, plain = _font(13, "bold"), _font(11, "normal")
+    for i, (e, shown) in enumerate(zip(found, chosen, strict=True)):
+        left, top = gap + (i % columns) * cell[0], gap + (i // columns) * cell[1]
+        name, p = e.classes[0]
+        across = cell[0] - 2 * gap
+        told = f"{e.path}: {name} ({_percent(p)})"
+        draw.text((left, top), _fit(told, bold, across), "black", bold)
+        for k, m in enumerate([None, *shown]):
+            x = left + k * (side + 4)
+            sheet.paste(_thumbnail(e, m, side), (x, top + head))
+            if m is not None:
+                first, _ = _label(m)
+                words = [first if m.kind != "gradcam" else f"Grad-CAM: {e.target[0]}", _range(m)]
+                for line, text in enumerate(words):
+                    y = top + head + side + 2 + 15 * line
+                    draw.text((x, y), _fit(text, plain, side), "#333333", plain)
+    return sheet
+
+
+def _choose(e: Explanation, names: Sequence[str] | None) -> list[StageMap]:
+    spatial = e.spatial()
+    if names is None:
+        attention = [m for m in spatial if m.kind != "gradcam"][-1:]
+        return attention + [m for m in spatial if m.kind == "gradcam"]
+    by_name = {m.name: m for m in spatial}
+    for name in names:
+        if name not in by_name:
+            raise UsageError(f"maps: {name!r} is none of {', '.join(by_name)}")
+    return [by_name[name] for name in names]
+
+
+def _range(m: StageMap) -> str:
+    numbers = spread(m.values)
+    if numbers is None:
+        return describe(m.values).removeprefix("attention ")
+    return f"{numbers[0]} to {numbers[1]}"
+
+
+def _thumbnail(e: Explanation, m: StageMap | None, side: int) -> Image.Image:
+    """The image, or a map over it, within a square, its aspect kept, on white."""
+    height, width = e.image.shape[:2]
+    factor = side / max(height, width)
+    size = max(1, round(height * factor)), max(1, round(width * factor))
+    picture = (
+        resize_image(e.image, size)
+        if m is None
+        else overlay(e.image, m.values, size=size, box=e.box)
+    )
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(
+        Image.fromarray(picture).convert("RGB"), ((side - size[1]) // 2, (side - size[0]) // 2)
+    )
+    return square
+
+
+def _font(size: int, weight: str) -> Any:
+    file = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight))
+    return ImageFont.truetype(file, size)
+
+
+def _fit(text: str, font: Any, width: float) -> str:
+    """The text, cut with … where it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+# ---- deletion and insertion --------------------------------------------------------------
+
+
+def curves_figure(scores: Mapping[str, Any]) -> Figure:
+    """Mean deletion and insertion curves of each map; the controls are gray and dashed.
+
+    Args:
+        scores: of `regard.explanations.faithfulness.score`.
+    """
+    from regard.explanations.faithfulness import CONTROLS
+
+    fig = Figure(figsize=(7.16, 2.9), facecolor="white", layout="constrained")
+    colors = matplotlib.colormaps["viridis"]
+    own = [name for name in scores if name not in CONTROLS]
+    for k, title in enumerate(("deletion: low is good", "insertion: high is good")):
+        axes = fig.add_subplot(1, 2, k + 1)
+        for name, found in scores.items():
+            mean = found.curves[k].mean(axis=0)
+            x = [i / (len(mean) - 1) for i in range(len(mean))]
+            if name in CONTROLS:
+                style = "--" if name == CONTROLS[0] else ":"
+                axes.plot(x, mean, color="#777777", linestyle=style, linewidth=1.2, label=name)
+            else:
+                color = colors(0.85 * own.index(name) / max(1, len(own) - 1))
+                axes.plot(x, mean, color=color, linewidth=1.4, label=name)
+        axes.set_title(title, fontsize=_NORMAL, loc="left", weight="bold")
+        axes.set_xlabel("share of the pixels", fontsize=_SMALL)
+        axes.set_ylabel("probability of the class" if k == 0 else "", fontsize=_SMALL)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.02)
+        axes.tick_params(labelsize=_SMALL, width=0.5, length=2)
+        axes.spines[["top", "right"]].set_visible(False)
+    fig.axes[1].legend(fontsize=_SMALL, frameon=False, loc="lower right")
+    return fig

@@ -1,0 +1,151 @@
+"""Grad-CAM (Selvaraju et al., ICCV 2017, arXiv 1610.02391) for any classifier of timm's.
+
+The map is the layer's own size and unscaled: nothing is enlarged, divided or cut off here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.attention import evaluating
+from regard.errors import UsageError
+
+
+def check_targets(target: Tensor | Sequence[int] | int, logits: Tensor) -> Tensor:
+    """One class for each image, (B,), on the device of the logits (B, classes).
+
+    Raises:
+        UsageError: another number of classes than images, or a class that does not exist.
+    """
+    targets = torch.as_tensor(target, device=logits.device)
+    if targets.ndim == 0:
+        targets = targets.expand(len(logits))
+    if targets.shape != (len(logits),) or targets.dtype.is_floating_point:
+        raise UsageError(f"target of shape {tuple(targets.shape)}: {len(logits)} whole numbers")
+    if bool(((targets < 0) | (targets >= logits.shape[1])).any()):
+        raise UsageError(f"target={targets.tolist()}: classes are 0 to {logits.shape[1] - 1}")
+    return targets.long()
+
+
+def default_layer(model: nn.Module, x: Tensor) -> str:
+    """The layer that Grad-CAM is taken at: the network's last map of features.
+
+    timm's `feature_info` says which it is; for a vision transformer it is the first norm of
+    the last block, as the last block's own patches don't reach the class token; for a network
+    that says nothing, the last submodule to answer with a map of more than one position.
+
+    Raises:
+        UsageError: no submodule gives a map.
+    """
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, nn.Sequential | nn.ModuleList) and hasattr(model, "num_prefix_tokens"):
+        name = f"blocks.{len(blocks) - 1}.norm1"
+        if _has(model, name):
+            return name
+    info = list(getattr(model, "feature_info", None) or [])
+    name = info[-1].get("module", "") if info and isinstance(info[-1], dict) else ""
+    return name if name and _has(model, name) else _last_map(model, x)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return name in dict(model.named_modules())
+
+
+def _last_map(model: nn.Module, x: Tensor) -> str:
+    found: list[str] = []
+
+    def hook_of(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1:
+                found.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(hook_of(n)) for n, m in model.named_modules() if n]
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(x[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        raise UsageError(f"{type(model).__name__} has no layer that gives a map: name one, layer=")
+    return found[-1]
+
+
+def _channels_first(values: Tensor, model: nn.Module) -> Tensor:
+    """A layer's output as (B, C, h, w): from NCHW, NHWC as Swin's, or tokens (B, N, C)."""
+    if values.ndim == 4:
+        last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        return values.permute(0, 3, 1, 2) if last else values
+    if values.ndim == 3:
+        tokens = values[:, getattr(model, "num_prefix_tokens", 0) :]
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        if grid is None or grid[0] * grid[1] != tokens.shape[1]:
+            side = round(tokens.shape[1] ** 0.5)
+            grid = (side, side)
+        if grid[0] * grid[1] == tokens.shape[1]:
+            return tokens.transpose(1, 2).unflatten(2, tuple(grid))
+    raise UsageError(f"the layer gives {tuple(values.shape)}, no map: choose another, layer=")
+
+
+def gradcam(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor | Sequence[int] | int | None = None,
+    *,
+    layer: str | None = None,
+) -> Tensor:
+    """Grad-CAM: ReLU(sum over c of alpha_c A_c), alpha_c the mean over positions of dy/dA_c.
+
+    A is a layer's output and y the logit of the class. The network is evaluated as in
+    prediction; its mode, weights, gradients and hooks are left as they were.
+
+    Args:
+        x: (B, C, H, W), preprocessed.
+        target: the class to explain, one for each image or one for all; what the network
+            predicts by default.
+        layer: a submodule's name; the last map of features by default, see default_layer.
+
+    Returns:
+        (B, h, w), of the layer's size, at least 0, on the device of x.
+
+    Raises:
+        UsageError: a layer that does not exist, did not run or gives no map, or a target that
+            is no class.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+        x = x.detach().clone()
+        name = default_layer(model, x) if layer is None else layer
+        if not _has(model, name):
+            known = [n for n, _ in model.named_children()]
+            raise UsageError(f"layer={name!r}: no such layer; in this network: {', '.join(known)}")
+        kept: list[Tensor] = []
+
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor):
+                raise UsageError(f"layer={name!r}: its output is {type(output).__name__}, no map")
+            # a leaf, so that nothing before the layer is differentiated; and a copy of it for
+            # what follows, which may work in place
+            kept[:] = [output.detach().requires_grad_()]
+            return kept[0].clone()
+
+        handle = model.get_submodule(name).register_forward_hook(hook)
+        try:
+            logits = model(x)
+        finally:
+            handle.remove()
+        if not kept:
+            raise UsageError(f"layer={name!r} did not run: give a layer in use, model uncompiled")
+        targets = check_targets(logits.argmax(dim=1) if target is None else target, logits)
+        scores = logits.gather(1, targets[:, None]).sum()
+        if not scores.requires_grad:
+            raise UsageError(f"layer={name!r}: the class does not depend on it")
+        (slope,) = torch.autograd.grad(scores, kept[0], allow_unused=True)
+        if slope is None:
+            raise UsageError(f"layer={name!r}: the class does not depend on it")
+    values = _channels_first(kept[0].detach(), model)
+    weights = _channels_first(slope, model).mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+    return (weights * values).sum(dim=1).relu()

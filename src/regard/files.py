@@ -1,0 +1,60 @@
+"""Writing files: atomically, with fsync, and only where there is space."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from regard.errors import StateError
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Has `write` write a file beside `path`, flushes it to the disk, and renames it.
+
+    Raises:
+        StateError: it can't be written; what was there before is as it was.
+    """
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        write(beside)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's zip writer: RuntimeError
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise StateError(f"{path} can't be written ({reason})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename too must be on the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuses a folder that can't be written or a disk without room, before hours are spent.
+
+    Raises:
+        StateError: the message says which, and how much is missing.
+    """
+    probe = folder / ".probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"regard")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise StateError(f"{folder} can't be written ({error.strerror})") from error
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StateError(
+            f"{folder}: {free / 1e6:,.0f} MB are free, and the run needs about "
+            f"{needed / 1e6:,.0f} MB for its weights and states"
+        )

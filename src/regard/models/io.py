@@ -1,0 +1,131 @@
+"""A network as a folder that timm loads: config.json and model.safetensors.
+
+`timm.create_model("local-dir:FOLDER", pretrained=True)` gives it back, arguments, weights
+and all; what images it takes and what its classes are called is in config.json.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from regard.errors import FileError, UsageError
+
+# how a network was made, not what it is: loading a folder must not fetch weights again
+_NOT_SAVED = ("pretrained_plain",)
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    data_config: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Saves a network of Regard's or timm's as a folder in timm's `local-dir` layout.
+
+    Args:
+        model: made by create_model().
+        folder: made where missing; each file is written beside and then renamed, so that
+            there is never half a file under its name.
+        class_names: in the order of the classifier's outputs.
+        data_config: timm's preprocessing: input_size (C, H, W), mean, std, interpolation,
+            crop_pct, crop_mode.
+        extra: further entries of config.json, which timm ignores.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: the class names are not as many as the classes, or the network is not
+            what its name and arguments make, so that the folder could not be loaded.
+        OSError: the folder can't be written.
+    """
+    if class_names is not None and len(class_names) != model.num_classes:
+        raise UsageError(f"{len(class_names)} class names for {model.num_classes} classes")
+    _check_loadable(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    config: dict[str, Any] = dict(extra or {})
+    if class_names is not None:
+        config["label_names"] = list(class_names)
+    made_with: Any = getattr(model, "_model_args", None)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+        weights = Path(scratch, "model.safetensors")
+        try:
+            save_file(tensors, weights, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, say, which is no OSError there
+            raise FileError(f"{folder}: its weights can't be written ({error})") from error
+        try:
+            model._model_args = _arguments(model)  # type: ignore[assignment]
+            path = Path(scratch, "config.json")
+            save_config_for_hf(model, str(path), model_config=config, data_config=data_config)
+        finally:
+            model._model_args = made_with
+        weights.chmod(path.stat().st_mode)  # save_file leaves it to its owner alone
+        for name in ("model.safetensors", "config.json"):
+            os.replace(Path(scratch, name), folder / name)
+    return folder
+
+
+def _arguments(model: nn.Module) -> dict[str, Any]:
+    """What makes the network again: create_model's arguments, with the classes that it has now."""
+    made_with: Any = getattr(model, "_model_args", None) or {}
+    kept = {k: v for k, v in made_with.items() if k not in _NOT_SAVED}
+    return {**kept, "num_classes": model.num_classes}
+
+
+def _check_loadable(model: nn.Module) -> None:
+    """Refuses a network whose name and arguments make another one, before it is written.
+
+    Raises:
+        UsageError: they do; the message names the first tensors that differ.
+    """
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    name = cfg.get("architecture")
+    if name is None or not timm.is_model(name):
+        raise UsageError(f"{type(model).__name__} was not made by create_model(): it has no name")
+    arguments = _arguments(model)
+    with torch.device("meta"):
+        made = timm.create_model(name, **arguments).state_dict()
+    own = model.state_dict()
+    odd = sorted(
+        key for key in own.keys() | made.keys()
+        if key not in own or key not in made or own[key].shape != made[key].shape
+    )  # fmt: skip
+    if odd:
+        shown = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+        raise UsageError(
+            f"this network is no {name} of the arguments it was made with ({shown} differ), so "
+            "the folder could not be loaded again"
+        )
+
+
+def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
+    """The network of a folder in timm's `local-dir` layout, and its config.json.
+
+    Raises:
+        UsageError: the folder holds no network, or one that can't be loaded.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        hint = " yet: its training has not ended" if (folder / "run.json").is_file() else ""
+        raise UsageError(f"{folder} holds no trained network{hint} (no config.json)")
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (RuntimeError, FileNotFoundError, json.JSONDecodeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{folder}: its network can't be loaded ({reason})") from error
+    return model, config

@@ -1,0 +1,320 @@
+"""A run's folder: its files, its plan, its data and its splits."""
+
+import csv
+import json
+import re
+import shutil
+import time
+import tomllib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from regard.data.loading import Reader, StreamingLoader, default_workers
+from regard.data.preprocess import Preprocess
+from regard.data.sources import ImageTable, as_known, open_data
+from regard.data.splits import read_splits, write_splits
+from regard.errors import FileError, UsageError
+from regard.evaluation import Evaluation, Predictions
+from regard.files import write_atomically
+from regard.models.create import make_model
+from regard.predict import Classifier, load, probabilities_of
+
+
+def predictions_of(
+    run: str | Path,
+    data: str | None = None,
+    *,
+    split: str | None = None,
+    weights: str | Path | None = None,
+    root: str | Path | None = None,
+    complain: Callable[[str], None] = print,
+    prepare: Callable[[Classifier, Reader], None] = lambda classifier, reader: None,
+) -> tuple[str, Predictions]:
+    """What a network says of labeled images, and the split they are of ("all": no splits).
+
+    Args:
+        run: a run's folder, or a network's name with `weights`.
+        data: as for training; without it the run's own, split as it was for training.
+        split: train, val or test; without it test where there is one, else all.
+        weights: for a network's name: a run's folder or an authors' checkpoint.
+        root: where cifar10 and cifar100 are.
+        complain: is told of each image that can't be read.
+        prepare: may give the network an engine; gets what reads the images.
+
+    Raises:
+        UsageError: no such network, data, split, or classes that the network does not know.
+        OSError: no image can be read.
+    """
+    if weights is None and Path(run).is_dir():
+        classifier = load(run)
+        table = run_table(Path(run), data, root)
+    else:
+        if data is None:
+            raise UsageError(f"{run} is no run's folder: a network's name needs DATA and --weights")
+        table = open_data(data, root=root)
+        classifier = _named(str(run), table, weights)
+    named, table = _split(table, split)
+    table = as_known(table, classifier.class_names)
+    reader = Reader(table, classifier.preprocess)
+    prepare(classifier, reader)
+    source = StreamingLoader(reader, None, 0, default_workers())
+    rows, found, unreadable = probabilities_of(classifier, source, len(table))
+    for _, reason in unreadable:
+        complain(reason)
+    if len(rows) == 0:
+        raise FileError(f"{table.name}: none of its {len(table)} {named} images can be read")
+    kept = table.select(rows)
+    paths = [kept.path(i) for i in range(len(kept))]
+    return named, Predictions(found, kept.labels, kept.classes, kept.groups, paths)
+
+
+def run_table(run: Path, data: str | None, root: str | Path | None) -> ImageTable:
+    """The images of a run, split as they were for training; or other data.
+
+    Raises:
+        UsageError: the folder does not say what it was trained on, or the data is not as it was.
+    """
+    folder = RunFolder(run)
+    if data is not None:
+        return open_data(data, root=root)
+    if not folder.exists:
+        raise UsageError(f"{run} does not say what it was trained on: give DATA")
+    plan = folder.read_plan()
+    return read_splits(open_data(plan["data"], root=root or plan["root"]), run / "splits.csv")
+
+
+def _named(name: str, table: ImageTable, weights: str | Path | None) -> Classifier:
+    """A network by its name, with weights from elsewhere."""
+    if weights is None:
+        raise UsageError(f"{name} is no run's folder: to test a network by its name give --weights")
+    if Path(weights).is_dir():  # a run's folder: its images are prepared as they were there
+        other = load(weights)
+        arguments: Any = getattr(other.model, "_model_args", None) or {}
+        kept = {k: v for k, v in arguments.items() if k not in ("num_classes", "in_chans")}
+        size = other.preprocess.input_size
+        model = make_model(name, kept, len(other.class_names), size, False, str(weights))
+        return Classifier(model, other.class_names, other.preprocess)
+    cfg = timm.models.get_pretrained_cfg(name)
+    size = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
+    model = make_model(name, {}, len(table.classes), size, False, str(weights))
+    found: Any = model.pretrained_cfg
+    return Classifier(model, table.classes, Preprocess.from_config(found))
+
+
+def _split(table: ImageTable, split: str | None) -> tuple[str, ImageTable]:
+    present = [s for s in ("test", "val", "train") if np.any(table.splits == s)]
+    if not present and split in (None, "all"):
+        return "all", table
+    chosen = split or ("test" if "test" in present else "all")
+    if chosen == "all":
+        return "all", table
+    if chosen not in present:
+        has = ", ".join(present) or "no splits"
+        raise UsageError(f"--split {chosen}: {table.name} has {has}; or choose all")
+    return chosen, table.select(table.splits == chosen)
+
+
+RUNS = Path("runs")
+NOBODYS = (".probe", ".regard-demo", ".run.json.writing")  # files that make a folder nobody's run
+
+
+def choose_out(out: str | Path | None, data: str, model: str | None, resume: bool) -> Path:
+    """The run's folder: as asked for, or runs/DATA-MODEL, with a number where that is taken.
+
+    Raises:
+        UsageError: a run is to be resumed, and there is none.
+    """
+    if out is not None:
+        path = Path(out)
+        if resume and not (path / "run.json").is_file():
+            raise UsageError(f"{path} holds no run to resume")
+        return path
+    name = re.sub(r"[^\w.-]+", "-", Path(data.rstrip("/")).stem or data).strip("-.") or "data"
+    base = RUNS / f"{name}-{model or 'cbam_resnet18'}"
+    taken = [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 10_000))]
+    free = next(i for i, path in enumerate(taken) if not path.exists())
+    if not resume:
+        return taken[free]
+    if free == 0:
+        raise UsageError(f"{base} is not there: no run to resume; name its folder with --out")
+    return taken[free - 1]
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run has been started there, with all that it needs to go on."""
+        return (self.path / "run.json").is_file() and self._run()["status"] != "starting"
+
+    @property
+    def finished(self) -> bool:
+        """Whether that run has ended, with its network written."""
+        return self.exists and self._run()["status"] == "finished"
+
+    def refuse_others(self) -> None:
+        """Refuses a folder that holds anything, but for a run that ended before it started.
+
+        Raises:
+            UsageError: it does; the message says what to do.
+        """
+        if self.exists:
+            kind = "a finished run" if self.finished else "a run that has not ended"
+            hint = "" if self.finished else "add --resume to go on with it, or "
+            raise UsageError(f"{self.path} holds {kind}: {hint}give --out another folder")
+        if self.path.is_file():
+            raise UsageError(f"{self.path} is a file: give --out a folder")
+        if (self.path / "run.json").is_file() or not self.path.is_dir():
+            return
+        if any(p.name not in NOBODYS for p in self.path.iterdir()):
+            raise UsageError(f"{self.path} holds something else: give --out a new folder")
+
+    def _run(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{self.path / 'run.json'} can't be read ({error})") from error
+
+    def read_plan(self) -> dict[str, Any]:
+        """The plan as a dictionary, as `start` was given it."""
+        return self._run()["plan"]
+
+    def read_measured(self) -> dict[str, Any]:
+        """What was decided by measuring when the run was started."""
+        return self._run().get("measured", {})
+
+    def read_facts(self) -> dict[str, Any]:
+        """What was measured, of a finished run."""
+        return self._run()["facts"]
+
+    def read_recipe(self) -> dict[str, Any]:
+        """The resolved recipe, as its TOML file has it."""
+        return tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
+
+    # --------------------------------------------------------------------------- writing
+    def _write_run(self, run: dict[str, Any]) -> None:
+        self.write_text("run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """A file of the folder."""
+        write_atomically(self.path / name, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+    def claim(self) -> None:
+        """Marks the folder as a run's; until `start` another run may take its place."""
+        if not self.exists:
+            self._write_run({"status": "starting"})
+
+    def start(
+        self,
+        plan: dict[str, Any],
+        recipe_text: str,
+        table: ImageTable,
+        measured: dict[str, Any] | None = None,
+    ) -> None:
+        """Writes what the run is, run.json last; of a run that is resumed nothing is changed.
+
+        `measured` is what was decided by measuring, for `read_measured`.
+        """
+        if self.exists:
+            return
+        plan = {k: v for k, v in plan.items() if k != "recipe"}
+        self.write_text("recipe.toml", recipe_text)
+        write_splits(table, self.path / "splits.csv")
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._write_run({
+            "status": "running", "started": started, "plan": plan, "measured": measured or {},
+            "facts": {},
+        })  # fmt: skip
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Says that the run has ended, and what was measured."""
+        self._write_run({**self._run(), "status": "finished", "facts": facts})
+        (self.path / "best.safetensors").unlink(missing_ok=True)
+        for left in self.path.glob(".writing-*"):  # of a process that was killed: a whole network
+            shutil.rmtree(left, ignore_errors=True)
+        for left in self.path.glob(".*.writing"):
+            left.unlink(missing_ok=True)
+
+    def write_metrics(self, history: list[dict[str, float]]) -> None:
+        """metrics.csv: a row for each evaluation."""
+
+        def write(beside: Path) -> None:
+            with beside.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(history[0]))
+                writer.writeheader()
+                writer.writerows({k: f"{v:.8g}" for k, v in row.items()} for row in history)
+
+        write_atomically(self.path / "metrics.csv", write)
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """metrics.csv as written."""
+        with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+    def write_unreadable(self, found: Iterable[tuple[str, str]]) -> None:
+        """unreadable.csv: images that could not be read, and why; known ones are kept."""
+        path = self.path / "unreadable.csv"
+        known: dict[str, str] = {}
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                known = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+        known |= dict(found)
+
+        def write(beside: Path) -> None:
+            with beside.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(["path", "reason"])
+                writer.writerows(known.items())
+
+        write_atomically(path, write)
+
+    def write_best(self, model: nn.Module) -> None:
+        """The weights that are best so far."""
+        tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        write_atomically(self.path / "best.safetensors", lambda beside: save_file(tensors, beside))
+
+    def read_best(self, model: nn.Module) -> None:
+        """Puts them into the network."""
+        model.load_state_dict(load_file(self.path / "best.safetensors"))
+
+    def write_evaluation(self, split: str, evaluation: Evaluation, said: Predictions) -> None:
+        """evaluation.json, and predictions.npz with what was said of each image."""
+        content = {"split": split, **evaluation.to_dict()}
+        self.write_text("evaluation.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        arrays: dict[str, Any] = {
+            "probabilities": said.probabilities.astype(np.float32),
+            "labels": said.labels,
+            "paths": np.array(said.paths),
+            "classes": np.array(said.classes),
+            "split": np.array(split),
+        }
+        if said.groups is not None:
+            arrays["groups"] = said.groups
+
+        def write(beside: Path) -> None:
+            with beside.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+
+        write_atomically(self.path / "predictions.npz", write)
+
+    def read_predictions(self) -> tuple[str, Predictions]:
+        """The split tested, and what was said of each image of it."""
+        with np.load(self.path / "predictions.npz") as file:
+            groups = file.get("groups")
+            return str(file["split"]), Predictions(
+                file["probabilities"].astype(np.float64), file["labels"],
+                file["classes"].tolist(), groups, file["paths"].tolist(),
+            )  # fmt: skip

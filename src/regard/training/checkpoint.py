@@ -1,0 +1,81 @@
+"""A run's saved states: complete or not there, and always one that is good.
+
+A state is written beside, flushed to the disk, and renamed; the one before it is removed only
+then. Whatever is killed at whatever moment, the newest complete state is found and read.
+"""
+
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard.errors import StateError, UsageError
+from regard.files import write_atomically
+
+_NAME = re.compile(r"step-(\d{9})\.pt")
+_BROKEN = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
+KEPT = 2  # the newest, and the one before it in case the disk harms the newest
+
+
+class Checkpoints:
+    """The states in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _newest_first(self) -> Iterator[tuple[int, Path]]:
+        found: list[tuple[int, Path]] = []
+        if self.folder.is_dir():
+            found = [
+                (int(m[1]), p) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name))
+            ]
+        return iter(sorted(found, reverse=True))
+
+    def save(self, step: int, content: dict[str, Any]) -> None:
+        """Writes the state after `step` steps; tensors, numbers, strings, lists and dicts.
+
+        Raises:
+            StateError: it can't be written; the states before it are as they were.
+        """
+        path = self.folder / f"step-{step:09d}.pt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda beside: torch.save(content, beside))
+        except OSError as error:
+            raise StateError(f"the state can't be saved: {error}") from error
+        left = [old for _, old in list(self._newest_first())[KEPT:]]
+        for old in [*left, *self.folder.glob(".step-*.writing")]:  # of a process that was killed
+            old.unlink(missing_ok=True)
+
+    def load(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """The newest state that can be read, and a line about each that can't.
+
+        Raises:
+            StateError: there are states, and none can be read.
+        """
+        broken: list[str] = []
+        for _, path in self._newest_first():
+            try:
+                return _read(path), broken
+            except _BROKEN as error:
+                reason = " ".join(str(error).split())[:120]
+                broken.append(f"{path} can't be read ({reason})")
+        if broken:
+            raise StateError("; ".join(broken))
+        return None, []
+
+    def clear(self) -> None:
+        """Removes what only a run that goes on needs."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+        if (harmed := file.testzip()) is not None:
+            raise UsageError(f"{harmed} in it is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)

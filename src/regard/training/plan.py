@@ -1,0 +1,205 @@
+"""What a run decides for itself: network arguments, image size, length, weights, precision."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from regard.data.preprocess import Preprocess
+from regard.data.sources import ImageTable
+from regard.errors import ImageError, UsageError
+from regard.machine import has_bf16
+from regard.models.cbam import AttentionResNet
+from regard.models.create import _outline
+from regard.training.config import Recipe
+
+DEFAULT_MODEL = "cbam_resnet18"
+SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
+CPU_SIZE = 128  # the largest that is chosen without a GPU; --size takes any
+CIFAR_STEM_UP_TO = 48  # pixels
+
+
+def choose_model(
+    name: str | None, recipe: Recipe, weights: str | Path | None
+) -> tuple[str, dict[str, Any]]:
+    """The network's name, and the recipe's arguments of those that it takes.
+
+    Raises:
+        UsageError: no network is called so.
+    """
+    chosen = name or recipe.model or DEFAULT_MODEL
+    _outline(chosen)  # an unknown name is told before any image is read
+    arguments = dict(recipe.model_args)
+    if name is not None and recipe.model is not None and name != recipe.model:
+        if type(_outline(name)) is not type(_outline(recipe.model)):
+            arguments = {}
+        elif "cbam" in recipe.model and "cbam" not in name:
+            arguments = {k: v for k, v in arguments.items() if k == "stem"}
+    return chosen, arguments
+
+
+def choose_preprocess(
+    name: str,
+    arguments: Mapping[str, Any],
+    recipe: Recipe,
+    table: ImageTable,
+    pretrained: bool,
+) -> tuple[Preprocess, dict[str, Any], list[str]]:
+    """The preprocessing by recipe, network and data, the network's arguments, and what to tell.
+
+    Raises:
+        UsageError: no image of a sample can be read.
+    """
+    sides, channels = _look(table)
+    cfg = timm.models.get_pretrained_cfg(name)
+    default = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
+    arguments = dict(arguments)
+    if cfg is not None and cfg.fixed_input_size:  # a transformer; its weights are for one size
+        height, width = (recipe.size, recipe.size) if recipe.size else default[1:]
+        told: list[str] = []
+        if (height, width) != default[1:]:
+            arguments.setdefault("img_size", height)
+    else:
+        height, width, told = _size(recipe, default, sides)
+    in_chans = int(arguments.pop("in_chans", 3 if pretrained else channels))
+    model = _outline(name, arguments)
+    if isinstance(model, AttentionResNet) and not pretrained and height <= CIFAR_STEM_UP_TO:
+        arguments.setdefault("stem", "cifar")
+    mean, std = (0.5,) * in_chans, (0.25,) * in_chans
+    if cfg is not None and len(cfg.mean) == in_chans:
+        mean, std = tuple(cfg.mean), tuple(cfg.std)
+    preprocess = Preprocess(
+        input_size=(in_chans, height, width), mean=mean, std=std, resize=recipe.resize,
+        crop_pct=recipe.crop_pct if recipe.resize == "crop" else 1.0,
+        normalization="image" if recipe.normalization == "image" else "fixed",
+    )  # fmt: skip
+    return preprocess, arguments, told
+
+
+def _look(table: ImageTable) -> tuple[list[int], int]:
+    """Shorter sides, and the channels of most, of up to 64 images spread over the table."""
+    sides, channels, reason = [], [], ""
+    for row in np.linspace(0, len(table) - 1, min(64, len(table))).astype(int).tolist():
+        try:
+            pixels = table.read(row)
+        except ImageError as error:
+            reason = reason or str(error)
+            continue
+        sides.append(min(pixels.shape[:2]))
+        channels.append(pixels.shape[2])
+    if not sides:
+        raise UsageError(f"{table.name}: none of the images tried can be read; {reason}")
+    return sides, int(np.median(channels))
+
+
+def _size(recipe: Recipe, default: tuple[int, ...], sides: list[int]) -> tuple[int, int, list[str]]:
+    if recipe.size is not None:
+        return recipe.size, recipe.size, []
+    side = int(np.median(sides))
+    if default[1] != default[2] and side >= default[1]:  # AG-SonoNet's 208x272
+        return default[1], default[2], []
+    top = max(default[1:]) if torch.cuda.is_available() else min(max(default[1:]), CPU_SIZE)
+    chosen = next((s for s in SIZES if s >= min(side, top)), top)
+    told = [f"image size: {chosen}, as most images are {side} on the shorter side"]
+    if chosen < min(side, max(default[1:])):
+        told = [
+            f"image size: {chosen}, to be quick without a GPU; larger: --size "
+            f"{min(side, max(default[1:]))}"
+        ]
+    return chosen, chosen, told
+
+
+def choose_steps(recipe: Recipe, images: int, processes: int) -> int:
+    """Optimizer steps of the run: told by the recipe, or by the number of training images."""
+    if recipe.steps is not None:
+        return recipe.steps
+    epochs = recipe.epochs
+    if epochs is None:
+        epochs = min(60.0, max(3.0, 15 * math.sqrt(2000 / images)))
+    batch = min(recipe.batch_size, images)
+    steps = epochs * images / (batch * recipe.accumulate * processes)
+    return max(1, math.ceil(steps - 1e-6))  # 0.07 * 100 is a little more than 7
+
+
+def parse_weights(text: str, classes: list[str], flag: str) -> NDArray[np.float64]:
+    """CLASS=WEIGHT,CLASS=WEIGHT as an array by class, 1 where a class is not named.
+
+    Raises:
+        UsageError: a class is unknown, or a weight is no number of at least 0.
+    """
+    weights = np.ones(len(classes))
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, value = part.rpartition("=")
+        if not equals or name not in classes:
+            raise UsageError(f"{flag} {part}: CLASS=WEIGHT with one of {', '.join(classes[:20])}")
+        try:
+            weights[classes.index(name)] = float(value)
+        except ValueError:
+            raise UsageError(f"{flag} {part}: {value!r} is no number") from None
+    if not (weights >= 0).all() or not np.isfinite(weights).all() or not weights.any():
+        raise UsageError(f"{flag} {text}: weights of at least 0, and not all 0")
+    return weights
+
+
+def image_weights(table: ImageTable, recipe: Recipe) -> NDArray[np.float64] | None:
+    """Each image's weight for the sampler; None: all are shuffled.
+
+    Raises:
+        UsageError: the recipe's weights can't be read, or leave no image.
+    """
+    by_class = parse_weights(recipe.sampler_weights, table.classes, "--sampler-weights")
+    if recipe.sampler == "shuffled" and not recipe.sampler_weights:
+        return None
+    if recipe.sampler == "balanced":
+        counts = np.bincount(table.labels, minlength=len(table.classes))
+        by_class = by_class / np.maximum(counts, 1)
+    weights = by_class[table.labels]
+    if not weights.any():
+        raise UsageError(f"--sampler-weights {recipe.sampler_weights}: no image is left to draw")
+    return weights
+
+
+def loss_weights(table: ImageTable, recipe: Recipe) -> Tensor | None:
+    """Each class's weight in the loss; None: all alike."""
+    if recipe.class_weights == "none":
+        return None
+    if recipe.class_weights == "balanced":
+        counts = np.bincount(table.labels, minlength=len(table.classes))
+        weights = len(table) / (len(table.classes) * np.maximum(counts, 1))
+    else:
+        weights = parse_weights(recipe.class_weights, table.classes, "--class-weights")
+    return torch.from_numpy(weights).float()
+
+
+def noisy_labels(
+    labels: NDArray[np.int64], classes: int, share: float, seed: int
+) -> NDArray[np.int64]:
+    """Labels of which a share is another class's, evenly drawn from the others (RAN, table 4)."""
+    if share == 0 or classes < 2:
+        return labels
+    rng = np.random.default_rng([seed, 4])
+    changed = rng.permutation(len(labels))[: round(share * len(labels))]
+    noisy = labels.copy()
+    noisy[changed] = (labels[changed] + rng.integers(1, classes, len(changed))) % classes
+    return noisy
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to run in bf16: where the machine computes in it, or where it is asked for."""
+    if precision != "auto":
+        return precision == "bf16"
+    return has_bf16(device)
+
+
+def bf16_note(precision: str, device: torch.device) -> str | None:
+    """What to tell where bf16 is asked for, and the machine only emulates it."""
+    if precision != "bf16" or use_bf16("auto", device):
+        return None
+    what = "GPU" if device.type == "cuda" else "CPU" if device.type == "cpu" else device.type
+    return f"note: this {what} does not compute in bf16, only imitates it: fp32 may be faster"

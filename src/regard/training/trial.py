@@ -1,0 +1,53 @@
+"""Steps of training that leave no trace, to measure what a run will take."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from regard.data.loading import Batch
+from regard.training.loop import Trainer
+from regard.training.optim import set_rate
+
+
+@contextlib.contextmanager
+def rehearsal(trainer: Trainer, **changes: Any) -> Iterator[Trainer]:
+    """A trainer of the same network, to do with what one likes; `changes` are its attributes.
+
+    Afterwards weights, buffers, gradients and random numbers are as they were. It is the
+    network itself that trains, no copy, so that what was compiled for it is still of use.
+    """
+    model, device, mode = trainer.model, trainer.accelerator.device, trainer.model.training
+    tensors = [*model.parameters(), *model.buffers()]
+    kept = [t.detach().to("cpu", copy=True) for t in tensors]  # a device may have no room
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            model.train()
+            yield dataclasses.replace(trainer, history=[], unreadable=[], **changes)
+        finally:
+            model.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for tensor, was in zip(tensors, kept, strict=True):
+                    tensor.copy_(was)
+            model.train(mode)
+
+
+def rehearse(trainer: Trainer, batches: Sequence[Batch], forward: Any = None) -> None:
+    """One step at rate 0 on a step's batches, and waits until it is done.
+
+    Nothing is exchanged between processes. `forward` is the network, or it compiled.
+    """
+    trainer._forward = trainer.model if forward is None else forward
+    set_rate(trainer.optimizer, 0.0)
+    trainer.gradients(iter(batches))
+    trainer.update()
+    if trainer.accelerator.device.type == "cuda":
+        torch.cuda.synchronize(trainer.accelerator.device)
+
+
+def first_batches(trainer: Trainer) -> list[Batch]:
+    """The batches of this process's next step."""
+    spans = trainer.spans(trainer.step)[: trainer.recipe.accumulate]
+    return list(trainer.source.batches(spans))
