@@ -8,16 +8,25 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import beta, binomtest, kstest
+from scipy.stats import beta, binomtest, ks_2samp, kstest
 from sklearn.datasets import load_sample_images
 from torch import Tensor
+from torchvision.transforms.v2 import RandomResizedCrop
 
 from regard.data import augment as module
-from regard.data.augment import WIDTH, Augmentation, augment, draws, mixed, random_resized
+from regard.data.augment import (
+    WIDTH,
+    Augmentation,
+    augment,
+    mixup,
+    random_numbers,
+    random_region,
+    random_resized,
+)
 from regard.data.preprocess import Preprocess, resample
 
 OFF = Augmentation(flip=0.0)
-LARGEST = 1 - 2**-24  # that draws() gives
+LARGEST = 1 - 2**-24  # that random_numbers() gives
 UNIFORM = st.floats(0, LARGEST, width=32)
 
 
@@ -59,15 +68,15 @@ def moments(image: Tensor) -> tuple[float, float, float, float, float]:
 # -------------------------------------------------------------------------------- the draws
 @given(st.integers(0, 2**31), st.integers(0, 2**40), st.lists(st.integers(1, 9), min_size=2))
 def test_draws_do_not_depend_on_the_calls(seed, start, counts):
-    whole = draws(seed, start, sum(counts))
+    whole = random_numbers(seed, start, sum(counts))
     at = start
     for count in counts:
-        assert torch.equal(draws(seed, at, count), whole[at - start : at - start + count])
+        assert torch.equal(random_numbers(seed, at, count), whole[at - start : at - start + count])
         at += count
 
 
 def test_every_number_is_uniform_and_its_own():
-    u = draws(11, 0, 4000).numpy()
+    u = random_numbers(11, 0, 4000).numpy()
     assert u.dtype == np.float32
     assert 0 <= u.min() <= u.max() < 1
     # the least of 24 p-values of a true generator is under 0.0004 once in a hundred times
@@ -75,7 +84,7 @@ def test_every_number_is_uniform_and_its_own():
     together = np.abs(np.corrcoef(u.T) - np.eye(WIDTH))
     assert together.max() < 4.5 / math.sqrt(len(u))
     assert abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 4 / math.sqrt(len(u))
-    others = draws(12, 0, 4000).numpy()
+    others = random_numbers(12, 0, 4000).numpy()
     assert not (others == u).all(axis=1).any()
     assert abs(np.corrcoef(others.ravel(), u.ravel())[0, 1]) < 4 / math.sqrt(u.size)
 
@@ -86,7 +95,7 @@ def test_off_is_off_to_the_bit(normalization):
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
     preprocess = Preprocess((3, 427, 640), (0.4,) * 3, (0.2,) * 3, normalization=normalization)
     for images in (photos, photos.float() + 0.25):
-        found = augment(images, draws(0, 0, 2), OFF, preprocess)
+        found = augment(images, random_numbers(0, 0, 2), OFF, preprocess)
         assert torch.equal(found, preprocess.normalize(images))
     # and drawn so that nothing happens, all of it at once changes next to nothing
     everything = Augmentation(
@@ -94,8 +103,10 @@ def test_off_is_off_to_the_bit(normalization):
         flip=0.4,
         rotate=90,
         zoom=(0.5, 2.0),
+        axis_scale=(0.5, 1.5),
         shift=0.3,
         color_jitter=0.9,
+        lighting=0.5,
         random_erasing=0.4,
     )
     found = augment(photos, chosen(2), everything, preprocess)
@@ -108,14 +119,14 @@ def test_the_images_given_are_not_changed():
     recipe = Augmentation(
         random_crop="shift", rotate=9, color_jitter=0.5, random_erasing=1.0, flip=1.0
     )
-    augment(images, draws(0, 0, 4), recipe, plain(12, 12, 3))
+    augment(images, random_numbers(0, 0, 4), recipe, plain(12, 12, 3))
     assert torch.equal(images, before)
 
 
 # -------------------------------------------------------------------------------- geometry
 def test_a_flip_is_a_mirror_for_those_drawn():
     images = torch.rand(2000, 3, 2, 5)
-    u = draws(3, 0, 2000)
+    u = random_numbers(3, 0, 2000)
     found = augmented(images, Augmentation(flip=0.3), u)
     flipped = u[:, module.FLIP] < 0.3
     assert torch.equal(found[flipped], images.flip(3)[flipped])
@@ -142,7 +153,9 @@ def test_random_shifts_are_balanced():
     image = torch.zeros(1, 1, 16, 16)
     image[..., 8, 8] = 1.0
     recipe = Augmentation(flip=0.0, random_crop="shift", crop_shift=0.125)
-    found = augmented(image.expand(5000, -1, -1, -1), recipe, draws(0, 0, 5000)).sum(dim=0)[0]
+    found = augmented(image.expand(5000, -1, -1, -1), recipe, random_numbers(0, 0, 5000)).sum(
+        dim=0
+    )[0]
     assert found[6:11, 6:11].sum() == 5000  # two pixels either way, all 25 places
     assert (found[6:11, 6:11] - 200).abs().max() < 4 * math.sqrt(200)
 
@@ -179,6 +192,15 @@ def test_zoom_enlarges(u, zoom):
     assert (yy, xx, yx) == pytest.approx((9 * zoom**2, 9 * zoom**2, 0), abs=0.3 * zoom**2)
 
 
+def test_axis_scale_is_the_grids_scale_of_each_axis():
+    """A grid 1.5 times as wide shows a blob at 2/3 of its distance and width."""
+    recipe = Augmentation(flip=0.0, axis_scale=(0.5, 1.5))
+    found = augmented(blob(81, 101, 6, -9, 3), recipe, chosen(SCALE_X=1.0, SCALE_Y=0.25))
+    y, x, yy, xx, yx = moments(found)
+    assert (y, x) == pytest.approx((6 / 0.75, -9 / 1.5), abs=0.05)
+    assert (yy, xx, yx) == pytest.approx((9 / 0.75**2, 9 / 1.5**2, 0), abs=0.3)
+
+
 def test_a_shift_by_whole_pixels_moves_them():
     image = torch.rand(1, 3, 20, 40) * 255
     recipe = Augmentation(flip=0.0, shift=0.1)  # 2 rows, 4 columns
@@ -195,14 +217,14 @@ def test_a_shift_by_whole_pixels_moves_them():
 def test_turns_zooms_and_shifts_favor_no_side():
     recipe = Augmentation(rotate=30, zoom=(0.8, 1.25), shift=0.1)
     images = blob(33, 33, 0, 0).expand(4000, -1, -1, -1)
-    found = augmented(images, recipe, draws(5, 0, 4000)).mean(dim=0, keepdim=True)
+    found = augmented(images, recipe, random_numbers(5, 0, 4000)).mean(dim=0, keepdim=True)
     y, x, yy, xx, yx = moments(found)
     assert abs(y) < 0.12  # shifts of up to 3.3 pixels: 4 deviations of their mean
     assert abs(x) < 0.12
     assert yy == pytest.approx(xx, abs=0.5)
     assert abs(yx) < 0.3
     wide = blob(33, 33, 0, 8).expand(4000, -1, -1, -1)
-    turned = augmented(wide, Augmentation(flip=0.0, rotate=30), draws(5, 0, 4000))
+    turned = augmented(wide, Augmentation(flip=0.0, rotate=30), random_numbers(5, 0, 4000))
     assert abs(moments(turned.mean(dim=0, keepdim=True))[0]) < 0.2
 
 
@@ -220,7 +242,7 @@ def test_colors():
     torch.testing.assert_close(gray, luma[:, None].expand_as(image), atol=1e-2, rtol=0)
     # nothing leaves the range of an image, and grayscale has no colors to change
     wild = augmented(
-        image.expand(500, -1, -1, -1), Augmentation(color_jitter=1.0), draws(0, 0, 500)
+        image.expand(500, -1, -1, -1), Augmentation(color_jitter=1.0), random_numbers(0, 0, 500)
     )
     assert 0 <= wild.min() < 1
     assert 254 < wild.max() <= 255.01
@@ -232,7 +254,7 @@ def test_colors():
 
 @pytest.mark.parametrize(("size", "count"), [((64, 64), 1500), ((208, 272), 300)])
 def test_erasing(size, count):
-    u = draws(1, 0, count)
+    u = random_numbers(1, 0, count)
     images = torch.ones(count, 1, *size)
     found = augmented(images, Augmentation(flip=0.0, random_erasing=0.4), u)[:, 0]
     gone = found == 0
@@ -270,6 +292,21 @@ def test_erasing_sets_the_mean():
     torch.testing.assert_close(raw[0, 1][~gone], torch.full((int((~gone).sum()),), 200 / 255))
 
 
+def test_lighting_is_alexnets():
+    """What is added has the covariance of ImageNet's RGB, scaled by the deviation."""
+    images = torch.full((20_000, 3, 1, 1), 100.0)
+    u = random_numbers(6, 0, 20_000)
+    added = augmented(images, Augmentation(flip=0.0, lighting=0.1), u).flatten(1) - 100
+    vectors = np.array(module._EIGENVECTORS)
+    assert np.abs(vectors.T @ vectors - np.eye(3)).max() < 1e-3
+    expected = vectors @ np.diag((25.5 * np.array(module._EIGENVALUES)) ** 2) @ vectors.T
+    assert np.cov(added.numpy().T) == pytest.approx(expected, rel=0.03, abs=0.3)
+    assert added.mean(dim=0).abs().max() < 0.15
+    assert augmented(images[:1], Augmentation(lighting=9.0), chosen(LIGHT=0.0)).isfinite().all()
+    gray = torch.full((2, 1, 4, 4), 100.0)  # has no hue to change
+    assert torch.equal(augmented(gray, Augmentation(lighting=0.5), u[:2]), gray)
+
+
 # --------------------------------------------------------------------------- random resized
 @given(
     image=st.tuples(st.integers(1, 90), st.integers(1, 90)),
@@ -279,7 +316,9 @@ def test_erasing_sets_the_mean():
 )
 def test_a_random_region_lies_within_the_image(image, size, area, u):
     recipe = Augmentation(random_crop="resized", crop_scale=(min(area), max(area)))
-    drawn = chosen(AREA=u[0], ASPECT=u[1], LEFT=u[2], TOP=u[3])[0]
+    drawn = chosen(LEFT=u[2], TOP=u[3])[0]
+    drawn[module.AREA : module.AREA + module.TRIES] = u[0]
+    drawn[module.ASPECT : module.ASPECT + module.TRIES] = u[1]
     values = torch.rand(1, *image) * 200 + 20  # what lies outside would be 0, or nothing
     found = random_resized(values, drawn, recipe, size)
     assert found.shape == (1, *size)
@@ -294,35 +333,44 @@ def test_the_whole_area_in_the_middle_is_the_whole_image():
     assert torch.equal(whole, resample(values, (0, 0, 50, 40), (20, 25)))
 
 
-def test_random_regions_are_of_the_areas_and_aspects_asked_for():
-    """Each pixel says where it is, so the slope of the result tells the region's size."""
-    height, width = 400, 300
-    y = torch.arange(height)[:, None].expand(height, width)
-    x = torch.arange(width)[None].expand(height, width)
-    values = torch.stack([y, x]).float()
-    recipe = Augmentation(random_crop="resized", crop_scale=(0.1, 0.5))
-    areas, aspects, middles = [], [], []
-    for u in draws(2, 0, 400):
-        found = random_resized(values, u, recipe, (32, 32))
-        rows = float(found[0, 22, 0] - found[0, 10, 0]) / 12 * 32
-        columns = float(found[1, 0, 22] - found[1, 0, 10]) / 12 * 32
-        areas.append(rows * columns / (height * width))
-        aspects.append(math.log(columns / rows))
-        middles.append([float(v) for v in found.mean(dim=(1, 2))])
-    assert kstest(areas, "uniform", (0.1, 0.4)).pvalue > 0.01
-    limit = math.log(4 / 3)
-    assert kstest(aspects, "uniform", (-limit, 2 * limit)).pvalue > 0.01
-    assert np.mean(middles, axis=0) == pytest.approx([199.5, 149.5], abs=12)
-    assert np.ptp(middles, axis=0).min() > 100
+@pytest.mark.parametrize("shape", [(400, 300), (427, 640), (90, 1000), (33, 20)])
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.4, 0.9)])
+def test_random_regions_have_torchvisions_statistics(shape, scale):
+    """Height, width and position of 4,000 regions against as many of torchvision's."""
+    ours = np.array(
+        [random_region(*shape, u, scale) for u in random_numbers(2, 0, 4000)], dtype=float
+    )
+    torch.manual_seed(0)
+    crop, image = RandomResizedCrop(8, scale), torch.empty(1, *shape)
+    drawn = [crop.make_params([image]) for _ in range(4000)]
+    theirs = np.array(
+        [[d["left"], d["top"], d["left"] + d["width"], d["top"] + d["height"]] for d in drawn]
+    )
+    assert ours.min() >= 0
+    assert ours[:, 2].max() <= shape[1]
+    assert ours[:, 3].max() <= shape[0]
+    for edge in range(4):
+        assert ks_2samp(ours[:, edge], theirs[:, edge]).pvalue > 0.001
+    areas = [(b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (ours, theirs)]
+    assert ks_2samp(*areas).pvalue > 0.001
+    assert areas[0].mean() == pytest.approx(areas[1].mean(), rel=0.04)
+
+
+def test_a_region_that_never_fits_is_the_centered_one():
+    """All of an image 10 times as wide as high: 133 of its 1,000 columns, in the middle."""
+    u = chosen()[0]
+    assert random_region(100, 1000, u, (1.0, 1.0)) == (433, 0, 566, 100)
+    assert random_region(1000, 100, u, (1.0, 1.0)) == (0, 433, 100, 566)
+    assert random_region(1, 4000, u, (1.0, 1.0)) == (1999, 0, 2000, 1)
 
 
 # ---------------------------------------------------------------------------------- mixup
 @pytest.mark.parametrize("alpha", [0.4, 1.0, 3.0])
 def test_mixup_follows_its_distribution(alpha):
-    u = draws(4, 0, 3000)
+    u = random_numbers(4, 0, 3000)
     x = torch.rand(3000, 1, 2, 2)
     labels = torch.arange(3000) % 2  # each image's neighbor is of the other class
-    mixed_x, target = mixed(x, F.one_hot(labels, 2).float(), u, alpha)
+    mixed_x, target = mixup(x, F.one_hot(labels, 2).float(), u, alpha)
     torch.testing.assert_close(target.sum(dim=1), torch.ones(3000))
     own = target[torch.arange(3000), labels]
     assert kstest(own.double().numpy().clip(1e-9, 1 - 1e-9), beta(alpha, alpha).cdf).pvalue > 0.01
@@ -332,6 +380,6 @@ def test_mixup_follows_its_distribution(alpha):
 
 def test_mixup_of_the_ends_is_finite():
     for u in (0.0, LARGEST):
-        x, target = mixed(torch.rand(3, 1, 2, 2), torch.eye(3), chosen(3, MIX=u), 0.01)
+        x, target = mixup(torch.rand(3, 1, 2, 2), torch.eye(3), chosen(3, MIX=u), 0.01)
         assert x.isfinite().all()
         assert torch.equal(target.sum(dim=1), torch.ones(3))

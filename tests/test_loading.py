@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from scipy.stats import chisquare, kstest
 from sklearn.datasets import load_sample_images
 
-from regard.data.augment import WIDTH, Augmentation, augment, draws, mixed
+from regard.data.augment import WIDTH, Augmentation, augment, mixup, random_numbers
 from regard.data.loading import (
     InMemoryLoader,
     Reader,
@@ -97,13 +97,13 @@ def test_weights_are_those_of_the_draws():
     assert counts.max() / counts.min() < 1.1
 
 
-def test_draws_belong_to_the_place_not_to_the_call():
-    whole = draws(7, 0, 100)
-    assert torch.equal(whole, torch.cat([draws(7, 0, 37), draws(7, 37, 63)]))
-    assert torch.equal(whole[99], draws(7, 99, 1)[0])
+def test_random_numbers_belong_to_the_position_not_to_the_call():
+    whole = random_numbers(7, 0, 100)
+    assert torch.equal(whole, torch.cat([random_numbers(7, 0, 37), random_numbers(7, 37, 63)]))
+    assert torch.equal(whole[99], random_numbers(7, 99, 1)[0])
     assert whole.shape == (100, WIDTH)
-    assert not torch.equal(whole, draws(8, 0, 100))
-    assert kstest(draws(1, 10**12, 2000).flatten().numpy(), "uniform").pvalue > 0.01
+    assert not torch.equal(whole, random_numbers(8, 0, 100))
+    assert kstest(random_numbers(1, 10**12, 2000).flatten().numpy(), "uniform").pvalue > 0.01
 
 
 def test_what_each_augmentation_does():
@@ -134,7 +134,7 @@ def test_what_each_augmentation_does():
     assert bright[1] > 200
     noise = torch.rand(400, 1, 32, 32) + 1
     erased = augment(
-        noise, draws(0, 0, 400), Augmentation(flip=0.0, random_erasing=1.0),
+        noise, random_numbers(0, 0, 400), Augmentation(flip=0.0, random_erasing=1.0),
         Preprocess((1, 32, 32), (0.0,), (1 / 255,)),
     )  # fmt: skip
     share = (erased == 0).float().mean(dim=(1, 2, 3))
@@ -145,7 +145,7 @@ def test_what_each_augmentation_does():
 def test_mixup_mixes_images_as_it_mixes_targets():
     x = torch.rand(6, 1, 4, 4)
     target = torch.eye(6)
-    mixed_x, mixed_target = mixed(x, target, draws(0, 0, 6), 0.4)
+    mixed_x, mixed_target = mixup(x, target, random_numbers(0, 0, 6), 0.4)
     torch.testing.assert_close(mixed_target.sum(dim=1), torch.ones(6))
     torch.testing.assert_close(mixed_x, torch.einsum("ij,jchw->ichw", mixed_target, x))
     assert 0.001 < float(mixed_target.diagonal().min()) < 0.5
@@ -255,7 +255,9 @@ def test_a_batch_leaves_out_what_cannot_be_read(damaged, workers):
         level = b.images.float().mean(dim=(1, 2, 3))
         assert ((level - 20 * b.indices - 4).abs() < 0.5).all()
         for row, u in zip(b.indices.tolist(), b.draws, strict=True):
-            assert torch.equal(u, draws(5, row, 1)[0])  # its own, whoever is missing before it
+            assert torch.equal(
+                u, random_numbers(5, row, 1)[0]
+            )  # its own, whoever is missing before it
     told = [u for b in found for u in b.unreadable]
     assert [row for row, _ in told] == sorted(BAD)
     for row, reason in told:

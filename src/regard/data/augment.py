@@ -1,8 +1,8 @@
 """Augmentation in batches, on the device, of images that are decoded and resized.
 
-Every random choice comes from `draws`: WIDTH uniform numbers for each place in the order of
-training, from a counter-based generator. So the image at a place is the same whatever the
-batch size, the number of workers or processes, and wherever a run was resumed.
+Every random choice is a function of the numbers that `random_numbers` gives: WIDTH uniform
+numbers for each position in the sample order, from a counter-based generator. So the sample at
+a position is the same for any batch size, number of workers or processes, and after a resume.
 """
 
 import math
@@ -23,12 +23,16 @@ class Augmentation:
     Attributes:
         random_crop: "none", "shift" (pad and crop) or "resized" (random area and aspect).
         crop_shift: padding of random_crop="shift", as a fraction of the side.
-        crop_scale: least and largest area of random_crop="resized", as fractions.
+        crop_scale: range of the area of random_crop="resized", as fractions.
         flip: probability of a horizontal flip.
         rotate: largest rotation in degrees, either way.
-        zoom: least and largest zoom factor.
+        zoom: range of the zoom factor, log-uniform, the same along both axes.
+        axis_scale: range of the scale of the sampling grid, uniform, drawn for each axis
+            separately; above 1 shrinks the image (AG-SonoNet: 0.7 to 1.3).
         shift: largest shift, as a fraction of the side, either way.
         color_jitter: largest relative change of brightness, contrast and saturation.
+        lighting: standard deviation of AlexNet's PCA color augmentation (the paper's is 0.1);
+            color images only.
         random_erasing: probability of erasing a random rectangle.
         mixup: alpha of mixup's Beta distribution; 0 is off.
     """
@@ -39,21 +43,32 @@ class Augmentation:
     flip: float = 0.5
     rotate: float = 0.0
     zoom: tuple[float, float] = (1.0, 1.0)
+    axis_scale: tuple[float, float] = (1.0, 1.0)
     shift: float = 0.0
     color_jitter: float = 0.0
+    lighting: float = 0.0
     random_erasing: float = 0.0
     mixup: float = 0.0
 
 
-WIDTH = 24  # uniform numbers for each image; a multiple of Philox's four
-# which number is for what
-CROP, AREA, ASPECT, LEFT, TOP, FLIP, ANGLE, ZOOM, SHIFT_X, SHIFT_Y = range(10)
-BRIGHTNESS, CONTRAST, SATURATION, MIX, ERASE, ERASE_AREA, ERASE_ASPECT = range(10, 17)
-ERASE_X, ERASE_Y = 17, 18
+TRIES = 10  # of a random region, as torchvision's RandomResizedCrop
+WIDTH = 44  # uniform numbers for each sample; a multiple of Philox's four
+# the index of the number, or of the first of several, that each choice uses
+AREA, ASPECT, LEFT, TOP = 0, TRIES, 2 * TRIES, 2 * TRIES + 1
+FLIP, ANGLE, ZOOM, SCALE_X, SCALE_Y, SHIFT_X, SHIFT_Y = range(22, 29)
+BRIGHTNESS, CONTRAST, SATURATION, LIGHT = range(29, 33)  # LIGHT: three numbers
+MIX, ERASE, ERASE_AREA, ERASE_ASPECT, ERASE_X, ERASE_Y = range(35, 41)
+
+# Eigenvalues and eigenvectors (columns) of the covariance of ImageNet's RGB values in 0..1
+# (Krizhevsky et al. 2012, section 4.1; the numbers of fb.resnet.torch)
+_EIGENVALUES = (0.2175, 0.0188, 0.0045)
+_EIGENVECTORS = (
+    (-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203),
+)  # fmt: skip
 
 
-def draws(seed: int, start: int, count: int) -> Tensor:
-    """Uniform numbers in [0, 1) of the places start, start + 1, ...: (count, WIDTH) float32."""
+def random_numbers(seed: int, start: int, count: int) -> Tensor:
+    """Uniform numbers in [0, 1) of positions start, start + 1, ...: (count, WIDTH) float32."""
     bits = np.random.Philox(key=seed)
     bits.advance(start * (WIDTH // 4))
     numbers = np.random.Generator(bits).random((count, WIDTH))
@@ -63,42 +78,59 @@ def draws(seed: int, start: int, count: int) -> Tensor:
 def random_resized(
     image: Tensor, u: Tensor, augmentation: Augmentation, size: tuple[int, int]
 ) -> Tensor:
-    """A region of random area and aspect (3/4 to 4/3), resized: (C, H, W) -> (C, *size).
+    """A random region of an image, resized: (C, H, W) and its numbers (WIDTH,) -> (C, *size)."""
+    box = random_region(image.shape[1], image.shape[2], u, augmentation.crop_scale)
+    return resample(image, box, size)
 
-    Inception's crop (Szegedy et al. 2015), as in torchvision's RandomResizedCrop, with one
-    try: an aspect that does not fit is cut to what does.
+
+def random_region(
+    height: int, width: int, u: Tensor, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a region of random area and aspect.
+
+    Inception's crop (Szegedy et al. 2015) as torchvision's RandomResizedCrop: of ten tries the
+    first that fits; where none does, the largest centered region with an aspect of 3/4 to 4/3.
     """
-    _, height, width = image.shape
-    low, high = augmentation.crop_scale
-    area = (low + (high - low) * float(u[AREA])) * height * width
-    aspect = math.exp((2 * float(u[ASPECT]) - 1) * math.log(4 / 3)) * size[1] / size[0]
-    rows = max(1, min(height, round(math.sqrt(area / aspect))))
-    columns = max(1, min(width, round(math.sqrt(area * aspect))))
-    left = int(float(u[LEFT]) * (width - columns + 1))
-    top = int(float(u[TOP]) * (height - rows + 1))
-    return resample(image, (left, top, left + columns, top + rows), size)
+    areas = scale[0] + (scale[1] - scale[0]) * u[AREA : AREA + TRIES].double().numpy()
+    limit = math.log(4 / 3)
+    aspects = np.exp((2 * u[ASPECT : ASPECT + TRIES].double().numpy() - 1) * limit)
+    columns = np.rint(np.sqrt(areas * height * width * aspects)).astype(int)
+    rows = np.rint(np.sqrt(areas * height * width / aspects)).astype(int)
+    fitting = np.flatnonzero((columns > 0) & (columns <= width) & (rows > 0) & (rows <= height))
+    if len(fitting):
+        h, w = int(rows[fitting[0]]), int(columns[fitting[0]])
+        top = int(float(u[TOP]) * (height - h + 1))
+        left = int(float(u[LEFT]) * (width - w + 1))
+    else:
+        h = min(height, max(1, round(width / (3 / 4))))
+        w = min(width, max(1, round(height * (4 / 3))))
+        top, left = (height - h) // 2, (width - w) // 2
+    return left, top, left + w, top + h
 
 
 def augment(
     images: Tensor, u: Tensor, augmentation: Augmentation, preprocess: Preprocess
 ) -> Tensor:
-    """(B, C, H, W) in 0..255 and their draws (B, WIDTH) -> augmented and standardized."""
+    """(B, C, H, W) in 0..255 and their random numbers (B, WIDTH) -> augmented, standardized."""
     x = images.float()
     if augmentation.random_crop == "shift":
-        x = _shifted(x, u, augmentation.crop_shift)
+        x = _pad_and_crop(x, u, augmentation.crop_shift)
     if augmentation.flip > 0:
         flipped = (u[:, FLIP] < augmentation.flip).view(-1, 1, 1, 1)
         x = torch.where(flipped, x.flip(3), x)
-    if augmentation.rotate > 0 or augmentation.zoom != (1.0, 1.0) or augmentation.shift > 0:
+    scales = augmentation.zoom, augmentation.axis_scale
+    if augmentation.rotate > 0 or augmentation.shift > 0 or scales != ((1.0, 1.0), (1.0, 1.0)):
         x = _affine(x, u, augmentation)
     if augmentation.color_jitter > 0:
-        x = _color(x, u, augmentation.color_jitter)
+        x = _color_jitter(x, u, augmentation.color_jitter)
+    if augmentation.lighting > 0 and x.shape[1] == 3:
+        x = x + _lighting(u, augmentation.lighting)
     x = preprocess.normalize(x)
-    return _erased(x, u, augmentation.random_erasing) if augmentation.random_erasing > 0 else x
+    return _erase(x, u, augmentation.random_erasing) if augmentation.random_erasing > 0 else x
 
 
-def _shifted(x: Tensor, u: Tensor, share: float) -> Tensor:
-    """Padded with black by a share of the side, and cut at a random place of that frame."""
+def _pad_and_crop(x: Tensor, u: Tensor, share: float) -> Tensor:
+    """Pads with black by a share of the side and crops at a random position."""
     _, _, height, width = x.shape
     pad_y, pad_x = round(height * share), round(width * share)
     padded = F.pad(x, (pad_x, pad_x, pad_y, pad_y))
@@ -111,22 +143,25 @@ def _shifted(x: Tensor, u: Tensor, share: float) -> Tensor:
 
 
 def _affine(x: Tensor, u: Tensor, augmentation: Augmentation) -> Tensor:
-    """Rotation, zoom and shift about the middle; the border is continued outside."""
+    """Rotates, zooms and shifts about the center; border pixels are repeated outside."""
     height, width = x.shape[-2:]
     angle = (2 * u[:, ANGLE] - 1) * math.radians(augmentation.rotate)
     low, high = augmentation.zoom
     scale = 1 / torch.exp(math.log(low) + (math.log(high) - math.log(low)) * u[:, ZOOM])
-    # grid coordinates go from -1 to 1 in either direction, so a rotation keeps the aspect
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    aspect = height / width
+    low, high = augmentation.axis_scale
+    across, down = (scale * (low + (high - low) * u[:, k]) for k in (SCALE_X, SCALE_Y))
+    cos, sin = angle.cos(), angle.sin()
+    aspect = height / width  # the grid goes from -1 to 1 along both axes
     dx, dy = (2 * augmentation.shift * (2 * u[:, k] - 1) for k in (SHIFT_X, SHIFT_Y))
-    theta = torch.stack([cos, -sin * aspect, dx, sin / aspect, cos, dy], dim=1).view(-1, 2, 3)
+    theta = torch.stack(
+        [across * cos, -down * sin * aspect, dx, across * sin / aspect, down * cos, dy], dim=1
+    ).view(-1, 2, 3)  # (B, 6) -> (B, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def _color(x: Tensor, u: Tensor, amount: float) -> Tensor:
-    """Brightness, contrast and, of color images, saturation, each by 1 - amount to 1 + amount."""
+def _color_jitter(x: Tensor, u: Tensor, amount: float) -> Tensor:
+    """Scales brightness, contrast and (color images) saturation by 1 - amount to 1 + amount."""
 
     def factor(k: int) -> Tensor:
         return (1 + amount * (2 * u[:, k] - 1)).view(-1, 1, 1, 1)
@@ -141,8 +176,16 @@ def _color(x: Tensor, u: Tensor, amount: float) -> Tensor:
     return x.clamp(0, 255)
 
 
-def _erased(x: Tensor, u: Tensor, chance: float) -> Tensor:
-    """A rectangle of 2 to 33 % of the area is set to the mean (Zhong et al. 2017)."""
+def _lighting(u: Tensor, deviation: float) -> Tensor:
+    """(B, WIDTH) -> (B, 3, 1, 1): what AlexNet's PCA color augmentation adds, in 0..255."""
+    # (B, 3): normal numbers by the inverse of their distribution
+    alphas = deviation * torch.special.ndtri(u[:, LIGHT : LIGHT + 3].clamp(min=2**-24))
+    values = alphas * torch.tensor(_EIGENVALUES, device=u.device)
+    return (255 * values @ torch.tensor(_EIGENVECTORS, device=u.device).T).view(-1, 3, 1, 1)
+
+
+def _erase(x: Tensor, u: Tensor, probability: float) -> Tensor:
+    """Sets a rectangle of 2 to 33 % of the area to the mean (Zhong et al. 2017)."""
     height, width = x.shape[-2:]
     area = (0.02 + 0.31 * u[:, ERASE_AREA]) * height * width
     aspect = torch.exp((2 * u[:, ERASE_ASPECT] - 1) * math.log(1 / 0.3))
@@ -153,11 +196,11 @@ def _erased(x: Tensor, u: Tensor, chance: float) -> Tensor:
     z = torch.arange(width, device=x.device).view(1, 1, -1) + 0.5
     top, left, rows, columns = (t.view(-1, 1, 1) for t in (top, left, rows, columns))
     inside = (y >= top) & (y < top + rows) & (z >= left) & (z < left + columns)
-    inside &= (u[:, ERASE] < chance).view(-1, 1, 1)
+    inside &= (u[:, ERASE] < probability).view(-1, 1, 1)
     return x.masked_fill(inside[:, None], 0.0)
 
 
-def mixed(x: Tensor, target: Tensor, u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def mixup(x: Tensor, target: Tensor, u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Mixup (Zhang et al. 2018): each image with the next of the batch, by Beta(alpha, alpha).
 
     Shapes: x (B, C, H, W), target (B, classes) probabilities -> the same.
@@ -166,5 +209,5 @@ def mixed(x: Tensor, target: Tensor, u: Tensor, alpha: float) -> tuple[Tensor, T
 
     share = torch.from_numpy(betaincinv(alpha, alpha, u[:, MIX].cpu().double().numpy()))
     share = share.to(x.device, x.dtype)
-    mixed_x = x * share.view(-1, 1, 1, 1) + x.roll(1, 0) * (1 - share).view(-1, 1, 1, 1)
-    return mixed_x, target * share[:, None] + target.roll(1, 0) * (1 - share)[:, None]
+    images = x * share.view(-1, 1, 1, 1) + x.roll(1, 0) * (1 - share).view(-1, 1, 1, 1)
+    return images, target * share[:, None] + target.roll(1, 0) * (1 - share)[:, None]

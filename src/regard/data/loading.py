@@ -1,8 +1,9 @@
 """Batches for training and for evaluation, from memory or streamed by workers.
 
 Both ways give the same images: place p in the order of training holds the image
-`SampleOrder.at(p)`, cut and augmented by the draws of place p, whoever decodes it and whatever the
-batch. The order is a pure function of the seed, so that resuming is starting at a place.
+`SampleOrder.at(p)`, cut and augmented by the random numbers of place p, whoever decodes it and
+whatever the batch. The order is a pure function of the seed, so that resuming is starting at a
+place.
 """
 
 import math
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from regard.data.augment import Augmentation, draws, random_resized
+from regard.data.augment import Augmentation, random_numbers, random_resized
 from regard.data.preprocess import Preprocess, to_tensor
 from regard.data.sources import ImageTable
 from regard.errors import ImageError
@@ -116,7 +117,7 @@ class _Places(Dataset[Batch]):
 
     def __getitem__(self, span: tuple[int, int]) -> Batch:
         start, count = span
-        u = draws(self.seed, start, count)
+        u = random_numbers(self.seed, start, count)
         rows = np.arange(start, start + count) if self.order is None else self.order.at(*span)
         images, kept, unreadable = [], [], []
         for k, row in enumerate(rows.tolist()):
@@ -218,7 +219,7 @@ class InMemoryLoader:
             rows = np.arange(start, start + count)
             if self.order is not None:
                 rows = self.order.at(start, count)
-            u = draws(self.seed, start, count)
+            u = random_numbers(self.seed, start, count)
             indices = torch.from_numpy(rows)
             if isinstance(self.images, Tensor):
                 yield Batch(self.images[indices], indices, u)

@@ -118,9 +118,15 @@ class Recipe:
     flip: float = _field(0.5, "Augmentation", "Chance of a horizontal flip.")
     rotate: float = _field(0.0, "Augmentation", "Largest rotation, degrees either way.")
     zoom: tuple[float, float] = _field((1.0, 1.0), "Augmentation", "Least and largest zoom.")
+    axis_scale: tuple[float, float] = _field(
+        (1.0, 1.0), "Augmentation", "Sampling grid's scale, drawn per axis (AG-SonoNet: 0.7 1.3)."
+    )
     shift: float = _field(0.0, "Augmentation", "Largest shift, share of the side either way.")
     color_jitter: float = _field(
         0.0, "Augmentation", "Largest change of brightness, contrast and saturation."
+    )
+    lighting: float = _field(
+        0.0, "Augmentation", "Deviation of AlexNet's PCA color augmentation (the paper: 0.1)."
     )
     random_erasing: float = _field(0.0, "Augmentation", "Chance of erasing a random rectangle.")
 
@@ -194,7 +200,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "label_smoothing": (0, 0.999), "label_noise": (0, 1), "val": (0, 0.9), "test": (0, 0.9),
     "size": (4, 8192), "crop_pct": (0.1, 1), "max_unreadable": (0, 1), "flip": (0, 1),
     "crop_shift": (0, 1), "rotate": (0, 180), "shift": (0, 1), "color_jitter": (0, 1),
-    "random_erasing": (0, 1), "workers": (0, 256), "seed": (0, 2**31),
+    "lighting": (0, 10), "random_erasing": (0, 1), "workers": (0, 256), "seed": (0, 2**31),
     "faithfulness_images": (0, 4096),
     "save_minutes": (0, math.inf),
 }  # fmt: skip
@@ -228,7 +234,7 @@ def _check_ranges(recipe: Recipe) -> None:
         raise UsageError(
             f"factors={recipe.lr_factors}: one more than the {len(recipe.milestones)} milestones"
         )
-    for name in ("crop_scale", "zoom"):
+    for name in ("crop_scale", "zoom", "axis_scale"):
         low, high = getattr(recipe, name)
         if not 0 < low <= high:
             raise UsageError(f"{name}={getattr(recipe, name)}: least and largest, above 0")

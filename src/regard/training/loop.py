@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from regard.data.augment import augment, mixed
+from regard.data.augment import augment, mixup
 from regard.data.loading import Batch
 from regard.data.preprocess import Preprocess
 from regard.errors import FileError, NotFiniteError
@@ -249,7 +249,7 @@ class Trainer:
         )
         target = labels
         if self.recipe.mixup > 0 and len(labels) > 1:
-            x, target = mixed(x, F.one_hot(labels, self.classes).float(), u, self.recipe.mixup)
+            x, target = mixup(x, F.one_hot(labels, self.classes).float(), u, self.recipe.mixup)
         if started is not None:
             self.waited += time.perf_counter() - started
         return x.contiguous(memory_format=torch.channels_last), target, labels

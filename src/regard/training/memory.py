@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 
-from regard.data.augment import draws
+from regard.data.augment import random_numbers
 from regard.data.loading import Batch
 from regard.data.preprocess import Preprocess
 from regard.errors import UsageError
@@ -240,7 +240,9 @@ class _Random:
     def batches(self, spans: Any) -> Any:
         for start, count in spans:
             images = torch.randint(256, (count, *self.shape), dtype=torch.uint8)
-            yield Batch(images, torch.zeros(count, dtype=torch.int64), draws(0, start, count))
+            yield Batch(
+                images, torch.zeros(count, dtype=torch.int64), random_numbers(0, start, count)
+            )
 
 
 def _random_trainer(described: Described, batch: int) -> Trainer:
