@@ -1,0 +1,44 @@
+"""The optional packages: which extra of Regard brings them, and whether they are installed.
+
+Nothing here imports them, so a missing one is reported before anything slow is loaded.
+"""
+
+from importlib.util import find_spec
+
+from regard.errors import UsageError
+
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "serve": ("fastapi", "uvicorn"),
+    "dicom": ("pydicom",),
+    "hf": ("datasets",),
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "nncf"),
+}
+"""Each extra of pyproject.toml that people install, with the modules that it brings."""
+
+
+def missing(extra: str, *modules: str) -> list[str]:
+    """Those modules of an extra (default: all of them) that are not installed."""
+    return [name for name in modules or EXTRAS[extra] if not _installed(name)]
+
+
+def hint(extra: str) -> str:
+    """The command that installs an extra."""
+    return f"pip install 'regard[{extra}]'"
+
+
+def require(extra: str, what: str, *modules: str) -> None:
+    """Refuses `what` where a module of an extra (default: any of its modules) is missing.
+
+    Raises:
+        UsageError: names the modules, and the one command that installs them.
+    """
+    if absent := missing(extra, *modules):
+        raise UsageError(f"{what} needs {' and '.join(absent)}: {hint(extra)}")
+
+
+def _installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # sys.modules holds a stand-in without a spec
+        return False
