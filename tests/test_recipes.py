@@ -181,7 +181,7 @@ def test_the_headers_command_is_one(name):
     named = set()
     for tokens in found:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
-        assert command.__name__ == "train"
+        assert command.__module__ == "regard.commands.train"
         recipe = load_recipe(bound.arguments.get("recipe", "quick"))
         model = bound.arguments.get("model") or recipe.model
         assert model is not None

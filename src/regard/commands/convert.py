@@ -1,56 +1,42 @@
 """`regard convert`: an authors' checkpoint becomes a folder that timm loads."""
 
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from regard.errors import UsageError
-from regard.models import list_models
-from regard.models.create import make
-from regard.models.io import save_model
-from regard.models.original_weights import arguments_of, load_authors_weights, read_tensors
+from cyclopts import Parameter
+
+from regard.commands.flags import (
+    parse_arguments,
+)
+
+log = logging.getLogger(__name__)
 
 
-def convert(
+def command(
     source: Path,
     *,
     model: str,
     out: Path,
-    arguments: Mapping[str, Any],
-    echo: Callable[[str], None],
-) -> None:
-    """Loads the checkpoint into the network and writes the folder, whole or not at all.
+    arg: Annotated[list[str] | None, Parameter(negative=())] = None,
+) -> int:
+    """Turn an authors' checkpoint into a folder that timm loads.
 
-    Args:
-        source: the authors' checkpoint.
-        model: the network's name.
-        out: a folder that does not exist yet, or is empty.
-        arguments: of the network, above what the checkpoint tells.
-        echo: is given the lines for the person.
+    Afterwards timm.create_model("local-dir:OUT", pretrained=True) is the network.
 
-    Raises:
-        UsageError: the network is unknown, an argument is wrong, the folder is not new, or
-            the checkpoint can't be read or does not fit.
-        OSError: the folder can't be written.
+    Parameters
+    ----------
+    source
+        The authors' checkpoint: .pth, .npz or .safetensors. Never unpickled.
+    model
+        The network of Regard's that it belongs to, such as cbam_resnet50.
+    out
+        A new folder.
+    arg
+        A further argument of the network as NAME=VALUE; may be repeated. Classes, input
+        channels and the aggregation are seen from the checkpoint.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is there already: give --out a new folder")
-    make(model, {"num_classes": 0} if model in list_models() else {})  # an unknown name first
-    tensors = read_tensors(source)
-    found = {**arguments_of(model, tensors), **arguments}
-    network = make(model, found)
-    load_authors_weights(network, tensors)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
-        save_model(network, scratch)
-        scratch.chmod(0o755)
-        scratch.replace(out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    told = ", ".join(f"{key}={value}" for key, value in found.items())
-    echo(f"{source} is {model} ({told}); {len(tensors)} tensors written to {out}")
-    echo(f'timm.create_model("local-dir:{out}", pretrained=True) loads it')
+    from regard.models.convert import convert as run
+
+    run(source, model=model, out=out, arguments=parse_arguments(arg or []), echo=print)
+    return 0

@@ -1,17 +1,71 @@
 """`regard data`: what is in a data set, and what is wrong with it."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from regard.data.audit import DataCheck
-from regard.data.sources import SPLITS
+from cyclopts import Parameter
+
+from regard.commands.flags import (
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from regard.data.audit import DataCheck
+
+log = logging.getLogger(__name__)
+
+
+def command(
+    source: Annotated[str, Parameter(name="DATA")],
+    /,
+    *,
+    val: float = 0.1,
+    test: float = 0.2,
+    seed: int = 0,
+    limit: int | None = None,
+    workers: int | None = None,
+    root: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Look at data before training: counts, sizes, faults, leakage.
+
+    Parameters
+    ----------
+    source
+        digits, a folder of class folders (with train, val, test or without), a CSV file
+        (path, label, split, group), cifar10, cifar100, medmnist:FILE.npz or hf:NAME.
+    val
+        Share for validation where the data has no such split.
+    test
+        Share for the test where the data has no such split.
+    seed
+        Of those splits.
+    limit
+        Look at so many images only, evenly spread.
+    workers
+        Processes that decode; without: one a core.
+    root
+        Where cifar10 and cifar100 are kept.
+    json
+        Print JSON.
+    """
+    from regard.data import assign_splits, check_data, open_data
+
+    table = assign_splits(open_data(source, root=root), val=val, test=test, seed=seed)
+    with progress_bar("looking at the images") as progress:
+        check = check_data(table, progress=progress, workers=workers, limit=limit)
+    print_check(check, as_json=json)
+    return 0
+
 
 # ---- showing it
 
 
-def print_check(check: DataCheck, as_json: bool = False) -> None:
+def print_check(check: "DataCheck", as_json: bool = False) -> None:
     """Prints tables and sentences, or everything as JSON."""
     if as_json:
         print(json.dumps(asdict(check), indent=2))  # ASCII: a file name need not be UTF-8
@@ -29,10 +83,12 @@ def _plain(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _table(check: DataCheck) -> Any:
+def _table(check: "DataCheck") -> Any:
     """Classes down, splits across; of many classes the largest and the smallest."""
     from rich.table import Table
     from rich.text import Text
+
+    from regard.data.sources import SPLITS
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("class")
@@ -49,7 +105,7 @@ def _table(check: DataCheck) -> Any:
     return table
 
 
-def _lines(check: DataCheck) -> Iterator[str]:
+def _lines(check: "DataCheck") -> Iterator[str]:
     yield ""
     if check.checked < check.images:
         yield f"looked at {check.checked} of {check.images} images"

@@ -5,12 +5,36 @@ scikit-learn's digits are 1,797 scans of 8x8 pixels from forms that 43 people fi
 of the recipe `demo`.
 """
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from regard.commands.train import train
 from regard.errors import Stopped, UsageError
+
+log = logging.getLogger(__name__)
+
+
+def command(*, out: Path = Path("runs/demo"), seed: int = 0, epochs: int = 15) -> int:
+    """Train AG-SonoNet-8 on real handwritten digits and show where it looks.
+
+    Takes under a minute on two cores and downloads nothing. Writes the network, metrics.csv
+    and report.html, a page to look at.
+
+    Parameters
+    ----------
+    out
+        Folder for the run; an earlier demo there is replaced.
+    seed
+        Of the split, the weights and the augmentation.
+    epochs
+        Passes over the training images.
+    """
+    if epochs < 1:
+        raise UsageError(f"--epochs {epochs}: at least 1")
+    run(out, seed=seed, epochs=epochs, echo=print)
+    return 0
+
 
 MARK = ".regard-demo"  # in a folder that a demo may replace
 
@@ -30,6 +54,8 @@ def run(out: Path, *, seed: int, epochs: float, echo: Callable[[str], None]) -> 
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
+    from regard.commands.train import train
+
     try:
         return train("digits", recipe="demo", out=out, echo=echo, seed=seed, epochs=epochs)
     except Stopped as stopped:

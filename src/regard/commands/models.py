@@ -1,9 +1,24 @@
 """`regard models`: the networks, beside the papers' own figures."""
 
 import json
+import logging
 from dataclasses import asdict
 
-from regard.models.zoo import PAPERS, figures
+log = logging.getLogger(__name__)
+
+
+def command(pattern: str = "*", *, json: bool = False) -> int:
+    """List the networks: parameters and multiply-adds, the paper's figures beside ours.
+
+    Parameters
+    ----------
+    pattern
+        A part of a name, or a shell pattern such as 'cbam_*'.
+    json
+        Print JSON, with every figure in full.
+    """
+    print_figures(pattern, as_json=json)
+    return 0
 
 
 def print_figures(pattern: str = "*", *, as_json: bool = False) -> None:
@@ -12,6 +27,8 @@ def print_figures(pattern: str = "*", *, as_json: bool = False) -> None:
     Raises:
         UsageError: none matches.
     """
+    from regard.models.zoo import PAPERS, figures
+
     rows = figures(pattern)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))

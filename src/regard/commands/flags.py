@@ -1,0 +1,121 @@
+"""Flags and small services that several commands share."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from typing import Annotated, Any, get_type_hints
+
+from cyclopts import Parameter
+
+from regard.errors import UsageError
+from regard.training.config import Recipe, fields_of
+
+log = logging.getLogger(__name__)
+
+RecipeFlags = make_dataclass(
+    "RecipeFlags",
+    [
+        (
+            f.name,
+            Annotated[
+                get_type_hints(Recipe)[f.name] | None,
+                Parameter(
+                    help=f.metadata["help"],
+                    group=f"{f.metadata['group']} (of the recipe)",
+                    consume_multiple=True,
+                    negative_iterable=(),
+                ),
+            ],
+            field(default=None),
+        )
+        for f in fields_of()
+    ],
+)
+"""Every field of a recipe as a flag; None where it was not given."""
+
+
+RecipeFlags.__module__ = __name__  # Python 3.11 says "types", which cyclopts takes for builtin
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """What answers: the flags that evaluate, predict and serve share."""
+
+    engine: Annotated[
+        str,
+        Parameter(
+            help="eager, compiled, onnxruntime or openvino; auto measures those that are "
+            "installed, once for this network and machine, and takes the fastest whose answers "
+            "agree."
+        ),
+    ] = "eager"
+    precision: Annotated[
+        str,
+        Parameter(
+            help="Of the engine: fp32, bf16, or auto: bf16 where the machine computes in it, but "
+            "never with eager."
+        ),
+    ] = "auto"
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the network itself answers, operator by operator in fp32."""
+        return self.engine == "eager" and self.precision != "bf16"
+
+
+def use_engine(
+    classifier: Any,
+    use: EngineFlags,
+    reads: Sequence[Callable[[], Any]],
+    count: int | None,
+    sizes: tuple[int, ...] = (32,),
+) -> None:
+    """Gives a classifier the engine that was asked for; the plain network is one already."""
+    from regard.engines import PRECISIONS, open_engine, probe_images
+    from regard.machine import keep_freed_memory
+
+    if use.precision not in PRECISIONS:
+        raise UsageError(f"--precision {use.precision}: choose {', '.join(PRECISIONS)}")
+    keep_freed_memory()
+    if use.is_default:
+        return
+    classifier.engine = open_engine(
+        classifier, use.engine, precision=use.precision, sizes=sizes, images=probe_images(reads),
+        count=count, echo=log.warning,
+    )  # fmt: skip
+
+
+def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs as keyword arguments; values are Python literals or plain words.
+
+    Raises:
+        UsageError: a pair is not NAME=VALUE.
+    """
+    import ast
+
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--arg {pair}: give NAME=VALUE, as aggregation=concat")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value  # a word, as `concat`
+    return found
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar in a terminal, called with (done, total); None elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,26 @@
+"""`regard recipes`."""
+
+import logging
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+def command(name: str | None = None) -> int:
+    """List the recipes, or print one.
+
+    Parameters
+    ----------
+    name
+        A recipe's name; its TOML file is printed, as a start for one of your own.
+    """
+    from regard.training.config import load_recipe, shipped, summary
+
+    texts = shipped()
+    if name is None:
+        for each, text in texts.items():
+            print(f"{each:22s} {summary(text)}")
+        return 0
+    load_recipe(name)
+    print(texts[name] if name in texts else Path(name).read_text(encoding="utf-8"), end="")
+    return 0

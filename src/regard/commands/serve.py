@@ -1,0 +1,62 @@
+"""`regard serve`."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from regard.commands.flags import (
+    EngineFlags,
+    use_engine,
+)
+from regard.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+
+def command(
+    run: Annotated[Path, Parameter(name="RUN")],
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    megabytes: float = 20.0,
+    megapixels: float = 50.0,
+    requests: int = 16,
+    seconds: float = 60.0,
+    engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
+) -> int:
+    """Serve a page to try a network on, and its API.
+
+    Parameters
+    ----------
+    run
+        The run's folder, or any folder in timm's local-dir layout.
+    host
+        Address to listen on; 127.0.0.1 is this machine only.
+    port
+        Port to listen on; 0: any that is free.
+    megabytes
+        Largest upload.
+    megapixels
+        Largest image, told by its header before it is decoded.
+    requests
+        Requests in work at the same moment; the rest are told to come again.
+    seconds
+        For a request, before it is given up.
+    """
+    try:
+        from regard.serve.app import serve as listen
+        from regard.serve.uploads import Limits
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"the page needs {error.name}: pip install 'regard[serve]' brings it"
+        ) from error
+    from regard.predict import load
+
+    limits = Limits(megabytes, megapixels, requests, seconds)
+    classifier = load(run)
+    use_engine(classifier, engine, [], None, sizes=(1, 4, 16))
+    listen(classifier, host=host, port=port, limits=limits, echo=print)
+    return 0
