@@ -24,7 +24,7 @@ COMMANDS = {
     "models": "List the networks with their parameters and multiply-adds, and the papers' figures.",
     "recipes": "List the recipes, or print one.",
     "convert": "Turn an authors' checkpoint into a folder that timm loads.",
-    "models": "List the networks: parameters, multiply-adds, and the papers' figures.",
+    "bench": "Measure how fast networks predict on this machine, engine by engine.",
 }
 """The commands in the order of `regard --help`; each is `command` in a module of its name."""
 
