@@ -100,14 +100,10 @@ def test_relative_folders_and_reading(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("paths", "told"),
     [
-        (["a/1.png", "b/readme.txt"], r"the class folder .*/b has no images"),
+        (["a/1.png", "b/readme.txt"], r"only one class \('a'\)"),
         (["1.png"], "has no class folders"),
         (["a/1.png"], r"only one class \('a'\)"),
-        (
-            ["train/a/1.png", "train/b/1.png", "test/a/1.png"],
-            r"classes differ between splits: .*/test has no b",
-        ),
-        (["train/a/1.png", "test/a/1.png", "raw/1.png"], "beside test, train there is also raw"),
+        (["train/a/1.png", "test/a/1.png", "raw/1.png"], "splits=yes; or as 3 classes .*raw"),
         (["train/a/1.png", "val/a/1.png", "valid/a/1.png"], "two folders for one split"),
     ],
 )
@@ -184,11 +180,11 @@ def test_a_manifest(tmp_path, encoding, delimiter, newline):
         ("path,label\nx.png,a\ny.png,\n", "line 3: empty label"),
         ("path,label\nx.png,a\ny.png\n", "line 3: empty label"),
         ("path,label\n,a\n", "line 2: empty path"),
-        ("path,label,group\nx.png,a, \n", "line 2: empty group"),
+        ("path,label,group\nx.png,a,p\ny.png,a, \n", "line 3: empty group"),
         ("path,label,split\nx.png,a,dev\n", "line 2: split 'dev': choose train, val, test"),
         (
             'path,label\n"x.png",a\n\ny.png,a\n./x.png,b\n',
-            r"line 5: path './x.png' again, after line 2",
+            r"line 5: path 'x.png' again, after line 2",
         ),
         ("path,label\nq.png,a\nx.png,b\n", r"q\.png does not exist"),
         ("path,label\nx.png,a\ny.png,a\n", "only one class"),
@@ -235,7 +231,7 @@ def test_medmnist(tmp_path, shape):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"labels": lambda n: np.zeros((n, 14), int)}, "14 labels an image: multi-label"),
+        ({"labels": lambda n: np.zeros((n, 14), int)}, "14 labels per image: multi-label"),
         ({"shape": (28, 28, 28)}, "train images are uint8 6x28x28x28"),
         ({"val_labels": None}, "has no val_labels"),
         ({"test_labels": np.zeros((2, 1), int)}, "test has 2 int64 labels, 3 images"),
@@ -328,7 +324,7 @@ def test_hugging_face_without_the_extra():
         "except ValueError as e: print(e)"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "install regard[hf]" in told.stdout
+    assert "pip install 'regard[hf]'" in told.stdout
 
 
 def test_hugging_face_from_a_local_folder(tmp_path, monkeypatch):

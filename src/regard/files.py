@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,10 @@ def check_space(folder: Path, needed: int) -> None:
             f"{folder}: {free / 1e6:,.0f} MB are free, and the run needs about "
             f"{needed / 1e6:,.0f} MB for its weights and states"
         )
+
+
+def shortened(names: Iterable[object], most: int = 3) -> str:
+    """ "a, b, c and 4 more": up to `most` names in full."""
+    rows = [str(name) for name in names]
+    rest = f" and {len(rows) - most} more" if len(rows) > most else ""
+    return ", ".join(rows[:most]) + rest

@@ -1,0 +1,166 @@
+"""A CSV file of images as a table; every fault is named with its file and line."""
+
+import csv
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regard.data.folders import SPLIT_WORDS
+from regard.data.table import SPLITS, ImageTable, PathList
+from regard.errors import UsageError
+from regard.files import shortened
+
+SUFFIXES = (".csv", ".tsv")
+_USED = ("path", "label", "split", "group")
+_SPLITS = ("", *SPLITS)
+_SPLIT_CELLS = {"": "", "training": "train", "testing": "test", **SPLIT_WORDS}
+_CONTENT = "content"  # a further column of the splits.csv that a run writes
+
+
+def open_manifest(name: str, path: Path) -> ImageTable:
+    """The images that a CSV file lists in its columns path and label, split and group.
+
+    Separated by commas, semicolons or tabs, in UTF-8 or UTF-16. Paths are relative to its folder.
+
+    Raises:
+        UsageError: a fault, with its line; or the first image does not exist.
+    """
+    with open(path, "rb") as raw:
+        utf16 = raw.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    # surrogateescape: a file's name may be no UTF-8 while the text is
+    with open(
+        path, encoding="utf-16" if utf16 else "utf-8-sig", errors="surrogateescape", newline=""
+    ) as file:
+        manifest = _Manifest(name, os.path.normpath(path.parent), file)
+        try:
+            manifest.read()
+        except csv.Error as error:
+            manifest.fault(f"is no CSV ({error})")
+    return manifest.table(str(path))
+
+
+class _Manifest:
+    """The cells of a CSV file in arrays, as it is read."""
+
+    def __init__(self, name: str, base: str, file: TextIO) -> None:
+        self.name, self.base = name, base
+        head = file.readline()
+        delimiter = max(",;\t", key=head.count)
+        cells = next(csv.reader([head], delimiter=delimiter), [])
+        self.columns = [c.strip().lower() for c in cells]
+        self.reader = csv.reader(file, delimiter=delimiter)
+        self.lines, self.labels, self.splits = array("q"), array("q"), array("b")
+        self.groups = array("q")
+        self.label_index: dict[str, int] = {}
+        self.group_index: dict[str, int] = {}
+
+    def fault(self, what: str, line: int | None = None) -> NoReturn:
+        """Ends the reading with an error that names the line."""
+        line = self.reader.line_num + 1 if line is None else line
+        raise UsageError(f"{self.name} line {line}: {what}")
+
+    def read(self) -> None:
+        """Reads all rows."""
+        for wanted in _USED:
+            if self.columns.count(wanted) > 1:
+                self.fault(f"two columns are called {wanted!r}", 1)
+            if wanted not in self.columns and wanted in ("path", "label"):
+                self.fault(f"no column {wanted!r} among {', '.join(self.columns)}", 1)
+        self.paths = PathList.of(self._rows())
+        if not self.paths:
+            raise UsageError(f"{self.name}: lists no images")
+        self._check_repeated()
+        self._check_groups()
+
+    def _rows(self) -> Iterator[str]:
+        """The path of each row; its other cells go into the arrays."""
+        at = {c: i for i, c in enumerate(self.columns) if c in _USED}
+        for fields in self.reader:
+            if not any(cell.strip() for cell in fields):
+                continue
+            if any(cell.strip() for cell in fields[len(self.columns) :]):
+                self.fault(
+                    f"{len(fields)} fields, but the header has {len(self.columns)}; a comma "
+                    "within a field needs quotes around the field"
+                )
+            fields += [""] * (len(self.columns) - len(fields))
+            self._add({c: fields[i].strip() for c, i in at.items()})
+            yield os.path.normpath(os.path.join(self.base, fields[at["path"]].strip()))
+
+    def _add(self, row: dict[str, str]) -> None:
+        for column, cell in row.items():
+            if cell == "" and column in ("path", "label"):
+                self.fault(f"empty {column}")
+            if "\0" in cell or "\n" in cell or "\r" in cell:
+                kind = "NUL byte" if "\0" in cell else "line break"
+                self.fault(f"a {kind} in {column} {cell[:40]!r}")
+            if column != "path" and not cell.isascii() and not _encodable(cell):
+                self.fault(f"{column} {cell!r} is not UTF-8; save the file as UTF-8")
+        split = _SPLIT_CELLS.get(row.get("split", "").lower())
+        if split is None:
+            self.fault(f"split {row['split']!r}: choose train, val, test or leave it empty")
+        self.lines.append(self.reader.line_num + 1)
+        self.splits.append(_SPLITS.index(split))
+        self.labels.append(self.label_index.setdefault(row["label"], len(self.label_index)))
+        group = row.get("group", "")
+        self.groups.append(self.group_index.setdefault(group, len(self.group_index)))
+
+    def _check_repeated(self) -> None:
+        hashes = np.fromiter((hash(path) for path in self.paths), np.int64, len(self.paths))
+        values, counts = np.unique(hashes, return_counts=True)
+        first: dict[str, int] = {}
+        for i in np.flatnonzero(np.isin(hashes, values[counts > 1])).tolist():
+            path = self.paths[i]
+            if path in first:
+                shown = os.path.relpath(path, self.base)
+                self.fault(f"path {shown!r} again, after line {first[path]}", self.lines[i])
+            first[path] = self.lines[i]
+
+    def _check_groups(self) -> None:
+        """A group in every row or in none."""
+        empty = self.group_index.get("")
+        if empty is not None and len(self.group_index) > 1:
+            self.fault("empty group", self.lines[self.groups.index(empty)])
+
+    def table(self, path: str) -> ImageTable:
+        """What was read.
+
+        Raises:
+            UsageError: the first image does not exist.
+        """
+        if not os.path.exists(self.paths[0]):
+            raise UsageError(
+                f"{self.name} line {self.lines[0]}: {self.paths[0]} does not exist; "
+                f"paths are relative to {self.base}"
+            )
+        unused = [c for c in self.columns if c not in (*_USED, _CONTENT)]
+        classes, labels = _sorted(list(self.label_index), self.labels)
+        groups, group = _sorted(list(self.group_index), self.groups)
+        return ImageTable(
+            name=self.name,
+            classes=classes,
+            labels=labels,
+            splits=np.array(_SPLITS, "U5")[np.asarray(self.splits)],
+            groups=None if groups == [""] else np.array(groups)[group],
+            files=self.paths,
+            base=self.base,
+            location=os.path.abspath(path),
+            warnings=(f"columns that are not used: {shortened(unused, 6)}",) if unused else (),
+        )
+
+
+def _encodable(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _sorted(names: Sequence[str], codes: array) -> tuple[list[str], NDArray[np.int64]]:
+    """The names sorted, and the codes that refer to them so."""
+    order = sorted(range(len(names)), key=names.__getitem__)
+    place = np.empty(len(names), np.int64)
+    place[order] = np.arange(len(names))
+    return [names[i] for i in order], place[np.asarray(codes)]

@@ -1,0 +1,222 @@
+"""`ImageTable`: N labeled images as arrays of labels, splits and groups, with lazy paths."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regard.data.images import read_image, to_channels
+from regard.errors import UsageError
+from regard.files import shortened
+
+SPLITS = ("train", "val", "test")
+
+
+class PathList(Sequence[str]):
+    """File paths in one block of bytes, read as strings one at a time.
+
+    A million paths are three Python objects, so that forked workers share their pages, and a
+    selection shares the text.
+    """
+
+    def __init__(self, text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        self._text, self._starts, self._ends = text, starts, ends
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> "PathList":
+        """The paths of any iterable, which is read once."""
+        text = bytearray()
+        ends = np.fromiter(_appended(text, paths), np.int64)
+        starts = np.zeros_like(ends)
+        starts[1:] = ends[:-1]
+        return cls(bytes(text), starts, ends)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> "PathList": ...
+    def __getitem__(self, i: int | slice) -> "str | PathList":
+        if isinstance(i, slice):
+            return PathList(self._text, self._starts[i], self._ends[i])
+        return os.fsdecode(self._text[self._starts[i] : self._ends[i]])
+
+    def select(self, at: NDArray[np.int64]) -> "PathList":
+        """These paths, in this order."""
+        return PathList(self._text, self._starts[at], self._ends[at])
+
+
+def _appended(text: bytearray, paths: Iterable[str]) -> Iterable[int]:
+    for path in paths:
+        text += os.fsencode(path)
+        yield len(text)
+
+
+class StackedArrays:
+    """Several (N, ...) arrays as if they were concatenated, without a copy."""
+
+    def __init__(self, parts: Sequence[NDArray[np.uint8]]) -> None:
+        self.parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: Any) -> NDArray[np.uint8]:
+        """One row by its number; by a slice, mask or list a copy of several."""
+        if isinstance(i, int | np.integer):
+            part = int(np.searchsorted(self._ends, i, side="right"))
+            return self.parts[part][int(i) - (int(self._ends[part - 1]) if part else 0)]
+        return np.stack([self[row] for row in np.arange(len(self))[i]])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.concatenate(self.parts).astype(dtype or np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTable:
+    """N labeled images: where they are, not what they show.
+
+    Attributes:
+        name: DATA as it was given.
+        classes: class names.
+        labels: (N,) int64, indices into classes.
+        splits: (N,) of '', 'train', 'val' or 'test'.
+        groups: (N,) names, such as patients, that must not be divided between splits; or None.
+        files: N paths as open() takes them, or None; a list becomes a `PathList`.
+        arrays: the images themselves, (M, H, W) or (M, H, W, C) uint8; or None. Selections share
+            them: image i is arrays[rows[i]].
+        base: the folder that paths in a file of splits are relative to.
+        rows: (N,) rows of arrays; None: all of them, in order.
+        location: absolute path of the folder or file that DATA names; '' where it names none.
+        warnings: what the user should know about how the table was made, one line each.
+    """
+
+    name: str
+    classes: list[str]
+    labels: NDArray[np.int64]
+    splits: NDArray[np.str_]
+    groups: NDArray[np.str_] | None = None
+    files: Sequence[str] | None = None
+    arrays: NDArray[np.uint8] | StackedArrays | None = None
+    base: str = ""
+    rows: NDArray[np.int64] | None = None
+    location: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.files is not None and not isinstance(self.files, PathList):
+            object.__setattr__(self, "files", PathList.of(self.files))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(
+        self, i: int, *, channels: int | None = None, at_least: int | None = None
+    ) -> NDArray[Any]:
+        """Image i as (H, W, C); see `read_image`.
+
+        Raises:
+            ImageError: its file can't be read.
+        """
+        if self.files is not None:
+            return read_image(self.files[i], channels=channels, at_least=at_least)
+        pixels = self.stored(i)
+        return to_channels(pixels if pixels.ndim == 3 else pixels[..., None], channels)
+
+    def stored(self, i: int) -> NDArray[np.uint8]:
+        """Image i of a table of arrays, (H, W) or (H, W, C), without a copy."""
+        assert self.arrays is not None
+        return self.arrays[self.row(i)]
+
+    def row(self, i: int) -> int:
+        """The row of `arrays` that holds image i."""
+        return int(i if self.rows is None else self.rows[i])
+
+    def path(self, i: int) -> str:
+        """The file of image i, or its place in the data set, such as 'digits[12]'."""
+        return self.files[i] if self.files is not None else f"{self.name}[{self.row(i)}]"
+
+    def key(self, i: int) -> str:
+        """A name of image i that stays the same when the data is moved."""
+        if self.files is not None:
+            return self.files[i].removeprefix(os.path.join(self.base, ""))
+        return f"{os.path.basename(self.name.rpartition(':')[2])}[{self.row(i)}]"
+
+    def select(self, indices: Sequence[int] | NDArray[Any]) -> "ImageTable":
+        """The table of these images, in this order; also from a mask of N booleans."""
+        at = np.asarray(indices)
+        at = np.flatnonzero(at) if at.dtype == bool else at.astype(np.int64)
+        files, rows = self.files, self.rows
+        if isinstance(files, PathList):
+            files = files.select(at)
+        if self.arrays is not None:
+            rows = at if rows is None else rows[at]
+        return replace(
+            self,
+            labels=self.labels[at],
+            splits=self.splits[at],
+            groups=None if self.groups is None else self.groups[at],
+            files=files,
+            rows=rows,
+        )
+
+
+def class_counts(table: ImageTable) -> dict[str, dict[str, int]]:
+    """Images per class in each split that the table has: {split: {class: images}}."""
+    present = [s for s in ("", *SPLITS) if np.any(table.splits == s)]
+    counts = {
+        s: np.bincount(table.labels[table.splits == s], minlength=len(table.classes)).tolist()
+        for s in present
+    }
+    return {s: dict(zip(table.classes, counts[s], strict=True)) for s in present}
+
+
+def as_known(
+    table: ImageTable, classes: Sequence[str], renamed: Mapping[str, str] | None = None
+) -> ImageTable:
+    """The images of the classes that a network knows, labeled in its order.
+
+    Images of other classes are left out, with a line in `warnings`.
+
+    Args:
+        table: images of any classes.
+        classes: the network's.
+        renamed: the network's class for a class of the table; '' leaves its images out.
+
+    Raises:
+        UsageError: no class is known, or `renamed` names a class that does not exist.
+    """
+    renamed = renamed or {}
+    index = {c: i for i, c in enumerate(classes)}
+    for old, new in renamed.items():
+        if old not in table.classes:
+            raise UsageError(f"{old}={new}: {table.name} has {shortened(table.classes, 10)}")
+        if new and new not in index:
+            raise UsageError(f"{old}={new}: the network knows {shortened(classes, 10)}")
+    names = [renamed.get(c, c) for c in table.classes]
+    labels = np.array([index.get(c, -1) for c in names], np.int64)[table.labels]
+    counts = np.bincount(table.labels, minlength=len(names))
+    strange = {
+        c: int(n) for c, new, n in zip(table.classes, names, counts, strict=True)
+        if new and new not in index and n
+    }  # fmt: skip
+    known = labels >= 0
+    if not known.any():
+        raise UsageError(
+            f"{table.name} has no image of a class that the network knows: it has "
+            f"{shortened(table.classes, 10)}; the network knows {shortened(classes, 10)}"
+        )
+    warnings = table.warnings
+    if strange:
+        listed = shortened([f"{c} ({n})" for c, n in strange.items()], 10)
+        warnings += (f"images of classes that the network does not know are left out: {listed}",)
+    return replace(
+        table if known.all() else table.select(known),
+        classes=list(classes), labels=labels[known], warnings=warnings,
+    )  # fmt: skip

@@ -1,0 +1,239 @@
+"""Lists the images below a folder: what counts as one, and what is skipped and counted.
+
+Training and prediction list folders by the same rules. Masks that lie beside their images and
+folders that Regard itself wrote are left out.
+"""
+
+import logging
+import os
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from regard.data.images import IMAGE_SUFFIXES, read_image
+from regard.errors import ImageError
+from regard.files import shortened
+
+JUNK = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
+_MASK_WORDS = r"(?:masks?|seg(?:mentation)?s?|gt|ground[ _-]?truth|labels?|annotations?)"
+_MASK_STEM = re.compile(rf"(.+?)[ _.-]{_MASK_WORDS}(?:[ _-]?\d+)?$", re.IGNORECASE)
+_MASK_FOLDER = re.compile(_MASK_WORDS, re.IGNORECASE)
+_RESULT_FILES = ("run.json", "config.json", "model.safetensors")
+_SAMPLED = 24  # possible masks that are opened, in each listing
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"GIF8", b"RIFF")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Skipped:
+    """What was left out while folders were listed.
+
+    Attributes:
+        files: how many by suffix ('' for none); hidden files are not counted.
+        masks: mask images beside their images.
+        results: folders that Regard wrote.
+    """
+
+    files: Counter[str] = field(default_factory=Counter)
+    masks: list[str] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """One sentence for each kind."""
+        lines = []
+        if self.files:
+            kinds = [f"{n} {suffix or 'without suffix'}" for suffix, n in self.files.most_common()]
+            lines.append(f"skipped: {shortened(kinds, 6)}")
+        if self.masks:
+            some = os.path.basename(self.masks[0])
+            lines.append(
+                f"{len(self.masks)} masks beside their images are left out (such as {some}); "
+                "`regard explain --masks` compares maps with them"
+            )
+        if self.results:
+            folders = "folder" if len(self.results) == 1 else "folders"
+            where = shortened(sorted(self.results))
+            lines.append(f"left out {len(self.results)} {folders} of Regard's results: {where}")
+        return lines
+
+
+def list_images(folder: str, skipped: Skipped, *, above: Iterable[str] = ()) -> list[str]:
+    """Paths of the images at any depth, sorted, without masks and results.
+
+    A folder that is reached twice through links is listed once; those in `above` never.
+    """
+    files = sorted(_walk(folder, skipped, above))
+    masks = masks_among(folder, files)
+    skipped.masks += sorted(masks)
+    return [path for path in files if path not in masks] if masks else files
+
+
+def images_below(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files given, and the images below the folders given, listed as for training.
+
+    What is skipped is logged at the end.
+    """
+    skipped = Skipped()
+    for path in paths:
+        if path.is_dir():
+            yield from map(Path, list_images(str(path), skipped))
+        else:
+            yield path
+    for line in skipped.lines():
+        logger.warning(line)
+
+
+def subfolders(folder: str) -> dict[str, str]:
+    """{name: path} of the folders directly below, without hidden ones, junk and results."""
+    with os.scandir(folder) as entries:
+        found = {e.name: e.path for e in entries if not _hidden(e.name) and e.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def has_images(folder: str, *, below: bool = True) -> bool:
+    """Whether a folder holds an image; by default also at any depth."""
+    if not below:
+        with os.scandir(folder) as entries:
+            return any(_is_image(e) for e in entries if not _hidden(e.name) and not e.is_dir())
+    return next(_walk(folder, Skipped(), ()), None) is not None
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def _walk(folder: str, skipped: Skipped, above: Iterable[str]) -> Iterator[str]:
+    seen = {_identity(path) for path in above}
+    waiting = [folder]
+    while waiting:
+        here = waiting.pop()
+        identity = _identity(here)
+        if identity in seen:
+            continue
+        seen.add(identity)
+        if here != folder and is_result(here):
+            skipped.results.append(here)
+            continue
+        with os.scandir(here) as entries:
+            for entry in entries:
+                if _hidden(entry.name):
+                    continue
+                if entry.is_dir():
+                    waiting.append(entry.path)
+                elif _is_image(entry):
+                    yield entry.path
+                else:
+                    skipped.files[os.path.splitext(entry.name)[1].lower()] += 1
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """By its suffix; without one, as DICOM files often are, by its first bytes."""
+    if entry.name.lower().endswith(IMAGE_SUFFIXES):
+        return True
+    suffix = os.path.splitext(entry.name)[1]
+    if suffix and not suffix[1:].isdigit():  # DICOM files are often named by their number
+        return False
+    try:
+        with open(entry.path, "rb") as file:
+            head = file.read(132)
+    except OSError:
+        return False
+    return head[128:] == b"DICM" or head.startswith(_SIGNATURES)
+
+
+# ---- folders that Regard wrote
+
+
+def is_result(folder: str) -> bool:
+    """Whether Regard wrote this folder: a run, a network, explanations, or a folder of these."""
+    here = {n for n in _RESULT_FILES if os.path.exists(os.path.join(folder, n))}
+    if "run.json" in here or len(here) > 1:
+        return True
+    names, folders = set(), []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                folders.append(entry.path)
+            elif not entry.name.startswith("."):
+                names.add(entry.name)
+            if len(names) > 100 and not any(n.endswith(".npz") for n in names):
+                return False  # images alone: no need to list them all
+    if any(n.endswith(".npz") for n in names):
+        return _are_explanations(folder, names)
+    return bool(folders) and not names and all(is_result(path) for path in folders)
+
+
+def _are_explanations(folder: str, names: set[str]) -> bool:
+    """Whether every picture but the sheets has its maps, as `regard explain` writes them."""
+    stems = {n[:-4] for n in names if n.endswith(".png")} - {"contact-sheet", "curves"}
+    pairs = sorted(stem for stem in stems if f"{stem}.npz" in names)
+    if not pairs or len(pairs) < len(stems):
+        return False
+    try:
+        with zipfile.ZipFile(os.path.join(folder, f"{pairs[0]}.npz")) as file:
+            return {"about.npy", "box.npy"} <= set(file.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+# ---- masks
+
+
+def is_mask_folder(name: str) -> bool:
+    """Whether a folder is called as those that hold masks are."""
+    return _MASK_FOLDER.fullmatch(name) is not None
+
+
+def masks_among(folder: str, files: Sequence[str]) -> set[str]:
+    """Those of the files that are masks of others: by name, and nearly two-valued.
+
+    `x_mask.png`, `x_seg_1.png` or `x-label.tif` beside `x.jpg`; or `masks/x.png` where `x.jpg` is
+    elsewhere below the folder.
+    """
+    possible: dict[str, set[str]] = {}  # path: the stems that its image may have
+    start = len(os.path.join(folder, ""))
+    for path in files:
+        below, name = os.path.split(path[start:])
+        stem = os.path.splitext(name)[0]
+        match = _MASK_STEM.fullmatch(stem)
+        if any(is_mask_folder(part) for part in below.split(os.sep)):
+            possible[path] = {stem, match[1] if match else stem}
+        elif match:
+            possible[path] = {os.path.join(below, match[1])}
+    if not possible:
+        return set()
+    images = set()
+    for path in files:
+        if path not in possible:
+            stem = os.path.splitext(path[start:])[0]
+            images |= {stem, os.path.basename(stem)}
+    named = [path for path, stems in possible.items() if stems & images]
+    sample = named[:: max(1, len(named) // _SAMPLED)]
+    agree = {path: is_mask(path) for path in sample}
+    if all(agree.values()):
+        return set(named)
+    if not any(agree.values()):
+        return set()
+    return {path for path in named if agree.get(path, False) or is_mask(path)}
+
+
+def is_mask(path: str) -> bool:
+    """Whether nearly all pixels have one of two values, or all one of a few."""
+    try:
+        pixels = read_image(path, channels=1)[..., 0].astype(np.float64)
+    except ImageError:
+        return False
+    low, high = pixels.min(), pixels.max()
+    near = (pixels - low <= (high - low) / 16) | (high - pixels <= (high - low) / 16)
+    return bool(near.mean() >= 0.95) or len(np.unique(pixels)) <= 8
