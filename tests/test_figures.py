@@ -4,8 +4,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 import regard
+from regard.models.residual_attention import PreActUnit
 from regard.models.zoo import figures
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +29,16 @@ SONONET = {8: "0.163", 16: "0.648", 32: "2.584", 64: "10.321"}
 AG_SONONET = {
     8: ("0.177", "0.310"), 16: ("0.701", "1.233"), 32: ("2.788", "4.913"), 64: ("11.122", "19.617"),
 }  # fmt: skip
-CIFAR = {"attention92_cifar": "1.89", "attention236_cifar": "4.87"}
+# Attention-n for CIFAR: millions of parameters with a head of 100 and of 10 classes, and the
+# paper's, where it prints one
+CIFAR = {
+    56: ("1.057", "1.034", ""),
+    92: ("1.871", "1.848", "1.9"),
+    128: ("2.685", "2.662", ""),
+    164: ("3.500", "3.477", ""),
+    236: ("5.128", "5.105", "5.1"),
+    452: ("7.999", "7.976", "8.6"),
+}
 
 BY_NAME = {row.name: row for row in figures()}
 
@@ -58,8 +69,21 @@ def test_residual_attention_counts():
     for name, (parameters, macs) in EXACT.items():
         assert BY_NAME[name].parameters == parameters
         assert gmacs(name) == macs
-    for name, expected in CIFAR.items():
-        assert millions(name, 2) == expected
+
+
+@pytest.mark.parametrize("depth", CIFAR)
+def test_cifar_residual_attention_counts(depth):
+    hundred, ten, paper = CIFAR[depth]
+    name = f"attention{depth}_cifar"
+    assert (millions(name, 3), BY_NAME[name].paper_parameters) == (ten, paper)
+    with torch.device("meta"):
+        model = regard.create_model(name, num_classes=100)
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}" == hundred
+    # the longest chain of convolutions, one linear layer at its end: the depth in the name
+    units = sum(isinstance(m, PreActUnit) and ".mask." not in n for n, m in model.named_modules())
+    assert 1 + 3 * units + 1 == depth
+    assert [len(model.get_submodule(f"layer{s}.1.mask.down")) for s in (1, 2, 3)] == [2, 1, 0]
+    assert [type(m).__name__ for m in model.layer3[1].mask.bottom] == ["PreActUnit"] * 3
 
 
 @pytest.mark.parametrize("row", figures("*res*"), ids=lambda row: row.name)

@@ -7,12 +7,27 @@ are right: the skip path of a mask is one residual unit (a single identity), the
 not added into the mask, max-pools have no padding and round up, and interpolation aligns
 the corners.
 
-The authors published no definition of the CIFAR networks. These follow the ImageNet rules:
-conv 3x3 to 16 channels, stages 64 / 128 / 256 at 32 / 16 / 8, and masks that pool down to
-the smallest map of the trunk, so 2 / 1 / 0 times (the mask that does not pool keeps both of its
-groups of r units). With that Attention-92 has 1.89M parameters (paper 1.9M), Attention-236
-4.87M (5.1M), Attention-452 9.43M (8.6M): no reading of the paper that was tried gives all
-three.
+The authors published no definition of the CIFAR networks. Section 4.1 gives three stages of m
+modules each, two residual units added at each stage, and a depth of 36m + 20. Here that is
+conv 3x3 to 16 channels, then stages of 64 / 128 / 256 channels at 32 / 16 / 8 pixels, each
+of one projecting unit, m modules and one more unit, then BN-ReLU, average pooling and the
+classifier:
+
+    depth = 1 (stem) + 3 stages * 3 layers * (2 units + 4m units of trunks) + 1 (classifier)
+          = 36m + 20 for p, t, r = 1, 2, 1
+
+The masks pool 2 / 1 / 0 times, down to the 8x8 pixels of the last stage, whose mask is the
+paper's local form: three units and no sampling, whatever r is. Parameters (M) with 100
+classes, as counted, and as the paper prints them:
+
+    Attention-    56     92    236    452
+    counted    1.057  1.871  5.128  7.999
+    paper               1.9    5.1    8.6
+
+With 10 classes the classifier has 257 * 90 = 23,130 fewer. Attention-452 has m = 6 and
+p, t, r = 2, 4, 3. Readings that count to 8.6M as well exist, but each needs a detail that
+the paper does not state, such as a third mask of two units under masks that pool 3 and 2
+times (8.515M).
 
 Reading order: residual units, mask, attention module, network, variants.
 """
@@ -177,8 +192,8 @@ class MaskBranch(nn.Module):
     that map), then r units; the last interpolation has neither skip nor unit. Tail:
     BN-ReLU-conv1x1 twice (pre-activation) or conv1x1-BN-ReLU, conv1x1 (post-activation).
 
-    depth 0, or `mask="local"` for the paper's comparison, has no pooling: 2r units, or the
-    paper's three units, at full size.
+    depth 0, or `mask="local"`, is the paper's comparison without sampling: three units at full
+    size, whatever r is.
 
     Shapes: (B, C, H, W) -> M of the same shape. H and W are at least 2 ** depth.
     """
@@ -189,11 +204,10 @@ class MaskBranch(nn.Module):
         self, unit: Unit, channels: int, *, depth: int, r: int, mask: str, activation: str
     ) -> None:
         super().__init__()
-        local = choose("mask", mask, MASKS) == "local"
-        depth = 0 if local else depth
+        depth = 0 if choose("mask", mask, MASKS) == "local" else depth
         self.pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
         self.down = nn.ModuleList([_units(unit, channels, r) for _ in range(depth)])
-        self.bottom = _units(unit, channels, 3 if local else r if depth else 2 * r)
+        self.bottom = _units(unit, channels, r if depth else 3)
         self.skip = nn.ModuleList([unit(channels, channels) for _ in range(depth - 1)])
         self.up = nn.ModuleList([_units(unit, channels, r) for _ in range(depth - 1)])
         conv1, conv2 = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(2))
@@ -275,7 +289,9 @@ class ResidualAttentionNet(nn.Module):
     Args:
         modules: attention modules in each of the three stages; (1, 1, 1) is Attention-56,
             (1, 2, 3) Attention-92 on ImageNet.
-        channels: widths of the stem and of the four stages.
+        units: residual units after the modules of each stage.
+        channels: widths of the stem and of the three stages, and of a fourth stage of three
+            units if there are five.
         depths: how often the masks of each stage pool.
         unit: "preact" (Attention) or "resnext" (AttentionNeXt).
         stem: "imagenet", conv 7x7 stride 2 and max-pool 3x3 stride 2, or "cifar", conv 3x3.
@@ -298,6 +314,7 @@ class ResidualAttentionNet(nn.Module):
         drop_rate: float = 0.0,
         *,
         modules: Sequence[int] = (1, 1, 1),
+        units: Sequence[int] = (0, 0, 0),
         channels: Sequence[int] = (64, 256, 512, 1024, 2048),
         depths: Sequence[int] = (3, 2, 1),
         unit: str = "preact",
@@ -342,26 +359,27 @@ class ResidualAttentionNet(nn.Module):
             )  # fmt: skip
 
         stages = []
-        for i, (count, depth) in enumerate(zip(modules, depths, strict=True)):
-            first = make(channels[i], channels[i + 1], stride=1 if i == 0 else 2, project=True)
-            rest = [module(channels[i + 1], depth) for _ in range(count)]
-            stages.append(nn.Sequential(first, *rest))
+        for i, (count, after, depth) in enumerate(zip(modules, units, depths, strict=True)):
+            width = channels[i + 1]
+            first = make(channels[i], width, stride=1 if i == 0 else 2, project=True)
+            rest = [module(width, depth) for _ in range(count)]
+            stages.append(nn.Sequential(first, *rest, *_units(make, width, after)))
         self.layer1, self.layer2, self.layer3 = stages
         last = channels[-1]
-        self.layer4 = nn.Sequential(
-            make(channels[-2], last, stride=2 if imagenet else 1, project=True),
-            make(last, last),
-            make(last, last),
-        )
+        self.layer4 = nn.Sequential()
+        if len(channels) == 5:
+            first = make(channels[3], last, stride=2, project=True)
+            self.layer4 = nn.Sequential(first, *_units(make, last, 2))
         self.norm = nn.BatchNorm2d(last) if preact else nn.Identity()
         self.act = nn.ReLU(inplace=True) if preact else nn.Identity()
         self.global_pool, self.fc = create_classifier(last, num_classes, pool_type=global_pool)
 
-        strides = (2, 4, 8, 16, 32) if imagenet else (1, 1, 2, 4, 4)
-        names = ("act1", "layer1", "layer2", "layer3", "act" if preact else "layer4")
+        names = ["act1", "layer1", "layer2", "layer3", "layer4"][: len(channels)]
+        strides = [2, 4, 8, 16, 32] if imagenet else [1, 1, 2, 4, 8]
+        names[-1] = "act" if preact else names[-1]
         self.feature_info = [
             {"num_chs": c, "reduction": s, "module": n}
-            for c, s, n in zip(channels, strides, names, strict=True)
+            for c, s, n in zip(channels, strides, names, strict=False)
         ]
         self.init_weights()
 
@@ -414,19 +432,20 @@ class ResidualAttentionNet(nn.Module):
         """
         if output_fmt != "NCHW":
             raise UsageError(f"output_fmt={output_fmt!r}: only 'NCHW'")
-        take, last = feature_take_indices(5, indices)
+        count = len(self.feature_info)
+        take, last = feature_take_indices(count, indices)
         x = self.act1(self.bn1(self.conv1(x)))
         maps = [x] if 0 in take else []
         x = self.maxpool(x)
         check_size(x, self._least, self._stem_stride)
-        layers = [self.layer1, self.layer2, self.layer3, self.layer4]
+        layers = [self.layer1, self.layer2, self.layer3, self.layer4][: count - 1]
         for i, layer in enumerate(layers[:last] if stop_early else layers, start=1):
             x = checkpoint_seq(layer, x) if self.grad_checkpointing else layer(x)
             if i in take:
-                maps.append(self.act(self.norm(x)) if norm and i == 4 else x)
+                maps.append(self.act(self.norm(x)) if norm and i == count - 1 else x)
         if intermediates_only:
             return maps
-        if not stop_early or last == 4:
+        if not stop_early or last == count - 1:
             x = self.act(self.norm(x))
         return x, maps
 
@@ -435,19 +454,20 @@ class ResidualAttentionNet(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drops what forward_intermediates does not need for these maps."""
-        take, last = feature_take_indices(5, indices)
-        for i in range(last + 1, 5):
+        count = len(self.feature_info)
+        take, last = feature_take_indices(count, indices)
+        for i in range(last + 1, count):
             setattr(self, f"layer{i}", nn.Sequential())
-        if last < 4:
+        if last < count - 1:
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_norm or last < 4:
+        if prune_norm or last < count - 1:
             self.norm, self.act = nn.Identity(), nn.Identity()
-        if prune_head or last < 4:
+        if prune_head or last < count - 1:
             self.reset_classifier(0, "")
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), rounded up."""
+        """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), rounded up; H / 4 for CIFAR."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         check_size(x, self._least, self._stem_stride)
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -469,9 +489,11 @@ class ResidualAttentionNet(nn.Module):
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> ResidualAttentionNet:
+    maps = len(kwargs.get("channels", range(5)))  # the stem's and the stages'
     return build_model_with_cfg(
-        ResidualAttentionNet, name, pretrained, feature_cfg={"flatten_sequential": False}, **kwargs
-    )
+        ResidualAttentionNet, name, pretrained,
+        feature_cfg={"flatten_sequential": False, "out_indices": tuple(range(maps))}, **kwargs,
+    )  # fmt: skip
 
 
 default_cfgs = generate_default_cfgs(
@@ -512,8 +534,8 @@ def attentionnext92(pretrained: bool = False, **kwargs: Any) -> ResidualAttentio
 def _cifar(name: str, m: int, pretrained: bool, **kwargs: Any) -> ResidualAttentionNet:
     """Attention-(36m + 20) with m modules in each stage (section 4.1)."""
     args = {
-        "modules": (m, m, m), "channels": (16, 64, 128, 256, 256), "depths": (2, 1, 0),
-        "stem": "cifar", "num_classes": 10, **kwargs,
+        "modules": (m, m, m), "units": (1, 1, 1), "channels": (16, 64, 128, 256),
+        "depths": (2, 1, 0), "stem": "cifar", "num_classes": 10, **kwargs,
     }  # fmt: skip
     return _create(name, pretrained, **args)
 
