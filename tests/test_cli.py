@@ -23,6 +23,7 @@ COMMANDS = (
     "demo",
     "evaluate",
     "explain",
+    "export",
     "models",
     "predict",
     "recipes",

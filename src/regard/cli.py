@@ -1,5 +1,7 @@
 """The command line: runs a command, and turns errors into one line and an exit code."""
 
+import contextlib
+import io
 import os
 import sys
 import traceback
@@ -7,23 +9,23 @@ from collections.abc import Sequence
 
 import cyclopts
 
-from regard.errors import RegardError, Stopped
+from regard.errors import RegardError, Stopped, is_out_of_memory
 from regard.log import show_messages
 from regard.version import __version__
 
 COMMANDS = {
-    "demo": "Train AG-SonoNet-8 on real handwritten digits and show where it looks.",
-    "data": "Look at data before training: counts, sizes, faults, leakage.",
+    "demo": "Train AG-SonoNet-8 on handwritten digits and show where it looks.",
+    "data": "Check a data set before training: counts, sizes, faults, leakage.",
     "train": "Train a network on labeled images.",
-    "evaluate": "Test a network on labeled images, with 95 % intervals.",
+    "evaluate": "Evaluate a network on labeled images, with 95 % intervals.",
     "predict": "Classify images with a trained network.",
-    "explain": "Show where a network looks, and how far that can be believed.",
+    "explain": "Show where a network looks, and measure how far that can be believed.",
     "report": "Write a run's report.html again.",
-    "export": "Write a network as one file that runs without Regard.",
-    "serve": "Serve a page to try a network on, and its API.",
-    "models": "List the networks with their parameters and multiply-adds, and the papers' figures.",
-    "recipes": "List the recipes, or print one.",
-    "convert": "Turn an authors' checkpoint into a folder that timm loads.",
+    "export": "Export a network as one file that runs without Regard.",
+    "serve": "Serve a web page and an HTTP API for a network.",
+    "models": "List the networks: parameters, multiply-adds, and the papers' figures.",
+    "recipes": "List the training recipes, or print one.",
+    "convert": "Convert an authors' checkpoint into a folder that timm loads.",
     "bench": "Measure how fast networks predict on this machine, engine by engine.",
 }
 """The commands in the order of `regard --help`; each is `command` in a module of its name."""
@@ -49,6 +51,10 @@ def main(tokens: Sequence[str] | None = None) -> None:
     With 0 where all is done, 1 where work failed or failed in part, 2 for a wrong call, and
     128 + N where signal N ended it.
     """
+    for stream in (sys.stdout, sys.stderr):  # a letter that the terminal lacks ends nothing
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # a pipe under a wrapper that believes it can seek
+                stream.reconfigure(errors="backslashreplace")
     code = run_command(sys.argv[1:] if tokens is None else tokens)
     try:
         sys.stdout.flush()
@@ -73,29 +79,34 @@ def run_command(tokens: Sequence[str]) -> int:
         return 2
     except BrokenPipeError:
         return _unread()
-    except Stopped as stopped:
-        _complain(f"{stopped}; its state is saved: go on with the same command and --resume")
-        return stopped.exit_code
-    except RegardError as error:
-        _complain(" ".join(str(error).split()))
-        return error.exit_code
-    except OSError as error:  # the system's: a full disk, a folder that may not be written
-        if error.errno is None or os.environ.get("REGARD_DEBUG") == "1":
-            return _fault(error)
-        where = f"{error.filename}: " if error.filename is not None else ""
-        _complain(f"{where}{(error.strerror or str(error)).lower()}")
-        return 1
+    except Exception as error:
+        if os.environ.get("REGARD_DEBUG") == "1":
+            traceback.print_exception(error)
+        return _explained(error)
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
-    except Exception as error:
-        return _fault(error)
 
 
-def _fault(error: BaseException) -> int:
-    """A fault of Regard's own: said so, with the traceback that a report needs."""
+def _explained(error: Exception) -> int:
+    """Says in one line what went wrong, and returns the exit code."""
+    if isinstance(error, Stopped):
+        _complain(f"{error}; its state is saved: continue with the same command and --resume")
+        return error.exit_code
+    if isinstance(error, RegardError):
+        _complain(" ".join(str(error).split()))
+        return error.exit_code
+    if is_out_of_memory(error):
+        _complain("out of memory: lower --batch-size or --size, or give --fit-memory to train")
+        return 1
+    if isinstance(error, OSError) and error.errno is not None:
+        # the system's: a full disk, a folder that can't be written
+        where = f"{error.filename}: " if error.filename is not None else ""
+        _complain(f"{where}{(error.strerror or str(error)).lower()}")
+        return 1
     _complain(
-        f"a fault of Regard's own ({type(error).__name__}); please report it with the lines below"
+        f"this is a fault of Regard's ({type(error).__name__}), not yours; please report it with "
+        "the lines below"
     )
     traceback.print_exception(error)
     return 70

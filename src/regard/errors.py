@@ -74,3 +74,14 @@ class Stopped(RegardError):  # noqa: N818 (no error: somebody asked for it)
         super().__init__(f"stopped after step {step}")
         self.step, self.signal_number = step, signal_number
         self.exit_code = 128 + signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on the CPU or on an accelerator."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which this module can't import
+        or (isinstance(error, RuntimeError) and "not enough memory" in text)
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in text)
+    )

@@ -20,21 +20,21 @@ def command(
     out: Path,
     arg: Annotated[list[str] | None, Parameter(negative=())] = None,
 ) -> int:
-    """Turn an authors' checkpoint into a folder that timm loads.
+    """Convert an authors' checkpoint into a folder that timm loads.
 
-    Afterwards timm.create_model("local-dir:OUT", pretrained=True) is the network.
+    Afterwards timm.create_model("local-dir:OUT", pretrained=True) returns the network.
 
     Parameters
     ----------
     source
-        The authors' checkpoint: .pth, .npz or .safetensors. Never unpickled.
+        The authors' checkpoint: .pth, .npz or .safetensors. It is never unpickled.
     model
-        The network of Regard's that it belongs to, such as cbam_resnet50.
+        Name of the network it belongs to, such as cbam_resnet50.
     out
         A new folder.
     arg
-        A further argument of the network as NAME=VALUE; may be repeated. Classes, input
-        channels and the aggregation are seen from the checkpoint.
+        Argument of the network as NAME=VALUE; repeatable. The number of classes, input channels
+        and the aggregation are read from the checkpoint.
     """
     from regard.models.convert import convert as run
 

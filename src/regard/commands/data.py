@@ -31,25 +31,25 @@ def command(
     root: Path | None = None,
     json: bool = False,
 ) -> int:
-    """Look at data before training: counts, sizes, faults, leakage.
+    """Check a data set before training: counts, sizes, faults, leakage.
 
     Parameters
     ----------
     source
-        digits, a folder of class folders (with train, val, test or without), a CSV file
-        (path, label, split, group), cifar10, cifar100, medmnist:FILE.npz or hf:NAME.
+        A folder of class folders (with or without train, val and test above them), a CSV file
+        (path, label, split, group), digits, cifar10, cifar100, medmnist:FILE.npz or hf:NAME.
     val
-        Share for validation where the data has no such split.
+        Validation share, if the data has no such split.
     test
-        Share for the test where the data has no such split.
+        Test share, if the data has no such split.
     seed
-        Of those splits.
+        Random seed for those splits.
     limit
-        Look at so many images only, evenly spread.
+        Check only this many images, evenly spread.
     workers
-        Processes that decode; without: one a core.
+        Processes that decode images. Default: one per core.
     root
-        Where cifar10 and cifar100 are kept.
+        Folder of cifar10 and cifar100.
     json
         Print JSON.
     """

@@ -16,19 +16,19 @@ log = logging.getLogger(__name__)
 
 
 def command(*, out: Path = Path("runs/demo"), seed: int = 0, epochs: int = 15) -> int:
-    """Train AG-SonoNet-8 on real handwritten digits and show where it looks.
+    """Train AG-SonoNet-8 on handwritten digits and show where it looks.
 
-    Takes under a minute on two cores and downloads nothing. Writes the network, metrics.csv
-    and report.html, a page to look at.
+    Takes under a minute on two cores and downloads nothing. The run's folder holds the network,
+    its metrics, and report.html to look at.
 
     Parameters
     ----------
     out
-        Folder for the run; an earlier demo there is replaced.
+        Folder of the run. An earlier demo in it is replaced.
     seed
-        Of the split, the weights and the augmentation.
+        Random seed for the split, weight initialization and augmentation.
     epochs
-        Passes over the training images.
+        Training epochs.
     """
     if epochs < 1:
         raise UsageError(f"--epochs {epochs}: at least 1")

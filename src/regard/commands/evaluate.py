@@ -25,20 +25,20 @@ def command(
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
     json: bool = False,
 ) -> int:
-    """Test a network on labeled images, with 95 % intervals.
+    """Evaluate a network on labeled images, with 95 % intervals.
 
     Parameters
     ----------
     run
-        A run's folder; or a network's name, with --weights.
+        A run's folder, or the name of a network together with --weights.
     source
-        As for training; without: the run's own, as it was split.
+        Labeled images, as for training. Default: the run's own data and splits.
     split
-        train, val, test or all; without: test where there is one.
+        train, val, test or all. Default: test, if there is one.
     weights
-        For a network's name: a run's folder or an authors' checkpoint.
+        For the name of a network: a run's folder or an authors' checkpoint.
     root
-        Where cifar10 and cifar100 are kept.
+        Folder of cifar10 and cifar100.
     json
         Print JSON.
     """

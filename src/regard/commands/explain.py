@@ -27,37 +27,37 @@ def command(
     baseline: str = "blur",
     seed: int = 0,
 ) -> int:
-    """Show where a network looks, and how far that can be believed.
+    """Show where a network looks, and measure how far that can be believed.
 
-    For each image a picture and the raw maps (.npz); for several a contact sheet.
+    Writes a picture and the raw maps (.npz) of each image, and a contact sheet of several.
 
     Parameters
     ----------
     run
-        The run's folder, or any folder in timm's local-dir layout.
+        A run's folder, or any folder in timm's local-dir layout.
     images
-        Image files, and folders of them.
+        Image files and folders of images.
     out
-        Folder for what is written.
+        Output folder.
     method
-        attention (the network's own) or gradcam; may be repeated; without: both.
+        attention (the network's own maps) or gradcam; repeatable. Default: both.
     target
-        Class that Grad-CAM explains; without: the predicted one.
+        Class that Grad-CAM explains. Default: the predicted class.
     reduce
-        Channels of a mask to one map: mean, max, or a channel's number.
+        How the channels of a mask become one map: mean, max, or a channel's number.
     layer
-        Of Grad-CAM; without: the last map of features.
+        Layer for Grad-CAM. Default: the last feature map.
     channels
-        Keep every channel of the masks in the .npz.
+        Store every channel of the masks in the .npz.
     score
-        Deletion and insertion beside random maps, the image's middle and Grad-CAM; and whether
-        the maps change with random weights.
+        Measure deletion and insertion against random maps, a center blob and Grad-CAM, and
+        whether the maps depend on the weights.
     masks
-        What people marked: a CSV (path, x0, y0, x1, y1) or a folder of mask images.
+        Annotated regions: a CSV file (path, x0, y0, x1, y1) or a folder of mask images.
     baseline
-        What takes deleted pixels' place: blur or mean.
+        What replaces deleted pixels: blur or mean.
     seed
-        Of random maps, random weights and resamples.
+        Random seed for random maps, random weights and the bootstrap.
     """
     from regard.explanations.explanation import METHODS
     from regard.explanations.faithfulness import Request

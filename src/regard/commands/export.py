@@ -22,33 +22,33 @@ def command(
     force: Annotated[bool, Parameter(negative=())] = False,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
-    """Write a network as one file that runs without Regard.
+    """Export a network as one file that runs without Regard.
 
-    The file takes resized images in 0..255, any number at once, and gives probabilities; class
-    names and how to resize are in its metadata. It is loaded again and compared on real images
-    before it appears.
+    The file takes batches of resized images in 0..255 and returns probabilities; its metadata
+    holds class names and preprocessing. It is compared with the network on real images before
+    it is written.
 
     Parameters
     ----------
     run
-        The run's folder; any folder in timm's local-dir layout with --data.
+        A run's folder, or any folder in timm's local-dir layout with --data.
     to
-        onnx, openvino (FILE.xml with FILE.bin beside) or torch (.pt2, of torch.export).
+        onnx, openvino (FILE.xml and FILE.bin) or torch (.pt2 of torch.export).
     out
-        The file: .onnx, .xml or .pt2.
+        Output file: .onnx, .xml or .pt2.
     data
-        Images to compare on, as for training; without: the run's own.
+        Images to compare on, as for training. Default: the run's own.
     root
-        Where cifar10 and cifar100 are kept.
+        Folder of cifar10 and cifar100.
     maps
-        The attention maps come out as well.
+        Return the attention maps as well.
     int8
-        8-bit weights and activations (onnx, openvino), calibrated on training images; what it
-        costs on the validation images is counted.
+        Quantize weights and activations to 8 bits (onnx, openvino), calibrated on training images;
+        the loss of accuracy is measured on the validation images.
     force
-        Keep an 8-bit file that loses more than 1 point of the accuracy.
+        Write an 8-bit file even if it loses more than 1 point of accuracy.
     overwrite
-        Replace a file that is there already.
+        Replace an existing file.
     """
     from regard.export import export as write
 

@@ -3,58 +3,31 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, make_dataclass
-from typing import Annotated, Any, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from regard.errors import UsageError
-from regard.training.config import Recipe, fields_of
 
 log = logging.getLogger(__name__)
-
-RecipeFlags = make_dataclass(
-    "RecipeFlags",
-    [
-        (
-            f.name,
-            Annotated[
-                get_type_hints(Recipe)[f.name] | None,
-                Parameter(
-                    help=f.metadata["help"],
-                    group=f"{f.metadata['group']} (of the recipe)",
-                    consume_multiple=True,
-                    negative_iterable=(),
-                ),
-            ],
-            field(default=None),
-        )
-        for f in fields_of()
-    ],
-)
-"""Every field of a recipe as a flag; None where it was not given."""
-
-
-RecipeFlags.__module__ = __name__  # Python 3.11 says "types", which cyclopts takes for builtin
 
 
 @dataclass(frozen=True)
 class EngineFlags:
-    """What answers: the flags that evaluate, predict and serve share."""
+    """How a network is run: the flags that evaluate, predict and serve share."""
 
     engine: Annotated[
         str,
         Parameter(
-            help="eager, compiled, onnxruntime or openvino; auto measures those that are "
-            "installed, once for this network and machine, and takes the fastest whose answers "
-            "agree."
+            help="eager, compiled, onnxruntime or openvino; auto benchmarks the installed ones, "
+            "once per network and machine, and uses the fastest whose answers agree."
         ),
     ] = "eager"
     precision: Annotated[
         str,
         Parameter(
-            help="Of the engine: fp32, bf16, or auto: bf16 where the machine computes in it, but "
-            "never with eager."
+            help="fp32, bf16, or auto: bf16 where the hardware supports it, except with eager."
         ),
     ] = "auto"
 

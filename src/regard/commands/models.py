@@ -8,14 +8,14 @@ log = logging.getLogger(__name__)
 
 
 def command(pattern: str = "*", *, json: bool = False) -> int:
-    """List the networks: parameters and multiply-adds, the paper's figures beside ours.
+    """List the networks: parameters, multiply-adds, and the papers' figures.
 
     Parameters
     ----------
     pattern
-        A part of a name, or a shell pattern such as 'cbam_*'.
+        Part of a name, or a shell pattern such as 'cbam_*'.
     json
-        Print JSON, with every figure in full.
+        Print JSON with all figures.
     """
     print_figures(pattern, as_json=json)
     return 0

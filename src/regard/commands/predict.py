@@ -37,15 +37,15 @@ def command(
     Parameters
     ----------
     run
-        The run's folder, such as runs/demo.
+        A run's folder, such as runs/demo.
     images
-        Image files, and folders of them.
+        Image files and folders of images.
     top
-        How many classes to name for each.
+        Number of classes to list for each image.
     json
-        Print one JSON object a line.
+        Print one JSON object per line.
     csv
-        Write a CSV file instead.
+        Write a CSV file instead of printing.
     """
     if top < 1:
         raise UsageError(f"--top {top}: at least 1")

@@ -7,12 +7,12 @@ log = logging.getLogger(__name__)
 
 
 def command(name: str | None = None) -> int:
-    """List the recipes, or print one.
+    """List the training recipes, or print one.
 
     Parameters
     ----------
     name
-        A recipe's name; its TOML file is printed, as a start for one of your own.
+        Name of a recipe; its TOML file is printed, to start your own from.
     """
     from regard.training.config import load_recipe, shipped, summary
 

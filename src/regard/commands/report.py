@@ -15,7 +15,7 @@ def command(run: Annotated[Path, Parameter(name="RUN")], /) -> int:
     Parameters
     ----------
     run
-        The run's folder.
+        A run's folder.
     """
     from regard.report.build import report_run
 

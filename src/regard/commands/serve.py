@@ -27,24 +27,24 @@ def command(
     seconds: float = 60.0,
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
 ) -> int:
-    """Serve a page to try a network on, and its API.
+    """Serve a web page and an HTTP API for a network.
 
     Parameters
     ----------
     run
-        The run's folder, or any folder in timm's local-dir layout.
+        A run's folder, or any folder in timm's local-dir layout.
     host
-        Address to listen on; 127.0.0.1 is this machine only.
+        Address to listen on; 127.0.0.1 is reachable from this machine only.
     port
-        Port to listen on; 0: any that is free.
+        Port to listen on; 0 picks a free one.
     megabytes
         Largest upload.
     megapixels
-        Largest image, told by its header before it is decoded.
+        Largest image; its header is checked before it is decoded.
     requests
-        Requests in work at the same moment; the rest are told to come again.
+        Maximum concurrent requests; further ones get HTTP 503.
     seconds
-        For a request, before it is given up.
+        Time limit of a request.
     """
     try:
         from regard.serve.app import serve as listen

@@ -1,16 +1,39 @@
 """`regard train`: trains a network, tests it, and writes the report of the run."""
 
 import logging
+from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from cyclopts import Parameter
 
-from regard.commands.flags import (
-    RecipeFlags,
-)
+from regard.training.config import Recipe, fields_of
 
 log = logging.getLogger(__name__)
+
+RecipeFlags = make_dataclass(
+    "RecipeFlags",
+    [
+        (
+            f.name,
+            Annotated[
+                get_type_hints(Recipe)[f.name] | None,
+                Parameter(
+                    help=f.metadata["help"],
+                    group=f"{f.metadata['group']} (recipe)",
+                    consume_multiple=True,
+                    negative_iterable=(),
+                ),
+            ],
+            field(default=None),
+        )
+        for f in fields_of()
+    ],
+)
+"""Every field of a recipe as a flag; None where it was not given."""
+
+
+RecipeFlags.__module__ = __name__  # Python 3.11 says "types", which cyclopts takes for builtin
 
 
 def command(
@@ -28,28 +51,29 @@ def command(
 ) -> int:
     """Train a network on labeled images.
 
-    Writes a run's folder: the network (timm loads it), recipe, splits, metrics, report.html.
-    Under `accelerate launch -m regard train ...` or torchrun it runs in many processes.
+    Writes a run's folder: the network in timm's layout, the recipe, splits, metrics and
+    report.html. Starts several processes under `accelerate launch -m regard train ...` or
+    torchrun.
 
     Parameters
     ----------
     source
-        digits, a folder of class folders (with train, val, test or without), a CSV file
-        (path, label, split, group), cifar10, cifar100, medmnist:FILE.npz or hf:NAME.
+        A folder of class folders (with or without train, val and test above them), a CSV file
+        (path, label, split, group), digits, cifar10, cifar100, medmnist:FILE.npz or hf:NAME.
     model
-        A network's name, see `regard models`, or any of timm's; without: the recipe's.
+        Name of a network of Regard's (`regard models`) or timm's. Default: the recipe's.
     recipe
-        A name, see `regard recipes`, or a TOML file; the flags below go on top.
+        Name of a recipe (`regard recipes`) or path of a TOML file. Flags override its values.
     out
-        The run's folder; without: runs/DATA-MODEL.
+        Folder of the run. Default: runs/DATA-MODEL.
     resume
-        Go on with the run in that folder from its last saved state.
+        Continue the run in that folder from its last saved state.
     weights
-        Start from the network of another run's folder, or from an authors' checkpoint.
+        Start from the network of a run's folder, or from an authors' checkpoint.
     pretrained
-        Start from timm's pretrained weights; for CBAM and SE the plain network's, grafted.
+        Start from timm's pretrained weights; CBAM and SE networks are grafted onto them.
     root
-        Where cifar10 and cifar100 are kept.
+        Folder of cifar10 and cifar100.
     """
     changes = {k: v for k, v in vars(flags).items() if v is not None}
     train(
