@@ -66,3 +66,8 @@ def shortened(names: Iterable[object], most: int = 3) -> str:
     rows = [str(name) for name in names]
     rest = f" and {len(rows) - most} more" if len(rows) > most else ""
     return ", ".join(rows[:most]) + rest
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 image", "2,000 images"; the noun takes an s."""
+    return f"{count:,} {noun}" + "s" * (count != 1)

@@ -123,7 +123,7 @@ def _table(
         classes=classes,
         labels=np.repeat(np.array([label for label, _, _ in runs], np.int64), counts),
         splits=np.repeat(np.array([split for _, split, _ in runs], "U5"), counts),
-        files=PathList.of(path for _, _, files in runs for path in files),
+        files=PathList.joined([files for _, _, files in runs]),
         base=root,
         location=os.path.abspath(root),
         warnings=(*lacking, *warnings),

@@ -34,6 +34,17 @@ class PathList(Sequence[str]):
         starts[1:] = ends[:-1]
         return cls(bytes(text), starts, ends)
 
+    @classmethod
+    def joined(cls, lists: Sequence["PathList"]) -> "PathList":
+        """The paths of several lists, one after the other."""
+        shifts = np.cumsum([0, *(len(paths._text) for paths in lists)])[:-1]
+        pairs = list(zip(lists, shifts, strict=True))
+        return cls(
+            b"".join(paths._text for paths in lists),
+            np.concatenate([paths._starts + shift for paths, shift in pairs]),
+            np.concatenate([paths._ends + shift for paths, shift in pairs]),
+        )
+
     def __len__(self) -> int:
         return len(self._starts)
 

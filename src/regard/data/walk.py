@@ -17,7 +17,7 @@ import numpy as np
 
 from regard.data.images import IMAGE_SUFFIXES, read_image
 from regard.errors import ImageError
-from regard.files import shortened
+from regard.files import plural, shortened
 
 JUNK = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
 _MASK_WORDS = r"(?:masks?|seg(?:mentation)?s?|gt|ground[ _-]?truth|labels?|annotations?)"
@@ -53,13 +53,13 @@ class Skipped:
         if self.masks:
             some = os.path.basename(self.masks[0])
             lines.append(
-                f"{len(self.masks)} masks beside their images are left out (such as {some}); "
-                "`regard explain --masks` compares maps with them"
+                f"{plural(len(self.masks), 'mask')} beside images left out (such as {some}); "
+                "`regard explain --masks` compares maps with masks"
             )
         if self.results:
-            folders = "folder" if len(self.results) == 1 else "folders"
+            count = plural(len(self.results), "folder")
             where = shortened(sorted(self.results))
-            lines.append(f"left out {len(self.results)} {folders} of Regard's results: {where}")
+            lines.append(f"{count} of Regard's results left out: {where}")
         return lines
 
 
