@@ -17,7 +17,7 @@ RecipeFlags = make_dataclass(
         (
             f.name,
             Annotated[
-                get_type_hints(Recipe)[f.name] | None,
+                get_type_hints(Recipe, include_extras=True)[f.name] | None,
                 Parameter(
                     help=f.metadata["help"],
                     group=f"{f.metadata['group']} (recipe)",

@@ -1,253 +1,338 @@
-"""Recipes: how a network is trained, as one dataclass that TOML files fill.
+"""Training recipes: one dataclass, which TOML files and the flags of `regard train` fill.
 
-Every field is a flag of `regard train` and a key of a recipe's TOML file, and is documented
-here alone. `regard recipes` lists the shipped ones; each file's header gives its source,
-its command, and what was measured with it.
+Each field's type holds its choices and its range: the command line and the reader of TOML
+files check against the same types. `regard recipes` lists the shipped recipes; the header of
+each file gives the source, the command, the hardware and what was measured.
 """
+
+# ruff: noqa: RUF009 (`_field` is dataclasses.field with a help text)
 
 import dataclasses
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from regard.errors import UsageError
 
 if TYPE_CHECKING:
     from regard.data.augment import Augmentation
-from regard.errors import UsageError
-
-GROUPS = ("Length", "Optimizer", "Schedule", "Loss", "Sampling", "Images", "Augmentation", "Run")
 
 
-def _field(default: Any, group: str, text: str, choices: tuple[str, ...] = ()) -> Any:
-    metadata = {"group": group, "help": text, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
+def _limits(**limits: float) -> Parameter:
+    """Bounds of a number (gt, gte, lte), which is finite in any case."""
+    return Parameter(validator=Number(**{"lt": math.inf, **limits}))
+
+
+_Share = Annotated[float, _limits(gte=0, lte=1)]
+_Positive = Annotated[float, _limits(gt=0)]
+_NotNegative = Annotated[float, _limits(gte=0)]
+_Count = Annotated[int, _limits(gte=1)]
+_Increasing = Annotated[tuple[float, ...], _limits(gte=0)]
+_Range = Annotated[tuple[float, float], _limits(gt=0)]  # smallest and largest
+
+
+def _field(default: Any, group: str, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"group": group, "help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train. What every field means stands beside it; `fields_of` lists them.
+    """How to train. Each field's help is in its metadata; see `fields_of`.
+
+    Attributes:
+        size: (height, width); one number is taken for both.
+        model, model_args: the network and its arguments, a TOML file's [model] table.
 
     Raises:
-        UsageError: a value is not among a field's choices or outside its range.
+        UsageError: a value is not among its choices, out of range, or unused beside the others.
     """
 
-    epochs: float | None = _field(
-        None, "Length", "Passes over the training images. Without it and --steps: by their number."
-    )
-    steps: int | None = _field(None, "Length", "Optimizer steps, instead of epochs.")
-    batch_size: int = _field(64, "Length", "Images of a step, in each process.")
-    accumulate: int = _field(1, "Length", "Batches whose gradients are added up to one step.")
+    epochs: _Positive | None = _field(
+        None, "Length",
+        "Epochs to train (default: 15 * sqrt(2000 / n) for n training images, from 3 to 60).",
+    )  # fmt: skip
+    steps: _Count | None = _field(None, "Length", "Optimizer steps to train, instead of epochs.")
+    batch_size: _Count = _field(64, "Length", "Batch size per process.")
+    accumulate: _Count = _field(1, "Length", "Gradient accumulation steps.")
+    partial_batch: bool = _field(
+        False, "Length",
+        "End each epoch with a smaller batch, instead of filling it from the next epoch.",
+    )  # fmt: skip
 
-    optimizer: str = _field("sgd", "Optimizer", "sgd or adamw.", ("sgd", "adamw"))
-    lr: float = _field(0.1, "Optimizer", "Learning rate at its peak.")
-    momentum: float = _field(0.9, "Optimizer", "Of SGD.")
-    nesterov: bool = _field(True, "Optimizer", "Nesterov's momentum.")
-    weight_decay: float = _field(1e-4, "Optimizer", "L2 for SGD, decoupled for AdamW.")
+    optimizer: Literal["sgd", "adamw"] = _field("sgd", "Optimizer", "Optimizer.")
+    lr: _NotNegative = _field(0.1, "Optimizer", "Peak learning rate.")
+    momentum: _Share = _field(0.9, "Optimizer", "SGD momentum.")
+    nesterov: bool = _field(True, "Optimizer", "Use Nesterov momentum.")
+    weight_decay: _NotNegative = _field(
+        1e-4, "Optimizer", "Weight decay (L2 for SGD, decoupled for AdamW)."
+    )
     decay_norm_and_bias: bool = _field(
-        True, "Optimizer", "Decay biases and norms too, as the papers do."
+        True, "Optimizer", "Apply weight decay to normalization weights and biases too."
     )
-    backbone_lr_scale: float = _field(
-        1.0, "Optimizer", "Factor on the learning rate of all but gates and classifier."
+    backbone_lr_scale: _Share = _field(
+        1.0, "Optimizer", "Learning rate factor for all but the attention and the classifier."
     )
-    clip_grad: float = _field(0.0, "Optimizer", "Largest norm of the gradient; 0: no bound.")
-    ema_decay: float = _field(
-        0.0, "Optimizer", "Decay a step of a moving average of weights; 0: none."
+    clip_grad: _NotNegative = _field(0.0, "Optimizer", "Clip the gradient to this norm (0 = off).")
+    ema_decay: Annotated[float, _limits(gte=0, lte=0.99999)] = _field(
+        0.0, "Optimizer", "Decay of the exponential moving average of the weights (0 = off)."
     )
 
-    schedule: str = _field(
-        "onecycle", "Schedule", "steps, onecycle, cosine or constant.",
-        ("steps", "onecycle", "cosine", "constant"),
-    )  # fmt: skip
-    schedule_unit: str = _field(
-        "epochs", "Schedule", "What milestones and warm-up count: epochs or steps.",
-        ("epochs", "steps"),
-    )  # fmt: skip
-    milestones: tuple[float, ...] = _field((), "Schedule", "Where schedule=steps changes.")
-    lr_factors: tuple[float, ...] = _field(
+    schedule: Literal["steps", "onecycle", "cosine", "constant"] = _field(
+        "onecycle", "Schedule", "Learning rate schedule."
+    )
+    schedule_unit: Literal["epochs", "steps"] = _field(
+        "epochs", "Schedule", "Unit of milestones and warm-up."
+    )
+    milestones: _Increasing = _field(
+        (), "Schedule", "Where the learning rate changes (schedule steps)."
+    )
+    lr_factors: _Increasing = _field(
         (), "Schedule",
-        "Of lr: before the first milestone and after each; without: 1, 0.1, 0.01 ...",
+        "Learning rate factors before the first milestone and after each (default: 1 0.1 0.01 …).",
     )  # fmt: skip
-    warmup: float = _field(0.0, "Schedule", "Linear rise from 0 to lr, in `unit`.")
+    warmup: _NotNegative = _field(0.0, "Schedule", "Length of the linear warm-up.")
 
-    label_smoothing: float = _field(0.0, "Loss", "Share given to the other classes, 0 to 1.")
+    label_smoothing: Annotated[float, _limits(gte=0, lte=0.999)] = _field(
+        0.0, "Loss", "Label smoothing."
+    )
     class_weights: str = _field(
         "none", "Loss",
-        "none, balanced (1 / count, mean 1), or CLASS=WEIGHT,CLASS=WEIGHT; others count 1.",
+        "Class weights in the loss: none, balanced (inverse frequency) or CLASS=WEIGHT,... "
+        "(1 for a class that is not named).",
     )  # fmt: skip
-    mixup: float = _field(0.0, "Loss", "Alpha of mixup's Beta distribution; 0: none.")
-    label_noise: float = _field(
-        0.0, "Loss", "Share of training labels changed to another class (RAN, table 4)."
+    mixup: Annotated[float, _limits(gte=0, lte=10)] = _field(0.0, "Loss", "Mixup alpha (0 = off).")
+    label_noise: _Share = _field(
+        0.0, "Loss", "Fraction of the training labels changed to another class."
     )
 
-    sampler: str = _field(
-        "shuffled", "Sampling", "shuffled, or balanced: drawn with weight 1 / class count.",
-        ("shuffled", "balanced"),
-    )  # fmt: skip
+    sampler: Literal["shuffled", "balanced"] = _field(
+        "shuffled", "Sampling", "Shuffle, or draw images with weight 1 / class count."
+    )
     sampler_weights: str = _field(
-        "", "Sampling", "Factors on a class's weight: CLASS=WEIGHT,CLASS=WEIGHT; others 1."
+        "", "Sampling", "Factors on the sampling weights: CLASS=WEIGHT,... (default: 1)."
     )
-    val: float = _field(0.1, "Sampling", "Share for validation where the data has no such split.")
-    test: float = _field(0.2, "Sampling", "Share for the test where the data has no such split.")
-
-    size: int | None = _field(None, "Images", "Side of the input in pixels; without: by the data.")
-    resize: str = _field(
-        "crop", "Images", "squash (whole image), crop (its middle) or pad (whole, with margins).",
-        ("squash", "crop", "pad"),
-    )  # fmt: skip
-    crop_pct: float = _field(1.0, "Images", "Share of the side that the middle crop keeps.")
-    normalization: str = _field(
-        "data", "Images", "Mean and deviation of the data, of the model, or each image's own.",
-        ("data", "model", "image"),
-    )  # fmt: skip
-    max_unreadable: float = _field(
-        0.01, "Images", "Largest share of images that can't be read; more ends the run at once."
+    largest_class_weight: _NotNegative = _field(
+        1.0, "Sampling", "Factor on the sampling weight of the class with the most images."
+    )
+    val: Annotated[float, _limits(gte=0, lte=0.9)] = _field(
+        0.1, "Sampling", "Validation fraction, for data without a validation split."
+    )
+    test: Annotated[float, _limits(gte=0, lte=0.9)] = _field(
+        0.2, "Sampling", "Test fraction, for data without a test split."
     )
 
-    random_crop: str = _field(
-        "none", "Augmentation", "none, shift (pad and crop), or resized (of random area).",
-        ("none", "shift", "resized"),
+    size: Annotated[tuple[int, ...], _limits(gte=4, lte=8192)] | None = _field(
+        None,
+        "Images",
+        "Input size in pixels: one number, or height and width (default: by the data).",
+    )
+    resize: Literal["squash", "crop", "pad"] = _field(
+        "crop", "Images", "Fit images by squashing, by a center crop, or by padding."
+    )
+    crop_pct: Annotated[float, _limits(gte=0.1, lte=1)] = _field(
+        1.0, "Images", "Fraction of the shorter side that the center crop keeps."
+    )
+    normalization: Literal["data", "model", "image"] = _field(
+        "data", "Images",
+        "Mean and standard deviation: of the training images, of the pretrained network, or of "
+        "each image.",
     )  # fmt: skip
-    crop_shift: float = _field(0.125, "Augmentation", "Of random_crop=shift: share of the side.")
-    crop_scale: tuple[float, float] = _field(
-        (0.08, 1.0), "Augmentation", "Of random_crop=resized: least and largest area."
+    max_unreadable: _Share = _field(
+        0.01,
+        "Images",
+        "Stop before training if more than this fraction of the images is unreadable.",
     )
-    flip: float = _field(0.5, "Augmentation", "Chance of a horizontal flip.")
-    rotate: float = _field(0.0, "Augmentation", "Largest rotation, degrees either way.")
-    zoom: tuple[float, float] = _field((1.0, 1.0), "Augmentation", "Least and largest zoom.")
-    axis_scale: tuple[float, float] = _field(
-        (1.0, 1.0), "Augmentation", "Sampling grid's scale, drawn per axis (AG-SonoNet: 0.7 1.3)."
-    )
-    shift: float = _field(0.0, "Augmentation", "Largest shift, share of the side either way.")
-    color_jitter: float = _field(
-        0.0, "Augmentation", "Largest change of brightness, contrast and saturation."
-    )
-    lighting: float = _field(
-        0.0, "Augmentation", "Deviation of AlexNet's PCA color augmentation (the paper: 0.1)."
-    )
-    random_erasing: float = _field(0.0, "Augmentation", "Chance of erasing a random rectangle.")
 
-    select: str = _field(
-        "best", "Run", "Weights kept: best on validation (where there is one), or last.",
-        ("best", "last"),
-    )  # fmt: skip
-    precision: str = _field(
-        "auto", "Run", "auto (bf16 where the machine has it), fp32 or bf16.",
-        ("auto", "fp32", "bf16"),
-    )  # fmt: skip
-    compile: str = _field(
-        "no", "Run", "torch.compile: no, yes, or auto (measured at the start, if the run is long).",
-        ("no", "yes", "auto"),
-    )  # fmt: skip
+    random_crop: Literal["none", "shift", "resized"] = _field(
+        "none", "Augmentation", "Random crop: after padding (shift), or of random area (resized)."
+    )
+    crop_shift: _Share = _field(
+        0.125, "Augmentation", "Padding of random_crop=shift, as a fraction of the side."
+    )
+    crop_scale: Annotated[tuple[float, float], _limits(gt=0, lte=1)] = _field(
+        (0.08, 1.0), "Augmentation", "Smallest and largest area of random_crop=resized."
+    )
+    flip: _Share = _field(0.5, "Augmentation", "Horizontal flip probability.")
+    rotate: Annotated[float, _limits(gte=0, lte=180)] = _field(
+        0.0, "Augmentation", "Maximum rotation in degrees."
+    )
+    zoom: _Range = _field((1.0, 1.0), "Augmentation", "Smallest and largest zoom factor.")
+    axis_scale: _Range = _field(
+        (1.0, 1.0), "Augmentation", "Smallest and largest sampling grid scale, drawn per axis."
+    )
+    shift: _Share = _field(0.0, "Augmentation", "Maximum shift, as a fraction of the side.")
+    color_jitter: _Share = _field(
+        0.0, "Augmentation", "Maximum change of brightness, contrast and saturation."
+    )
+    lighting: _Share = _field(
+        0.0, "Augmentation", "Standard deviation of AlexNet's PCA color augmentation (0 = off)."
+    )
+    random_erasing: _Share = _field(0.0, "Augmentation", "Random erasing probability.")
+
+    select: Literal["best", "last"] = _field(
+        "best", "Run", "Weights to keep: of the best epoch on validation images, or the last."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = _field(
+        "auto", "Run", "Precision; auto is bf16 where the hardware computes in it."
+    )
+    compile: Literal["no", "yes", "auto"] = _field(
+        "no", "Run", "Use torch.compile; auto measures whether it pays."
+    )
     grad_checkpointing: bool = _field(
-        False, "Run", "Less memory, more time: layers are computed again in the backward pass."
+        False, "Run", "Gradient checkpointing: less memory, more time."
     )
     fit_memory: bool = _field(
-        False, "Run", "Split each step into as few equal batches as fit in memory; BN sees those."
-    )
-    memory: str = _field(
-        "auto", "Run", "Hold images decoded in memory: auto, yes, or no (stream them).",
-        ("auto", "yes", "no"),
+        False, "Run",
+        "Split each step into as few equal batches as fit in memory (batch norm sees the smaller "
+        "batches).",
     )  # fmt: skip
-    workers: int | None = _field(None, "Run", "Processes that decode; without: one a core.")
-    eval_every: float = _field(1.0, "Run", "Epochs between evaluations.")
-    save_minutes: float = _field(5.0, "Run", "Minutes between saved states, beside every epoch's.")
-    faithfulness_images: int = _field(
-        24, "Run", "Test images on which the report judges the attention; 0: none."
+    memory: Literal["auto", "yes", "no"] = _field(
+        "auto", "Run", "Hold decoded images in memory, or stream them."
     )
-    seed: int = _field(0, "Run", "Of splits, weights, order, augmentation and dropout.")
+    workers: Annotated[int, _limits(gte=0, lte=256)] | None = _field(
+        None, "Run", "Data loading processes (default: one per core, at most 8)."
+    )
+    eval_every: _Positive = _field(1.0, "Run", "Epochs between evaluations.")
+    save_minutes: _NotNegative = _field(
+        5.0, "Run", "Minutes between checkpoints, in addition to one per evaluation."
+    )
+    faithfulness_images: Annotated[int, _limits(gte=0, lte=4096)] = _field(
+        24, "Run", "Test images on which the report scores the attention maps (0 = none)."
+    )
+    seed: Annotated[int, _limits(gte=0, lte=2**31)] = _field(
+        0, "Run", "Random seed for splits, weight initialization, sample order and augmentation."
+    )
 
-    # what is the network's, not the command line's: keys of a recipe's [model] table
+    # of the network, not flags
     model: str | None = None
     model_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            choices = f.metadata.get("choices")
-            value = getattr(self, f.name)
-            if choices and value not in choices:
-                raise UsageError(f"{f.name}={value!r}: choose one of {', '.join(choices)}")
-        _check_ranges(self)
+        for f in fields_of():
+            _check(f.name, getattr(self, f.name), _HINTS[f.name])
+        if self.size is not None:
+            size = (self.size,) if isinstance(self.size, int) else tuple(self.size)
+            object.__setattr__(self, "size", size * 2 if len(size) == 1 else size)
+        _check_together(self)
 
     @property
     def augmentation(self) -> "Augmentation":
-        """The fields that say how images are augmented."""
+        """The augmentation fields."""
         from regard.data.augment import Augmentation  # torch, which `regard --help` must not load
 
         names = [f.name for f in dataclasses.fields(Augmentation)]
         return Augmentation(**{name: getattr(self, name) for name in names})
 
     def changed(self, **changes: Any) -> "Recipe":
-        """The recipe with other values; an unknown name or a value of a wrong type is a ValueError.
+        """The recipe with other values; lists are taken for tuples.
 
-        Lists will do for tuples and whole numbers for others; None where a field may be None.
+        A value replaces what excludes it: `steps` the recipe's epochs, another `schedule` the
+        milestones of the one before.
+
+        Raises:
+            UsageError: a name is unknown, a value has a wrong type or is out of range, or it is
+                not used beside the others.
         """
-        _known(changes, [f.name for f in dataclasses.fields(self)])
-        hints = get_type_hints(Recipe)
-        cast = {k: _cast(k, v, hints[k]) for k, v in changes.items()}
-        return dataclasses.replace(self, **cast)
+        _check_names(changes, [f.name for f in dataclasses.fields(self)])
+        values = {k: _cast(k, v, _HINTS[k]) for k, v in changes.items()}
+        given = {k for k, v in values.items() if v is not None}
+        for one, other in (("epochs", "steps"), ("steps", "epochs")):
+            if one in given:
+                values.setdefault(other, None)
+        after = {f.name: getattr(self, f.name) for f in fields_of()} | values
+        for f in fields_of():
+            if (reason := _unused(f.name, after)) is None:
+                continue
+            if f.name in given:
+                raise UsageError(f"{f.name}={after[f.name]!r}: not used with {reason}")
+            values[f.name] = f.default
+        return dataclasses.replace(self, **values)
 
 
-_RANGES: dict[str, tuple[float, float]] = {
-    "batch_size": (1, math.inf), "accumulate": (1, math.inf), "steps": (1, math.inf),
-    "lr": (0, math.inf), "momentum": (0, 1), "weight_decay": (0, math.inf),
-    "backbone_lr_scale": (0, 1),
-    "clip_grad": (0, math.inf), "ema_decay": (0, 0.99999), "warmup": (0, math.inf),
-    "mixup": (0, 10),
-    "label_smoothing": (0, 0.999), "label_noise": (0, 1), "val": (0, 0.9), "test": (0, 0.9),
-    "size": (4, 8192), "crop_pct": (0.1, 1), "max_unreadable": (0, 1), "flip": (0, 1),
-    "crop_shift": (0, 1), "rotate": (0, 180), "shift": (0, 1), "color_jitter": (0, 1),
-    "lighting": (0, 10), "random_erasing": (0, 1), "workers": (0, 256), "seed": (0, 2**31),
-    "faithfulness_images": (0, 4096),
-    "save_minutes": (0, math.inf),
-}  # fmt: skip
+_HINTS = get_type_hints(Recipe, include_extras=True)
+
+# Where a field is used: another field, and the values of it with which it is.
+_USED_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "momentum": ("optimizer", ("sgd",)),
+    "nesterov": ("optimizer", ("sgd",)),
+    "milestones": ("schedule", ("steps",)),
+    "lr_factors": ("schedule", ("steps",)),
+    "warmup": ("schedule", ("steps", "cosine", "constant")),
+    "crop_pct": ("resize", ("crop",)),
+    "crop_shift": ("random_crop", ("shift",)),
+    "crop_scale": ("random_crop", ("resized",)),
+}
 
 
-def _check_ranges(recipe: Recipe) -> None:
-    for f in fields_of():
-        value = getattr(recipe, f.name)
-        several = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, float) and not math.isfinite(v) for v in several):
-            raise UsageError(f"{f.name}={value}: finite numbers only")
-    for name, (low, high) in _RANGES.items():
-        value = getattr(recipe, name)
-        if value is not None and not low <= value <= high:
-            raise UsageError(f"{name}={value}: from {low:g} to {high:g}")
-    for name in ("epochs", "eval_every"):
-        value = getattr(recipe, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"{name}={value}: more than 0")
+def _unused(name: str, values: Mapping[str, Any]) -> str | None:
+    """The value that makes a field unused, or None."""
+    other, where = _USED_WITH.get(name, (name, (values[name],)))
+    return None if values[other] in where else f"{other}={values[other]}"
+
+
+def _plain(hint: Any) -> Any:
+    """A field's type without None and without validators."""
+    kinds = [a for a in get_args(hint) if a is not type(None)] if _optional(hint) else [hint]
+    return get_args(kinds[0])[0] if get_origin(kinds[0]) is Annotated else kinds[0]
+
+
+def _optional(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    """Checks a value against the choices and the range of its field's type."""
+    if value is None and _optional(hint):
+        return
+    kind = _plain(hint)
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise UsageError(f"{name}={value!r}: choose one of {', '.join(get_args(kind))}")
+    kinds = get_args(hint) if _optional(hint) else (hint,)
+    for parameter in (p for k in kinds for p in getattr(k, "__metadata__", ())):
+        for validator in parameter.validator:
+            try:
+                validator(kind, value)
+            except ValueError as error:
+                shown = ", ".join(map(str, value)) if isinstance(value, tuple) else value
+                reason = str(error).rstrip(".")
+                raise UsageError(f"{name}={shown}: {reason[0].lower()}{reason[1:]}") from None
+
+
+def _check_together(recipe: Recipe) -> None:
+    """Checks what depends on more than one value."""
     if recipe.epochs is not None and recipe.steps is not None:
         raise UsageError(f"epochs={recipe.epochs:g} and steps={recipe.steps}: give one of them")
     if recipe.val + recipe.test >= 1:
         raise UsageError(f"val={recipe.val} and test={recipe.test} leave nothing to train on")
-    if list(recipe.milestones) != sorted(recipe.milestones):
-        raise UsageError(f"milestones={recipe.milestones}: in rising order")
-    if min((*recipe.milestones, *recipe.lr_factors), default=0) < 0:
-        raise UsageError(
-            f"milestones={recipe.milestones} and factors={recipe.lr_factors}: none below 0"
-        )
-    if recipe.lr_factors and len(recipe.lr_factors) != len(recipe.milestones) + 1:
-        raise UsageError(
-            f"factors={recipe.lr_factors}: one more than the {len(recipe.milestones)} milestones"
-        )
-    for name in ("crop_scale", "zoom", "axis_scale"):
-        low, high = getattr(recipe, name)
-        if not 0 < low <= high:
-            raise UsageError(f"{name}={getattr(recipe, name)}: least and largest, above 0")
-    if recipe.crop_scale[1] > 1:
-        raise UsageError(f"crop_area={recipe.crop_scale}: shares of the area, at most 1")
+    if recipe.size is not None and len(recipe.size) != 2:
+        raise UsageError(f"size={recipe.size}: give one number, or height and width")
+    for name in ("milestones", "crop_scale", "zoom", "axis_scale"):
+        value = getattr(recipe, name)
+        if list(value) != sorted(value):
+            raise UsageError(f"{name}={value}: must be in increasing order")
+    factors, milestones = recipe.lr_factors, recipe.milestones
+    if factors and len(factors) != len(milestones) + 1:
+        raise UsageError(f"lr_factors={factors}: one more than the {len(milestones)} milestones")
+    values = {f.name: getattr(recipe, f.name) for f in fields_of()}
+    for f in fields_of():
+        if values[f.name] != f.default and (reason := _unused(f.name, values)) is not None:
+            raise UsageError(f"{f.name}={values[f.name]!r}: not used with {reason}")
 
 
 def fields_of() -> list[dataclasses.Field[Any]]:
-    """The fields that are flags, with help, group and choices in their metadata."""
+    """The fields that are flags, with help and group in their metadata."""
     return [f for f in dataclasses.fields(Recipe) if "help" in f.metadata]
 
 
-def _known(names: Mapping[str, Any], known: list[str]) -> None:
+def _check_names(names: Iterable[str], known: list[str]) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
@@ -255,6 +340,35 @@ def _known(names: Mapping[str, Any], known: list[str]) -> None:
             raise UsageError(f"a recipe has no {name!r}; {hint}")
 
 
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _cast(name: str, value: Any, hint: Any) -> Any:
+    """A value of TOML or Python as the field's type: lists become tuples, and 1 becomes 1.0."""
+    kind = str if get_origin(_plain(hint)) is Literal else _plain(hint)
+    if value is None and _optional(hint):
+        return None
+    if get_origin(kind) is tuple:
+        if name == "size" and _is_number(value):
+            value = [value]
+        one, *more = get_args(kind)
+        if not isinstance(value, list | tuple) or not all(_is_number(v) for v in value):
+            raise UsageError(f"{name}={value!r}: a list of numbers")
+        if more != [...] and len(value) != len(get_args(kind)):
+            raise UsageError(f"{name}={value!r}: {len(get_args(kind))} numbers")
+        return tuple(_cast(name, v, one) for v in value)
+    if kind is float and _is_number(value):
+        return float(value)
+    if kind in _KINDS and type(value) is not kind:
+        raise UsageError(f"{name}={value!r}: {_KINDS[kind]} is needed")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# --------------------------------------------------------------------------- recipe files
 def shipped() -> dict[str, str]:
     """The text of each shipped recipe's TOML file, by name."""
     folder = resources.files("regard.training").joinpath("recipes")
@@ -271,7 +385,7 @@ def load_recipe(name: str | Path = "quick") -> Recipe:
     """A shipped recipe by name, or the one in a TOML file.
 
     Raises:
-        UsageError: no recipe is called so, the file can't be read, or a key or value is wrong.
+        UsageError: no recipe has this name, the file can't be read, or a key or value is wrong.
     """
     texts = shipped()
     if str(name) in texts:
@@ -288,7 +402,7 @@ def load_recipe(name: str | Path = "quick") -> Recipe:
 
 
 def parse_recipe(text: str, name: str) -> Recipe:
-    """The recipe that a TOML text describes; its [model] table gives `name` and arguments.
+    """The recipe in a TOML text; its [model] table holds the network's `name` and arguments.
 
     Raises:
         UsageError: the text is no TOML, or a key or value is wrong; the message starts with
@@ -299,45 +413,11 @@ def parse_recipe(text: str, name: str) -> Recipe:
         network = values.pop("model", {})
         if not isinstance(network, dict) or not isinstance(network.get("name", ""), str):
             raise UsageError(f"model={network!r}: a table, [model], with the network's name")
-        _known(values, [*(f.name for f in fields_of()), "model"])
-        hints = get_type_hints(Recipe)
-        cast = {key: _cast(key, value, hints[key]) for key, value in values.items()}
+        _check_names(values, [*(f.name for f in fields_of()), "model"])
+        cast = {key: _cast(key, value, _HINTS[key]) for key, value in values.items()}
         return Recipe(model=network.pop("name", None), model_args=network, **cast)
     except ValueError as error:  # TOMLDecodeError is one
         raise UsageError(f"recipe {name}: {error}") from error
-
-
-def _cast(key: str, value: Any, hint: Any) -> Any:
-    """TOML's value as the field's type; TOML has no tuples, and writes 1 for 1.0."""
-    if key == "compile" and isinstance(value, bool):  # as recipes had it before there was auto
-        return "yes" if value else "no"
-    kinds = [a for a in get_args(hint) if a is not type(None)] if _is_union(hint) else [hint]
-    kind = kinds[0]
-    if value is None and _is_union(hint):
-        return None
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple) or not all(_is_number(v) for v in value):
-            raise UsageError(f"{key}={value!r}: a list of numbers")
-        wanted = [a for a in get_args(kind) if a is not ...]
-        if ... not in get_args(kind) and len(value) != len(wanted):
-            raise UsageError(f"{key}={value!r}: {len(wanted)} numbers")
-        return tuple(float(v) for v in value)
-    if kind is float and _is_number(value):
-        return float(value)
-    if kind in _KINDS and type(value) is not kind:
-        raise UsageError(f"{key}={value!r}: {_KINDS[kind]} is needed")
-    return value
-
-
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-
-def _is_union(hint: Any) -> bool:
-    return type(None) in get_args(hint)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def recipe_toml(recipe: Recipe, header: str = "") -> str:

@@ -1,8 +1,11 @@
-"""Learning rates, parameter groups and optimizers of a recipe."""
+"""Learning rate schedules, parameter groups and optimizers of a recipe."""
 
+import functools
 import math
+from typing import Any
 
 import torch
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 
 from regard.attention import attention_kinds
@@ -11,12 +14,12 @@ from regard.training.config import Recipe
 
 
 def rate_factor(recipe: Recipe, step: int, total: int, steps_an_epoch: float) -> float:
-    """The learning rate of a step as a part of recipe.lr.
+    """The learning rate of a step as a fraction of recipe.lr.
 
     Args:
         step: optimizer steps done before this one.
-        total: steps of the whole run.
-        steps_an_epoch: to tell a schedule in epochs; need not be whole.
+        total: optimizer steps of the whole run.
+        steps_an_epoch: converts a schedule in epochs; need not be whole.
     """
     unit = steps_an_epoch if recipe.schedule_unit == "epochs" else 1.0
     warm = recipe.warmup * unit
@@ -28,49 +31,61 @@ def rate_factor(recipe: Recipe, step: int, total: int, steps_an_epoch: float) ->
         return risen * 0.5 * (1 + math.cos(math.pi * done))
     if recipe.schedule == "constant":
         return risen
-    factors = recipe.lr_factors or [0.1**i for i in range(len(recipe.milestones) + 1)]
+    factors = recipe.lr_factors or [1 / 10**i for i in range(len(recipe.milestones) + 1)]
     # 1e-6 of a step: 30 epochs of 10/3 steps end with step 100, whatever the rounding
     return risen * factors[sum(step >= m * unit - 1e-6 for m in recipe.milestones)]
 
 
 def _one_cycle(done: float) -> float:
-    """From 1/25 to 1 in a quarter of the run and down to 0, in cosines (Smith 2018)."""
+    """Cosine from 1/25 to 1 in a quarter of the run, then cosine to 0 (Smith 2018)."""
     if done < 0.25:
         return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * done / 0.25))
     return 0.5 * (1 + math.cos(math.pi * (done - 0.25) / 0.75))
 
 
 def gate_and_head_parameters(model: nn.Module) -> set[str]:
-    """The names of the gates' and the classifier's parameters; the others are the body."""
+    """The names of the parameters of attention and classifier; the others are the backbone's."""
     modules = (*attention_kinds(model), *classifier_modules(model))
     starts = tuple(f"{module}." for module in modules)
     return {name for name, _ in model.named_parameters() if name.startswith(starts)}
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD or AdamW over groups that carry `lr_scale`: 1, or recipe.backbone_lr_scale for the body.
-
-    Without recipe.decay_norm_and_bias, biases and the weights of norms are not decayed. Both
-    are fused: a step is one pass over a parameter, its gradient and its momentum.
-    """
-    fast = gate_and_head_parameters(model) if recipe.backbone_lr_scale != 1 else set()
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        scale = 1.0 if recipe.backbone_lr_scale == 1 or name in fast else recipe.backbone_lr_scale
-        decay = recipe.weight_decay if recipe.decay_norm_and_bias or p.ndim > 1 else 0.0
-        groups.setdefault((scale, decay), []).append(p)
-    settings = [
-        {"params": ps, "lr_scale": scale, "weight_decay": decay, "lr": recipe.lr * scale}
-        for (scale, decay), ps in groups.items()
-    ]
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(settings, lr=recipe.lr, fused=True)
-    nesterov = recipe.nesterov and recipe.momentum > 0
-    return torch.optim.SGD(
-        settings, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=True
+    """SGD or AdamW, fused, from timm's factory over `parameter_groups`."""
+    sgd = "sgd" if recipe.nesterov and recipe.momentum > 0 else "momentum"  # timm's names
+    return create_optimizer_v2(
+        model,
+        opt=sgd if recipe.optimizer == "sgd" else recipe.optimizer,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        param_group_fn=functools.partial(parameter_groups, recipe=recipe),
+        fused=True,
     )
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Groups by weight decay (timm's) and by learning rate.
+
+    What `model.no_weight_decay()` names, such as a ViT's position embedding, is not decayed;
+    neither are norms and biases without recipe.decay_norm_and_bias. `lr_scale` of a group is 1
+    for attention and classifier, and recipe.backbone_lr_scale for the rest.
+    """
+    spared: set[str] = getattr(model, "no_weight_decay", set)()
+    by_decay = param_groups_weight_decay(
+        model, recipe.weight_decay, weight_decay_exclude_1d=not recipe.decay_norm_and_bias,
+        no_weight_decay_list=spared,
+    )  # fmt: skip
+    fast = gate_and_head_parameters(model)
+    full = {id(p) for name, p in model.named_parameters() if name in fast}
+    groups = []
+    for group in by_decay:
+        scaled: dict[float, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            scale = 1.0 if id(p) in full else recipe.backbone_lr_scale
+            scaled.setdefault(scale, []).append(p)
+        for scale, params in scaled.items():
+            groups.append({**group, "params": params, "lr_scale": scale, "lr": recipe.lr * scale})
+    return groups
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

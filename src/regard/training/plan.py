@@ -61,10 +61,10 @@ def choose_preprocess(
     default = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
     arguments = dict(arguments)
     if cfg is not None and cfg.fixed_input_size:  # a transformer; its weights are for one size
-        height, width = (recipe.size, recipe.size) if recipe.size else default[1:]
+        height, width = recipe.size or default[1:]
         told: list[str] = []
         if (height, width) != default[1:]:
-            arguments.setdefault("img_size", height)
+            arguments.setdefault("img_size", height if height == width else (height, width))
     else:
         height, width, told = _size(recipe, default, sides)
     in_chans = int(arguments.pop("in_chans", 3 if pretrained else channels))
@@ -100,7 +100,8 @@ def _look(table: ImageTable) -> tuple[list[int], int]:
 
 def _size(recipe: Recipe, default: tuple[int, ...], sides: list[int]) -> tuple[int, int, list[str]]:
     if recipe.size is not None:
-        return recipe.size, recipe.size, []
+        height, width = recipe.size
+        return height, width, []
     side = int(np.median(sides))
     if default[1] != default[2] and side >= default[1]:  # AG-SonoNet's 208x272
         return default[1], default[2], []
@@ -127,41 +128,45 @@ def choose_steps(recipe: Recipe, images: int, processes: int) -> int:
     return max(1, math.ceil(steps - 1e-6))  # 0.07 * 100 is a little more than 7
 
 
-def parse_weights(text: str, classes: list[str], flag: str) -> NDArray[np.float64]:
-    """CLASS=WEIGHT,CLASS=WEIGHT as an array by class, 1 where a class is not named.
+def parse_weights(text: str, classes: list[str], name: str) -> NDArray[np.float64]:
+    """CLASS=WEIGHT,CLASS=WEIGHT as an array by class, 1 for a class that is not named.
 
     Raises:
-        UsageError: a class is unknown, or a weight is no number of at least 0.
+        UsageError: a class is unknown, or a weight is no number of at least 0; the message
+            starts with `name`.
     """
     weights = np.ones(len(classes))
     for part in filter(None, (p.strip() for p in text.split(","))):
-        name, equals, value = part.rpartition("=")
-        if not equals or name not in classes:
-            raise UsageError(f"{flag} {part}: CLASS=WEIGHT with one of {', '.join(classes[:20])}")
+        label, equals, value = part.rpartition("=")
+        if not equals or label not in classes:
+            known = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
+            raise UsageError(f"{name}: {part!r} is not CLASS=WEIGHT with one of {known}")
         try:
-            weights[classes.index(name)] = float(value)
+            weights[classes.index(label)] = float(value)
         except ValueError:
-            raise UsageError(f"{flag} {part}: {value!r} is no number") from None
+            raise UsageError(f"{name}: {part!r} has no number as weight") from None
     if not (weights >= 0).all() or not np.isfinite(weights).all() or not weights.any():
-        raise UsageError(f"{flag} {text}: weights of at least 0, and not all 0")
+        raise UsageError(f"{name}={text}: weights must be finite, at least 0, and not all 0")
     return weights
 
 
 def image_weights(table: ImageTable, recipe: Recipe) -> NDArray[np.float64] | None:
-    """Each image's weight for the sampler; None: all are shuffled.
+    """Each image's sampling weight; None where all images are shuffled.
 
     Raises:
         UsageError: the recipe's weights can't be read, or leave no image.
     """
-    by_class = parse_weights(recipe.sampler_weights, table.classes, "--sampler-weights")
-    if recipe.sampler == "shuffled" and not recipe.sampler_weights:
+    by_class = parse_weights(recipe.sampler_weights, table.classes, "sampler_weights")
+    plain = not recipe.sampler_weights and recipe.largest_class_weight == 1
+    if recipe.sampler == "shuffled" and plain:
         return None
+    counts = np.bincount(table.labels, minlength=len(table.classes))
     if recipe.sampler == "balanced":
-        counts = np.bincount(table.labels, minlength=len(table.classes))
         by_class = by_class / np.maximum(counts, 1)
+    by_class[counts.argmax()] *= recipe.largest_class_weight
     weights = by_class[table.labels]
     if not weights.any():
-        raise UsageError(f"--sampler-weights {recipe.sampler_weights}: no image is left to draw")
+        raise UsageError(f"sampler_weights={recipe.sampler_weights}: no image is left to draw")
     return weights
 
 
@@ -173,7 +178,7 @@ def loss_weights(table: ImageTable, recipe: Recipe) -> Tensor | None:
         counts = np.bincount(table.labels, minlength=len(table.classes))
         weights = len(table) / (len(table.classes) * np.maximum(counts, 1))
     else:
-        weights = parse_weights(recipe.class_weights, table.classes, "--class-weights")
+        weights = parse_weights(recipe.class_weights, table.classes, "class_weights")
     return torch.from_numpy(weights).float()
 
 

@@ -101,6 +101,10 @@ NETWORKS = [
 ]
 
 
+# what timm's vision transformers name in no_weight_decay()
+UNDECAYED = {"cls_token", "pos_embed", "dist_token"}
+
+
 @pytest.mark.parametrize(("name", "arguments", "parts"), NETWORKS)
 def test_gates_and_classifier_learn_at_the_full_rate(name, arguments, parts):
     model = create_model(name, num_classes=3, **arguments)
@@ -122,7 +126,8 @@ def test_gates_and_classifier_learn_at_the_full_rate(name, arguments, parts):
                 n, ndim = told[id(p)]
                 found.append(n)
                 assert group["lr_scale"] == (1.0 if n in expected else 0.1), n
-                assert group["weight_decay"] == (0.03 if decay_norm_and_bias or ndim > 1 else 0), n
+                decays = (decay_norm_and_bias or ndim > 1) and n not in UNDECAYED
+                assert group["weight_decay"] == (0.03 if decays else 0), n
         assert sorted(found) == sorted(names)  # each of them, once
 
 
@@ -155,6 +160,17 @@ def test_frozen_parameters_are_left_out():
         p.requires_grad_(False)
     count = sum(len(g["params"]) for g in make_optimizer(model, Recipe()).param_groups)
     assert count == sum(p.requires_grad for p in model.parameters())
+
+
+def test_what_timms_networks_except_from_weight_decay_does_not_decay():
+    model = create_model("vit_tiny_patch16_224", num_classes=2, img_size=32)
+    for decay_norm_and_bias in (True, False):
+        groups = make_optimizer(model, Recipe(decay_norm_and_bias=decay_norm_and_bias)).param_groups
+        decays = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+        assert decays[id(model.cls_token)] == decays[id(model.pos_embed)] == 0
+        assert decays[id(model.head.weight)] == 1e-4
+        assert decays[id(model.norm.bias)] == (1e-4 if decay_norm_and_bias else 0)
+        assert all(g["fused"] for g in groups)
 
 
 def test_the_optimizers_are_pytorchs():
