@@ -48,7 +48,7 @@ def report_run(folder: str | Path) -> Path:
             accuracy=top1.value,
             interval=(top1.low, top1.high),
             n_test=evaluation.n,
-            confusion=evaluation.confusion,
+            confusion=evaluation.confusion.toarray(),
             gallery=gallery,
             versions=facts["versions"],
             command=_command(run.path),

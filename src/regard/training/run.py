@@ -587,7 +587,7 @@ class Run:
 
     def _tell(self, split: str, evaluation: Evaluation) -> None:
         top1 = evaluation.metrics["top1"]
-        wrong = int(evaluation.n - np.trace(evaluation.confusion))
+        wrong = int(evaluation.n - evaluation.confusion.trace())
         name = {"test": "test", "val": "validation", "train": "training"}[split]
         self.say(
             f"accuracy on the {evaluation.n:,} {name} images: {top1.value:.2%} (95 % interval "
