@@ -18,7 +18,7 @@ from torch import nn
 from regard.data.loading import Reader, StreamingLoader, default_workers
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, as_known, open_data
-from regard.data.splits import read_splits, write_splits
+from regard.data.splits_file import read_splits, write_splits
 from regard.errors import FileError, UsageError
 from regard.evaluation import Evaluation, Predictions
 from regard.files import write_atomically

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from regard.attention import AttentionMaps, attention_kinds, record
 from regard.data.preprocess import to_tensor
 from regard.data.sources import ImageTable, open_data
-from regard.data.splits import read_splits
+from regard.data.splits_file import read_splits
 from regard.errors import ImageError, UsageError
 from regard.evaluation import Estimate, Predictions, evaluate
 from regard.explanations.faithfulness import Request, judge

@@ -33,7 +33,8 @@ from regard.data.loading import (
 )
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, open_data
-from regard.data.splits import assign_splits, read_splits
+from regard.data.splits import assign_splits
+from regard.data.splits_file import read_splits
 from regard.errors import FileError, NotFiniteError, Stopped, UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate
 from regard.files import check_space
