@@ -31,12 +31,12 @@ CLASSES = ["a", "b", "c=d"]
 
 
 def arrays(height: int, width: int, channels: int = 1, labels=(0, 0, 0, 1, 1, 2)) -> ImageTable:
-    """A table of even images."""
+    """A table of even images, of which with three channels one is red."""
     shape = (len(labels), height, width) + ((3,) if channels == 3 else ())
-    return ImageTable(
-        "arrays", CLASSES, np.array(labels), np.full(len(labels), ""),
-        arrays=np.zeros(shape, np.uint8),
-    )  # fmt: skip
+    values = np.zeros(shape, np.uint8)
+    if channels == 3:
+        values[-1, ..., 0] = 9
+    return ImageTable("arrays", CLASSES, np.array(labels), np.full(len(labels), ""), arrays=values)
 
 
 def chosen(name: str, recipe: Recipe, table: ImageTable, pretrained: bool = False):
@@ -105,10 +105,14 @@ def test_small_images_get_a_small_stem():
     assert chosen("ag_sononet8", Recipe(), open_data("digits"))[1] == {}
 
 
-def test_channels_are_those_of_most_images():
+def test_one_image_in_color_makes_three_channels():
     assert chosen("cbam_resnet18", Recipe(), arrays(64, 64, 3))[0][0] == 3
     assert chosen("cbam_resnet18", Recipe(), arrays(64, 64))[0][0] == 1
     assert chosen("cbam_resnet18", Recipe(), arrays(64, 64), True)[0][0] == 3
+    assert chosen("cbam_resnet18", Recipe(channels=3), arrays(64, 64))[0][0] == 3
+    assert chosen("cbam_resnet18", Recipe(channels=1), arrays(64, 64, 3))[0][0] == 1
+    with pytest.raises(ValueError, match="channels=2: choose 1 or 3"):
+        Recipe(channels=2)
 
 
 def test_preprocessing_is_the_recipes():

@@ -56,7 +56,7 @@ def test_sixteen_bits_are_kept_to_the_last(tmp_path, suffix):
     )
 
 
-def test_big_endian_and_wide_integers(tmp_path):
+def test_big_endian(tmp_path):
     rows = GRAY16.astype(">u2").tobytes()
     tags = [(256, 4, 40), (257, 4, 30), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8)]
     tags += [(277, 3, 1), (278, 4, 30), (279, 4, len(rows))]
@@ -68,18 +68,6 @@ def test_big_endian_and_wide_integers(tmp_path):
     with Image.open(path) as image:
         assert image.mode == "I;16B"
     assert np.array_equal(read_image(path)[..., 0], GRAY16)
-    wide = np.array([[-5, 0, 65535], [70000, 1, 40000]], np.int32)
-    pixels = read_image(save(tmp_path / "wide.tif", wide))
-    assert pixels.dtype == np.uint16
-    assert pixels[..., 0].tolist() == [[0, 0, 65535], [65535, 1, 40000]]
-
-
-def test_floats_are_stretched(tmp_path):
-    values = np.array([[-2.0, 0.0], [6.0, np.nan]], np.float32)
-    pixels = read_image(save(tmp_path / "a.tif", values))
-    assert pixels.dtype == np.float32
-    assert pixels[..., 0].tolist() == [[0.0, 0.25], [1.0, 0.0]]
-    assert not read_image(save(tmp_path / "b.tif", np.full((2, 2), 9, np.float32))).any()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -200,8 +188,8 @@ def faulty(folder, fault):
         path.mkdir()
     elif fault == "pipe":
         os.mkfifo(path)
-    elif fault == "GIF":
-        Image.fromarray(SMALL).save(path, format="GIF")
+    elif fault == "PDF":
+        Image.fromarray(SMALL).save(path, format="PDF")
     elif fault == "link":
         path.symlink_to("nowhere.png")
     return path
@@ -212,11 +200,11 @@ def faulty(folder, fault):
     [
         ("truncated", "truncated"),
         ("cut PNG", "truncated"),
-        ("text", "is no PNG, JPEG, BMP, TIFF, WebP or DICOM image"),
+        ("text", "is no PNG, JPEG, TIFF, .* or DICOM image"),
         ("empty", r"is empty \(0 bytes\)"),
         ("folder", "is a folder"),
         ("pipe", "is not a regular file"),
-        ("GIF", "is no PNG"),
+        ("PDF", "is no PNG"),
         ("link", "no such file"),
         ("missing", "no such file"),
     ],

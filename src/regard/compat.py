@@ -2,3 +2,29 @@
 
 A name that has moved ends here with a sentence, not somewhere else with an AttributeError.
 """
+
+import functools
+from pathlib import Path
+
+
+@functools.cache
+def silence_libtiff() -> None:
+    """Stops the libtiff inside Pillow from printing each fault of a file on standard error.
+
+    Pillow (seen in 13.0, libtiff 4.7.2) leaves libtiff's default handlers, which write past
+    Python's streams, and has no switch; what matters it raises as an exception. Where the
+    library can't be located (not Linux) nothing happens.
+    """
+    import ctypes
+
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for path in {line.split(maxsplit=5)[-1] for line in lines if "libtiff" in line}:
+        try:
+            library = ctypes.CDLL(path)
+            library.TIFFSetErrorHandler(None)
+            library.TIFFSetWarningHandler(None)
+        except (OSError, AttributeError):
+            continue

@@ -10,6 +10,7 @@ from regard.errors import UsageError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "serve": ("fastapi", "uvicorn"),
     "dicom": ("pydicom",),
+    "tiff": ("tifffile", "imagecodecs"),
     "hf": ("datasets",),
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),

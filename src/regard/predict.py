@@ -1,5 +1,7 @@
 """A trained network with all that its folder says: `load` reads it, and it classifies images."""
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,19 +13,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regard.data.images import read_image, to_channels
+from regard.data.images import ImageSource, name_of, read_image
 from regard.data.loading import InMemoryLoader, StreamingLoader, default_workers, read_ahead
 from regard.data.preprocess import Preprocess, to_tensor
 from regard.errors import ImageError
 from regard.models.io import load_model
 
 BATCH = 32
-ImageLike = str | Path | NDArray[Any] | Any  # a file, an array (H, W[, C]), or a PIL image
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image: its classes and their probabilities, the likeliest first; or why it has none."""
+    """The prediction for one image.
+
+    Attributes:
+        path: the image's path or name; "image 3" for the third input where it has none.
+        classes: (class name, probability), the most probable first; empty where there is an error.
+        error: why there is no prediction, or None.
+    """
 
     path: str
     classes: list[tuple[str, float]]
@@ -38,7 +45,7 @@ class Classifier:
         class_names: in the order of its outputs.
         preprocess: from a decoded image to its input.
         config: the folder's config.json, under "regard" what timm does not know.
-        engine: what answers instead of the model itself, see `regard.engines`; None: nothing.
+        engine: what computes probabilities in place of the model, see `regard.engines`, or None.
     """
 
     def __init__(
@@ -48,25 +55,31 @@ class Classifier:
         preprocess: Preprocess,
         config: dict[str, Any] | None = None,
     ) -> None:
-        # an input of one channel is of both layouts: only the weights can tell which is meant
+        # a one-channel input is contiguous in both layouts, so the weights decide
         self.model = model.eval().to(memory_format=torch.channels_last)
         self.class_names = list(class_names)
         self.preprocess = preprocess
         self.config = config or {}
         self.engine: Callable[[Tensor], Tensor] | None = None
 
-    def decode(self, image: ImageLike) -> Tensor:
+    def decode(self, image: ImageSource) -> Tensor:
         """One image as (C, H, W) of the input's size, in 0..255.
 
+        It is decoded in full, so that a file, its bytes, and the array that PIL makes of it give
+        the same result.
+
+        Args:
+            image: a path, bytes, a file object, a PIL image, an array (H, W[, C]) or a tensor
+                ([C, ]H, W); see `read_image`.
+
         Raises:
-            ImageError: the file can't be read, or the array is no image.
+            ImageError: it can't be read, or is no image.
         """
-        channels = self.preprocess.input_size[0]
-        if isinstance(image, str | Path):
-            pixels = read_image(image, channels=channels, at_least=self.preprocess.at_least)
-        else:
-            pixels = to_channels(_as_pixels(image), channels)
-        return self.preprocess.fit(to_tensor(pixels))
+        preprocess = self.preprocess
+        channels, value_range = preprocess.input_size[0], preprocess.value_range
+        return preprocess.fit(
+            to_tensor(read_image(image, channels=channels, value_range=value_range))
+        )
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
@@ -77,26 +90,31 @@ class Classifier:
         x = self.preprocess.normalize(images.to(device))
         return self.model(x.contiguous(memory_format=torch.channels_last)).softmax(dim=1).cpu()
 
-    def predict(self, images: ImageLike | Iterable[ImageLike], top: int = 5) -> list[Prediction]:
-        """Classifies files, arrays (H, W[, C]) or PIL images, one or several.
+    def predict(
+        self, images: ImageSource | Iterable[ImageSource], top: int = 5
+    ) -> list[Prediction]:
+        """Classifies one image or several: whatever `decode` takes, or a batch of four axes.
 
         Raises:
-            ImageError: one can't be read; `predict_each` goes on instead.
+            ImageError: one can't be read, or has no finite answer; `predict_each` goes on instead.
         """
-        if isinstance(images, str | Path | np.ndarray) or hasattr(images, "convert"):
-            images = [images]
-        answers = list(self.predict_each(images, top))
-        for answer in answers:
-            if answer.error is not None:
-                raise ImageError(answer.error)
-        return answers
+        predictions = list(self.predict_each(_as_several(images), top))
+        for prediction in predictions:
+            if prediction.error is not None:
+                raise ImageError(prediction.error)
+        return predictions
 
     def predict_each(
-        self, images: Iterable[ImageLike], top: int = 5, batch: int = BATCH
+        self, images: Iterable[ImageSource], top: int = 5, batch: int = BATCH
     ) -> Iterator[Prediction]:
-        """An answer for each image in turn, read ahead by threads; memory stays constant."""
+        """A prediction for each image in turn, read ahead by threads; memory stays constant.
+
+        An image that can't be read gives a `Prediction` with an error.
+        """
         count = min(top, len(self.class_names))
-        decoded = read_ahead(images, self._decode_or_error, default_workers(), 2 * batch)
+        decoded = read_ahead(
+            enumerate(images, start=1), self._decode_or_error, default_workers(), 2 * batch
+        )
         while chunk := list(islice(decoded, batch)):
             good = [image for _, image in chunk if isinstance(image, Tensor)]
             answers: Iterator[Any] = iter(())
@@ -104,18 +122,36 @@ class Classifier:
                 best = self.probabilities(_stack(good)).topk(count)
                 answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             for name, image in chunk:
-                if isinstance(image, Tensor):
-                    rows = zip(*next(answers), strict=True)
-                    yield Prediction(name, [(self.class_names[i], p) for i, p in rows])
-                else:
+                if isinstance(image, str):
                     yield Prediction(name, [], image)
+                    continue
+                indices, values = next(answers)
+                if all(map(math.isfinite, values)):
+                    names = [self.class_names[i] for i in indices]
+                    yield Prediction(name, list(zip(names, values, strict=True)))
+                else:
+                    yield Prediction(name, [], f"{name}: its answer is not finite")
 
-    def _decode_or_error(self, image: ImageLike) -> tuple[str, Tensor | str]:
-        name = str(image) if isinstance(image, str | Path) else "image"
+    def _decode_or_error(self, numbered: tuple[int, ImageSource]) -> tuple[str, Tensor | str]:
+        number, image = numbered
+        name = name_of(image)
         try:
-            return name, self.decode(image)
+            return name or f"image {number}", self.decode(image)
         except ImageError as error:
-            return name, str(error)
+            return (name, str(error)) if name else (f"image {number}", f"image {number}: {error}")
+
+
+def _as_several(images: Any) -> Iterable[ImageSource]:
+    """One image as a list of one; several as they are; a batch of four axes as its images."""
+    axes = getattr(images, "ndim", None)
+    if axes is not None and not isinstance(images, memoryview):
+        return images if axes == 4 else [images]
+    single = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview)
+    if single or hasattr(images, "read") or hasattr(images, "convert"):
+        return [images]
+    if not isinstance(images, Iterable):
+        return [images]  # no image: `read_image` says what is one
+    return images
 
 
 def _stack(images: list[Tensor]) -> Tensor:
@@ -124,31 +160,17 @@ def _stack(images: list[Tensor]) -> Tensor:
     return torch.stack(images)
 
 
-def _as_pixels(image: Any) -> NDArray[Any]:
-    if hasattr(image, "convert"):  # PIL's, without importing it
-        mode = "L" if image.mode in ("L", "1") else "RGB"
-        image = np.asarray(image.convert(mode))
-    pixels = np.asarray(image)
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    good = pixels.ndim == 3 and pixels.shape[2] in (1, 3) and pixels.size
-    if not good or pixels.dtype not in (np.uint8, np.uint16, np.float32):
-        raise ImageError(
-            f"an array of {pixels.dtype} {pixels.shape}: (H, W), (H, W, 1) or (H, W, 3) of uint8, "
-            "uint16, or float32 in 0..1 is needed"
-        )
-    return pixels
-
-
 def load(folder: str | Path) -> Classifier:
-    """The network of a run's folder, or of any folder in timm's `local-dir` layout.
+    """Loads the network of a run's folder, or of any folder in timm's `local-dir` layout.
 
     Raises:
         UsageError: the folder holds no network, or one that can't be loaded.
     """
     model, config = load_model(folder)
-    normalization = config.get("regard", {}).get("normalization", "fixed")
-    preprocess = Preprocess.from_config(model.pretrained_cfg, normalization)
+    own = config.get("regard", {})
+    preprocess = Preprocess.from_config(
+        model.pretrained_cfg, own.get("normalization", "fixed"), own.get("value_range")
+    )
     names = config.get("label_names") or [str(i) for i in range(model.num_classes)]
     return Classifier(model, names, preprocess, config)
 
@@ -162,18 +184,24 @@ def probabilities_of(
     batch: int = BATCH,
     rank: int = 0,
     world: int = 1,
-) -> tuple[NDArray[np.int64], NDArray[np.float64], list[tuple[int, str]]]:
-    """This process's share of `count` images, none of them twice: rows, (n, classes), unreadable.
+) -> tuple[NDArray[np.int64], NDArray[Any], list[tuple[int, str]]]:
+    """Probabilities of this process's share of `count` images, each image once.
 
-    The images are cut into batches, and every `world`-th is this process's.
+    The images are divided into batches, of which this process takes every `world`-th.
+
+    Returns:
+        Rows (n,), float32 probabilities (n, classes), and (row, reason) of unreadable images.
     """
     spans = [(start, min(batch, count - start)) for start in range(0, count, batch)][rank::world]
-    rows: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-    found = [np.zeros((0, len(classifier.class_names)))]
-    unreadable = []
+    most = sum(size for _, size in spans)
+    rows = np.zeros(most, np.int64)
+    probabilities = np.zeros((most, len(classifier.class_names)), np.float32)
+    unreadable: list[tuple[int, str]] = []
+    done = 0
     for part in source.batches(spans):
         unreadable += part.unreadable
-        if len(part.indices):
-            rows.append(part.indices.numpy())
-            found.append(classifier.probabilities(part.images).double().numpy())
-    return np.concatenate(rows), np.concatenate(found), unreadable
+        if size := len(part.indices):
+            rows[done : done + size] = part.indices.numpy()
+            probabilities[done : done + size] = classifier.probabilities(part.images).numpy()
+            done += size
+    return rows[:done], probabilities[:done], unreadable

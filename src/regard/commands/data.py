@@ -116,6 +116,9 @@ def _lines(check: "DataCheck") -> Iterator[str]:
     yield f"height x width  {common}"
     yield "channels  " + ", ".join(f"{c} ({n})" for c, n in check.channels.items())
     yield "depth  " + ", ".join(f"{d} ({n})" for d, n in check.depths.items())
+    if check.value_range is not None:
+        low, high = check.value_range
+        yield f"values  {low:.6g} to {high:.6g}, which become 0 to 1 in every image"
     yield "mean  " + ", ".join(f"{m:.4f}" for m in check.mean)
     yield "deviation  " + ", ".join(f"{s:.4f}" for s in check.std)
     if g := check.groups:

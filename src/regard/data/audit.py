@@ -19,13 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from regard.data.images import read_image
+from regard.data.images import Stored, is_gray, read_stored
 from regard.data.sources import ImageTable, class_counts
 from regard.errors import FileError, ImageError, UsageError
 
 _CHUNK = 32  # images a worker is given at a time
 _ALONE = 200  # up to so many files, starting workers takes longer than reading
-_DEPTHS = {"uint8": "8 bit", "uint16": "16 bit", "float32": "float"}
+_DEPTHS = {
+    "uint8": "8 bit", "uint16": "16 bit", "float32": "float",
+    "int64": "signed or 32 bit", "float64": "float",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +42,14 @@ class DataCheck:
         sizes: height, width: {min, median, max}; common: the 5 most frequent
             [height, width, images].
         channels: {"1" or "3": images}.
-        depths: {"8 bit", "16 bit" or "float": images}.
+        depths: {"8 bit", "16 bit", "signed or 32 bit" or "float": images}.
         unreadable: (path, reason).
         leaks: the same picture in more than one split: for each its (path, split)s.
         duplicates: the same picture several times in one split.
         mean, std: over all pixels of the training images (of all, where there are no splits),
             values of 0 to 1, for each of the suggested channels.
+        value_range: lowest and highest value of signed, 32-bit and float images among those, which
+            become 0 and 1 in every image; None: there are no such images.
         groups: number, smallest, median, largest (images of a group), divided (names of those
             that are in more than one split), or None.
         warnings: sentences.
@@ -65,18 +70,27 @@ class DataCheck:
     duplicates: list[list[tuple[str, str]]]
     mean: list[float]
     std: list[float]
+    value_range: tuple[float, float] | None
     groups: dict[str, Any] | None
     warnings: list[str]
     suggestion: dict[str, Any]
 
 
 class _Look(NamedTuple):
-    """What one image leaves behind. sums: (channels, 2) of values and of their squares."""
+    """What one image leaves behind.
+
+    Attributes:
+        lowest, highest: of the finite values, as stored.
+        finite: how many values a channel are finite.
+        sums: (channels, 2) of values from 0 to 1 and of their squares; of measurements as stored.
+    """
 
     shape: tuple[int, int, int]
     dtype: str
     gray: bool  # one channel, or three that are equal
+    lowest: float
     highest: float
+    finite: int
     digest: bytes
     sums: NDArray[np.float64]
 
@@ -120,29 +134,28 @@ def check_data(
 # ---- looking at one image
 
 
-def _look(pixels: NDArray[Any]) -> _Look:
+def _look(stored: Stored) -> _Look:
+    pixels = np.ascontiguousarray(stored.pixels)
     height, width, channels = pixels.shape
-    pixels = np.ascontiguousarray(pixels)
     hashed = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
     hashed.update(pixels.data)
-    gray = channels == 1 or bool(
-        np.array_equal(pixels[..., 0], pixels[..., 1])
-        and np.array_equal(pixels[..., 0], pixels[..., 2])
-    )
+    known = pixels if pixels.dtype.kind != "f" else pixels[np.isfinite(pixels)]
     return _Look(
         (height, width, channels),
         pixels.dtype.name,
-        gray,
-        float(pixels.max()),
+        is_gray(pixels),
+        float(known.min()) if known.size else 0.0,
+        float(known.max()) if known.size else 0.0,
+        known.size // channels,
         hashed.digest(),
         np.array([_sums(pixels[..., c]) for c in range(channels)]),
     )
 
 
 def _sums(values: NDArray[Any]) -> tuple[float, float]:
-    """(H, W) -> sum and sum of squares of values as 0 to 1. Of integers both are exact."""
-    if values.dtype == np.float32:
-        values = values.astype(np.float64)
+    """(H, W) -> sum and sum of squares of values as 0 to 1, of measurements as they are."""
+    if values.dtype not in (np.uint8, np.uint16):
+        values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
         return float(values.sum()), float(np.square(values).sum())
     if values.dtype == np.uint8:  # PIL counts several times faster than numpy
         counts = np.array(Image.fromarray(np.ascontiguousarray(values)).histogram(), np.float64)
@@ -157,7 +170,7 @@ def _look_at_files(paths: list[str]) -> list[_Look | str]:
     found: list[_Look | str] = []
     for path in paths:
         try:
-            found.append(_look(read_image(path)))
+            found.append(_look(read_stored(path)))
         except ImageError as error:
             found.append(str(error).removeprefix(f"{path}: "))
     return found
@@ -168,7 +181,7 @@ def _looks(
 ) -> Iterator[tuple[int, _Look | str]]:
     """(index, look or reason) of each image, in order."""
     if table.files is None:
-        yield from ((int(i), _look(table.read(int(i)))) for i in indices)
+        yield from ((int(i), _look(Stored(table.read(int(i))))) for i in indices)
         return
     if workers is None:
         workers = _cores() if len(indices) > _ALONE else 1
@@ -221,6 +234,10 @@ class _Seen:
         self.train = bool(np.any(table.splits == "train"))
         self.pixels = 0
         self.sums = np.zeros((3, 2))  # grayscale counts three times, equally
+        self.measured = 0  # finite values of measurements, whose range is known at the end
+        self.measured_sums = np.zeros((3, 2))
+        self.ranges: list[tuple[float, float]] = []
+        self.training_range: tuple[float, float] | None = None
 
     def add(self, place: int, i: int, look: _Look | str) -> None:
         """The look at image i, the place-th of those looked at."""
@@ -236,15 +253,36 @@ class _Seen:
         self.colored += not look.gray
         if look.dtype == "uint16":
             self.highest16 = max(self.highest16, look.highest)
-        if not self.train or self.table.splits[i] == "train":
-            self.pixels += height * width
+        training = not self.train or self.table.splits[i] == "train"
+        measurement = look.dtype in ("int64", "float64")
+        if measurement and look.finite:
+            self.ranges.append((look.lowest, look.highest))
+        if not training:
+            return
+        self.pixels += height * width
+        if not measurement:
             self.sums += look.sums  # (1, 2) or (3, 2)
+        elif look.finite:
+            self.measured += look.finite
+            self.measured_sums += look.sums
+            low, high = self.training_range or (look.lowest, look.highest)
+            self.training_range = min(low, look.lowest), max(high, look.highest)
+
+    def _all_sums(self) -> NDArray[np.float64]:
+        """(3, 2) sums of all values as 0 to 1, and of their squares."""
+        if self.training_range is None or self.training_range[0] == self.training_range[1]:
+            return self.sums
+        low, high = self.training_range
+        values, squares = self.measured_sums.T
+        shifted = squares - 2 * low * values + low**2 * self.measured
+        scaled = [(values - low * self.measured) / (high - low), shifted / (high - low) ** 2]
+        return self.sums + np.stack(scaled, axis=1)
 
     def result(self) -> DataCheck:
         """Everything, once all are added."""
         leaks, duplicates, conflicts = self._same_pictures()
         channels = 3 if self.colored else 1
-        mean, squares = (self.sums[:channels] / max(self.pixels, 1)).T
+        mean, squares = (self._all_sums()[:channels] / max(self.pixels, 1)).T
         groups = _groups(self.table)
         counts = class_counts(self.table)
         sizes = _sizes(self.sizes)
@@ -261,6 +299,7 @@ class _Seen:
             duplicates=duplicates,
             mean=mean.tolist(),
             std=np.sqrt(np.maximum(squares - mean**2, 0)).tolist(),
+            value_range=self.training_range,
             groups=groups,
             warnings=[
                 *self.table.warnings,
@@ -349,6 +388,13 @@ def _warn_of_pictures(seen: _Seen, leaks: list[Any], duplicates: list[Any], n: i
     if len(seen.depths) > 1:
         told = ", ".join(f"{n} {depth}" for depth, n in sorted(seen.depths.items()))
         lines.append(f"images of different depth: {told}")
+    if seen.training_range is not None:
+        low, high = seen.training_range
+        if beyond := sum(a < low or b > high for a, b in seen.ranges):
+            lines.append(
+                f"{beyond} images have values outside {low:.6g} to {high:.6g}, the range of the "
+                "training images: these are clipped"
+            )
     if 0 < seen.highest16 < 2**15:
         lines.append(
             f"16-bit images use values up to {seen.highest16:.0f} only, so they are dark: "

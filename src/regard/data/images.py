@@ -1,75 +1,149 @@
-"""Reads one image file into an array without losing what it holds.
+"""Reads an image into an array without losing what it holds: one definition for every input.
 
-PNG, JPEG, BMP, TIFF, WebP and, with the extra `dicom`, DICOM, told by their content. A file
-that can't be read is an ImageError of one line, whatever its decoder raised.
+A path, bytes, a binary file object, a PIL image, an array and a tensor of the same picture give
+the same pixels. Formats are recognized by their content: PNG, JPEG, TIFF, WebP, BMP, GIF, PPM,
+JPEG 2000, AVIF and, with the extra `dicom`, DICOM. What can't be read is an ImageError of one
+line, whatever the decoder raised.
 """
 
+import io
+import logging
 import os
+import re
 import stat
-from pathlib import Path
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from regard.compat import silence_libtiff
+from regard.data.dicom import is_dicom, read_dicom
+from regard.data.tiff import is_tiff, read_with_tifffile, stored_tiff
 from regard.errors import ImageError, UsageError
 
 IMAGE_SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom",
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".dcm", ".dicom",
 )  # fmt: skip
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
+MAX_SIDE = 100_000  # pixels; PIL's cost for each row is far above that of a pixel
 
+ValueRange = tuple[float, float]
+ImageSource = str | os.PathLike[str] | bytes | Any  # Any: a file object, PIL image, array, tensor
 
-_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 _ORIENTATION = 0x0112  # EXIF 2.3, table 4
+_URL = re.compile(r"(https?|ftp|s3|gs|hdfs|file|data):/", re.IGNORECASE)
+_NAMED = 5  # images with clipped values that each get a line
+_clipped_images = 0
+
+log = logging.getLogger(__name__)
+
+# Pillow warns of each odd tag of a file, which it reads all the same
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+
+
+class Stored(NamedTuple):
+    """An image as it is stored.
+
+    Attributes:
+        pixels: (H, W, 1 or 3). uint8, uint16, or float32 from 0 to 1 have a range of their own.
+            int64 and float64 are measurements (16-bit signed, 32-bit and float files and
+            arrays), whose range is the data set's.
+        own_range: the range to use for measurements where the data set's is not known.
+    """
+
+    pixels: NDArray[Any]
+    own_range: ValueRange | None = None
+
+    @property
+    def is_measurement(self) -> bool:
+        """Whether the values need a range."""
+        return self.pixels.dtype in (np.int64, np.float64)
 
 
 def read_image(
-    path: str | Path, *, channels: int | None = None, at_least: int | None = None
+    source: ImageSource,
+    *,
+    channels: int | None = None,
+    at_least: int | None = None,
+    value_range: ValueRange | None = None,
 ) -> NDArray[Any]:
-    """One image as (H, W, C), turned upright as its EXIF orientation says.
+    """One image as (H, W, C), upright as its EXIF orientation says, over white where transparent.
 
-    C is 1 or 3, as the file is. Transparency is composed over white; palettes and CMYK become
-    RGB; of several pages or frames the first is read (but see DICOM).
+    C is 1 or 3, as the image is; palettes and CMYK become RGB, gray palettes gray. The first page
+    or frame is read (but see DICOM).
 
     - uint8, 0 to 255: the usual. PIL cuts 16-bit color to 8 bits.
-    - uint16: 16-bit grayscale PNG and TIFF, every bit kept; wider integers are clipped
-      to 0..65535.
-    - float32, 0 to 1: grayscale TIFF of floats, its own minimum to 0 and maximum to 1
-      (a constant image and values that are not finite to 0).
-    - float32, 0 to 1: DICOM. Grayscale: after rescaling, its VOI table or (the first)
-      window, else the minimum to 0 and the maximum to 1; MONOCHROME1 inverted. Color:
-      stored values over the largest that can be stored. Several frames are an error.
+    - uint16: 16-bit grayscale, with or without alpha, in full.
+    - float32, 0 to 1: DICOM. Grayscale: after rescaling, its VOI table or (the first) window,
+      else `value_range`, else its own minimum to 0 and maximum to 1 without padding;
+      MONOCHROME1 inverted. Color: stored values over the largest that can be stored. Several
+      frames are an error.
+    - float32, 0 to 1: measurements, which are signed, 32-bit and float images: `value_range` to
+      0..1, clipped with a warning. Without it floats from 0 to 1 are taken as they are (as
+      uint8 where all are multiples of 1/255), and everything else is an error.
 
     Args:
-        path: the file.
+        source: a path, bytes, a binary file object, a PIL image, an array (H, W) or (H, W, C), or
+            a tensor (H, W) or (C, H, W); C = 2 and 4 have alpha last. Arrays and tensors of bool,
+            uint8, uint16, or floats from 0 to 1 (measurements with `value_range`).
         channels: 1 or 3: grayscale is repeated; color becomes ITU-R 601 luma, as PIL's "L".
-        at_least: JPEG only: may be decoded at 1/2, 1/4 or 1/8 of its size, as long as the
-            shorter side keeps this many pixels. Several times faster for large photos.
+        at_least: JPEG files only: may be decoded at 1/2, 1/4 or 1/8 of its size, as long as the
+            shorter side has this many pixels. Several times faster for large photos.
+        value_range: lowest and highest value of measurements in the data set.
 
     Raises:
-        ImageError: missing, empty, broken, no image, larger than PIL's limit for
-            decompression bombs, or DICOM while pydicom is not installed.
+        ImageError: missing, empty, broken, no image, too large, or of a kind whose extra is not
+            installed; an array of another shape, type or range.
         UsageError: channels is neither 1 nor 3.
     """
     if channels not in (None, 1, 3):
         raise UsageError(f"channels={channels}: choose 1 or 3")
+    name = name_of(source)
+    stored = read_stored(source, at_least=at_least)
     try:
-        head = _head(path)
-    except OSError as error:
-        raise ImageError(f"{path}: {_reason(error)}") from error
+        return to_channels(scaled(stored, value_range, name or "an image"), channels)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}" if name else str(error)) from error
+
+
+def read_stored(source: ImageSource, *, at_least: int | None = None) -> Stored:
+    """An image's values as they are stored; see `read_image`.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
+    name = name_of(source)
     try:
-        dicom = head[128:132] == b"DICM" or head[:2] == b"\x08\x00"  # with and without preamble
-        pixels = _read_dicom(path) if dicom else _read_pil(path, at_least)
-    except ImageError:
-        raise
+        return _read(source, at_least)
+    except ImageError as error:
+        reason = str(error)
+        cause: Exception = error
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{path}: is no PNG, JPEG, BMP, TIFF, WebP or DICOM image") from error
+        reason = "is no PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, JPEG 2000, AVIF or DICOM image"
+        cause = error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{path}: too large, maybe a decompression bomb ({error})") from error
-    except Exception as error:  # of broken files decoders raise nearly anything
-        raise ImageError(f"{path}: can't be read as an image ({_reason(error)})") from error
-    return to_channels(pixels, channels)
+        reason, cause = f"too large, maybe a decompression bomb ({error})", error
+    except FileNotFoundError as error:
+        reason, cause = "no such file", error
+    except PermissionError as error:
+        reason, cause = "no permission to read it", error
+    except MemoryError as error:
+        reason, cause = "out of memory while reading it", error
+    except Exception as error:  # decoders raise nearly anything for broken files
+        text = " ".join(str(error).split()) or type(error).__name__
+        reason, cause = f"can't be read as an image ({text})", error
+    raise ImageError(f"{name}: {reason}" if name else reason) from cause
+
+
+def name_of(source: ImageSource) -> str | None:
+    """The path of a source, or the name of a file object; None: it has none."""
+    if isinstance(source, str | os.PathLike):
+        return os.fsdecode(source)
+    name = getattr(source, "name", None) if hasattr(source, "read") else None
+    return name if isinstance(name, str) else None
 
 
 def to_channels(pixels: NDArray[Any], channels: int | None) -> NDArray[Any]:
@@ -82,38 +156,161 @@ def to_channels(pixels: NDArray[Any], channels: int | None) -> NDArray[Any]:
     if pixels.dtype == np.uint8:
         return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[..., None]
     luma = pixels @ np.array([0.299, 0.587, 0.114])  # (H, W, 3) -> (H, W)
+    if pixels.dtype == np.uint16:
+        luma = np.rint(luma)
     return luma.astype(pixels.dtype)[..., None]
 
 
-def _head(path: str | Path) -> bytes:
-    """The first bytes of a regular file; a pipe would block, so it is not opened."""
+def scaled(stored: Stored, value_range: ValueRange | None, name: str) -> NDArray[Any]:
+    """The pixels of an image with measurements as float32 in 0..1, and others as they are.
+
+    Values outside the range are clipped, and values that are not finite become its lower end;
+    both are counted in a warning.
+
+    Raises:
+        ImageError: there is no range, and the values are no floats from 0 to 1.
+    """
+    pixels = stored.pixels
+    if not stored.is_measurement:
+        return pixels
+    value_range = value_range or stored.own_range
+    finite = np.isfinite(pixels)
+    if value_range is None:
+        if not finite.all():
+            raise ImageError(f"{_described(pixels)}: {(~finite).sum()} values are NaN or infinite")
+        tolerance = 1e-6  # of arithmetic in float32
+        if pixels.dtype == np.int64 or pixels.min() < -tolerance or pixels.max() > 1 + tolerance:
+            raise ImageError(
+                f"{_described(pixels)}, from {pixels.min():.6g} to {pixels.max():.6g}: without a "
+                "known range of values, uint8 (0 to 255), uint16 (0 to 65535) or floats from 0 "
+                "to 1 are expected"
+            )
+        levels = np.rint(pixels * 255)
+        if np.abs(pixels * 255 - levels).max() < 1e-4:  # an 8-bit image, divided by 255
+            return levels.astype(np.uint8)
+        return np.clip(pixels, 0, 1).astype(np.float32)
+    low, high = value_range
+    outside = int((~finite | (pixels < low) | (pixels > high)).sum())
+    if outside and stored.own_range is None:
+        _warn_of_clipping(name, outside, pixels.size, value_range)
+    values = np.where(finite, pixels, low).clip(low, high)
+    if low == high:
+        return np.zeros(values.shape, np.float32)
+    # halves: the range of the largest doubles would overflow
+    return ((values / 2 - low / 2) / (high / 2 - low / 2)).astype(np.float32)
+
+
+def _warn_of_clipping(name: str, count: int, total: int, value_range: ValueRange) -> None:
+    global _clipped_images
+    _clipped_images += 1
+    if _clipped_images <= _NAMED:
+        more = "; further images are not named" if _clipped_images == _NAMED else ""
+        low, high = value_range
+        log.warning(
+            "%s: %d of %d values are outside %.6g to %.6g, the range of the data set, and were "
+            "clipped%s", name, count, total, low, high, more,
+        )  # fmt: skip
+
+
+def _described(pixels: NDArray[Any]) -> str:
+    kind = "integers" if pixels.dtype == np.int64 else "floats"
+    return f"{kind} of shape {'x'.join(map(str, pixels.shape))}"
+
+
+def _read(source: ImageSource, at_least: int | None) -> Stored:
+    if isinstance(source, str | os.PathLike):
+        return _read_path(os.fspath(source), at_least)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _read_file(io.BytesIO(source), at_least)
+    if isinstance(source, Image.Image):
+        unread = _unread_file(source)
+        return _stored_pil(source) if unread is None else _read_file(unread, at_least)
+    if hasattr(source, "read"):
+        content = source.read()
+        if not isinstance(content, bytes):
+            raise ImageError("a file that is open as text; open it as binary ('rb')")
+        return _read_file(io.BytesIO(content), at_least)
+    if isinstance(source, np.ndarray):
+        return _stored_array(source, "an array", "(H, W), (H, W, 1) or (H, W, 3)")
+    if hasattr(source, "detach") and hasattr(source, "movedim"):  # torch's, without importing it
+        return _stored_tensor(source)
+    raise ImageError(
+        f"{type(source).__name__} is no image: a path, bytes, a file object, a PIL image, an "
+        "array (H, W, C) or a tensor (C, H, W) is needed"
+    )
+
+
+def _read_path(path: str, at_least: int | None) -> Stored:
+    if _URL.match(path):
+        raise ImageError("is a URL; download it and give the file")
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
-        raise ImageError(f"{path}: is a folder, not an image")
-    if not stat.S_ISREG(mode):
-        raise ImageError(f"{path}: is not a regular file")
+        raise ImageError("is a folder, not an image")
+    if not stat.S_ISREG(mode):  # a pipe would block
+        raise ImageError("is not a regular file")
     with open(path, "rb") as file:
-        head = file.read(132)
+        return _read_file(file, at_least)
+
+
+def _read_file(file: Any, at_least: int | None) -> Stored:
+    """Reads a seekable binary file."""
+    head = file.read(132)
     if not head:
-        raise ImageError(f"{path}: is empty (0 bytes)")
-    return head
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, PermissionError):
-        return "no permission to read it"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _read_pil(path: str | Path, at_least: int | None) -> NDArray[Any]:
-    with Image.open(path, formats=_FORMATS) as image:
+        raise ImageError("is empty (0 bytes)")
+    file.seek(0)
+    if is_dicom(head):
+        return Stored(*read_dicom(file))
+    if head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:26] == b"\x10\x04":
+        return Stored(_gray_alpha_16(file.read()))
+    if is_tiff(head):
+        silence_libtiff()
+    try:
+        image = Image.open(file, formats=_formats())
+    except Image.UnidentifiedImageError:
+        if not is_tiff(head):
+            raise
+        pixels, orientation = read_with_tifffile(file)
+        return Stored(_upright(pixels, orientation))
+    with image:
+        if max(image.size) > MAX_SIDE:
+            width, height = image.size
+            raise ImageError(f"too large ({width} x {height} pixels): at most {MAX_SIDE} a side")
         if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (at_least, at_least))
-        image.load()
-        # only after load(): PIL itself turns TIFFs, and then drops the tag
-        return _upright(_pixels(image), _orientation(image))
+        return _stored_pil(image)
+
+
+def _formats() -> list[str]:
+    """The formats that this Pillow knows; AVIF came with 11.3."""
+    Image.preinit()
+    known = [f for f in FORMATS if f in Image.OPEN]
+    if len(known) < len(FORMATS):
+        Image.init()
+        known = [f for f in FORMATS if f in Image.OPEN]
+    return known
+
+
+def _unread_file(image: Image.Image) -> io.BytesIO | None:
+    """What a PIL image that was opened, but not decoded, reads from; None: only pixels are left."""
+    file = getattr(image, "fp", None)
+    if file is None or not getattr(image, "tile", None) or image.tell() != 0:
+        return None
+    try:
+        at = file.tell()
+        file.seek(0)
+        content = file.read()
+        file.seek(at)
+    except (OSError, ValueError):
+        return None
+    return io.BytesIO(content)
+
+
+def _stored_pil(image: Image.Image) -> Stored:
+    image.load()
+    # after load(), by which PIL turns TIFFs upright and drops the tag
+    orientation = _orientation(image)
+    pixels = _pixels(image)
+    return Stored(_upright(pixels, orientation))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -136,72 +333,99 @@ def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
 
 def _pixels(image: Image.Image) -> NDArray[Any]:
     """A loaded PIL image of any mode -> (H, W, 1 or 3)."""
-    if image.mode.startswith("I"):  # I;16, I;16B, I;16N of two bytes; I of four, signed
-        return np.clip(np.asarray(image), 0, 65535).astype(np.uint16)[..., None]
+    if hasattr(image, "tag_v2") and (stored := stored_tiff(image)) is not None:
+        return stored
+    if image.mode.startswith("I;16"):
+        return np.asarray(image).astype(np.uint16)[..., None]
+    if image.mode == "I":  # PIL's container for 16 bits, wherever the values fit
+        values = np.asarray(image)
+        wide = values.min() < 0 or values.max() > 65535
+        return values.astype(np.int64 if wide else np.uint16)[..., None]
     if image.mode == "F":
-        return _stretch(np.asarray(image))[..., None]
-    gray = image.mode in ("1", "L", "LA")
+        return np.asarray(image).astype(np.float64)[..., None]
+    gray = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
+        palette = image.mode == "P"
         image = Image.alpha_composite(white, image.convert("RGBA"))
+    else:
+        palette = image.mode == "P"
     array = np.array(image.convert("L" if gray else "RGB"))
-    return array[..., None] if gray else array
+    if gray:
+        return array[..., None]
+    return array[..., :1].copy() if palette and is_gray(array) else array
 
 
-def _stretch(values: NDArray[Any]) -> NDArray[np.float32]:
-    """Minimum to 0, maximum to 1; a constant and what is not finite to 0."""
-    values = values.astype(np.float64)
-    finite = np.isfinite(values)
-    if not finite.any():
-        return np.zeros(values.shape, np.float32)
-    low, high = values[finite].min(), values[finite].max()
-    if low == high:
-        return np.zeros(values.shape, np.float32)
-    values = np.where(finite, values, low)
-    # halves: the range of doubles near the largest would overflow
-    return ((values / 2 - low / 2) / (high / 2 - low / 2)).astype(np.float32)
+def is_gray(pixels: NDArray[Any]) -> bool:
+    """Whether (H, W, C) has one channel, or channels that are all equal."""
+    return pixels.shape[2] == 1 or bool((pixels[..., 1:] == pixels[..., :1]).all())
 
 
-def _read_dicom(path: str | Path) -> NDArray[np.float32]:
-    try:
-        import pydicom
-    except ImportError as error:
-        raise ImageError(f"{path}: is DICOM; install regard[dicom] to read it") from error
-    dataset = pydicom.dcmread(path, force=True)
-    if "PixelData" not in dataset:
-        raise ImageError(f"{path}: is DICOM without an image")
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    if frames > 1:
-        raise ImageError(f"{path}: holds {frames} frames; write each as a file of its own")
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit and dataset.Rows * dataset.Columns > 2 * limit:
-        raise ImageError(f"{path}: too large ({dataset.Columns} x {dataset.Rows} pixels)")
-    stored = dataset.pixel_array
-    if dataset.PhotometricInterpretation == "PALETTE COLOR":
-        stored = pydicom.pixels.apply_color_lut(stored, dataset)
-        bits = int(dataset.RedPaletteColorLookupTableDescriptor[2])
-    else:
-        bits = int(dataset.BitsStored)
-    if stored.ndim == 3:
-        return (stored / (2**bits - 1)).astype(np.float32)
-    return _dicom_gray(stored, dataset)[..., None]
+def _gray_alpha_16(content: bytes) -> NDArray[np.uint16]:
+    """A PNG of 16-bit gray and alpha, of which PIL would keep 8 bits, over white.
+
+    Its four bytes a pixel are filtered and interlaced as those of 8-bit RGBA are, so PIL decodes
+    the file under that header.
+    """
+    import zlib
+
+    header = content[12:24] + b"\x08\x06" + content[26:29]
+    changed = content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
+    with Image.open(io.BytesIO(changed), formats=["PNG"]) as image:
+        if max(image.size) > MAX_SIDE:
+            raise ImageError(f"too large ({image.size[0]} x {image.size[1]} pixels)")
+        image.load()
+        orientation = _orientation(image)
+        values = np.asarray(image).view(">u2").astype(np.uint16)  # (H, W, 4) bytes -> (H, W, 2)
+    return _upright(_over_white_16(values), orientation)
 
 
-def _dicom_gray(stored: NDArray[Any], dataset: Any) -> NDArray[np.float32]:
-    """Stored values (H, W) -> what a viewer shows, 0 black to 1 white (PS3.3 C.11.1, C.11.2)."""
-    from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
+def _over_white_16(values: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """(H, W, C + alpha) -> (H, W, C) over white."""
+    color, alpha = values[..., :-1].astype(np.float64), values[..., -1:].astype(np.float64)
+    return np.rint(65535 + (color - 65535) * (alpha / 65535)).astype(np.uint16)
 
-    values = apply_modality_lut(stored, dataset)
-    if dataset.get("VOILUTSequence"):
-        bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
-        shown = apply_voi(np.rint(values).astype(np.int64), dataset) / (2**bits - 1)
-    elif all(dataset.get(key) not in (None, "") for key in ("WindowWidth", "WindowCenter")):
-        # the range that pydicom maps the window to, seen from values beyond its ends
-        with np.errstate(over="ignore"):
-            black, white = apply_windowing(np.array([-1e30, 1e30]), dataset)
-            shown = (apply_windowing(values, dataset) - black) / (white - black or 1.0)
-    else:
-        shown = _stretch(values)
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
-        shown = 1 - shown
-    return np.clip(shown, 0, 1).astype(np.float32)
+
+def _stored_tensor(tensor: Any) -> Stored:
+    shape = tuple(tensor.shape)
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        tensor = tensor.double()  # bfloat16 has no type in NumPy
+    if len(shape) == 3 and shape[0] not in (1, 2, 3, 4):
+        hint = ": (H, W, C) is NumPy's order" if shape[2] in (1, 3) else ""
+        raise ImageError(
+            f"a tensor of shape {shape}{hint}; one image is (H, W), (1, H, W) or (3, H, W)"
+        )
+    array = tensor.numpy() if len(shape) != 3 else tensor.movedim(0, 2).numpy()
+    return _stored_array(array, "a tensor", "(H, W), (1, H, W) or (3, H, W)")
+
+
+def _stored_array(array: NDArray[Any], what: str, expected: str) -> Stored:
+    pixels = array[..., None] if array.ndim == 2 else array
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4) or not pixels.size:
+        raise ImageError(
+            f"{what} of {array.dtype} and shape {array.shape}: one image is {expected} of uint8, "
+            "uint16 or floats from 0 to 1"
+        )
+    kind = array.dtype.kind
+    if kind == "b":
+        pixels = pixels.astype(np.uint8) * 255
+    elif kind not in "uif":
+        raise ImageError(f"{what} of {array.dtype}: uint8, uint16 or floats from 0 to 1 are needed")
+    alpha = pixels.shape[2] in (2, 4)
+    if pixels.dtype == np.uint8:
+        if not alpha:
+            return Stored(np.ascontiguousarray(pixels))
+        mode = "LA" if pixels.shape[2] == 2 else "RGBA"
+        size = pixels.shape[1::-1]
+        return Stored(_pixels(Image.frombytes(mode, size, np.ascontiguousarray(pixels).tobytes())))
+    if pixels.dtype == np.uint16:
+        return Stored(_over_white_16(pixels) if alpha else np.ascontiguousarray(pixels))
+    if kind in "ui":
+        if alpha:
+            raise ImageError(f"{what} of {array.dtype} with alpha: uint8 or uint16 is needed")
+        return Stored(pixels.astype(np.int64))
+    values = pixels.astype(np.float64)
+    if alpha:  # floats with alpha are images, from 0 to 1
+        values = 1 + (values[..., :-1] - 1) * values[..., -1:]
+    return Stored(values)

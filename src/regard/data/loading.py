@@ -85,10 +85,19 @@ class Reader:
     augmentation: Augmentation | None = None  # for its random crop; None: evaluation
 
     def decode(self, index: int) -> Tensor:
-        """(C, H, W) in 0..255, of the image's own size."""
-        channels = self.preprocess.input_size[0]
-        at_least = self.preprocess.at_least
-        return to_tensor(self.table.read(index, channels=channels, at_least=at_least))
+        """(C, H, W) in 0..255, of the image's own size.
+
+        Only for training are large JPEGs decoded at a part of their size: evaluation sees the
+        pixels that prediction sees.
+        """
+        preprocess = self.preprocess
+        pixels = self.table.read(
+            index,
+            channels=preprocess.input_size[0],
+            at_least=None if self.augmentation is None else preprocess.at_least,
+            value_range=preprocess.value_range,
+        )
+        return to_tensor(pixels)
 
     def place(self, image: Tensor, u: Tensor) -> Tensor:
         """(C, H, W) -> (C, *size): cut at random where the recipe does so, else as in a test."""

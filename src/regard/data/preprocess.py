@@ -3,6 +3,7 @@ prediction, explanation and export, read from and written to a network's folder.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +29,24 @@ def to_tensor(image: NDArray[Any]) -> Tensor:
 
 
 def resample(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
-    """The region (left, top, right, bottom) of (C, H, W), resized to (C, *size), antialiased."""
+    """The region (left, top, right, bottom) of (C, H, W), resized to (C, *size), antialiased.
+
+    torch resizes along the rows first. Where that would take several times the memory of the
+    image and the result, as for an image 1 pixel wide that is made lower and wider, the columns
+    come first.
+    """
     left, top, right, bottom = box
     region = image[:, top:bottom, left:right]
-    if region.shape[-2:] == size:
+    height, width = region.shape[-2:]
+    if (height, width) == size:
         return region.contiguous()
-    return F.interpolate(region[None], size=size, mode="bilinear", antialias=True)[0]
+    if height * size[1] > 4 * max(height * width, size[0] * size[1]):
+        region = _interpolate(region, (size[0], width))
+    return _interpolate(region, size)
+
+
+def _interpolate(image: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
 
 
 @dataclass(frozen=True)
@@ -42,13 +55,15 @@ class Preprocess:
 
     Attributes:
         input_size: (C, H, W) of the network's input.
-        mean, std: of each channel, of values from 0 to 1; not used where `standardize` is
+        mean, std: of each channel, of values from 0 to 1; not used where `normalization` is
             "image".
-        resize: "squash" the whole image, "crop" its middle of the input's aspect, or "pad"
+        resize: "squash" the whole image, "crop" its center to the input's aspect, or "pad"
             it with margins of its mean.
-        crop_pct: the share of the side that the middle keeps; 1 keeps the whole with
-            "squash" and "pad". As timm has it for its crop modes.
+        crop_pct: fraction of the side that the center crop covers, as timm's for its crop
+            modes; with "squash" and "pad", 1 covers the whole image.
         normalization: "fixed", by mean and std, or "image", each image by its own.
+        value_range: lowest and highest value of measurements (signed, 32-bit and float images)
+            in the training data, which become 0 and 1; None: it has none. See `read_image`.
     """
 
     input_size: tuple[int, int, int]
@@ -57,6 +72,7 @@ class Preprocess:
     resize: str = "crop"
     crop_pct: float = 1.0
     normalization: str = "fixed"
+    value_range: tuple[float, float] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -133,15 +149,27 @@ class Preprocess:
         return self.normalize(self.fit(to_tensor(image))[None])[0]
 
     def data_config(self) -> dict[str, Any]:
-        """As timm's configuration has it."""
+        """timm's configuration, which can't hold the entries of `regard_config`."""
         return {
             "input_size": self.input_size, "mean": self.mean, "std": self.std,
             "interpolation": "bilinear", "crop_pct": self.crop_pct,
             "crop_mode": _TIMM_MODES[self.resize],
         }  # fmt: skip
 
+    def regard_config(self) -> dict[str, Any]:
+        """The entries under "regard" of a folder's config.json, which `from_config` reads."""
+        entries: dict[str, Any] = {"normalization": self.normalization}
+        if self.value_range is not None:
+            entries["value_range"] = list(self.value_range)
+        return entries
+
     @classmethod
-    def from_config(cls, config: dict[str, Any], normalization: str = "fixed") -> "Preprocess":
+    def from_config(
+        cls,
+        config: dict[str, Any],
+        normalization: str = "fixed",
+        value_range: Sequence[float] | None = None,
+    ) -> "Preprocess":
         """From timm's configuration of a network (its pretrained_cfg)."""
         modes = {v: k for k, v in _TIMM_MODES.items()}
         return cls(
@@ -151,6 +179,7 @@ class Preprocess:
             resize=modes[config.get("crop_mode") or "center"],
             crop_pct=config.get("crop_pct") or 1.0,
             normalization=normalization,
+            value_range=None if value_range is None else (value_range[0], value_range[1]),
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from regard.data.images import read_image, to_channels
+from regard.data.images import ValueRange, read_image, to_channels
 from regard.errors import UsageError
 from regard.files import shortened
 
@@ -128,7 +128,12 @@ class ImageTable:
         return len(self.labels)
 
     def read(
-        self, i: int, *, channels: int | None = None, at_least: int | None = None
+        self,
+        i: int,
+        *,
+        channels: int | None = None,
+        at_least: int | None = None,
+        value_range: ValueRange | None = None,
     ) -> NDArray[Any]:
         """Image i as (H, W, C); see `read_image`.
 
@@ -136,7 +141,9 @@ class ImageTable:
             ImageError: its file can't be read.
         """
         if self.files is not None:
-            return read_image(self.files[i], channels=channels, at_least=at_least)
+            return read_image(
+                self.files[i], channels=channels, at_least=at_least, value_range=value_range
+            )
         pixels = self.stored(i)
         return to_channels(pixels if pixels.ndim == 3 else pixels[..., None], channels)
 

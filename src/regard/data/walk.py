@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from regard.data.images import IMAGE_SUFFIXES, read_image
+from regard.data.images import IMAGE_SUFFIXES, read_stored, to_channels
 from regard.errors import ImageError
 from regard.files import plural, shortened
 
@@ -231,7 +231,7 @@ def masks_among(folder: str, files: Sequence[str]) -> set[str]:
 def is_mask(path: str) -> bool:
     """Whether nearly all pixels have one of two values, or all one of a few."""
     try:
-        pixels = read_image(path, channels=1)[..., 0].astype(np.float64)
+        pixels = to_channels(read_stored(path).pixels, 1)[..., 0].astype(np.float64)
     except ImageError:
         return False
     low, high = pixels.min(), pixels.max()

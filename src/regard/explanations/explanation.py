@@ -292,6 +292,6 @@ def see(classifier: Classifier, path: Path) -> Seen:
         ImageError: it can't be read.
     """
     preprocess = classifier.preprocess
-    pixels = read_image(path)
+    pixels = read_image(path, value_range=preprocess.value_range)
     x = preprocess.normalize(classifier.decode(path)[None])[0]  # as `regard predict` sees it
     return Seen(path, as_picture(pixels), x, preprocess.seen(*pixels.shape[:2]))

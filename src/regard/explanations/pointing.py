@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from regard.data.images import IMAGE_SUFFIXES, read_image
+from regard.data.images import IMAGE_SUFFIXES, read_stored, to_channels
 from regard.errors import UsageError
 from regard.explanations.overlay import Box, place
 
@@ -96,7 +96,7 @@ def _mask_image(folder: Path, image: str, size: tuple[int, int]) -> Mask:
     for suffix in IMAGE_SUFFIXES:
         path = folder / f"{stem}{suffix}"
         if path.is_file():
-            pixels = read_image(path, channels=1)[..., 0]
+            pixels = to_channels(read_stored(path).pixels, 1)[..., 0]
             if pixels.shape != size:
                 raise UsageError(f"{path} is {pixels.shape}, its image {size}")
             return pixels > pixels.max() / 2

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from regard.attention import AttentionMaps, attention_kinds, record
 from regard.data.preprocess import to_tensor
 from regard.data.sources import ImageTable, open_data
-from regard.data.splits_file import read_splits
+from regard.data.splits import read_splits
 from regard.errors import ImageError, UsageError
 from regard.evaluation import Estimate, Predictions, evaluate
 from regard.explanations.faithfulness import Request, judge
@@ -48,7 +48,7 @@ def report_run(folder: str | Path) -> Path:
             accuracy=top1.value,
             interval=(top1.low, top1.high),
             n_test=evaluation.n,
-            confusion=evaluation.confusion.toarray(),
+            confusion=evaluation.confusion,
             gallery=gallery,
             versions=facts["versions"],
             command=_command(run.path),
@@ -139,7 +139,9 @@ def _belief(
         .tolist()
     ):
         try:
-            pixels = part.read(row, channels=preprocess.input_size[0])
+            pixels = part.read(
+                row, channels=preprocess.input_size[0], value_range=preprocess.value_range
+            )
         except ImageError:
             continue
         images.append(preprocess.fit(to_tensor(pixels)).float())
@@ -185,7 +187,7 @@ def _item(
     classifier: Classifier, table: ImageTable, row: int, i: int, said: Predictions
 ) -> GalleryItem:
     preprocess = classifier.preprocess
-    pixels = table.read(row, channels=preprocess.input_size[0], at_least=preprocess.at_least)
+    pixels = table.read(row, channels=preprocess.input_size[0], value_range=preprocess.value_range)
     image = preprocess.fit(to_tensor(pixels))
     maps = maps_of(classifier, image) if attention_kinds(classifier.model) else []
     probabilities = said.probabilities[i]

@@ -143,7 +143,7 @@ class Engine:
         preprocess, model = self.classifier.preprocess, self.classifier.model
         with as_file(body) as path:
             x = preprocess.normalize(self.classifier.decode(path)[None])
-            pixels = read_image(path)
+            pixels = read_image(path, value_range=preprocess.value_range)
         box = preprocess.seen(*pixels.shape[:2])
         picture = _shown(pixels)
         down, across = picture.shape[0] / pixels.shape[0], picture.shape[1] / pixels.shape[1]

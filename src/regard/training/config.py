@@ -134,6 +134,9 @@ class Recipe:
         "Images",
         "Input size in pixels: one number, or height and width (default: by the data).",
     )
+    channels: int | None = _field(
+        None, "Images", "Input channels, 1 or 3 (default: 3 if any image has color, else 1)."
+    )
     resize: Literal["squash", "crop", "pad"] = _field(
         "crop", "Images", "Fit images by squashing, by a center crop, or by padding."
     )
@@ -314,6 +317,8 @@ def _check_together(recipe: Recipe) -> None:
         raise UsageError(f"val={recipe.val} and test={recipe.test} leave nothing to train on")
     if recipe.size is not None and len(recipe.size) != 2:
         raise UsageError(f"size={recipe.size}: give one number, or height and width")
+    if recipe.channels not in (None, 1, 3):
+        raise UsageError(f"channels={recipe.channels}: choose 1 or 3")
     for name in ("milestones", "crop_scale", "zoom", "axis_scale"):
         value = getattr(recipe, name)
         if list(value) != sorted(value):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable
-from regard.errors import ImageError, UsageError
+from regard.data.survey import survey
+from regard.errors import UsageError
 from regard.machine import has_bf16
 from regard.models.cbam import AttentionResNet
 from regard.models.create import _outline
@@ -56,7 +57,8 @@ def choose_preprocess(
     Raises:
         UsageError: no image of a sample can be read.
     """
-    sides, channels = _look(table)
+    seen = survey(table)
+    channels = recipe.channels or (3 if pretrained else seen.channels)
     cfg = timm.models.get_pretrained_cfg(name)
     default = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
     arguments = dict(arguments)
@@ -66,8 +68,8 @@ def choose_preprocess(
         if (height, width) != default[1:]:
             arguments.setdefault("img_size", height if height == width else (height, width))
     else:
-        height, width, told = _size(recipe, default, sides)
-    in_chans = int(arguments.pop("in_chans", 3 if pretrained else channels))
+        height, width, told = _size(recipe, default, seen.shorter_sides)
+    in_chans = int(arguments.pop("in_chans", channels))
     model = _outline(name, arguments)
     if isinstance(model, AttentionResNet) and not pretrained and height <= CIFAR_STEM_UP_TO:
         arguments.setdefault("stem", "cifar")
@@ -78,24 +80,12 @@ def choose_preprocess(
         input_size=(in_chans, height, width), mean=mean, std=std, resize=recipe.resize,
         crop_pct=recipe.crop_pct if recipe.resize == "crop" else 1.0,
         normalization="image" if recipe.normalization == "image" else "fixed",
+        value_range=seen.value_range,
     )  # fmt: skip
+    if seen.value_range is not None:
+        low, high = seen.value_range
+        told.append(f"range of values: {low:.6g} to {high:.6g} become 0 to 1, in every image")
     return preprocess, arguments, told
-
-
-def _look(table: ImageTable) -> tuple[list[int], int]:
-    """Shorter sides, and the channels of most, of up to 64 images spread over the table."""
-    sides, channels, reason = [], [], ""
-    for row in np.linspace(0, len(table) - 1, min(64, len(table))).astype(int).tolist():
-        try:
-            pixels = table.read(row)
-        except ImageError as error:
-            reason = reason or str(error)
-            continue
-        sides.append(min(pixels.shape[:2]))
-        channels.append(pixels.shape[2])
-    if not sides:
-        raise UsageError(f"{table.name}: none of the images tried can be read; {reason}")
-    return sides, int(np.median(channels))
 
 
 def _size(recipe: Recipe, default: tuple[int, ...], sides: list[int]) -> tuple[int, int, list[str]]:

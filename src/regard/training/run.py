@@ -33,8 +33,7 @@ from regard.data.loading import (
 )
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, open_data
-from regard.data.splits import assign_splits
-from regard.data.splits_file import read_splits
+from regard.data.splits import assign_splits, read_splits
 from regard.errors import FileError, NotFiniteError, Stopped, UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate
 from regard.files import check_space
@@ -60,7 +59,7 @@ from regard.training.plan import (
     use_bf16,
 )
 from regard.training.progress import Display
-from regard.training.splits import LoadedSplit, load_split, measured
+from regard.training.splits import LoadedSplit, check_deviation, load_split, measured
 from regard.version import __version__
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -306,6 +305,8 @@ class Run:
                 self.folder.write_unreadable(unreadable)
         if "train" not in parts or len(parts["train"].table) == 0:
             raise UsageError(f"{self.plan.data}: no training image can be read")
+        for split, part in parts.items():
+            check_deviation(part, split)
         return parts
 
     def _measured(self, plan: Plan) -> Plan:
@@ -551,12 +552,11 @@ class Run:
 
     def _write_network(self, evaluation: Evaluation) -> None:
         plan = self.plan
-        normalization = plan.preprocess.normalization
         top1 = evaluation.metrics["top1"]
         save_model(
             self.trainer.weights, self.folder.path, class_names=plan.classes,
             data_config=plan.preprocess.data_config(),
-            extra={"regard": {"normalization": normalization, "top1": top1.value}},
+            extra={"regard": {**plan.preprocess.regard_config(), "top1": top1.value}},
         )  # fmt: skip
 
     def _facts(self, split: str) -> dict[str, Any]:
@@ -588,7 +588,7 @@ class Run:
 
     def _tell(self, split: str, evaluation: Evaluation) -> None:
         top1 = evaluation.metrics["top1"]
-        wrong = int(evaluation.n - evaluation.confusion.trace())
+        wrong = int(evaluation.n - np.trace(evaluation.confusion))
         name = {"test": "test", "val": "validation", "train": "training"}[split]
         self.say(
             f"accuracy on the {evaluation.n:,} {name} images: {top1.value:.2%} (95 % interval "

@@ -1,6 +1,7 @@
 """The images of one split, held in memory or streamed, with what can't be read left out."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch import Tensor
 from regard.data.loading import Reader, StreamingLoader, decode_all, default_workers, fits_in_memory
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable
-from regard.errors import ImageError
+from regard.errors import ImageError, UsageError
 from regard.training.config import Recipe
 
 LOOKED_AT = 20_000  # images that are decoded before training where they are streamed
@@ -56,7 +57,7 @@ def load_split(
         if held:
             images, bad = decode_all(reader, on_image=on_image)
         else:
-            bad = _unreadable(table, on_image)
+            bad = _unreadable(reader, on_image)
     good = np.setdiff1d(np.arange(len(table)), [row for row, _ in bad])
     if isinstance(images, Tensor):
         images = images[torch.from_numpy(good)] if bad else images
@@ -81,12 +82,15 @@ def _counting(total: int, split: str, show: bool) -> Iterator[Callable[[int], No
         yield lambda n: bar.update(task, advance=n)
 
 
-def _unreadable(table: ImageTable, on_image: Any) -> list[tuple[int, str]]:
+def _unreadable(reader: Reader, on_image: Any) -> list[tuple[int, str]]:
     """Rows that can't be read, of up to LOOKED_AT, evenly spread; the others when met."""
+
+    table = reader.table
 
     def look(row: int) -> tuple[int, str] | None:
         try:
-            table.read(row, at_least=1)  # a JPEG at an eighth of its size: all of it is read
+            # a JPEG at an eighth of its size: all of it is read
+            table.read(row, at_least=1, value_range=reader.preprocess.value_range)
         except ImageError as error:
             return row, str(error)
         return None
@@ -104,6 +108,28 @@ def _unreadable(table: ImageTable, on_image: Any) -> list[tuple[int, str]]:
 def _spread(count: int, most: int) -> NDArray[np.int64]:
     """Up to `most` rows, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+
+
+def check_deviation(part: LoadedSplit, split: str) -> None:
+    """Refuses a split whose images, or up to MEASURED of them, all have one same value.
+
+    Raises:
+        UsageError: they do: nothing can be learned from them, nor tested on them.
+    """
+    low, high = math.inf, -math.inf
+    for row in _spread(len(part.table), MEASURED).tolist():
+        try:
+            image = part.reader.decode(row) if part.images is None else part.images[row]
+        except ImageError:
+            continue
+        low, high = min(low, float(image.min())), max(high, float(image.max()))
+        if low < high:
+            return
+    if low == high:
+        raise UsageError(
+            f"all pixels of the {split} images have the same value (deviation 0): see them with "
+            "`regard data`"
+        )
 
 
 def measured(part: LoadedSplit, preprocess: Preprocess) -> Preprocess:

@@ -1,0 +1,129 @@
+"""Reads a DICOM file's image as a viewer shows it; needs the extra `dicom`."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from regard.errors import ImageError
+from regard.extras import hint, missing
+
+# What the first group's first element starts with, in a file without the preamble: the
+# dataset's (0008) or the meta information's (0002), little endian, then big endian
+_GROUPS = (b"\x08\x00", b"\x02\x00", b"\x00\x08", b"\x00\x02")
+
+
+def is_dicom(head: bytes) -> bool:
+    """Whether a file that starts so is DICOM, with or without the preamble."""
+    if head[128:132] == b"DICM":
+        return True
+    if head[:2] not in _GROUPS or len(head) < 12:
+        return False
+    explicit = head[4:6].isalpha() and head[4:6].isupper()  # the value representation
+    implicit = head[:1] != b"\x00" and int.from_bytes(head[4:8], "little") < 2**16
+    return explicit or implicit
+
+
+def read_dicom(file: Any) -> tuple[NDArray[Any], tuple[float, float] | None]:
+    """(H, W, 1 or 3) float32 in 0..1; without a window float64 measurements, and their range.
+
+    Raises:
+        ImageError: pydicom is not installed, or the file holds no single image.
+    """
+    if missing("dicom"):
+        raise ImageError(f"is DICOM; {hint('dicom')} brings a reader")
+    import pydicom
+
+    dataset = pydicom.dcmread(file, force=True)
+    _check_single_image(dataset)
+    meta = dataset.file_meta
+    if "TransferSyntaxUID" not in meta:  # a file without preamble has none
+        implicit, little = dataset.original_encoding
+        meta.TransferSyntaxUID = (
+            pydicom.uid.ImplicitVRLittleEndian if implicit
+            else pydicom.uid.ExplicitVRLittleEndian if little
+            else pydicom.uid.ExplicitVRBigEndian
+        )  # fmt: skip
+    try:
+        stored = dataset.pixel_array
+    except RuntimeError as error:  # a compression for which no plugin is installed, or broken
+        if missing("dicom", "gdcm"):
+            name = meta.TransferSyntaxUID.name
+            raise ImageError(
+                f"is DICOM compressed as {name}; {hint('dicom')} brings a decoder"
+            ) from error
+        raise
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        stored = pydicom.pixels.apply_color_lut(stored, dataset)
+        bits = int(dataset.RedPaletteColorLookupTableDescriptor[2])
+    else:
+        bits = int(dataset.BitsStored)
+    if stored.ndim == 3:
+        return (stored / (2**bits - 1)).astype(np.float32), None
+    pixels, own_range = _gray(stored, dataset)
+    return pixels[..., None], own_range
+
+
+def _check_single_image(dataset: Any) -> None:
+    if not any(key in dataset for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        raise ImageError("is DICOM without an image")
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    if frames > 1:
+        raise ImageError(f"holds {frames} frames; write each as a file of its own")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and dataset.Rows * dataset.Columns > 2 * limit:
+        raise ImageError(f"too large ({dataset.Columns} x {dataset.Rows} pixels)")
+    # Enhanced images have rescaling and window in functional groups (PS3.3 C.7.6.16)
+    for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in list(dataset.get(name) or ())[:1]:
+            for inner in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+                for element in (e for item in list(group.get(inner) or ())[:1] for e in item):
+                    if element.tag not in dataset:
+                        dataset.add(element)
+
+
+def _gray(stored: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], tuple[float, float] | None]:
+    """Stored values (H, W) -> what a viewer shows, 0 black to 1 white (PS3.3 C.11.1, C.11.2).
+
+    Without a table and a window: the values after rescaling, NaN where padding, and their range;
+    negated where small values are white.
+    """
+    from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
+
+    values = apply_modality_lut(stored, dataset)
+    inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
+    if dataset.get("VOILUTSequence"):
+        bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
+        shown = apply_voi(np.rint(values).astype(np.int64), dataset) / (2**bits - 1)
+    elif _has_window(dataset):
+        # the range that pydicom maps the window to, seen from values beyond its ends
+        with np.errstate(over="ignore"):
+            black, white = apply_windowing(np.array([-1e30, 1e30]), dataset)
+            shown = (apply_windowing(values, dataset) - black) / (white - black or 1.0)
+    else:
+        values = np.where(_padding(stored, dataset), np.nan, values.astype(np.float64))
+        values = -values if inverted else values
+        finite = values[np.isfinite(values)]
+        own = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+        return values, own
+    return np.clip(1 - shown if inverted else shown, 0, 1).astype(np.float32), None
+
+
+def _has_window(dataset: Any) -> bool:
+    """Whether there is a window that can be applied: the standard wants a width of at least 1."""
+    if any(dataset.get(key) in (None, "") for key in ("WindowWidth", "WindowCenter")):
+        return False
+    width = np.atleast_1d(dataset.WindowWidth).astype(float)[0]
+    exact = str(dataset.get("VOILUTFunction") or "LINEAR").upper() != "LINEAR"
+    return width > 0 if exact else width >= 1
+
+
+def _padding(stored: NDArray[Any], dataset: Any) -> NDArray[np.bool_]:
+    """Where there is no image, but the padding value (PS3.3 C.7.5.1.1.2)."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(stored.shape, bool)
+    limit = dataset.get("PixelPaddingRangeLimit")
+    ends = sorted((int(value), int(value if limit is None else limit)))
+    return (stored >= ends[0]) & (stored <= ends[1])

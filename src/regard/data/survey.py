@@ -1,0 +1,140 @@
+"""What the images of a data set have in common: whether any has color, and the range of values.
+
+One rule for the whole data set: measurements (signed, 32-bit and float images, see `read_image`)
+become 0 to 1 by the range of the training images, so that brightness can still be compared
+between images.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from regard.data.images import FORMATS, Stored, ValueRange, is_gray, read_stored
+from regard.data.loading import default_workers
+from regard.data.table import ImageTable
+from regard.errors import ImageError, UsageError
+
+LIMIT = 20_000  # images that are looked at, evenly spread
+SAMPLE = 64  # images whose size is looked at, where nothing else is to be learned
+_GRAY_MODES = ("1", "L", "LA", "I;16", "I;16B")
+_PLAIN = tuple(f for f in FORMATS if f not in ("TIFF", "PPM"))  # hold no measurements
+_EVERY = 30.0  # seconds between progress messages
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was seen.
+
+    Attributes:
+        channels: 3 where any image has color, else 1.
+        value_range: lowest and highest value of the training images' measurements (of all
+            images, where there are no splits); None: there are no measurements.
+        shorter_sides: of up to SAMPLE images, pixels.
+    """
+
+    channels: int
+    value_range: ValueRange | None
+    shorter_sides: list[int]
+
+
+class _Look(NamedTuple):
+    gray: bool
+    value_range: ValueRange | None
+    shorter_side: int
+
+
+def survey(table: ImageTable, limit: int = LIMIT) -> Survey:
+    """Looks at up to `limit` images. Most are not decoded: their header says enough.
+
+    Raises:
+        UsageError: none of the images can be read.
+    """
+    rows = np.unique(np.linspace(0, len(table) - 1, min(len(table), limit)).astype(np.int64))
+    training = bool(np.any(table.splits == "train"))
+    colored, lows, highs, reason = False, [], [], ""
+    sides: dict[int, int] = {}
+    started = said = time.monotonic()
+    for done, (row, look) in enumerate(_looks(table, rows), start=1):
+        if isinstance(look, str):
+            reason = reason or look
+            continue
+        colored = colored or not look.gray
+        sides[row] = look.shorter_side
+        if look.value_range is not None and (not training or table.splits[row] == "train"):
+            lows.append(look.value_range[0])
+            highs.append(look.value_range[1])
+        if time.monotonic() - said > _EVERY:
+            said = time.monotonic()
+            log.info("looked at %d of %d images in %.0f s", done, len(rows), said - started)
+    if not sides:
+        raise UsageError(f"{table.name}: none of the images tried can be read; {reason}")
+    spread = np.unique(np.linspace(0, len(sides) - 1, min(SAMPLE, len(sides))).astype(int))
+    values = list(sides.values())
+    return Survey(
+        channels=3 if colored else 1,
+        value_range=(min(lows), max(highs)) if lows else None,
+        shorter_sides=[values[k] for k in spread],
+    )
+
+
+def range_of(stored: Stored) -> ValueRange | None:
+    """Lowest and highest finite value of measurements; None: there are none."""
+    if not stored.is_measurement:
+        return None
+    finite = stored.pixels[np.isfinite(stored.pixels)]
+    return (float(finite.min()), float(finite.max())) if finite.size else None
+
+
+def _looks(table: ImageTable, rows: NDArray[np.int64]) -> Iterator[tuple[int, _Look | str]]:
+    color_seen = False
+
+    def look(row: int) -> _Look | str:
+        nonlocal color_seen
+        try:
+            found = (
+                _look_at_array(table, row)
+                if table.files is None
+                else _look_at_file(table.files[row], color_seen)
+            )
+        except ImageError as error:
+            return str(error)
+        color_seen = color_seen or not found.gray
+        return found
+
+    with ThreadPoolExecutor(default_workers()) as pool:
+        for start in range(0, len(rows), 256):  # not all at once: results are taken as they come
+            part = rows[start : start + 256].tolist()
+            yield from zip(part, pool.map(look, part), strict=True)
+
+
+def _look_at_array(table: ImageTable, row: int) -> _Look:
+    pixels = table.read(row)
+    return _Look(is_gray(pixels), None, min(pixels.shape[:2]))
+
+
+def _look_at_file(path: str, color_seen: bool) -> _Look:
+    """By the header where that is enough, else by the pixels; a JPEG's at an eighth of its size."""
+    side = None
+    try:
+        if not os.path.isfile(path):
+            raise ValueError  # a pipe, which opening would wait for
+        with Image.open(path, formats=_PLAIN) as image:
+            side = min(image.size)
+            if image.mode in _GRAY_MODES:
+                return _Look(True, None, side)
+            if color_seen:
+                return _Look(False, None, side)
+    except Exception:  # not of those formats, or broken: read_stored says what it is
+        side = None
+    stored = read_stored(path, at_least=1)
+    return _Look(is_gray(stored.pixels), range_of(stored), side or min(stored.pixels.shape[:2]))

@@ -1,0 +1,109 @@
+"""What PIL does not say, or can't read, of TIFF files: signs, inversion, doubles, many bands."""
+
+import logging
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from regard.errors import ImageError
+from regard.extras import hint, missing
+
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF 6.0, sections 8 and 19
+_MIN_IS_WHITE = 0
+_SIGNED = 2
+_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
+
+log = logging.getLogger(__name__)
+_warned: set[str] = set()
+
+
+def is_tiff(head: bytes) -> bool:
+    """Whether a file that starts so is a TIFF."""
+    return head[:4] in _MAGIC
+
+
+def stored_tiff(image: Any) -> NDArray[Any] | None:
+    """The stored values of a TIFF that PIL has loaded, (H, W, 1); None: PIL's own are right.
+
+    uint16, or int64 and float64 for measurements. Where small values are white, uint16 is
+    inverted, and measurements, which have no largest value, are negated.
+    """
+    bits = image.tag_v2.get(_BITS, (1,))
+    kind = image.tag_v2.get(_SAMPLE_FORMAT, (1,))[0]
+    inverted = image.tag_v2.get(_PHOTOMETRIC) == _MIN_IS_WHITE
+    pixels = np.asarray(image)
+    if image.mode == "L" and bits == (8,) and kind == _SIGNED:
+        pixels = pixels.view(np.int8).astype(np.int64)
+    elif image.mode.startswith("I;16"):
+        pixels = pixels.astype(np.uint16)
+        return ((65535 - pixels) if inverted else pixels)[..., None]
+    elif image.mode == "I":
+        unsigned = bits == (32,) and kind != _SIGNED
+        pixels = (pixels.view(np.uint32) if unsigned else pixels).astype(np.int64)
+    elif image.mode == "F":
+        pixels = pixels.astype(np.float64)
+    else:
+        return None
+    return (-pixels if inverted else pixels)[..., None]
+
+
+def read_with_tifffile(file: Any) -> tuple[NDArray[Any], int]:
+    """The first page of a TIFF that PIL can't read: (H, W, 1 or 3) as stored, and orientation.
+
+    Of more than three bands the first three are read; alpha is laid on white for integers.
+
+    Raises:
+        ImageError: tifffile is not installed, or can't read it.
+    """
+    if missing("tiff", "tifffile"):
+        raise ImageError(
+            "is a TIFF of a kind that Pillow can't read (such as 64-bit floats, floats in color "
+            f"or five bands); {hint('tiff')} brings a reader"
+        )
+    import tifffile
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its reasons come as exceptions
+    file.seek(0)
+    with tifffile.TiffFile(file) as tiff:
+        page: Any = tiff.pages[0]
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit and page.imagewidth * page.imagelength * page.samplesperpixel > 6 * limit:
+            raise ImageError(f"too large ({page.imagewidth} x {page.imagelength} pixels)")
+        pixels = page.asarray()
+        if page.axes == "SYX":
+            pixels = np.moveaxis(pixels, 0, 2)  # (S, H, W) -> (H, W, S)
+        elif page.axes == "YX":
+            pixels = pixels[..., None]
+        elif page.axes != "YXS":
+            raise ImageError(f"is a TIFF of axes {page.axes}; height and width are needed")
+        orientation = page.tags.get(274)
+        inverted = int(page.photometric) == _MIN_IS_WHITE
+        alpha = any(int(sample) in (1, 2) for sample in page.extrasamples)
+    return _as_stored(pixels, inverted, alpha), int(orientation.value) if orientation else 1
+
+
+def _as_stored(pixels: NDArray[Any], inverted: bool, alpha: bool) -> NDArray[Any]:
+    """(H, W, samples) of any type -> (H, W, 1 or 3) of uint8, uint16, int64 or float64."""
+    if pixels.dtype.kind not in "uif":
+        raise ImageError(f"is a TIFF of {pixels.dtype}; integers or real numbers are needed")
+    count = 3 if pixels.shape[2] >= 3 else 1
+    opacity = pixels[..., -1:] if alpha and pixels.shape[2] in (2, 4) else None
+    left_out = pixels.shape[2] - count - (opacity is not None)
+    if left_out and "bands" not in _warned:
+        _warned.add("bands")
+        log.warning(
+            "a TIFF has %d bands: the first %s read, in this file and others like it",
+            pixels.shape[2], "three are" if count == 3 else "is",
+        )  # fmt: skip
+    pixels = pixels[..., :count]
+    if pixels.dtype in (np.uint8, np.uint16):
+        top = int(np.iinfo(pixels.dtype).max)
+        if opacity is not None:
+            share = opacity / top
+            pixels = np.rint(pixels * share + top * (1 - share)).astype(pixels.dtype)
+        return top - pixels if inverted else pixels
+    wide = np.float64 if pixels.dtype.kind == "f" or pixels.dtype == np.uint64 else np.int64
+    pixels = pixels.astype(wide)
+    return -pixels if inverted else pixels
