@@ -1,10 +1,10 @@
 """Counts every network and writes the tables that show the counts.
 
-    python scripts/make_tables.py            # writes zoo.csv and the README's table
+    python scripts/make_tables.py            # writes zoo.csv and the tables of docs/
     python scripts/make_tables.py --check    # says what would change; exit code 1 if anything
 
 What it writes: the columns `parameters` and `macs` of src/regard/models/zoo.csv, and
-in README.md, docs/training.md and docs/performance.md what stands between two comments that
+in docs/models.md, docs/training.md and docs/performance.md what stands between two comments that
 name this script: from benchmarks/recipes.csv, and, machine by machine, from
 benchmarks/performance-*.csv, scaling-*.csv, freed-memory-*.csv and stream.csv.
 """
@@ -24,7 +24,7 @@ from regard import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "src/regard/models/zoo.csv"
-README = ROOT / "README.md"
+MODELS = ROOT / "docs/models.md"
 TRAINING = ROOT / "docs/training.md"
 PERFORMANCE = ROOT / "docs/performance.md"
 BENCHMARKS = ROOT / "benchmarks"
@@ -85,7 +85,7 @@ def counted_csv(text: str) -> str:
 
 
 def markdown_table(text: str) -> str:
-    """The README's table of networks, with the papers' figures beside ours."""
+    """The table of networks in docs/models.md, with the papers' figures."""
     lines = [
         "| Network | Input | Parameters (M) | paper | Multiply-adds (G) | paper | Paper's result |",
         "|---|---|---:|---:|---:|---:|---|",
@@ -342,14 +342,14 @@ def performance_page(page: str, benchmarks: Path, pictures: Path) -> str:
 def main() -> int:
     """Writes both, or checks them."""
     csv_text = counted_csv(FIGURES.read_text(encoding="utf-8"))
-    readme = README.read_text(encoding="utf-8")
+    models = MODELS.read_text(encoding="utf-8")
     table = markdown_table(csv_text)
     training = TRAINING.read_text(encoding="utf-8")
     runs = recipes_table(RECIPES.read_text(encoding="utf-8"))
     performance = PERFORMANCE.read_text(encoding="utf-8")
     wanted = {
         FIGURES: csv_text,
-        README: TABLE.sub(lambda m: m[1] + table + m[2], readme),
+        MODELS: TABLE.sub(lambda m: m[1] + table + m[2], models),
         TRAINING: TABLE.sub(lambda m: m[1] + runs + m[2], training),
         PERFORMANCE: performance_page(performance, BENCHMARKS, PERFORMANCE.parent / "images"),
     }

@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -15,6 +16,14 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def dense(cells: list[list[int]], n_classes: int) -> np.ndarray:
+    """The confusion matrix of evaluation.json as (C, C) counts."""
+    matrix = np.zeros((n_classes, n_classes), int)
+    for true, predicted, images in cells:
+        matrix[true, predicted] = images
+    return matrix
 
 
 # small enough to take seconds: AG-SonoNet-8 at 16x16 on a few hundred of the digits

@@ -94,7 +94,7 @@ def test_numbers_are_scikit_learns(absent):
         "nll": sk.log_loss(y, p.probabilities, labels=every),
     }
     assert {k: v.value for k, v in e.metrics.items()} == pytest.approx(expected, rel=1e-12)
-    assert (e.confusion == sk.confusion_matrix(y, predicted, labels=every)).all()
+    assert (e.confusion.toarray() == sk.confusion_matrix(y, predicted, labels=every)).all()
     assert e.confusion.dtype.kind == "i"
     rows = sk.precision_recall_fscore_support(
         y, predicted, labels=every, average=None, zero_division=np.nan
@@ -158,12 +158,13 @@ def test_probability_of_zero_costs_what_scikit_learn_says():
 def test_shares_of_single_images_have_wilsons_interval():
     p = make()
     e = evaluate(p, resamples=5)
-    hits = int(np.trace(e.confusion))
+    confusion = e.confusion.toarray()
+    hits = int(confusion.trace())
     assert ends(e.metrics["top1"]) == wilson_interval(hits, 400)
-    row, n, called = e.per_class[3], int(e.confusion[3].sum()), int(e.confusion[:, 3].sum())
-    assert ends(row.recall) == wilson_interval(int(e.confusion[3, 3]), n)
-    assert ends(row.precision) == wilson_interval(int(e.confusion[3, 3]), called)
-    low, high = wilson_interval(int(e.confusion[3, 3]), n + called - int(e.confusion[3, 3]))
+    row, n, called = e.per_class[3], int(confusion[3].sum()), int(confusion[:, 3].sum())
+    assert ends(row.recall) == wilson_interval(int(confusion[3, 3]), n)
+    assert ends(row.precision) == wilson_interval(int(confusion[3, 3]), called)
+    low, high = wilson_interval(int(confusion[3, 3]), n + called - int(confusion[3, 3]))
     assert ends(row.f1) == pytest.approx((2 * low / (1 + low), 2 * high / (1 + high)))
     assert row.f1.low < row.f1.value < row.f1.high
 
@@ -327,9 +328,43 @@ def test_memory_stays_far_below_the_probabilities(grouped):
     assert peak < 16_000_000
 
 
-def test_float64_probabilities_are_not_copied():
+def test_probabilities_are_not_copied_and_single_precision_gives_the_same_numbers():
     p = make()
     assert Predictions(p.probabilities, p.labels, p.classes).probabilities is p.probabilities
+    single = p.probabilities.astype(np.float32)
+    halved = Predictions(single, p.labels, p.classes)
+    assert halved.probabilities is single
+    same = Predictions(single.astype(np.float64), p.labels, p.classes)
+    assert evaluate(halved, resamples=20).to_dict() == evaluate(same, resamples=20).to_dict()
+
+
+def test_two_images_of_ten_thousand_classes_take_kilobytes():
+    probabilities = np.full((2, 10_000), 5e-5, np.float32)
+    probabilities[:, 7] = 0.5
+    tracemalloc.start()
+    e = evaluate(Predictions(probabilities, [7, 9999], [f"c{i}" for i in range(10_000)]))
+    text = json.dumps(e.to_dict(), indent=1, allow_nan=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(text) < 300_000  # nearly all of it the names
+    assert peak < 20e6
+    assert e.to_dict()["confusion"] == [[7, 7, 1], [9999, 7, 1]]
+    assert "c9999" in printed(e)
+
+
+def test_one_image_has_no_interval():
+    written = evaluate(hard([1], [1], 2), resamples=20).to_dict()
+    text = json.dumps(written, allow_nan=False)
+    assert written["metrics"]["top1"] == {"value": 1.0, "low": None, "high": None}
+    for estimate in (*written["metrics"].values(), written["per_class"][0]["recall"]):
+        assert (estimate["low"], estimate["high"]) == (None, None)
+    assert "NaN" not in text
+    assert "nan" not in printed(evaluate(hard([1], [1], 2), resamples=20))
+
+
+def test_wilson_is_scipys():
+    found = wilson_interval(7, 30, 0.9)
+    assert found == tuple(binomtest(7, 30).proportion_ci(0.9, method="wilson"))
 
 
 def test_json_round_trip():
@@ -337,9 +372,10 @@ def test_json_round_trip():
     e = evaluate(p, resamples=20)
     written = e.to_dict()
     assert json.loads(json.dumps(written, allow_nan=False)) == written
-    assert written["per_class"][3]["recall"] == {"value": None, "low": None, "high": None}
+    assert [row["name"] for row in written["per_class"]] == ["c0", "c1", "c2"]
+    assert written["per_class"][2]["recall"] == {"value": None, "low": None, "high": None}
     assert written["metrics"]["top1"]["value"] == 0.5
-    assert written["confusion"] == [[2, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert written["confusion"] == [[0, 0, 2], [1, 0, 1], [1, 2, 1]]
     assert (written["n"], written["n_groups"], written["confidence"]) == (4, 3, 0.95)
     written = compare(p, p).to_dict()
     assert json.loads(json.dumps(written, allow_nan=False)) == written
@@ -554,14 +590,15 @@ def test_many_classes_are_told_by_the_worst():
 
 def test_matrix_wider_than_the_console_is_not_cut():
     e = evaluate(make(n_classes=12), resamples=5)
-    matrix = ["0", "c0", *map(str, e.confusion[0])]
+    confusion = e.confusion.toarray()
+    matrix = ["0", "c0", *map(str, confusion[0])]
     assert matrix in rows(printed(e, width=120))
     text = printed(e, width=40)
     assert "The most frequent confusions" in text
     assert "Confusion:" not in text
-    wrong = e.confusion - np.diag(np.diag(e.confusion))
+    wrong = confusion - np.diag(np.diag(confusion))
     i, j = np.unravel_index(wrong.argmax(), wrong.shape)
-    assert [f"c{i}", f"c{j}", str(wrong[i, j]), str(e.confusion[i].sum())] in rows(text)
+    assert [f"c{i}", f"c{j}", str(wrong[i, j]), str(confusion[i].sum())] in rows(text)
     right = np.arange(12)
     assert "No confusions" in printed(evaluate(hard(right, right, 12), resamples=5), width=40)
 

@@ -1,12 +1,15 @@
 """No image lost, no group divided, every class where it can be; and the file that keeps it."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from regard.data.sources import ImageTable, open_data
-from regard.data.splits import assign_splits, check_groups, read_splits, write_splits
+from regard.data.splits import assign_splits, check_groups
+from regard.data.splits_file import read_splits, write_splits
 
 
 def table(labels, *, groups=None, splits=None, classes=None):
@@ -71,7 +74,7 @@ def test_only_what_lacks_is_made(have, val, test, found):
     ("have", "val", "test", "told"),
     [
         (["test"] * 4, 0.1, 0.1, "has no train images, only test"),
-        (["train", "train", "", "test"], 0.1, 0.1, "1 images have no split"),
+        (["train", "train", "", "test"], 0.1, 0.1, "1 image without a split"),
         ([""] * 4, -0.1, 0.1, "val=-0.1: at least 0"),
         ([""] * 4, 0.1, 1, "test=1: at least 0 and less than 1"),
         ([""] * 4, 0.5, 0.5, "leave nothing to train on"),
@@ -150,6 +153,70 @@ def test_few_groups_are_divided_where_they_can_be():
     done = assign_splits(data, val=0.1, test=0.3, seed=0)
     assert set(done.splits[done.groups == "g0"]) == {"train"}
     assert set(done.splits) == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize("patients", [3, 4, 5])
+def test_equal_patients_give_every_split_every_class(patients):
+    """As many patients per class as splits or a few more, each with the same number of images."""
+    labels = np.repeat(np.arange(4), patients * 6)
+    groups = np.repeat([f"p{i}" for i in range(4 * patients)], 6)
+    for seed in range(60):
+        done = assign_splits(table(labels, groups=groups), val=0.1, test=0.2, seed=seed)
+        for s in ("train", "val", "test"):
+            assert set(done.labels[done.splits == s]) == {0, 1, 2, 3}, (seed, s)
+        assert done.warnings == ()
+
+
+def most_covered(members, splits):
+    """(split, class) pairs that have an image, at most, where train has every class."""
+    best = 0
+    classes = set().union(*members)
+    for chosen in itertools.product(range(splits), repeat=len(members)):
+        have = [set() for _ in range(splits)]
+        for k, own in zip(chosen, members, strict=True):
+            have[k] |= own
+        if have[0] == classes and all(have):
+            best = max(best, sum(map(len, have)))
+    return best
+
+
+def test_groups_cover_as_many_classes_as_is_possible():
+    rng = np.random.default_rng(0)
+    covered, possible = [], []
+    for _ in range(60):
+        count = rng.integers(3, 8)
+        sizes = rng.integers(1, 4, count)
+        rows = [(c, g) for g in range(count) for c in rng.choice(4, sizes[g], replace=False)]
+        rows = [row for row in rows for _ in range(rng.integers(1, 5))]
+        labels, groups = zip(*rows, strict=True)
+        best = most_covered([{c for c, o in rows if o == g} for g in range(count)], 3)
+        try:
+            data = table(labels, groups=[f"p{g}" for g in groups])
+            done = assign_splits(data, val=0.1, test=0.2, seed=0)
+        except ValueError:
+            assert best == 0
+            continue
+        covered.append(len(set(zip(done.splits, done.labels, strict=True))))
+        possible.append(best)
+    assert np.mean(np.equal(covered, possible)) > 0.95
+    assert np.sum(possible) - np.sum(covered) <= 3
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_splits_do_not_depend_on_the_order_of_rows(groups):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 90)
+    data = table(labels, groups=[f"p{i // 4}" for i in range(90)] if groups else None)
+    first = assign_splits(data, val=0.2, test=0.2, seed=3)
+    order = rng.permutation(90)
+    other = assign_splits(data.select(order), val=0.2, test=0.2, seed=3)
+    assert np.array_equal(other.splits, first.splits[order])
+    digits = open_data("digits").select(range(200))
+    order = rng.permutation(200)
+    first, other = (
+        assign_splits(t, val=0.2, test=0.2, seed=3) for t in (digits, digits.select(order))
+    )
+    assert np.array_equal(other.splits, first.splits[order])
 
 
 def test_groups_meet_the_fractions():

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -20,6 +19,7 @@ from regard.errors import NotFiniteError
 from tests.helpers import (
     ENVIRONMENT,
     QUICK,
+    dense,
     rows_of,
     run,
     same_network,
@@ -42,7 +42,7 @@ def test_the_folder_explains_itself(whole, scans):
     assert len(rows) == 6
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     evaluation = json.loads((whole / "evaluation.json").read_text())
-    assert np.sum(evaluation["confusion"]) == 24
+    assert dense(evaluation["confusion"], 3).sum() == 24
     events = list((whole / "tensorboard").iterdir())
     assert len(events) == 1
     again = regard.load(whole)
@@ -82,7 +82,7 @@ def test_predict_says_what_evaluate_counts(whole, scans):
     assert len(answers) == 120
     hits = sum(Path(a["path"]).parent.name == a["classes"][0]["class"] for a in answers)
     everything = json.loads(run("evaluate", whole, "--split", "all", "--json"))
-    assert hits == np.trace(everything["confusion"])
+    assert hits == dense(everything["confusion"], 3).trace()
 
 
 def test_no_file_of_the_data_is_changed(whole, scans, tmp_path):
@@ -274,7 +274,7 @@ def test_evaluate_takes_other_data_with_some_of_the_classes(whole, scans, tmp_pa
     some = json.loads(run("evaluate", whole, tmp_path / "some", "--json"))
     every = json.loads(run("evaluate", whole, scans, "--split", "all", "--json"))
     assert some["n"] == 80
-    assert some["confusion"] == [[0, 0, 0], *every["confusion"][1:]]
+    assert some["confusion"] == [cell for cell in every["confusion"] if cell[0] != 0]
     (tmp_path / "some/2").rename(tmp_path / "some/two")
     said = run("evaluate", whole, tmp_path / "some", code=2)
     assert "classes that the network does not know: two; it knows 0, 1, 2" in said

@@ -18,7 +18,7 @@ from torch import nn
 from regard.data.loading import Reader, StreamingLoader, default_workers
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, as_known, open_data
-from regard.data.splits import read_splits, write_splits
+from regard.data.splits_file import read_splits, write_splits
 from regard.errors import FileError, UsageError
 from regard.evaluation import Evaluation, Predictions
 from regard.files import write_atomically
@@ -295,7 +295,7 @@ class RunFolder:
         content = {"split": split, **evaluation.to_dict()}
         self.write_text("evaluation.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         arrays: dict[str, Any] = {
-            "probabilities": said.probabilities.astype(np.float32),
+            "probabilities": said.probabilities.astype(np.float32, copy=False),
             "labels": said.labels,
             "paths": np.array(said.paths),
             "classes": np.array(said.classes),
@@ -306,7 +306,7 @@ class RunFolder:
 
         def write(beside: Path) -> None:
             with beside.open("wb") as file:
-                np.savez_compressed(file, **arrays)
+                np.savez(file, **arrays)
 
         write_atomically(self.path / "predictions.npz", write)
 
@@ -315,6 +315,6 @@ class RunFolder:
         with np.load(self.path / "predictions.npz") as file:
             groups = file.get("groups")
             return str(file["split"]), Predictions(
-                file["probabilities"].astype(np.float64), file["labels"],
+                file["probabilities"], file["labels"],
                 file["classes"].tolist(), groups, file["paths"].tolist(),
             )  # fmt: skip

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -141,7 +140,9 @@ def _matrix(evaluation: Evaluation) -> tuple[str, Table]:
     table = _table("")
     for i in range(len(evaluation.classes)):
         table.add_column(str(i), justify="right", no_wrap=True)
-    for i, (name, row) in enumerate(zip(evaluation.classes, evaluation.confusion, strict=True)):
+    for i, (name, row) in enumerate(
+        zip(evaluation.classes, evaluation.confusion.toarray(), strict=True)
+    ):
         cells = [Text(str(n), style="bold" if i == j else "") for j, n in enumerate(row)]
         table.add_row(Text(f"{i} {name}"), *cells)
     return "Confusion: a row for each true class, a column for each predicted one", table
@@ -149,15 +150,12 @@ def _matrix(evaluation: Evaluation) -> tuple[str, Table]:
 
 def _confusions(evaluation: Evaluation) -> tuple[str, Table]:
     """The most frequent mistakes."""
-    wrong = evaluation.confusion.copy()
-    np.fill_diagonal(wrong, 0)
-    some = np.flatnonzero(wrong)  # few of the many pairs; in order, for the stable sort
-    order = some[np.argsort(-wrong.flat[some], kind="stable")][:_MOST]
     table = _table("true")
     table.add_column("predicted")
     for heading in ("images", "of"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True):
+    mistakes = evaluation.confusions(_MOST)
+    for i, j, n in mistakes:
         names = Text(evaluation.classes[i]), Text(evaluation.classes[j])
-        table.add_row(*names, str(wrong[i, j]), str(evaluation.confusion[i].sum()))
-    return "The most frequent confusions" if order.size else "No confusions", table
+        table.add_row(*names, str(n), str(evaluation.per_class[i].count))
+    return "The most frequent confusions" if mistakes else "No confusions", table

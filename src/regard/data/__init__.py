@@ -6,7 +6,8 @@ Nothing here imports torch; `loading` and `transforms`, which do, are imported b
 from regard.data.audit import DataCheck, check_data
 from regard.data.images import IMAGE_SUFFIXES, read_image
 from regard.data.sources import ImageTable, class_counts, open_data
-from regard.data.splits import assign_splits, read_splits, write_splits
+from regard.data.splits import assign_splits
+from regard.data.splits_file import read_splits, write_splits
 from regard.errors import ImageError
 
 __all__ = [

@@ -1,39 +1,42 @@
-"""Divides a table into train, val and test, by class and by group, and keeps that in a file.
+"""Divides a table into train, val and test, stratified by class and never within a group.
 
-The same table, fractions and seed give the same splits, whatever the machine.
+The same images, fractions and seed give the same splits, in whatever order the images come and
+on whatever machine.
 """
 
-import csv
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from regard.data.sources import SPLITS, ImageTable
+from regard.data.sources import ImageTable
 from regard.errors import UsageError
+from regard.files import plural
 
-_COLUMNS = ["path", "label", "split", "group"]
-_MOST_TOLD = 10  # warnings about single classes
+_PASSES = 5
+_SWAPPED = 200  # with more groups, single moves suffice
+_MOST_LISTED = 10  # warnings about single classes
+
+Members = Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
+"""For each group its classes and how many images of each."""
 
 
 def assign_splits(table: ImageTable, *, val: float, test: float, seed: int) -> ImageTable:
     """The table with the splits that it lacks, taken from its training images.
 
-    Without any splits all images are divided; of a table with train and test, val is taken
-    from train; with train and val, test is. Splits that the table has are kept. Each class is
-    divided alike; a class of at least as many images as there are splits is in each of them,
-    a smaller one is in train alone. With groups, no group is divided, and the fractions are met as
-    well as the groups' sizes allow. Classes that a new split lacks are told in the
-    table's `warnings`.
+    Without any splits all images are divided; from a table with train and test, val is taken
+    from train; with train and val, test is. Splits that the table has stay as they are. Each
+    class is divided in the same proportions; a class with at least as many images as there are
+    splits is in each of them, a smaller one is in train alone. With groups, no group is divided,
+    the fractions are met as well as the groups' sizes allow, and a class is in as many splits as
+    its groups allow. Classes that a new split lacks are listed in the table's `warnings`.
 
     Args:
         table: its splits all empty or all filled.
-        val: fraction of the images divided, 0 to 1; 0: no such split.
-        test: likewise.
-        seed: of the shuffling.
+        val: fraction of the images for validation, 0 to 1; 0: no such split.
+        test: the same for the test.
+        seed: random seed of the shuffling.
 
     Raises:
         UsageError: a fraction out of range, splits given for some images only, no
@@ -49,6 +52,7 @@ def assign_splits(table: ImageTable, *, val: float, test: float, seed: int) -> I
     shares = {s: f for s, f in wanted.items() if f > 0 and s not in present}
     shares = {"train": 1 - sum(shares.values()), **shares}
     rng = np.random.default_rng(seed)
+    pool = pool[_canonical_order(table, pool)]
     labels = table.labels[pool]
     if table.groups is None:
         chosen = _divide_images(labels, shares, rng)
@@ -66,6 +70,15 @@ def assign_splits(table: ImageTable, *, val: float, test: float, seed: int) -> I
     check_groups(done)
     lines = _missing_classes(table, labels, chosen, list(shares))
     return replace(done, warnings=(*table.warnings, *lines))
+
+
+def _canonical_order(table: ImageTable, pool: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The order of these images by class and name, or by row, which no reordering changes."""
+    if table.files is None:
+        return np.argsort(pool if table.rows is None else table.rows[pool], kind="stable")
+    labels = table.labels.tolist()
+    names = [(labels[i], table.key(i)) for i in pool.tolist()]
+    return np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
 
 
 def check_groups(table: ImageTable) -> None:
@@ -93,8 +106,8 @@ def _pool(table: ImageTable) -> tuple[NDArray[np.int64], set[str]]:
     if empty.all():
         return np.arange(len(table)), set()
     if empty.any():
-        told = f"{table.name}: {int(empty.sum())} images have no split, the others have one"
-        raise UsageError(f"{told}; give all of them one, or none")
+        without = plural(int(empty.sum()), "image")
+        raise UsageError(f"{table.name}: {without} without a split, the others have one")
     present = set(table.splits.tolist())
     if "train" not in present:
         raise UsageError(f"{table.name}: has no train images, only {' and '.join(sorted(present))}")
@@ -130,9 +143,9 @@ def _divide_groups(
 ) -> NDArray[np.int64]:
     """As _divide_images, but all images of a group go to one split.
 
-    Greedy, largest groups first: each goes where it most lessens the sum over splits and classes
+    Greedy, largest groups first: each goes where it most reduces the sum over splits and classes
     of (images there - images wanted)^2 / images wanted. scikit-learn's StratifiedGroupKFold
-    works alike, but divides into equal folds only.
+    does the same, but for equal folds only.
     """
     unique, group = np.unique(names, return_inverse=True)
     if len(unique) < len(shares):
@@ -150,13 +163,12 @@ def _divide_groups(
         split_of[g] = int(cost.argmin())
         have[split_of[g], at] += count
     _fill_gaps(split_of, members, sizes, len(shares))
+    _Coverage(split_of, members, wanted).improve()
     return split_of[group]
 
 
-def _classes_of_groups(
-    labels: NDArray[np.int64], group: NDArray[np.int64]
-) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """For each group its classes and how many images of each; sparse, as both may be many."""
+def _classes_of_groups(labels: NDArray[np.int64], group: NDArray[np.int64]) -> Members:
+    """Each group's classes, sparse: both may be many."""
     width = int(labels.max()) + 1
     pairs, counts = np.unique(group * width + labels, return_counts=True)
     starts = np.flatnonzero(np.diff(pairs // width, prepend=-1))[1:]
@@ -165,7 +177,7 @@ def _classes_of_groups(
 
 def _fill_gaps(
     split_of: NDArray[np.int64],
-    members: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    members: Members,
     sizes: NDArray[np.int64],
     splits: int,
 ) -> None:
@@ -198,7 +210,7 @@ def _fill_gaps(
 
 def _few_groups(
     split_of: NDArray[np.int64],
-    members: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    members: Members,
     smallest_first: list[int],
     splits: int,
 ) -> None:
@@ -212,6 +224,70 @@ def _few_groups(
     split_of[:] = 0
     for k, g in zip(range(1, splits), rest, strict=False):
         split_of[g] = k
+
+
+class _Coverage:
+    """Which classes each split has, while groups are moved until it has as many as possible.
+
+    A change is made only if it puts more classes into splits and train keeps all of its own;
+    among such changes, the one that leaves the image counts nearest to those wanted.
+    """
+
+    def __init__(
+        self, split_of: NDArray[np.int64], members: Members, wanted: NDArray[np.float64]
+    ) -> None:
+        self.split_of, self.members, self.wanted = split_of, members, wanted
+        self.counts = np.zeros(wanted.shape, np.int64)  # groups, (splits, classes)
+        self.surplus = -wanted  # images beyond those wanted
+        self.groups_of: dict[int, list[int]] = {}
+        for g, (at, n) in enumerate(members):
+            self.counts[split_of[g], at] += 1
+            self.surplus[split_of[g], at] += n
+            for c in at.tolist():
+                self.groups_of.setdefault(c, []).append(g)
+
+    def improve(self) -> None:
+        """Moves or swaps groups until nothing more is covered, or a few passes are done."""
+        for _ in range(_PASSES):
+            before = np.count_nonzero(self.counts)
+            for k, c in np.argwhere(self.counts == 0).tolist():
+                if self.counts[k, c] == 0 and len(self.groups_of.get(c, ())) > 1:
+                    self._cover(k, c)
+            if np.count_nonzero(self.counts) == before:
+                return
+
+    def _cover(self, k: int, c: int) -> None:
+        """Brings a group of class c into split k, alone or in exchange for another."""
+        back = np.flatnonzero(self.split_of == k).tolist()
+        back = back if len(self.members) <= _SWAPPED else []
+        best_cost, best = np.inf, []
+        for g in self.groups_of[c]:
+            for moves in ([(g, k)], *([(g, k), (h, int(self.split_of[g]))] for h in back)):
+                cost = self._cost(moves)
+                if cost < best_cost:
+                    best_cost, best = cost, moves
+        for g, to in best:
+            at, n = self.members[g]
+            for split, sign in ((self.split_of[g], -1), (to, 1)):
+                self.counts[split, at] += sign
+                self.surplus[split, at] += sign * n
+            self.split_of[g] = to
+
+    def _cost(self, moves: list[tuple[int, int]]) -> float:
+        """How much further from the counts wanted the moves lead; inf where they cover no more."""
+        columns = np.unique(np.concatenate([self.members[g][0] for g, _ in moves]))
+        counts, surplus = self.counts[:, columns], self.surplus[:, columns]
+        wanted, before = self.wanted[:, columns], np.count_nonzero(counts)
+        old = (surplus**2 / wanted).sum()
+        for g, to in moves:
+            at, n = self.members[g]
+            at = np.searchsorted(columns, at)
+            for split, sign in ((self.split_of[g], -1), (to, 1)):
+                counts[split, at] += sign
+                surplus[split, at] += sign * n
+        if np.count_nonzero(counts) <= before or not counts[0].all():
+            return np.inf
+        return float((surplus**2 / wanted).sum() - old)
 
 
 def _missing_classes(
@@ -228,74 +304,8 @@ def _missing_classes(
         of = "" if table.groups is None else ", in few groups"
         n = int(counts[:, c].sum())
         lines.append(f"class {table.classes[c]!r} ({n} images{of}) is not in {lacking}")
-    if len(lines) > _MOST_TOLD:
-        lines[_MOST_TOLD:] = [f"{len(lines) - _MOST_TOLD} further classes are not in every split"]
+    if len(lines) > _MOST_LISTED:
+        lines[_MOST_LISTED:] = [
+            f"{len(lines) - _MOST_LISTED} further classes are not in every split"
+        ]
     return lines
-
-
-# ---- the file
-
-
-def write_splits(table: ImageTable, path: str | Path) -> None:
-    """Writes a CSV file of path, label, split and group, a line an image.
-
-    Paths are told from the data's own folder, so that the data may be moved.
-
-    Raises:
-        OSError: it can't be written.
-    """
-    path = Path(path)
-    beside = path.with_name(path.name + ".part")
-    # file names need not be UTF-8; surrogateescape gives their bytes back
-    with open(beside, "w", encoding="utf-8", newline="", errors="surrogateescape") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        for i in range(len(table)):
-            group = "" if table.groups is None else table.groups[i]
-            label = table.classes[table.labels[i]]
-            writer.writerow([_key(table, i), label, table.splits[i], group])
-    os.replace(beside, path)
-
-
-def read_splits(table: ImageTable, path: str | Path) -> ImageTable:
-    """The table with the splits of a file that write_splits wrote.
-
-    Raises:
-        UsageError: the file is of other data (what differs first is named), or broken.
-        OSError: it can't be read.
-    """
-    told = _read_rows(path)
-    keys = [_key(table, i) for i in range(len(table))]
-    for i, key in enumerate(keys):
-        if key not in told:
-            count = sum(k not in told for k in keys)
-            raise UsageError(f"{path}: {count} of {table.name}'s images are not in it, as {key}")
-        label, _, group = told[key]
-        if label != (mine := table.classes[table.labels[i]]):
-            raise UsageError(f"{path}: {key} is {label!r}, but in {table.name} it is {mine!r}")
-        if table.groups is not None and group != table.groups[i]:
-            other = f"in {table.name} of {str(table.groups[i])!r}"
-            raise UsageError(f"{path}: {key} is of group {group!r}, but {other}")
-    if extra := set(told).difference(keys):
-        raise UsageError(
-            f"{path}: {len(extra)} images of it are not in {table.name}, as {min(extra)}"
-        )
-    return replace(table, splits=np.array([told[key][1] for key in keys], "U5"))
-
-
-def _read_rows(path: str | Path) -> dict[str, tuple[str, str, str]]:
-    told: dict[str, tuple[str, str, str]] = {}
-    with open(path, encoding="utf-8", newline="", errors="surrogateescape") as file:
-        reader = csv.reader(file)
-        if next(reader, None) != _COLUMNS:
-            raise UsageError(f"{path} line 1: is not {','.join(_COLUMNS)}")
-        for row in reader:
-            if len(row) != 4 or row[2] not in ("", *SPLITS) or row[0] in told:
-                raise UsageError(f"{path} line {reader.line_num}: can't be right: {','.join(row)}")
-            told[row[0]] = (row[1], row[2], row[3])
-    return told
-
-
-def _key(table: ImageTable, i: int) -> str:
-    """What names image i whatever folder the data lies in."""
-    return table.path(i).removeprefix(os.path.join(table.base, ""))

@@ -1,11 +1,13 @@
-"""What the intervals are made of: resamples of images or groups, and Wilson's interval."""
+"""Confidence intervals: the bootstrap over images or groups, and Wilson's score interval."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import NormalDist
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from regard.errors import UsageError
 from regard.evaluation.predictions import Floats
@@ -15,17 +17,22 @@ NAN = math.nan
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its interval, of 95 % unless another confidence was asked for.
+    """A number with its confidence interval (95 % unless another confidence was asked for).
 
-    `low` and `high` are NaN where the images cannot tell (see `evaluate`), and all three where
-    there is nothing to measure.
+    `low` and `high` are NaN where there is no interval (one image or group; see `evaluate`), and
+    all three are NaN where there is nothing to measure.
     """
 
     value: float
     low: float
     high: float
 
+    @property
+    def has_interval(self) -> bool:
+        return not (math.isnan(self.low) or math.isnan(self.high))
+
     def to_dict(self) -> dict[str, float | None]:
+        """For JSON: None where a number is not finite."""
         return {
             "value": finite_or_none(self.value),
             "low": finite_or_none(self.low),
@@ -34,48 +41,52 @@ class Estimate:
 
 
 def finite_or_none(number: float) -> float | None:
-    """For JSON, which has no NaN."""
+    """The number for JSON, which has neither NaN nor infinity."""
     return float(number) if math.isfinite(number) else None
 
 
 def check_settings(resamples: int, confidence: float) -> None:
-    """Refuses with a ValueError what no interval can be made with."""
+    """Checks the arguments that all intervals share.
+
+    Raises:
+        UsageError: resamples or confidence out of range.
+    """
     if resamples < 2:
-        raise UsageError(f"resamples={resamples}: at least 2, and 1000 for a steady interval")
+        raise UsageError(f"resamples={resamples}: at least 2; 1000 gives a stable interval")
     if not 0.0 < confidence < 1.0:
-        raise UsageError(f"confidence={confidence}: between 0 and 1, as 0.95")
+        raise UsageError(f"confidence={confidence}: between 0 and 1, such as 0.95")
 
 
 def draws(n_units: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each unit is drawn, (n_units,), when as many are drawn with replacement."""
+    """Bootstrap samples as counts, (n_units,): how often each unit was drawn, with replacement."""
     generator = np.random.default_rng(seed)
     for _ in range(resamples):
         drawn = generator.integers(n_units, size=n_units)
         yield np.bincount(drawn, minlength=n_units).astype(np.float64)
 
 
-def percentile(value: float, drawn: Floats, confidence: float) -> Estimate:
-    """The middle part of the resamples' values, NaN among them left out; it holds `value`."""
+def percentile(value: float, drawn: NDArray[Any], confidence: float) -> Estimate:
+    """The percentile bootstrap interval, widened to contain `value`; NaN samples are left out."""
     drawn = drawn[~np.isnan(drawn)]
-    if drawn.size == 0:
+    if drawn.size == 0 or math.isnan(value):
         return Estimate(value, NAN, NAN)
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(value, min(float(low), value), max(float(high), value))
 
 
-def calibration(gaps: Floats, drawn: Floats, confidence: float) -> Estimate:
-    """The calibration error Σ |gap| of the bins, and an interval that allows for its bias.
+def calibration_interval(gaps: Floats, drawn: Floats, confidence: float) -> Estimate:
+    """The calibration error, the sum of |gap| over the bins, with an interval that allows for bias.
 
-    Noise adds to the error, and in a resample once more, so that percentiles would lie too
-    high. The high end is as far above the error as the resamples' upper part reaches above
-    their median. The low end is as far below as noise alone can lift it: by the triangle
-    inequality the error is off by at most Σ |gap - true gap|, whose quantile the resamples
-    give. So the interval reaches 0 for a calibrated network, and is wide for others.
+    Sampling noise adds to the error, and a resample adds it a second time, so plain percentiles
+    lie too high. The upper end is the error plus the distance from the resamples' median to their
+    upper quantile. The lower end is the error minus the largest share that noise can explain: by
+    the triangle inequality the error is off by at most the sum of |gap - true gap|, whose
+    quantile the resamples estimate. The interval therefore reaches 0 for a calibrated network.
 
     Args:
-        gaps: (bins,) of confidence less accuracy, each times its share of the images.
-        drawn: (resamples, bins) the same of the resamples.
-        confidence: of the interval.
+        gaps: (bins,) confidence minus accuracy, times the bin's share of the images.
+        drawn: (resamples, bins) the same for each resample.
+        confidence: between 0 and 1.
     """
     value = float(abs(gaps).sum())
     upper = (1 + confidence) / 2
@@ -86,34 +97,38 @@ def calibration(gaps: Floats, drawn: Floats, confidence: float) -> Estimate:
 
 
 def wilson(share: float, units: int, confidence: float) -> Estimate:
-    """Wilson's interval of a share of `units`."""
+    """A share of `units` with Wilson's interval; one unit has none."""
+    if units < 2:
+        return Estimate(share, NAN, NAN)
     low, high = wilson_interval(round(share * units), units, confidence)
     return Estimate(share, min(low, share), max(high, share))
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson, JASA 1927), without continuity correction.
+    """Wilson's score interval for a proportion (Wilson, JASA 1927), without continuity correction.
 
     Args:
-        correct: of `total`, counts.
-        total: at least 1.
+        correct: count, 0 to `total`.
+        total: count, at least 1.
         confidence: between 0 and 1.
 
     Returns:
-        The low and the high end, 0 to 1.
+        The lower and the upper end, 0 to 1.
 
     Raises:
-        UsageError: counts or a confidence out of range.
+        UsageError: counts or confidence out of range.
     """
     if not 0 <= correct <= total or total < 1:
         raise UsageError(f"{correct} correct of {total}: 0 to total, and a total of 1 or more")
-    if not 0.0 < confidence < 1.0:
-        raise UsageError(f"confidence={confidence}: between 0 and 1, as 0.95")
-    z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
-    share = correct / total
-    center = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = math.sqrt(z2 * (share * (1 - share) / total + z2 / (4 * total**2))) / (1 + z2 / total)
-    # exact at the ends, where rounding would leave 1e-17
-    low = 0.0 if correct == 0 else center - half
-    high = 1.0 if correct == total else center + half
-    return low, high
+    check_settings(2, confidence)
+    return _scipy_wilson(int(correct), int(total), float(confidence))
+
+
+@lru_cache(maxsize=2**16)
+def _scipy_wilson(correct: int, total: int, confidence: float) -> tuple[float, float]:
+    from scipy.stats import binomtest  # takes half a second to import
+
+    # the interval does not depend on the tested share, and at the observed one scipy has no
+    # p-value to search for: 40 instead of 500 microseconds
+    interval = binomtest(correct, total, correct / total).proportion_ci(confidence, "wilson")
+    return float(interval.low), float(interval.high)

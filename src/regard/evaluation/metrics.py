@@ -1,15 +1,16 @@
-"""Metrics of a network's predictions, each with its interval."""
+"""Classification metrics of a network's predictions, each with a confidence interval."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from regard.evaluation.intervals import (
     NAN,
     Estimate,
-    calibration,
+    calibration_interval,
     check_settings,
     draws,
     percentile,
@@ -22,12 +23,12 @@ _MACRO = ("balanced_accuracy", "macro_f1", "macro_precision", "macro_recall")
 
 @dataclass(frozen=True)
 class ClassResult:
-    """One class.
+    """The metrics of one class.
 
-    count: of its images.
-    recall: the share of its images that were called so; NaN where it has no image.
-    precision: the share of images called so that are; NaN where none was called so.
-    f1: their harmonic mean; NaN where it has no image and none was called so.
+    count: number of its images.
+    recall: share of its images that were predicted as it; NaN if it has no image.
+    precision: share of the images predicted as it that are; NaN if none was predicted as it.
+    f1: harmonic mean of both; NaN if it has no image and was never predicted.
     """
 
     name: str
@@ -36,123 +37,158 @@ class ClassResult:
     precision: Estimate
     f1: Estimate
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        shares = {k: getattr(self, k).to_dict() for k in ("recall", "precision", "f1")}
+        return {"name": self.name, "count": self.count, **shares}
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """How well a network does on n images; see `evaluate` for what each number means.
+    """How well a network does on n images; see `evaluate` for the definitions.
 
-    n_groups: of groups that the images come in; None where each image stands by itself.
-    confusion: (C, C) counts, a row for each true class, a column for each predicted one.
+    n_groups: number of groups; None where images are independent.
+    confusion: (C, C) sparse counts (scipy.sparse.csr_array), rows: true class, columns: predicted
+        class. Only cells that are not zero are stored: at most one per image.
     metrics: by name.
+    per_class: one for each class, in the order of `classes`.
     confidence: of the intervals, 0 to 1.
     """
 
     n: int
     n_groups: int | None
     classes: list[str]
-    confusion: Ints
+    confusion: csr_array
     metrics: dict[str, Estimate]
     per_class: list[ClassResult]
     confidence: float = 0.95
 
+    def confusions(self, most: int | None = None) -> list[tuple[int, int, int]]:
+        """The mistakes as (true class, predicted class, images), the most frequent first."""
+        cells = [(i, j, n) for i, j, n in self.cells() if i != j]
+        return sorted(cells, key=lambda cell: -cell[2])[:most]
+
+    def cells(self) -> list[tuple[int, int, int]]:
+        """The cells of the confusion matrix that are not zero: (true, predicted, images)."""
+        matrix = self.confusion.tocoo()
+        return list(
+            zip(matrix.row.tolist(), matrix.col.tolist(), matrix.data.tolist(), strict=True)
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: plain numbers, lists and names; None where a number is NaN."""
+        """For JSON: numbers, lists and strings, with None for NaN; O(images + classes).
+
+        "per_class" lists the classes that have images or were predicted. "confusion" lists
+        [true class, predicted class, images], indices into "classes", without zeros.
+        """
         return {
             "n": self.n,
             "n_groups": self.n_groups,
             "confidence": self.confidence,
             "classes": list(self.classes),
             "metrics": {name: estimate.to_dict() for name, estimate in self.metrics.items()},
-            "per_class": [
-                {
-                    "name": row.name,
-                    "count": row.count,
-                    "recall": row.recall.to_dict(),
-                    "precision": row.precision.to_dict(),
-                    "f1": row.f1.to_dict(),
-                }
-                for row in self.per_class
-            ],
-            "confusion": self.confusion.tolist(),
+            "per_class": [row.to_dict() for row in self.per_class if not np.isnan(row.f1.value)],
+            "confusion": [list(cell) for cell in self.cells()],
         }
 
 
 def evaluate(
     predictions: Predictions, *, resamples: int = 1000, seed: int = 0, confidence: float = 0.95
 ) -> Evaluation:
-    """Metrics of the predictions, with intervals.
+    """Metrics of the predictions, with confidence intervals.
 
-    The metrics, all but `nll` between 0 and 1:
+    The metrics, all between 0 and 1 except `nll`:
 
-    - top1, top5: the share of images whose true class is the first, or among the first five;
-      of equal probabilities the earlier class comes first. top5 only with more than 5 classes.
+    - top1, top5: top-1 and top-5 accuracy; ties go to the first class. top5 only with more than
+      5 classes.
     - balanced_accuracy, macro_recall (the same number under its two names), macro_precision,
-      macro_f1: means over the classes that have images, as scikit-learn's
-      balanced_accuracy_score does; a class that was never predicted counts as precision 0.
-    - ece: the expected calibration error, 15 bins of equal width of the top probability
-      (Guo et al., ICML 2017, arXiv 1706.04599): the mean of |accuracy - confidence| over the
-      bins, weighted by their images.
-    - nll: the mean of -ln p of the true class, nats; a p of 0 counts as 2.2e-16.
+      macro_f1: means over the classes that have images, as in scikit-learn's
+      balanced_accuracy_score; a class that was never predicted has precision 0.
+    - ece: expected calibration error, 15 bins of equal width of the top probability (Guo et al.,
+      ICML 2017, arXiv 1706.04599).
+    - nll: mean negative log-likelihood, nats; a probability of 0 counts as 2.2e-16.
 
     The intervals:
 
-    - Without groups, top1, top5 and each class's recall, precision and F1 have Wilson's
-      interval, which keeps its coverage near 0 and 1 and for few images (Brown, Cai & DasGupta,
-      Statistical Science 2001). F1 = 2J / (1 + J), where J is the share of right ones among
-      the images that are of the class or were called so; the interval is J's, so converted.
-    - The others are percentiles of `resamples` bootstrap samples of the images. A class that a
-      sample misses is left out of its means.
-    - With groups all are percentiles of samples of whole groups (the cluster bootstrap). With
-      fewer than some 20 groups these are too narrow.
+    - Without groups, top1, top5 and each class's recall, precision and F1 have Wilson's interval,
+      which has good coverage near 0 and 1 and for few images (Brown, Cai & DasGupta, Statistical
+      Science 2001). F1 = 2J / (1 + J), where J is the Jaccard index; the interval is J's,
+      transformed.
+    - The others are percentiles of `resamples` bootstrap samples of the images. A class without
+      images in a sample is left out of that sample's means.
+    - With groups all are percentiles of samples of whole groups (cluster bootstrap). With fewer
+      than about 20 groups these are too narrow.
     - ece is biased upward: its interval allows for that, and reaches 0 for a calibrated network
-      (see `regard.evaluation.intervals.calibration`).
-    - Where all or none are right no resample differs, though more images might. The interval
-      is then Wilson's: each group counts as one image, and a mean over classes has as many
-      images as its unequal weights are worth (Kish 1965: C² / Σ 1/n_c).
-    - One group, or for a class one group that has it, tells nothing: low and high are NaN.
+      (see `regard.evaluation.intervals.calibration_interval`).
+    - Where all or no images are correct the resamples do not vary. The interval is then Wilson's,
+      where each group counts as one image, and a mean over classes has the effective sample
+      size of its unequal weights (Kish 1965: C² / Σ 1/n_c).
+    - One image (with groups: one group) has no interval: low and high are NaN. The same holds
+      for a class with one image or group.
 
     Args:
         predictions: of at least one image.
         resamples: bootstrap samples, at least 2.
-        seed: of the samples; the same gives the same intervals.
-        confidence: of the intervals, between 0 and 1.
+        seed: seed of the bootstrap.
+        confidence: between 0 and 1.
 
     Raises:
-        UsageError: resamples or a confidence out of range.
+        UsageError: resamples or confidence out of range.
     """
     check_settings(resamples, confidence)
-    images, classes = outcomes(predictions), predictions.classes
     grouped = predictions.groups is not None
-    found = _measure(images, np.ones(len(predictions)), len(classes))
-    drawn = [
-        # the classes' shares are large, and only groups need them
-        _measure(images, times[images.unit], len(classes), keep_shares=grouped)
-        for times in draws(images.n_units, resamples, seed)
-    ]
-    units = _units(images, len(classes))
-    confusion = np.bincount(
-        images.true * len(classes) + images.predicted, minlength=len(classes) ** 2
-    ).reshape(len(classes), len(classes))
-    drawn_shares = np.stack([sample.shares for sample in drawn], axis=-1) if grouped else None
+    present, images = _present_only(outcomes(predictions))
+    n_classes, more_than_5 = len(present), len(predictions.classes) > 5
+    measured = _measure(images, np.ones(len(predictions)), n_classes, more_than_5)
+    drawn = _Resamples(resamples, n_classes if grouped else 0)
+    for times in draws(images.n_units, resamples, seed):
+        drawn.add(_measure(images, times[images.unit], n_classes, more_than_5))
+    units = _units(images, n_classes)
+    shape = (len(predictions.classes),) * 2
+    ones = np.ones(len(predictions), dtype=np.int64)
     return Evaluation(
         n=len(predictions),
         n_groups=images.n_units if grouped else None,
-        classes=list(classes),
-        confusion=confusion,
-        metrics=_metrics(found, drawn, images.n_units, units[0], grouped, confidence),
-        per_class=_per_class(classes, confusion, found.shares, units, drawn_shares, confidence),
+        classes=list(predictions.classes),
+        confusion=csr_array((ones, (present[images.true], present[images.predicted])), shape),
+        metrics=_metrics(measured, drawn, images.n_units, units[0], grouped, confidence),
+        per_class=_per_class(predictions, present, measured.shares, units, drawn, confidence),
         confidence=confidence,
     )
 
 
+def _present_only(images: Outcomes) -> tuple[Ints, Outcomes]:
+    """The classes that have images or were predicted, and the outcomes as indices into them."""
+    both = np.concatenate([images.true, images.predicted])
+    present, index = np.unique(both, return_inverse=True)
+    n = len(images.true)
+    return present, replace(images, true=index[:n], predicted=index[n:])
+
+
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """The metrics but for ece; (15,) the gaps whose sum of sizes it is; (3, C) the classes'
-    recall, precision and J (see `evaluate`), or (3, 0) where they were not to be kept."""
+    """The metrics except ece; its (15,) signed gaps; (3, C) recall, precision and Jaccard index."""
 
     values: dict[str, float]
     gaps: Floats
     shares: Floats
+
+
+class _Resamples:
+    """What the bootstrap samples gave; the classes' shares only with groups, in float32."""
+
+    def __init__(self, resamples: int, n_classes: int) -> None:
+        self.values: dict[str, list[float]] = {}
+        self.gaps: list[Floats] = []
+        size = (3, n_classes, resamples if n_classes else 0)
+        self.shares: NDArray[np.float32] = np.empty(size, np.float32)
+
+    def add(self, sample: _Measured) -> None:
+        for name, value in sample.values.items():
+            self.values.setdefault(name, []).append(value)
+        if self.shares.size:
+            self.shares[:, :, len(self.gaps)] = sample.shares
+        self.gaps.append(sample.gaps)
 
 
 def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> Floats:
@@ -160,10 +196,8 @@ def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> Floats:
     return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
 
 
-def _measure(
-    images: Outcomes, weights: Floats, n_classes: int, *, keep_shares: bool = True
-) -> _Measured:
-    """The metrics where each image counts `weights` times."""
+def _measure(images: Outcomes, weights: Floats, n_classes: int, top5: bool) -> _Measured:
+    """The metrics of the images, each counted `weights` times."""
     total = weights.sum()
     count = np.bincount(images.true, weights, n_classes)
     called = np.bincount(images.predicted, weights, n_classes)
@@ -171,7 +205,7 @@ def _measure(
     shares = np.stack([_ratio(hits, whole) for whole in (count, called, count + called - hits)])
     recall, precision, jaccard = shares[:, count > 0]
     values = {"top1": float(weights @ images.correct / total)}
-    if n_classes > 5:
+    if top5:
         values["top5"] = float(weights @ images.correct5 / total)
     values["balanced_accuracy"] = float(recall.mean())
     values["macro_f1"] = float(_f1(jaccard).mean())
@@ -179,7 +213,7 @@ def _measure(
     values["macro_recall"] = values["balanced_accuracy"]
     values["nll"] = float(weights @ images.nll / total)
     gaps = np.bincount(images.bin, weights * images.overconfidence, BINS) / total
-    return _Measured(values, gaps, shares if keep_shares else np.empty((3, 0)))
+    return _Measured(values, gaps, shares)
 
 
 def _f1(jaccard: Any) -> Any:
@@ -187,7 +221,7 @@ def _f1(jaccard: Any) -> Any:
 
 
 def _units(images: Outcomes, n_classes: int) -> Ints:
-    """(3, C) images, or groups, that are of the class, were called so, or either."""
+    """(3, C) numbers of units that are of the class, were predicted as it, or either."""
 
     def of(*labels: Ints) -> Ints:
         pairs = np.concatenate([label * images.n_units + images.unit for label in labels])
@@ -198,52 +232,56 @@ def _units(images: Outcomes, n_classes: int) -> Ints:
 
 
 def _metrics(
-    found: _Measured,
-    drawn: list[_Measured],
+    measured: _Measured,
+    drawn: _Resamples,
     n_units: int,
     class_units: Ints,
     grouped: bool,
     confidence: float,
 ) -> dict[str, Estimate]:
-    """The metrics' intervals, each of the kind that `evaluate` says."""
+    """The metrics with the intervals that `evaluate` describes."""
     present = class_units[class_units > 0]
-    worth = min(int(len(present) ** 2 / (1 / present).sum()), n_units)
+    effective = min(int(len(present) ** 2 / (1 / present).sum()), n_units)
 
     def metric(name: str, value: float) -> Estimate:
         extreme = value in (0.0, 1.0)
+        if n_units < 2:
+            return Estimate(value, NAN, NAN)
         if name in ("top1", "top5") and (extreme or not grouped):
             return wilson(value, n_units, confidence)
         if name in _MACRO and extreme:
-            return wilson(value, worth, confidence)
-        if n_units < 2:
-            return Estimate(value, NAN, NAN)
-        return percentile(value, np.array([sample.values[name] for sample in drawn]), confidence)
+            return wilson(value, effective, confidence)
+        return percentile(value, np.array(drawn.values[name]), confidence)
 
-    metrics = {name: metric(name, value) for name, value in found.values.items()}
-    ece = calibration(found.gaps, np.stack([sample.gaps for sample in drawn]), confidence)
+    metrics = {name: metric(name, value) for name, value in measured.values.items()}
+    ece = calibration_interval(measured.gaps, np.stack(drawn.gaps), confidence)
     metrics["ece"] = ece if n_units > 1 else Estimate(ece.value, NAN, NAN)
     return metrics
 
 
 def _per_class(
-    classes: list[str],
-    confusion: Ints,
+    predictions: Predictions,
+    present: Ints,
     shares: Floats,
     units: Ints,
-    drawn: Floats | None,
+    drawn: _Resamples,
     confidence: float,
 ) -> list[ClassResult]:
-    def estimate(kind: int, c: int) -> Estimate:
-        value, n = float(shares[kind, c]), int(units[kind, c])
-        if n == 0:
-            return Estimate(NAN, NAN, NAN)
-        if drawn is None or value in (0.0, 1.0):
-            return wilson(value, n, confidence)
-        return percentile(value, drawn[kind, c], confidence) if n > 1 else Estimate(value, NAN, NAN)
+    nothing = Estimate(NAN, NAN, NAN)
 
-    results = []
-    for c, name in enumerate(classes):
-        recall, precision, jaccard = (estimate(kind, c) for kind in range(3))
+    def estimate(kind: int, k: int) -> Estimate:
+        value, n = float(shares[kind, k]), int(units[kind, k])
+        if n == 0:
+            return nothing
+        if not drawn.shares.size or value in (0.0, 1.0):
+            return wilson(value, n, confidence)
+        samples = drawn.shares[kind, k]
+        return percentile(value, samples, confidence) if n > 1 else Estimate(value, NAN, NAN)
+
+    counts = np.bincount(predictions.labels, minlength=len(predictions.classes)).tolist()
+    results = [ClassResult(name, 0, nothing, nothing, nothing) for name in predictions.classes]
+    for k, c in enumerate(present.tolist()):
+        recall, precision, jaccard = (estimate(kind, k) for kind in range(3))
         f1 = Estimate(*(_f1(number) for number in (jaccard.value, jaccard.low, jaccard.high)))
-        results.append(ClassResult(name, int(confusion[c].sum()), recall, precision, f1))
+        results[c] = ClassResult(predictions.classes[c], counts[c], recall, precision, f1)
     return results

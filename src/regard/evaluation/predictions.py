@@ -1,4 +1,4 @@
-"""What a network said of a set of images, checked, and boiled down to a few numbers an image."""
+"""A network's predictions for a set of images, validated, and per-image statistics of them."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -12,36 +12,39 @@ from regard.errors import UsageError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-BINS = 15  # of the calibration error, as Guo et al. 2017
-_SUM_TOLERANCE = 0.01  # of a row: a softmax in bfloat16 is off by up to 0.004
-_CHUNK = 2**20  # probabilities looked at together, so that no second matrix is made
+BINS = 15  # calibration error, as in Guo et al. 2017
+_SUM_TOLERANCE = 0.01  # a row's sum: a softmax in bfloat16 is off by up to 0.004
+_CHUNK = 2**20  # probabilities processed at a time, so that no second matrix is allocated
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a network said of N images, and what they are.
+    """A network's probabilities for N images, and the images' labels.
 
-    probabilities: (N, C), each row summing to 1; kept as float64.
-    labels: (N,) whole numbers, 0 to C - 1.
+    probabilities: (N, C), each row summing to 1. float32 and float64 arrays are stored as they
+        are, without a copy; other types as float64.
+    labels: (N,) integers, 0 to C - 1.
     classes: C names.
-    groups: (N,) names of what images share, such as the patient, or None where each image is
-        drawn by itself. Images of a group are never counted as independent.
+    groups: (N,) names of what images have in common, such as the patient; None where images are
+        independent. Images of one group are never counted as independent.
     paths: N of them, or None.
 
     Raises:
         UsageError: shapes that do not fit, no image, probabilities that are not finite, are
-            negative or do not sum to 1 (within 0.01), labels out of range, classes named twice,
-            images without a group.
+            negative or do not sum to 1 (within 0.01), labels out of range, a class named twice,
+            an image without a group.
     """
 
-    probabilities: Floats
+    probabilities: NDArray[Any]
     labels: Ints
     classes: list[str]
     groups: NDArray[Any] | None = None
     paths: list[str] | None = None
 
     def __post_init__(self) -> None:
-        probabilities = np.asarray(self.probabilities, dtype=np.float64)
+        probabilities = np.asarray(self.probabilities)
+        if probabilities.dtype not in (np.float32, np.float64):
+            probabilities = probabilities.astype(np.float64)
         labels = np.asarray(self.labels)
         _check_probabilities(probabilities, self.classes)
         _check_labels(labels, *probabilities.shape)
@@ -57,7 +60,7 @@ class Predictions:
         return len(self.labels)
 
 
-def _check_probabilities(probabilities: Floats, classes: list[str]) -> None:
+def _check_probabilities(probabilities: NDArray[Any], classes: list[str]) -> None:
     if probabilities.ndim != 2 or 0 in probabilities.shape:
         raise UsageError(f"probabilities of shape {probabilities.shape}: (images, classes)")
     if len(classes) != probabilities.shape[1]:
@@ -66,7 +69,7 @@ def _check_probabilities(probabilities: Floats, classes: list[str]) -> None:
     if twice:
         raise UsageError(f"class {twice[0]!r} is named twice")
     with np.errstate(invalid="ignore", over="ignore"):  # infinities of either sign in a row
-        sums = probabilities.sum(axis=1)  # not finite where any of the row is not
+        sums = probabilities.sum(axis=1, dtype=np.float64)  # finite only if all of the row is
     wrong = np.flatnonzero(~np.isfinite(sums))
     if wrong.size:
         raise UsageError(f"probabilities of image {wrong[0]} are not finite (and of {wrong.size})")
@@ -81,9 +84,9 @@ def _check_probabilities(probabilities: Floats, classes: list[str]) -> None:
 
 def _check_labels(labels: NDArray[Any], n: int, n_classes: int) -> None:
     if labels.shape != (n,):
-        raise UsageError(f"labels of shape {labels.shape}: ({n},), one an image")
+        raise UsageError(f"labels of shape {labels.shape}: ({n},), one per image")
     if labels.dtype.kind not in "iu":
-        raise UsageError(f"labels of {labels.dtype}: whole numbers, 0 to {n_classes - 1}")
+        raise UsageError(f"labels of {labels.dtype}: integers, 0 to {n_classes - 1}")
     wrong = np.flatnonzero((labels < 0) | (labels >= n_classes))
     if wrong.size:
         raise UsageError(f"label {labels[wrong[0]]} of image {wrong[0]}: 0 to {n_classes - 1}")
@@ -92,8 +95,8 @@ def _check_labels(labels: NDArray[Any], n: int, n_classes: int) -> None:
 def _as_groups(groups: Any, n: int) -> NDArray[np.str_]:
     array = np.asarray(groups)
     if array.shape != (n,):
-        raise UsageError(f"groups of shape {array.shape}: ({n},), one an image")
-    if array.dtype.kind in "Of":  # None and NaN are how a table says that it is missing
+        raise UsageError(f"groups of shape {array.shape}: ({n},), one per image")
+    if array.dtype.kind in "Of":  # tables mark missing values by None or NaN
         missing = [i for i, g in enumerate(array.tolist()) if g is None or g != g]
         if missing:
             raise UsageError(f"image {missing[0]} has no group; give each one, or groups=None")
@@ -102,15 +105,15 @@ def _as_groups(groups: Any, n: int) -> NDArray[np.str_]:
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """The few numbers an image that all metrics are made of.
+    """Per-image statistics that the metrics of `evaluate` are computed from.
 
-    true, predicted: (N,) classes; of equal probabilities the first class is predicted.
-    correct, correct5: (N,) 0 or 1, the true class is the first, or among the first five.
+    true, predicted: (N,) class indices; the first of several equal maxima is predicted.
+    correct, correct5: (N,) 0 or 1, the true class is the top 1, or among the top 5.
     overconfidence: (N,) top probability - correct.
-    bin: (N,) of the top probability, 0 to 14.
+    bin: (N,) calibration bin of the top probability, 0 to 14.
     nll: (N,) -ln of the true class's probability, nats.
-    unit: (N,) what is drawn together: the image's group, or its own number.
-    n_units: of them.
+    unit: (N,) index of the bootstrap unit: the image's group, or the image itself.
+    n_units: number of units.
     """
 
     true: Ints
@@ -125,21 +128,18 @@ class Outcomes:
 
 
 def outcomes(predictions: Predictions) -> Outcomes:
-    """Boils the probabilities down, without a second matrix of their size."""
+    """Per-image statistics from the probabilities, without a second (N, C) array."""
     probabilities, true = predictions.probabilities, predictions.labels
     images = np.arange(len(true))
     predicted = probabilities.argmax(axis=1)
-    top = probabilities[images, predicted]
+    top = probabilities[images, predicted].astype(np.float64)
     correct = (predicted == true).astype(np.float64)
-    # bins closed above, as Guo et al.: ((m - 1) / 15, m / 15]
+    # bins are closed above, ((m - 1) / 15, m / 15], as in Guo et al.
     edges = np.linspace(0.0, 1.0, BINS + 1)
     bins = np.clip(np.digitize(top, edges, right=True) - 1, 0, BINS - 1)
     # as scikit-learn's log_loss: a probability of 0 costs 36 nats, not infinity
-    of_true = np.maximum(probabilities[images, true], np.finfo(np.float64).eps)
-    unit, n_units = images, len(true)
-    if predictions.groups is not None:
-        names, unit = np.unique(predictions.groups, return_inverse=True)
-        n_units = len(names)
+    of_true = probabilities[images, true].astype(np.float64)
+    unit, n_units = units_of(predictions)
     return Outcomes(
         true=true,
         predicted=predicted,
@@ -147,14 +147,22 @@ def outcomes(predictions: Predictions) -> Outcomes:
         correct5=(_rank(probabilities, true) < 5).astype(np.float64),
         overconfidence=top - correct,
         bin=bins,
-        nll=-np.log(np.minimum(of_true, 1.0)),
+        nll=-np.log(np.clip(of_true, np.finfo(np.float64).eps, 1.0)),
         unit=unit,
         n_units=n_units,
     )
 
 
-def _rank(probabilities: Floats, true: Ints) -> Ints:
-    """(N,) how many classes come before the true one; of equal ones the first class does."""
+def units_of(predictions: Predictions) -> tuple[Ints, int]:
+    """The bootstrap unit of each image, (N,), and how many there are: groups, or the images."""
+    if predictions.groups is None:
+        return np.arange(len(predictions)), len(predictions)
+    names, unit = np.unique(predictions.groups, return_inverse=True)
+    return unit, len(names)
+
+
+def _rank(probabilities: NDArray[Any], true: Ints) -> Ints:
+    """(N,) number of classes that rank before the true one; ties go to the first class."""
     n, n_classes = probabilities.shape
     rank = np.empty(n, dtype=np.int64)
     rows = max(_CHUNK // n_classes, 1)

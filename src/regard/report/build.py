@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from regard.attention import AttentionMaps, attention_kinds, record
 from regard.data.preprocess import to_tensor
 from regard.data.sources import ImageTable, open_data
-from regard.data.splits import read_splits
+from regard.data.splits_file import read_splits
 from regard.errors import ImageError, UsageError
 from regard.evaluation import Estimate, Predictions, evaluate
 from regard.explanations.faithfulness import Request, judge
@@ -48,7 +48,7 @@ def report_run(folder: str | Path) -> Path:
             accuracy=top1.value,
             interval=(top1.low, top1.high),
             n_test=evaluation.n,
-            confusion=evaluation.confusion,
+            confusion=evaluation.confusion.toarray(),
             gallery=gallery,
             versions=facts["versions"],
             command=_command(run.path),

@@ -33,7 +33,8 @@ from regard.data.loading import (
 )
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, open_data
-from regard.data.splits import assign_splits, read_splits
+from regard.data.splits import assign_splits
+from regard.data.splits_file import read_splits
 from regard.errors import FileError, NotFiniteError, Stopped, UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate
 from regard.files import check_space
@@ -588,7 +589,7 @@ class Run:
 
     def _tell(self, split: str, evaluation: Evaluation) -> None:
         top1 = evaluation.metrics["top1"]
-        wrong = int(evaluation.n - np.trace(evaluation.confusion))
+        wrong = int(evaluation.n - evaluation.confusion.trace())
         name = {"test": "test", "val": "validation", "train": "training"}[split]
         self.say(
             f"accuracy on the {evaluation.n:,} {name} images: {top1.value:.2%} (95 % interval "

@@ -1,0 +1,111 @@
+"""The file of a run's splits: which image is where, and what it is, whatever it is called."""
+
+import csv
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regard.data.table import SPLITS, ImageTable
+from regard.errors import UsageError
+
+_COLUMNS = ["path", "label", "split", "group"]
+_CONTENT = "content"
+
+
+def write_splits(
+    table: ImageTable, path: str | Path, contents: NDArray[np.uint64] | None = None
+) -> None:
+    """Writes a CSV file of path, label, split, group, and content where given, a line per image.
+
+    Paths are relative to the data's own folder, so that the data may be moved.
+
+    Args:
+        table: N images.
+        path: the file.
+        contents: (N,) hashes of `content_hashes`.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    path = Path(path)
+    beside = path.with_name(path.name + ".part")
+    # file names need not be UTF-8; surrogateescape writes their own bytes
+    with open(beside, "w", encoding="utf-8", newline="", errors="surrogateescape") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS if contents is None else [*_COLUMNS, _CONTENT])
+        for i in range(len(table)):
+            group = "" if table.groups is None else table.groups[i]
+            row = [table.key(i), table.classes[table.labels[i]], table.splits[i], group]
+            if contents is not None:
+                row.append(f"{int(contents[i]):016x}" if contents[i] else "")
+            writer.writerow(row)
+    os.replace(beside, path)
+
+
+def read_splits(table: ImageTable, path: str | Path) -> ImageTable:
+    """The table with the splits of a file that write_splits wrote.
+
+    Raises:
+        UsageError: the file is of other data (what differs first is named), or broken.
+        OSError: it can't be read.
+    """
+    rows = {row.key: row for row in read_rows(path)}
+    keys = [table.key(i) for i in range(len(table))]
+    for i, key in enumerate(keys):
+        if key not in rows:
+            count = sum(k not in rows for k in keys)
+            raise UsageError(f"{path}: {count} of {table.name}'s images are not in it, as {key}")
+        row = rows[key]
+        if row.label != (mine := table.classes[table.labels[i]]):
+            raise UsageError(f"{path}: {key} is {row.label!r}, but in {table.name} it is {mine!r}")
+        if table.groups is not None and row.group != table.groups[i]:
+            other = f"in {table.name} of {str(table.groups[i])!r}"
+            raise UsageError(f"{path}: {key} is of group {row.group!r}, but {other}")
+    if extra := set(rows).difference(keys):
+        raise UsageError(
+            f"{path}: {len(extra)} images of it are not in {table.name}, as {min(extra)}"
+        )
+    return replace(table, splits=np.array([rows[key].split for key in keys], "U5"))
+
+
+class Row(NamedTuple):
+    """One line of the file; content 0 where it is not known."""
+
+    key: str
+    label: str
+    split: str
+    group: str
+    content: int
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """The lines of a file that write_splits wrote.
+
+    Raises:
+        UsageError: it is broken; the line is named.
+        OSError: it can't be read.
+    """
+    seen: set[str] = set()
+    with open(path, encoding="utf-8", newline="", errors="surrogateescape") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        if header[:4] != _COLUMNS or header[4:] not in ([], [_CONTENT]):
+            raise UsageError(f"{path} line 1: is not {','.join(_COLUMNS)}")
+        for cells in reader:
+            if len(cells) != len(header) or cells[2] not in ("", *SPLITS) or cells[0] in seen:
+                raise UsageError(
+                    f"{path} line {reader.line_num}: can't be right: {','.join(cells)}"
+                )
+            seen.add(cells[0])
+            try:
+                content = int(cells[4] or "0", 16) if len(cells) > 4 else 0
+            except ValueError:
+                raise UsageError(
+                    f"{path} line {reader.line_num}: {cells[4]!r} is no content hash"
+                ) from None
+            yield Row(cells[0], cells[1], cells[2], cells[3], content)
