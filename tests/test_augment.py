@@ -375,7 +375,19 @@ def test_mixup_follows_its_distribution(alpha):
     own = target[torch.arange(3000), labels]
     assert kstest(own.double().numpy().clip(1e-9, 1 - 1e-9), beta(alpha, alpha).cdf).pvalue > 0.01
     shares = own.view(-1, 1, 1, 1)
-    torch.testing.assert_close(mixed_x, x * shares + x.roll(1, 0) * (1 - shares))
+    neighbors = x[torch.arange(3000) ^ 1]
+    torch.testing.assert_close(mixed_x, x * shares + neighbors * (1 - shares))
+    for batch in (2, 50):  # in any batch of an even size
+        parts = [
+            mixup(
+                x[k : k + batch],
+                F.one_hot(labels[k : k + batch], 2).float(),
+                u[k : k + batch],
+                alpha,
+            )[0]
+            for k in range(0, 100, batch)
+        ]
+        assert torch.equal(torch.cat(parts), mixed_x[:100])
 
 
 def test_mixup_of_the_ends_is_finite():

@@ -26,7 +26,7 @@ from regard.data.sources import open_data
 from regard.errors import Stopped
 from regard.training.activation_checkpointing import set_checkpointing
 from regard.training.compile import choose_compiled
-from regard.training.config import Recipe, parse_recipe
+from regard.training.config import Recipe
 from regard.training.loop import Trainer
 from regard.training.memory import Described, fit_memory, free_memory
 from regard.training.trial import first_batches
@@ -424,16 +424,6 @@ def test_what_cannot_be_leaves_no_run_behind(scans, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------ recipes, precision
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [("true", "yes"), ("false", "no"), ('"auto"', "auto"), ('"no"', "no"), ('"yes"', "yes")],
-)
-def test_recipes_from_before_there_was_auto_are_read(text, wanted):
-    assert parse_recipe(f"compile = {text}", "mine").compile == wanted
-    assert Recipe().compile == "no"
-    assert Recipe().changed(compile=True).compile == "yes"
-
-
 def test_a_wrong_choice_names_the_choices():
     with pytest.raises(ValueError, match="compile='maybe': choose one of no, yes, auto"):
         Recipe(compile="maybe")

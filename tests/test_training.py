@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_files(scans, tmp_path):
     assert "is not finite (learning rate 1e+30)" in line
     assert f"{scans}/" in line
     kept = torch.load(max((out / "state").glob("*.pt")), weights_only=True)
-    assert f"the loss of step {kept['step']} is" in line
+    assert f"the loss of step {kept['step'] + 1} is" in line
     assert not (out / "model.safetensors").exists()
 
 
@@ -214,7 +214,7 @@ def test_weights_that_the_last_step_of_an_epoch_broke_are_not_kept(scans, tmp_pa
     """The loss was finite before the update; what is tested and saved after it must be too."""
     broken = {"lr": 1e30, "schedule": "constant", "batch_size": 72, "save_minutes": 0}
     for out, steps in ((tmp_path / "goes-on", 5), (tmp_path / "ends", 1)):
-        with pytest.raises(NotFiniteError, match=r"of step 0 is not finite \(learning rate 1e\+30"):
+        with pytest.raises(NotFiniteError, match=r"of step 1 is not finite \(learning rate 1e\+30"):
             trained(scans, out, steps=steps, **broken)
         assert not list(out.glob("state/*.pt"))
         assert not (out / "model.safetensors").exists()

@@ -52,7 +52,7 @@ class NotFiniteError(RegardError, ArithmeticError):
     """Loss or weights are infinite or NaN.
 
     Attributes:
-        step: the optimizer step at which it was seen.
+        step: the optimizer step at which it was seen, counted from 1.
         rate: the learning rate of that step.
         rows: the training images of that step, as rows of the training split.
     """

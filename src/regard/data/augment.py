@@ -201,13 +201,29 @@ def _erase(x: Tensor, u: Tensor, probability: float) -> Tensor:
 
 
 def mixup(x: Tensor, target: Tensor, u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al. 2018): each image with the next of the batch, by Beta(alpha, alpha).
+    """Mixup (Zhang et al. 2018): each image with its neighbor, by Beta(alpha, alpha).
 
     Shapes: x (B, C, H, W), target (B, classes) probabilities -> the same.
     """
+    shares = mixup_shares(u, alpha)
+    return blend(x, shares), blend(target, shares)
+
+
+def mixup_shares(u: Tensor, alpha: float) -> Tensor:
+    """The share that each image keeps of itself, by Beta(alpha, alpha): (B, WIDTH) -> (B,)."""
     from scipy.special import betaincinv
 
-    share = torch.from_numpy(betaincinv(alpha, alpha, u[:, MIX].cpu().double().numpy()))
-    share = share.to(x.device, x.dtype)
-    images = x * share.view(-1, 1, 1, 1) + x.roll(1, 0) * (1 - share).view(-1, 1, 1, 1)
-    return images, target * share[:, None] + target.roll(1, 0) * (1 - share)[:, None]
+    shares = betaincinv(alpha, alpha, u[:, MIX].cpu().double().numpy())
+    return torch.from_numpy(shares).to(u.device, u.dtype)
+
+
+def blend(values: Tensor, shares: Tensor) -> Tensor:
+    """Each row with its neighbor's, by shares (B,): the first and second, third and fourth, ...
+
+    In pairs, so that batches of any even size mix the same images. The last of an odd number
+    is mixed with the first.
+    """
+    partner = torch.arange(len(values), device=values.device) ^ 1
+    partner[partner == len(values)] = 0
+    share = shares.to(values).view(-1, *[1] * (values.ndim - 1))
+    return values * share + values[partner] * (1 - share)

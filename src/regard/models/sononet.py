@@ -469,10 +469,14 @@ class AGSonoNet(_SonoNetBase):
             joint = self.classifier(torch.cat(vectors, dim=1))
             return torch.stack([joint] + heads, dim=1)  # noqa: RUF005 (TorchScript)
         stacked = torch.stack(heads, dim=1)  # (B, 3, num_classes)
-        if self.training:
-            return stacked
+        return stacked if self.training else self.join_heads(stacked)
+
+    def join_heads(self, outputs: Tensor) -> Tensor:
+        """(B, heads, num_classes) of training -> (B, num_classes), the logits of evaluation."""
+        if self.aggregation == "deep_sup":
+            return outputs[:, 0]
         # the logarithm of the mean of the softmaxes: its softmax is that mean
-        return torch.log_softmax(stacked, dim=2).logsumexp(dim=1) - math.log(len(heads))
+        return torch.log_softmax(outputs, dim=2).logsumexp(dim=1) - math.log(outputs.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """forward_head of forward_features, without laying the vectors out as a map between."""

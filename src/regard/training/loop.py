@@ -3,6 +3,12 @@
 Everything random is a function of the seed and the step, and everything else is in the saved
 state, so a run that was interrupted ends with the same bits as one that was not (one process,
 on a CPU, with the same number of threads).
+
+A step's loss is one mean over all its images, however they are divided among gradient
+accumulation and processes: the weighted sum of their losses divided by the sum of their
+weights. Accelerate tells the device and the processes and gathers between them; forward,
+backward, precision, accumulation and clipping are PyTorch's, called here, so that no
+ACCELERATE_* variable changes them.
 """
 
 import contextlib
@@ -15,30 +21,38 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather, reduce
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from regard.data.augment import augment, mixup
+from regard.data.augment import augment, blend, mixup_shares
 from regard.data.loading import Batch
 from regard.data.preprocess import Preprocess
 from regard.errors import FileError, NotFiniteError
 from regard.training.activation_checkpointing import kept_statistics
 from regard.training.config import Recipe
-from regard.training.losses import multi_head_cross_entropy
+from regard.training.losses import (
+    joined_heads,
+    multi_head_cross_entropy,
+    prediction_cross_entropy,
+    total_weight,
+)
 from regard.training.optim import make_optimizer, rate_factor, set_rate
+from regard.training.steps import StepSpans, step_plan
 
 CHECK_EVERY = 20  # steps between looks at the loss, on a device where looking means waiting
+TINY = 1e-12  # the smallest sum of weights that is divided by
 
 
 class Source(Protocol):
-    """Batches by (start place, count): loading.InMemoryLoader or loading.StreamingLoader."""
+    """Batches by (start position, count), such as loading.InMemoryLoader."""
 
     def batches(self, spans: Any) -> Iterator[Batch]: ...
 
 
 @dataclass
 class Trainer:
-    """What a run has and where it stands; `fit` moves it.
+    """A run's network, data and progress; `fit` trains it.
 
     Attributes:
         model: the network, on the device.
@@ -46,7 +60,7 @@ class Trainer:
         source: of the training images.
         labels: (N,) of the training images, on the device.
         classes: how many.
-        count: of training images; an epoch is this many places.
+        count: of training images; an epoch is this many positions.
         total: optimizer steps of the whole run.
         class_weights: (classes,) for the loss, or None.
         bf16: whether the network runs under autocast.
@@ -72,16 +86,19 @@ class Trainer:
     waited: float = 0.0
 
     def __post_init__(self) -> None:
-        recipe, world = self.recipe, self.accelerator.num_processes
+        recipe = self.recipe
         self.augmentation = recipe.augmentation
         self.head_weights = getattr(self.model, "head_weights", None)
-        self.batch = min(recipe.batch_size, self.count)
-        self.images_a_step = self.batch * recipe.accumulate * world
-        self.steps_an_epoch = self.count / self.images_a_step
+        self.steps = step_plan(recipe, self.count, self.accelerator.num_processes)
+        self.batch = self.steps.batch
+        self.images_a_step = self.steps.images
+        self.steps_an_epoch = self.steps.an_epoch
         self.optimizer = make_optimizer(self.model, recipe)
         self.ema = ModelEmaV3(self.model, decay=recipe.ema_decay) if recipe.ema_decay else None
-        self.tally = torch.zeros(3, dtype=torch.float64)  # loss, correct, images of this epoch
+        # sums over this epoch: objective, weights, cross entropy, correct, images
+        self.tally = torch.zeros(5, dtype=torch.float64)
         self._forward: Any = self.model
+        self._parallel: nn.parallel.DistributedDataParallel | None = None
 
     @property
     def weights(self) -> nn.Module:
@@ -93,17 +110,36 @@ class Trainer:
         every = self.recipe.eval_every * self.steps_an_epoch
         return step >= self.total or math.floor(step / every) > math.floor((step - 1) / every)
 
-    def spans(self, start: int) -> list[tuple[int, int]]:
-        """This process's batches of the order of training, from a step to the end."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        return [
-            (step * self.images_a_step + (part * world + rank) * self.batch, self.batch)
-            for step in range(start, self.total)
-            for part in range(self.recipe.accumulate)
-        ]
+    def spans(self, start: int) -> StepSpans:
+        """This process's batches of the sample order, from a step to the end."""
+        return self.steps.spans(self.accelerator.process_index, start, self.total)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step (from 0), of attention and classifier."""
+        factor = rate_factor(self.recipe, step, self.total, self.steps_an_epoch)
+        return self.recipe.lr * factor
+
+    def epoch_row(self) -> dict[str, float]:
+        """The training columns of metrics.csv from the epoch's sums of all processes.
+
+        `loss` is the cross entropy of the prediction, as `val_loss` is; `objective` is what is
+        minimized: with smoothing, class weights and every head.
+        """
+        summed = reduce(self.tally, "sum") if self.accelerator.num_processes > 1 else self.tally
+        objective, weight, entropy, correct, seen = summed.tolist()
+        rate = self.rate(self.step - 1)
+        row = {
+            "epoch": round(self.step / self.steps_an_epoch, 3),
+            "step": float(self.step),
+            "learning_rate": rate,
+        }
+        if self.recipe.backbone_lr_scale != 1:
+            row["backbone_learning_rate"] = rate * self.recipe.backbone_lr_scale
+        row |= {"loss": entropy / seen, "accuracy": correct / seen}
+        return row | {"objective": objective / max(weight, TINY)}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """Everything that a resumed run needs."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -117,7 +153,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts the run where `state_dict` was."""
+        """Restores a state saved by `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
@@ -129,54 +165,61 @@ class Trainer:
     def fit(self, *, after_step: Callable[["Trainer", float], None]) -> None:
         """Trains to the last step; `after_step` is called after each with the step's loss.
 
-        The loss is not a number where it was not looked at (on a device, between looks).
+        The loss is NaN where it was not looked at (on a device, between looks).
 
         Raises:
-            NotFiniteError: the loss is not finite; the weights are those before that step.
+            NotFiniteError: a loss is not finite. On a CPU the weights are those before that
+                step; on a device up to CHECK_EVERY steps were done since.
         """
         self._prepare()
         device = self.accelerator.device
         bad = torch.full((), -1, device=device)  # the first step whose loss was not finite
         batches = iter(self.source.batches(self.spans(self.step)))
-        rate = 0.0
         while self.step < self.total:
             started = time.perf_counter()
-            rate = self.recipe.lr * rate_factor(
-                self.recipe, self.step, self.total, self.steps_an_epoch
-            )
-            set_rate(self.optimizer, rate)
+            set_rate(self.optimizer, self.rate(self.step))
             _seed(self.recipe.seed, self.step, self.accelerator)
             loss = self.gradients(batches, started)
             looked = device.type == "cpu" or (self.step + 1) % CHECK_EVERY == 0
             bad = torch.where((bad < 0) & ~loss.isfinite(), self.step, bad)
             if (looked or self.step + 1 == self.total) and (first := self._agreed(bad)) >= 0:
-                raise NotFiniteError(first, rate, self._rows(first))
+                raise self._error(first, "the loss")
             self.update()
             self.step += 1
             self.seconds += time.perf_counter() - started
             after_step(self, float(loss) if looked else math.nan)
 
     def gradients(self, batches: Iterator[Batch], started: float | None = None) -> Tensor:
-        """Adds up the gradients of a step's batches; returns its mean loss.
+        """Computes the gradients of a step's loss; returns this process's share of it.
 
-        The time since `started`, until the first batch is ready, counts as waiting.
+        The shares of all processes have the step's loss as their mean. The time since
+        `started`, until the batches are there, counts as waiting.
         """
-        accumulate = self.recipe.accumulate
+        step = [self._readable(next(batches)) for _ in range(self.recipe.accumulate)]
+        if started is not None:
+            self.waited += time.perf_counter() - started
+        targets = [self._target(batch) for batch in step]
+        weights = [total_weight(target, self.class_weights) for target in targets]
+        whole = torch.stack(weights).sum()
+        share = 1.0
+        if self._parallel is not None:  # which averages the gradients of the processes
+            share, whole = float(self.accelerator.num_processes), reduce(whole, "sum")
+        whole = whole.clamp_min(TINY)  # of a step whose images all have weight 0
         loss = torch.zeros((), device=self.accelerator.device)
-        for part in range(accumulate):
-            x, target, labels = self._input(next(batches), started if part == 0 else None)
-            with self._synchronized(part == accumulate - 1):
-                outputs, batch_loss = self._loss(x, target)
+        for part, (batch, target, weight) in enumerate(zip(step, targets, weights, strict=True)):
+            with self._synchronized(part == len(step) - 1):
+                outputs = self._outputs(self._input(batch))
+                summed = self._summed_loss(outputs, target)
                 with self._recomputing():
-                    self.accelerator.backward(batch_loss / accumulate)
-            loss += batch_loss.detach() / accumulate
-            self._count(outputs.detach(), labels, batch_loss.detach())
+                    (summed * share / whole).backward()
+            loss += summed.detach() * share / whole
+            self._count(outputs.detach(), batch, target, summed.detach(), weight)
         return loss
 
     def update(self) -> None:
         """Moves the weights, and their average, by the gradients."""
         if self.recipe.clip_grad:
-            self.accelerator.clip_grad_norm_(self._forward.parameters(), self.recipe.clip_grad)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
@@ -195,8 +238,7 @@ class Trainer:
 
     def not_finite(self, what: str) -> NotFiniteError:
         """The error of the step that was done last."""
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        return NotFiniteError(self.step - 1, rate, self._rows(self.step - 1), what)
+        return self._error(self.step - 1, what)
 
     def share_buffers(self) -> None:
         """Gives all processes the first one's running means of BN; each counts its own."""
@@ -206,80 +248,95 @@ class Trainer:
             torch.distributed.broadcast(buffer, 0)
 
     # ------------------------------------------------------------------------ its parts
+    def _error(self, step: int, what: str) -> NotFiniteError:
+        """The error of a step (from 0), which people count from 1, as the progress does."""
+        rows = []
+        if (order := getattr(self.source, "order", None)) is not None:
+            rows = order.at(*self.steps.positions(step)).tolist()
+        return NotFiniteError(step + 1, self.rate(step), rows, what)
+
     def _agreed(self, bad: Tensor) -> int:
-        """The step whose loss was not finite in any process, or -1: all end together."""
+        """The first step whose loss was not finite in any process, or -1: all end together."""
         if self.accelerator.num_processes == 1:
             return int(bad)
-        return int(self.accelerator.gather(bad.view(1)).max())
+        steps = gather(bad.view(1))
+        return int(steps[steps >= 0].min()) if bool((steps >= 0).any()) else -1
 
     def _prepare(self) -> None:
         self.model.train()
         if self.accelerator.num_processes > 1:
-            self._forward = nn.parallel.DistributedDataParallel(
-                self.model,
-                device_ids=None if self.accelerator.device.type == "cpu" else [
-                    self.accelerator.device.index
-                ],
-            )  # fmt: skip
-            if self.compiled is not None:  # anew: it is cut where gradients are exchanged
+            device = self.accelerator.device
+            self._forward = self._parallel = nn.parallel.DistributedDataParallel(
+                self.model, device_ids=None if device.type == "cpu" else [device.index]
+            )
+            if self.compiled is not None:  # again: it is cut where gradients are exchanged
                 self._forward = torch.compile(self._forward)
         elif self.compiled is not None:
             self._forward = self.compiled
 
     def _synchronized(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Gradients are exchanged between processes with the last batch of a step only."""
-        distributed = isinstance(self._forward, nn.parallel.DistributedDataParallel)
-        return self._forward.no_sync() if distributed and not last else contextlib.nullcontext()
+        """Processes exchange gradients with the last batch of a step only."""
+        if self._parallel is None or last:
+            return contextlib.nullcontext()
+        return self._parallel.no_sync()
 
     def _recomputing(self) -> contextlib.AbstractContextManager[Any]:
         """For the backward pass, which checkpoints let go forward a second time."""
         checkpoints = self.recipe.grad_checkpointing
         return kept_statistics(self.model) if checkpoints else contextlib.nullcontext()
 
-    def _input(self, batch: Batch, started: float | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The network's input (B, C, H, W), the target, and the labels (B,)."""
+    def _readable(self, batch: Batch) -> Batch:
+        """The batch, with its unreadable images noted."""
         self.unreadable += batch.unreadable
         if len(batch.indices) == 0:
-            raise FileError(f"no image of step {self.step} can be read: {batch.unreadable[0][1]}")
-        device = self.accelerator.device
-        u = batch.draws.to(device)
-        labels = self.labels[batch.indices.to(device)]
-        x = augment(
-            batch.images.to(device, non_blocking=True), u, self.augmentation, self.preprocess
-        )
-        target = labels
-        if self.recipe.mixup > 0 and len(labels) > 1:
-            x, target = mixup(x, F.one_hot(labels, self.classes).float(), u, self.recipe.mixup)
-        if started is not None:
-            self.waited += time.perf_counter() - started
-        return x.contiguous(memory_format=torch.channels_last), target, labels
+            reason = batch.unreadable[0][1]
+            raise FileError(f"no image of step {self.step + 1} can be read: {reason}")
+        return batch
 
-    def _loss(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs, (B, classes) or (B, heads, classes), and the mean loss."""
+    def _shares(self, batch: Batch) -> Tensor | None:
+        """Each image's share in its mixup, (B,); None where nothing is mixed."""
+        if not self.recipe.mixup or len(batch.indices) == 1:
+            return None
+        return mixup_shares(batch.draws.to(self.accelerator.device), self.recipe.mixup)
+
+    def _labels(self, batch: Batch) -> Tensor:
+        return self.labels[batch.indices.to(self.accelerator.device)]
+
+    def _target(self, batch: Batch) -> Tensor:
+        """(B,) labels, or with mixup (B, classes) probabilities."""
+        labels, shares = self._labels(batch), self._shares(batch)
+        return labels if shares is None else blend(F.one_hot(labels, self.classes).float(), shares)
+
+    def _input(self, batch: Batch) -> Tensor:
+        """The network's input, (B, C, H, W): augmented, standardized, mixed."""
+        device, shares = self.accelerator.device, self._shares(batch)
+        images = batch.images.to(device, non_blocking=True)
+        x = augment(images, batch.draws.to(device), self.augmentation, self.preprocess)
+        x = x if shares is None else blend(x, shares)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        """Logits, (B, classes) or (B, heads, classes)."""
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            outputs = self._forward(x)
-        outputs = outputs.float()
-        loss = multi_head_cross_entropy(
-            outputs, target, self.head_weights,
+            return self._forward(x).float()
+
+    def _summed_loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """The objective of a batch, summed over its images, each times its class weight."""
+        return multi_head_cross_entropy(
+            outputs, target, self.head_weights, reduction="sum",
             weight=self.class_weights, label_smoothing=self.recipe.label_smoothing,
         )  # fmt: skip
-        return outputs, loss
 
-    def _count(self, outputs: Tensor, labels: Tensor, loss: Tensor) -> None:
-        """Adds a batch to the epoch's mean loss and accuracy; the heads vote by their mean."""
-        shares = outputs.softmax(dim=-1)
-        predicted = (shares.mean(dim=1) if shares.ndim == 3 else shares).argmax(dim=1)
-        correct = (predicted == labels).sum()
-        seen = torch.full_like(loss, len(labels))
-        added = torch.stack([loss * len(labels), correct.to(loss.dtype), seen])
+    def _count(
+        self, outputs: Tensor, batch: Batch, target: Tensor, summed: Tensor, weight: Tensor
+    ) -> None:
+        """Adds a batch to the epoch's sums."""
+        outputs = joined_heads(self.model, outputs)
+        correct = (outputs.argmax(dim=1) == self._labels(batch)).sum()
+        entropy = prediction_cross_entropy(outputs, target)
+        seen = torch.full_like(entropy, len(outputs))
+        added = torch.stack([summed, weight.to(summed), entropy, correct.to(summed), seen])
         self.tally = self.tally.to(added.device) + added.double()
-
-    def _rows(self, step: int) -> list[int]:
-        """The training images of a step, of all processes."""
-        order = getattr(self.source, "order", None)
-        if order is None:
-            return []
-        return order.at(step * self.images_a_step, self.images_a_step).tolist()
 
 
 def _seed(seed: int, step: int, accelerator: Accelerator) -> None:

@@ -19,6 +19,7 @@ from regard.machine import has_bf16
 from regard.models.cbam import AttentionResNet
 from regard.models.create import _outline
 from regard.training.config import Recipe
+from regard.training.steps import step_plan
 
 DEFAULT_MODEL = "cbam_resnet18"
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
@@ -107,15 +108,13 @@ def _size(recipe: Recipe, default: tuple[int, ...], sides: list[int]) -> tuple[i
 
 
 def choose_steps(recipe: Recipe, images: int, processes: int) -> int:
-    """Optimizer steps of the run: told by the recipe, or by the number of training images."""
+    """Optimizer steps of the run: the recipe's, or by the number of training images."""
     if recipe.steps is not None:
         return recipe.steps
     epochs = recipe.epochs
     if epochs is None:
         epochs = min(60.0, max(3.0, 15 * math.sqrt(2000 / images)))
-    batch = min(recipe.batch_size, images)
-    steps = epochs * images / (batch * recipe.accumulate * processes)
-    return max(1, math.ceil(steps - 1e-6))  # 0.07 * 100 is a little more than 7
+    return step_plan(recipe, images, processes).total(epochs)
 
 
 def parse_weights(text: str, classes: list[str], name: str) -> NDArray[np.float64]:

@@ -375,7 +375,10 @@ class Run:
             self.best = state.pop("best")
             self.trainer.load_state_dict(state)
             if not self.main:  # the first process has what all of them counted
-                self.trainer.tally, self.trainer.unreadable = torch.zeros(3).double(), []
+                self.trainer.tally, self.trainer.unreadable = (
+                    torch.zeros_like(self.trainer.tally),
+                    [],
+                )
             self.say(f"resumed after step {self.trainer.step:,} of {self.trainer.total:,}")
 
     def _announce(self) -> None:
@@ -413,15 +416,8 @@ class Run:
     def _end_epoch(self) -> None:
         t = self.trainer
         t.check_finite()
-        loss, correct, seen = self._summed(t.tally).tolist()
+        row = t.epoch_row()
         t.tally = torch.zeros_like(t.tally)
-        row = {
-            "epoch": round(t.step / t.steps_an_epoch, 3),
-            "step": float(t.step),
-            "learning_rate": float(t.optimizer.param_groups[0]["lr"]),
-            "loss": loss / seen,
-            "accuracy": correct / seen,
-        }
         if "val" in self.parts:
             predictions = self.predict("val")
             chosen = predictions.probabilities[np.arange(len(predictions)), predictions.labels]

@@ -1,0 +1,101 @@
+"""The positions of the sample order that each optimizer step takes, for each process."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from regard.training.config import Recipe
+
+SMALLEST = 2  # images of the smallest batch that ends an epoch: batch norm needs two
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How the sample order is cut into steps, and a step into batches.
+
+    A step has `processes * accumulate` batches, in this order: the first of each process, the
+    second of each process, ...
+
+    Attributes:
+        count: training images; an epoch is as many positions.
+        batch: images of a batch.
+        accumulate: batches of a step in each process.
+        processes: how many train.
+        partial: whether an epoch's last step takes what is left of the epoch. Otherwise steps
+            go on into the next epoch.
+    """
+
+    count: int
+    batch: int
+    accumulate: int = 1
+    processes: int = 1
+    partial: bool = False
+
+    @property
+    def images(self) -> int:
+        """Images of a full step."""
+        return self.batch * self.accumulate * self.processes
+
+    @property
+    def an_epoch(self) -> float:
+        """Steps an epoch; whole where the last one is partial.
+
+        A last step is left out if its batches would have fewer than SMALLEST images.
+        """
+        if not self._ends_epochs:
+            return self.count / self.images
+        full, rest = divmod(self.count, self.images)
+        return full + (rest >= SMALLEST * self._batches)
+
+    @property
+    def _batches(self) -> int:
+        return self.accumulate * self.processes
+
+    @property
+    def _ends_epochs(self) -> bool:
+        return self.partial and self.count >= SMALLEST * self._batches
+
+    def total(self, epochs: float) -> int:
+        """Steps of that many epochs, at least one."""
+        return max(1, math.ceil(epochs * self.an_epoch - 1e-6))  # 0.07 * 100 exceeds 7
+
+    def positions(self, step: int) -> tuple[int, int]:
+        """The first position of a step (from 0), and how many it takes."""
+        if not self._ends_epochs:
+            return step * self.images, self.images
+        epoch, k = divmod(step, int(self.an_epoch))
+        return epoch * self.count + k * self.images, min(self.images, self.count - k * self.images)
+
+    def spans(self, process: int, first: int, end: int) -> "StepSpans":
+        """One process's batches of the steps from `first` to before `end`."""
+        return StepSpans(self, process, range(first * self.accumulate, end * self.accumulate))
+
+
+@dataclass(frozen=True)
+class StepSpans(Sequence[Any]):
+    """Batches as (start position, count), computed when asked for."""
+
+    plan: StepPlan
+    process: int
+    parts: range  # step * accumulate + the batch's number within the step
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, slice):
+            return StepSpans(self.plan, self.process, self.parts[k])
+        step, part = divmod(self.parts[k], self.plan.accumulate)
+        start, images = self.plan.positions(step)
+        batches = self.plan.accumulate * self.plan.processes
+        place = part * self.plan.processes + self.process
+        begin, end = (place * images // batches, (place + 1) * images // batches)
+        return start + begin, end - begin
+
+
+def step_plan(recipe: Recipe, count: int, processes: int) -> StepPlan:
+    """How the recipe's batches divide `count` training images among processes."""
+    return StepPlan(
+        count, min(recipe.batch_size, count), recipe.accumulate, processes, recipe.partial_batch
+    )
