@@ -240,7 +240,8 @@ WHOLE = {}
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_damage_is_an_image_or_an_image_error(tmp_path, data):
-    suffix = data.draw(st.sampled_from(["png", "jpg", "bmp", "tif", "webp"]))
+    kinds = ["png", "jpg", "bmp", "tif", "webp", "gif", "ppm", "jp2", "avif"]
+    suffix = data.draw(st.sampled_from(kinds))
     if suffix not in WHOLE:
         WHOLE[suffix] = save(tmp_path / f"whole.{suffix}", SMALL[:8, :8]).read_bytes()
     damaged = bytearray(WHOLE[suffix])
@@ -349,3 +350,104 @@ def test_the_eight_orientations_differ():
 
     turned = [_upright(np.arange(4).reshape(2, 2, 1), o).ravel().tolist() for o in range(1, 9)]
     assert all(a != b for a, b in itertools.combinations(turned, 2))
+
+
+def test_dicom_without_preamble(tmp_path):
+    stored = np.arange(100, 220, dtype=np.uint16).reshape(10, 12)
+    whole = dicom(tmp_path / "a.dcm", stored).read_bytes()
+    expected = read_image(tmp_path / "a.dcm")
+    (tmp_path / "meta").write_bytes(whole[132:])  # starts with the meta information
+    assert np.array_equal(read_image(tmp_path / "meta"), expected)
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    for name, implicit in (("explicit", False), ("implicit", True)):
+        bare = pydicom.Dataset({e.tag: e for e in dataset if e.tag.group != 2})
+        bare.save_as(tmp_path / name, implicit_vr=implicit, little_endian=True)
+        assert (tmp_path / name).read_bytes()[:2] == b"\x08\x00"
+        assert np.array_equal(read_image(tmp_path / name), expected)
+
+
+def test_dicom_padding_is_left_out_of_the_range(tmp_path):
+    stored = np.array([[-2000, 100, 200], [300, 500, -2000]], np.int16)
+    path = dicom(tmp_path / "a.dcm", stored, PixelPaddingValue=-2000)
+    assert read_image(path)[..., 0].tolist() == [[0, 0, 0.25], [0.5, 1, 0]]
+    both = dicom(tmp_path / "b.dcm", np.where(stored == 500, -1999, stored).astype(np.int16),
+                 PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1990)  # fmt: skip
+    assert read_image(both)[..., 0].tolist() == [[0, 0, 0.5], [1, 0, 0]]
+    white = dicom(tmp_path / "w.dcm", stored, PixelPaddingValue=-2000,
+                  PhotometricInterpretation="MONOCHROME1")  # fmt: skip
+    assert read_image(white)[..., 0].tolist() == [[0, 1, 0.75], [0.5, 0, 0]]
+    # and a range of the whole data set is above that of one image
+    ranged = read_image(path, value_range=(100.0, 900.0))
+    assert ranged[..., 0].tolist() == [[0, 0, 0.125], [0.25, 0.5, 0]]
+
+
+@pytest.mark.parametrize(
+    ("width", "function"), [(0, "LINEAR"), (0, "LINEAR_EXACT"), (-5, "SIGMOID")]
+)
+def test_a_dicom_window_without_width_is_none(tmp_path, width, function):
+    stored = np.array([[100, 200], [300, 500]], np.uint16)
+    path = dicom(tmp_path / "a.dcm", stored, WindowCenter=300, WindowWidth=width,
+                 VOILUTFunction=function)  # fmt: skip
+    assert read_image(path)[..., 0].tolist() == [[0, 0.25], [0.5, 1]]
+
+
+def test_an_enhanced_dicom_of_one_frame_has_its_own_window(tmp_path):
+    pydicom = pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+    rescale, window, groups = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+    rescale.RescaleSlope, rescale.RescaleIntercept = 2, -1000
+    window.WindowCenter, window.WindowWidth = 0, 1000
+    groups.PixelValueTransformationSequence = [rescale]
+    frame = pydicom.Dataset()
+    frame.FrameVOILUTSequence = [window]
+    stored = np.array([[0, 250], [500, 1000]], np.uint16)
+    path = dicom(tmp_path / "a.dcm", stored, NumberOfFrames=1, VOILUTFunction="LINEAR_EXACT",
+                 SharedFunctionalGroupsSequence=[groups],
+                 PerFrameFunctionalGroupsSequence=[frame])  # fmt: skip
+    assert read_image(path)[..., 0].tolist() == [[0, 0], [0.5, 1]]
+
+
+@pytest.mark.parametrize("name", ["JPEGLosslessProcess14_1", "JPEGLosslessProcess14",
+                                  "JPEGLSLossless", "JPEG2000Lossless"])  # fmt: skip
+def test_dicom_compressed_without_loss(tmp_path, monkeypatch, name):
+    gdcm = pytest.importorskip("gdcm", reason="the extra 'dicom' is not installed")
+    stored = (np.arange(40 * 60).reshape(40, 60) * 17 % 4096).astype(np.uint16)
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(dicom(tmp_path / "a.dcm", stored)))
+    assert reader.Read()
+    change = gdcm.ImageChangeTransferSyntax()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, name)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer = gdcm.ImageWriter()
+    writer.SetFileName(str(tmp_path / "b.dcm"))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+    assert np.array_equal(read_image(tmp_path / "b.dcm"), read_image(tmp_path / "a.dcm"))
+    if "2000" not in name:  # which Pillow decodes
+        import pydicom
+
+        monkeypatch.setattr("regard.data.dicom.missing", lambda extra, *m: list(m))
+        monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(_no_decoder))
+        with pytest.raises(ImageError, match=r"compressed as JPEG.* pip install 'regard\[dicom\]'"):
+            read_image(tmp_path / "b.dcm")
+
+
+def _no_decoder(_):
+    raise RuntimeError("no plugin")
+
+
+def test_a_dicom_photograph_is_rgb(tmp_path):
+    """Baseline JPEG holds YBR; the picture is RGB."""
+    pydicom = pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(SMALL).save(buffer, "JPEG", quality=95)
+    dataset = pydicom.dcmread(dicom(tmp_path / "a.dcm", SMALL))
+    dataset.PhotometricInterpretation = "YBR_FULL_422"
+    dataset.PixelData = pydicom.encaps.encapsulate([buffer.getvalue()])
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    dataset.save_as(tmp_path / "b.dcm")
+    assert np.abs(read_image(tmp_path / "b.dcm") * 255 - SMALL).mean() < 6
