@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import run, settings
+from tests.helpers import Server, jpeg, run, settings
 
 # The same cases each time, whatever the machine; none of them against a clock.
 hypothesis.settings.register_profile("regard", derandomize=True, deadline=None)
@@ -39,3 +39,17 @@ def whole(scans, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     run(*settings(scans, out))
     return out
+
+
+@pytest.fixture(scope="module")
+def server(whole):
+    """A server of that run; nothing may have gone wrong in it by the end."""
+    running = Server(whole)
+    yield running
+    assert running.stop() == 0
+    assert running.errors == ""
+
+
+@pytest.fixture(scope="module")
+def photo() -> bytes:
+    return jpeg((640, 427))

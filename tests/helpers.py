@@ -1,13 +1,19 @@
 """What the tests of training runs share: tiny runs in processes of their own."""
 
 import csv
+import http.client
+import io
+import json
 import os
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from sklearn.datasets import load_sample_images
 
 from tests.nursery import Process
 
@@ -83,3 +89,41 @@ def stopped_by(number: int, scans: Path, out: Path) -> tuple[int, str]:
     process.send_signal(number)
     _, err = process.communicate(timeout=100)
     return process.returncode, err
+
+
+class Server:
+    """A `regard serve` process on a free port."""
+
+    def __init__(self, network: Path, *arguments: object) -> None:
+        self.process = start("serve", network, "--port", "0", *arguments)
+        self.line = self.process.stdout.readline()
+        assert self.line.startswith("http://127.0.0.1:"), self.process.communicate()
+        self.url = self.line.split()[0]
+        self.port = int(self.url.rstrip("/").rpartition(":")[2])
+
+    def ask(self, verb: str, path: str, body: bytes | None = None, **headers: str):
+        """(status, headers, body) of one request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(verb, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+        finally:
+            connection.close()
+
+    def json(self, verb: str, path: str, body: bytes | None = None):
+        status, _, content = self.ask(verb, path, body)
+        return status, json.loads(content)
+
+    def stop(self) -> int:
+        """Ends it; what it wrote to standard error is in `errors`."""
+        self.process.send_signal(signal.SIGTERM)
+        _, self.errors = self.process.communicate(timeout=60)  # and closes its pipes
+        return self.process.returncode
+
+
+def jpeg(size: tuple[int, int]) -> bytes:
+    """A photograph, enlarged."""
+    buffer = io.BytesIO()
+    Image.fromarray(load_sample_images().images[0]).resize(size).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()

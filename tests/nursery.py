@@ -28,7 +28,7 @@ PRELOADED = (
     "scipy.stats", "matplotlib.pyplot", "jinja2", "PIL.Image", "fastapi", "uvicorn",
     "torch.utils.tensorboard", "torch.utils.data", "regard.training.run", "regard.predict",
     "regard.commands.explain", "regard.report.build", "regard.runs", "regard.commands.demo",
-    "regard.commands.convert", "regard.serve.app",
+    "regard.commands.convert", "regard.serve.server",
 )  # fmt: skip
 
 

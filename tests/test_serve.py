@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import io
 import json
+import shutil
 import signal
 import socket
 import struct
@@ -12,68 +13,18 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from regard import load
 from regard.cli import run_command
 from regard.predict import Prediction
-from regard.serve.engine import Engine, _Waiting
-from tests.helpers import run, start
-
-
-class Server:
-    """A `regard serve` process on a free port."""
-
-    def __init__(self, network: Path, *arguments: object) -> None:
-        self.process = start("serve", network, "--port", "0", *arguments)
-        self.line = self.process.stdout.readline()
-        assert self.line.startswith("http://127.0.0.1:"), self.process.communicate()
-        self.url = self.line.split()[0]
-        self.port = int(self.url.rstrip("/").rpartition(":")[2])
-
-    def ask(self, verb: str, path: str, body: bytes | None = None, **headers: str):
-        """(status, headers, body) of one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            connection.request(verb, path, body, headers)
-            answer = connection.getresponse()
-            return answer.status, dict(answer.getheaders()), answer.read()
-        finally:
-            connection.close()
-
-    def json(self, verb: str, path: str, body: bytes | None = None):
-        status, _, content = self.ask(verb, path, body)
-        return status, json.loads(content)
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.communicate(timeout=60)  # and closes its pipes
-        return self.process.returncode
-
-
-@pytest.fixture(scope="module")
-def server(whole):
-    found = Server(whole)
-    yield found
-    assert found.stop() == 0
-
-
-@pytest.fixture(scope="module")
-def photo() -> bytes:
-    return jpeg((640, 427))
-
-
-def jpeg(size: tuple[int, int]) -> bytes:
-    """A photograph, enlarged."""
-    buffer = io.BytesIO()
-    Image.fromarray(load_sample_images().images[0]).resize(size).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
+from regard.serve.server import read_test_result
+from regard.serve.worker import BatchingWorker, _Waiting
+from tests.helpers import Server, jpeg, run
 
 
 def shares(answer) -> dict[str, float]:
@@ -117,7 +68,7 @@ def test_what_waits_is_one_batch_and_a_client_that_goes_spoils_no_other(whole, s
     sizes: list[int] = []
 
     async def ask() -> list[_Waiting]:
-        loop, engine = asyncio.get_running_loop(), Engine(classifier)
+        loop, worker = asyncio.get_running_loop(), BatchingWorker(classifier)
         waiting = [_Waiting(classifier.decode(p), loop.create_future()) for p in paths]
         waiting[0].answer.cancel()  # gone while it waited
 
@@ -126,10 +77,10 @@ def test_what_waits_is_one_batch_and_a_client_that_goes_spoils_no_other(whole, s
             loop.call_soon_threadsafe(waiting[1].answer.cancel)
 
         hook = classifier.model.register_forward_hook(goes)
-        engine.waiting = list(waiting)
-        await engine._answer()
+        worker.waiting = list(waiting)
+        await worker._answer()
         hook.remove()
-        engine.close()
+        worker.close()
         return waiting
 
     found = asyncio.run(ask())
@@ -157,18 +108,19 @@ def test_explaining_gives_every_map_and_the_class_asked_for(server, photo):
         assert "gradcam" in maps
 
 
-def bomb(side: int) -> bytes:
-    """A PNG of side x side black pixels: a few hundred kB that would be gigabytes."""
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of black pixels: a few hundred kB that would be gigabytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     packer, rows = zlib.compressobj(9), []
-    for _ in range(side):
-        rows.append(packer.compress(bytes(side + 1)))
+    lines = min(height, 10_000)  # compressed some at a time
+    for _ in range(height // lines):
+        rows.append(packer.compress(bytes((width + 1) * lines)))
     data = b"".join(rows) + packer.flush()
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
@@ -180,9 +132,11 @@ def test_what_is_not_taken(server, photo):
         "<IIIIiiHHIIiiII", 54, 0, 54, 40, 12000, 9000, 1, 24, 0, 0, 0, 0, 0, 0
     )
     buffer = io.BytesIO()
-    Image.new("RGB", (9, 9)).save(buffer, "GIF")
+    Image.new("RGB", (16, 16)).save(buffer, "ICO")
     cases = [
-        (bomb(9000), 413, "9000 x 9000 pixels"),
+        (bomb(9000, 9000), 413, "9000 x 9000 pixels"),
+        (bomb(12_000_000, 1), 413, "12000000 x 1 pixels"),
+        (bomb(1, 2000), 413, "1 x 2000 pixels"),
         (bmp, 413, "12000 x 9000 pixels"),
         (buffer.getvalue(), 422, "no image that can be read"),
         (b"\x89PNG\r\n\x1a\n" + b"noise", 422, "no image that can be read"),
@@ -253,7 +207,14 @@ def test_headers_and_host(server):
     ):  # fmt: skip
         assert headers[name] == value
     assert server.ask("GET", "/")[1]["content-security-policy"] != policy
-    for host in ("localhost", "localhost:1", "127.0.0.1:80", "[::1]:8000", "127.1.2.3"):
+    for host in (
+        "localhost",
+        "LOCALHOST:80",
+        "localhost:1",
+        "127.0.0.1:80",
+        "[::1]:8000",
+        "127.1.2.3",
+    ):
         assert server.ask("GET", "/healthz", Host=host)[0] == 200, host
     for host in (
         "evil.example",
@@ -378,11 +339,11 @@ def test_wrong_calls(whole, tmp_path, server, capsys):
     for code, message, call in (
         (2, "holds no trained network", [tmp_path]),
         (1, f"can't listen on 127.0.0.1:{server.port}", [whole, "--port", server.port]),
-        (2, "--port 70000: choose", [whole, "--port", 70000]),
-        (2, "--requests 0: more than 0, and finite", [whole, "--requests", 0]),
-        (2, "--megabytes -1.0: more than 0, and finite", [whole, "--megabytes", -1]),
-        (2, "--megapixels nan: more than 0, and finite", [whole, "--megapixels", "nan"]),
-        (2, "--seconds inf: more than 0, and finite", [whole, "--seconds", "inf"]),
+        (2, "port 70000: choose", [whole, "--port", 70000]),
+        (2, "requests=0: must be positive", [whole, "--requests", 0]),
+        (2, "megabytes=-1.0: must be positive", [whole, "--megabytes", -1]),
+        (2, "megapixels=nan: must be positive", [whole, "--megapixels", "nan"]),
+        (2, "seconds=inf: must be positive", [whole, "--seconds", "inf"]),
     ):
         assert run_command(["serve", *map(str, call)]) == code
         said = capsys.readouterr().err
@@ -390,10 +351,127 @@ def test_wrong_calls(whole, tmp_path, server, capsys):
         assert said.count("\n") == 1
 
 
-def test_without_the_extra_one_line_says_what_to_install(whole, monkeypatch, capsys):
-    for name in [n for n in sys.modules if n.startswith("regard.serve")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "fastapi", None)  # as where it is not installed
+def test_a_missing_package_is_named_before_anything_is_loaded(whole, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fastapi", None)  # as if not installed
+    for slow in ("regard.predict", "regard.serve.server"):
+        monkeypatch.setitem(sys.modules, slow, None)  # importing it would fail
     assert run_command(["serve", str(whole)]) == 2
     said = capsys.readouterr().err
-    assert said == "regard: the page needs fastapi: pip install 'regard[serve]' brings it\n"
+    assert "fastapi" in said
+    assert "pip install 'regard[serve]'" in said
+    assert said.count("\n") == 1
+
+
+def test_images_of_extreme_shapes_are_answered_in_bounded_memory(server):
+    process = psutil.Process(server.process.pid)
+    before, peak = process.memory_info().rss, 0
+    for size in ((1000, 1), (1, 1000), (1810, 10), (30_000, 30), (30, 30_000)):
+        body = bomb(*size)
+        for path in ("predict", "explain", "explain?form=png", "explain?form=npz"):
+            begun = time.monotonic()
+            status = server.ask("POST", f"/api/{path}", body)[0]
+            assert status == 200 or (max(size) == 30_000 and status == 422), (size, path)
+            assert time.monotonic() - begun < 20
+            peak = max(peak, process.memory_info().rss)
+    assert peak - before < 250e6
+
+
+def test_head_gives_the_headers_of_get(server):
+    for path in ("/", "/healthz", "/api/model", "/docs"):
+        status, headers, body = server.ask("HEAD", path)
+        assert (status, body) == (200, b"")
+        expected = server.ask("GET", path)[1]
+        assert headers["content-length"] == expected["content-length"]
+        assert headers["x-content-type-options"] == "nosniff"
+    assert server.ask("HEAD", "/api/predict")[0] == 405
+
+
+def form(*files: tuple[str, bytes], field: bool = True) -> bytes:
+    """A multipart body as curl -F makes it."""
+    parts = [b'--XX\r\nContent-Disposition: form-data; name="top"\r\n\r\n3\r\n'] * field
+    for name, content in files:
+        head = f'Content-Disposition: form-data; name="file"; filename="{name}"\r\n'
+        parts.append(b"--XX\r\n" + head.encode() + b"Content-Type: image/jpeg\r\n\r\n")
+        parts[-1] += content + b"\r\n"
+    return b"".join(parts) + b"--XX--\r\n"
+
+
+def test_a_form_is_answered_as_its_file(server, photo):
+    kind = {"Content-Type": 'multipart/form-data; boundary="XX"'}
+    expected = server.ask("POST", "/api/predict", photo)[2]
+    for body in (form(("a.jpg", photo)), form(("a.jpg", photo), field=False)):
+        status, _, answer = server.ask("POST", "/api/predict", body, **kind)
+        assert (status, answer) == (200, expected)
+    for body, found in (
+        (form(), "no file"), (form(("a", photo), ("b", photo)), "2 files"), (b"", "no file"),
+    ):  # fmt: skip
+        status, _, answer = server.ask("POST", "/api/predict", body, **kind)
+        assert status == 400
+        assert found in json.loads(answer)["detail"]
+    assert server.ask("POST", "/api/predict", form(("a", b"")), **kind)[0] == 400
+
+
+def test_it_says_that_it_is_no_diagnosis_and_how_well_it_did(server, whole, tmp_path, caplog):
+    about = server.json("GET", "/api/model")[1]
+    assert "not a diagnosis" in about["notice"]
+    assert about["notice"] in server.ask("GET", "/")[2].decode()
+    evaluation = json.loads((whole / "evaluation.json").read_text())
+    assert about["tested"] == {
+        "split": "test", "images": 24, "accuracy": evaluation["metrics"]["top1"],
+    }  # fmt: skip
+    assert read_test_result(tmp_path) is None
+    assert caplog.messages == []
+    for damaged in ("{", "[]", "{}", '{"metrics": {"top1": null}}', '{"metrics": {"top1": []}}'):
+        (tmp_path / "evaluation.json").write_text(damaged)
+        caplog.clear()
+        assert read_test_result(tmp_path) is None
+        assert "evaluation.json" in caplog.text
+
+
+def test_a_damaged_folder_is_one_line(whole, tmp_path, capsys):
+    config = json.loads((whole / "config.json").read_text())
+    for name, content, message in (
+        ("model.safetensors", (whole / "model.safetensors").read_bytes()[:500], "can't be loaded"),
+        ("config.json", b"[]", "JSON object"),
+        ("config.json", b"\xff{", "can't be read"),
+        ("config.json", b"{}", "can't be loaded"),
+        ("config.json", json.dumps(config | {"label_names": ["a"]}).encode(), "1 label_names"),
+        ("config.json", json.dumps(config | {"label_names": {"0": 5}}).encode(), "label_names"),
+        ("config.json", json.dumps(config | {"pretrained_cfg": 1}).encode(), "can't be loaded"),
+    ):
+        shutil.copytree(whole, tmp_path / "run", dirs_exist_ok=True)
+        (tmp_path / "run" / name).write_bytes(content)
+        assert run_command(["serve", str(tmp_path / "run"), "--port", "0"]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert str(tmp_path / "run") in said
+        assert said.count("\n") == 1
+    shutil.copytree(whole, tmp_path / "run", dirs_exist_ok=True)
+    for content in ("{}", "[]", '{"status": "finished"}', "\0"):
+        (tmp_path / "run/run.json").write_text(content)
+        for command in ("evaluate", "report"):
+            assert run_command([command, str(tmp_path / "run")]) == 2
+            said = capsys.readouterr().err
+            assert "run.json" in said
+            assert said.count("\n") == 1
+
+
+def test_a_client_that_leaves_is_no_error(server, photo):
+    head = f"POST /api/explain HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(photo)}\r\n\r\n"
+    for sent in (photo[:1000], photo):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+            client.sendall(head.encode() + sent)
+            time.sleep(0.05)
+    assert server.json("POST", "/api/predict", photo)[0] == 200  # its log is checked at the end
+
+
+def test_sigterm_ends_it_though_an_upload_stalls(whole, photo):
+    server = Server(whole)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
+        head = "POST /api/explain HTTP/1.1\r\nHost: localhost\r\n"
+        client.sendall(f"{head}Content-Length: {len(photo)}\r\n\r\n".encode() + photo[:1000])
+        assert server.ask("GET", "/healthz")[0] == 200
+        begun = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begun < 12
+    assert server.errors == ""

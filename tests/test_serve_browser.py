@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_serve import Server, jpeg
-
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -21,18 +19,6 @@ DROP = """([kind, bytes]) => {
     : new ClipboardEvent("paste", {clipboardData: data, bubbles: true});
   document.body.dispatchEvent(event);
 }"""
-
-
-@pytest.fixture(scope="module")
-def server(whole):
-    found = Server(whole)
-    yield found
-    assert found.stop() == 0
-
-
-@pytest.fixture(scope="module")
-def photo() -> bytes:
-    return jpeg((640, 427))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +43,8 @@ def test_a_persons_way_through_the_page(browser, server, photo, scans, tmp_path,
     elsewhere: list[str] = []
     page.on("request", lambda r: elsewhere.append(r.url) if server.url not in r.url else None)
     page.goto(server.url)
+    assert "not a diagnosis" in page.inner_text(".notice")
+    assert "24 test images" in page.wait_for_selector("#tested:visible").inner_text()
     assert "3 classes" in page.wait_for_selector("#about:has-text('classes')").inner_text()
     digit = next(scans.rglob("1/*.png"))
     page.set_input_files("#file", digit)

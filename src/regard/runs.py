@@ -183,10 +183,20 @@ class RunFolder:
             raise UsageError(f"{self.path} holds something else: give --out a new folder")
 
     def _run(self) -> dict[str, Any]:
+        path = self.path / "run.json"
         try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{self.path / 'run.json'} can't be read ({error})") from error
+            run = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
+            raise UsageError(f"{path} can't be read ({error})") from error
+        if not isinstance(run, dict):
+            raise UsageError(f"{path} is damaged: a JSON object is expected")
+        kinds: dict[str, type] = {"status": str}
+        if run.get("status") != "starting":
+            kinds |= {"plan": dict, "facts": dict}
+        for key, kind in kinds.items():
+            if not isinstance(run.get(key), kind):
+                raise UsageError(f"{path} is damaged: it has no {key}")
+        return run
 
     def read_plan(self) -> dict[str, Any]:
         """The plan as a dictionary, as `start` was given it."""

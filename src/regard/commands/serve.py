@@ -1,6 +1,5 @@
 """`regard serve`."""
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +9,7 @@ from regard.commands.flags import (
     EngineFlags,
     use_engine,
 )
-from regard.errors import UsageError
-
-log = logging.getLogger(__name__)
+from regard.extras import require
 
 
 def command(
@@ -46,17 +43,13 @@ def command(
     seconds
         Time limit of a request.
     """
-    try:
-        from regard.serve.app import serve as listen
-        from regard.serve.uploads import Limits
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"the page needs {error.name}: pip install 'regard[serve]' brings it"
-        ) from error
+    require("serve", "regard serve")  # before anything slow is imported
     from regard.predict import load
+    from regard.serve.server import read_test_result, serve
+    from regard.serve.uploads import Limits
 
     limits = Limits(megabytes, megapixels, requests, seconds)
     classifier = load(run)
     use_engine(classifier, engine, [], None, sizes=(1, 4, 16))
-    listen(classifier, host=host, port=port, limits=limits, echo=print)
+    serve(classifier, host=host, port=port, limits=limits, tested=read_test_result(run))
     return 0

@@ -122,10 +122,38 @@ def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     if not (folder / "config.json").is_file():
         hint = " yet: its training has not ended" if (folder / "run.json").is_file() else ""
         raise UsageError(f"{folder} holds no trained network{hint} (no config.json)")
+    config = _read_config(folder / "config.json")
     try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (RuntimeError, FileNotFoundError, json.JSONDecodeError, KeyError) as error:
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as error:  # timm raises nearly anything for damaged files
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{folder}: its network can't be loaded ({reason})") from error
+    names = config.get("label_names")
+    if names is not None and len(names) != model.num_classes:
+        raise UsageError(
+            f"{folder / 'config.json'}: {len(names)} label_names for {model.num_classes} classes"
+        )
     return model, config
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.json, as far as it is what `save_model` writes.
+
+    Raises:
+        UsageError: it can't be read, or an entry is not of its type.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{path} can't be read ({reason})") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path}: a JSON object is expected, not {type(config).__name__}")
+    names = config.get("label_names")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise UsageError(f"{path}: label_names must be a list of strings")
+    if not isinstance(config.get("regard", {}), dict):
+        raise UsageError(f'{path}: "regard" must be a JSON object')
+    return config

@@ -1,5 +1,5 @@
-"""A page to try a trained network on, and its API: `regard serve RUN`.
+"""A web page and an HTTP API for a trained network: `regard serve RUN`.
 
-`app.py` is the routes, `engine.py` the network behind them, in one thread and in batches, and
-`uploads.py` what is taken from a request and what is not.
+`app.py` has the routes, `worker.py` runs the network in one thread and in batches, `uploads.py`
+reads and checks what is sent, `safety.py` guards every request, `server.py` is the process.
 """

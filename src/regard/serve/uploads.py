@@ -1,4 +1,4 @@
-"""What is taken from a request: bytes of an image, bounded before anything is decoded."""
+"""Reading uploads: the bytes of one image, with every limit checked before it is decoded."""
 
 import asyncio
 import io
@@ -7,30 +7,34 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
 
 from fastapi import HTTPException, Request
 from PIL import Image, UnidentifiedImageError
 
+from regard.data.images import FORMATS
 from regard.errors import ImageError, UsageError
 
-_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # what read_image takes beside DICOM
-_NO_IMAGE = "no image that can be read (PNG, JPEG, BMP, TIFF, WebP, DICOM)"
-_DEFLATED = b"1.2.840.10008.1.2.1.99"  # PS3.5 A.5: all of the data set in one zlib stream
+SIDE = 32_768  # pixels of the longer side
+ASPECT = 1_024  # longer side over shorter side
+_NO_IMAGE = f"no image that can be read ({', '.join(FORMATS)}, DICOM)"
+_DEFLATED = b"1.2.840.10008.1.2.1.99"  # PS3.5 A.5: the whole data set in one zlib stream
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server takes on.
+    """What the server accepts.
 
     Attributes:
-        megabytes: of an upload.
-        megapixels: of an image, by its header, before it is decoded.
-        requests: in work at the same moment; the rest are told to come again.
-        seconds: for a whole request; a third of it for the upload.
+        megabytes: size of an upload.
+        megapixels: size of an image, from its header, before it is decoded. Its sides are
+            limited too, see SIDE and ASPECT.
+        requests: maximum concurrent requests; further ones get HTTP 503.
+        seconds: time limit of a request; a third of it for the upload.
 
     Raises:
-        UsageError: one is not above 0, or not finite.
+        UsageError: one is not positive and finite.
     """
 
     megabytes: float = 20.0
@@ -42,19 +46,30 @@ class Limits:
         for name in ("megabytes", "megapixels", "requests", "seconds"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise UsageError(f"--{name} {value}: more than 0, and finite, is needed")
+                raise UsageError(f"{name}={value}: must be positive and finite")
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """The request's body.
+async def read_image_bytes(request: Request, limits: Limits) -> bytes:
+    """The image file in a request: its body, or the one file of a multipart form.
 
     Raises:
-        HTTPException: 413 too large, 408 too slow, 400 empty.
+        HTTPException: 413 too large, 408 too slow, 400 empty or no form with one file.
     """
+    body = await _read_body(request, limits)
+    kind = Message()
+    kind["content-type"] = request.headers.get("content-type", "")
+    if kind.get_content_type() == "multipart/form-data":
+        body = _file_of_form(body, str(kind.get_param("boundary") or ""))
+    if not body:
+        raise HTTPException(400, "send the bytes of an image as the body of the request")
+    return body
+
+
+async def _read_body(request: Request, limits: Limits) -> bytes:
     most = int(limits.megabytes * 1_000_000)
-    told = request.headers.get("content-length", "")
-    if told.isdecimal() and int(told) > most:
-        raise _too_large(f"{int(told) / 1e6:.1f} MB", limits)
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > most:
+        raise _too_large(f"{int(declared) / 1e6:.1f} MB", limits)
     body = bytearray()
 
     async def receive() -> None:
@@ -67,34 +82,52 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         await asyncio.wait_for(receive(), limits.seconds / 3)
     except TimeoutError:
         raise HTTPException(408, "the upload took too long") from None
-    if not body:
-        raise HTTPException(400, "send the image's bytes as the body of the request")
     return bytes(body)
 
 
+def _file_of_form(body: bytes, boundary: str) -> bytes:
+    """The one file of a multipart/form-data body (RFC 7578)."""
+    files = []
+    # every delimiter but the first follows a line break, which belongs to it
+    parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"))
+    for part in parts[1:] if boundary else []:
+        head, _, content = part.partition(b"\r\n\r\n")
+        if b"filename" in head.lower():
+            files.append(content)
+    if len(files) != 1:
+        found = "no file" if not files else f"{len(files)} files"
+        raise HTTPException(400, f"{found} in the form: send one, as curl -F file=@image.jpg does")
+    return files[0]
+
+
 def _too_large(what: str, limits: Limits) -> HTTPException:
-    most = f"at most {limits.megabytes:g} MB and {limits.megapixels:g} megapixels are taken"
+    most = f"at most {limits.megabytes:g} MB and {limits.megapixels:g} megapixels are accepted"
     return HTTPException(413, f"the image is too large ({what}): {most}")
 
 
 def check(body: bytes, limits: Limits) -> None:
-    """Looks at an image's header and decodes nothing.
+    """Checks the size in an image's header; decodes nothing.
 
     Raises:
-        HTTPException: 413 too many pixels; 422 no image that can be read.
+        HTTPException: 413 too many pixels, or too long for its width; 422 no image that can be
+            read.
     """
-    dicom = body[128:132] == b"DICM" or body[:2] == b"\x08\x00"  # as read_image tells it
+    dicom = body[128:132] == b"DICM" or body[:2] == b"\x08\x00"  # the same test as read_image
     try:
         width, height = _dicom_size(body) if dicom else _size(body)
     except Image.DecompressionBombError:
         raise _too_large("far too many pixels", limits) from None
+    size = f"{width} x {height} pixels"
     if width * height > limits.megapixels * 1e6:
-        raise _too_large(f"{width} x {height} pixels", limits)
+        raise _too_large(size, limits)
+    if max(width, height) > min(SIDE, ASPECT * min(width, height)):
+        sides = f"at most {SIDE:,} pixels a side, and {ASPECT:,} times as long as wide"
+        raise HTTPException(413, f"the image is too long ({size}): {sides}")
 
 
 def _size(body: bytes) -> tuple[int, int]:
     try:
-        with Image.open(io.BytesIO(body), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(body), formats=FORMATS) as image:
             return image.size
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
         raise HTTPException(422, _NO_IMAGE) from None
@@ -105,21 +138,21 @@ def _dicom_size(body: bytes) -> tuple[int, int]:
         import pydicom
     except ImportError:
         raise HTTPException(422, "this is DICOM; the server lacks regard[dicom]") from None
-    if _DEFLATED in body:  # would be inflated as a whole, however large, to see its header
-        raise HTTPException(422, "deflated DICOM is not taken: send it uncompressed")
+    if _DEFLATED in body:  # would be inflated as a whole, however large, to read its header
+        raise HTTPException(422, "deflated DICOM is not accepted: send it uncompressed")
     try:
         header = pydicom.dcmread(io.BytesIO(body), force=True, stop_before_pixels=True)
         return int(header.Columns), int(header.Rows)
-    except Exception:  # of broken files pydicom raises nearly anything
+    except Exception:  # pydicom raises nearly anything for broken files
         raise HTTPException(422, _NO_IMAGE) from None
 
 
 @contextmanager
 def as_file(body: bytes) -> Iterator[Path]:
-    """A checked upload as a file for read_image, gone afterwards; its name is the server's own.
+    """A checked upload as a temporary file for read_image; its name is the server's own.
 
     Raises:
-        HTTPException: 422 where what is done with it raises ImageError.
+        HTTPException: 422 for an ImageError in the block.
     """
     with tempfile.NamedTemporaryFile(prefix="regard-") as file:
         file.write(body)

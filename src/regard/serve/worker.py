@@ -1,18 +1,16 @@
-"""The network behind the page: one thread uses it, and what waits is answered in one batch.
+"""The network behind the page: one thread runs it, and waiting requests form one batch.
 
-An image that is alone in its batch gets what `regard predict` says of that file alone, to the
-last bit. Together with others float32 sums are made in another order: probabilities then
+An image that is alone in its batch gets exactly the probabilities of `regard predict` for that
+file alone. Together with others float32 sums are taken in another order: probabilities then
 differ by less than 1e-6, as they do within `regard predict` of several files.
 """
 
 import asyncio
-import io
+import math
 import os
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,9 +26,9 @@ from regard.explanations.overlay import Box, Picture
 from regard.predict import Classifier
 from regard.serve.uploads import as_file
 
-MOST = 16  # images of a batch
-SHOWN = 1024  # the longer side of a picture that is sent back, in pixels
-READERS = 4  # images that are decoded, and pictures that are drawn, at the same moment
+BATCH = 16  # images
+SHOWN = 1024  # longer side of a picture that is sent back, in pixels
+READERS = 4  # images decoded, and pictures drawn, at the same time
 
 T = TypeVar("T")
 
@@ -41,37 +39,11 @@ class _Waiting:
     answer: "asyncio.Future[Tensor]"
 
 
-@dataclass(frozen=True)
-class Looked:
-    """An explanation to send back.
+class BatchingWorker:
+    """Runs the network in one thread: hooks that record attention must see one image only.
 
-    Attributes:
-        found: its image at most SHOWN pixels a side, its box in that image's pixels.
-        box: the same box in the upload's pixels.
-    """
-
-    found: Explanation
-    box: Box
-
-    def npz(self) -> bytes:
-        """The raw maps, as `regard explain` writes them."""
-        with tempfile.TemporaryDirectory(prefix="regard-") as folder:
-            path = Path(folder, "maps.npz")
-            replace(self.found, box=self.box).save_npz(path)
-            return path.read_bytes()
-
-    def png(self) -> bytes:
-        """The figure, as `regard explain` draws it."""
-        buffer = io.BytesIO()
-        self.found.figure().savefig(buffer, format="png", dpi=200)
-        return buffer.getvalue()
-
-
-class Engine:
-    """Answers in one thread: hooks that record attention must see their own image only.
-
-    Few threads read and draw, so that what a request holds in memory is bounded, and work that
-    was given up while it waited is never begun.
+    A few more threads decode and draw. That bounds the memory of all requests together, and work
+    that is given up while it waits is never started.
     """
 
     def __init__(self, classifier: Classifier) -> None:
@@ -82,8 +54,8 @@ class Engine:
         self.waiting: list[_Waiting] = []
         self.task: asyncio.Task[None] | None = None
 
-    async def beside(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Runs what needs no network, beside it."""
+    async def in_reader(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Runs work that does not need the network in one of the reader threads."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, work, *arguments)
 
     def _decode(self, body: bytes) -> Tensor:
@@ -91,13 +63,13 @@ class Engine:
             return self.classifier.decode(path)
 
     async def predict(self, body: bytes, top: int) -> list[tuple[str, float]]:
-        """The likeliest classes of a checked upload with their probabilities.
+        """The `top` most probable classes of a checked upload, with their probabilities.
 
         Raises:
             HTTPException: 422 it can't be read.
         """
         loop = asyncio.get_running_loop()
-        mine = _Waiting(await self.beside(self._decode, body), loop.create_future())
+        mine = _Waiting(await self.in_reader(self._decode, body), loop.create_future())
         self.waiting.append(mine)
         if self.task is None or self.task.done():
             self.task = loop.create_task(self._answer())
@@ -106,32 +78,36 @@ class Engine:
         return list(zip(names, best.values.tolist(), strict=True))
 
     async def _answer(self) -> None:
-        """Answers all that wait, a batch at a time; what comes meanwhile is the next batch."""
+        """Answers all waiting requests, a batch at a time; newcomers form the next batch."""
         loop = asyncio.get_running_loop()
         while self.waiting:
-            batch, self.waiting = self.waiting[:MOST], self.waiting[MOST:]
-            batch = [w for w in batch if not w.answer.done()]  # its request may be given up
+            batch, self.waiting = self.waiting[:BATCH], self.waiting[BATCH:]
+            batch = [w for w in batch if not w.answer.done()]  # done: its request was given up
             if not batch:
                 continue
             images = [w.image for w in batch]
             if len({i.dtype for i in images}) > 1:
                 images = [i.float() for i in images]
             try:
-                found = await loop.run_in_executor(self.thread, self._run, images)
+                probabilities = await loop.run_in_executor(self.thread, self._run, images)
             except Exception as error:
                 for w in batch:
                     if not w.answer.done():
                         w.answer.set_exception(error)
                 continue
-            for w, p in zip(batch, found, strict=True):
+            for w, p in zip(batch, probabilities, strict=True):
                 if not w.answer.done():
                     w.answer.set_result(p)
 
     def _run(self, images: list[Tensor]) -> Tensor:
         return self.classifier.probabilities(torch.stack(images))
 
-    async def explain(self, body: bytes, target: str | None) -> Looked:
+    async def explain(self, body: bytes, target: str | None) -> tuple[Explanation, Box]:
         """Where the network looked at a checked upload, and Grad-CAM for a class.
+
+        Returns:
+            The explanation, whose image has at most SHOWN pixels a side, and the box that the
+            network saw in pixels of the upload.
 
         Raises:
             HTTPException: 422 it can't be read.
@@ -139,7 +115,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.thread, self._explain, body, target)
 
-    def _explain(self, body: bytes, target: str | None) -> Looked:
+    def _explain(self, body: bytes, target: str | None) -> tuple[Explanation, Box]:
         preprocess, model = self.classifier.preprocess, self.classifier.model
         with as_file(body) as path:
             x = preprocess.normalize(self.classifier.decode(path)[None])
@@ -149,24 +125,35 @@ class Engine:
         down, across = picture.shape[0] / pixels.shape[0], picture.shape[1] / pixels.shape[1]
         device = next(model.parameters()).device
         own = ("attention",) if attention_kinds(model) else ()
-        (found,) = explain(
+        (explanation,) = explain(
             model, x.to(device).contiguous(memory_format=torch.channels_last), [picture],
-            [(box[0] * across, box[1] * down, box[2] * across, box[3] * down)],
+            [_scaled(box, across, down)],
             classes=self.classifier.class_names, target=target, methods=(*own, "gradcam"),
         )  # fmt: skip
-        return Looked(found, box)
+        return explanation, box
 
     def close(self) -> None:
-        """Waits for what is in work."""
-        self.readers.shutdown()
-        self.thread.shutdown()
+        """Waits for the work in progress; work that has not started is dropped."""
+        self.readers.shutdown(cancel_futures=True)
+        self.thread.shutdown(cancel_futures=True)
+
+
+def _scaled(box: Box, across: float, down: float) -> Box:
+    """A box in pixels of the reduced picture, where it covers at least one."""
+    left, right = _at_least_a_pixel(box[0] * across, box[2] * across)
+    top, bottom = _at_least_a_pixel(box[1] * down, box[3] * down)
+    return left, top, right, bottom
+
+
+def _at_least_a_pixel(low: float, high: float) -> tuple[float, float]:
+    return (low, high) if high - low >= 1 else (math.floor(low), math.floor(low) + 1)
 
 
 def _shown(pixels: NDArray[Any]) -> Picture:
-    """A decoded image as uint8, made no larger than SHOWN, its aspect kept."""
+    """A decoded image as uint8, reduced to SHOWN pixels on its longer side."""
     if pixels.dtype == np.uint8:
         picture: Picture = pixels[..., 0] if pixels.shape[2] == 1 else pixels
-    else:  # as_picture works in float64: a strip at a time
+    else:  # as_picture computes in float64: a strip at a time
         strips = np.array_split(pixels, 1 + pixels.size // 2**22)
         picture = np.concatenate([as_picture(strip) for strip in strips if len(strip)])
     height, width = picture.shape[:2]
