@@ -1,0 +1,261 @@
+"""Networks trained several times, compared over images and seeds together.
+
+Two trainings of one network differ, and other test images would give another difference: both
+are chance, and an interval that counts only one of them is too narrow. Each image's (or
+group's) contribution to the difference of seed s is taken as
+
+    D[s, g] = effect + training[s] + image[g] + rest[s, g]
+
+a two-way random-effects layout (Searle, Casella, McCulloch, *Variance Components*, 1992), with
+training[s] drawn anew in every fold where there are folds. The variance of the mean is
+V = V_seeds + V_images - V_rest, each estimated from its mean square, and its degrees of freedom
+are Satterthwaite's (1946). With one seed the training's part can't be estimated: over folds the
+corrected resampled t-test of Nadeau and Bengio (*Machine Learning* 52, 2003) stands in, and
+with neither there is an interval over images, but no claim about the networks.
+
+Folds share training images, and no estimator of that covariance is unbiased (Bengio and
+Grandvalet, JMLR 5, 2004); a mean over folds is therefore never treated as independent draws.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from regard.errors import UsageError
+from regard.evaluation.intervals import NAN, finite_or_none
+from regard.evaluation.predictions import Floats, Ints, Predictions, outcomes
+
+METRICS = ("accuracy", "balanced accuracy", "log loss")
+LOWER_IS_BETTER = ("log loss",)
+_TRUST = 0.5  # the part of Satterthwaite's degrees of freedom beyond those of the seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatedDifference:
+    """How much better network a is than network b, over all seeds and images.
+
+    Attributes:
+        metric: one of METRICS.
+        value: the mean difference, a minus b.
+        low, high: the interval; NaN where there is none.
+        p_value: two-sided; NaN where nothing can be claimed (one training of each).
+        each: the difference of each seed.
+        n_units: images, or groups of images.
+        seeds, folds: trainings of each network are seeds x folds.
+        df: degrees of freedom of the interval.
+        seed_variance: variance of a difference from training again, the same images.
+        image_variance: variance of the mean from drawing the images again.
+        confidence: of the interval.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    p_value: float
+    each: tuple[float, ...]
+    n_units: int
+    seeds: int
+    folds: int
+    df: float
+    seed_variance: float
+    image_variance: float
+    confidence: float = 0.95
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean difference, from seeds and images together."""
+        return math.sqrt(self.seed_variance / self.seeds + self.image_variance)
+
+    @property
+    def minimal_effect(self) -> float:
+        """The true difference that a study like this one shows with a power of 80 %."""
+        if not self.claims:
+            return NAN
+        upper = (1 + self.confidence) / 2
+        return (_t(upper, self.df) + _t(0.8, self.df)) * self.standard_error
+
+    @property
+    def claims(self) -> bool:
+        """Whether this design can claim anything: several trainings of each network."""
+        return self.seeds > 1 or self.folds > 1
+
+    def seeds_needed(self, most: int = 100) -> int | None:
+        """Seeds after which a difference of this size would be shown; None: more images would.
+
+        Assumes that mean and variances stay as they are.
+        """
+        if self.image_variance > 0 and abs(self.value) <= 2 * math.sqrt(self.image_variance):
+            return None
+        for seeds in range(max(2, self.seeds), most + 1):
+            df = self.folds * (seeds - 1)
+            half = _t((1 + self.confidence) / 2, df) * math.sqrt(
+                self.seed_variance / seeds + self.image_variance
+            )
+            if abs(self.value) > half:
+                return seeds
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: None where a number is NaN."""
+        return {
+            "metric": self.metric,
+            "difference": {k: finite_or_none(getattr(self, k)) for k in ("value", "low", "high")},
+            "p_value": finite_or_none(self.p_value),
+            "each": list(self.each),
+            "units": self.n_units,
+            "seeds": self.seeds,
+            "folds": self.folds,
+            "minimal_effect": finite_or_none(self.minimal_effect),
+            "seeds_needed": self.seeds_needed() if self.claims else None,
+        }
+
+
+def repeated_difference(
+    a: Sequence[Predictions],
+    b: Sequence[Predictions],
+    *,
+    metric: str = "accuracy",
+    folds: Ints | None = None,
+    confidence: float = 0.95,
+) -> RepeatedDifference:
+    """Compares two networks that were trained with the same seeds on the same splits.
+
+    Args:
+        a, b: predictions of each seed, all on the same images in the same order; with folds,
+            each seed's predictions of all folds together.
+        metric: one of METRICS.
+        folds: (N,) the fold in which each image was tested; None: one split.
+        confidence: of the interval.
+
+    Raises:
+        UsageError: an unknown metric, other numbers of seeds, or other images.
+    """
+    if metric not in METRICS:
+        raise UsageError(f"metric={metric!r}: choose one of {', '.join(METRICS)}")
+    if len(a) != len(b) or not a:
+        raise UsageError(f"{len(a)} seeds against {len(b)}: the same seeds are needed")
+    for p in [*a, *b]:
+        if not np.array_equal(p.labels, a[0].labels) or p.paths != a[0].paths:
+            raise UsageError("the images of the seeds differ: the same test images are needed")
+    fold = np.zeros(len(a[0]), dtype=np.int64) if folds is None else np.asarray(folds)
+    unit, n_units = _units(a[0], fold)
+    pairs = zip(a, b, strict=True)
+    parts = np.stack([contributions(p, metric) - contributions(q, metric) for p, q in pairs])
+    per_unit = np.zeros((len(a), n_units))  # (S, N) -> (S, G)
+    for s, row in enumerate(parts):
+        per_unit[s] = np.bincount(unit, row, n_units) * n_units / len(fold)
+    fold_of_unit = np.zeros(n_units, dtype=np.int64)
+    fold_of_unit[unit] = np.unique(fold, return_inverse=True)[1]
+    return _estimate(per_unit, fold_of_unit, metric, confidence)
+
+
+def _units(predictions: Predictions, fold: Ints) -> tuple[Ints, int]:
+    """(N,) the unit of each image, and how many; a group that is in two folds counts twice."""
+    if predictions.groups is None:
+        return np.arange(len(fold)), len(fold)
+    names = [f"{k}/{g}" for k, g in zip(fold.tolist(), predictions.groups.tolist(), strict=True)]
+    found, unit = np.unique(names, return_inverse=True)
+    return unit, len(found)
+
+
+def contributions(predictions: Predictions, metric: str) -> Floats:
+    """(N,) values whose mean is the metric, each the part that an image has in it.
+
+    Linear to first order: an image's value is the metric plus its influence.
+    """
+    each = outcomes(predictions)
+    if metric == "log loss":
+        return each.nll
+    if metric == "accuracy":
+        return each.correct
+    counts = np.bincount(each.true, minlength=len(predictions.classes))
+    present = int((counts > 0).sum())
+    recall = np.bincount(each.true, each.correct, len(counts)) / np.maximum(counts, 1)
+    balanced = recall.sum() / present
+    share = len(each.true) / (present * counts[each.true])
+    return balanced + (each.correct - recall[each.true]) * share
+
+
+def _estimate(d: Floats, fold: Ints, metric: str, confidence: float) -> RepeatedDifference:
+    """From D[s, g], (S, G), and the fold of each unit, (G,)."""
+    seeds, units = d.shape
+    folds = int(fold.max()) + 1
+    value, each = float(d.mean()), d.mean(axis=1)
+    images = float(d.mean(axis=0).var(ddof=1)) / units if units > 1 else NAN
+    if seeds > 1:
+        seed_part, rest, df_seed = _parts(d, fold)
+        image_part = max(images - rest / seeds, 0.0)
+        total = seed_part / seeds + image_part
+        terms = (seed_part / seeds) ** 2 / df_seed + image_part**2 / max(units - 1, 1)
+        df = total**2 / terms if terms > 0 else math.inf
+        # with few seeds Satterthwaite's are too many: 6 % false claims at 3 seeds, by simulation
+        df = min(df, df_seed + _TRUST * max(df - df_seed, 0.0))
+    elif folds > 1:
+        means = np.array([d[0, fold == k].mean() for k in range(folds)])
+        # Nadeau and Bengio: 1/K + test images / training images, here 1/K + 1/(K - 1)
+        total = float(means.var(ddof=1)) * (1 / folds + 1 / (folds - 1))
+        total = max(total, images)
+        seed_part, image_part, df = max(total - images, 0.0), images, folds - 1
+    else:
+        seed_part, image_part, total, df = 0.0, images, images, units - 1
+    half = _t((1 + confidence) / 2, df) * math.sqrt(total) if df > 0 else NAN
+    claims = seeds > 1 or folds > 1
+    return RepeatedDifference(
+        metric=metric, value=value, low=value - half, high=value + half,
+        p_value=_p(value, total, df) if claims else NAN, each=tuple(map(float, each)),
+        n_units=units, seeds=seeds, folds=folds, df=df, seed_variance=seed_part,
+        image_variance=image_part, confidence=confidence,
+    )  # fmt: skip
+
+
+def _parts(d: Floats, fold: Ints) -> tuple[float, float, float]:
+    """Variance of a seed's mean, that part of it which is the rest's, and its degrees of freedom.
+
+    Within each fold, as every fold of every seed is a training of its own.
+    """
+    seeds, units = d.shape
+    variances, rests = [], []
+    for k in range(int(fold.max()) + 1):
+        part = d[:, fold == k]
+        weight = (part.shape[1] / units) ** 2
+        means = part.mean(axis=1, keepdims=True)
+        variances.append(weight * float(means.var(ddof=1)))
+        residual = part - means - part.mean(axis=0, keepdims=True) + part.mean()
+        freedom = max((seeds - 1) * (part.shape[1] - 1), 1)
+        rests.append(weight * float((residual**2).sum()) / freedom / part.shape[1])
+    found = np.array(variances)
+    total, squares = float(found.sum()), float((found**2).sum())
+    df = (seeds - 1) * (total**2 / squares if squares > 0 else len(found))
+    # seeds alike by chance do not make the rest smaller than it is
+    return max(total, float(np.sum(rests))), float(np.sum(rests)), df
+
+
+def _t(share: float, df: float) -> float:
+    from scipy.stats import norm, t  # takes half a second to import
+
+    return float(norm.ppf(share) if math.isinf(df) else t.ppf(share, df))
+
+
+def _p(value: float, variance: float, df: float) -> float:
+    from scipy.stats import t
+
+    if variance <= 0:
+        return 1.0 if value == 0 else 0.0
+    return float(2 * t.sf(abs(value) / math.sqrt(variance), df))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (1979): claims at 5 % are then wrong in at most 5 % of studies.
+
+    NaN, a comparison that claims nothing, stays NaN and does not count.
+    """
+    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    adjusted, highest = [NAN] * len(p_values), 0.0
+    for rank, (p, i) in enumerate(order):
+        highest = max(highest, min(1.0, p * (len(order) - rank)))
+        adjusted[i] = highest
+    return adjusted

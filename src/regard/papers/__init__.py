@@ -1,0 +1,164 @@
+"""The tables of the three papers, as data: what each row printed, and what trains it here.
+
+A table is a TOML file in `tables/`; studies read files of the same form that people write.
+Detection and segmentation (CBAM's tables 6 and 7, the second half of the attention gates
+paper) are out of scope.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from regard.errors import UsageError
+
+PAPERS = {
+    "RAN": "Wang et al., Residual Attention Network for Image Classification, CVPR 2017",
+    "CBAM": "Woo et al., CBAM: Convolutional Block Attention Module, ECCV 2018",
+    "AG": "Schlemper et al., Attention gated networks, Medical Image Analysis 2019",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a table: a network, and how it is trained.
+
+    Attributes:
+        name: what the row is called.
+        network: for create_model().
+        arguments: of the network.
+        recipe: the name of the recipe; None: the table's.
+        changes: values on top of the recipe's.
+        data: the data set; None: the table's.
+        evaluation: how the test differs from training, as {"size": 320}.
+        paper: the paper's numbers by metric; errors in percent, parameters in millions.
+        note: what a reader must know of this row.
+    """
+
+    name: str
+    network: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    paper: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows that are trained and compared with each other; the first is the reference.
+
+    Attributes:
+        key: such as "cbam-4", or the name of the file.
+        title: in words.
+        rows: at least one.
+        paper: RAN, CBAM or AG; None: a study of one's own.
+        data: the data set that the numbers are of; None: any.
+        recipe: the name of the rows' recipe.
+        metrics: the columns of numbers that the paper prints.
+        source: where the paper's numbers were read.
+    """
+
+    key: str
+    title: str
+    rows: tuple[Row, ...]
+    paper: str | None = None
+    data: str | None = None
+    recipe: str = "quick"
+    metrics: tuple[str, ...] = ()
+    source: str = ""
+
+
+def tables() -> list[str]:
+    """The keys of the papers' tables: ran-1 to ran-7, cbam-1 to cbam-5, ag-main, ag-classes."""
+    return sorted(p.name.removesuffix(".toml") for p in _folder().iterdir())
+
+
+def load_table(source: str | Path) -> Table:
+    """A paper's table by its key, or the table in a TOML file.
+
+    Raises:
+        UsageError: no table has this key, the file can't be read, or it holds an unknown key.
+    """
+    if str(source) in tables():
+        return parse_table(_folder().joinpath(f"{source}.toml").read_text("utf-8"), str(source))
+    path = Path(source)
+    if path.suffix != ".toml" and not path.is_file():
+        near = difflib.get_close_matches(str(source), tables(), n=2)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UsageError(f"no table {str(source)!r}; {hint}choose {', '.join(tables())}, or a file")
+    try:
+        return parse_table(path.read_text(encoding="utf-8"), path.stem)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UsageError(f"{path}: can't be read as a table ({reason})") from error
+
+
+def parse_table(text: str, key: str) -> Table:
+    """The table that a TOML text describes.
+
+    Raises:
+        UsageError: the text is no TOML, a key is unknown or missing, or two rows have one name.
+    """
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"table {key}: {error}") from error
+    rows = values.pop("rows", [])
+    if not isinstance(rows, list) or not rows:
+        raise UsageError(f"table {key}: [[rows]] is needed, at least once")
+    _known(values, Table, f"table {key}")
+    made = tuple(_row(row, f"table {key}, row {n}") for n, row in enumerate(rows, start=1))
+    names = [row.name for row in made]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"table {key}: two rows are called {twice[0]!r}")
+    values["metrics"] = tuple(values.get("metrics", ()))
+    return Table(**{"title": key, **values, "key": key, "rows": made})
+
+
+def _row(values: Any, where: str) -> Row:
+    if not isinstance(values, dict):
+        raise UsageError(f"{where}: a table of keys is needed, not {values!r}")
+    _known(values, Row, where)
+    if missing := [k for k in ("name", "network") if not isinstance(values.get(k), str)]:
+        raise UsageError(f"{where}: {missing[0]} is needed, as a string")
+    return Row(**values)
+
+
+def _known(values: Mapping[str, Any], kind: type, where: str) -> None:
+    known = [name for name in kind.__dataclass_fields__ if name not in ("key", "rows")]  # type: ignore[attr-defined]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}"
+            raise UsageError(f"{where}: no key is called {name!r}; {hint}")
+
+
+def _folder() -> Any:
+    return resources.files("regard.papers").joinpath("tables")
+
+
+def train_command(table: Table, row: Row, data: str | None = None) -> list[str]:
+    """The arguments of `regard` that train a row, as for subprocess or shlex.join.
+
+    Args:
+        table: the row's table.
+        row: one of its rows.
+        data: instead of the row's data set.
+    """
+    words = ["train", data or row.data or table.data or "DATA"]
+    words += ["--recipe", row.recipe or table.recipe, "--model", row.network]
+    for name, value in row.arguments.items():
+        words += ["--arg", f"{name}={value}"]
+    for name, value in row.changes.items():
+        words += [f"--{name.replace('_', '-')}", *_words(value)]
+    return words
+
+
+def _words(value: Any) -> list[str]:
+    return [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
