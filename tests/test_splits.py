@@ -1,6 +1,7 @@
 """No image lost, no group divided, every class where it can be; and the file that keeps it."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regard.data.sources import ImageTable, open_data
-from regard.data.splits import assign_splits, check_groups
+from regard.data.splits import assign_folds, assign_splits, check_groups
 from regard.data.splits_file import read_splits, write_splits
+from regard.errors import UsageError
 
 
 def table(labels, *, groups=None, splits=None, classes=None):
@@ -293,3 +295,43 @@ def test_other_data_is_named(tmp_path):
     path.write_text("a,b\n")
     with pytest.raises(ValueError, match="line 1: is not path,label,split,group"):
         read_splits(data, path)
+
+
+def test_folds_test_every_image_once_and_divide_no_group():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], [40, 80])
+    groups = np.array([f"p{i}" for i in np.arange(120) // 4])
+    plain = table(labels)
+    grouped = table(labels, groups=groups)
+    for images in (plain, grouped):
+        tested = np.zeros(len(images), int)
+        for fold in range(1, 6):
+            done = assign_folds(images, fold=fold, folds=5, val=0.1, seed=3)
+            tested += done.splits == "test"
+            assert set(done.splits) == {"train", "val", "test"}
+            share = (done.splits == "test").mean()
+            assert abs(share - 0.2) < 0.05
+            if images is plain:  # stratified
+                assert np.bincount(done.labels[done.splits == "test"]).tolist() == [8, 16]
+            else:
+                for g in set(groups):
+                    assert len(set(done.splits[groups == g])) == 1
+        assert (tested == 1).all()
+    shuffled = plain.select(rng.permutation(120))
+    one = assign_folds(plain, fold=2, folds=5, val=0.1, seed=3)
+    two = assign_folds(shuffled, fold=2, folds=5, val=0.1, seed=3)
+    by_name = [
+        dict(zip(map(t.key, range(120)), t.splits.tolist(), strict=True)) for t in (one, two)
+    ]
+    assert by_name[0] == by_name[1]
+
+
+def test_folds_that_can_not_be_are_refused():
+    few = table([0] * 3 + [1] * 9)
+    with pytest.raises(UsageError, match="3 images, fewer than 5"):
+        assign_folds(few, fold=1, folds=5, val=0.1, seed=0)
+    with pytest.raises(UsageError, match="6/5"):
+        assign_folds(few, fold=6, folds=5, val=0.1, seed=0)
+    divided = replace(few, splits=np.array(["train"] * 9 + ["test"] * 3))
+    with pytest.raises(UsageError, match="own"):
+        assign_folds(divided, fold=1, folds=3, val=0.1, seed=0)

@@ -72,6 +72,48 @@ def assign_splits(table: ImageTable, *, val: float, test: float, seed: int) -> I
     return replace(done, warnings=(*table.warnings, *lines))
 
 
+def assign_folds(table: ImageTable, *, fold: int, folds: int, val: float, seed: int) -> ImageTable:
+    """The table with one fold of a cross-validation as its test, and val taken from the rest.
+
+    Over all folds every image is tested once. Folds are stratified by class, and no group is
+    divided.
+
+    Args:
+        table: without splits of its own.
+        fold: the test's fold, 1 to `folds`.
+        folds: at least 2.
+        val: fraction of all images for validation, taken from the other folds.
+        seed: random seed of the folds; the same for every fold of a cross-validation.
+
+    Raises:
+        UsageError: the table has splits, or fewer groups or images of a class than folds.
+    """
+    if not 1 <= fold <= folds or folds < 2:
+        raise UsageError(f"fold={fold}/{folds}: 1/{folds} to {folds}/{folds}, of at least 2 folds")
+    if (table.splits != "").any():
+        raise UsageError(f"{table.name}: has splits of its own, which folds would mix")
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    order = _canonical_order(table, np.arange(len(table)))
+    labels = table.labels[order]
+    groups = None if table.groups is None else table.groups[order]
+    counts = np.bincount(labels, minlength=len(table.classes))
+    if counts.min() < folds:
+        small = table.classes[int(counts.argmin())]
+        images = plural(int(counts.min()), "image")
+        raise UsageError(f"{table.name}: class {small} has {images}, fewer than {folds} folds")
+    if groups is not None and len(np.unique(groups)) < folds:
+        raise UsageError(f"{table.name}: fewer groups than {folds} folds")
+    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
+    parts = kind(folds, shuffle=True, random_state=seed).split(labels, labels, groups)
+    _, test = list(parts)[fold - 1]
+    splits = np.full(len(table), "train", dtype="U5")
+    splits[order[test]] = "test"
+    divided = replace(table, splits=splits)
+    check_groups(divided)
+    return assign_splits(divided, val=val, test=0.0, seed=seed)
+
+
 def _canonical_order(table: ImageTable, pool: NDArray[np.int64]) -> NDArray[np.int64]:
     """The order of these images by class and name, or by row, which no reordering changes."""
     if table.files is None:

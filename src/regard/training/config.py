@@ -128,6 +128,12 @@ class Recipe:
     test: Annotated[float, _limits(gte=0, lte=0.9)] = _field(
         0.2, "Sampling", "Test fraction, for data without a test split."
     )
+    split_seed: Annotated[int, _limits(gte=0, lte=2**31)] = _field(
+        0, "Sampling", "Random seed of the splits."
+    )
+    fold: str | None = _field(
+        None, "Sampling", "Cross-validation: K/N tests fold K of N, instead of a test fraction."
+    )
 
     size: Annotated[tuple[int, ...], _limits(gte=4, lte=8192)] | None = _field(
         None,
@@ -225,6 +231,21 @@ class Recipe:
             size = (self.size,) if isinstance(self.size, int) else tuple(self.size)
             object.__setattr__(self, "size", size * 2 if len(size) == 1 else size)
         _check_together(self)
+        _ = self.fold_of
+
+    @property
+    def fold_of(self) -> tuple[int, int] | None:
+        """The fold that is tested and the number of folds, or None.
+
+        Raises:
+            UsageError: `fold` is not K/N with K from 1 to N, and N at least 2.
+        """
+        if self.fold is None:
+            return None
+        k, slash, n = self.fold.partition("/")
+        if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n) >= 2):
+            raise UsageError(f"fold={self.fold!r}: K/N with K from 1 to N, such as 2/5")
+        return int(k), int(n)
 
     @property
     def augmentation(self) -> "Augmentation":

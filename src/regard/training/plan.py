@@ -13,6 +13,7 @@ from torch import Tensor
 
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable
+from regard.data.splits import assign_folds, assign_splits
 from regard.data.survey import survey
 from regard.errors import UsageError
 from regard.machine import has_bf16
@@ -197,3 +198,15 @@ def bf16_note(precision: str, device: torch.device) -> str | None:
         return None
     what = "GPU" if device.type == "cuda" else "CPU" if device.type == "cpu" else device.type
     return f"note: this {what} does not compute in bf16, only imitates it: fp32 may be faster"
+
+
+def choose_splits(table: ImageTable, recipe: Recipe) -> ImageTable:
+    """The table with the splits that it lacks, or with the recipe's fold as its test.
+
+    Raises:
+        UsageError: see `assign_splits` and `assign_folds`.
+    """
+    if recipe.fold_of is None:
+        return assign_splits(table, val=recipe.val, test=recipe.test, seed=recipe.split_seed)
+    fold, folds = recipe.fold_of
+    return assign_folds(table, fold=fold, folds=folds, val=recipe.val, seed=recipe.split_seed)

@@ -33,7 +33,6 @@ from regard.data.loading import (
 )
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, open_data
-from regard.data.splits import assign_splits
 from regard.data.splits_file import read_splits
 from regard.errors import FileError, NotFiniteError, Stopped, UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate
@@ -53,6 +52,7 @@ from regard.training.plan import (
     bf16_note,
     choose_model,
     choose_preprocess,
+    choose_splits,
     choose_steps,
     image_weights,
     loss_weights,
@@ -166,9 +166,7 @@ def _planned(
     root: str | Path | None,
     say: Callable[[str], None],
 ) -> tuple[Plan, ImageTable]:
-    table = assign_splits(
-        open_data(data, root=root), val=asked.val, test=asked.test, seed=asked.seed
-    )
+    table = choose_splits(open_data(data, root=root), asked)
     name, arguments = choose_model(model, asked, weights)
     preprocess, arguments, told = choose_preprocess(name, arguments, asked, table, pretrained)
     for line in told:

@@ -1,0 +1,130 @@
+"""Differences over seeds and images: right by hand, and honest over a thousand studies."""
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+from sklearn.metrics import balanced_accuracy_score, log_loss
+
+from regard.errors import UsageError
+from regard.evaluation import Predictions
+from regard.evaluation.repeats import (
+    _estimate,
+    contributions,
+    holm,
+    repeated_difference,
+)
+
+
+def said(rng, n=60, classes=3, groups=None):
+    p = rng.dirichlet(np.ones(classes), n)
+    return Predictions(p, np.arange(n) % classes, list("abc"), groups=groups)
+
+
+def test_contributions_have_the_metric_as_their_mean():
+    one = said(np.random.default_rng(0))
+    predicted = one.probabilities.argmax(axis=1)
+    assert contributions(one, "accuracy").mean() == pytest.approx((predicted == one.labels).mean())
+    assert contributions(one, "balanced accuracy").mean() == pytest.approx(
+        balanced_accuracy_score(one.labels, predicted)
+    )
+    assert contributions(one, "log loss").mean() == pytest.approx(
+        log_loss(one.labels, one.probabilities)
+    )
+
+
+def test_without_any_variance_of_images_it_is_the_paired_t_test_over_seeds():
+    a = np.array([[0.9], [0.8], [0.85], [0.95]]) + np.zeros((4, 50))
+    b = np.array([[0.7], [0.75], [0.8], [0.7]]) + np.zeros((4, 50))
+    found = _estimate(a - b, np.zeros(50, int), "accuracy", 0.95)
+    test = ttest_rel(a[:, 0], b[:, 0])
+    assert found.p_value == pytest.approx(test.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval()))
+
+
+def test_one_training_of_each_claims_nothing():
+    rng = np.random.default_rng(1)
+    found = repeated_difference([said(rng)], [said(rng)])
+    assert np.isnan(found.p_value)
+    assert found.low < found.value < found.high
+    assert found.to_dict()["p_value"] is None
+    assert found.to_dict()["minimal_effect"] is None
+
+
+def study(rng, seeds, folds, groups, size, training, spread, effect):
+    """D[s, g] of one simulated study, and each unit's fold; equal networks for effect 0."""
+    n, group = groups * size, np.repeat(np.arange(groups), size)
+    fold = np.arange(groups) % folds
+    base = rng.normal(1.2, 1.2, n) + rng.normal(0, spread, groups)[group]
+    nets = []
+    for shift in (effect, 0.0):
+        own = rng.normal(0, 0.6, n) + rng.normal(0, spread, groups)[group]
+        trained = rng.normal(0, training, (seeds, folds))[:, fold][:, group]
+        nets.append(base + own + trained + rng.normal(0, 1, (seeds, n)) + shift > 0)
+    d = nets[0].astype(float) - nets[1]
+    return d.reshape(seeds, groups, size).mean(axis=2), fold
+
+
+DESIGNS = {  # seeds, folds, groups, images of a group, deviation of trainings, of groups; effect
+    "3 seeds": (3, 1, 200, 1, 0.15, 0.0, 1.5),
+    "5 seeds, grouped": (5, 1, 60, 4, 0.2, 0.8, 1.0),
+    "3 seeds, 5 folds": (3, 5, 200, 1, 0.2, 0.0, 0.6),
+    "2 seeds, 5 folds, grouped": (2, 5, 60, 4, 0.3, 0.8, 1.0),
+    "1 seed, 5 folds": (1, 5, 200, 1, 0.2, 0.0, 1.5),
+}
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_equal_networks_are_told_apart_in_at_most_5_percent_of_1000_studies(design):
+    *sizes, _ = DESIGNS[design]
+    rng = np.random.default_rng(7)
+    made = [_estimate(*study(rng, *sizes, 0.0), "accuracy", 0.95) for _ in range(1000)]
+    assert np.mean([one.p_value <= 0.05 for one in made]) <= 0.05
+
+
+@pytest.mark.parametrize("design", ["3 seeds", "2 seeds, 5 folds, grouped", "1 seed, 5 folds"])
+def test_a_difference_of_the_stated_minimal_effect_is_shown_in_80_percent(design):
+    *sizes, _ = DESIGNS[design]
+    rng = np.random.default_rng(8)
+
+    def studies(effect, count):
+        drawn = [study(rng, *sizes, effect) for _ in range(count)]
+        return [_estimate(d, fold, "accuracy", 0.95) for d, fold in drawn]
+
+    low, high = 0.0, 4.0
+    for _ in range(9):  # the shift of logits whose difference is what such studies state
+        effect = (low + high) / 2
+        tried = studies(effect, 150)
+        reached = np.mean([t.value for t in tried])
+        enough = reached > np.mean([t.minimal_effect for t in tried])
+        low, high = (low, effect) if enough else (effect, high)
+    shown = [one.p_value <= 0.05 for one in studies(high, 400)]
+    assert np.mean(shown) >= 0.8
+
+
+def test_more_seeds_are_asked_for_only_where_they_would_help():
+    rng = np.random.default_rng(3)
+    unsettled = 0.02 + rng.normal(0, 0.03, (2, 1)) + rng.normal(0, 0.02, (2, 400))
+    found = _estimate(unsettled, np.zeros(400, int), "accuracy", 0.95)
+    assert found.p_value > 0.05
+    assert found.seeds_needed() is None or found.seeds_needed() > 2
+    noise = _estimate(
+        rng.normal(0, 1, (3, 50)) + rng.normal(0, 1, 50), np.zeros(50, int), "a", 0.95
+    )
+    assert noise.seeds_needed() is None  # the images decide: seeds would not settle it
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    adjusted = holm([0.01, float("nan"), 0.02])
+    assert adjusted[0] == pytest.approx(0.02)
+    assert np.isnan(adjusted[1])
+
+
+def test_what_does_not_fit_is_refused():
+    rng = np.random.default_rng(0)
+    with pytest.raises(UsageError, match="seeds"):
+        repeated_difference([said(rng)], [])
+    with pytest.raises(UsageError, match="metric"):
+        repeated_difference([said(rng)], [said(rng)], metric="f2")
+    with pytest.raises(UsageError, match="images"):
+        repeated_difference([said(rng)], [said(rng, n=63)])
