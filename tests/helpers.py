@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +64,14 @@ def run(*arguments: object, code: int = 0, **options) -> str:
     assert process.returncode == code, (process.returncode, out, err)
     assert "Traceback" not in err
     return out + err
+
+
+def answer(*arguments: object) -> Any:
+    """The JSON that a command writes to standard output."""
+    process = start(*arguments)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, (process.returncode, out, err)
+    return json.loads(out)
 
 
 def same_network(a: Path, b: Path) -> bool:

@@ -27,7 +27,7 @@ PRELOADED = (
     "torch", "torchvision", "timm", "accelerate", "sklearn.metrics", "sklearn.datasets",
     "scipy.stats", "matplotlib.pyplot", "jinja2", "PIL.Image", "fastapi", "uvicorn",
     "torch.utils.tensorboard", "torch.utils.data", "regard.training.run", "regard.predict",
-    "regard.commands.explain", "regard.report.build", "regard.runs", "regard.commands.demo",
+    "regard.commands.explain", "regard.report.build", "regard.run_data", "regard.commands.demo",
     "regard.commands.convert", "regard.serve.server",
 )  # fmt: skip
 

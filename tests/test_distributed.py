@@ -11,7 +11,7 @@ import torch
 
 from regard.data import assign_splits, open_data
 from regard.data.loading import SampleOrder
-from regard.runs import predictions_of
+from regard.run_data import predictions_of
 from regard.training.config import load_recipe
 from regard.training.plan import image_weights
 from tests.helpers import ENVIRONMENT, QUICK, dense, same_results
@@ -102,7 +102,7 @@ def test_the_balanced_order_is_dealt_out_each_place_once(pair):
 def test_two_processes_test_as_one_does(pair):
     """Every test image once, and with one set of weights and of BN's running means."""
     run = pair / "run"
-    _, by_one = predictions_of(run)
+    _, by_one, _ = predictions_of(run)
     with np.load(run / "predictions.npz") as by_two:
         assert len(by_two["labels"]) == len(by_one) == 359  # in 12 batches, the last of 7
         assert by_two["labels"].tolist() == by_one.labels.tolist()

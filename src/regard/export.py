@@ -34,7 +34,7 @@ from regard.engines.backends import (
 from regard.engines.conversion import Deployed, fold_batch_norms, spatial_maps
 from regard.errors import ExportError, FileError, ImageError, UsageError
 from regard.predict import Classifier, load, probabilities_of
-from regard.runs import run_table
+from regard.run_data import run_table
 from regard.version import __version__
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}

@@ -7,6 +7,7 @@ line and the long-running functions of the Python API do.
 
 import logging
 import sys
+import time
 
 _ROOT = "regard"
 
@@ -49,3 +50,20 @@ def show_messages(*, force: bool = False) -> None:
     logger.addHandler(told)
     logger.addHandler(warned)
     logger.setLevel(logging.INFO)
+
+
+class Heartbeat:
+    """Progress as a line every half minute, for those who look at no progress bar.
+
+    Call it with (done, total).
+    """
+
+    def __init__(self, what: str, *, seconds: float = 30, level: int = logging.INFO) -> None:
+        self.what, self.seconds, self.level = what, seconds, level
+        self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self._last >= self.seconds:
+            self._last = time.monotonic()
+            line = f"{self.what}: {done:,} of {total:,}"
+            logging.getLogger(__name__).log(self.level, line)

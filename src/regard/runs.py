@@ -1,141 +1,49 @@
-"""A run's folder: its files, its plan, its data and its splits."""
+"""A run's folder: its files, its plan and its splits."""
 
+import contextlib
 import csv
 import json
+import os
 import re
 import shutil
 import time
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from regard.data.loading import Reader, StreamingLoader, default_workers
-from regard.data.preprocess import Preprocess
-from regard.data.sources import ImageTable, as_known, open_data
-from regard.data.splits_file import read_splits, write_splits
+from regard.data.content import content_hashes
+from regard.data.sources import ImageTable
+from regard.data.splits_file import write_splits
 from regard.errors import FileError, UsageError
 from regard.evaluation import Evaluation, Predictions
 from regard.files import write_atomically
-from regard.models.create import make_model
-from regard.predict import Classifier, load, probabilities_of
-
-
-def predictions_of(
-    run: str | Path,
-    data: str | None = None,
-    *,
-    split: str | None = None,
-    weights: str | Path | None = None,
-    root: str | Path | None = None,
-    complain: Callable[[str], None] = print,
-    prepare: Callable[[Classifier, Reader], None] = lambda classifier, reader: None,
-) -> tuple[str, Predictions]:
-    """What a network says of labeled images, and the split they are of ("all": no splits).
-
-    Args:
-        run: a run's folder, or a network's name with `weights`.
-        data: as for training; without it the run's own, split as it was for training.
-        split: train, val or test; without it test where there is one, else all.
-        weights: for a network's name: a run's folder or an authors' checkpoint.
-        root: where cifar10 and cifar100 are.
-        complain: is told of each image that can't be read.
-        prepare: may give the network an engine; gets what reads the images.
-
-    Raises:
-        UsageError: no such network, data, split, or classes that the network does not know.
-        OSError: no image can be read.
-    """
-    if weights is None and Path(run).is_dir():
-        classifier = load(run)
-        table = run_table(Path(run), data, root)
-    else:
-        if data is None:
-            raise UsageError(f"{run} is no run's folder: a network's name needs DATA and --weights")
-        table = open_data(data, root=root)
-        classifier = _named(str(run), table, weights)
-    named, table = _split(table, split)
-    table = as_known(table, classifier.class_names)
-    reader = Reader(table, classifier.preprocess)
-    prepare(classifier, reader)
-    source = StreamingLoader(reader, None, 0, default_workers())
-    rows, found, unreadable = probabilities_of(classifier, source, len(table))
-    for _, reason in unreadable:
-        complain(reason)
-    if len(rows) == 0:
-        raise FileError(f"{table.name}: none of its {len(table)} {named} images can be read")
-    kept = table.select(rows)
-    paths = [kept.path(i) for i in range(len(kept))]
-    return named, Predictions(found, kept.labels, kept.classes, kept.groups, paths)
-
-
-def run_table(run: Path, data: str | None, root: str | Path | None) -> ImageTable:
-    """The images of a run, split as they were for training; or other data.
-
-    Raises:
-        UsageError: the folder does not say what it was trained on, or the data is not as it was.
-    """
-    folder = RunFolder(run)
-    if data is not None:
-        return open_data(data, root=root)
-    if not folder.exists:
-        raise UsageError(f"{run} does not say what it was trained on: give DATA")
-    plan = folder.read_plan()
-    return read_splits(open_data(plan["data"], root=root or plan["root"]), run / "splits.csv")
-
-
-def _named(name: str, table: ImageTable, weights: str | Path | None) -> Classifier:
-    """A network by its name, with weights from elsewhere."""
-    if weights is None:
-        raise UsageError(f"{name} is no run's folder: to test a network by its name give --weights")
-    if Path(weights).is_dir():  # a run's folder: its images are prepared as they were there
-        other = load(weights)
-        arguments: Any = getattr(other.model, "_model_args", None) or {}
-        kept = {k: v for k, v in arguments.items() if k not in ("num_classes", "in_chans")}
-        size = other.preprocess.input_size
-        model = make_model(name, kept, len(other.class_names), size, False, str(weights))
-        return Classifier(model, other.class_names, other.preprocess)
-    cfg = timm.models.get_pretrained_cfg(name)
-    size = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
-    model = make_model(name, {}, len(table.classes), size, False, str(weights))
-    found: Any = model.pretrained_cfg
-    return Classifier(model, table.classes, Preprocess.from_config(found))
-
-
-def _split(table: ImageTable, split: str | None) -> tuple[str, ImageTable]:
-    present = [s for s in ("test", "val", "train") if np.any(table.splits == s)]
-    if not present and split in (None, "all"):
-        return "all", table
-    chosen = split or ("test" if "test" in present else "all")
-    if chosen == "all":
-        return "all", table
-    if chosen not in present:
-        has = ", ".join(present) or "no splits"
-        raise UsageError(f"--split {chosen}: {table.name} has {has}; or choose all")
-    return chosen, table.select(table.splits == chosen)
-
+from regard.log import Heartbeat
 
 RUNS = Path("runs")
 NOBODYS = (".probe", ".regard-demo", ".run.json.writing")  # files that make a folder nobody's run
 
 
-def choose_out(out: str | Path | None, data: str, model: str | None, resume: bool) -> Path:
+def choose_out(
+    out: str | Path | None, data: str | os.PathLike[str], model: str | None, resume: bool
+) -> Path:
     """The run's folder: as asked for, or runs/DATA-MODEL, with a number where that is taken.
 
     Raises:
         UsageError: a run is to be resumed, and there is none.
     """
     if out is not None:
-        path = Path(out)
+        path = Path(out).expanduser()
         if resume and not (path / "run.json").is_file():
             raise UsageError(f"{path} holds no run to resume")
         return path
-    name = re.sub(r"[^\w.-]+", "-", Path(data.rstrip("/")).stem or data).strip("-.") or "data"
+    named = os.fspath(data).rstrip("/") or "/"
+    named = os.path.basename(os.path.abspath(named)) if named in (".", "..", "~") else named
+    name = re.sub(r"[^\w.-]+", "-", Path(named).stem).strip("-.") or "data"
     base = RUNS / f"{name}-{model or 'cbam_resnet18'}"
     taken = [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 10_000))]
     free = next(i for i, path in enumerate(taken) if not path.exists())
@@ -216,11 +124,12 @@ class RunFolder:
 
     # --------------------------------------------------------------------------- writing
     def _write_run(self, run: dict[str, Any]) -> None:
-        self.write_text("run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+        self.write_text("run.json", json.dumps(run, indent=2) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """A file of the folder."""
-        write_atomically(self.path / name, lambda beside: beside.write_text(text, encoding="utf-8"))
+        """A file of the folder; letters that UTF-8 lacks, as in names of files, are escaped."""
+        data = text.encode("utf-8", "backslashreplace")
+        write_atomically(self.path / name, lambda beside: beside.write_bytes(data))
 
     def claim(self) -> None:
         """Marks the folder as a run's; until `start` another run may take its place."""
@@ -241,13 +150,24 @@ class RunFolder:
         if self.exists:
             return
         plan = {k: v for k, v in plan.items() if k != "recipe"}
+        plan |= {"location": table.location, "reading": table.reading}
         self.write_text("recipe.toml", recipe_text)
-        write_splits(table, self.path / "splits.csv")
+        contents = content_hashes(table, Heartbeat("images read to know them again"))
+        write_splits(table, self.path / "splits.csv", contents)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         self._write_run({
             "status": "running", "started": started, "plan": plan, "measured": measured or {},
             "facts": {},
         })  # fmt: skip
+
+    def attach(self, table: ImageTable) -> None:
+        """Records where the run's data is now, if it is not where it was."""
+        run = self._run()
+        before = run["plan"].get("location")
+        if before and table.location and not os.path.exists(before):
+            run["plan"] |= {"location": table.location, "reading": table.reading}
+            with contextlib.suppress(FileError):  # a folder that can't be written is no obstacle
+                self._write_run(run)
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Says that the run has ended, and what was measured."""
@@ -279,12 +199,13 @@ class RunFolder:
         path = self.path / "unreadable.csv"
         known: dict[str, str] = {}
         if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 known = {row["path"]: row["reason"] for row in csv.DictReader(file)}
         known |= dict(found)
 
         def write(beside: Path) -> None:
-            with beside.open("w", newline="", encoding="utf-8") as file:
+            # surrogateescape: a file's name need not be UTF-8
+            with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.writer(file)
                 writer.writerow(["path", "reason"])
                 writer.writerows(known.items())
@@ -303,7 +224,7 @@ class RunFolder:
     def write_evaluation(self, split: str, evaluation: Evaluation, said: Predictions) -> None:
         """evaluation.json, and predictions.npz with what was said of each image."""
         content = {"split": split, **evaluation.to_dict()}
-        self.write_text("evaluation.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        self.write_text("evaluation.json", json.dumps(content, indent=1) + "\n")
         arrays: dict[str, Any] = {
             "probabilities": said.probabilities.astype(np.float32, copy=False),
             "labels": said.labels,

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from regard.commands.flags import (
-    progress_bar,
-)
+from regard.commands.flags import SplitsFlag, naming_flags, progress_bar
 
 if TYPE_CHECKING:
     from regard.data.audit import DataCheck
@@ -28,6 +26,7 @@ def command(
     seed: int = 0,
     limit: int | None = None,
     workers: int | None = None,
+    splits: SplitsFlag = "auto",
     root: Path | None = None,
     json: bool = False,
 ) -> int:
@@ -48,6 +47,8 @@ def command(
         Check only this many images, evenly spread.
     workers
         Processes that decode images. Default: one per core.
+    splits
+        Whether the top folders of DATA are splits rather than classes.
     root
         Folder of cifar10 and cifar100.
     json
@@ -55,9 +56,11 @@ def command(
     """
     from regard.data import assign_splits, check_data, open_data
 
-    table = assign_splits(open_data(source, root=root), val=val, test=test, seed=seed)
-    with progress_bar("looking at the images") as progress:
-        check = check_data(table, progress=progress, workers=workers, limit=limit)
+    with naming_flags():
+        table = open_data(source, root=root, splits=splits)
+        table = assign_splits(table, val=val, test=test, seed=seed)
+        with progress_bar("looking at the images") as progress:
+            check = check_data(table, progress=progress, workers=workers, limit=limit)
     print_check(check, as_json=json)
     return 0
 

@@ -8,8 +8,11 @@ from cyclopts import Parameter
 
 from regard.commands.flags import (
     EngineFlags,
+    SplitsFlag,
+    naming_flags,
     use_engine,
 )
+from regard.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +23,8 @@ def command(
     /,
     *,
     split: str | None = None,
+    splits: SplitsFlag = "auto",
+    map: Annotated[list[str] | None, Parameter(negative=())] = None,
     weights: Path | None = None,
     root: Path | None = None,
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
@@ -32,9 +37,16 @@ def command(
     run
         A run's folder, or the name of a network together with --weights.
     source
-        Labeled images, as for training. Default: the run's own data and splits.
+        Labeled images, as for training. Default: the run's own data and splits. Images that the
+        run was trained on are recognized by their content.
     split
-        train, val, test or all. Default: test, if there is one.
+        train, val, test or all. Default: test, else val, else all; from other data without the
+        images that the run was trained on.
+    splits
+        Whether the top folders of DATA are splits rather than classes.
+    map
+        CLASS=NAME: the network's name of a class of DATA; CLASS= leaves its images out. May be
+        repeated. Images of classes that the network does not know are left out, too.
     weights
         For the name of a network: a run's folder or an authors' checkpoint.
     root
@@ -44,7 +56,7 @@ def command(
     """
     from regard.commands.tables import print_evaluation
     from regard.evaluation import evaluate as measure
-    from regard.runs import predictions_of
+    from regard.run_data import predictions_of
 
     def prepare(classifier: Any, reader: Any) -> None:
         count = len(reader.table)
@@ -52,11 +64,11 @@ def command(
         reads = [lambda i=i: classifier.preprocess.fit(reader.decode(i)) for i in rows]
         use_engine(classifier, engine, reads, count)
 
-    unreadable: list[str] = []
-    named, predictions = predictions_of(
-        run, source, split=split, weights=weights, root=root, complain=unreadable.append,
-        prepare=prepare,
-    )  # fmt: skip
+    with naming_flags():
+        named, predictions, unreadable = predictions_of(
+            run, source, split=split, weights=weights, root=root, splits=splits,
+            renamed=_renamed(map or []), prepare=prepare,
+        )  # fmt: skip
     found = measure(predictions)
     if json:
         from json import dumps
@@ -70,3 +82,14 @@ def command(
     for line in unreadable:
         log.warning(line)
     return 1 if unreadable else 0
+
+
+def _renamed(pairs: list[str]) -> dict[str, str]:
+    """CLASS=NAME pairs as a dictionary."""
+    renamed = {}
+    for pair in pairs:
+        old, equals, new = pair.rpartition("=")
+        if not equals or not old:
+            raise UsageError(f"--map {pair}: give CLASS=NAME, or CLASS= to leave the class out")
+        renamed[old] = new
+    return renamed

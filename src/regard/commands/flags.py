@@ -2,13 +2,15 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from regard.errors import UsageError
+from regard.log import Heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -79,15 +81,34 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+SplitsFlag = Annotated[
+    Literal["auto", "yes", "no"],
+    Parameter(
+        help="Whether the top folders of DATA are splits (train, val, test) rather than classes. "
+        "auto refuses to guess."
+    ),
+]
+
+
 @contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar in a terminal, called with (done, total); None elsewhere."""
+def naming_flags() -> Iterator[None]:
+    """Has a library's errors name the flag --x where they name the argument x=."""
+    try:
+        yield
+    except UsageError as error:
+        text = re.sub(r"\b(splits|split|limit|workers)=(?=\w)", r"--\1 ", str(error))
+        raise type(error)(text) from error
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, called with (done, total); without a terminal a line every half minute."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield None
+        yield Heartbeat(title, level=logging.WARNING)  # on stderr: stdout is for results
         return
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(title, total=None)

@@ -112,10 +112,10 @@ def _member(file: zipfile.ZipFile, path: Path, key: str) -> NDArray[Any]:
         header = read.get(version, np.lib.format.read_array_header_2_0)
         shape, fortran, dtype = header(source)
         if dtype.hasobject:
-            raise ValueError(f"{key} holds Python objects")
+            raise zipfile.BadZipFile(f"{key} holds Python objects")
         start = source.tell()
         if not fortran and dtype.itemsize * int(np.prod(shape)) != info.file_size - start:
-            raise ValueError(f"{key} is cut short")
+            raise zipfile.BadZipFile(f"{key} is cut short")
         if info.compress_type == zipfile.ZIP_STORED and not fortran and np.prod(shape):
             offset = _data_offset(path, info) + start
             return np.memmap(path, dtype, "r", offset, shape)
@@ -206,6 +206,7 @@ def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
         splits=np.array(splits, "U5"),
         files=files,
         base=str(cache / "hf"),
+        location=os.path.abspath(source) if os.path.exists(source) else "",
         warnings=(f"left out: {shortened(lines, 6)}",) if lines else (),
     )
 

@@ -5,6 +5,7 @@ arrays). A million files are listed in seconds: folders are listed, files are no
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from regard.data.folders import READINGS, open_folder
@@ -50,7 +51,7 @@ def open_data(
     if len(table.classes) < min_classes:
         only = f"only one class ({table.classes[0]!r})" if table.classes else "no class"
         raise UsageError(f"{table.name}: {only}; two or more are needed")
-    return table
+    return replace(table, reading=splits)
 
 
 def _opened(data: str, cache: Path, splits: str) -> ImageTable:

@@ -104,6 +104,7 @@ class ImageTable:
             them: image i is arrays[rows[i]].
         base: the folder that paths in a file of splits are relative to.
         rows: (N,) rows of arrays; None: all of them, in order.
+        reading: the argument `splits` of `open_data`.
         location: absolute path of the folder or file that DATA names; '' where it names none.
         warnings: what the user should know about how the table was made, one line each.
     """
@@ -117,6 +118,7 @@ class ImageTable:
     arrays: NDArray[np.uint8] | StackedArrays | None = None
     base: str = ""
     rows: NDArray[np.int64] | None = None
+    reading: str = "auto"
     location: str = ""
     warnings: tuple[str, ...] = ()
 

@@ -1,0 +1,181 @@
+"""A run's network on labeled images: on its own, split as for its training, or on others."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+from numpy.typing import NDArray
+
+from regard.data.content import content_hashes
+from regard.data.loading import Reader, StreamingLoader, default_workers
+from regard.data.preprocess import Preprocess
+from regard.data.sources import ImageTable, as_known, open_data
+from regard.errors import FileError, UsageError
+from regard.evaluation import Predictions
+from regard.files import plural
+from regard.models.create import make_model
+from regard.predict import Classifier, load, probabilities_of
+from regard.runs import RunFolder
+from regard.trained_on import known_images, overlap_line, own_table
+
+logger = logging.getLogger(__name__)
+
+
+def predictions_of(
+    run: str | Path,
+    data: str | None = None,
+    *,
+    split: str | None = None,
+    weights: str | Path | None = None,
+    root: str | Path | None = None,
+    splits: str = "auto",
+    renamed: Mapping[str, str] | None = None,
+    prepare: Callable[[Classifier, Reader], None] = lambda classifier, reader: None,
+) -> tuple[str, Predictions, list[str]]:
+    """A network's predictions for labeled images.
+
+    Args:
+        run: a run's folder, or a network's name together with `weights`.
+        data: as for training; default: the run's own, with the splits it was trained with, which
+            also apply where all images are the run's by their content.
+        split: train, val, test or all; default: test, else val, else all; from other data
+            without the images that the run was trained on.
+        weights: for a network's name: a run's folder or an authors' checkpoint.
+        root: folder of cifar10 and cifar100.
+        splits: whether a folder's top folders are splits, as for `open_data`.
+        renamed: the network's class for a class of the data; '' leaves its images out.
+        prepare: may give the network an engine; called with what reads the images.
+
+    Returns:
+        The split ("all" without splits, "new" without the images trained on), the predictions,
+        and a line for each image that can't be read.
+
+    Raises:
+        UsageError: no such network, data or split, or no class that the network knows.
+        FileError: no image can be read.
+    """
+    mine = None
+    if weights is None and Path(run).is_dir():
+        classifier = load(run)
+        table, mine = _run_table(Path(run), data, root, splits)
+    else:
+        if data is None:
+            missing = "" if os.path.exists(run) else " (no such folder)"
+            raise UsageError(
+                f"{run} is no run's folder{missing}: a network's name needs data and weights"
+            )
+        table = open_data(data, root=root, splits=splits, min_classes=1)
+        classifier = _named(str(run), table, weights)
+    named, table = choose_split(table, split, mine)
+    table = as_known(table, classifier.class_names, renamed)
+    for line in table.warnings:
+        logger.warning(line)
+    reader = Reader(table, classifier.preprocess)
+    prepare(classifier, reader)
+    source = StreamingLoader(reader, None, 0, default_workers())
+    rows, found, unreadable = probabilities_of(classifier, source, len(table))
+    if len(rows) == 0:
+        raise FileError(f"{table.name}: none of its {plural(len(table), 'image')} can be read")
+    read = table.select(rows)
+    paths = [read.path(i) for i in range(len(read))]
+    said = Predictions(found, read.labels, read.classes, read.groups, paths)
+    return named, said, [reason for _, reason in unreadable]
+
+
+def run_table(run: Path, data: str | None, root: str | Path | None) -> ImageTable:
+    """The images of a run with the splits of its training, or other data.
+
+    Raises:
+        UsageError: the folder does not say what it was trained on, or the data is not as it was.
+    """
+    return _run_table(run, data, root, "auto")[0]
+
+
+def _run_table(
+    run: Path, data: str | None, root: str | Path | None, splits: str
+) -> tuple[ImageTable, NDArray[np.str_] | None]:
+    """The images, and for each the run's split of it, '' where it is not the run's."""
+    folder = RunFolder(run)
+    if data is None:
+        if not folder.exists:
+            raise UsageError(f"{run} does not say what it was trained on: give DATA")
+        table = own_table(run, folder.read_plan(), root)
+        return table, table.splits
+    table = open_data(data, root=root, splits=splits, min_classes=1)
+    known = known_images(run)
+    if known is None:
+        return table, None
+    hashes = content_hashes(table)
+    mine = known.splits_of(hashes)
+    if (mine != "").all():
+        if folder.exists and np.isin(known.contents, hashes).all():
+            folder.attach(table)
+        table = replace(table, splits=mine)
+    return table, mine
+
+
+def choose_split(
+    table: ImageTable, split: str | None, mine: NDArray[np.str_] | None = None
+) -> tuple[str, ImageTable]:
+    """The images to test on, and what they are: a split, all, or new (not trained on).
+
+    Args:
+        table: any images.
+        split: train, val, test, all, or None: test, else val, else all, without images that
+            the run was trained on or validated with.
+        mine: (N,) the run's split of each image; '' for images of others; None: not known.
+
+    Raises:
+        UsageError: the table has no such split, or all of its images were trained on.
+    """
+    present = [s for s in ("test", "val", "train") if np.any(table.splits == s)]
+    if split not in (None, "all", *present):
+        has = ", ".join(present) or "no splits"
+        raise UsageError(f"split={split}: {table.name} has {has}; or choose all")
+    chosen = split or next((s for s in ("test", "val") if s in present), "all")
+    at = np.ones(len(table), bool) if chosen == "all" else table.splits == chosen
+    if split is None and chosen == "val":
+        logger.warning(f"{table.name} has no test split: these are the validation images")
+    if mine is None:
+        return chosen, table if at.all() else table.select(at)
+    used = np.isin(mine, ("train", "val"))
+    own = bool((mine != "").all())
+    if split is None and not own and (at & used).any():
+        if not (at & ~used).any():
+            raise UsageError(
+                f"{table.name}: the run was trained on all {plural(int(at.sum()), 'image')} to "
+                "test; split=all tests them nevertheless"
+            )
+        logger.warning(
+            f"{table.name}: left out {plural(int((at & used).sum()), 'image')} of {at.sum():,} "
+            "that this run was trained on or validated with; split=all tests them too"
+        )
+        return "new" if chosen == "all" else chosen, table.select(at & ~used)
+    counts = Counter(mine[at].tolist())
+    if not (own and chosen in ("test", "val")) and (line := overlap_line(counts, int(at.sum()))):
+        logger.warning(line)
+    return chosen, table if at.all() else table.select(at)
+
+
+def _named(name: str, table: ImageTable, weights: str | Path | None) -> Classifier:
+    """A network by its name, with weights from elsewhere."""
+    if weights is None:
+        raise UsageError(f"{name} is no run's folder: to test a network by its name give weights")
+    if Path(weights).is_dir():  # a run's folder: images are prepared as there
+        other = load(weights)
+        made_with: Any = getattr(other.model, "_model_args", None) or {}
+        arguments = {k: v for k, v in made_with.items() if k not in ("num_classes", "in_chans")}
+        size = other.preprocess.input_size
+        model = make_model(name, arguments, len(other.class_names), size, False, str(weights))
+        return Classifier(model, other.class_names, other.preprocess)
+    cfg = timm.models.get_pretrained_cfg(name)
+    size = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
+    model = make_model(name, {}, len(table.classes), size, False, str(weights))
+    config: Any = model.pretrained_cfg
+    return Classifier(model, table.classes, Preprocess.from_config(config))

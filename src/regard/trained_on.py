@@ -1,0 +1,155 @@
+"""Which images a run was trained on: known by content, whatever they are called and wherever.
+
+An image that trained a network, or chose its weights, is no test of it.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regard.data.content import UNREADABLE, content_hashes, file_hash
+from regard.data.sources import SPLITS, ImageTable, open_data
+from regard.data.splits_file import Row, read_rows, read_splits
+from regard.errors import UsageError
+from regard.files import plural
+
+logger = logging.getLogger(__name__)
+_NAMES = np.array(SPLITS, "U5")
+
+
+class KnownImages:
+    """The images of a run by their content hashes.
+
+    An image with several entries counts as the run's training image if one of them is, else as
+    validation, else as test.
+
+    Args:
+        splits_csv: the run's file of splits.
+    """
+
+    def __init__(self, splits_csv: Path) -> None:
+        rows = [(row.content, _code(row.split)) for row in read_rows(splits_csv)]
+        known = np.array([row for row in rows if row[0] != UNREADABLE], np.uint64).reshape(-1, 2)
+        known = known[np.lexsort((known[:, 1], known[:, 0]))]
+        self.contents, first = np.unique(known[:, 0], return_index=True)
+        self._codes = known[first, 1].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.contents)
+
+    def splits_of(self, hashes: NDArray[np.uint64]) -> NDArray[np.str_]:
+        """(N,) train, val or test for each hash; '' for an image that is not the run's."""
+        at = np.minimum(np.searchsorted(self.contents, hashes), len(self.contents) - 1)
+        return np.where(self.contents[at] == hashes, _NAMES[self._codes[at]], "")
+
+    def watch(self, paths: Iterable[Path]) -> Iterator[Path]:
+        """The same paths; the run's own images among them are counted and logged at the end."""
+        counts: Counter[str] = Counter()
+        for path in paths:
+            counts[str(self.splits_of(np.array([file_hash(path)], np.uint64))[0])] += 1
+            yield path
+        if line := overlap_line(counts, counts.total()):
+            logger.warning(line)
+
+
+def _code(split: str) -> int:
+    return SPLITS.index(split) if split else 0  # without splits all was trained on
+
+
+def known_images(run: str | os.PathLike[str]) -> KnownImages | None:
+    """The images of a run; None where the folder does not say."""
+    path = Path(run) / "splits.csv"
+    if not path.is_file():
+        return None
+    known = KnownImages(path)
+    return known if len(known) else None
+
+
+def watch(run: str | os.PathLike[str], paths: Iterable[Path]) -> Iterator[Path]:
+    """The same paths; those that the run was trained on are counted and logged at the end."""
+    known = known_images(run)
+    return iter(paths) if known is None else known.watch(paths)
+
+
+def overlap_line(counts: Counter[str], total: int) -> str | None:
+    """What to say where images are the run's training or validation images; None: none is."""
+    parts = [
+        f"{counts[split]:,} trained this network" if split == "train"
+        else f"{counts[split]:,} chose its weights"
+        for split in ("train", "val") if counts[split]
+    ]  # fmt: skip
+    if not parts:
+        return None
+    return f"of {plural(total, 'image')} {' and '.join(parts)}: no test of what it does with others"
+
+
+# ---- the run's own data
+
+
+def own_table(run: Path, plan: dict[str, Any], root: str | Path | None = None) -> ImageTable:
+    """The data of a run, with the splits that it was trained with.
+
+    Args:
+        run: its folder.
+        plan: from its run.json.
+        root: folder for downloads; default: the run's.
+
+    Raises:
+        UsageError: the data is no longer there, or is not what it was.
+    """
+    data, location = plan["data"], plan.get("location") or ""
+    if location:
+        kind = next((k for k in ("medmnist:", "hf:") if data.startswith(k)), "")
+        path = location if os.path.exists(location) else data.removeprefix(kind)
+        if not os.path.exists(os.path.expanduser(path)):
+            raise UsageError(
+                f"{run} was trained on {location}, which does not exist any more: give DATA, its "
+                "new place"
+            )
+        data = kind + path
+    table = open_data(data, root=root or plan.get("root"), splits=plan.get("reading", "auto"))
+    return attach_splits(replace(table, name=plan["data"]), run / "splits.csv")
+
+
+def attach_splits(table: ImageTable, splits_csv: Path) -> ImageTable:
+    """The run's images in a table, with its splits and in its order.
+
+    They are recognized by path, label and group, or else by content; images that the run does
+    not have are left out, with a line in `warnings`.
+
+    Raises:
+        UsageError: an image of the run is missing.
+    """
+    rows = list(read_rows(splits_csv))
+    try:
+        table = read_splits(table, splits_csv)
+    except UsageError:
+        by_content = _attached_by_content(table, [row for row in rows if row.content])
+        if by_content is None:
+            raise
+        return by_content
+    places = {table.key(i): i for i in range(len(table))}
+    order = np.array([places[row.key] for row in rows], np.int64)
+    in_order = bool((order == np.arange(len(order))).all())
+    return table if in_order else table.select(order)
+
+
+def _attached_by_content(table: ImageTable, rows: list[Row]) -> ImageTable | None:
+    """The images of these rows; None where one is missing."""
+    places = {h: i for i, h in reversed(list(enumerate(content_hashes(table).tolist())))}
+    at = np.array([places.get(row.content, -1) for row in rows], np.int64)
+    if not rows or (at < 0).any():
+        return None
+    warnings = table.warnings
+    if left_out := len(table) - len(np.unique(at)):
+        warnings += (f"{table.name}: {plural(left_out, 'image')} not of this run left out",)
+    groups = np.array([row.group for row in rows]) if any(row.group for row in rows) else None
+    splits = np.array([row.split for row in rows], "U5")
+    return replace(table.select(at), splits=splits, groups=groups, warnings=warnings)

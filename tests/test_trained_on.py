@@ -1,0 +1,236 @@
+"""What was trained on is no test: images are known by content, data by its place."""
+
+import json
+import logging
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from regard.data.content import content_hashes, file_hash
+from regard.data.sources import open_data
+from regard.data.splits_file import read_rows
+from regard.run_data import predictions_of, run_table
+from regard.runs import RunFolder, choose_out
+from regard.trained_on import attach_splits, known_images, watch
+from tests.helpers import answer, rows_of, run
+
+
+@pytest.fixture
+def splits(whole) -> dict[str, list[str]]:
+    """{split: keys} of the run's images."""
+    found: dict[str, list[str]] = {}
+    for row in rows_of(whole / "splits.csv"):
+        found.setdefault(row["split"], []).append(row["path"])
+    return found
+
+
+@pytest.fixture
+def warned(caplog):
+    """The warnings so far, as one text."""
+    caplog.set_level(logging.WARNING, "regard")
+    return lambda: caplog.text
+
+
+def copied(scans, to, keys, *, renamed=False):
+    """Some of the images in class folders, if asked under other names."""
+    for n, key in enumerate(keys):
+        label, name = key.split("/")
+        (to / label).mkdir(parents=True, exist_ok=True)
+        shutil.copy(scans / key, to / label / (f"copy {n}.png" if renamed else name))
+    return str(to)
+
+
+def new_images(to, count, seed=0, classes="012"):
+    for k in range(count):
+        pixels = np.random.default_rng([seed, k]).integers(0, 256, (24, 24), np.uint8)
+        path = to / classes[k % len(classes)] / f"new{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return str(to)
+
+
+def test_a_hash_is_of_the_whole_file(tmp_path):
+    data = bytearray(os.urandom(3_000_000))
+    (tmp_path / "a").write_bytes(data)
+    (tmp_path / "copy").write_bytes(data)
+    data[1_700_000] ^= 1
+    (tmp_path / "b").write_bytes(data)
+    a, copy, b = (file_hash(tmp_path / name) for name in ("a", "copy", "b"))
+    assert a == copy != b
+    (tmp_path / "empty").touch()
+    assert file_hash(tmp_path / "empty") == file_hash(tmp_path / "missing") == 0
+    digits = open_data("digits")
+    hashes = content_hashes(digits)
+    assert np.array_equal(content_hashes(digits.select([7, 3])), hashes[[7, 3]])
+    assert len(np.unique(hashes)) == len(np.unique(digits.arrays, axis=0))
+
+
+def test_splits_hold_the_content(whole, scans):
+    rows = list(read_rows(whole / "splits.csv"))
+    assert len(rows) == 120
+    assert all(row.content == file_hash(scans / row.key) for row in rows)
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_its_own_data_is_tested_by_its_own_splits(whole, scans, tmp_path, splits, renamed):
+    before = json.loads((whole / "evaluation.json").read_text())
+    data = copied(scans, tmp_path / "data", sum(splits.values(), []), renamed=renamed)
+    named, said, _ = predictions_of(whole, data)
+    assert named == "test"
+    assert len(said) == before["n"] == len(splits["test"])
+    assert np.mean(said.probabilities.argmax(1) == said.labels) == pytest.approx(
+        before["metrics"]["top1"]["value"]
+    )
+    part = copied(scans, tmp_path / "part", splits["test"][:7] + splits["train"][:9])
+    assert len(predictions_of(whole, part)[1]) == 7
+
+
+def test_its_own_images_without_its_test_are_said_to_be_no_test(
+    whole, scans, tmp_path, splits, warned
+):
+    data = copied(scans, tmp_path / "a", splits["val"] + splits["train"][:9])
+    named, said, _ = predictions_of(whole, data)
+    assert (named, len(said)) == ("val", len(splits["val"]))
+    assert "no test split" in warned()
+    data = copied(scans, tmp_path / "b", splits["train"][::4])
+    named, said, _ = predictions_of(whole, data)
+    assert (named, len(said)) == ("all", len(splits["train"][::4]))
+    assert f"{len(said)} trained this network" in warned()
+
+
+def test_other_data_is_tested_without_what_was_trained_on(whole, scans, tmp_path, splits, warned):
+    known = splits["train"][:5] + splits["val"][:2] + splits["test"][:3]
+    data = new_images(tmp_path / "data", 12)
+    copied(scans, tmp_path / "data", known, renamed=True)
+    named, said, _ = predictions_of(whole, data)
+    assert (named, len(said)) == ("new", 15)
+    assert "left out 7 images of 22" in warned()
+    named, said, _ = predictions_of(whole, data, split="all")
+    assert (named, len(said)) == ("all", 22)
+    assert "of 22 images 5 trained this network and 2 chose its weights" in warned()
+    data = new_images(tmp_path / "other/train", 12, seed=1).removesuffix("/train")
+    copied(scans, tmp_path / "other/test", splits["train"][:6:2])
+    with pytest.raises(ValueError, match="trained on all 3 images"):
+        predictions_of(whole, data)
+
+
+def test_data_that_is_all_new_is_tested_whole(whole, tmp_path, warned):
+    named, said, _ = predictions_of(whole, new_images(tmp_path / "data", 9))
+    assert (named, len(said), warned()) == ("all", 9, "")
+
+
+def test_prediction_counts_what_was_trained_on(whole, scans, tmp_path, splits, warned):
+    copied(scans, tmp_path / "data", splits["train"][:4] + splits["test"][:2])
+    paths = sorted((tmp_path / "data").rglob("*.png"))
+    assert list(watch(whole, paths)) == paths
+    assert "of 6 images 4 trained this network" in warned()
+    assert list(watch(tmp_path, paths)) == paths  # no run: nothing is known
+    assert known_images(tmp_path) is None
+
+
+# ---- where the data is
+
+
+@pytest.fixture
+def moved(whole, scans, tmp_path):
+    """A copy of the run whose data was at tmp_path/was, which is gone."""
+    shutil.copytree(whole, tmp_path / "run")
+    content = json.loads((whole / "run.json").read_text())
+    content["plan"] |= {"data": "was", "location": str(tmp_path / "was")}
+    (tmp_path / "run/run.json").write_text(json.dumps(content))
+    return tmp_path / "run"
+
+
+def test_a_run_finds_its_data_from_any_folder(moved, scans, tmp_path, monkeypatch):
+    shutil.copytree(scans, tmp_path / "was")
+    for place in (tmp_path, scans):
+        monkeypatch.chdir(place)
+        table = run_table(moved, None, None)
+        assert len(table) == 120
+        assert table.location == str(tmp_path / "was")
+
+
+def test_moved_data_is_attached_again(moved, scans, tmp_path, splits):
+    with pytest.raises(ValueError, match=rf"trained on {tmp_path}/was, which does not exist"):
+        run_table(moved, None, None)
+    data = copied(scans, tmp_path / "now", splits["train"])
+    predictions_of(moved, data)  # a part of it: not its new place
+    with pytest.raises(ValueError, match="does not exist any more"):
+        run_table(moved, None, None)
+    copied(scans, tmp_path / "now", splits["val"] + splits["test"], renamed=True)
+    assert predictions_of(moved, data)[0] == "test"
+    assert RunFolder(moved).read_plan()["location"] == data
+    named, said, _ = predictions_of(moved)
+    assert (named, len(said)) == ("test", len(splits["test"]))
+
+
+def test_splits_come_back_in_their_own_order(whole, scans, tmp_path):
+    table = open_data(str(scans))
+    file = whole / "splits.csv"
+    keys = [row["path"] for row in rows_of(file)]
+    turned = attach_splits(table.select(range(119, -1, -1)), file)
+    assert [turned.key(i) for i in range(120)] == keys
+    shutil.copytree(scans, tmp_path / "more")
+    new_images(tmp_path / "more", 3)
+    (tmp_path / "more/1/00.png").rename(tmp_path / "more/1/another name.png")
+    more = attach_splits(open_data(str(tmp_path / "more")), file)
+    assert more.splits.tolist() == turned.splits.tolist()
+    assert any("3 images not of this run" in line for line in more.warnings)
+    (tmp_path / "more/0/00.png").unlink()
+    with pytest.raises(ValueError, match="are not in it"):
+        attach_splits(open_data(str(tmp_path / "more")), file)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"), [("abc/", "abc"), (".", "here"), ("a/b.csv", "b"), ("hf:x/y", "y")]
+)
+def test_runs_are_named_after_their_data(tmp_path, monkeypatch, data, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert str(choose_out(None, data, "m", False)) == os.path.join("runs", f"{name}-m")
+
+
+# ---- classes of others
+
+
+def test_classes_are_renamed_and_left_out(whole, scans, tmp_path, splits, warned):
+    data = tmp_path / "data"
+    copied(scans, data, splits["test"])
+    (data / "0").rename(data / "Zero")
+    (data / "1").rename(data / "eins")
+    new_images(data, 4, classes=["cyst"])
+    ones = sum(key.startswith("1/") for key in splits["test"])
+    _, said, _ = predictions_of(whole, str(data), renamed={"Zero": "0", "cyst": ""})
+    assert len(said) == len(splits["test"]) - ones
+    assert "eins (" in warned()
+    assert "cyst" not in warned()
+    for renamed, words in (({"zero": "0"}, "zero=0.*Zero"), ({"Zero": "null"}, "knows 0, 1, 2")):
+        with pytest.raises(ValueError, match=words):
+            predictions_of(whole, str(data), renamed=renamed)
+    shutil.rmtree(data / "2")
+    with pytest.raises(ValueError, match="no image of a class that the network knows"):
+        predictions_of(whole, str(data))
+
+
+def test_one_class_is_enough_to_be_tested(whole, tmp_path):
+    _, said, _ = predictions_of(whole, new_images(tmp_path, 3, classes="1"))
+    assert said.labels.tolist() == [1, 1, 1]
+
+
+def test_on_the_command_line(whole, scans, tmp_path, splits):
+    copied(scans, tmp_path / "data", splits["test"])
+    (tmp_path / "data/0").rename(tmp_path / "data/null")
+    found = answer("evaluate", whole, tmp_path / "data", "--map", "null=0", "--json")
+    before = json.loads((whole / "evaluation.json").read_text())
+    assert (found["split"], found["confusion"]) == ("test", before["confusion"])
+    assert "CLASS=NAME" in run("evaluate", whole, tmp_path / "data", "--map", "x", code=2)
+    for top in ("Training", "Testing"):
+        shutil.copytree(scans, tmp_path / "both" / top)
+    said = run("data", tmp_path / "both", code=2)
+    assert "--splits yes" in said
+    assert "--splits no" in said
+    assert "1 .png" not in run("data", tmp_path / "both", "--splits", "yes", "--limit", "3")
+    assert "no such folder" in run("data", "digitz", code=2)
