@@ -77,7 +77,9 @@ def test_splits_hold_the_content(whole, scans):
 @pytest.mark.parametrize("renamed", [False, True])
 def test_its_own_data_is_tested_by_its_own_splits(whole, scans, tmp_path, splits, renamed):
     before = json.loads((whole / "evaluation.json").read_text())
-    data = copied(scans, tmp_path / "data", sum(splits.values(), []), renamed=renamed)
+    data = copied(
+        scans, tmp_path / "data", [key for keys in splits.values() for key in keys], renamed=renamed
+    )
     named, said, _ = predictions_of(whole, data)
     assert named == "test"
     assert len(said) == before["n"] == len(splits["test"])

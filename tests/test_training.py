@@ -17,10 +17,9 @@ import torch
 import regard
 from regard.errors import NotFiniteError
 from tests.helpers import (
-    answer,
-    start,
     ENVIRONMENT,
     QUICK,
+    answer,
     dense,
     rows_of,
     run,
