@@ -5,11 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 import regard
 from regard.cli import run_command
@@ -200,73 +198,3 @@ def test_convert_refuses_what_does_not_fit_and_leaves_nothing(tmp_path, checkpoi
     line = refused("convert", checkpoint, "--model", "ag_sononet8", "--out", tmp_path / "o",
                    "--arg", "aggregation=sum")  # fmt: skip
     assert "aggregation='sum': choose one of concat, mean, deep_sup, ft" in line
-
-
-# ------------------------------------------------------------------------------- predict
-@pytest.fixture(scope="module")
-def network(tmp_path_factory) -> Path:
-    """An untrained network as a folder, for what does not depend on its weights."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("network") / "run"
-    model = regard.create_model("ag_sononet8", num_classes=3)
-    regard.save_model(
-        model, folder, class_names=["cat", "dog", "cow"],
-        data_config={"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,), "crop_pct": 1.0,
-                     "crop_mode": "squash", "interpolation": "bilinear"},
-    )  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (40, 50), dtype=np.uint8)).save(folder / "a.png")
-    Image.fromarray(rng.integers(0, 256, (60, 50, 3), dtype=np.uint8)).save(folder / "b.jpg")
-    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
-    (folder / "notes.txt").write_text("no image")
-    return folder
-
-
-def test_predict_answers_every_image_and_names_the_broken_one(network, pictures):
-    done = run("predict", network, pictures / "b.jpg", pictures, "--json", "--top", "2")
-    assert done.returncode == 1
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [Path(a["path"]).name for a in answers] == ["b.jpg", "a.png", "b.jpg", "broken.png"]
-    assert answers[0] == answers[2]
-    assert "classes" not in answers[3]
-    assert sum("broken.png" in line for line in done.stderr.splitlines()) == 1
-    for answer in answers[:3]:
-        assert len(answer["classes"]) == 2
-        assert {c["class"] for c in answer["classes"]} < {"cat", "dog", "cow"}
-    # Python's answer is the same
-    classifier = regard.load(network)
-    (again,) = classifier.predict(pictures / "b.jpg", top=2)
-    assert [c["class"] for c in answers[0]["classes"]] == [name for name, _ in again.classes]
-    told = [c["probability"] for c in answers[0]["classes"]]
-    assert told == pytest.approx([p for _, p in again.classes], abs=1e-6)
-
-
-def test_predict_exit_codes(network, pictures, tmp_path):
-    assert run("predict", network, pictures / "a.png").returncode == 0
-    assert "broken.png" in refused("predict", network, pictures / "broken.png")
-    assert "no image below" in refused("predict", network, tmp_path)
-    assert "no such file" in refused("predict", network, tmp_path / "absent.png").lower()
-
-
-def test_predict_writes_a_csv_whole(network, pictures, tmp_path):
-    done = run("predict", network, pictures, "--csv", tmp_path / "answers.csv", "--top", "1")
-    assert done.returncode == 1
-    rows = (tmp_path / "answers.csv").read_text().splitlines()
-    assert rows[0] == "path,class1,probability1,error"
-    assert len(rows) == 4
-    assert "broken.png" in rows[3]
-    assert [p.name for p in tmp_path.iterdir()] == ["answers.csv"]
-
-
-def test_predict_refuses_a_folder_whose_weights_are_another_networks(network, pictures, tmp_path):
-    config = json.loads((network / "config.json").read_text())
-    config["model_args"]["features"] = 16
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((network / "model.safetensors").read_bytes())
-    assert "can't be loaded" in refused("predict", tmp_path, pictures / "a.png")

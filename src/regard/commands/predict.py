@@ -1,19 +1,24 @@
 """`regard predict`: classes and probabilities of images."""
 
+import contextlib
+import io
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from regard.commands.flags import (
-    EngineFlags,
-    use_engine,
-)
+from regard.commands.flags import EngineFlags, use_engine
+from regard.commands.predictions_csv import PredictionsCsv, check_output
 from regard.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,16 +26,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PROGRESS_EVERY = 30.0  # seconds between progress messages, where predictions are not on a screen
+
 
 def command(
     run: Annotated[Path, Parameter(name="RUN")],
-    images: Annotated[list[Path], Parameter(negative=())],
     /,
-    *,
+    *images: Annotated[str, Parameter(name="IMAGES", allow_leading_hyphen=True)],
     top: int = 5,
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
     json: bool = False,
     csv: Path | None = None,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    resume: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
     """Classify images with a trained network.
 
@@ -39,114 +47,178 @@ def command(
     run
         A run's folder, such as runs/demo.
     images
-        Image files and folders of images.
+        Image files and folders of images; - reads one image from standard input.
     top
         Number of classes to list for each image.
     json
         Print one JSON object per line.
     csv
-        Write a CSV file instead of printing.
+        Write a CSV file instead of printing. What is done stays there if the command is stopped.
+    overwrite
+        Replace a CSV file that exists.
+    resume
+        Continue a CSV file that was stopped; give the same images.
     """
+    _check_arguments(images, top, json, csv, overwrite, resume)
+    if csv is not None:
+        check_output(csv, images, run, overwrite=overwrite, resume=resume)
+    from regard.predict import load
+
+    classifier = load(run)
+    names: Iterable[str] = _names(images)
+    if not engine.is_default:
+        from regard.data.table import PathList
+
+        names = PathList.of(names)
+        reads = [lambda p=p: classifier.decode(p) for p in islice(names, 64) if p != "-"]
+        use_engine(classifier, engine, reads, len(names))
+    top = min(top, len(classifier.class_names))
+    with contextlib.ExitStack() as stack:
+        write: Callable[[Prediction], None] = _print_json if json else _print_line
+        counts = _Counts(csv)
+        if csv is not None:
+            table = stack.enter_context(PredictionsCsv(csv, top, resume=resume))
+            write = table.write
+            counts.answered, counts.failed, names = table.skip_done(iter(names), classifier)
+        return _predict(classifier, names, top, write, counts, images)
+
+
+def _check_arguments(
+    images: Sequence[str], top: int, json: bool, csv: Path | None, overwrite: bool, resume: bool
+) -> None:
+    if not images:
+        raise UsageError("IMAGES: give image files or folders, or - for standard input")
+    for name in images:
+        if name.startswith("-") and name != "-" and not os.path.exists(name):
+            raise UsageError(f"unknown option {name} (see `regard predict --help`)")
+    if images.count("-") > 1:
+        raise UsageError("-: standard input holds one image")
     if top < 1:
         raise UsageError(f"--top {top}: at least 1")
     if json and csv is not None:
         raise UsageError("--json and --csv: give one of them")
-    from regard.data.sources import images_below
-    from regard.predict import load
-
-    classifier = load(run)
-    if not engine.is_default:
-        paths = list(images_below(images))
-        reads = [lambda p=p: classifier.decode(p) for p in paths[:64]]
-        use_engine(classifier, engine, reads, len(paths))
-    answered, failed = print_predictions(
-        classifier, images, top=top, as_json=json, csv=csv, complain=log.warning
-    )
-    if answered == failed == 0:
-        raise UsageError(f"no image below {', '.join(map(str, images))}")
-    return 0 if failed == 0 else 1 if answered else 2
+    if (overwrite or resume) and csv is None:
+        raise UsageError(f"{'--overwrite' if overwrite else '--resume'}: only with --csv")
+    if overwrite and resume:
+        raise UsageError("--overwrite and --resume: give one of them")
 
 
-def print_predictions(
+class _Counts:
+    """How many images were answered and could not be read, with progress messages."""
+
+    def __init__(self, csv: Path | None) -> None:
+        self.csv, self.answered, self.failed = csv, 0, 0
+        self._shown = csv is None and sys.stdout.isatty()  # the predictions show the progress
+        self._started = self._said = time.monotonic()
+
+    @property
+    def done(self) -> int:
+        return self.answered + self.failed
+
+    def add(self, failed: bool) -> None:
+        """Counts one image."""
+        self.failed += failed
+        self.answered += not failed
+        now = time.monotonic()
+        if now - self._said >= PROGRESS_EVERY and not self._shown:
+            self._said = now
+            # standard output may hold the predictions
+            print(f"regard: {self.done:,} images in {now - self._started:.0f} s", file=sys.stderr)
+
+    def stopped(self) -> str:
+        """What is said when a signal ends the command."""
+        images = "1 image" if self.done == 1 else f"{self.done:,} images"
+        if self.csv is None:
+            return f"stopped after {images}"
+        return (
+            f"stopped after {images}, which {self.csv} holds: continue with the same command and "
+            "--resume"
+        )
+
+
+def _predict(
     classifier: "Classifier",
-    paths: Sequence[Path],
-    *,
+    names: Iterable[str],
     top: int,
-    as_json: bool,
-    csv: Path | None,
-    complain: Callable[[str], None],
-) -> tuple[int, int]:
-    """Answers for every image, as lines, as JSON lines, or in a CSV file.
-
-    Returns:
-        How many images were answered, and how many could not be read.
-
-    Raises:
-        OSError: the CSV can't be written.
-    """
-    from regard.data.sources import images_below
-
-    answered = failed = 0
-    write, finish = _writer(csv, as_json, min(top, len(classifier.class_names)))
-    done = False
+    write: Callable[["Prediction"], None],
+    counts: _Counts,
+    images: Sequence[str],
+) -> int:
+    """Writes all predictions and returns the exit code."""
     try:
-        for prediction in classifier.predict_each(images_below(paths), top):
-            if prediction.error is not None:
-                complain(prediction.error)
-                failed += 1
-            else:
-                answered += 1
-            write(prediction)
-        done = True
+        with _signals_raise():
+            for prediction in classifier.predict_each(map(_source, names), top):
+                if prediction.error is not None:
+                    log.warning(prediction.error)
+                write(prediction)
+                counts.add(prediction.error is not None)
+    except _Signal as stopped:
+        log.warning(counts.stopped())
+        return 128 + stopped.number
+    if counts.done == 0:
+        raise UsageError(f"no image below {', '.join(images)}")
+    return 0 if counts.failed == 0 else 1 if counts.answered else 2
+
+
+class _Signal(KeyboardInterrupt):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `_Signal`; a second one acts as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        raise _Signal(number)
+
+    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        finish(done)
-    return answered, failed
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _writer(
-    path: Path | None, as_json: bool, top: int
-) -> tuple[Callable[["Prediction"], None], Callable[[bool], None]]:
-    """What writes one prediction, and what ends the writing (True: all went well)."""
-    if path is None:
-        return (_print_json if as_json else _print_line), lambda done: None
-    beside = path.with_name(f".{path.name}.writing")
-    file = beside.open("w", newline="", encoding="utf-8")
+# ------------------------------------------------------------------------------ the images
+def _names(images: Sequence[str]) -> Iterator[str]:
+    """The files given and those below the folders given; "-" is standard input."""
+    from regard.data.walk import images_below
 
-    def finish(done: bool) -> None:
-        file.close()
-        if done:
-            os.replace(beside, path)
+    for name in images:
+        if name == "-" or "://" in name:  # a URL, which no path may change
+            yield name
         else:
-            beside.unlink(missing_ok=True)
-
-    return _csv_writer(file, top), finish
-
-
-def _csv_writer(file: TextIO, top: int) -> Callable[["Prediction"], None]:
-    import csv
-
-    writer = csv.writer(file)
-    ranks = [f"{kind}{k}" for k in range(1, top + 1) for kind in ("class", "probability")]
-    writer.writerow(["path", *ranks, "error"])
-
-    def write(p: "Prediction") -> None:
-        cells = [cell for name, share in p.classes for cell in (name, f"{share:.6f}")]
-        cells += [""] * (2 * top - len(cells))
-        writer.writerow([p.path, *cells, p.error or ""])
-
-    return write
+            paths = map(str, images_below([Path(name)]))
+            yield from (os.path.join(".", p) if p == "-" else p for p in paths)
 
 
+class _StandardInput(io.BytesIO):
+    name = "-"
+
+
+def _source(name: str) -> Any:
+    return _StandardInput(sys.stdin.buffer.read()) if name == "-" else name
+
+
+# ------------------------------------------------------------------------------ the output
 def _print_json(p: "Prediction") -> None:
     if p.error is not None:
         answer: dict[str, Any] = {"path": p.path, "error": p.error}
     else:
         classes = [{"class": name, "probability": share} for name, share in p.classes]
         answer = {"path": p.path, "classes": classes}
-    sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+    # ASCII: a class or file name may have letters that the reader's encoding lacks
+    sys.stdout.write(json.dumps(answer, allow_nan=False) + "\n")
 
 
 def _print_line(p: "Prediction") -> None:
     if p.error is None:
-        told = "  ".join(f"{name} {share:.1%}" for name, share in p.classes)
-        sys.stdout.write(f"{p.path}: {told}\n")
+        classes = "  ".join(f"{name} {share:.1%}" for name, share in p.classes)
+        sys.stdout.write(f"{p.path}: {classes}\n")

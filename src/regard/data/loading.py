@@ -201,13 +201,16 @@ def read_ahead(
 ) -> Iterator[Any]:
     """read(item) of each item, in order, with at most `window` of them under way."""
     waiting: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         for item in items:
             waiting.append(pool.submit(read, item))
             if len(waiting) >= window:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class InMemoryLoader:

@@ -1,0 +1,190 @@
+"""The file of `regard predict --csv`: written row by row, so that what is done is never lost."""
+
+import csv
+import os
+import stat
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from regard.errors import FileError, UsageError
+
+if TYPE_CHECKING:
+    from regard.predict import Classifier, Prediction
+
+_FLUSH_EVERY = 1.0  # seconds
+_AGREE = 0.05  # probabilities of one network by two engines differ less
+
+
+def check_output(
+    path: Path, images: Sequence[str], run: Path, *, overwrite: bool, resume: bool
+) -> None:
+    """Refuses a path where writing would destroy something, before the network is loaded.
+
+    Raises:
+        UsageError: the path is a folder, an image or another input, or a file that exists.
+    """
+    from regard.data.images import IMAGE_SUFFIXES
+
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        raise UsageError(f"--csv {path}: is an image's name; give the name of the CSV file")
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        if not Path(os.path.realpath(path)).parent.is_dir():
+            raise UsageError(f"--csv {path}: its folder does not exist") from None
+        if resume:
+            raise UsageError(f"--resume: {path} does not exist") from None
+        return
+    except OSError as error:
+        raise FileError(f"--csv {path}: {(error.strerror or str(error)).lower()}") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise UsageError(f"--csv {path}: is a folder; give the name of the CSV file")
+    if not stat.S_ISREG(status.st_mode):
+        if resume:
+            raise UsageError(f"--resume: {path} is not a regular file")
+        return
+    files = [*images, *(os.path.join(run, n) for n in ("config.json", "model.safetensors"))]
+    if any(os.path.exists(f) and os.path.samestat(os.stat(f), status) for f in files):
+        raise UsageError(f"--csv {path}: is an input of this command")
+    if status.st_size and not (overwrite or resume or _is_standard_output(status)):
+        raise UsageError(
+            f"--csv {path}: exists; --overwrite replaces it, --resume continues one that was "
+            "stopped"
+        )
+
+
+def _is_standard_output(status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(status, os.fstat(sys.__stdout__.fileno()))  # type: ignore[union-attr]
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+class PredictionsCsv:
+    """A CSV file of predictions; links are followed, and pipes are written to.
+
+    Args:
+        path: as `check_output` allows it.
+        top: classes for each image.
+        resume: append to the rows that are there.
+
+    Raises:
+        UsageError: the rows there are of another call.
+        FileError: it can't be opened or written.
+    """
+
+    def __init__(self, path: Path, top: int, *, resume: bool) -> None:
+        ranks = [f"{kind}{k}" for k in range(1, top + 1) for kind in ("class", "probability")]
+        self.path, self.top, self.columns = path, top, ["path", *ranks, "error"]
+        self.rows = 0
+        self._flushed = time.monotonic()
+        if resume:
+            _cut_last_line(path)
+        try:
+            self._file = self._open("a" if resume else "w")
+        except OSError as error:
+            raise FileError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        self._writer = csv.writer(self._file)
+        self._resumed = resume and os.stat(path).st_size > 0
+        if not self._resumed:
+            self._put(self.columns)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is sys.stdout:
+            self._file.flush()
+        else:
+            self._file.close()
+
+    def _open(self, mode: str) -> Any:
+        if os.path.exists(self.path) and _is_standard_output(os.stat(self.path)):
+            return sys.stdout  # what a shell redirects is appended to
+        # file names that are not UTF-8 go through as they are
+        return open(self.path, mode, newline="", encoding="utf-8", errors="surrogateescape")
+
+    def write(self, p: "Prediction") -> None:
+        """Appends one row; it is on the disk within a second."""
+        cells = [cell for name, share in p.classes for cell in (name, f"{share:.6f}")]
+        cells += [""] * (2 * self.top - len(cells))
+        self._put([p.path, *cells, p.error or ""])
+        self.rows += 1
+
+    def _put(self, cells: Sequence[str]) -> None:
+        try:
+            self._writer.writerow(cells)
+            if time.monotonic() - self._flushed > _FLUSH_EVERY:
+                self._file.flush()
+                self._flushed = time.monotonic()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise FileError(f"{self.path}: {reason}, after {self.rows} rows") from error
+
+    def skip_done(
+        self, names: Iterator[str], classifier: "Classifier"
+    ) -> tuple[int, int, Iterator[str]]:
+        """Compares the rows that are there with the images, one by one.
+
+        Returns:
+            Images answered, images that could not be read, and the names of the others.
+
+        Raises:
+            UsageError: the rows are of other images, columns or of another network.
+        """
+        if not self._resumed:
+            return 0, 0, names
+        answered = failed = 0
+        last: list[str] = []
+        with open(self.path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = csv.reader(file)
+            if next(rows, None) != self.columns:
+                raise UsageError(
+                    f"--resume: {self.path} has other columns; its --top may differ, or it is no "
+                    "file of `regard predict`"
+                )
+            for number, row in enumerate(rows, start=1):
+                name = next(names, None)
+                if name != row[0] or len(row) != len(self.columns):
+                    raise UsageError(
+                        f"--resume: image {number} in {self.path} is {row[0]}, and of this call "
+                        f"{name or 'there is none'}: give the same images, or --overwrite"
+                    )
+                failed += row[-1] != ""
+                answered += row[-1] == ""
+                last = row if row[-1] == "" else last
+        self._check_network(last, classifier)
+        self.rows = answered + failed
+        return answered, failed, names
+
+    def _check_network(self, row: list[str], classifier: "Classifier") -> None:
+        """Refuses rows of another network, by predicting the last image again."""
+        if not row or row[0] == "-":
+            return
+        (again,) = classifier.predict_each([row[0]], top=len(classifier.class_names))
+        shares: dict[str, Any] = dict(again.classes)
+        if again.error is None and abs(shares.get(row[1], -1.0) - float(row[2])) > _AGREE:
+            raise UsageError(
+                f"--resume: {self.path} is of another network: {row[0]} was {row[1]} at {row[2]}"
+            )
+
+
+def _cut_last_line(path: Path) -> None:
+    """Removes a last row that was not written to its end."""
+    with open(path, "rb+") as file:
+        size = at = file.seek(0, os.SEEK_END)
+        while at > 0:
+            start = max(0, at - 2**16)
+            file.seek(start)
+            found = file.read(at - start + 1).rfind(b"\r\n")
+            if found >= 0:
+                if start + found + 2 < size:
+                    file.truncate(start + found + 2)
+                return
+            at = start
+        file.truncate(0)

@@ -1,0 +1,272 @@
+"""`regard predict`: every image is answered or named, and nothing that is there is lost."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import regard
+from regard.cli import run_command
+from regard.commands import predict as module
+from tests.helpers import ENVIRONMENT, rows_of, start
+
+CLASSES = ["cat", "dog", "čáp ✓"]  # which many encodings lack
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory) -> Path:
+    """An untrained network as a folder, for what does not depend on its weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("network") / "run"
+    model = regard.create_model("ag_sononet8", num_classes=3)
+    regard.save_model(
+        model, folder, class_names=CLASSES,
+        data_config={"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,), "crop_pct": 1.0,
+                     "crop_mode": "squash", "interpolation": "bilinear"},
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (40, 50), dtype=np.uint8)).save(folder / "a.png")
+    Image.fromarray(rng.integers(0, 256, (60, 50, 3), dtype=np.uint8)).save(folder / "b.jpg")
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    return folder
+
+
+@pytest.fixture
+def predict(network, capsys):
+    """Runs the command; asserts its exit code and returns what it printed."""
+
+    def call(*arguments: object, code: int = 0) -> str:
+        assert run_command(["predict", str(network), *map(str, arguments)]) == code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        if code == 2:
+            assert err.startswith("regard: ")
+        return err if code == 2 else out
+
+    return call
+
+
+# --------------------------------------------------------------------------- the answers
+def test_every_image_is_answered_and_the_broken_one_is_named(network, pictures, capsys):
+    images = [str(pictures / "b.jpg"), str(pictures)]
+    assert run_command(["predict", str(network), *images, "--json", "--top", "2"]) == 1
+    out, err = capsys.readouterr()
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert out.isascii()
+    assert [Path(a["path"]).name for a in answers] == ["b.jpg", "a.png", "b.jpg", "broken.png"]
+    assert answers[0] == answers[2]
+    assert "classes" not in answers[3]
+    assert sum("broken.png" in line for line in err.splitlines()) == 1
+    (again,) = regard.load(network).predict(pictures / "b.jpg", top=2)
+    for answer, (name, probability) in zip(answers[0]["classes"], again.classes, strict=True):
+        assert answer["class"] == name
+        assert answer["probability"] == pytest.approx(probability, abs=1e-6)
+
+
+def test_exit_codes(predict, pictures, tmp_path):
+    predict(pictures / "a.png")
+    assert "broken.png" in predict(pictures / "broken.png", code=2)
+    (tmp_path / "empty").mkdir()
+    assert "no image below" in predict(tmp_path / "empty", code=2)
+    assert "no such file" in predict(tmp_path / "absent.png", code=2)
+    assert "IMAGES" in predict(code=2)
+    assert "--tpo" in predict(pictures, "--tpo", "3", code=2)
+    assert "--top 0" in predict(pictures, "--top", "0", code=2)
+    assert "only with --csv" in predict(pictures, "--resume", code=2)
+
+
+def test_options_may_stand_anywhere(predict, pictures):
+    a, b = pictures / "a.png", pictures / "b.jpg"
+    expected = predict(a, b, "--top", "1")
+    assert len(expected.splitlines()) == 2
+    assert predict("--top", "1", a, b) == expected
+    assert predict(a, "--top", "1", b) == expected
+
+
+def test_a_url_is_named_as_one(predict):
+    assert "is a URL" in predict("https://example.org/a.png", code=2)
+
+
+def test_an_image_from_standard_input(predict, pictures, monkeypatch):
+    expected = predict(pictures / "a.png").partition(": ")[2]
+
+    def give(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    give((pictures / "a.png").read_bytes())
+    assert predict("-") == f"-: {expected}"
+    give(b"")
+    assert "-: is empty" in predict("-", code=2)
+    assert "one image" in predict("-", "-", code=2)
+
+
+def test_a_folder_whose_weights_are_another_networks(network, pictures, tmp_path, capsys):
+    config = json.loads((network / "config.json").read_text())
+    config["model_args"]["features"] = 16
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "model.safetensors").write_bytes((network / "model.safetensors").read_bytes())
+    assert run_command(["predict", str(other), str(pictures / "a.png")]) == 2
+    assert "can't be loaded" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ the file
+def test_a_csv_has_a_row_for_each_image(predict, pictures, tmp_path):
+    predict(pictures, "--csv", tmp_path / "answers.csv", "--top", "1", code=1)
+    rows = rows_of(tmp_path / "answers.csv")
+    assert list(rows[0]) == ["path", "class1", "probability1", "error"]
+    assert [Path(row["path"]).name for row in rows] == ["a.png", "b.jpg", "broken.png"]
+    assert "truncated" in rows[2]["error"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.csv", "pictures"]
+
+
+def test_nothing_that_is_there_is_replaced_unasked(predict, pictures, tmp_path, network):
+    a = pictures / "a.png"
+    picture = a.read_bytes()
+    assert "image's name" in predict(a, "--csv", pictures / "b.jpg", code=2)
+    hard = tmp_path / "hard.csv"
+    os.link(a, hard)
+    for more in ([], ["--overwrite"]):
+        assert "is an input" in predict(a, "--csv", hard, *more, code=2)
+    assert "is an input" in predict(a, "--csv", network / "config.json", "--overwrite", code=2)
+    assert a.read_bytes() == picture
+    notes = tmp_path / "notes.csv"
+    notes.write_text("mine")
+    assert "--overwrite" in predict(a, "--csv", notes, code=2)
+    assert notes.read_text() == "mine"
+    assert "is a folder" in predict(a, "--csv", tmp_path, code=2)
+    assert "folder does not exist" in predict(a, "--csv", tmp_path / "no" / "x.csv", code=2)
+    predict(a, "--csv", notes, "--overwrite")
+    assert len(rows_of(notes)) == 1
+
+
+def test_links_are_followed_and_pipes_are_written_to(predict, pictures, tmp_path, network):
+    a = pictures / "a.png"
+    (tmp_path / "link.csv").symlink_to(tmp_path / "target.csv")
+    predict(a, "--csv", tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink()
+    expected = (tmp_path / "target.csv").read_bytes()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()))
+    reader.start()
+    predict(a, "--csv", pipe)
+    reader.join(10)
+    assert received == [expected]
+    assert pipe.is_fifo()
+    process = start("predict", network, a, "--csv", "/dev/stdout")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert out.splitlines() == expected.decode().splitlines()
+
+
+def test_a_redirected_output_is_appended_to(pictures, tmp_path, network):
+    (tmp_path / "log.txt").write_bytes(b"before\n")
+    with (tmp_path / "log.txt").open("ab") as file:
+        command = [sys.executable, "-m", "regard", "predict", network, pictures / "a.png"]
+        done = subprocess.run(
+            [*command, "--csv", "/dev/stdout"], stdout=file, stderr=subprocess.PIPE, timeout=100,
+            env={**ENVIRONMENT, "PYTHONIOENCODING": "cp1252"},  # which has no check mark
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "log.txt").read_bytes().splitlines()
+    assert lines[:1] == [b"before"]
+    assert lines[1].startswith(b"path,class1")
+    assert b"\\u2713" in lines[2]
+
+
+def test_names_that_are_not_utf8_are_written(predict, pictures, tmp_path):
+    odd = os.fsdecode(os.fsencode(pictures) + b"/\xe4.png")
+    os.rename(pictures / "a.png", odd)
+    predict(odd, "--csv", tmp_path / "x.csv")
+    assert b"\xe4.png" in (tmp_path / "x.csv").read_bytes()
+    predict(odd, "--csv", tmp_path / "x.csv", "--resume")
+    predict(odd, "--json")
+
+
+# ------------------------------------------------------------------------ stopping, going on
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """A folder of 1,200 images, the last of which is broken."""
+    folder = tmp_path_factory.mktemp("many")
+    pixels = np.random.default_rng(1).integers(0, 256, (300, 300), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "0000.png")
+    for k in range(1, 1200):
+        os.link(folder / "0000.png", folder / f"{k:04d}.png")
+    (folder / "9999.png").write_bytes(b"broken")
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_what_is_done_stays_and_resume_goes_on(network, many, tmp_path, number):
+    out = tmp_path / "answers.csv"
+    process = start("predict", network, many, "--csv", out, "--top", "1")
+    end = time.monotonic() + 100
+    while time.monotonic() < end and (not out.exists() or out.read_bytes().count(b"\n") < 40):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)
+    done = out.read_bytes().count(b"\n") - 1
+    assert 0 < done < 1201
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        assert f"after {done:,} images" in err
+        assert "--resume" in err
+    else:
+        with out.open("ab") as file:
+            file.write(b"half a ro")
+    process = start("predict", network, many, "--csv", out, "--top", "1", "--resume")
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1, err
+    rows = rows_of(out)
+    names = [*(f"{k:04d}.png" for k in range(1200)), "9999.png"]
+    assert [Path(row["path"]).name for row in rows] == names
+    assert len({row["probability1"] for row in rows}) == 2
+    assert rows[-1]["error"]
+
+
+def test_resume_refuses_rows_of_another_call(predict, network, pictures, tmp_path):
+    a, b, out = pictures / "a.png", pictures / "b.jpg", tmp_path / "x.csv"
+    assert "does not exist" in predict(a, "--csv", out, "--resume", code=2)
+    predict(a, "--csv", out)
+    whole = out.read_bytes()
+    assert "image 1" in predict(b, "--csv", out, "--resume", code=2)
+    assert "--top" in predict(a, "--csv", out, "--resume", "--top", "2", code=2)
+    assert out.read_bytes() == whole
+    rows = list(csv.reader(io.StringIO(whole.decode())))
+    rows[1][2] = f"{1 - float(rows[1][2]):.6f}"
+    with out.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    assert "another network" in predict(a, b, "--csv", out, "--resume", code=2)
+    out.write_bytes(whole)
+    predict(a, b, "--csv", out, "--resume")
+    assert [Path(row["path"]).name for row in rows_of(out)] == ["a.png", "b.jpg"]
+
+
+def test_progress_goes_to_standard_error(network, pictures, monkeypatch, capsys):
+    monkeypatch.setattr(module, "PROGRESS_EVERY", 0.0)
+    images = [str(pictures / name) for name in ("a.png", "b.jpg")]
+    assert run_command(["predict", str(network), *images, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "2 images in" in err
+    assert len([json.loads(line) for line in out.splitlines()]) == 2
