@@ -3,7 +3,7 @@
     python benchmarks/loop.py [--model attention56_cifar] [--rounds 7] [--steps 10]
 
 Both train the same network from the same weights on the same tensors in memory, batch 64,
-fp32, without augmentation; the bare loop is eight lines. They take turns in one process, and
+fp32, without augmentation; the bare loop is eight lines. They run alternately in one process, and
 the median of the rounds' ratios is printed with both speeds.
 """
 
@@ -50,7 +50,7 @@ def trainer(name: str, steps: int) -> Trainer:
 
 
 def bare(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, steps: int) -> float:
-    """Seconds of a loop as a tutorial has it; the tensors are ready for the network."""
+    """Seconds of a loop as in a tutorial; the tensors are normalized already."""
     optimizer = torch.optim.SGD(
         model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
     )
@@ -84,15 +84,15 @@ def main() -> None:
     images = ours.preprocess.normalize(ours.source.images)  # type: ignore[attr-defined]
     model = make(args.model, 10, 1).train()
     ratios, speeds = [], ([], [])
-    for turn in range(args.rounds + 1):
-        ours.total = args.steps * (turn + 1)
+    for number in range(args.rounds + 1):
+        ours.total = args.steps * (number + 1)
         started = time.perf_counter()
         ours.fit(after_step=lambda *_: None)
         seconds = time.perf_counter() - started, bare(model, images, ours.labels, args.steps)
-        if turn > 0:  # the first is to warm up
+        if number > 0:  # the first warms up
             ratios.append(seconds[1] / seconds[0])
-            for kept, s in zip(speeds, seconds, strict=True):
-                kept.append(BATCH * args.steps / s)
+            for each, s in zip(speeds, seconds, strict=True):
+                each.append(BATCH * args.steps / s)
     print(
         f"{args.model}, batch {BATCH}, 1x{SIZE}x{SIZE}, {torch.get_num_threads()} threads, "
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}"

@@ -1,12 +1,11 @@
 """How prediction's time and memory grow with the image's size, the batch and the threads.
 
-    python benchmarks/scaling.py [--engine NAME] [--precision bf16] [--turns 5] [--models NAME ...]
+    python benchmarks/scaling.py [--engine NAME] [--precision bf16] [--rounds 5] [--models NAME ...]
     python benchmarks/scaling.py --plot-only      # draws the pictures from the CSV again
 
 Each point is a process of its own, which gives its peak memory; the time is the median of the
-turns after warming up. Points are in the order of the CSV, engines next to each other. Beside
-eager fp32 the fastest engine is measured: --engine and --precision, or, without, the fastest
-among the rows of benchmarks/performance-MACHINE.csv, or else of a short run of the bench.
+rounds after warming up. Eager fp32 and the fastest engine are measured: --engine and --precision,
+or by default the fastest in benchmarks/performance-MACHINE.csv, or else in a short measurement.
 Writes benchmarks/scaling-MACHINE.csv anew, and docs/images/scaling-WHAT-MACHINE.svg.
 """
 
@@ -23,19 +22,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from regard.bench import (
-    AUTHORS,
-    DEFAULT_MODELS,
-    Contestant,
-    append_csv,
-    as_rows,
-    measure_alone,
-    plan,
-    run_bench,
-    slug,
-)
-from regard.bench.contestants import input_size
+from cases import AUTHORS, DEFAULT_MODELS, Case, input_size
+from measure import measure, plan
 from regard.machine import describe_machine
+from results import as_rows, slug, write_csv
+from subprocesses import measure_alone
 
 FOLDER = Path(__file__).parent
 IMAGES = FOLDER.parent / "docs/images"
@@ -61,7 +52,7 @@ def fastest(name: str, performance: Path) -> tuple[str, str]:
             rows = [r for r in csv.DictReader(file) if r["of"] == name]
     if not rows:
         say(f"{name}: looking for the fastest engine")
-        rows = [{k: str(v) for k, v in r.items()} for r in run_bench([name], turns=3).rows()]
+        rows = [{k: str(v) for k, v in r.items()} for r in measure([name], rounds=3).rows()]
     good = [
         r for r in rows
         if r["kind"] == "predict" and r["role"] == "network" and r["batch"] == str(BATCH)
@@ -74,10 +65,10 @@ def fastest(name: str, performance: Path) -> tuple[str, str]:
 def points(
     name: str, engine: str, precision: str, shares: list[float], batches: list[int],
     threads: list[int],
-) -> list[tuple[str, Contestant]]:  # fmt: skip
-    """(what varies, contestant): one axis at a time; the point where they meet comes once."""
+) -> list[tuple[str, Case]]:  # fmt: skip
+    """(what varies, case): one axis at a time; the point where they meet comes once."""
     channels, height, width = input_size(name, None)
-    base = Contestant(
+    base = Case(
         "predict", name, name, "network", engine, precision, BATCH, (channels, height, width),
         max(threads),
     )  # fmt: skip
@@ -92,7 +83,7 @@ def points(
 
 
 def draw(rows: list[dict[str, str]], name: str, folder: Path) -> list[Path]:
-    """A figure each for size, batch and threads: time above memory."""
+    """A figure each for size, batch and threads: time and memory side by side."""
     matplotlib.rcParams["svg.hashsalt"] = "regard"
     written = []
     for what in ("size", "batch", "threads"):
@@ -122,7 +113,7 @@ def draw(rows: list[dict[str, str]], name: str, folder: Path) -> list[Path]:
                         [x[k] for k in order], [y[k] for k in order], line, marker=marker,
                         markersize=4, color=COLORS.get(model, "#000000"), label=label,
                     )  # fmt: skip
-        wording = {"size": "pixels, as a part of the network's own input",
+        wording = {"size": "pixels, relative to the network's own input",
                    "batch": "batch size", "threads": "threads"}[what]  # fmt: skip
         ticks = sorted({int(r[what]) for r in rows}) if what != "size" else None
         for axis, title in zip(axes, ("ms an image", "peak memory, MB"), strict=True):
@@ -144,7 +135,7 @@ def draw(rows: list[dict[str, str]], name: str, folder: Path) -> list[Path]:
 
 
 def pixels(size: str) -> int:
-    """Of an image, from "3x224x224"."""
+    """Pixels of an image of size "3x224x224"."""
     _, height, width = map(int, size.split("x"))
     return height * width
 
@@ -155,7 +146,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS))
     parser.add_argument("--engine")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
     parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES))
     parser.add_argument("--threads", nargs="+", type=int, default=list(THREADS))
@@ -169,29 +160,28 @@ def main() -> None:
     out = args.out or FOLDER / f"scaling-{name}.csv"
     if not args.plot_only:
         plan(args.models, engines=[args.engine] if args.engine else None)  # wrong names first
-        told = []
+        planned = []
         for model in args.models:
             chosen = (args.engine, args.precision) if args.engine else fastest(
                 model, FOLDER / f"performance-{name}.csv"
             )  # fmt: skip
             for which, (engine, precision) in (("eager", ("eager", "fp32")), ("fastest", chosen)):
-                told += [
+                planned += [
                     (which, what, c)
                     for what, c in points(
                         model, engine, precision, args.shares, args.batches, args.threads
                     )
                 ]
-        beside = out.with_name(f".{out.name}.writing")
-        beside.unlink(missing_ok=True)
-        for number, (which, what, c) in enumerate(told, start=1):
+        measured = []
+        for number, (which, what, c) in enumerate(planned, start=1):
             size = "x".join(map(str, c.size))
-            say(f"{number}/{len(told)} {c}, {size}, batch {c.batch}, {c.threads} threads")
-            results = measure_alone([c], args.turns)
+            say(f"{number}/{len(planned)} {c}, {size}, batch {c.batch}, {c.threads} threads")
+            results = measure_alone([c], args.rounds)
             if results[0].fault is not None:
                 say(f"  {results[0].fault}")
             (row,) = as_rows(results, machine, time.strftime("%Y-%m-%d"))
-            append_csv(beside, [{"which": which, "varies": what, **row}])
-        beside.replace(out)
+            measured.append({"which": which, "varies": what, **row})
+        write_csv(out, measured)
     with out.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for path in draw(rows, name, args.pictures):

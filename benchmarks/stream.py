@@ -1,13 +1,13 @@
-"""`regard predict` over many images: is its memory constant, and what does it add to its parts?
+"""`regard predict` over many images: its memory, and its rate compared with that of its parts.
 
     python benchmarks/stream.py [RUN] [--images FOLDER] [--counts 1000 20000] [--engine auto]
 
-The images are hard links (or copies) to the JPEG files of FOLDER, again and again, in a
-temporary folder; without FOLDER 64 files of 320x240 are made. RUN is a run's folder; without,
-an untrained ag_sononet8 for 208x272 images. Each count is a process `regard predict RUN FOLDER
---csv ...`, whose resident memory, with that of its children, is sampled ten times a second.
-The rate is that of the images between the first count and the last: start-up falls out.
-Beside it: decoding alone, in as many threads, and the network alone, on images in memory.
+The images are hard links (or copies) to the JPEG files of FOLDER, repeated, in a temporary
+folder; default: 64 files of 320x240 that are made. RUN is a run's folder; default: an untrained
+ag_sononet8 for 208x272 images. Each count is a process `regard predict RUN FOLDER --csv ...`,
+whose resident memory, including that of its children, is sampled ten times a second. The rate is
+that of the images between the first count and the last, which excludes start-up. Decoding alone,
+in as many threads, and the network alone, on images in memory, are measured too.
 Appends a row a count to benchmarks/stream.csv; the samples go to --samples FILE.
 """
 
@@ -31,11 +31,12 @@ import torch
 from PIL import Image
 
 import regard
-from regard.bench import append_csv, take_turns
 from regard.data.loading import default_workers
 from regard.engines import open_engine, probe_images
+from regard.engines.bench import time_in_rounds
 from regard.machine import describe_machine
 from regard.predict import BATCH
+from results import append_csv
 
 RESULTS = Path(__file__).with_name("stream.csv")
 
@@ -116,13 +117,11 @@ def decoding(classifier: regard.Classifier, files: list[Path], least: float) -> 
     return done / (time.perf_counter() - started)
 
 
-def network(classifier: regard.Classifier, files: list[Path], turns: int) -> float:
+def network(classifier: regard.Classifier, files: list[Path], rounds: int) -> float:
     """Images a second of the network alone, in batches as `regard predict` makes them."""
     images = torch.stack([classifier.decode(f) for f in (files * BATCH)[:BATCH]])
-    (timed,) = take_turns([lambda: classifier.probabilities(images)], turns)
-    if isinstance(timed, Exception):
-        raise timed
-    return BATCH / statistics.median(timed[0])
+    (seconds,) = time_in_rounds([lambda: classifier.probabilities(images)], rounds)
+    return BATCH / statistics.median(seconds)
 
 
 def main() -> None:
@@ -134,7 +133,7 @@ def main() -> None:
     parser.add_argument("--engine", default="eager")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--samples", type=Path, help="CSV of count, second, resident MB")
     args = parser.parse_args()
@@ -155,7 +154,7 @@ def main() -> None:
             )  # fmt: skip
             engine = repr(classifier.engine)
         alone = {"decoding": decoding(classifier, files, 3.0),
-                 "network": network(classifier, files, args.turns)}  # fmt: skip
+                 "network": network(classifier, files, args.rounds)}  # fmt: skip
         found = []
         for count in args.counts:
             folder = repeat(files, scratch / f"of-{count}", count)

@@ -29,7 +29,7 @@ TRAINING = ROOT / "docs/training.md"
 PERFORMANCE = ROOT / "docs/performance.md"
 BENCHMARKS = ROOT / "benchmarks"
 RECIPES = BENCHMARKS / "recipes.csv"
-AUTHORS = "eager-nchw"  # regard.bench.AUTHORS
+AUTHORS = "eager-nchw"  # benchmarks/cases.py
 NOTHING = "Not measured yet.\n"
 TABLE = re.compile(
     r"(<!-- table: scripts/make_tables.py[ a-z]*-->\n).*?(<!-- end of table -->)", re.S

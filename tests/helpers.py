@@ -136,3 +136,25 @@ def jpeg(size: tuple[int, int]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(load_sample_images().images[0]).resize(size).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
+
+
+class Clock:
+    """Seconds that pass only when a step says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def step(self, seconds):
+        """A step that takes each of `seconds` in turn, the last for ever."""
+        each = iter(seconds)
+        last = 0.0
+
+        def run():
+            nonlocal last
+            last = next(each, last)
+            self.now += last
+
+        return run

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from regard.errors import StateError
@@ -71,3 +73,14 @@ def shortened(names: Iterable[object], most: int = 3) -> str:
 def plural(count: int, noun: str) -> str:
     """ "1 image", "2,000 images"; the noun takes an s."""
     return f"{count:,} {noun}" + "s" * (count != 1)
+
+
+def reason(error: BaseException, most: int = 200) -> str:
+    """What an error says, on one line of at most `most` characters; never empty."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return text[:most] or type(error).__name__
+
+
+def spread(count: int, most: int) -> NDArray[np.int64]:
+    """At most `most` of the indices 0 to count - 1, evenly spread, the first and last included."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))

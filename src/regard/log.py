@@ -5,11 +5,16 @@ what they should act on. Nothing is shown until `show_messages` is called, which
 line and the long-running functions of the Python API do.
 """
 
+import contextlib
 import logging
 import sys
 import time
+from collections.abc import Iterator
 
 _ROOT = "regard"
+# loggers of libraries whose warnings nobody can act on: torch's "No CUDA runtime is found" where
+# there is no GPU, and matplotlib's lines about its font cache
+_NOISY = ("torch.utils.cpp_extension", "matplotlib", "matplotlib.font_manager")
 
 
 class _Current(logging.StreamHandler):
@@ -29,11 +34,32 @@ class _Current(logging.StreamHandler):
         raise
 
 
+def silence_libraries() -> None:
+    """Hides the warnings of other libraries that no user can act on."""
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def info_on_stderr() -> Iterator[None]:
+    """Information goes to standard error meanwhile: standard output is for results alone."""
+    handlers = [h for h in logging.getLogger(_ROOT).handlers if isinstance(h, _Current)]
+    before = [h._name_of_stream for h in handlers]
+    for handler in handlers:
+        handler._name_of_stream = "stderr"
+    try:
+        yield
+    finally:
+        for handler, name in zip(handlers, before, strict=True):
+            handler._name_of_stream = name
+
+
 def show_messages(*, force: bool = False) -> None:
     """Prints information to standard output and warnings to standard error.
 
     Does nothing where the program has configured logging itself, unless `force` is given.
     """
+    silence_libraries()
     logger = logging.getLogger(_ROOT)
     if logger.handlers or (logging.getLogger().handlers and not force):
         if force:

@@ -1,4 +1,4 @@
-"""What this machine is and can do: for choosing engines, and for the header of every figure."""
+"""What this machine is and can do: to choose engines, and for the header of every figure."""
 
 import contextlib
 import ctypes
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-# the names' numbers in glibc's malloc.h
+# from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST = 2**30  # bytes of a block that is kept
+_LARGEST = 2**30  # bytes; the size of blocks that are kept
 
 
 def has_bf16(device: torch.device | None = None) -> bool:
-    """Whether a device, without one this CPU, multiplies in bf16 instead of imitating it."""
+    """Whether a device (default: this CPU) multiplies in bf16 instead of emulating it."""
     if device is not None and device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return cpu_has_bf16()
@@ -33,7 +33,7 @@ def cpu_has_bf16() -> bool:
 
 
 def processor() -> str:
-    """The CPU's name as the system tells it, such as "AMD EPYC 9R14"."""
+    """The CPU's name as the system reports it, such as "AMD EPYC 9R14"."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8").splitlines():
@@ -73,15 +73,26 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
-def keep_freed_memory() -> bool:
-    """Has this process keep the memory of freed tensors for the next ones, on the CPU.
+def describe(machine: dict[str, Any]) -> str:
+    """What `describe_machine` returns, on one line."""
+    name = ", ".join(filter(None, (machine["accelerator"], machine["processor"])))
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+    threads = machine["threads"]
+    return (
+        f"{name} ({' '.join(machine['extensions']) or 'no vector extension known'}), "
+        f"{threads} thread{'s' * (threads != 1)}, {machine['system']}; {versions}"
+    )
 
-    glibc gives every block above 32 MiB back to the system at once, and the next tensor of
-    that size then has all its pages mapped and cleared anew: with large batches a good part
-    of a training step's time (docs/performance.md). In turn the process stays at its peak.
+
+def keep_freed_memory() -> bool:
+    """Makes glibc keep the memory of freed tensors for new ones, on the CPU.
+
+    glibc returns every block above 32 MiB to the system at once, and the pages of the next tensor
+    of that size have to be mapped and cleared again: with large batches a good part of a training
+    step's time (docs/performance.md). In exchange the process stays at its peak memory.
 
     Returns:
-        Whether it could be done: elsewhere than on glibc nothing happens.
+        Whether it was done; without glibc nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # musl, macOS, Windows
         mallopt = ctypes.CDLL(None).mallopt

@@ -54,6 +54,7 @@ def command(
     json
         Print JSON.
     """
+    engine.require()
     from regard.commands.tables import print_evaluation
     from regard.evaluation import evaluate as measure
     from regard.run_data import predictions_of

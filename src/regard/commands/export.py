@@ -1,19 +1,18 @@
-"""`regard export`."""
+"""`regard export`: a network as one file."""
 
-import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-log = logging.getLogger(__name__)
+from regard.extras import require
 
 
 def command(
     run: Annotated[Path, Parameter(name="RUN")],
     /,
     *,
-    to: str,
+    to: Literal["onnx", "openvino", "torch"],
     out: Path,
     data: str | None = None,
     root: Path | None = None,
@@ -33,7 +32,7 @@ def command(
     run
         A run's folder, or any folder in timm's local-dir layout with --data.
     to
-        onnx, openvino (FILE.xml and FILE.bin) or torch (.pt2 of torch.export).
+        Format: onnx, openvino (FILE.xml and FILE.bin) or torch (.pt2 of torch.export).
     out
         Output file: .onnx, .xml or .pt2.
     data
@@ -50,10 +49,14 @@ def command(
     overwrite
         Replace an existing file.
     """
+    if to == "onnx":
+        require("onnxruntime", "--to onnx")
+    if to == "openvino":
+        require("openvino", "--to openvino", "openvino", *(["nncf"] if int8 else []))
     from regard.export import export as write
 
     write(
         run, to=to, out=out, data=data, root=root, maps=maps, int8=int8, force=force,
-        overwrite=overwrite, echo=print,
+        overwrite=overwrite,
     )  # fmt: skip
     return 0

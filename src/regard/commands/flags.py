@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from regard.errors import UsageError
-from regard.log import Heartbeat
+from regard.extras import require
+from regard.log import Heartbeat, info_on_stderr
 
 log = logging.getLogger(__name__)
 
@@ -20,18 +21,29 @@ class EngineFlags:
     """How a network is run: the flags that evaluate, predict and serve share."""
 
     engine: Annotated[
-        str,
+        Literal["eager", "compiled", "onnxruntime", "openvino", "auto"],
         Parameter(
-            help="eager, compiled, onnxruntime or openvino; auto benchmarks the installed ones, "
-            "once per network and machine, and uses the fastest whose answers agree."
+            help="Engine that runs the network; auto benchmarks the installed ones, once per "
+            "network and machine, and uses the fastest whose answers agree with eager's."
         ),
     ] = "eager"
     precision: Annotated[
-        str,
+        Literal["auto", "fp32", "bf16"],
         Parameter(
-            help="fp32, bf16, or auto: bf16 where the hardware supports it, except with eager."
+            help="Precision; auto is bf16 where the hardware supports it, except with eager."
         ),
     ] = "auto"
+
+    def require(self) -> None:
+        """Refuses an engine that is not installed, before anything slow is imported.
+
+        Raises:
+            UsageError: names the command that installs it.
+        """
+        if self.engine == "onnxruntime":
+            require("onnxruntime", "--engine onnxruntime")
+        elif self.engine == "openvino":
+            require("openvino", "--engine openvino", "openvino")
 
     @property
     def is_default(self) -> bool:
@@ -47,18 +59,17 @@ def use_engine(
     sizes: tuple[int, ...] = (32,),
 ) -> None:
     """Gives a classifier the engine that was asked for; the plain network is one already."""
-    from regard.engines import PRECISIONS, open_engine, probe_images
+    from regard.engines import open_engine, probe_images
     from regard.machine import keep_freed_memory
 
-    if use.precision not in PRECISIONS:
-        raise UsageError(f"--precision {use.precision}: choose {', '.join(PRECISIONS)}")
     keep_freed_memory()
     if use.is_default:
         return
-    classifier.engine = open_engine(
-        classifier, use.engine, precision=use.precision, sizes=sizes, images=probe_images(reads),
-        count=count, echo=log.warning,
-    )  # fmt: skip
+    with info_on_stderr():
+        classifier.engine = open_engine(
+            classifier, use.engine, precision=use.precision, sizes=sizes,
+            images=probe_images(reads), count=count,
+        )  # fmt: skip
 
 
 def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def command(
         Continue a CSV file that was stopped; give the same images.
     """
     _check_arguments(images, top, json, csv, overwrite, resume)
+    engine.require()
     if csv is not None:
         check_output(csv, images, run, overwrite=overwrite, resume=resume)
     from regard.predict import load

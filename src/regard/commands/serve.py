@@ -44,6 +44,7 @@ def command(
         Time limit of a request.
     """
     require("serve", "regard serve")  # before anything slow is imported
+    engine.require()
     from regard.predict import load
     from regard.serve.server import read_test_result, serve
     from regard.serve.uploads import Limits

@@ -1,22 +1,25 @@
-"""Prediction as fast as the machine allows: engines behind one door.
+"""Prediction as fast as the machine allows: engines with one interface.
 
 >>> classifier = regard.load("runs/demo")
 >>> classifier.engine = open_engine(classifier, "auto")
 
-`deployed.py` is what every engine runs, `backends.py` the engines, `choice.py` how one is chosen.
+`conversion.py` is what every engine runs, `backends.py` the engines, `choose.py` opens one,
+`formats.py` has the file formats of `regard export`, `standalone.py` the program beside a file,
+and `bench.py` the measurement of `regard bench`. A new engine is a subclass of `Engine` in
+ENGINES, a new file format a subclass of `Format` in FORMATS.
 """
 
 from regard.engines.backends import ENGINES, Engine
-from regard.engines.choose import BOUNDS, PRECISIONS, Measured, open_engine, probe_images
+from regard.engines.choose import PRECISIONS, TOLERANCES, Measurement, open_engine, probe_images
 from regard.engines.conversion import Deployed, fold_batch_norms, spatial_maps
 
 __all__ = [
-    "BOUNDS",
     "ENGINES",
     "PRECISIONS",
+    "TOLERANCES",
     "Deployed",
     "Engine",
-    "Measured",
+    "Measurement",
     "fold_batch_norms",
     "open_engine",
     "probe_images",

@@ -1,11 +1,11 @@
-"""`--engine auto`: every engine that is installed is measured once, and the answer remembered."""
+"""Opening an engine by name, and `auto`: measure the installed engines once, cache the result."""
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -16,45 +16,45 @@ import torch
 from torch import Tensor
 
 from regard.engines.backends import ENGINES, Eager, Engine
-from regard.errors import ImageError, UsageError
+from regard.errors import FileError, ImageError, UsageError
+from regard.extras import hint, missing
+from regard.files import reason, write_atomically
 from regard.machine import describe_machine, has_bf16
 from regard.predict import Classifier
 
+log = logging.getLogger(__name__)
+
 PRECISIONS = ("auto", "fp32", "bf16")
-BOUNDS = {"fp32": 1e-4, "bf16": 0.05}
-"""By how much a probability may differ from eager fp32 for `auto` to take an engine."""
-
-
-TURNS, WARM = 7, 2
-
-
-Echo = Callable[[str], None]
+TOLERANCES = {"fp32": 1e-4, "bf16": 0.05}
+"""The largest difference of a probability from eager fp32 with which `auto` takes an engine."""
+ROUNDS, WARMUP = 7, 2  # timed calls of an engine, after those that are not timed
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """One engine on one network and machine.
 
     Attributes:
-        start: seconds until it is ready (conversion, compiling).
-        batch: seconds for the largest batch, the median of TURNS.
+        startup: seconds for conversion, compiling and the first call.
+        batch: seconds for the largest batch, the median of ROUNDS.
         difference: the largest difference of a probability from eager fp32.
-        same: whether the likeliest class is the same on every image that was tried.
-        fault: why it can't be used, or None.
+        same_top1: whether the top-1 class is that of eager fp32 for every image.
+        fault: why the engine can't be used, or None.
     """
 
     engine: str
     precision: str
-    start: float = 0.0
+    startup: float = 0.0
     batch: float = 0.0
     difference: float = 0.0
-    same: bool = True
+    same_top1: bool = True
     fault: str | None = None
 
     @property
-    def good(self) -> bool:
+    def acceptable(self) -> bool:
         """Whether `auto` may take it."""
-        return self.fault is None and self.same and self.difference <= BOUNDS[self.precision]
+        within = self.difference <= TOLERANCES[self.precision]
+        return self.fault is None and self.same_top1 and within
 
 
 def open_engine(
@@ -65,82 +65,122 @@ def open_engine(
     sizes: tuple[int, ...] = (32,),
     images: Tensor | None = None,
     count: int | None = None,
-    echo: Echo = lambda line: None,
 ) -> Engine:
     """A classifier's network in an engine; `classifier.engine = open_engine(...)` uses it.
 
+    What was chosen, how far its answers are from eager fp32, and what is not installed is logged.
+
     Args:
-        classifier: of `regard.load`.
-        name: "auto", or one of ENGINES.
-        precision: "auto" is bf16 where the machine computes in it (eager stays in fp32, which
-            is what the others are held against); "fp32" refuses bf16.
-        sizes: batches to be ready for; the last one is measured.
-        images: (B, C, H, W) in 0..255, on which the answers are compared with eager fp32: real
-            ones, if the agreement is to mean something.
-        count: of images to come; an engine that takes long to start must be worth it. None:
-            many.
-        echo: is told what was chosen, and why.
+        classifier: from `regard.load`.
+        name: "auto" or one of ENGINES.
+        precision: "auto" is bf16 where the machine computes in it, except for eager, which is the
+            reference.
+        sizes: batch sizes to compile for; the last one is measured.
+        images: (B, C, H, W) in 0..255 on which answers are compared with eager fp32; real images
+            make the comparison meaningful. Default: noise.
+        count: how many images will be predicted, which decides whether a slow start pays.
+            Default: many.
 
     Raises:
-        UsageError: no such engine or precision, one that is not installed or can't take this
-            network.
+        UsageError: no such engine or precision, one that is not installed, or a network that the
+            engine can't take.
     """
-    if name != "auto" and name not in ENGINES:
-        raise UsageError(f"engine {name!r}: choose auto, {', '.join(ENGINES)}")
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
-    device = next(classifier.model.parameters()).device
-    fast = has_bf16(device)
-    if precision == "bf16" and not fast:
-        raise UsageError("precision 'bf16': this machine only emulates it; choose fp32 or auto")
+    check_choice(name, precision, next(classifier.model.parameters()).device)
     probe = _probe(classifier, images, max(sizes))
-    if name != "auto":
-        wide = "bf16" in ENGINES[name].precisions and name != "eager"
-        chosen = precision if precision != "auto" else "bf16" if fast and wide else "fp32"
-        engine, found = measure(classifier, name, chosen, sizes, probe, turns=0)
-        if engine is None:
-            raise UsageError(found.fault)
-        if name != "eager":
-            echo(f"{engine!r}: {_agreement(found, images)}")
-        return engine
-    path = memory_path()
-    key, told = _key(classifier, sizes, precision)
-    rows = _recall(path, key)
-    if rows is None:
-        echo("measuring the engines for this network and machine, once")
-        rows = measure_all(classifier, precision, sizes, probe, echo=echo)
-        _remember(path, key, told, rows, echo)
-    best = cheapest(rows, count, max(sizes))
-    echo(_why(best, rows, count, max(sizes)))
-    engine, found = measure(classifier, best.engine, best.precision, sizes, probe, turns=0)
-    if engine is None or not found.good:  # it was good once; these images show otherwise
-        echo(f"{best.engine}: {found.fault or _agreement(found, images)}; eager takes its place")
-        return Eager(classifier.model, classifier.preprocess, sizes)
+    if name == "auto":
+        return _open_fastest(classifier, precision, sizes, probe, count)
+    engine, found = measure(
+        classifier, name, _resolve(name, precision, classifier), sizes, probe, rounds=0
+    )
+    if engine is None:
+        raise UsageError(found.fault)
+    if name != "eager":
+        on = "noise" if images is None else f"{len(images)} image{'s' * (len(images) != 1)}"
+        other = "" if found.same_top1 else "; the top-1 class differs for some"
+        log.info("%r: probabilities within %.1g of eager fp32 on %s%s",
+                 engine, found.difference, on, other)  # fmt: skip
     return engine
 
 
-def measure_all(
+def check_choice(name: str, precision: str, device: torch.device | None = None) -> None:
+    """Refuses an unknown engine or precision, and bf16 where the device emulates it.
+
+    Raises:
+        UsageError: names the value and the choices.
+    """
+    if name not in ("auto", *ENGINES):
+        raise UsageError(f"engine {name!r}: choose auto, {', '.join(ENGINES)}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
+    if precision == "bf16" and not has_bf16(device):
+        raise UsageError("precision 'bf16': this machine only emulates it; choose fp32 or auto")
+
+
+def _resolve(name: str, precision: str, classifier: Classifier) -> str:
+    if precision != "auto":
+        return precision
+    wide = name != "eager" and "bf16" in ENGINES[name].precisions
+    return "bf16" if wide and has_bf16(next(classifier.model.parameters()).device) else "fp32"
+
+
+def missing_engines(names: Iterable[str] | None = None) -> dict[str, str]:
+    """Those engines (default: all) that are not installed, with the command that installs each.
+
+    Raises:
+        UsageError: there is no such engine.
+    """
+    names = list(names or ENGINES)
+    for name in names:
+        if name not in ENGINES:
+            raise UsageError(f"engine {name!r}: choose {', '.join(ENGINES)}")
+    return {n: hint(n) for n in names if ENGINES[n].needs and missing(n, *ENGINES[n].needs)}
+
+
+# ----------------------------------------------------------------------------------- auto
+def _open_fastest(
     classifier: Classifier,
     precision: str,
     sizes: tuple[int, ...],
     probe: Tensor,
-    echo: Echo = lambda line: None,
-) -> list[Measured]:
-    """Every engine that is installed, in each precision that is allowed."""
+    count: int | None,
+) -> Engine:
+    """The engine that predicts `count` images soonest, its start included."""
+    if absent := missing_engines():
+        log.info("not installed: %s", ", ".join(f"{n} ({how})" for n, how in absent.items()))
+    path, (key, facts) = cache_path(), _cache_key(classifier, sizes, precision)
+    rows = _read_cache(path, key)
+    if rows is None:
+        log.info("measuring the engines for this network and machine, once")
+        rows = _measure_all(classifier, precision, sizes, probe)
+        _write_cache(path, key, facts, rows)
+    while any(row.acceptable for row in rows):
+        best = cheapest(rows, count, sizes[-1])
+        engine, found = measure(classifier, best.engine, best.precision, sizes, probe, rounds=0)
+        if engine is not None and found.acceptable:
+            log.info("%s", _explain(best, rows, count, sizes[-1]))
+            return engine
+        # the cached measurement no longer holds: other images, or a package that is gone
+        log.info("%s, %s: %s", best.engine, best.precision, found.fault or _disagreement(found))
+        rows = [row for row in rows if row is not best]
+    raise UsageError("no engine can be used: the network fails, or its answers are not finite")
+
+
+def _measure_all(
+    classifier: Classifier, precision: str, sizes: tuple[int, ...], probe: Tensor
+) -> list[Measurement]:
+    """All installed engines, eager in fp32 (the reference) first."""
     bf16 = precision != "fp32" and has_bf16(next(classifier.model.parameters()).device)
-    rows = []
+    absent, rows = missing_engines(), []
     for name, kind in ENGINES.items():
-        for p in ("fp32", "bf16"):
-            if p not in kind.precisions or (p == "bf16" and not bf16):
+        for each in ("fp32", "bf16") if bf16 else ("fp32",):
+            reference = name == "eager" and each == "fp32"
+            asked = precision in ("auto", each) and each in kind.precisions and name not in absent
+            if not reference and (not asked or name == "eager"):
                 continue
-            if name == "eager" and p == "bf16":
-                continue
-            _, found = measure(classifier, name, p, sizes, probe)
-            rows.append(found)
-            if found.fault is not None:
-                echo(f"  {name}, {p}: {found.fault}")
-            else:
-                echo(f"  {name}, {p}: {_rate(found, sizes[-1])}, ready in {found.start:.1f} s")
+            _, row = measure(classifier, name, each, sizes, probe)
+            rows.append(row)
+            what = row.fault or f"{_rate(row, sizes[-1])}, ready in {row.startup:.1f} s"
+            log.info("  %s, %s: %s", name, each, what)
     return rows
 
 
@@ -150,74 +190,71 @@ def measure(
     precision: str,
     sizes: tuple[int, ...],
     probe: Tensor,
-    turns: int = TURNS,
-) -> tuple[Engine | None, Measured]:
-    """One engine: made ready, compared with eager fp32 on `probe`, and timed."""
+    rounds: int = ROUNDS,
+) -> tuple[Engine | None, Measurement]:
+    """One engine: opened, compared with eager fp32 on `probe`, and timed; 0 rounds: not timed."""
     started = time.perf_counter()
     try:
         engine = ENGINES[name](classifier.model, classifier.preprocess, sizes, precision)
-        start = time.perf_counter() - started
+        startup = time.perf_counter() - started
         answer = engine(probe)
-    except Exception as error:  # whatever a converter or a compiler throws
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
-        return None, Measured(name, precision, fault=reason)
+    except Exception as error:  # converters and compilers raise nearly anything
+        return None, Measurement(name, precision, fault=reason(error, 300))
     expected = answer
     if (name, precision) != ("eager", "fp32"):
         expected = Eager(classifier.model, classifier.preprocess, sizes)(probe)
     seconds = []
-    for turn in range(turns + WARM if turns else 0):
+    for number in range(rounds + WARMUP if rounds else 0):
         begun = time.perf_counter()
         engine(probe)
-        if turn >= WARM:
+        if number >= WARMUP:
             seconds.append(time.perf_counter() - begun)
-    return engine, Measured(
-        name, precision, start,
+    return engine, Measurement(
+        name, precision, startup,
         statistics.median(seconds) if seconds else 0.0,
         float((answer - expected).abs().max()) if answer.isfinite().all() else float("inf"),
         bool((answer.argmax(dim=1) == expected.argmax(dim=1)).all()),
     )  # fmt: skip
 
 
-def cheapest(rows: list[Measured], count: int | None, size: int) -> Measured:
-    """The engine with which `count` images take least, its start included; None: many."""
+def cheapest(rows: list[Measurement], count: int | None, size: int) -> Measurement:
+    """The row with the least time for `count` images, its start included; None: many images."""
 
-    def cost(row: Measured) -> float:
-        return row.batch if count is None else row.start + row.batch * count / size
+    def cost(row: Measurement) -> float:
+        return row.batch if count is None else row.startup + row.batch * count / size
 
-    return min((row for row in rows if row.good), key=cost)
+    return min((row for row in rows if row.acceptable), key=cost)
 
 
-def _why(best: Measured, rows: list[Measured], count: int | None, size: int) -> str:
-    eager = next(row for row in rows if row.engine == "eager")
+def _explain(best: Measurement, rows: list[Measurement], count: int | None, size: int) -> str:
+    """Why `best` was chosen, on one line."""
+    eager = next((row for row in rows if row.engine == "eager"), best)
     line = f"engine {best.engine}, {best.precision}: {_rate(best, size)}"
     if best is not eager:
-        line += f", {eager.batch / best.batch:.1f} times eager fp32's"
+        line += f", {eager.batch / best.batch:.1f} times as fast as eager fp32"
     fastest = cheapest(rows, None, size)
     if fastest is not best:
-        line += f" ({fastest.engine} would take {fastest.start:.0f} s to start)"
-    out = [r for r in rows if r.fault is None and not r.good]
-    for row in out:
-        what = "another class" if not row.same else f"{row.difference:.2g} off"
-        line += f"; not {row.engine} in {row.precision}: {what}"
+        line += f" ({fastest.engine} would take {fastest.startup:.0f} s to start)"
+    for row in rows:
+        if row.fault is None and not row.acceptable:
+            line += f"; not {row.engine} in {row.precision}: {_disagreement(row)}"
     return line
 
 
-def _rate(row: Measured, size: int) -> str:
+def _disagreement(row: Measurement) -> str:
+    return f"{row.difference:.2g} off" if row.same_top1 else "another top-1 class"
+
+
+def _rate(row: Measurement, size: int) -> str:
     return f"{size / row.batch:,.0f} images/s"
 
 
-def _agreement(found: Measured, images: Tensor | None) -> str:
-    on = "noise" if images is None else f"{len(images)} images"
-    line = f"probabilities within {found.difference:.1g} of eager fp32's on {on}"
-    return line if found.same else line + ", another class likeliest for some"
-
-
+# --------------------------------------------------------------------------- probe images
 def _probe(classifier: Classifier, images: Tensor | None, size: int) -> Tensor:
-    """A full batch: the images given, again and again, or noise."""
+    """A full batch (size, C, H, W): the images, repeated, or noise."""
     if images is None or len(images) == 0:
         generator = torch.Generator().manual_seed(0)
-        shape = classifier.preprocess.input_size
-        return torch.rand(size, *shape, generator=generator) * 255
+        return torch.rand(size, *classifier.preprocess.input_size, generator=generator) * 255
     return images[torch.arange(size) % len(images)].float()
 
 
@@ -232,22 +269,22 @@ def probe_images(reads: Iterable[Callable[[], Tensor]], most: int = 32) -> Tenso
     return torch.stack(found) if found else None
 
 
-# ------------------------------------------------------------------------------ the memory
-def memory_path() -> Path:
-    """Where measurements are kept: $XDG_CACHE_HOME/regard/engines.json, else ~/.cache/..."""
+# ---------------------------------------------------------------------------------- cache
+def cache_path() -> Path:
+    """The file of cached measurements: $XDG_CACHE_HOME/regard/engines.json, or in ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base, "regard", "engines.json")
 
 
-def _key(
+def _cache_key(
     classifier: Classifier, sizes: tuple[int, ...], precision: str
 ) -> tuple[str, dict[str, Any]]:
-    """What a measurement depends on: the network's shape, its input, and the machine."""
+    """What a measurement depends on: the network's shape, its input and the machine."""
     model = classifier.model
     shapes = [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
     arguments = getattr(model, "_model_args", None) or {}
     network = hashlib.sha256(f"{shapes} {sorted(arguments.items())}".encode()).hexdigest()
-    told = {
+    facts = {
         "network": (getattr(model, "pretrained_cfg", None) or {}).get("architecture"),
         "shape": network[:16],
         "input_size": list(classifier.preprocess.input_size),
@@ -256,32 +293,27 @@ def _key(
         "precision": precision,
         "machine": describe_machine(next(model.parameters()).device),
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32], told
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32], facts
 
 
-def _recall(path: Path, key: str) -> list[Measured] | None:
+def _read_cache(path: Path, key: str) -> list[Measurement] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return [Measured(**row) for row in content[key]["measured"]]
-    except (OSError, ValueError, KeyError, TypeError):  # absent, of an older version, or damaged
+        return [Measurement(**row) for row in content[key]["measured"]]
+    except (OSError, ValueError, KeyError, TypeError):  # absent, of another version, or damaged
         return None
 
 
-def _remember(path: Path, key: str, told: dict[str, Any], rows: list[Measured], echo: Echo) -> None:
+def _write_cache(path: Path, key: str, facts: dict[str, Any], rows: list[Measurement]) -> None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = {}
+    measured = [asdict(row) for row in rows]
+    content[key] = {**facts, "date": time.strftime("%Y-%m-%d"), "measured": measured}
+    text = json.dumps(content, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            content = {}
-        content[key] = {
-            **told,
-            "date": time.strftime("%Y-%m-%d"),
-            "measured": [asdict(row) for row in rows],
-        }
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".engines-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        os.replace(beside, path)
-    except OSError as error:
-        echo(f"what was measured can't be kept: {error}")
+        write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    except (FileError, OSError) as error:
+        log.warning("the measurements of the engines can't be cached (%s)", reason(error))

@@ -1,62 +1,79 @@
-"""What is deployed of a network: pixels in, probabilities out, and nothing outside the graph."""
+"""From a network to what is deployed of it: pixels in, probabilities out, all in one graph.
 
+`Deployed` is the graph's content, `fold_batch_norms` makes it smaller, and the functions below
+them turn it into a program of torch.export, ONNX or OpenVINO, in float32 or in 8 bits.
+"""
+
+import contextlib
 import copy
+import io
+import logging
+import os
+import sys
+import tempfile
+import warnings
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from regard.attention import attention_kinds
 from regard.data.preprocess import Preprocess
+from regard.errors import UsageError
+from regard.files import reason
 
 
 class Deployed(nn.Module):
-    """The preprocessing after resizing, the network, and the softmax, as one module.
+    """Normalization, network and softmax as one module; resizing stays outside.
 
     Args:
         model: in evaluation mode; its weights are shared, not copied.
-        preprocess: how the network's images are standardized.
-        maps: names of attention modules whose maps come out as well.
+        preprocess: how the network's images are normalized.
+        maps: names of attention modules whose maps are outputs as well.
 
-    Shapes: (B, C, H, W) in 0..255 -> probabilities (B, classes) in float32, and with `maps`
-    a tuple of them and each map as (B, h, w), the mean over its channels.
+    Shapes: (B, C, H, W) in 0..255 -> probabilities (B, classes) in float32; with `maps` a tuple
+    of the probabilities and of each map as (B, h, w), the mean over its channels.
     """
 
     def __init__(self, model: nn.Module, preprocess: Preprocess, maps: list[str] | None = None):
         super().__init__()
         self.model, self.preprocess = model, preprocess
         self.maps = maps or []
-        self._seen: dict[str, Tensor] = {}
-        for name in self.maps:
-            model.get_submodule(name).register_forward_hook(self._keep(name))
         self.dtype = next(model.parameters()).dtype
 
-    def _keep(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._seen[name] = output
-
-        return hook
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the graph's outputs: probabilities, then attention.NAME for each map."""
+        return ["probabilities", *(f"attention.{name}" for name in self.maps)]
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         x = self.preprocess.normalize(images).to(self.dtype)
-        shares = self.model(x).float().softmax(dim=1)
         if not self.maps:
-            return shares
-        seen = [self._seen.pop(name).float().mean(dim=1) for name in self.maps]
-        return (shares, *seen)
+            return self.model(x).float().softmax(dim=1)
+        outputs: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as hooks:  # on the model for the length of this call only
+            for name in self.maps:
+                module = self.model.get_submodule(name)
+                hook = module.register_forward_hook(
+                    lambda module, inputs, output, name=name: outputs.__setitem__(name, output)
+                )
+                hooks.callback(hook.remove)
+            probabilities = self.model(x).float().softmax(dim=1)
+        return (probabilities, *(outputs[name].float().mean(dim=1) for name in self.maps))
 
 
 def spatial_maps(model: nn.Module) -> list[str]:
-    """The names of the attention modules whose maps say where: all but channel gates."""
+    """Names of the attention modules with spatial maps: all but channel gates."""
     return [name for name, kind in attention_kinds(model).items() if kind != "channel"]
 
 
 class _Tracer(fx.Tracer):
-    """Sees what timm's own tracing sees, in any network that obeys timm's rules."""
+    """Traces as timm does: its non-traceable functions and modules are leaves."""
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
@@ -69,14 +86,14 @@ class _Tracer(fx.Tracer):
 def _joined(
     model: nn.Module, first: type[nn.Module], then: type[nn.Module]
 ) -> list[tuple[str, str]]:
-    """Names of two modules of these types, the second called with what the first gave.
+    """Pairs of module names, the second called once, on nothing but the output of the first.
 
-    Both are called once, and nothing else sees what is between them. Empty where the network
-    can't be traced, as its control flow depends on data.
+    The first is called once too, and its output is used nowhere else. Empty where the network
+    can't be traced because its control flow depends on data.
     """
     try:
         nodes = _Tracer().trace(model).nodes
-    except Exception:  # of whatever kind: no harm, the engines do what they can without
+    except Exception:  # torch.fx raises many kinds; an unfolded network is slower, not wrong
         return []
     modules = dict(model.named_modules())
     calls = Counter(node.target for node in nodes if node.op == "call_module")
@@ -103,11 +120,11 @@ def _replace(model: nn.Module, name: str, by: nn.Module) -> None:
 
 @torch.no_grad()
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """A copy in which each BN that only follows one convolution is part of it.
+    """A copy with each BN that directly follows one convolution folded into it.
 
-    The same function to rounding, with fewer passes over the maps; done in the weights' own
-    precision, before any cast to bf16. A BN before its convolution (pre-activation units) stays.
-    Where the network can't be traced the copy is as it was.
+    The same function up to rounding, with fewer passes over the feature maps; done in the
+    weights' own precision, before any cast to bf16. A BN before its convolution (pre-activation
+    units) stays. A network that can't be traced is copied unchanged.
     """
     model = copy.deepcopy(model).eval()
     for of_conv, of_bn in _joined(model, nn.Conv2d, nn.BatchNorm2d):
@@ -120,61 +137,124 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-class PairedColumns(nn.Module):
-    """A 3x3 convolution to few channels, and its ReLU, two neighboring columns at once.
+# ------------------------------------------------------------------------------- programs
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Suppresses what exporters print and their own deprecation warnings."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
-    A vector register holds 16 numbers, and a convolution's kernel fills it with channels: of
-    8 channels half of each multiplication is lost. Here the 2 x 8 values of two columns are
-    the channels of one 3x4 convolution of stride 2 across, for a third more multiplications
-    in half as many registers. In channels_last the result has the very layout of the map that
-    it stands for, so that nothing is copied. Of an odd width the convolution stays as it is.
 
-    Shapes: (B, C, H, W) -> (B, channels, H, W).
+def exported(deployed: Deployed) -> torch.export.ExportedProgram:
+    """The program of torch.export for any batch size.
+
+    Raises:
+        UsageError: the network can't be exported.
     """
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv, self.relu = conv, False
-        weight = conv.weight
-        wide = weight.new_zeros(2, *weight.shape[:3], 4)
-        wide[0, ..., :3] = weight
-        wide[1, ..., 1:] = weight
-        self.weight = nn.Parameter(wide.flatten(0, 1))
-        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.repeat(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] % 2:
-            y = self.conv(x)
-            return F.relu(y) if self.relu else y
-        y = F.conv2d(x, self.weight, self.bias, stride=(1, 2), padding=1)
-        y = (F.relu(y) if self.relu else y).permute(0, 2, 3, 1)  # (B, H, W / 2, 2 channels)
-        batch, height, half, _ = y.shape
-        return y.reshape(batch, height, 2 * half, self.conv.out_channels).permute(0, 3, 1, 2)
-
-    @staticmethod
-    def fits(conv: nn.Conv2d) -> bool:
-        """Whether this convolution is of the kind, and this CPU has registers of 16 numbers."""
-        return (
-            conv.out_channels <= 8
-            and (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
-            and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
-            and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        )
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    generator = torch.Generator().manual_seed(0)
+    example = torch.rand(2, *deployed.preprocess.input_size, generator=generator) * 255
+    with quiet(), torch.no_grad():
+        try:
+            return torch.export.export(deployed, (example,), dynamic_shapes=({0: batch},))
+        except Exception as error:  # torch has no class of its own for these
+            raise UsageError(f"torch.export: {reason(error)}") from error
 
 
-@torch.no_grad()
-def pair_columns(model: nn.Module) -> nn.Module:
-    """Puts PairedColumns in the place of each convolution that it fits; the same function.
+def onnx_model(deployed: Deployed) -> Any:
+    """The ONNX model for any batch size: images -> probabilities, then the maps by name.
 
-    The network is changed, in evaluation mode, and given back.
+    Raises:
+        UsageError: the network can't be converted.
     """
-    rectified = dict(_joined(model, nn.Conv2d, nn.ReLU))
-    for name, conv in list(model.named_modules()):
-        if type(conv) is not nn.Conv2d or not PairedColumns.fits(conv):
-            continue
-        paired = PairedColumns(conv)
-        if name in rectified:
-            paired.relu = True
-            _replace(model, rectified[name], nn.Identity())
-        _replace(model, name, paired)
+    program = exported(deployed)
+    with quiet():
+        try:
+            return torch.onnx.export(
+                program, (), input_names=["images"], output_names=deployed.output_names,
+                dynamo=True, verbose=False,
+            ).model_proto  # type: ignore[union-attr]  # fmt: skip
+        except Exception as error:  # the exporter has no class of its own for these
+            raise UsageError(f"torch.onnx: {reason(error)}") from error
+
+
+def import_openvino() -> Any:
+    """OpenVINO, without the usage statistics that it and NNCF would send over the network."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # not importable
+    os.environ.setdefault("NNCF_CI", "1")
+    import openvino
+
+    return openvino
+
+
+def openvino_model(deployed: Deployed) -> Any:
+    """OpenVINO's model for any batch size: images -> probabilities, then the maps by name.
+
+    Raises:
+        UsageError: the network can't be converted.
+    """
+    openvino = import_openvino()
+    program = exported(deployed)
+    with quiet():
+        try:
+            model = openvino.convert_model(program)
+        except Exception as error:  # OpenVINO raises plain RuntimeError and its own kinds
+            raise UsageError(f"openvino: {reason(error)}") from error
+    model.reshape([-1, *deployed.preprocess.input_size])
+    model.inputs[0].tensor.set_names({"images"})
+    for port, name in zip(model.outputs, deployed.output_names, strict=True):
+        port.tensor.set_names({name})
     return model
+
+
+# ----------------------------------------------------------------------------------- INT8
+def openvino_int8(deployed: Deployed, images: Tensor) -> Any:
+    """OpenVINO's model in 8 bits, calibrated on `images` (n, C, H, W) in 0..255.
+
+    Only convolutions are quantized: they have nearly all of the arithmetic, and gates, masks
+    and sums in bf16 are as fast and lose less.
+    """
+    import_openvino()
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    model = openvino_model(deployed)
+    others = {op.get_type_name() for op in model.get_ops()} - {"Convolution", "GroupConvolution"}
+    with quiet():
+        return nncf.quantize(
+            model, nncf.Dataset([image.numpy() for image in images.split(1)]),
+            preset=nncf.QuantizationPreset.MIXED, subset_size=len(images),
+            # NNCF's graph lacks some of the other types, which its validation would refuse
+            ignored_scope=nncf.IgnoredScope(types=sorted(others), validate=False),
+        )  # fmt: skip
+
+
+def onnx_int8(path: Path, images: Tensor) -> Any:
+    """The ONNX file in 8 bits, calibrated on `images` (n, C, H, W) in 0..255."""
+    import onnx
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Calibration(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rest = iter(images.split(1))
+
+        def get_next(self) -> dict[str, Any] | None:
+            image = next(self.rest, None)
+            return None if image is None else {"images": image.numpy()}
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch, quiet():
+        ready, small = Path(scratch, "ready.onnx"), Path(scratch, "int8.onnx")
+        quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
+        quantize_static(
+            str(ready), str(small), Calibration(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+        )  # fmt: skip
+        return onnx.load(str(small))

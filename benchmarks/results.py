@@ -9,30 +9,29 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from regard.bench.contestants import AUTHORS, Contestant
+from cases import AUTHORS, Case
 from regard.errors import UsageError
+from regard.files import write_atomically
 
 
 @dataclass
 class Result:
-    """One contestant's figures.
+    """One case's figures.
 
     Attributes:
-        seconds: of one call, in each turn.
-        calls: timed in each turn.
-        start: seconds until it was ready: conversion and compiling.
-        times: how many times as fast as the authors' way of the same network (of a peer: of
-            the network it is a peer of) in the same run.
-        to_twin: its time as a part of its plain twin's on the same engine.
-        peak, running: peak resident memory of a process of its own in bytes (on a GPU: what
-            was allocated), with start-up and without.
+        seconds: of one call, for each round.
+        startup: seconds for conversion, compiling and the first call.
+        times: how many times as fast as the same network (a peer: as the network that it is a
+            peer of) the authors' way, in the same rounds.
+        to_twin: its time divided by its plain twin's on the same engine.
+        peak, running: peak resident memory of a process of its own in bytes (on a GPU: of what
+            was allocated), with and without start-up.
         fault: why it could not be measured, or None.
     """
 
-    contestant: Contestant
+    case: Case
     seconds: list[float] = field(default_factory=list)
-    calls: int = 0
-    start: float | None = None
+    startup: float | None = None
     times: float | None = None
     to_twin: float | None = None
     peak: int | None = None
@@ -46,7 +45,7 @@ class Result:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The spread: seconds of one call, the first and the third quartile of the turns."""
+        """First and third quartile of the seconds of one call."""
         if len(self.seconds) < 2:
             return self.seconds[0], self.seconds[0]
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -55,18 +54,18 @@ class Result:
     @property
     def rate(self) -> float:
         """Images a second."""
-        return self.contestant.batch / self.median
+        return self.case.batch / self.median
 
 
 def compare(results: Sequence[Result]) -> None:
-    """Fills in `times` and `to_twin` where what is compared with was measured as well."""
-    good = {r.contestant: r for r in results if r.fault is None}
+    """Fills in `times` and `to_twin` where the other case was measured as well."""
+    good = {r.case: r for r in results if r.fault is None}
     by_what = {
         (c.kind, c.of, c.network, c.role, c.engine, c.precision, c.batch, c.size, c.threads): r
         for c, r in good.items()
     }
 
-    def find(c: Contestant, network: str, role: str, engine: str, precision: str) -> Result | None:
+    def find(c: Case, network: str, role: str, engine: str, precision: str) -> Result | None:
         key = (c.kind, c.of, network, role, engine, precision, c.batch, c.size, c.threads)
         return by_what.get(key)
 
@@ -80,15 +79,15 @@ def compare(results: Sequence[Result]) -> None:
             r.to_twin = r.median / twin.median if twin is not None else None
 
 
-def pooled(rounds: Sequence[Sequence[Result]]) -> list[Result]:
-    """The results of the same contestants in several processes, their turns put together.
+def pooled(processes: Sequence[Sequence[Result]]) -> list[Result]:
+    """The results of the same cases in several processes, their rounds concatenated.
 
-    Start and memory are the first round's: later ones find compiled kernels in the cache.
+    Start-up and memory are the first process's: later ones find compiled kernels in the cache.
     """
     found = []
-    for same in zip(*rounds, strict=True):
+    for same in zip(*processes, strict=True):
         first = same[0]
-        assert all(r.contestant == first.contestant for r in same)
+        assert all(r.case == first.case for r in same)
         faults = [r.fault for r in same if r.fault is not None]
         seconds = [s for r in same for s in r.seconds]
         found.append(replace(first, seconds=seconds, fault=faults[0] if faults else None))
@@ -99,17 +98,17 @@ def pooled(rounds: Sequence[Sequence[Result]]) -> list[Result]:
 def as_rows(
     results: Sequence[Result], machine: dict[str, Any], date: str
 ) -> list[dict[str, str | int | float]]:
-    """One flat row for each result, the machine in each, as the CSV has them."""
+    """Rows of the CSV: one for each result, with the machine in each."""
     rows: list[dict[str, str | int | float]] = []
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     for r in results:
-        c = r.contestant
+        c = r.case
         row: dict[str, str | int | float] = {
             "kind": c.kind, "of": c.of, "network": c.network, "role": c.role,
             "engine": c.engine, "precision": c.precision, "batch": c.batch,
             "size": "x".join(map(str, c.size)), "threads": c.threads, "device": c.device,
             "median_ms": "", "low_ms": "", "high_ms": "", "images_per_s": "", "times": "",
-            "to_twin": "", "turns": len(r.seconds), "calls": r.calls, "start_s": "",
+            "to_twin": "", "rounds": len(r.seconds), "start_s": "",
             "peak_mb": "", "running_mb": "", "fault": r.fault or "", "date": date,
             "machine": machine["accelerator"] or machine["processor"],
             "extensions": " ".join(machine["extensions"]), "versions": versions,
@@ -118,7 +117,7 @@ def as_rows(
             low, high = r.quartiles
             row |= {"median_ms": _round(1e3 * r.median), "low_ms": _round(1e3 * low),
                     "high_ms": _round(1e3 * high), "images_per_s": _round(r.rate)}  # fmt: skip
-        known = {"times": r.times, "to_twin": r.to_twin, "start_s": r.start}
+        known = {"times": r.times, "to_twin": r.to_twin, "start_s": r.startup}
         row |= {name: _round(value) for name, value in known.items() if value is not None}
         memory = {"peak_mb": r.peak, "running_mb": r.running}
         row |= {name: round(value / 1e6) for name, value in memory.items() if value is not None}
@@ -126,83 +125,58 @@ def as_rows(
     return rows
 
 
-def columns() -> list[str]:
-    """The columns of the CSV."""
-    nobody = Contestant("", "", "", "", "", "", 0, (0, 0, 0), 0)
-    nowhere: dict[str, Any] = {
-        "accelerator": None,
-        "processor": "",
-        "extensions": [],
-        "versions": {},
-    }
-    return list(as_rows([Result(nobody, fault="-")], nowhere, "")[0])
-
-
 def append_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Adds rows to a CSV file, which is made where there is none.
 
     Raises:
         UsageError: the file has other columns.
-        OSError: it can't be written.
+        FileError: it can't be written.
     """
-    if not rows:
-        return
-    new = not path.exists() or path.stat().st_size == 0
-    if not new:
-        check_csv(path, list(rows[0]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    before: list[dict[str, Any]] = []
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="", encoding="utf-8") as file:
+            before = list(csv.DictReader(file))
+            if before and list(before[0]) != list(rows[0]):
+                raise UsageError(f"{path} has other columns than this benchmark's")
+    write_csv(path, [*before, *rows])
 
 
-def check_csv(path: Path, columns: Sequence[str]) -> None:
-    """Refuses a CSV file that rows of these columns can't be added to.
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes a CSV file anew.
 
     Raises:
-        UsageError: the file has other columns.
+        FileError: it can't be written.
     """
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with path.open(newline="", encoding="utf-8") as file:
-        first = next(csv.reader(file), [])
-    if first != list(columns):
-        raise UsageError(f"{path} has other columns than a benchmark's: give another file")
+
+    def write(beside: Path) -> None:
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, write)
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """A machine's name in file names, such as amd-epyc-9r14-2-threads."""
+    """A machine in file names, such as amd-epyc-9r14-2-threads."""
     name = machine["accelerator"] or f"{machine['processor']} {machine['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def describe(machine: dict[str, Any]) -> str:
-    """The machine in one line."""
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
-    name = machine["processor"]
-    if machine["accelerator"]:
-        name = f"{machine['accelerator']}, {name}"
-    return (
-        f"{name} ({' '.join(machine['extensions']) or 'no vector extension known'}), "
-        f"{machine['threads']} threads, {machine['system']}; {versions}"
-    )
-
-
 def print_results(results: Sequence[Result], header: Sequence[str]) -> None:
-    """Prints a table for each group, what could not be measured with the reason."""
+    """Prints a table for each group."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    # piped, a table must not be cut to the width of a terminal that is not there
+    # into a pipe, a table must not be cut to the width of a terminal that is not there
     wide = Console(width=None if console.is_terminal else 160, highlight=False)
     for line in header:
         console.print(line, soft_wrap=True, markup=False)
 
     def group(r: Result) -> tuple[Any, ...]:
-        c = r.contestant
+        c = r.case
         return c.of, c.kind, c.batch, c.size
 
     for (of, kind, batch, size), members in groupby(results, group):
@@ -217,7 +191,7 @@ def print_results(results: Sequence[Result], header: Sequence[str]) -> None:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for heading in ("network", "engine", "precision"):
             table.add_column(heading, no_wrap=True)
-        headings = ["ms", "quartiles", "images/s", "x authors'", "of twin's time", "start s"]
+        headings = ["ms", "quartiles", "images/s", "x authors'", "time / twin's", "start s"]
         for heading in headings + ["peak MB", "running MB"] * with_memory:
             table.add_column(heading, justify="right", no_wrap=True)
         for r in rows:
@@ -226,17 +200,16 @@ def print_results(results: Sequence[Result], header: Sequence[str]) -> None:
 
 
 def _cells(r: Result, with_memory: bool) -> list[str]:
-    c = r.contestant
-    engine = "authors' way" if c.engine == AUTHORS and c.role != "peer" else c.engine
-    cells = [c.network, engine, c.precision]
+    c = r.case
+    cells = [c.network, c.engine_label, c.precision]
     if r.fault is not None:
-        return [*cells, "-"]  # the reason is a line of its own
+        return [*cells, "-"]  # the reason was logged
     low, high = r.quartiles
     cells += [
         f"{1e3 * r.median:.1f}", f"{1e3 * low:.1f} - {1e3 * high:.1f}", f"{r.rate:,.1f}",
         "" if r.times is None else f"{r.times:.2f}",
         "" if r.to_twin is None else f"{r.to_twin:.2f}",
-        "" if r.start is None else f"{r.start:.1f}",
+        "" if r.startup is None else f"{r.startup:.1f}",
     ]  # fmt: skip
     if with_memory:
         cells += ["" if m is None else f"{m / 1e6:,.0f}" for m in (r.peak, r.running)]
