@@ -70,7 +70,8 @@ def percentile(value: float, drawn: NDArray[Any], confidence: float) -> Estimate
     drawn = drawn[~np.isnan(drawn)]
     if drawn.size == 0 or math.isnan(value):
         return Estimate(value, NAN, NAN)
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    method: Any = "linear" if np.isfinite(drawn).all() else "nearest"  # no inf - inf
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], method=method)
     return Estimate(value, min(float(low), value), max(float(high), value))
 
 

@@ -1,0 +1,211 @@
+"""The numbers of a diagnostic study: ROC, agreement, and one class against the rest."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from regard.evaluation.intervals import (
+    NAN,
+    Estimate,
+    check_settings,
+    draws,
+    finite_or_none,
+    percentile,
+    wilson,
+)
+from regard.evaluation.predictions import Floats, Ints, Predictions, units_of
+from regard.evaluation.recalibration import CalibrationStatistics
+from regard.evaluation.statistics import (
+    LabelStatistics,
+    OneClassStatistics,
+    RankStatistics,
+    Values,
+)
+
+MOST_WORK = 6 * 10**8  # of `RankStatistics.work` times resamples: about 20 s
+Statistic = Callable[[Floats], Values]
+
+
+@dataclass(frozen=True)
+class OneClass:
+    """One class against the rest, as a diagnostic test.
+
+    positive: the class.
+    threshold: on its probability; None: positive where it is the top-1 class.
+    counts: true positives "tp", false positives "fp", true negatives "tn", false negatives "fn".
+    metrics: by name; see `diagnose`.
+    """
+
+    positive: str
+    threshold: float | None
+    counts: dict[str, int]
+    metrics: dict[str, Estimate]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        threshold = None if self.threshold is None else finite_or_none(self.threshold)
+        metrics = {name: e.to_dict() for name, e in self.metrics.items()}
+        return {
+            "positive": self.positive, "threshold": threshold, "counts": self.counts,
+            "metrics": metrics,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """The numbers of a diagnostic study; see `diagnose`.
+
+    metrics: of all classes together, by name.
+    per_class: "roc_auc" and "average_precision" of each class with images, against the rest.
+    one_class: the positive class, if one was named.
+    """
+
+    metrics: dict[str, Estimate]
+    per_class: dict[str, dict[str, Estimate]]
+    one_class: OneClass | None = None
+    confidence: float = 0.95
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: None for what is not finite."""
+        return {
+            "confidence": self.confidence,
+            "metrics": {name: e.to_dict() for name, e in self.metrics.items()},
+            "per_class": {
+                name: {kind: e.to_dict() for kind, e in each.items()}
+                for name, each in self.per_class.items()
+            },
+            "one_class": None if self.one_class is None else self.one_class.to_dict(),
+        }
+
+
+def diagnose(
+    predictions: Predictions,
+    *,
+    positive: str | None = None,
+    threshold: float | None = None,
+    ordered: Sequence[str] | None = None,
+    max_fpr: float | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Diagnostics:
+    """ROC AUC, average precision, agreement, Brier score; one class as a diagnostic test.
+
+    All classes: roc_auc and average_precision of each class against the rest, as "_macro" and
+    "_weighted" means, and roc_auc_hand_till; mcc, kappa, brier, and with `ordered` the
+    quadratic_kappa. With `positive` that class against the rest: roc_auc, average_precision,
+    sensitivity, specificity, ppv, npv, lr_positive and lr_negative (likelihood ratios), f1, mcc,
+    brier, calibration_slope, calibration_intercept, and with `max_fpr` the partial_roc_auc.
+
+    Intervals are percentiles of bootstrap samples of images or, with groups, of whole groups.
+    Sensitivity, specificity, ppv and npv of independent images have Wilson's. Where no resample
+    differs, as for an AUC of 1, shares and areas have Wilson's with as many units as the rarer
+    kind has. Areas of all classes have no interval where it would take minutes (with 1000
+    resamples for 100,000 images of 6 classes, or 2,000 images of 150). A likelihood ratio may be
+    infinite.
+
+    Args:
+        predictions: of at least one image.
+        positive: the class of a diagnostic test; default: none.
+        threshold: on its probability, chosen on other images; default: the top-1 class decides.
+        ordered: all classes from lowest to highest, for the quadratic kappa.
+        max_fpr: the largest false positive rate of the partial AUC.
+        resamples, seed, confidence: as in `evaluate`.
+
+    Raises:
+        UsageError: no such class, or an argument out of range.
+    """
+    check_settings(resamples, confidence)
+    bootstrap = _Bootstrap(predictions, resamples, seed, confidence)
+    ranking = RankStatistics(predictions)
+    ranks = bootstrap(ranking, intervals=ranking.work * resamples <= MOST_WORK)
+    overall = bootstrap(LabelStatistics(predictions, ordered))
+    per_class: dict[str, dict[str, Estimate]] = {}
+    for name, estimate in ranks.items():
+        kind, _, of = name.partition("/")
+        if of:
+            per_class.setdefault(of, {})[kind] = estimate
+        else:
+            overall[name] = estimate
+    one = None
+    if positive is not None:
+        one = _one_class(predictions, positive, threshold, max_fpr, bootstrap)
+    return Diagnostics(overall, per_class, one, confidence)
+
+
+def _one_class(
+    predictions: Predictions,
+    positive: str,
+    threshold: float | None,
+    max_fpr: float | None,
+    bootstrap: "_Bootstrap",
+) -> OneClass:
+    statistic = OneClassStatistics(predictions, positive, threshold, max_fpr)
+    names = ("tp", "fp", "tn", "fn")
+    counts = dict(zip(names, map(int, statistic.counts(np.ones(len(predictions)))), strict=True))
+    metrics = bootstrap(statistic, rare=statistic.positive)
+    is_positive, called = statistic.positive, statistic.called
+    for name, among in (
+        ("sensitivity", is_positive), ("specificity", ~is_positive), ("ppv", called),
+        ("npv", ~called),
+    ):  # fmt: skip
+        metrics[name] = bootstrap.share(metrics[name], among)
+    metrics |= bootstrap(CalibrationStatistics(predictions, positive))
+    return OneClass(positive, threshold, counts, metrics)
+
+
+class _Bootstrap:
+    """Estimates of statistics, all with the same bootstrap samples."""
+
+    def __init__(
+        self, predictions: Predictions, resamples: int, seed: int, confidence: float
+    ) -> None:
+        self.unit, self.n_units = units_of(predictions)
+        self.grouped, self.labels = predictions.groups is not None, predictions.labels
+        self.resamples, self.seed, self.confidence = resamples, seed, confidence
+
+    def samples(self, statistic: Statistic) -> dict[str, Floats]:
+        """(resamples,) values of each number."""
+        drawn: dict[str, list[float]] = {}
+        for times in draws(self.n_units, self.resamples, self.seed):
+            for name, value in statistic(times[self.unit]).items():
+                drawn.setdefault(name, []).append(value)
+        return {name: np.array(values) for name, values in drawn.items()}
+
+    def __call__(
+        self, statistic: Statistic, *, intervals: bool = True, rare: Any = None
+    ) -> dict[str, Estimate]:
+        values = statistic(np.ones(len(self.unit)))
+        if not intervals or self.n_units < 2:
+            return {name: Estimate(value, NAN, NAN) for name, value in values.items()}
+        drawn = self.samples(statistic)
+        units = self._rarest(self.labels if rare is None else rare)
+        return {name: self._estimate(name, v, drawn[name], units) for name, v in values.items()}
+
+    def _estimate(self, name: str, value: float, drawn: Floats, units: int) -> Estimate:
+        drawn = drawn[~np.isnan(drawn)]
+        if not math.isfinite(value) or not drawn.size:
+            return Estimate(value, NAN, NAN)
+        if drawn.min() == drawn.max() and value in (0.0, 1.0):
+            interval = wilson(value, units, self.confidence)
+            if name.endswith(("mcc", "kappa")):  # from -1 to 1
+                low = 2 * interval.low - 1
+                return Estimate(value, low, 1.0) if value else Estimate(value, NAN, NAN)
+            return interval
+        return percentile(value, drawn, self.confidence)
+
+    def _rarest(self, kinds: Ints) -> int:
+        """Units of the kind of image that has fewest."""
+        return min(len(np.unique(self.unit[kinds == k])) for k in np.unique(kinds))
+
+    def share(self, estimate: Estimate, among: Any) -> Estimate:
+        """A share of some images; Wilson's interval where they are independent or all alike."""
+        units = len(np.unique(self.unit[among]))
+        if units < 2:
+            return Estimate(estimate.value, NAN, NAN)
+        if self.grouped and estimate.value not in (0.0, 1.0):
+            return estimate
+        return wilson(estimate.value, units, self.confidence)

@@ -1,0 +1,270 @@
+"""Statistics of predictions as functions of image weights.
+
+A bootstrap sample counts each image 0, 1, 2, ... times. Each class below prepares the predictions
+once, and is then called with the weights of the images, thousands of times; scikit-learn's
+functions, to which the tests compare every number, validate and sort at each call and would take
+minutes. Called with weights of 1 they give the plain values.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regard.errors import UsageError
+from regard.evaluation.intervals import NAN
+from regard.evaluation.predictions import Floats, Ints, Predictions
+
+Values = dict[str, float]
+
+
+def class_index(predictions: Predictions, name: str, argument: str = "positive") -> int:
+    """The index of a class.
+
+    Raises:
+        UsageError: there is no such class.
+    """
+    if name not in predictions.classes:
+        some = ", ".join(predictions.classes[:20])
+        raise UsageError(f"{argument}={name!r}: choose one of {some}")
+    return predictions.classes.index(name)
+
+
+def divide(part: float, whole: float) -> float:
+    """part / whole, infinite for x / 0 and NaN for 0 / 0."""
+    if whole:
+        return float(part / whole)
+    return math.inf if part > 0 else NAN
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Weighted counts at or above each distinct score, in descending order of score.
+
+    scores: (T,) distinct scores.
+    tp, fp: (T,) weights of positive and negative images with at least that score.
+    """
+
+    scores: Floats
+    tp: Floats
+    fp: Floats
+
+    def roc_auc(self) -> float:
+        """Area under the ROC curve; NaN without positive or negative images."""
+        total = self.tp[-1] * self.fp[-1]
+        if total == 0:
+            return NAN
+        tp, fp = np.append(0.0, self.tp), np.append(0.0, self.fp)
+        return float((np.diff(fp) * (tp[1:] + tp[:-1])).sum() / (2 * total))
+
+    def partial_auc(self, max_fpr: float) -> float:
+        """Area for false positive rates up to `max_fpr`, standardized as by McClish (1989).
+
+        0.5 is chance and 1 is perfect, as scikit-learn's roc_auc_score(max_fpr=...).
+        """
+        if self.tp[-1] * self.fp[-1] == 0:
+            return NAN
+        tpr, fpr = (np.append(0.0, x) / x[-1] for x in (self.tp, self.fp))
+        stop = int(np.searchsorted(fpr, max_fpr, "right"))
+        last = tpr[-1] if stop == len(fpr) else np.interp(
+            max_fpr, fpr[stop - 1 : stop + 1], tpr[stop - 1 : stop + 1]
+        )  # fmt: skip
+        area = np.trapezoid(np.append(tpr[:stop], last), np.append(fpr[:stop], max_fpr))
+        chance = max_fpr**2 / 2
+        return float(0.5 * (1 + (area - chance) / (max_fpr - chance)))
+
+    def average_precision(self) -> float:
+        """Sum of precision times increase of recall, without interpolation."""
+        if self.tp[-1] == 0:
+            return NAN
+        called = self.tp + self.fp
+        precision = np.divide(self.tp, called, out=np.zeros_like(called), where=called > 0)
+        return float((np.diff(self.tp, prepend=0.0) * precision).sum() / self.tp[-1])
+
+
+class Ranking:
+    """How scores rank the positive images above the others."""
+
+    def __init__(self, positive: NDArray[np.bool_], scores: NDArray[np.floating]) -> None:
+        order = np.argsort(-scores, kind="stable")
+        self.order, self.positive = order, positive[order].astype(np.float64)
+        ranked = scores[order]
+        self.ends = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
+        self.scores = ranked[self.ends].astype(np.float64)
+
+    def curve(self, weights: Floats) -> Curve:
+        ranked = weights[self.order]
+        positive = ranked * self.positive
+        tp = np.cumsum(positive)[self.ends]
+        return Curve(self.scores, tp, np.cumsum(ranked)[self.ends] - tp)
+
+
+class LabelStatistics:
+    """MCC, Cohen's kappa, quadratic kappa and Brier score of all classes together.
+
+    mcc: multi-class Matthews correlation (Gorodkin 2004).
+    kappa, quadratic_kappa: Cohen's, plain and with quadratic weights of the order of `ordered`.
+    brier: mean squared error of the probabilities, summed over classes; with two classes halved,
+        as usual. As scikit-learn's brier_score_loss.
+    """
+
+    def __init__(self, predictions: Predictions, ordered: Sequence[str] | None = None) -> None:
+        p, true = predictions.probabilities, predictions.labels
+        self.true, self.predicted, self.n_classes = true, p.argmax(axis=1), p.shape[1]
+        of_true = p[np.arange(len(true)), true].astype(np.float64)
+        squares = np.einsum("ij,ij->i", p, p, dtype=np.float64)
+        self.brier = (squares - 2 * of_true + 1) / (2 if self.n_classes == 2 else 1)
+        self.rank = None if ordered is None else _ranks(predictions, ordered)
+
+    def __call__(self, weights: Floats) -> Values:
+        total = weights.sum()
+        t = np.bincount(self.true, weights, self.n_classes) / total
+        p = np.bincount(self.predicted, weights, self.n_classes) / total
+        agreement, chance = weights @ (self.true == self.predicted) / total, t @ p
+        spread = math.sqrt(max(1 - t @ t, 0.0) * max(1 - p @ p, 0.0))
+        values = {
+            "mcc": float((agreement - chance) / spread) if spread else 0.0,
+            "kappa": float((agreement - chance) / (1 - chance)) if chance < 1 else NAN,
+            "brier": float(weights @ self.brier / total),
+        }
+        if self.rank is not None:
+            values["quadratic_kappa"] = self._quadratic_kappa(self.rank, weights / total)
+        return values
+
+    def _quadratic_kappa(self, rank: Ints, share: Floats) -> float:
+        a, b = rank[self.true], rank[self.predicted]
+        observed = share @ (a - b) ** 2
+        expected = share @ a**2 + share @ b**2 - 2 * (share @ a) * (share @ b)
+        return float(1 - observed / expected) if expected else NAN
+
+
+def _ranks(predictions: Predictions, ordered: Sequence[str]) -> Ints:
+    """(C,) the position of each class in the given order."""
+    if sorted(ordered) != sorted(predictions.classes):
+        raise UsageError(
+            f"ordered={','.join(ordered)}: name each class once: {', '.join(predictions.classes)}"
+        )
+    return np.array([list(ordered).index(name) for name in predictions.classes])
+
+
+class RankStatistics:
+    """ROC AUC and average precision of each class against the rest, and their means.
+
+    Classes without images, or with all images, are left out. Means: macro (unweighted), weighted
+    by the number of images, and for 3 to 100 classes Hand & Till's M (Machine Learning 2001),
+    the mean AUC over ordered pairs of classes. Empty for more than 2e8 images x classes.
+    """
+
+    MOST_PAIRED, MOST_STORED, MOST = 100, 2 * 10**7, 2 * 10**8
+
+    def __init__(self, predictions: Predictions) -> None:
+        self.p, self.true = predictions.probabilities, predictions.labels
+        self.names, self.n_classes = predictions.classes, self.p.shape[1]
+        present = np.unique(self.true).tolist()
+        work = len(self.true) * len(present)
+        self.present = present if len(present) > 1 and work <= self.MOST else []
+        pairs = 3 <= len(self.present) <= self.MOST_PAIRED
+        self.pairs = [(c, d) for c in self.present for d in self.present if c != d] * pairs
+        self.stored = work * (3 if pairs else 1) <= self.MOST_STORED
+        # images ranked by one call; the call itself takes as long as 2000 of them
+        self.work = work * (3 if pairs else 1) + 2000 * (len(self.present) + len(self.pairs))
+        self._stored: dict[tuple[int, int | None], tuple[Ints, Ranking]] = {}
+
+    def _auc_inputs(self, c: int, other: int | None) -> tuple[Ints, Ranking]:
+        """The images of class c and of another, or of all, and how p of c ranks them."""
+        if (c, other) in self._stored:
+            return self._stored[c, other]
+        of_c = self.true == c
+        images = np.flatnonzero(of_c | (self.true == other) if other is not None else of_c >= 0)
+        pair = images, Ranking(of_c[images], self.p[images, c])
+        if self.stored:  # else each call sorts again, in bounded memory
+            self._stored[c, other] = pair
+        return pair
+
+    def _curve(self, weights: Floats, c: int, other: int | None = None) -> Curve:
+        images, ranking = self._auc_inputs(c, other)
+        return ranking.curve(weights[images])
+
+    def __call__(self, weights: Floats) -> Values:
+        if not self.present:
+            return {}
+        values: Values = {}
+        counts = np.bincount(self.true, weights, self.n_classes)[self.present]
+        areas = [
+            (curve.roc_auc(), curve.average_precision())
+            for curve in (self._curve(weights, c) for c in self.present)
+        ]
+        for kind, each in zip(("roc_auc", "average_precision"), np.array(areas).T, strict=True):
+            for c, area in zip(self.present, each.tolist(), strict=True):
+                values[f"{kind}/{self.names[c]}"] = area
+            known = ~np.isnan(each)
+            values[f"{kind}_macro"] = float(each[known].mean()) if known.any() else NAN
+            values[f"{kind}_weighted"] = divide(counts[known] @ each[known], counts[known].sum())
+        if self.pairs:
+            pairs = np.array([self._curve(weights, c, other).roc_auc() for c, other in self.pairs])
+            known = ~np.isnan(pairs)
+            values["roc_auc_hand_till"] = float(pairs[known].mean()) if known.any() else NAN
+        return values
+
+
+class OneClassStatistics:
+    """The statistics of a diagnostic test: one class, positive, against the rest.
+
+    The test is positive where the probability of the class is at least `threshold`, or without
+    one where the class is the top-1 class.
+    """
+
+    def __init__(
+        self,
+        predictions: Predictions,
+        positive: str,
+        threshold: float | None = None,
+        max_fpr: float | None = None,
+    ) -> None:
+        c = class_index(predictions, positive)
+        if max_fpr is not None and not 0 < max_fpr <= 1:
+            raise UsageError(f"max_fpr={max_fpr}: above 0, at most 1")
+        score = predictions.probabilities[:, c]
+        self.positive = predictions.labels == c
+        top = predictions.probabilities.argmax(axis=1) == c
+        self.called = top if threshold is None else score >= threshold
+        self.score, self.max_fpr = score.astype(np.float64), max_fpr
+        self.ranking = Ranking(self.positive, score)
+
+    def counts(self, weights: Floats) -> tuple[float, float, float, float]:
+        """True positives, false positives, true negatives, false negatives."""
+        tp = float(weights @ (self.positive & self.called))
+        fp = float(weights @ (~self.positive & self.called))
+        fn = float(weights @ (self.positive & ~self.called))
+        return tp, fp, float(weights.sum()) - tp - fp - fn, fn
+
+    def __call__(self, weights: Floats) -> Values:
+        tp, fp, tn, fn = self.counts(weights)
+        curve = self.ranking.curve(weights)
+        values = {
+            "roc_auc": curve.roc_auc(),
+            "average_precision": curve.average_precision(),
+            **decision_values(tp, fp, tn, fn),
+            "brier": float(weights @ (self.score - self.positive) ** 2 / weights.sum()),
+        }
+        if self.max_fpr is not None:
+            values["partial_roc_auc"] = curve.partial_auc(self.max_fpr)
+        return values
+
+
+def decision_values(tp: float, fp: float, tn: float, fn: float) -> Values:
+    """The statistics of a 2 x 2 table."""
+    sensitivity, specificity = divide(tp, tp + fn), divide(tn, tn + fp)
+    margins = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return {
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "ppv": divide(tp, tp + fp),
+        "npv": divide(tn, tn + fn),
+        "lr_positive": divide(sensitivity, 1 - specificity),
+        "lr_negative": divide(1 - sensitivity, specificity),
+        "f1": divide(2 * tp, 2 * tp + fp + fn),
+        "mcc": (tp * tn - fp * fn) / math.sqrt(margins) if margins > 0 else 0.0,
+    }

@@ -1,0 +1,163 @@
+"""Decision thresholds chosen on validation predictions, and decision curves."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from regard.errors import UsageError
+from regard.evaluation.intervals import check_settings, draws, finite_or_none
+from regard.evaluation.predictions import Floats, Predictions, units_of
+from regard.evaluation.statistics import Curve, Ranking, class_index
+
+_RULES = "sensitivity=0.95, specificity=0.9, youden, cost=5:1 (false negative : false positive)"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A threshold on the probability of a class, and how it did where it was chosen.
+
+    positive: the class.
+    rule: as given to `choose_threshold`.
+    value: the image is called positive where its probability is at least this; infinite where
+        the rule is met by calling no image positive.
+    sensitivity, specificity: on the validation images.
+    images: number of validation images.
+    """
+
+    positive: str
+    rule: str
+    value: float
+    sensitivity: float
+    specificity: float
+    images: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "value": finite_or_none(self.value)}
+
+
+def choose_threshold(validation: Predictions, positive: str, rule: str) -> Threshold:
+    """Chooses a threshold for one class on validation predictions.
+
+    Args:
+        validation: predictions of images that neither trained the network nor test it.
+        positive: the class.
+        rule: "sensitivity=S": the highest threshold with at least that sensitivity;
+            "specificity=S": the lowest threshold with at least that specificity; "youden": the
+            largest sensitivity + specificity; "cost=A:B": the least cost where a false negative
+            costs A and a false positive B. The higher of equally good thresholds is taken.
+
+    Raises:
+        UsageError: no such class or rule, or images of one kind only.
+    """
+    c = class_index(validation, positive)
+    ranking = Ranking(validation.labels == c, validation.probabilities[:, c])
+    curve = ranking.curve(np.ones(len(validation)))
+    if curve.tp[-1] == 0 or curve.fp[-1] == 0:
+        has = "no image" if curve.tp[-1] == 0 else "only images"
+        raise UsageError(f"{has} of {positive!r} for validation: no threshold can be chosen")
+    sensitivity = np.append(0.0, curve.tp / curve.tp[-1])  # first: no image is called positive
+    specificity = np.append(1.0, 1 - curve.fp / curve.fp[-1])
+    best = _best(rule, sensitivity, specificity, curve)
+    value = math.inf if best == 0 else float(curve.scores[best - 1])
+    return Threshold(
+        positive, rule, value, float(sensitivity[best]), float(specificity[best]), len(validation)
+    )
+
+
+def _best(rule: str, sensitivity: Floats, specificity: Floats, curve: Curve) -> int:
+    """The index of the chosen point; points are in descending order of threshold."""
+    name, _, argument = rule.partition("=")
+    if name in ("sensitivity", "specificity"):
+        target = _number(argument)
+        if not 0 < target <= 1:
+            raise UsageError(f"rule={rule!r}: {name} above 0, at most 1")
+        # 1e-12: 0.9 is met by 9 of 10, whatever floating point makes of it
+        if name == "sensitivity":
+            return int(np.flatnonzero(sensitivity >= target - 1e-12)[0])
+        return int(np.flatnonzero(specificity >= target - 1e-12)[-1])
+    if rule == "youden":
+        return int(np.argmax(np.round(sensitivity + specificity, 12)))
+    if name == "cost":
+        fn, fp = (_number(part) for part in argument.partition(":")[::2])
+        if fn > 0 and fp > 0:
+            costs = fn * (1 - sensitivity) * curve.tp[-1] + fp * (1 - specificity) * curve.fp[-1]
+            return int(np.argmin(np.round(costs, 9)))
+    raise UsageError(f"rule={rule!r}: choose one like {_RULES}")
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class DecisionCurve:
+    """Net benefit over threshold probabilities (Vickers & Elkin 2006), per image.
+
+    thresholds: (T,) threshold probabilities.
+    model, low, high: (T,) net benefit of treating where p is at least the threshold, with its
+        interval.
+    treat_all: (T,) net benefit of treating every image; treating none has 0.
+    """
+
+    thresholds: Floats
+    model: Floats
+    low: Floats
+    high: Floats
+    treat_all: Floats
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """For JSON."""
+        return {name: values.tolist() for name, values in vars(self).items()}
+
+
+def decision_curve(
+    predictions: Predictions,
+    positive: str,
+    *,
+    thresholds: Sequence[float] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> DecisionCurve:
+    """The decision curve of one class: true positives - odds * false positives, per image.
+
+    Args:
+        predictions: of test images.
+        positive: the class.
+        thresholds: between 0 and 1; default: 0.01 to 0.99.
+        resamples, seed, confidence: as in `evaluate`.
+
+    Raises:
+        UsageError: no such class, or an argument out of range.
+    """
+    check_settings(resamples, confidence)
+    at = np.arange(1, 100) / 100 if thresholds is None else np.asarray(thresholds, np.float64)
+    if at.ndim != 1 or not len(at) or not ((at > 0) & (at < 1)).all():
+        raise UsageError("thresholds: numbers between 0 and 1 are needed")
+    c = class_index(predictions, positive)
+    ranking = Ranking(predictions.labels == c, predictions.probabilities[:, c])
+    odds = at / (1 - at)
+    # index of the last score that is at least the threshold; 0: none is
+    last = np.searchsorted(-ranking.scores, -at, side="right")
+
+    def net_benefit(weights: Floats) -> Floats:
+        curve = ranking.curve(weights)
+        tp, fp = np.append(0.0, curve.tp), np.append(0.0, curve.fp)
+        return (tp[last] - odds * fp[last]) / weights.sum()
+
+    unit, n_units = units_of(predictions)
+    model = net_benefit(np.ones(len(predictions)))
+    drawn = np.stack([net_benefit(t[unit]) for t in draws(n_units, resamples, seed)])
+    ends = (1 - confidence) / 2, (1 + confidence) / 2
+    low, high = np.quantile(drawn, ends, axis=0)
+    share = float((predictions.labels == c).mean())
+    treat_all = share - odds * (1 - share)
+    return DecisionCurve(at, model, np.minimum(low, model), np.maximum(high, model), treat_all)

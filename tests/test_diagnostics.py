@@ -1,0 +1,300 @@
+"""The numbers of a diagnostic study against scikit-learn, scipy and values known by hand."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+from sklearn.linear_model import LogisticRegression
+
+from regard.evaluation import (
+    Predictions,
+    choose_threshold,
+    decision_curve,
+    diagnose,
+    fit_temperature,
+    reliability,
+    with_temperature,
+)
+from regard.evaluation.statistics import OneClassStatistics, RankStatistics
+from tests.test_evaluation import ends, hard, make
+
+
+def weighted(p, seed=1):
+    """Whole weights of the images, some 0, and the images repeated so often."""
+    weights = np.random.default_rng(seed).integers(0, 4, size=len(p)).astype(float)
+    rows = np.repeat(np.arange(len(p)), weights.astype(int))
+    return weights, p.labels[rows], p.probabilities[rows]
+
+
+def rounded(n=300, n_classes=4, decimals=1, **options):
+    """Predictions with many ties."""
+    p = make(n, n_classes, **options)
+    q = np.round(p.probabilities, decimals) + 0.01
+    return Predictions(q / q.sum(axis=1, keepdims=True), p.labels, p.classes, p.groups)
+
+
+@pytest.mark.parametrize("p", [make(300, 4), rounded()], ids=["distinct", "ties"])
+def test_areas_are_scikit_learns_with_and_without_weights(p):
+    for weights, y, q in ((np.ones(300), p.labels, p.probabilities), weighted(p)):
+        values = RankStatistics(p)(weights)
+        onehot = np.eye(4)[y]
+        for average in ("macro", "weighted"):
+            expected = sk.roc_auc_score(y, q, multi_class="ovr", average=average)
+            assert values[f"roc_auc_{average}"] == pytest.approx(expected, abs=1e-12)
+            expected = sk.average_precision_score(onehot, q, average=average)
+            assert values[f"average_precision_{average}"] == pytest.approx(expected, abs=1e-12)
+        expected = sk.roc_auc_score(y, q, multi_class="ovo", average="macro")
+        assert values["roc_auc_hand_till"] == pytest.approx(expected, abs=1e-12)
+        for c in range(4):
+            expected = sk.roc_auc_score(y == c, q[:, c])
+            assert values[f"roc_auc/c{c}"] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("p", [make(300, 3), rounded(n_classes=3)], ids=["distinct", "ties"])
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_one_class_against_the_rest_is_scikit_learns(p, threshold):
+    statistic = OneClassStatistics(p, "c1", threshold, max_fpr=0.3)
+    for weights, y, q in ((np.ones(300), p.labels, p.probabilities), weighted(p)):
+        true, score = y == 1, q[:, 1]
+        called = q.argmax(axis=1) == 1 if threshold is None else score >= threshold
+        ratios = sk.class_likelihood_ratios(true, called)
+        expected = {
+            "roc_auc": sk.roc_auc_score(true, score),
+            "average_precision": sk.average_precision_score(true, score),
+            "sensitivity": sk.recall_score(true, called),
+            "specificity": sk.recall_score(~true, ~called),
+            "ppv": sk.precision_score(true, called),
+            "npv": sk.precision_score(~true, ~called),
+            "lr_positive": ratios[0],
+            "lr_negative": ratios[1],
+            "f1": sk.f1_score(true, called),
+            "mcc": sk.matthews_corrcoef(true, called),
+            "brier": sk.brier_score_loss(true, score),
+            "partial_roc_auc": sk.roc_auc_score(true, score, max_fpr=0.3),
+        }
+        assert statistic(weights) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_agreement_is_scikit_learns(n_classes):
+    p = make(300, n_classes)
+    y, predicted = p.labels, p.probabilities.argmax(axis=1)
+    ordered = p.classes[::-1]
+    d = diagnose(p, ordered=ordered, resamples=20).metrics
+    expected = {
+        "mcc": sk.matthews_corrcoef(y, predicted),
+        "kappa": sk.cohen_kappa_score(y, predicted),
+        "brier": sk.brier_score_loss(
+            y if n_classes > 2 else y == 1,
+            p.probabilities if n_classes > 2 else p.probabilities[:, 1],
+        ),
+        "quadratic_kappa": sk.cohen_kappa_score(y, predicted, weights="quadratic"),
+    }
+    assert {k: d[k].value for k in expected} == pytest.approx(expected, abs=1e-12)
+    if n_classes == 4:  # the order matters
+        ordered = ["c0", "c2", "c1", "c3"]
+        rank = np.array([0, 2, 1, 3])
+        other = sk.cohen_kappa_score(rank[y], rank[predicted], weights="quadratic")
+        found = diagnose(p, ordered=ordered, resamples=2).metrics["quadratic_kappa"].value
+        assert found == pytest.approx(other, abs=1e-12) != expected["quadratic_kappa"]
+
+
+def binary(n=400, *, seed=0, slope=1.0, shift=0.0, groups=None):
+    """Calibrated probabilities of "sick", distorted by a slope and a shift of their logit."""
+    rng = np.random.default_rng(seed)
+    logit = rng.normal(-0.5, 1.5, size=n)
+    labels = (rng.random(n) < 1 / (1 + np.exp(-logit))).astype(int)
+    p = 1 / (1 + np.exp(-(slope * logit + shift)))
+    return Predictions(np.stack([1 - p, p], axis=1), labels, ["well", "sick"], groups)
+
+
+def test_calibration_slope_is_scikit_learns_and_finds_a_distortion():
+    p = binary(2000, slope=2.0, shift=1.0)
+    metrics = diagnose(p, positive="sick", resamples=100).one_class.metrics
+    logit = np.log(p.probabilities[:, 1] / p.probabilities[:, 0])
+    fitted = LogisticRegression(C=np.inf, tol=1e-10).fit(logit[:, None], p.labels)
+    slope, intercept = metrics["calibration_slope"], metrics["calibration_intercept"]
+    assert slope.value == pytest.approx(fitted.coef_[0, 0], abs=1e-5)
+    assert slope.low < 0.5 < slope.high < 0.7
+    # with the slope fixed at 1 the mean probability becomes the share
+    moved = 1 / (1 + np.exp(-(logit + intercept.value)))
+    assert moved.mean() == pytest.approx(p.labels.mean(), abs=1e-9)
+    assert intercept.high < 0
+    good = diagnose(binary(2000), positive="sick", resamples=100).one_class.metrics
+    assert good["calibration_slope"].low < 1 < good["calibration_slope"].high
+    assert good["calibration_intercept"].low < 0 < good["calibration_intercept"].high
+    apart = diagnose(hard([0, 0, 1, 1], [0, 0, 1, 1], 2), positive="c1", resamples=20)
+    assert math.isnan(apart.one_class.metrics["calibration_slope"].value)
+
+
+def test_intervals_and_counts_of_one_class():
+    p = binary(200)
+    one = diagnose(p, positive="sick", resamples=200).one_class
+    called = p.probabilities[:, 1] > 0.5
+    tn, fp, fn, tp = sk.confusion_matrix(p.labels, called).ravel().tolist()
+    assert one.counts == {"tp": tp, "fp": fp, "tn": tn, "fn": fn}
+    from scipy.stats import binomtest
+
+    for name, hits, n in (
+        ("sensitivity", tp, tp + fn), ("specificity", tn, tn + fp), ("ppv", tp, tp + fp),
+        ("npv", tn, tn + fn),
+    ):  # fmt: skip
+        expected = binomtest(hits, n).proportion_ci(method="wilson")
+        assert ends(one.metrics[name]) == pytest.approx(tuple(expected))
+    for name, estimate in one.metrics.items():
+        assert estimate.low < estimate.value < estimate.high, name
+    pairs = np.arange(200) // 4
+    grouped = diagnose(binary(200, groups=pairs), positive="sick", resamples=200).one_class
+    assert ends(grouped.metrics["sensitivity"]) != ends(one.metrics["sensitivity"])
+
+
+def test_what_cannot_be_measured_is_none_in_json():
+    perfect = hard([0] * 20 + [1] * 10, [0] * 20 + [1] * 10, 2)
+    d = diagnose(perfect, positive="c1", resamples=50)
+    written = json.loads(json.dumps(d.to_dict(), allow_nan=False))
+    area = written["one_class"]["metrics"]["roc_auc"]
+    assert (area["value"], area["high"]) == (1.0, 1.0)
+    assert 0.6 < area["low"] < 0.8  # all right is no certainty: Wilson's of 10
+    assert written["one_class"]["metrics"]["lr_positive"]["value"] is None  # infinite
+    assert d.metrics["mcc"].low < 0.9
+    for p in (hard([1], [1], 2), hard([1, 1], [0, 1], 2, ["x", "x"])):
+        d = diagnose(p, positive="c1", resamples=20)
+        json.dumps(d.to_dict(), allow_nan=False)
+        for estimate in (*d.metrics.values(), *d.one_class.metrics.values()):
+            assert not estimate.has_interval
+    never = diagnose(hard([0, 0, 1], [0, 0, 0], 2), positive="c1", resamples=20).one_class.metrics
+    assert math.isnan(never["ppv"].value)
+    assert never["sensitivity"].value == 0.0
+
+
+def test_rank_metrics_of_many_classes_take_bounded_time():
+    p = make(2000, 300)
+    d = diagnose(p, resamples=1000).metrics
+    assert "roc_auc_hand_till" not in d
+    areas = [sk.roc_auc_score(p.labels == c, p.probabilities[:, c]) for c in np.unique(p.labels)]
+    assert d["roc_auc_macro"].value == pytest.approx(np.mean(areas))
+    assert not d["roc_auc_macro"].has_interval
+    assert d["kappa"].has_interval
+
+
+def test_wrong_arguments_are_refused():
+    p = make(20, 3)
+    for options, message in (
+        ({"positive": "cat"}, "positive='cat': choose one of c0, c1, c2"),
+        ({"ordered": ["c0", "c1"]}, "ordered=c0,c1"),
+        ({"positive": "c0", "max_fpr": 0}, "max_fpr=0"),
+        ({"resamples": 1}, "resamples=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            diagnose(p, **options)
+
+
+# ---- thresholds -------------------------------------------------------------------------
+
+
+def at(p, threshold):
+    called = p.probabilities[:, 1] >= threshold
+    return called[p.labels == 1].mean(), 1 - called[p.labels == 0].mean()
+
+
+def test_thresholds_are_the_best_of_all():
+    p = binary(150)
+    every = [*np.unique(p.probabilities[:, 1]), math.inf]
+    points = {t: at(p, t) for t in every}
+    t = choose_threshold(p, "sick", "sensitivity=0.95")
+    assert (t.sensitivity, t.specificity) == pytest.approx(at(p, t.value))
+    assert t.value == max(x for x, (sens, _) in points.items() if sens >= 0.95)
+    t = choose_threshold(p, "sick", "specificity=0.9")
+    assert t.value == min(x for x, (_, spec) in points.items() if spec >= 0.9)
+    t = choose_threshold(p, "sick", "youden")
+    assert sum(at(p, t.value)) == pytest.approx(max(map(sum, points.values())))
+    t = choose_threshold(p, "sick", "cost=5:1")
+    n = p.labels.sum()
+
+    def cost(x):
+        return 5 * n * (1 - points[x][0]) + (150 - n) * (1 - points[x][1])
+
+    assert cost(t.value) == pytest.approx(min(map(cost, every)))
+    assert json.loads(json.dumps(t.to_dict(), allow_nan=False))["rule"] == "cost=5:1"
+
+
+def test_a_target_that_is_met_exactly_is_met_and_none_may_be_called():
+    p = Predictions(
+        np.array([[1 - x, x] for x in (0.9, 0.8, 0.7, 0.6, 0.95, 0.1)]), [1, 1, 1, 1, 0, 0],
+        ["a", "b"],
+    )  # fmt: skip
+    assert choose_threshold(p, "b", "sensitivity=0.75").value == pytest.approx(0.7)
+    none = choose_threshold(p, "b", "specificity=1")
+    assert (none.value, none.sensitivity, none.specificity) == (math.inf, 0.0, 1.0)
+    assert none.to_dict()["value"] is None
+
+
+def test_a_threshold_is_reported_on_other_images():
+    t = choose_threshold(binary(300, seed=1), "sick", "sensitivity=0.9")
+    test = binary(300, seed=2)
+    one = diagnose(test, positive="sick", threshold=t.value, resamples=20).one_class
+    sensitivity, specificity = at(test, t.value)
+    assert one.metrics["sensitivity"].value == pytest.approx(sensitivity)
+    assert one.metrics["specificity"].value == pytest.approx(specificity)
+    assert one.threshold == t.value
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["f1", "sensitivity", "sensitivity=2", "sensitivity=nan", "cost=5", "cost=0:1", "cost=a:b"],
+)
+def test_wrong_rules_are_refused(rule):
+    with pytest.raises(ValueError, match=f"rule='{rule}'"):
+        choose_threshold(binary(50), "sick", rule)
+
+
+def test_images_of_one_kind_choose_no_threshold():
+    with pytest.raises(ValueError, match="no image of 'c1'"):
+        choose_threshold(hard([0, 0], [0, 1], 2), "c1", "youden")
+
+
+def test_net_benefit_by_hand():
+    p = binary(200)
+    curve = decision_curve(p, "sick", thresholds=[0.2, 0.5, 0.9], resamples=50)
+    for k, t in enumerate((0.2, 0.5, 0.9)):
+        called = p.probabilities[:, 1] >= t
+        tp, fp = (called & (p.labels == 1)).sum(), (called & (p.labels == 0)).sum()
+        assert curve.model[k] == pytest.approx(tp / 200 - fp / 200 * t / (1 - t))
+        share = p.labels.mean()
+        assert curve.treat_all[k] == pytest.approx(share - (1 - share) * t / (1 - t))
+    assert (curve.low <= curve.model).all()
+    assert (curve.low < curve.high).all()
+    json.dumps(curve.to_dict(), allow_nan=False)
+    with pytest.raises(ValueError, match="thresholds"):
+        decision_curve(p, "sick", thresholds=[0.0])
+
+
+# ---- temperature ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_temperature_is_found_and_undone(dtype):
+    logits = np.random.default_rng(0).normal(size=(4000, 5)) * 2
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = np.array([np.random.default_rng(i).choice(5, p=row) for i, row in enumerate(p)])
+    sure = np.exp(3 * logits) / np.exp(3 * logits).sum(axis=1, keepdims=True)
+    said = Predictions(sure.astype(dtype), labels, list("abcde"))
+    t = fit_temperature(said)
+    assert t == pytest.approx(3, rel=0.06)
+    cooler = with_temperature(said, 3.0)
+    assert cooler.probabilities == pytest.approx(p, abs=1e-5)
+    assert cooler.probabilities.dtype == dtype
+    assert (cooler.probabilities.argmax(axis=1) == said.probabilities.argmax(axis=1)).all()
+    gap = [sum(b.images * abs(b.confidence - b.accuracy) for b in reliability(x)) / 4000
+           for x in (said, with_temperature(said, t))]  # fmt: skip
+    assert gap[1] < 0.03 < 0.1 < gap[0]
+    assert sum(b.images for b in reliability(said)) == 4000
+
+
+def test_wrong_temperatures_are_refused():
+    with pytest.raises(ValueError, match="temperature=0"):
+        with_temperature(binary(10), 0)
+    with pytest.raises(ValueError, match="2 or more"):
+        fit_temperature(hard([0], [0], 2))
