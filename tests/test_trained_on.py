@@ -133,6 +133,31 @@ def test_prediction_counts_what_was_trained_on(whole, scans, tmp_path, splits, w
     assert known_images(tmp_path) is None
 
 
+def test_names_that_are_not_utf8_go_through(whole, scans, tmp_path, splits):
+    odd = "\udcff\udce9.png"
+    for label in "012":
+        (tmp_path / "data" / label).mkdir(parents=True)
+        trained = next(key for key in splits["train"] if key.startswith(label))
+        shutil.copy(scans / trained, tmp_path / "data" / label / odd)
+    shutil.copy(scans / "0/00.png", tmp_path / "data/0/again.png")
+    (tmp_path / "data/1/\udcfe.png").write_text("broken")
+    said = run("predict", whole, tmp_path / "data", "--csv", tmp_path / "out.csv", code=1)
+    assert "trained this network" in said
+    written = (tmp_path / "out.csv").read_bytes()
+    assert os.fsencode(tmp_path / "data" / "1" / odd) in written
+    lines = run("predict", whole, tmp_path / "data/0", "--json").splitlines()
+    paths = {json.loads(line)["path"] for line in lines if line.startswith("{")}
+    assert str(tmp_path / "data" / "0" / odd) in paths
+    folder = RunFolder(tmp_path)
+    for name in ("\udcff.png", "\udcfe.png"):  # the second call reads what the first wrote
+        folder.write_unreadable([(name, "broken")])
+    assert (tmp_path / "unreadable.csv").read_bytes().splitlines()[1:] == [
+        b"\xff.png,broken", b"\xfe.png,broken",
+    ]  # fmt: skip
+    folder.write_text("recipe.toml", "# of \udcff\n")
+    assert (tmp_path / "recipe.toml").read_text(encoding="utf-8") == "# of \\udcff\n"
+
+
 # ---- where the data is
 
 

@@ -75,7 +75,7 @@ def command(
         from json import dumps
 
         content = {"split": named, **found.to_dict(), "unreadable": unreadable}
-        print(dumps(content, indent=2, ensure_ascii=False))
+        print(dumps(content, indent=2))
     else:
         which = "all" if named == "all" else f"the {named}"
         print(f"{run} on {which} images of {source or 'its own data'}")
