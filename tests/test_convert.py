@@ -15,6 +15,9 @@ from torch import Tensor
 
 import regard
 from regard.cli import run_command
+from regard.data.table import ImageTable
+from regard.models.original_weights import arguments_of
+from regard.run_data import _named
 from tests.golden import authors_networks, authors_outputs, fill
 
 NETWORKS = authors_networks()
@@ -71,6 +74,25 @@ def test_the_folder_answers_as_the_authors_network(tmp_path, capsys, name, netwo
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
         "config.json", "model.safetensors",
     ]  # fmt: skip
+
+
+def test_images_are_standardized_as_the_authors_do(tmp_path, capsys, checkpoint):
+    """SonoNet's images each by their own values: contrast and brightness change no answer."""
+    out = tmp_path / "o"
+    assert (
+        run_command(["convert", str(checkpoint), "--model", "ag_sononet8", "--out", str(out)]) == 0
+    )
+    assert "own mean and deviation" in capsys.readouterr().out
+    image = np.random.default_rng(0).random((208, 272)) * 0.5
+    arguments = arguments_of("ag_sononet8", tensors_of("ag_sononet8_concat"))
+    classes = [str(c) for c in range(arguments["num_classes"])]
+    table = ImageTable("a", classes, np.zeros(1, np.int64), np.full(1, ""))
+    for network in (regard.load(out), _named("ag_sononet8", table, checkpoint)):
+        assert network.preprocess.normalization == "image"
+        first, second = network.predict([image, image * 0.5 + 0.3], top=3)
+        assert [name for name, _ in first.classes] == [name for name, _ in second.classes]
+        shares = [[p for _, p in answer.classes] for answer in (first, second)]
+        assert shares[0] == pytest.approx(shares[1], abs=1e-4)
 
 
 def test_an_argument_that_the_weights_do_not_show_is_given_by_hand(tmp_path, checkpoint):

@@ -19,7 +19,9 @@ from regard.data.sources import ImageTable, as_known, open_data
 from regard.errors import FileError, UsageError
 from regard.evaluation import Predictions
 from regard.files import plural
+from regard.models import list_models
 from regard.models.create import make_model
+from regard.models.original_weights import arguments_of, authors_normalization, read_tensors
 from regard.predict import Classifier, load, probabilities_of
 from regard.runs import RunFolder
 from regard.trained_on import known_images, overlap_line, own_table
@@ -176,6 +178,11 @@ def _named(name: str, table: ImageTable, weights: str | Path | None) -> Classifi
         return Classifier(model, other.class_names, other.preprocess)
     cfg = timm.models.get_pretrained_cfg(name)
     size = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
-    model = make_model(name, {}, len(table.classes), size, False, str(weights))
+    seen = arguments_of(name, read_tensors(weights)) if name in list_models() else {}
+    size = (seen.pop("in_chans", size[0]), *size[1:])
+    seen.pop("num_classes", None)
+    model = make_model(name, seen, len(table.classes), size, False, str(weights))
     config: Any = model.pretrained_cfg
-    return Classifier(model, table.classes, Preprocess.from_config(config))
+    return Classifier(
+        model, table.classes, Preprocess.from_config(config, authors_normalization(name))
+    )

@@ -10,7 +10,12 @@ from regard.errors import UsageError
 from regard.models import list_models
 from regard.models.create import make
 from regard.models.io import save_model
-from regard.models.original_weights import arguments_of, load_authors_weights, read_tensors
+from regard.models.original_weights import (
+    arguments_of,
+    authors_normalization,
+    load_authors_weights,
+    read_tensors,
+)
 
 
 def convert(
@@ -42,10 +47,11 @@ def convert(
     found = {**arguments_of(model, tensors), **arguments}
     network = make(model, found)
     load_authors_weights(network, tensors)
+    normalization = authors_normalization(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        save_model(network, scratch)
+        save_model(network, scratch, extra={"regard": {"normalization": normalization}})
         scratch.chmod(0o755)
         scratch.replace(out)
     except BaseException:
@@ -54,3 +60,8 @@ def convert(
     told = ", ".join(f"{key}={value}" for key, value in found.items())
     echo(f"{source} is {model} ({told}); {len(tensors)} tensors written to {out}")
     echo(f'timm.create_model("local-dir:{out}", pretrained=True) loads it')
+    if normalization == "image":
+        echo(
+            "each image is standardized by its own mean and deviation: Regard reads that from "
+            "config.json, but timm's own transforms can't, so with those do it yourself"
+        )

@@ -300,3 +300,12 @@ def arguments_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         if not caffe and size(stem, 2) == 3:
             found["stem"] = "cifar"
     return {key: value for key, value in found.items() if value is not None}
+
+
+def authors_normalization(name: str) -> str:
+    """How a network's authors standardize images: "fixed", or "image", each by its own values.
+
+    SonoNet and AG-SonoNet take each image less its mean, over its deviation, which timm's
+    configuration can't express.
+    """
+    return "image" if name.startswith(("sononet", "ag_sononet")) else "fixed"
