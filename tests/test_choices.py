@@ -16,11 +16,15 @@ from regard.models import create_model
 from regard.models.create import load_weights, make_model
 from regard.models.io import save_model
 from regard.training.config import Recipe, load_recipe
+from regard.training.optim import rate_factor
 from regard.training.plan import (
+    check_batch,
     choose_model,
     choose_preprocess,
     choose_steps,
+    fit_schedule,
     image_weights,
+    is_scaled,
     loss_weights,
     noisy_labels,
     parse_weights,
@@ -40,26 +44,26 @@ def arrays(height: int, width: int, channels: int = 1, labels=(0, 0, 0, 1, 1, 2)
 
 
 def chosen(name: str, recipe: Recipe, table: ImageTable, pretrained: bool = False):
-    preprocess, arguments, told = choose_preprocess(name, {}, recipe, table, pretrained)
-    return preprocess.input_size, arguments, told
+    preprocess, arguments = choose_preprocess(name, {}, recipe, table, pretrained)
+    return preprocess.input_size, arguments
 
 
 # ------------------------------------------------------------------------------ the network
 def test_an_unknown_network_is_told_with_its_neighbors():
     with pytest.raises(ValueError, match=r"'cbam_resnet19'; did you mean .*cbam_resnet18") as e:
-        choose_model("cbam_resnet19", Recipe(), None)
+        choose_model("cbam_resnet19", Recipe())
     assert "\n" not in str(e.value)
 
 
 def test_a_recipes_arguments_go_to_networks_that_take_them():
     ft, cifar = load_recipe("ag-sononet-ft"), load_recipe("cbam-cifar")
-    assert choose_model(None, ft, None) == ("ag_sononet8", {"aggregation": "ft"})
-    assert choose_model("ag_sononet16", ft, None) == ("ag_sononet16", {"aggregation": "ft"})
-    assert choose_model("attention56_cifar", ft, None) == ("attention56_cifar", {})
-    assert choose_model("resnet18", cifar, None) == ("resnet18", {})
-    assert choose_model("se_resnet18", cifar, None) == ("se_resnet18", {"stem": "cifar"})
-    assert choose_model(None, Recipe(), None) == ("cbam_resnet18", {})
-    for name, arguments in (choose_model("ag_sononet16", ft, None),):
+    assert choose_model(None, ft) == ("ag_sononet8", {"aggregation": "ft"})
+    assert choose_model("ag_sononet16", ft) == ("ag_sononet16", {"aggregation": "ft"})
+    assert choose_model("attention56_cifar", ft) == ("attention56_cifar", {})
+    assert choose_model("resnet18", cifar) == ("resnet18", {})
+    assert choose_model("se_resnet18", cifar) == ("se_resnet18", {"stem": "cifar"})
+    assert choose_model(None, Recipe()) == ("cbam_resnet18", {})
+    for name, arguments in (choose_model("ag_sononet16", ft),):
         assert make_model(name, arguments, 3, (1, 64, 64), False, None).num_classes == 3
 
 
@@ -74,12 +78,13 @@ def test_the_size_follows_the_images():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is chosen without a GPU")
-def test_without_a_gpu_the_size_is_quick_and_says_so():
-    size, _, told = chosen("cbam_resnet18", Recipe(), arrays(500, 400, 3))
-    assert size == (3, 128, 128)
-    assert len(told) == 1
-    assert "--size 224" in told[0]
-    assert "--size 200" in chosen("cbam_resnet18", Recipe(), arrays(500, 200, 3))[2][0]
+def test_without_a_gpu_the_size_is_quick_and_says_so(caplog):
+    caplog.set_level("INFO", "regard")
+    assert chosen("cbam_resnet18", Recipe(), arrays(500, 400, 3))[0] == (3, 128, 128)
+    chosen("cbam_resnet18", Recipe(), arrays(500, 200, 3))
+    first, second = caplog.messages
+    assert "size=224" in first
+    assert "size=200" in second
 
 
 def test_a_size_that_is_not_square_is_kept_for_images_as_large():
@@ -89,10 +94,10 @@ def test_a_size_that_is_not_square_is_kept_for_images_as_large():
 
 def test_a_transformer_keeps_its_size_or_is_made_for_another():
     name = "vit_tiny_patch16_224"
-    size, arguments, _ = chosen(name, Recipe(), open_data("digits"))
+    size, arguments = chosen(name, Recipe(), open_data("digits"))
     assert size == (1, 224, 224)
     assert arguments == {}
-    size, arguments, _ = chosen(name, Recipe(size=64), open_data("digits"))
+    size, arguments = chosen(name, Recipe(size=64), open_data("digits"))
     assert (size, arguments) == ((1, 64, 64), {"img_size": 64})
     model = make_model(name, arguments, 10, size, False, None).eval()
     assert model(torch.zeros(2, *size)).shape == (2, 10)
@@ -344,3 +349,121 @@ def test_bf16_where_it_is_asked_for_or_computed():
 def test_bf16_is_what_the_machine_says():
     words = Path("/proc/cpuinfo").read_text().split()
     assert cpu_has_bf16() == bool({"avx512_bf16", "amx_bf16", "bf16"} & set(words))
+
+
+# ------------------------------------------------------------------------- what is inherited
+def fitted(recipe: Recipe, images: int = 1000, processes: int = 1, **changes) -> Recipe:
+    return fit_schedule(recipe.changed(**changes), recipe, changes, images, processes)
+
+
+def test_a_shorter_run_scales_the_milestones_of_its_recipe(caplog):
+    caplog.set_level("INFO", "regard")
+    steps = load_recipe("cbam-cifar")  # 100 and 150 of 200 epochs
+    assert fitted(steps) == steps
+    assert fitted(steps, epochs=160).milestones == (100, 150)
+    assert not caplog.messages
+    assert fitted(steps, epochs=12).milestones == pytest.approx((6, 9))
+    assert "milestones" in caplog.text
+    # 1000 images in batches of 128: 7.8125 steps an epoch
+    assert fitted(steps, steps=100).milestones == pytest.approx((6.4, 9.6))
+    cifar = load_recipe("attention-cifar")  # 64,000 and 96,000 of 160,000 steps
+    assert fitted(cifar, steps=1600).milestones == pytest.approx((640, 960))
+    assert fitted(cifar, epochs=2, batch_size=10).milestones == pytest.approx((80, 120))
+    warm = load_recipe("finetune")
+    assert fitted(warm, epochs=0.5).warmup == pytest.approx(1 / 30)
+    assert fitted(warm, epochs=3).warmup == 1
+    for total, recipe in ((94, fitted(steps, epochs=12)), (1600, fitted(cifar, steps=1600))):
+        rates = [rate_factor(recipe, s, total, 1000 / 128) for s in range(total)]
+        assert sorted({round(r, 6) for r in rates}) == [0.01, 0.1, 1]
+
+
+def test_milestones_beyond_the_end_are_refused():
+    steps = load_recipe("cbam-cifar")
+    for changes in (
+        {"epochs": 12, "milestones": (5, 100)},
+        {"epochs": 12, "milestones": (12,)},
+        {"milestones": (200, 300)},
+        {"schedule_unit": "steps", "epochs": 0.1},
+    ):
+        with pytest.raises(ValueError, match=r"milestones=.*: the run ends after"):
+            fitted(steps, **changes)
+    with pytest.raises(ValueError, match=r"warmup=3.*: the run ends after 2 epochs"):
+        fitted(load_recipe("finetune"), epochs=2, warmup=3)
+    own = Recipe(epochs=10, schedule="steps", milestones=(5, 20))
+    with pytest.raises(ValueError, match=r"milestones=5, 20: the run ends after 10 epochs"):
+        fitted(own)
+
+
+def test_a_resumed_run_may_have_a_scaled_schedule():
+    assert is_scaled("milestones", (6.0, 9.0), (100.0, 150.0))
+    assert not is_scaled("milestones", (6.0, 9.0), (100.0, 120.0))
+    assert not is_scaled("milestones", (6.0,), (100.0, 120.0))
+    assert not is_scaled("lr", 0.1, 0.2)
+
+
+def test_arguments_of_the_network_go_over_the_recipes():
+    recipe = load_recipe("ag-sononet-ft")
+    name, arguments = choose_model(None, recipe, {"aggregation": "deep_sup"})
+    assert (name, arguments) == ("ag_sononet8", {"aggregation": "deep_sup"})
+    for given, message in (
+        ({"aggregation": "median"}, "aggregation='median'"),
+        ({"aggregatoin": "mean"}, "aggregatoin"),
+        ({"num_classes": 3}, "num_classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose_model(None, recipe, given)
+
+
+def test_batches_of_one_image_are_refused_for_batch_norm():
+    normed, plain = create_model("ag_sononet8"), create_model("vit_tiny_patch16_224")
+    check_batch(plain, Recipe(batch_size=1), 9)
+    check_batch(normed, Recipe(batch_size=2), 9)
+    with pytest.raises(ValueError, match="batch_size=1: batch norm"):
+        check_batch(normed, Recipe(batch_size=1), 9)
+    with pytest.raises(ValueError, match="one training image"):
+        check_batch(normed, Recipe(batch_size=8), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "head"),
+    [
+        ("cbam_resnet18", {}, "fc.weight"), ("sononet8", {}, "classifier.0.weight"),
+        ("ag_sononet8", {"aggregation": "deep_sup"}, "heads.1.weight"),
+        ("ag_sononet8", {"aggregation": "ft"}, "classifier.weight"),
+    ],
+)  # fmt: skip
+def test_the_classifier_is_copied_by_the_classes_names(tmp_path, caplog, name, arguments, head):
+    caplog.set_level("INFO", "regard")
+    torch.manual_seed(0)
+    trained = create_model(name, num_classes=3, **arguments)
+    with torch.no_grad():
+        for p in trained.parameters():
+            p.copy_(torch.randn_like(p))
+    config = {"input_size": trained.pretrained_cfg["input_size"], "mean": (0.5,), "std": (0.2,)}
+    save_model(trained, tmp_path, class_names=["ant", "bee", "cow"], data_config=config)
+    before = trained.state_dict()[head]
+    size = tuple(trained.pretrained_cfg["input_size"])
+    for classes in (["bee", "dog", "ant"], ["cow", "bee"], ["ant", "bee", "cow"]):
+        torch.manual_seed(1)
+        fresh = make_model(name, arguments, len(classes), size, False, None).state_dict()[head]
+        caplog.clear()
+        torch.manual_seed(1)
+        model = make_model(name, arguments, len(classes), size, False, str(tmp_path), classes)
+        after = model.state_dict()[head]
+        shared = [c for c in classes if c in ("ant", "bee", "cow")]
+        for row, c in enumerate(classes):
+            old = ["ant", "bee", "cow"].index(c) if c in shared else None
+            for column, d in enumerate(classes if arguments == {"aggregation": "ft"} else [None]):
+                if d is None:
+                    mine, fresh_row = after[row], fresh[row]
+                    wanted = fresh_row if old is None else before[old]
+                else:  # (classes, heads * classes): three blocks of columns
+                    mine = after.view(len(classes), 3, -1)[row, :, column]
+                    wanted = fresh.view(len(classes), 3, -1)[row, :, column]
+                    if old is not None and d in shared:
+                        k = ["ant", "bee", "cow"].index(d)
+                        wanted = before.view(3, 3, 3)[old, :, k]
+                assert torch.equal(mine, wanted), (c, d)
+        told = [m for m in caplog.messages if "has other classes" in m]
+        assert len(told) == (classes != ["ant", "bee", "cow"])
+        assert all(f"{len(shared)} of {len(classes)} classes" in m for m in told)

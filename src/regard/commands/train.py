@@ -7,6 +7,7 @@ from typing import Annotated, Any, get_type_hints
 
 from cyclopts import Parameter
 
+from regard.commands.flags import parse_arguments
 from regard.training.config import Recipe, fields_of
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def command(
     weights: Path | None = None,
     pretrained: Annotated[bool, Parameter(negative=())] = False,
     root: Path | None = None,
+    arg: Annotated[list[str] | None, Parameter(negative=())] = None,
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> int:
     """Train a network on labeled images.
@@ -74,11 +76,14 @@ def command(
         Start from timm's pretrained weights; CBAM and SE networks are grafted onto them.
     root
         Folder of cifar10 and cifar100.
+    arg
+        Argument of the network as NAME=VALUE, such as aggregation=concat; repeatable.
     """
     changes = {k: v for k, v in vars(flags).items() if v is not None}
     train(
         source, model=model, recipe=recipe, out=out, resume=resume, weights=weights,
-        pretrained=pretrained, root=root, echo=print, **changes,
+        pretrained=pretrained, root=root, model_args=parse_arguments(arg or []), echo=print,
+        **changes,
     )  # fmt: skip
     return 0
 

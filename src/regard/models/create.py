@@ -1,7 +1,8 @@
 """Making a network by name: arguments, input size, starting weights."""
 
 import difflib
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from regard.models import create_model
 from regard.models.cbam import twins
 from regard.models.io import load_model
 from regard.models.original_weights import load_authors_weights
+
+log = logging.getLogger(__name__)
 
 
 def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -57,6 +60,7 @@ def make_model(
     input_size: tuple[int, int, int],
     pretrained: bool,
     weights: str | None,
+    class_names: Sequence[str] | None = None,
 ) -> nn.Module:
     """The network, from its initialization, timm's pretrained weights, or a run's.
 
@@ -77,7 +81,7 @@ def make_model(
         raise FileError(f"--pretrained: weights of {name} can't be loaded ({reason})") from error
     _check_size(model, name, input_size)
     if weights is not None:
-        load_weights(model, Path(weights))
+        load_weights(model, Path(weights), class_names)
     return model
 
 
@@ -106,27 +110,79 @@ def _has_plain(name: str) -> bool:
         return False
 
 
-def load_weights(model: nn.Module, source: Path) -> None:
-    """Starts from a run's folder, whatever classifier it had, or from an authors' checkpoint.
+def load_weights(model: nn.Module, source: Path, classes: Sequence[str] | None = None) -> None:
+    """Starts from a run's folder, whatever classes it had, or from an authors' checkpoint.
 
-    Tensors of the classifier that do not fit are left as they were initialized.
+    Args:
+        model: gets the weights.
+        source: the folder or the checkpoint.
+        classes: names of the model's classes. The classifier's rows are copied by name where
+            the folder has other classes; rows of new classes, and tensors of the classifier
+            that do not fit, stay as they were initialized. It is logged.
 
     Raises:
         UsageError: the source can't be read, or more than the classifier does not fit.
     """
-
     if not source.is_dir():
         load_authors_weights(model, source)
         return
-    trained, _ = load_model(source)
-    found = trained.state_dict()
-    own = model.state_dict()
-    fitting = {k: v for k, v in found.items() if k in own and v.shape == own[k].shape}
+    trained, config = load_model(source)
+    found, own = trained.state_dict(), model.state_dict()
     heads = tuple(f"{m}." for m in (*classifier_modules(model), *classifier_modules(trained)))
+    before = config.get("label_names")
+    if classes is not None and before and list(classes) != list(before):
+        names = [k for k in found if k in own and k.startswith(heads)]
+        joint = getattr(model, "aggregation", "") == "ft"  # its input are the heads' classes
+        by_name = {
+            k: _rows_by_name(own[k], found[k], classes, before, joint and k == "classifier.weight")
+            for k in names
+        }
+        found |= {k: v for k, v in by_name.items() if v is not None}
+        shared = [c for c in classes if c in before]
+        log.info(
+            f"{source} has other classes: the classifier starts from its weights for "
+            f"{len(shared)} of {len(classes)} classes"
+            + (f" ({', '.join(shared[:5])}{', ...' * (len(shared) > 5)})" if shared else "")
+        )
+    fitting = {k: v for k, v in found.items() if k in own and v.shape == own[k].shape}
     strange = {k: "it has no" for k in found if k not in own}
     strange |= {k: "it lacks" if k not in found else "another shape of" for k in own}
-    told = [f"{strange[k]} {k}" for k in strange if k not in fitting and not k.startswith(heads)]
-    if told:
-        more = f" and {len(told) - 5} more" if len(told) > 5 else ""
-        raise UsageError(f"--weights {source} does not fit: {', '.join(told[:5])}{more}")
+    wrong = [f"{strange[k]} {k}" for k in strange if k not in fitting and not k.startswith(heads)]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UsageError(f"{source} does not fit: {', '.join(wrong[:5])}{more}")
     model.load_state_dict(fitting, strict=False)
+
+
+def _rows_by_name(
+    own: torch.Tensor,
+    found: torch.Tensor,
+    classes: Sequence[str],
+    before: Sequence[str],
+    joint: bool = False,
+) -> torch.Tensor | None:
+    """A tensor of the classifier with the rows of the classes in common.
+
+    Args:
+        own, found: (classes, ...) of the network, and of the one before.
+        classes, before: names of their rows.
+        joint: whether the columns are classes too, as (classes, heads * classes).
+
+    Returns:
+        The tensor, or None where the tensors are not by class.
+    """
+    if own.ndim == 0 or (len(own), len(found)) != (len(classes), len(before)):
+        return None
+    pairs = [(new, list(before).index(c)) for new, c in enumerate(classes) if c in before]
+    to, of = [new for new, _ in pairs], [old for _, old in pairs]
+    result = own.clone()
+    if joint:
+        mine = result.view(len(classes), -1, len(classes))  # (classes, heads, classes)
+        theirs = found.view(len(before), -1, len(before))
+        for new, old in pairs:
+            mine[new][:, to] = theirs[old][:, of]
+    elif own.shape[1:] == found.shape[1:]:
+        result[to] = found[of]
+    else:
+        return None
+    return result

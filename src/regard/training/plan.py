@@ -1,15 +1,15 @@
 """What a run decides for itself: network arguments, image size, length, weights, precision."""
 
+import logging
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable
@@ -22,6 +22,8 @@ from regard.models.create import _outline
 from regard.training.config import Recipe
 from regard.training.steps import step_plan
 
+log = logging.getLogger(__name__)
+
 DEFAULT_MODEL = "cbam_resnet18"
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
 CPU_SIZE = 128  # the largest that is chosen without a GPU; --size takes any
@@ -29,21 +31,26 @@ CIFAR_STEM_UP_TO = 48  # pixels
 
 
 def choose_model(
-    name: str | None, recipe: Recipe, weights: str | Path | None
+    name: str | None, recipe: Recipe, given: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """The network's name, and the recipe's arguments of those that it takes.
+    """The network's name and its arguments: those of the recipe that it takes, then `given`.
 
     Raises:
-        UsageError: no network is called so.
+        UsageError: there is no such network, or it does not take a given argument.
     """
     chosen = name or recipe.model or DEFAULT_MODEL
-    _outline(chosen)  # an unknown name is told before any image is read
+    outline = _outline(chosen)  # an unknown name is an error before any image is read
     arguments = dict(recipe.model_args)
     if name is not None and recipe.model is not None and name != recipe.model:
-        if type(_outline(name)) is not type(_outline(recipe.model)):
+        if type(outline) is not type(_outline(recipe.model)):
             arguments = {}
         elif "cbam" in recipe.model and "cbam" not in name:
             arguments = {k: v for k, v in arguments.items() if k == "stem"}
+    if given:
+        if "num_classes" in given:
+            raise UsageError("num_classes: it is the number of classes in the data")
+        arguments |= given
+        _outline(chosen, arguments)
     return chosen, arguments
 
 
@@ -53,8 +60,8 @@ def choose_preprocess(
     recipe: Recipe,
     table: ImageTable,
     pretrained: bool,
-) -> tuple[Preprocess, dict[str, Any], list[str]]:
-    """The preprocessing by recipe, network and data, the network's arguments, and what to tell.
+) -> tuple[Preprocess, dict[str, Any]]:
+    """The preprocessing by recipe, network and data, and the network's arguments.
 
     Raises:
         UsageError: no image of a sample can be read.
@@ -66,11 +73,10 @@ def choose_preprocess(
     arguments = dict(arguments)
     if cfg is not None and cfg.fixed_input_size:  # a transformer; its weights are for one size
         height, width = recipe.size or default[1:]
-        told: list[str] = []
         if (height, width) != default[1:]:
             arguments.setdefault("img_size", height if height == width else (height, width))
     else:
-        height, width, told = _size(recipe, default, seen.shorter_sides)
+        height, width = _size(recipe, default, seen.shorter_sides)
     in_chans = int(arguments.pop("in_chans", channels))
     model = _outline(name, arguments)
     if isinstance(model, AttentionResNet) and not pretrained and height <= CIFAR_STEM_UP_TO:
@@ -86,36 +92,121 @@ def choose_preprocess(
     )  # fmt: skip
     if seen.value_range is not None:
         low, high = seen.value_range
-        told.append(f"range of values: {low:.6g} to {high:.6g} become 0 to 1, in every image")
-    return preprocess, arguments, told
+        log.info(f"pixel values from {low:.6g} to {high:.6g} become 0 to 1, in every image")
+    return preprocess, arguments
 
 
-def _size(recipe: Recipe, default: tuple[int, ...], sides: list[int]) -> tuple[int, int, list[str]]:
+def _size(recipe: Recipe, default: tuple[int, ...], sides: list[int]) -> tuple[int, int]:
+    """Height and width: the recipe's, or the smallest of SIZES that shows most images in full."""
     if recipe.size is not None:
         height, width = recipe.size
-        return height, width, []
+        return height, width
     side = int(np.median(sides))
     if default[1] != default[2] and side >= default[1]:  # AG-SonoNet's 208x272
-        return default[1], default[2], []
+        return default[1], default[2]
     top = max(default[1:]) if torch.cuda.is_available() else min(max(default[1:]), CPU_SIZE)
     chosen = next((s for s in SIZES if s >= min(side, top)), top)
-    told = [f"image size: {chosen}, as most images are {side} on the shorter side"]
-    if chosen < min(side, max(default[1:])):
-        told = [
-            f"image size: {chosen}, to be quick without a GPU; larger: --size "
-            f"{min(side, max(default[1:]))}"
-        ]
-    return chosen, chosen, told
+    largest = min(side, max(default[1:]))
+    if chosen < largest:
+        log.info(f"size={chosen}: fast without a GPU; the images allow size={largest}")
+    else:
+        log.info(f"size={chosen}: the shorter side of most images is {side}")
+    return chosen, chosen
+
+
+def choose_epochs(recipe: Recipe, images: int) -> float:
+    """Epochs of the run: the recipe's, or by the number of training images."""
+    if recipe.epochs is not None:
+        return recipe.epochs
+    return min(60.0, max(3.0, 15 * math.sqrt(2000 / images)))
 
 
 def choose_steps(recipe: Recipe, images: int, processes: int) -> int:
-    """Optimizer steps of the run: the recipe's, or by the number of training images."""
+    """Optimizer steps of the run: the recipe's, or those of its epochs."""
     if recipe.steps is not None:
         return recipe.steps
-    epochs = recipe.epochs
-    if epochs is None:
-        epochs = min(60.0, max(3.0, 15 * math.sqrt(2000 / images)))
-    return step_plan(recipe, images, processes).total(epochs)
+    return step_plan(recipe, images, processes).total(choose_epochs(recipe, images))
+
+
+def fit_schedule(
+    recipe: Recipe, base: Recipe, given: Container[str], images: int, processes: int
+) -> Recipe:
+    """The recipe with milestones and warm-up that end before the run does.
+
+    Those of a base recipe for a longer run are scaled to the length of this one.
+
+    Args:
+        recipe: with the changes.
+        base: without them.
+        given: names of the changed fields.
+        images: number of training images.
+        processes: how many train.
+
+    Raises:
+        UsageError: given milestones, a given warm-up, or those of the base recipe in its own
+            length would not end before the run.
+    """
+
+    def length(of: Recipe) -> float:
+        if of.schedule_unit == "steps":
+            return choose_steps(of, images, processes)
+        if of.steps is not None:
+            return of.steps / step_plan(of, images, processes).an_epoch
+        return choose_epochs(of, images)
+
+    end, whole, changes = length(recipe), length(base), {}
+    for name in ("milestones", "warmup"):
+        values = getattr(recipe, name)
+        last = max(values, default=0.0) if isinstance(values, tuple) else values
+        if last < end:
+            continue
+        inherited = name not in given and recipe.schedule_unit == base.schedule_unit
+        if not inherited or last >= whole:
+            shown = ", ".join(f"{v:g}" for v in values) if isinstance(values, tuple) else values
+            unit = recipe.schedule_unit
+            raise UsageError(f"{name}={shown}: the run ends after {end:.6g} {unit}")
+        scale = end / whole
+        scaled = tuple(v * scale for v in values) if isinstance(values, tuple) else values * scale
+        changes[name] = scaled
+        log.info(
+            f"{name} scaled from {whole:.6g} to {end:.6g} {recipe.schedule_unit}: "
+            + ", ".join(f"{v:.4g}" for v in (scaled if isinstance(scaled, tuple) else (scaled,)))
+        )
+    return recipe.changed(**changes)
+
+
+def is_scaled(name: str, was: Any, now: Any) -> bool:
+    """Whether a resumed run's schedule may be the one asked for, scaled by `fit_schedule`."""
+    if name == "warmup":
+        return bool(was) and bool(now)
+    if name != "milestones" or len(was) != len(now):
+        return False
+    return all(math.isclose(a * now[-1], b * was[-1]) for a, b in zip(was, now, strict=True))
+
+
+def own_recipe(
+    recipe: Recipe, name: str, arguments: Mapping[str, Any], preprocess: Preprocess
+) -> Recipe:
+    """The recipe with the run's own network, so that it trains the same one again."""
+    own = dict(arguments)
+    if "in_chans" in recipe.model_args:  # which is no argument any more, but the input's
+        own["in_chans"] = preprocess.input_size[0]
+    return recipe.changed(model=name, model_args=own)
+
+
+def check_batch(model: nn.Module, recipe: Recipe, images: int) -> None:
+    """Refuses batches of one image for batch norm, which has no variance to divide by.
+
+    Raises:
+        UsageError: a batch has one image, and the network has batch norm.
+    """
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    smallest = min(recipe.batch_size, images)
+    if smallest > 1 or not any(isinstance(m, norms) for m in model.modules()):
+        return
+    if images == 1:
+        raise UsageError("one training image: batch norm needs at least 2")
+    raise UsageError("batch_size=1: batch norm needs batches of at least 2 images")
 
 
 def parse_weights(text: str, classes: list[str], name: str) -> NDArray[np.float64]:
@@ -161,7 +252,7 @@ def image_weights(table: ImageTable, recipe: Recipe) -> NDArray[np.float64] | No
 
 
 def loss_weights(table: ImageTable, recipe: Recipe) -> Tensor | None:
-    """Each class's weight in the loss; None: all alike."""
+    """(classes,) weights of the loss, or None for 1 each."""
     if recipe.class_weights == "none":
         return None
     if recipe.class_weights == "balanced":
@@ -175,7 +266,7 @@ def loss_weights(table: ImageTable, recipe: Recipe) -> Tensor | None:
 def noisy_labels(
     labels: NDArray[np.int64], classes: int, share: float, seed: int
 ) -> NDArray[np.int64]:
-    """Labels of which a share is another class's, evenly drawn from the others (RAN, table 4)."""
+    """Labels with a fraction changed to another class, drawn uniformly (RAN, table 5)."""
     if share == 0 or classes < 2:
         return labels
     rng = np.random.default_rng([seed, 4])
@@ -186,18 +277,18 @@ def noisy_labels(
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run in bf16: where the machine computes in it, or where it is asked for."""
+    """Whether to run in bf16: where it is asked for; with "auto", where the hardware has it."""
     if precision != "auto":
         return precision == "bf16"
     return has_bf16(device)
 
 
 def bf16_note(precision: str, device: torch.device) -> str | None:
-    """What to tell where bf16 is asked for, and the machine only emulates it."""
+    """A note where bf16 is asked for and the hardware only emulates it."""
     if precision != "bf16" or use_bf16("auto", device):
         return None
     what = "GPU" if device.type == "cuda" else "CPU" if device.type == "cpu" else device.type
-    return f"note: this {what} does not compute in bf16, only imitates it: fp32 may be faster"
+    return f"note: this {what} emulates bf16: fp32 may be faster"
 
 
 def choose_splits(table: ImageTable, recipe: Recipe) -> ImageTable:

@@ -7,12 +7,13 @@ and state/ while the run goes on.
 
 import contextlib
 import dataclasses
+import logging
 import platform
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -50,13 +51,17 @@ from regard.training.loop import Trainer
 from regard.training.memory import Described, fit_memory
 from regard.training.plan import (
     bf16_note,
+    check_batch,
     choose_model,
     choose_preprocess,
     choose_splits,
     choose_steps,
+    fit_schedule,
     image_weights,
+    is_scaled,
     loss_weights,
     noisy_labels,
+    own_recipe,
     use_bf16,
 )
 from regard.training.progress import Display
@@ -92,6 +97,7 @@ def train(
     weights: str | Path | None = None,
     pretrained: bool = False,
     root: str | Path | None = None,
+    model_args: Mapping[str, Any] | None = None,
     echo: Callable[[str], None] = print,
     **changes: Any,
 ) -> Path:
@@ -107,6 +113,7 @@ def train(
         pretrained: start from timm's pretrained weights (of the plain network, grafted, for a
             CBAM or SE ResNet).
         root: where cifar10 and cifar100 are kept.
+        model_args: arguments of the network, on top of the recipe's.
         echo: is given the lines for the person.
         changes: values of the recipe's fields, on top of it.
 
@@ -121,20 +128,27 @@ def train(
     """
     accelerator = Accelerator(mixed_precision="no")
     say = echo if accelerator.is_main_process else _quiet
+    if not accelerator.is_main_process:  # the first process speaks for all
+        logging.getLogger("regard").setLevel(logging.ERROR)
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     asked = base.changed(**changes)
     changes = {name: getattr(asked, name) for name in changes}  # as the recipe has them
     folder = RunFolder(choose_out(out, data, model or asked.model, resume))
     if resume and folder.exists:
-        given = {} if isinstance(recipe, str) and recipe == "quick" else _differing(asked, changes)
-        plan = _resumed(folder, data, model, {**given, **changes}, weights, pretrained)
+        named = not (isinstance(recipe, str) and recipe == "quick")
+        given = _differing(asked, changes) if named else {}
+        plan = _resumed(folder, data, model, {**given, **changes}, weights, pretrained, model_args)
         table = read_splits(open_data(data, root=plan.root), folder.path / "splits.csv")
         if folder.finished:
             _finished(folder, accelerator.is_main_process, say)
             return folder.path
     else:
         folder.refuse_others()
-        plan, table = _planned(data, model, asked, weights, pretrained, root, say)
+        plan, table = _planned(data, model, asked, weights, pretrained, root, model_args)
+        images = int(np.count_nonzero(table.splits == "train"))
+        world = accelerator.num_processes
+        fitted = fit_schedule(plan.recipe, base, changes, images, world)
+        plan = dataclasses.replace(plan, recipe=fitted)
     for warning in table.warnings:
         say(f"note: {warning}")
     Run(plan, table, folder, accelerator, say).go()
@@ -164,13 +178,12 @@ def _planned(
     weights: str | Path | None,
     pretrained: bool,
     root: str | Path | None,
-    say: Callable[[str], None],
+    model_args: Mapping[str, Any] | None,
 ) -> tuple[Plan, ImageTable]:
     table = choose_splits(open_data(data, root=root), asked)
-    name, arguments = choose_model(model, asked, weights)
-    preprocess, arguments, told = choose_preprocess(name, arguments, asked, table, pretrained)
-    for line in told:
-        say(line)
+    name, arguments = choose_model(model, asked, model_args)
+    preprocess, arguments = choose_preprocess(name, arguments, asked, table, pretrained)
+    asked = own_recipe(asked, name, arguments, preprocess)
     own_root = None if root is None else str(root)
     own_weights = None if weights is None else str(weights)
     return Plan(
@@ -185,6 +198,7 @@ def _resumed(
     given: dict[str, Any],
     weights: str | Path | None,
     pretrained: bool,
+    model_args: Mapping[str, Any] | None,
 ) -> Plan:
     """The plan that the folder keeps.
 
@@ -202,7 +216,10 @@ def _resumed(
         f"--{name.replace('_', '-')}": (getattr(recipe, name), value)
         for name, value in given.items()
         if name not in ("model", "model_args", "workers", "save_minutes")
+        and not is_scaled(name, getattr(recipe, name), value)
     }
+    for name, value in (model_args or {}).items():
+        now[f"--arg {name}"] = (recipe.model_args.get(name), value)
     for name, (was, is_now) in now.items():
         if was != is_now:
             raise UsageError(
@@ -244,6 +261,7 @@ class Run:
         plan, recipe = self.plan, self.plan.recipe
         torch.manual_seed(recipe.seed)
         model = self._model()
+        check_batch(model, recipe, int(np.count_nonzero(self.table.splits == "train")))
         size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
         self.accelerator.wait_for_everyone()  # all have seen the folder as it was
         if self.main:
@@ -273,6 +291,7 @@ class Run:
         model = make_model(
             self.plan.model, self.plan.model_args, len(self.plan.classes),
             self.plan.preprocess.input_size, self.plan.pretrained, self.plan.weights,
+            self.plan.classes,
         )  # fmt: skip
         if self.plan.recipe.grad_checkpointing:
             set_checkpointing(model, self.plan.model)
@@ -597,4 +616,8 @@ class Run:
 def _header(plan: Plan) -> str:
     command = " ".join(shlex.quote(a) for a in sys.argv[1:])
     first = f"The recipe of this run, every value resolved: {plan.model} on {plan.data}"
-    return f"{first}\nregard {command}"
+    start = " --pretrained" * plan.pretrained
+    if plan.weights is not None:
+        start += f" --weights {shlex.quote(plan.weights)}"
+    again = f"regard train {shlex.quote(plan.data)} --recipe THIS_FILE{start}"
+    return f"{first}\nregard {command}\nThe same run again: {again}"
