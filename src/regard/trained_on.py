@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from regard.errors import UsageError
 from regard.files import plural
 
 logger = logging.getLogger(__name__)
+PathT = TypeVar("PathT", str, Path)
 _NAMES = np.array(SPLITS, "U5")
 
 
@@ -49,7 +50,7 @@ class KnownImages:
         at = np.minimum(np.searchsorted(self.contents, hashes), len(self.contents) - 1)
         return np.where(self.contents[at] == hashes, _NAMES[self._codes[at]], "")
 
-    def watch(self, paths: Iterable[Path]) -> Iterator[Path]:
+    def watch(self, paths: Iterable[PathT]) -> Iterator[PathT]:
         """The same paths; the run's own images among them are counted and logged at the end."""
         counts: Counter[str] = Counter()
         for path in paths:
@@ -72,7 +73,7 @@ def known_images(run: str | os.PathLike[str]) -> KnownImages | None:
     return known if len(known) else None
 
 
-def watch(run: str | os.PathLike[str], paths: Iterable[Path]) -> Iterator[Path]:
+def watch(run: str | os.PathLike[str], paths: Iterable[PathT]) -> Iterator[PathT]:
     """The same paths; those that the run was trained on are counted and logged at the end."""
     known = known_images(run)
     return iter(paths) if known is None else known.watch(paths)

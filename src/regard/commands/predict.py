@@ -64,6 +64,7 @@ def command(
     if csv is not None:
         check_output(csv, images, run, overwrite=overwrite, resume=resume)
     from regard.predict import load
+    from regard.trained_on import watch
 
     classifier = load(run)
     names: Iterable[str] = _names(images)
@@ -81,7 +82,7 @@ def command(
             table = stack.enter_context(PredictionsCsv(csv, top, resume=resume))
             write = table.write
             counts.answered, counts.failed, names = table.skip_done(iter(names), classifier)
-        return _predict(classifier, names, top, write, counts, images)
+        return _predict(classifier, watch(run, names), top, write, counts, images)
 
 
 def _check_arguments(
