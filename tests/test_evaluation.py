@@ -521,10 +521,10 @@ def test_interval_of_the_difference_covers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"classes": ["a", "c"]}, "classes differ: 'b' against 'c' at place 1"),
-        ({"labels": [0, 0]}, "labels differ: 1 against 0 at place 1"),
-        ({"paths": ["x", "z"]}, "images differ: 'y' against 'z' at place 1"),
-        ({"groups": ["p", "r"]}, "groups differ: 'q' against 'r' at place 1"),
+        ({"classes": ["a", "c"]}, "classes differ: 'b' against 'c' at position 1"),
+        ({"labels": [0, 0]}, "labels differ: 1 against 0 at position 1"),
+        ({"paths": ["x", "z"]}, "images differ: 'y' against 'z' at position 1"),
+        ({"groups": ["p", "r"]}, "groups differ: 'q' against 'r' at position 1"),
         ({"probabilities": GOOD[:1], "labels": [0], "groups": ["p"], "paths": ["x"]}, "2 images"),
     ],
 )

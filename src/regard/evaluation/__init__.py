@@ -7,15 +7,16 @@
 
 `predictions.py` holds and checks predictions. `metrics.py` has the metrics of classification,
 `diagnostics.py` those of a diagnostic study, made of `statistics.py`; `thresholds.py` chooses
-decision thresholds, `recalibration.py` measures and improves calibration, `comparison.py` compares
-two networks on the same images, and `intervals.py` has the confidence intervals. NumPy and SciPy
-only; torch is not imported.
+decision thresholds; `recalibration.py` measures and improves calibration. `comparison.py` and
+`paired.py` compare two networks on the same images, with the tests of `significance.py`, and
+`intervals.py` has the confidence intervals. NumPy and SciPy only; torch is not imported.
 """
 
 from regard.evaluation.comparison import Comparison, compare
 from regard.evaluation.diagnostics import Diagnostics, OneClass, diagnose
 from regard.evaluation.intervals import Estimate
 from regard.evaluation.metrics import ClassResult, Evaluation, evaluate
+from regard.evaluation.paired import MetricComparison, adjust, compare_metrics
 from regard.evaluation.predictions import Predictions
 from regard.evaluation.recalibration import fit_temperature, reliability, with_temperature
 from regard.evaluation.thresholds import (
@@ -32,11 +33,14 @@ __all__ = [
     "Diagnostics",
     "Estimate",
     "Evaluation",
+    "MetricComparison",
     "OneClass",
     "Predictions",
     "Threshold",
+    "adjust",
     "choose_threshold",
     "compare",
+    "compare_metrics",
     "decision_curve",
     "diagnose",
     "evaluate",

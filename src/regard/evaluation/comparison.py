@@ -1,4 +1,4 @@
-"""Two networks on the same images."""
+"""The accuracy of two networks on the same images, with exact tests."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +22,12 @@ from regard.evaluation.predictions import Floats, Ints, Predictions
 class Comparison:
     """Top-1 accuracy of two networks, a and b, on the same n images.
 
-    n_groups: of groups that the images come in; None where each image stands by itself.
-    top1_a, top1_b: shares, 0 to 1.
-    difference: a's less b's, with its interval; above 0 where a is better.
-    only_a, only_b: images that only a, or only b, gets right; all others say nothing of which
-        is better.
-    p_value: of equal networks giving a difference at least as large; see `compare`.
+    n_groups: number of groups; None where images are independent.
+    top1_a, top1_b: accuracies, 0 to 1.
+    difference: a's minus b's, with its interval; above 0 where a is better.
+    only_a, only_b: images that only a, or only b, classifies correctly. The others do not tell
+        the two apart.
+    p_value: probability of a difference at least as large if both were equal; see `compare`.
     confidence: of the interval, 0 to 1.
     """
 
@@ -68,13 +68,14 @@ def compare(
 
     The interval of the difference is the percentile bootstrap's, of images or, with groups, of
     whole groups; each resample has both networks on the same images. Where every image has the
-    same difference no resample differs, and the interval reaches as far as Wilson's of none
-    among as many images (groups). With one group low and high are NaN.
+    same difference no resample differs, and the interval reaches as far as Wilson's for no
+    success in as many images (groups). With one group low and high are NaN.
 
-    The p-value, two-sided, is McNemar's exact one: of the images that only one network gets
-    right, each is as likely a's as b's if the networks are equal. With groups the images of a
-    group are not independent; then each group's difference as a whole is as likely of either
-    sign, and the p-value is exact over all signs. Groups of one image each give McNemar's.
+    The p-value is two-sided. Without groups it is that of McNemar's exact test: if the networks
+    are equal, an image that only one of them gets right is as likely a's as b's. With groups the
+    images of a group are not independent; then the difference of each group as a whole has
+    either sign with the same probability, and the p-value is exact over all signs. Groups of one
+    image each give McNemar's.
 
     Args:
         a, b: predictions; groups may be given with either or both.
@@ -84,7 +85,7 @@ def compare(
         UsageError: images, classes or groups differ; resamples or confidence out of range.
     """
     check_settings(resamples, confidence)
-    groups = _common_groups(a, b)
+    groups = common_groups(a, b)
     right_a, right_b = (p.probabilities.argmax(axis=1) == p.labels for p in (a, b))
     difference = right_a.astype(np.int64) - right_b  # (N,) -1, 0 or 1
     n = len(difference)
@@ -109,8 +110,12 @@ def compare(
     )
 
 
-def _common_groups(a: Predictions, b: Predictions) -> Any:
-    """The groups of both, once it is sure that the images are the same."""
+def common_groups(a: Predictions, b: Predictions) -> Any:
+    """The groups of two networks' predictions for the same images, or None.
+
+    Raises:
+        UsageError: classes, images, labels or groups differ.
+    """
     if a.classes != b.classes:
         raise UsageError(f"the classes differ: {_first(a.classes, b.classes)}")
     if len(a) != len(b):
@@ -127,17 +132,17 @@ def _common_groups(a: Predictions, b: Predictions) -> Any:
 
 
 def _first(a: list[Any], b: list[Any]) -> str:
-    """Where two lists differ, in words."""
+    """The first difference of two lists."""
     if len(a) != len(b):
         return f"{len(a)} against {len(b)}"
     i = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
-    return f"{a[i]!r} against {b[i]!r} at place {i}"
+    return f"{a[i]!r} against {b[i]!r} at position {i}"
 
 
 def _difference(
     sums: Floats, sizes: Ints, difference: Ints, resamples: int, seed: int, confidence: float
 ) -> Estimate:
-    """The mean difference, with its interval; sums and sizes are of the units."""
+    """The mean difference with its interval; sums and sizes are those of the units."""
     value, n_units = float(difference.mean()), len(sums)
     if difference.min() == difference.max():
         reach = wilson(0.0, n_units, confidence).high
@@ -149,18 +154,17 @@ def _difference(
 
 
 def _mcnemar(only_a: int, only_b: int) -> float:
-    # takes half a second to import
-    from scipy.stats import binomtest
+    from scipy.stats import binomtest  # takes half a second to import
 
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def _signs(differences: Ints) -> float:
-    """Exact two-sided p-value of Σ differences, (groups,), if each has either sign alike."""
+    """Exact two-sided p-value of the sum of (groups,) differences under random signs."""
     from scipy.stats import binom
 
     sizes, counts = np.unique(abs(differences[differences != 0]), return_counts=True)
-    chances = np.ones(1)  # of each Σ of the positive ones, 0 to Σ |differences|
+    chances = np.ones(1)  # probability of each sum of the positive ones
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         step = np.zeros(size * count + 1)
         step[::size] = binom.pmf(np.arange(count + 1), count, 0.5)

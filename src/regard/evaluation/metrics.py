@@ -174,6 +174,18 @@ class _Measured:
     shares: Floats
 
 
+class ClassificationStatistics:
+    """The values of `evaluate`'s metrics as a function of image weights."""
+
+    def __init__(self, predictions: Predictions) -> None:
+        present, self.images = _present_only(outcomes(predictions))
+        self.n_classes, self.more_than_5 = len(present), len(predictions.classes) > 5
+
+    def __call__(self, weights: Floats) -> dict[str, float]:
+        measured = _measure(self.images, weights, self.n_classes, self.more_than_5)
+        return {**measured.values, "ece": float(abs(measured.gaps).sum())}
+
+
 class _Resamples:
     """What the bootstrap samples gave; the classes' shares only with groups, in float32."""
 

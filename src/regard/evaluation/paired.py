@@ -1,0 +1,271 @@
+"""Two networks on the same images, in any metric: what is shown, and what could have been."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from regard.errors import UsageError
+from regard.evaluation.comparison import common_groups, compare
+from regard.evaluation.intervals import (
+    NAN,
+    Estimate,
+    check_settings,
+    draws,
+    finite_or_none,
+    percentile,
+    wilson_interval,
+)
+from regard.evaluation.metrics import ClassificationStatistics
+from regard.evaluation.predictions import Floats, Predictions, units_of
+from regard.evaluation.significance import delong, holm
+from regard.evaluation.statistics import (
+    LabelStatistics,
+    OneClassStatistics,
+    RankStatistics,
+    Values,
+)
+
+LOWER_IS_BETTER = ("nll", "ece", "brier", "lr_negative")
+POWER = 0.8  # of the smallest difference that could have been shown
+
+
+@dataclass(frozen=True)
+class MetricComparison:
+    """One metric of two networks, a and b, on the same n images; see `compare_metrics`.
+
+    metric: its name; "positive/..." for the positive class against the rest.
+    a, b: the values.
+    difference: a's minus b's, with its interval.
+    p_value: two-sided; probability of such a difference if both networks were equal.
+    adjusted: the p-value after Holm's correction over several comparisons.
+    detectable: smallest difference that these images would have shown with 80 % power.
+    test: name of the test.
+    """
+
+    metric: str
+    n: int
+    a: float
+    b: float
+    difference: Estimate
+    p_value: float
+    adjusted: float
+    detectable: float
+    test: str
+    confidence: float = 0.95
+
+    @property
+    def shown(self) -> str:
+        """ "better", "worse", or "not shown", of a against b."""
+        if not self.adjusted <= 1 - self.confidence or not self.difference.value:
+            return "not shown"
+        higher = self.difference.value > 0
+        lower_is_better = self.metric.rpartition("/")[2] in LOWER_IS_BETTER
+        return "better" if higher != lower_is_better else "worse"
+
+    def sentence(self, a: str = "a", b: str = "b") -> str:
+        """The result in one plain sentence; `a` and `b` are the names of the networks."""
+        name = self.metric.replace("_", " ")
+        d = self.difference
+        interval = (
+            f"{100 * self.confidence:g} % interval {d.low:+.4f} to {d.high:+.4f}, "
+            if d.has_interval
+            else ""
+        )
+        numbers = (
+            f"{self.a:.4f} and {self.b:.4f}, difference {d.value:+.4f} "
+            f"({interval}p = {self.adjusted:.3g}, {self.test})"
+        )
+        if self.shown != "not shown":
+            return f"{a} is shown to be {self.shown} than {b} in {name}: {numbers}."
+        could = "these images cannot tell how large a difference they could have shown"
+        if math.isfinite(self.detectable):
+            could = f"these {self.n} images could have shown one of {self.detectable:.4f} or more"
+        return f"No difference between {a} and {b} in {name} is shown: {numbers}; {could}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        numbers = {
+            k: finite_or_none(getattr(self, k))
+            for k in ("a", "b", "p_value", "adjusted", "detectable")
+        }
+        return {
+            "metric": self.metric, "n": self.n, "confidence": self.confidence,
+            "difference": self.difference.to_dict(), "test": self.test, "shown": self.shown,
+            **numbers,
+        }  # fmt: skip
+
+
+def compare_metrics(
+    a: Predictions,
+    b: Predictions,
+    *,
+    metrics: Sequence[str] | None = None,
+    positive: str | None = None,
+    thresholds: tuple[float | None, float | None] = (None, None),
+    ordered: Sequence[str] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> list[MetricComparison]:
+    """Compares two networks on the same images in each metric of `evaluate` and `diagnose`.
+
+    The difference has the interval of the paired bootstrap (each sample has both networks on the
+    same images or groups), and its p-value is the bootstrap's: twice the share of samples with
+    a difference of 0 or of the other sign (if none has, that of the normal distribution with the
+    bootstrap's standard error). Two metrics have a better test: top1 that of `compare`,
+    and the ROC AUC of the positive class, without groups, DeLong's. The p-values are adjusted by
+    Holm's correction over the metrics; see `adjust` for several networks.
+
+    The smallest detectable difference is (z(1 - alpha/2) + z(0.8)) times the standard error.
+
+    Args:
+        a, b: predictions for the same images in the same order; groups with either or both.
+        metrics: names; default: all that there are.
+        positive: class of a diagnostic test, whose metrics are named "positive/...".
+        thresholds: of a and of b on its probability; default: the top-1 class decides.
+        ordered: all classes from lowest to highest, for the quadratic kappa.
+        resamples, seed, confidence: as in `evaluate`.
+
+    Raises:
+        UsageError: images, classes or groups differ, or an argument is not among its choices.
+    """
+    check_settings(resamples, confidence)
+    groups = common_groups(a, b)
+    a, b = replace(a, groups=groups), replace(b, groups=groups)
+    one, other = (
+        _statistic(p, positive, threshold, ordered, metrics)
+        for p, threshold in zip((a, b), thresholds, strict=True)
+    )
+    ones = np.ones(len(a))
+    values_a, values_b = one(ones), other(ones)
+    chosen = list(values_a) if metrics is None else list(metrics)
+    for name in chosen:
+        if name not in values_a:
+            raise UsageError(f"metrics: {name!r} is none of {', '.join(values_a)}")
+    drawn = _differences(one, other, a, chosen, resamples, seed)
+    compared = []
+    for name in chosen:
+        c = _by_bootstrap(name, len(a), values_a[name], values_b[name], drawn[name], confidence)
+        if name == "top1":
+            c = _by_mcnemar(c, a, b, resamples, seed)
+        elif name == "positive/roc_auc" and groups is None and positive is not None:
+            c = _by_delong(c, a, b, positive)
+        compared.append(c)
+    return adjust(compared)
+
+
+def adjust(comparisons: Iterable[MetricComparison]) -> list[MetricComparison]:
+    """The comparisons with p-values adjusted by Holm's correction over all of them."""
+    comparisons = list(comparisons)
+    adjusted = holm([c.p_value for c in comparisons])
+    return [replace(c, adjusted=p) for c, p in zip(comparisons, adjusted, strict=True)]
+
+
+def _statistic(
+    predictions: Predictions,
+    positive: str | None,
+    threshold: float | None,
+    ordered: Sequence[str] | None,
+    metrics: Sequence[str] | None,
+) -> Callable[[Floats], Values]:
+    """All metrics as one function of the weights; areas only if they may be wanted."""
+    statistics: list[Callable[[Floats], Values]] = [
+        ClassificationStatistics(predictions),
+        LabelStatistics(predictions, ordered),
+    ]
+    wanted = metrics is None or any(m.startswith(("roc_auc", "average_prec")) for m in metrics)
+    if wanted:
+        statistics.append(RankStatistics(predictions))
+    one = None if positive is None else OneClassStatistics(predictions, positive, threshold)
+
+    def values(weights: Floats) -> Values:
+        found: Values = {}
+        for statistic in statistics:
+            found |= {k: v for k, v in statistic(weights).items() if "/" not in k}
+        if one is not None:
+            found |= {f"positive/{k}": v for k, v in one(weights).items()}
+        return found
+
+    return values
+
+
+def _differences(
+    one: Callable[[Floats], Values],
+    other: Callable[[Floats], Values],
+    predictions: Predictions,
+    names: Sequence[str],
+    resamples: int,
+    seed: int,
+) -> dict[str, Floats]:
+    """(resamples,) paired differences of each metric."""
+    unit, n_units = units_of(predictions)
+    rows = []
+    for times in draws(n_units, resamples, seed):
+        of_a, of_b = one(times[unit]), other(times[unit])
+        with np.errstate(invalid="ignore"):
+            rows.append([np.subtract(of_a[name], of_b[name]) for name in names])
+    return dict(zip(names, np.array(rows, dtype=np.float64).T, strict=True))
+
+
+def _by_bootstrap(
+    name: str, n: int, a: float, b: float, drawn: Floats, confidence: float
+) -> MetricComparison:
+    value = a - b if math.isfinite(a) and math.isfinite(b) else NAN
+    drawn = drawn[np.isfinite(drawn)]
+    if math.isnan(value) or len(drawn) < 2:
+        nothing = Estimate(value, NAN, NAN)
+        return MetricComparison(name, n, a, b, nothing, NAN, NAN, NAN, "none", confidence)
+    error = float(drawn.std(ddof=1))
+    if error == 0:  # no resample differs, though other images might
+        reach = wilson_interval(0, n, confidence)[1]
+        nothing, p = Estimate(value, NAN, NAN), 1.0 if value == 0 else NAN
+        return MetricComparison(name, n, a, b, nothing, p, p, reach, "paired bootstrap", confidence)
+    tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    p = min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
+    if tail == 0:  # beyond what so many samples can tell
+        p = min(p, 2 * NormalDist().cdf(-abs(value) / error))
+    interval = percentile(value, drawn, confidence)
+    detectable = _factor(confidence) * error
+    return MetricComparison(
+        name, n, a, b, interval, p, p, detectable, "paired bootstrap", confidence
+    )
+
+
+def _factor(confidence: float) -> float:
+    normal = NormalDist()
+    return normal.inv_cdf(0.5 + confidence / 2) + normal.inv_cdf(POWER)
+
+
+def _by_mcnemar(
+    c: MetricComparison, a: Predictions, b: Predictions, resamples: int, seed: int
+) -> MetricComparison:
+    exact = compare(a, b, resamples=resamples, seed=seed, confidence=c.confidence)
+    test = "exact McNemar test" if a.groups is None else "exact sign test of groups"
+    p, d = exact.p_value, exact.difference
+    return replace(c, difference=d, p_value=p, adjusted=p, test=test)
+
+
+def _by_delong(
+    c: MetricComparison, a: Predictions, b: Predictions, positive: str
+) -> MetricComparison:
+    column = a.classes.index(positive)
+    is_positive = a.labels == column
+    if min(is_positive.sum(), (~is_positive).sum()) < 2:
+        return c
+    scores = (a.probabilities[:, column], b.probabilities[:, column])
+    _, covariance = delong(is_positive, *scores)
+    variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+    if variance <= 1e-16:
+        return c
+    error, normal = math.sqrt(variance), NormalDist()
+    p = 2 * normal.cdf(-abs(c.difference.value) / error)
+    half = normal.inv_cdf(0.5 + c.confidence / 2) * error
+    low, high = max(c.difference.value - half, -1.0), min(c.difference.value + half, 1.0)
+    return replace(
+        c, difference=Estimate(c.difference.value, low, high), p_value=p, adjusted=p,
+        detectable=_factor(c.confidence) * error, test="DeLong test",
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Paired comparisons in any metric: tests, corrections, and what could have been shown."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+from sklearn import metrics as sk
+
+from regard.evaluation import Predictions, adjust, compare, compare_metrics
+from regard.evaluation.significance import delong, holm
+from tests.test_diagnostics import binary
+from tests.test_evaluation import ends, make, pair
+
+
+def noisy(p, amount, seed):
+    """The predictions of a worse network."""
+    noise = np.random.default_rng(seed).normal(size=p.probabilities.shape) * amount
+    q = p.probabilities * np.exp(noise)
+    return Predictions(q / q.sum(axis=1, keepdims=True), p.labels, p.classes, p.groups)
+
+
+def by_name(comparisons):
+    return {c.metric: c for c in comparisons}
+
+
+def test_holm_by_hand():
+    # statsmodels.stats.multitest.multipletests([0.01, 0.04, 0.03, 0.005], method="holm")
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    first, nothing = holm([0.02, math.nan])
+    assert first == 0.02
+    assert math.isnan(nothing)
+    assert holm([]) == []
+
+
+def test_delong_is_its_definition():
+    rng = np.random.default_rng(1)
+    y = rng.random(60) < 0.4
+    scores = [np.round(rng.normal(size=60) + shift * y, 1) for shift in (1.0, 0.6)]
+    areas, covariance = delong(y, *scores)
+    parts = []
+    for k, s in enumerate(scores):
+        wins = (s[y][:, None] > s[~y]) + 0.5 * (s[y][:, None] == s[~y])  # (positive, negative)
+        assert areas[k] == pytest.approx(sk.roc_auc_score(y, s)) == pytest.approx(wins.mean())
+        parts.append((wins.mean(axis=1), wins.mean(axis=0)))
+    expected = np.cov([p[0] for p in parts]) / y.sum() + np.cov([p[1] for p in parts]) / (~y).sum()
+    assert covariance == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError, match="1 positive"):
+        delong(np.array([True, False, False]), np.arange(3.0))
+
+
+def test_differences_are_those_of_the_metrics_and_accuracy_is_mcnemars():
+    a, b = make(300, 6, strength=3.0), noisy(make(300, 6, strength=3.0), 1.0, 1)
+    found = by_name(compare_metrics(a, b, ordered=a.classes, resamples=100))
+    said = [p.probabilities.argmax(axis=1) for p in (a, b)]
+    expected = [sk.matthews_corrcoef(a.labels, s) for s in said]
+    assert (found["mcc"].a, found["mcc"].b) == pytest.approx(tuple(expected))
+    assert found["mcc"].difference.value == pytest.approx(expected[0] - expected[1])
+    exact = compare(a, b, resamples=100)
+    assert found["top1"].p_value == exact.p_value
+    assert found["top1"].difference == exact.difference
+    assert {"nll", "ece", "roc_auc_macro", "quadratic_kappa", "top5"} <= found.keys()
+    assert found["mcc"].shown == "better"
+    assert found["nll"].difference.value < 0
+    assert found["nll"].shown == "better"  # lower is better
+    assert by_name(compare_metrics(b, a, resamples=100))["nll"].shown == "worse"
+    assert all(c.adjusted >= c.p_value for c in found.values())
+    json.dumps([c.to_dict() for c in found.values()], allow_nan=False)
+
+
+def test_auc_of_a_class_is_compared_by_delong_and_by_groups_by_bootstrap():
+    a = binary(300)
+    b = noisy(a, 1.5, 1)
+    c = by_name(compare_metrics(a, b, positive="sick", metrics=["positive/roc_auc"]))
+    c = c["positive/roc_auc"]
+    areas, cov = delong(a.labels == 1, a.probabilities[:, 1], b.probabilities[:, 1])
+    error = math.sqrt(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1])
+    assert c.test == "DeLong test"
+    assert c.p_value == pytest.approx(2 * norm.sf((areas[0] - areas[1]) / error))
+    assert c.detectable == pytest.approx((1.959964 + 0.841621) * error, rel=1e-5)
+    groups = np.arange(300).astype(str)  # groups of one: the bootstrap agrees
+    grouped = Predictions(a.probabilities, a.labels, a.classes, groups)
+    d = compare_metrics(grouped, b, positive="sick", metrics=["positive/roc_auc"])[0]
+    assert d.test == "paired bootstrap"
+    assert ends(d.difference) == pytest.approx(ends(c.difference), abs=0.02)
+    assert d.detectable == pytest.approx(c.detectable, rel=0.15)
+
+
+def test_what_is_shown_and_what_could_have_been_are_said():
+    a, b = pair(80, 30, 8, 2)
+    c = compare_metrics(a, b, metrics=["top1"], resamples=100)[0]
+    assert c.shown == "better"
+    assert c.sentence("cbam", "plain").startswith("cbam is shown to be better than plain in top1")
+    assert compare_metrics(b, a, metrics=["top1"], resamples=100)[0].shown == "worse"
+    a, b = pair(80, 9, 7, 4)
+    c = compare_metrics(a, b, metrics=["top1"], resamples=2000)[0]
+    assert c.shown == "not shown"
+    # standard error of the paired difference, by normal theory
+    error = math.sqrt((0.09 + 0.07 - 0.02**2) / 100)
+    assert c.detectable == pytest.approx(2.8016 * error, rel=0.1)
+    assert f"{c.detectable:.4f} or more" in c.sentence()
+    same = compare_metrics(a, a, resamples=50)
+    assert all(c.shown == "not shown" for c in same)
+    assert all("nan" not in c.sentence() for c in same)
+
+
+def test_groups_widen_and_several_networks_are_corrected():
+    a = make(400, 3, strength=2.0)
+    b = noisy(a, 0.8, 1)
+    of = np.repeat(np.arange(400), 4)
+    many = [Predictions(p.probabilities[of], p.labels[of], p.classes) for p in (a, b)]
+    names = of.astype(str)
+    grouped = [Predictions(p.probabilities, p.labels, p.classes, names) for p in many]
+    by_image, by_group = (
+        compare_metrics(*ps, metrics=["kappa"], resamples=400)[0] for ps in (many, grouped)
+    )
+    width = [c.difference.high - c.difference.low for c in (by_image, by_group)]
+    assert width[1] == pytest.approx(2 * width[0], rel=0.15)
+    family = [compare_metrics(a, noisy(a, x, 2), metrics=["kappa"])[0] for x in (0.1, 0.5, 0.6)]
+    adjusted = [c.adjusted for c in adjust(family)]
+    assert adjusted == pytest.approx(holm([c.p_value for c in family]))
+    assert max(adjusted) <= 1
+
+
+def test_equal_networks_are_rarely_shown_to_differ():
+    wrong = 0
+    for seed in range(60):
+        p = make(150, 3, seed=seed)
+        a, b = noisy(p, 0.7, 1000 + seed), noisy(p, 0.7, 2000 + seed)
+        c = compare_metrics(a, b, metrics=["kappa"], resamples=150, seed=seed)[0]
+        wrong += c.shown != "not shown"
+    assert wrong <= 8  # 5 % of 60 are 3
+
+
+def test_wrong_metrics_are_refused():
+    p = make(20, 3)
+    with pytest.raises(ValueError, match="metrics: 'auc' is none of"):
+        compare_metrics(p, p, metrics=["auc"], resamples=10)
