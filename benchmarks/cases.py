@@ -17,8 +17,8 @@ from regard.engines.bench import OpenVinoInt8, noise
 from regard.errors import UsageError
 from regard.files import reason
 from regard.machine import keep_freed_memory
-from regard.models.cbam import twins
 from regard.models.create import make
+from regard.models.zoo import twins
 from regard.training.losses import multi_head_cross_entropy
 
 DEFAULT_MODELS = ("cbam_resnet50", "attention56", "ag_sononet8")

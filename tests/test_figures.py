@@ -24,6 +24,8 @@ STRIDE_ON_3X3 = {
     "cbam_resnet101": "7.813",
     "cbam_resnext50_32x4d": "4.237",
     "cbam_resnext101_32x4d": "7.981",
+    "plain_resnet50": "4.089",
+    "plain_resnet101": "7.801",
 }
 SONONET = {8: "0.163", 16: "0.648", 32: "2.584", 64: "10.321"}
 AG_SONONET = {
@@ -86,8 +88,11 @@ def test_cifar_residual_attention_counts(depth):
     assert [type(m).__name__ for m in model.layer3[1].mask.bottom] == ["PreActUnit"] * 3
 
 
-@pytest.mark.parametrize("row", figures("*res*"), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", figures("*_res*") + figures("wide_*"), ids=lambda row: row.name)
 def test_resnet_counts_are_the_papers(row):
+    if row.name == "preact_resnet164_cifar":
+        assert millions(row.name, 1) == "1.7"  # He et al., arXiv 1603.05027, table 4
+        return
     assert millions(row.name, 2) == row.paper_parameters
     if row.note:
         assert row.name not in STRIDE_ON_3X3 or gmacs(row.name) == STRIDE_ON_3X3[row.name]
@@ -105,5 +110,5 @@ def test_sononet_counts():
 def test_patterns():
     assert [r.name for r in figures("cbam_resnet1*")] == ["cbam_resnet18", "cbam_resnet101"]
     assert len(figures("sononet")) == 8
-    with pytest.raises(ValueError, match=r"no network matches 'vgg'.*all 36"):
+    with pytest.raises(ValueError, match=rf"no network matches 'vgg'.*all {len(BY_NAME)}"):
         figures("vgg")

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import itertools
 import json
 import os
 import subprocess
@@ -183,42 +182,6 @@ def test_a_grafted_network_is_saved_under_its_own_name(tmp_path, name, kind):
     again = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
     assert again.num_classes == 5
     assert_same_answers(plain, again, images())
-
-
-def test_twins_by_name():
-    resnets = [
-        *("resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet18_1_5", "wide_resnet18_2"),
-        *("resnext50_32x4d", "resnext101_32x4d"),
-    ]
-    for base in resnets:
-        wanted = {"plain": base, "se": f"se_{base}", "cbam": f"cbam_{base}"}
-        for name in wanted.values():
-            assert timm.is_model(name)
-            assert regard.twins(name) == wanted
-    for f in (8, 16, 32, 64):
-        wanted = {"plain": f"sononet{f}", "ag": f"ag_sononet{f}"}
-        for name in wanted.values():
-            assert timm.is_model(name)
-            assert regard.twins(name) == wanted
-    for name in ("attention56", "vgg11", "cbam_vgg11"):
-        with pytest.raises(ValueError, match=f"{name!r} has no twin; these have: resnet18, .*so"):
-            regard.twins(name)
-
-
-@pytest.mark.parametrize("base", ["resnet18", "resnext50_32x4d", "wide_resnet18_1_5", "sononet8"])
-def test_twins_differ_in_the_attention_alone(base):
-    with torch.device("meta"):
-        shapes = {
-            kind: {n: t.shape for n, t in timm.create_model(name).state_dict().items()}
-            for kind, name in regard.twins(base).items()
-        }
-    for a, b in itertools.pairwise(shapes.values()):
-        assert a != b
-    if base == "sononet8":  # the head differs as well
-        shapes = {k: {n: s for n, s in v.items() if "block" in n} for k, v in shapes.items()}
-    plain = shapes.pop("plain")
-    for kind, twin in shapes.items():
-        assert {n: s for n, s in twin.items() if ".se." not in n} == plain, kind
 
 
 PRETRAINED = """

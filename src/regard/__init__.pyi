@@ -9,11 +9,11 @@ from .models import create_model as create_model
 from .models import list_models as list_models
 from .models.cbam import CBAM as CBAM
 from .models.cbam import SE as SE
-from .models.cbam import graft as graft
-from .models.cbam import twins as twins
+from .models.graft import graft as graft
 from .models.io import save_model as save_model
 from .models.original_weights import load_authors_weights as load_authors_weights
 from .models.sononet import AttentionGate as AttentionGate
+from .models.zoo import twins as twins
 from .predict import Classifier as Classifier
 from .predict import load as load
 from .training.losses import multi_head_cross_entropy as multi_head_cross_entropy

@@ -12,6 +12,7 @@ variants.json            outputs of every network and ablation of Regard's, in f
 import functools
 import gzip
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def variants() -> dict[str, tuple[str, dict[str, Any]]]:
 
     Twins stand side by side, as they share most of their tensors (see `_filled`).
     """
-    names = sorted(regard.list_models(), key=lambda n: n.removeprefix("cbam_").removeprefix("se_"))
+    names = sorted(regard.list_models(), key=lambda n: re.sub("^(cbam|se|plain)_", "", n))
     labeled: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in names}
     for name, arguments in _ABLATIONS.items():
         for argument, values in arguments.items():

@@ -5,11 +5,11 @@ import fnmatch
 from timm import create_model as create_model
 from timm.models import list_models as _timm_list_models
 
-from regard.models import cbam, residual_attention, sononet
+from regard.models import attention_resnet, residual_attention, sononet
 
 FAMILIES = {
     "residual_attention": residual_attention,
-    "cbam": cbam,
+    "attention_resnet": attention_resnet,
     "sononet": sononet,
 }
 

@@ -19,6 +19,9 @@ def choose(argument: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
+GATE_ARGUMENTS = ("reduction", "channel_pool", "spatial_pool", "kernel_size", "order")
+"""CBAM's own arguments, which every network with its gates takes."""
+
 IMAGENET_CFG: dict[str, Any] = {
     "url": "",
     "num_classes": 1000,

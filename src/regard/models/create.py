@@ -12,9 +12,9 @@ from torch import nn
 
 from regard.errors import FileError, UsageError
 from regard.models import create_model
-from regard.models.cbam import twins
 from regard.models.io import load_model
 from regard.models.original_weights import load_authors_weights
+from regard.models.zoo import twins_of
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +104,10 @@ def _check_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) -
 
 
 def _has_plain(name: str) -> bool:
-    try:
-        return twins(name).get("plain") != name and "se" in twins(name)
-    except ValueError:
-        return False
+    """Whether a network of Regard's can start from timm's weights of its plain twin."""
+    family = twins_of(name)
+    base = family.get("plain", "").removeprefix("plain_")
+    return "cbam" in family and name in family.values() and timm.is_model_pretrained(base)
 
 
 def load_weights(model: nn.Module, source: Path, classes: Sequence[str] | None = None) -> None:

@@ -50,8 +50,9 @@ from torch import Tensor, nn
 
 from regard.errors import UsageError
 from regard.models._common import CIFAR_CFG, IMAGENET_CFG, choose
+from regard.models.initialization import initialize, initialized_by_name
 
-RESIDUALS = ("residual", "naive")
+RESIDUALS = ("residual", "naive", "none")
 ACTIVATIONS = ("mixed", "channel", "spatial")
 MASKS = ("encoder_decoder", "local")
 
@@ -235,8 +236,11 @@ class MaskBranch(nn.Module):
 class AttentionModule(nn.Module):
     """Attention module: p units, then (1 + M) * T of the trunk T and the mask M, then p units.
 
-    T is t units and M the mask branch, both on the output of the first p units.
-    residual="naive" is the paper's comparison, M * T (naive attention learning).
+    T is t units and M the mask branch, both on the output of the first p units. `attention`:
+
+    residual  (1 + M) * T
+    naive     M * T, the paper's comparison (naive attention learning)
+    none      T, the plain twin without mask branch
 
     Shapes: (B, C, H, W) -> the same.
 
@@ -253,23 +257,28 @@ class AttentionModule(nn.Module):
         p: int,
         t: int,
         r: int,
-        residual: str,
+        attention: str,
         mask: str,
         mask_activation: str,
     ) -> None:
         super().__init__()
-        self.residual = choose("attention", residual, RESIDUALS) == "residual"
+        self.residual = choose("attention", attention, RESIDUALS) == "residual"
         self.pre = _units(unit, channels, p)
         self.trunk = _units(unit, channels, t)
-        self.mask = MaskBranch(
-            unit, channels, depth=depth, r=r, mask=mask, activation=mask_activation
-        )
+        self.mask = None
+        if attention != "none":
+            self.mask = MaskBranch(
+                unit, channels, depth=depth, r=r, mask=mask, activation=mask_activation
+            )
         self.post = _units(unit, channels, p)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pre(x)
-        trunk, mask = self.trunk(x), self.mask(x)
-        return self.post(trunk + mask * trunk if self.residual else mask * trunk)
+        trunk = self.trunk(x)
+        if self.mask is not None:
+            mask = self.mask(x)
+            trunk = trunk + mask * trunk if self.residual else mask * trunk
+        return self.post(trunk)
 
 
 @register_notrace_function
@@ -296,7 +305,7 @@ class ResidualAttentionNet(nn.Module):
         unit: "preact" (Attention) or "resnext" (AttentionNeXt).
         stem: "imagenet", conv 7x7 stride 2 and max-pool 3x3 stride 2, or "cifar", conv 3x3.
         p, t, r: units before and after, in the trunk, and between two poolings.
-        attention: "residual", (1 + M) * T, or "naive", M * T.
+        attention: "residual", (1 + M) * T, "naive", M * T, or "none", T: the plain twin.
         mask: "encoder_decoder", or "local" convolutions without pooling.
         mask_activation: "mixed", "channel" or "spatial".
 
@@ -306,6 +315,7 @@ class ResidualAttentionNet(nn.Module):
         UsageError: an argument is not among its choices, or an input is too small.
     """
 
+    @initialized_by_name
     def __init__(
         self,
         num_classes: int = 1000,
@@ -331,66 +341,70 @@ class ResidualAttentionNet(nn.Module):
             if count < 1:
                 raise UsageError(f"{name}={count}: a count of residual units, at least 1")
         preact = choose("unit", unit, ("preact", "resnext")) == "preact"
-        make: Unit = PreActUnit if preact else ResNeXtUnit
-        imagenet = choose("stem", stem, ("imagenet", "cifar")) == "imagenet"
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
+        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
         self.num_features = self.head_hidden_size = channels[-1]
-
-        self.conv1 = (
-            nn.Conv2d(in_chans, channels[0], 7, 2, 3, bias=False)
-            if imagenet
-            else nn.Conv2d(in_chans, channels[0], 3, 1, 1, bias=False)
-        )
-        self.bn1 = nn.BatchNorm2d(channels[0])
-        self.act1 = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True) if imagenet else nn.Identity()
-        self._stem_stride = 4 if imagenet else 1
+        self._make_stem(in_chans, channels[0], choose("stem", stem, ("imagenet", "cifar")))
         # a map of n is pooled to ceil((n - 1) / 2), and the next stage halves it as well
-        self._least = max(2 ** (d + s) for s, d in enumerate(depths)) if mask != "local" else 1
+        pools = mask != "local" and attention != "none"
+        self._least = max(2 ** (d + s) for s, d in enumerate(depths)) if pools else 1
         self.min_size = self._least * self._stem_stride
-
-        def module(width: int, depth: int) -> AttentionModule:
-            return AttentionModule(
-                make, width, depth=depth, p=p, t=t, r=r,
-                residual=attention, mask=mask, mask_activation=mask_activation,
-            )  # fmt: skip
-
-        stages = []
-        for i, (count, after, depth) in enumerate(zip(modules, units, depths, strict=True)):
-            width = channels[i + 1]
-            first = make(channels[i], width, stride=1 if i == 0 else 2, project=True)
-            rest = [module(width, depth) for _ in range(count)]
-            stages.append(nn.Sequential(first, *rest, *_units(make, width, after)))
-        self.layer1, self.layer2, self.layer3 = stages
-        last = channels[-1]
-        self.layer4 = nn.Sequential()
-        if len(channels) == 5:
-            first = make(channels[3], last, stride=2, project=True)
-            self.layer4 = nn.Sequential(first, *_units(make, last, 2))
-        self.norm = nn.BatchNorm2d(last) if preact else nn.Identity()
+        self._make_stages(
+            PreActUnit if preact else ResNeXtUnit, modules, units, channels, depths,
+            p=p, t=t, r=r, attention=attention, mask=mask, mask_activation=mask_activation,
+        )  # fmt: skip
+        self.norm = nn.BatchNorm2d(channels[-1]) if preact else nn.Identity()
         self.act = nn.ReLU(inplace=True) if preact else nn.Identity()
-        self.global_pool, self.fc = create_classifier(last, num_classes, pool_type=global_pool)
-
+        self.global_pool, self.fc = create_classifier(
+            channels[-1], num_classes, pool_type=global_pool
+        )
         names = ["act1", "layer1", "layer2", "layer3", "layer4"][: len(channels)]
-        strides = [2, 4, 8, 16, 32] if imagenet else [1, 1, 2, 4, 8]
         names[-1] = "act" if preact else names[-1]
+        strides = [2, 4, 8, 16, 32] if stem == "imagenet" else [1, 1, 2, 4, 8]
         self.feature_info = [
             {"num_chs": c, "reduction": s, "module": n}
             for c, s, n in zip(channels, strides, names, strict=False)
         ]
-        self.init_weights()
+
+    def _make_stem(self, in_chans: int, width: int, stem: str) -> None:
+        imagenet = stem == "imagenet"
+        self.conv1 = (
+            nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
+            if imagenet
+            else nn.Conv2d(in_chans, width, 3, 1, 1, bias=False)
+        )
+        self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True) if imagenet else nn.Identity()
+        self._stem_stride = 4 if imagenet else 1
+
+    def _make_stages(
+        self,
+        unit: Unit,
+        modules: Sequence[int],
+        units: Sequence[int],
+        channels: Sequence[int],
+        depths: Sequence[int],
+        **of_module: Any,
+    ) -> None:
+        stages = []
+        for i, (count, after, depth) in enumerate(zip(modules, units, depths, strict=True)):
+            width = channels[i + 1]
+            first = unit(channels[i], width, stride=1 if i == 0 else 2, project=True)
+            attended = [
+                AttentionModule(unit, width, depth=depth, **of_module) for _ in range(count)
+            ]
+            stages.append(nn.Sequential(first, *attended, *_units(unit, width, after)))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.layer4 = nn.Sequential()
+        if len(channels) == 5:
+            first = unit(channels[3], channels[4], stride=2, project=True)
+            self.layer4 = nn.Sequential(first, *_units(unit, channels[4], 2))
 
     @torch.jit.ignore
     def init_weights(self) -> None:
         """He normal initialization (fan-in) of convolutions and classifier; BN 1 and 0."""
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        initialize(self, _init_layer)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -414,8 +428,7 @@ class ResidualAttentionNet(nn.Module):
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool)
         if num_classes > 0:
-            nn.init.kaiming_normal_(self.fc.weight, nonlinearity="relu")
-            nn.init.zeros_(self.fc.bias)
+            _init_layer(self.fc)
 
     def forward_intermediates(
         self,
@@ -488,7 +501,40 @@ class ResidualAttentionNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def _init_layer(layer: nn.Module, generator: torch.Generator | None = None) -> None:
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def _cifar(m: int, **more: Any) -> dict[str, Any]:
+    """Attention-(36m + 20) with m modules in each stage (section 4.1)."""
+    return {
+        "modules": (m, m, m), "units": (1, 1, 1), "channels": (16, 64, 128, 256),
+        "depths": (2, 1, 0), "stem": "cifar", "num_classes": 10, **more,
+    }  # fmt: skip
+
+
+_NETWORKS: dict[str, dict[str, Any]] = {
+    "attention56": {"modules": (1, 1, 1)},
+    "attention92": {"modules": (1, 2, 3)},
+    "attentionnext56": {"modules": (1, 1, 1), "unit": "resnext"},
+    "attentionnext92": {"modules": (1, 2, 3), "unit": "resnext"},
+    "attention56_cifar": _cifar(1),
+    "attention92_cifar": _cifar(2),
+    "attention128_cifar": _cifar(3),
+    "attention164_cifar": _cifar(4),
+    "attention236_cifar": _cifar(6),
+    "attention452_cifar": _cifar(6, p=2, t=4, r=3),
+}
+_RESNET164 = _cifar(0, units=(17, 17, 17))
+
+
 def _create(name: str, pretrained: bool, **kwargs: Any) -> ResidualAttentionNet:
+    plain = {"attention": "none"} if name.startswith("plain_") else {}
+    arguments = _NETWORKS.get(name.removeprefix("plain_"), _RESNET164)
+    kwargs = {**arguments, **plain, **kwargs}
     maps = len(kwargs.get("channels", range(5)))  # the stem's and the stages'
     return build_model_with_cfg(
         ResidualAttentionNet, name, pretrained,
@@ -498,9 +544,12 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> ResidualAttentionNet:
 
 default_cfgs = generate_default_cfgs(
     {
-        **{f"attention{n}": IMAGENET_CFG for n in (56, 92)},
-        **{f"attentionnext{n}": IMAGENET_CFG for n in (56, 92)},
-        **{f"attention{n}_cifar": CIFAR_CFG for n in (56, 92, 128, 164, 236, 452)},
+        **{
+            f"{kind}{name}": CIFAR_CFG if name.endswith("_cifar") else IMAGENET_CFG
+            for name in _NETWORKS
+            for kind in ("", "plain_")
+        },
+        "preact_resnet164_cifar": CIFAR_CFG,
     }
 )
 
@@ -508,69 +557,127 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def attention56(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
     """Attention-56: one module a stage (table 2). 31.81M parameters, 6.271 GMACs at 224."""
-    return _create("attention56", pretrained, **{"modules": (1, 1, 1), **kwargs})
+    return _create("attention56", pretrained, **kwargs)
 
 
 @register_model
 def attention92(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
     """Attention-92: one, two, three modules (table 2). 52.47M parameters, 10.534 GMACs at 224."""
-    return _create("attention92", pretrained, **{"modules": (1, 2, 3), **kwargs})
+    return _create("attention92", pretrained, **kwargs)
 
 
 @register_model
 def attentionnext56(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
     """AttentionNeXt-56: ResNeXt units (table 7). 31.32M parameters, 6.419 GMACs at 224."""
-    args = {"modules": (1, 1, 1), "unit": "resnext", **kwargs}
-    return _create("attentionnext56", pretrained, **args)
+    return _create("attentionnext56", pretrained, **kwargs)
 
 
 @register_model
 def attentionnext92(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
     """AttentionNeXt-92: ResNeXt units, one, two, three modules (the authors' definition)."""
-    args = {"modules": (1, 2, 3), "unit": "resnext", **kwargs}
-    return _create("attentionnext92", pretrained, **args)
-
-
-def _cifar(name: str, m: int, pretrained: bool, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-(36m + 20) with m modules in each stage (section 4.1)."""
-    args = {
-        "modules": (m, m, m), "units": (1, 1, 1), "channels": (16, 64, 128, 256),
-        "depths": (2, 1, 0), "stem": "cifar", "num_classes": 10, **kwargs,
-    }  # fmt: skip
-    return _create(name, pretrained, **args)
+    return _create("attentionnext92", pretrained, **kwargs)
 
 
 @register_model
 def attention56_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
     """Attention-56 for 32x32 images, m = 1 (table 1: 5.52 % error on CIFAR-10)."""
-    return _cifar("attention56_cifar", 1, pretrained, **kwargs)
+    return _create("attention56_cifar", pretrained, **kwargs)
 
 
 @register_model
 def attention92_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
     """Attention-92 for 32x32 images, m = 2 (table 6: 4.99 % error on CIFAR-10)."""
-    return _cifar("attention92_cifar", 2, pretrained, **kwargs)
+    return _create("attention92_cifar", pretrained, **kwargs)
 
 
 @register_model
 def attention128_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
     """Attention-128 for 32x32 images, m = 3."""
-    return _cifar("attention128_cifar", 3, pretrained, **kwargs)
+    return _create("attention128_cifar", pretrained, **kwargs)
 
 
 @register_model
 def attention164_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
     """Attention-164 for 32x32 images, m = 4."""
-    return _cifar("attention164_cifar", 4, pretrained, **kwargs)
+    return _create("attention164_cifar", pretrained, **kwargs)
 
 
 @register_model
 def attention236_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
     """Attention-236 for 32x32 images, m = 6 (table 6: 4.14 % error on CIFAR-10)."""
-    return _cifar("attention236_cifar", 6, pretrained, **kwargs)
+    return _create("attention236_cifar", pretrained, **kwargs)
 
 
 @register_model
 def attention452_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
     """Attention-452 for 32x32 images, m = 6 and p, t, r = 2, 4, 3 (table 6: 3.90 %)."""
-    return _cifar("attention452_cifar", 6, pretrained, **{"p": 2, "t": 4, "r": 3, **kwargs})
+    return _create("attention452_cifar", pretrained, **kwargs)
+
+
+@register_model
+def preact_resnet164_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Pre-activation ResNet-164 (He et al., 2016): 18 units a stage (RAN's table 5).
+
+    Its first unit projects the activated input, as those of the residual attention networks.
+    """
+    return _create("preact_resnet164_cifar", pretrained, **kwargs)
+
+
+@register_model
+def plain_attention56(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-56's trunk alone: the same residual units, no mask."""
+    return _create("plain_attention56", pretrained, **kwargs)
+
+
+@register_model
+def plain_attention92(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-92's trunk alone: the same residual units, no mask."""
+    return _create("plain_attention92", pretrained, **kwargs)
+
+
+@register_model
+def plain_attentionnext56(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """AttentionNeXt-56's trunk alone: the same residual units, no mask."""
+    return _create("plain_attentionnext56", pretrained, **kwargs)
+
+
+@register_model
+def plain_attentionnext92(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """AttentionNeXt-92's trunk alone: the same residual units, no mask."""
+    return _create("plain_attentionnext92", pretrained, **kwargs)
+
+
+@register_model
+def plain_attention56_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-56's trunk for 32x32 images, 56 layers deep."""
+    return _create("plain_attention56_cifar", pretrained, **kwargs)
+
+
+@register_model
+def plain_attention92_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-92's trunk for 32x32 images, 92 layers deep."""
+    return _create("plain_attention92_cifar", pretrained, **kwargs)
+
+
+@register_model
+def plain_attention128_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-128's trunk for 32x32 images, 128 layers deep."""
+    return _create("plain_attention128_cifar", pretrained, **kwargs)
+
+
+@register_model
+def plain_attention164_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-164's trunk for 32x32 images, 164 layers deep."""
+    return _create("plain_attention164_cifar", pretrained, **kwargs)
+
+
+@register_model
+def plain_attention236_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-236's trunk for 32x32 images, 236 layers deep."""
+    return _create("plain_attention236_cifar", pretrained, **kwargs)
+
+
+@register_model
+def plain_attention452_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-452's trunk for 32x32 images, 452 layers deep."""
+    return _create("plain_attention452_cifar", pretrained, **kwargs)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from regard.errors import UsageError
 from regard.models._common import choose
+from regard.models.initialization import initialize, initialized_by_name, pytorch_default
 
 NORMALIZATIONS = ("mean_flow", "softmax", "sigmoid", "mean", "range")
 AGGREGATIONS = ("concat", "mean", "deep_sup", "ft")
@@ -62,6 +63,16 @@ def check_size(x: Tensor) -> None:
             "the image is too small for SonoNet, which pools four times by two: at least 16x16 "
             f"pixels, not {x.shape[-2]}x{x.shape[-1]}"
         )
+
+
+def _init_layer(layer: nn.Module, generator: torch.Generator) -> None:
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        pytorch_default(layer, generator)
+    if isinstance(layer, nn.Conv2d):
+        nn.init.kaiming_normal_(layer.weight, generator=generator)
+    elif isinstance(layer, nn.BatchNorm2d):
+        nn.init.normal_(layer.weight, 1.0, 0.02, generator=generator)
+        nn.init.zeros_(layer.bias)
 
 
 class _SonoNetBase(nn.Module):
@@ -98,12 +109,7 @@ class _SonoNetBase(nn.Module):
         Biases of BN are 0; those of convolutions, and the linear layers, stay PyTorch's. A
         gate's psi has bias 3 for "sigmoid" and 10 for "softmax" (grid_attention_layer.py).
         """
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight)
-            elif isinstance(m, nn.BatchNorm2d):
-                nn.init.normal_(m.weight, 1.0, 0.02)
-                nn.init.zeros_(m.bias)
+        initialize(self, _init_layer)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -187,6 +193,7 @@ class SonoNet(_SonoNetBase):
         UsageError: an argument is not among its choices, or an input is too small.
     """
 
+    @initialized_by_name
     def __init__(
         self,
         num_classes: int = 14,
@@ -200,7 +207,6 @@ class SonoNet(_SonoNetBase):
         super().__init__(in_chans, features, convs, num_classes, drop_rate)
         self.num_features = self.head_hidden_size = self.widths[4]
         self.reset_classifier(num_classes, global_pool)
-        self.init_weights()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
@@ -295,11 +301,17 @@ class GateMap(nn.Module):
         self.theta = nn.Conv2d(channels, inner, 1, bias=False)
         self.phi = nn.Conv2d(gating_channels, inner, 1, bias=False)
         self.psi = nn.Conv2d(inner, 1, 1)
+        self.init_gate()
+
+    @torch.jit.ignore
+    def init_gate(self, generator: torch.Generator | None = None) -> None:
+        """He normal fan-in; psi's bias PyTorch's, or 3 for "sigmoid" and 10 for "softmax"."""
         for conv in (self.theta, self.phi, self.psi):
-            nn.init.kaiming_normal_(conv.weight)
-        if normalize in ("sigmoid", "softmax"):
+            pytorch_default(conv, generator)
+            nn.init.kaiming_normal_(conv.weight, generator=generator)
+        if self.normalize in ("sigmoid", "softmax"):
             assert self.psi.bias is not None
-            nn.init.constant_(self.psi.bias, 3.0 if normalize == "sigmoid" else 10.0)
+            nn.init.constant_(self.psi.bias, 3.0 if self.normalize == "sigmoid" else 10.0)
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         theta = self.theta(x)
@@ -373,6 +385,7 @@ class AGSonoNet(_SonoNetBase):
         UsageError: an argument is not among its choices, or an input is too small.
     """
 
+    @initialized_by_name
     def __init__(
         self,
         num_classes: int = 14,
@@ -393,7 +406,6 @@ class AGSonoNet(_SonoNetBase):
         self.gate3 = AttentionGate(third, fifth, normalize=normalize)
         self.gate4 = AttentionGate(fourth, fifth, normalize=normalize)
         self.reset_classifier(num_classes, global_pool)
-        self.init_weights()
 
     __jit_unused_properties__: ClassVar = ["head_weights"]
 

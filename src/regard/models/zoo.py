@@ -1,7 +1,9 @@
 """Every network's parameters and multiply-adds beside the paper's own figures.
 
-The figures are in zoo.csv, so that `regard models` need not build 36 networks; the
+The figures are in zoo.csv, so that `regard models` need not build the networks; the
 counts in it are written by scripts/make_tables.py and counted again by the tests.
+
+Twins are networks that differ in their attention alone.
 """
 
 import csv
@@ -60,3 +62,50 @@ def figures(pattern: str = "*") -> list[ZooEntry]:
     if not found:
         raise UsageError(f"no network matches {pattern!r}; `regard models` lists all {len(rows)}")
     return found
+
+
+def _twin_families() -> list[dict[str, str]]:
+    """All families of twins: name by kind."""
+    resnets = ("resnet18", "resnet34", "resnet50", "resnet101")
+    resnexts = ("resnext50_32x4d", "resnext101_32x4d")
+    wide = ("wide_resnet18_1_5", "wide_resnet18_2")
+    plain = {name: f"plain_{name}" for name in (*resnets, *resnexts)} | {w: w for w in wide}
+    families = [{"plain": p, "se": f"se_{n}", "cbam": f"cbam_{n}"} for n, p in plain.items()]
+    families += [{"plain": f"sononet{f}", "ag": f"ag_sononet{f}"} for f in (8, 16, 32, 64)]
+    residual = [f"attention{n}" for n in (56, 92)] + [f"attentionnext{n}" for n in (56, 92)]
+    residual += [f"attention{n}_cifar" for n in (56, 92, 128, 164, 236, 452)]
+    families += [{"plain": f"plain_{name}", "attention": name} for name in residual]
+    return families
+
+
+def twins_of(name: str) -> dict[str, str]:
+    """As `twins`, and empty where the network has none."""
+    for family in _twin_families():
+        # timm's resnet18 is plain_resnet18 with another initialization
+        if name in family.values() or f"plain_{name}" == family["plain"]:
+            return family
+    return {}
+
+
+def twins(name: str) -> dict[str, str]:
+    """The names of a network and of its twins, which differ in the attention alone.
+
+    >>> twins("cbam_resnet50")
+    {'plain': 'plain_resnet50', 'se': 'se_resnet50', 'cbam': 'cbam_resnet50'}
+    >>> twins("sononet8")
+    {'plain': 'sononet8', 'ag': 'ag_sononet8'}
+    >>> twins("attention56")
+    {'plain': 'plain_attention56', 'attention': 'attention56'}
+
+    Made with the same arguments after the same `torch.manual_seed`, twins have the same
+    starting weights in every tensor that they share. timm's `resnet50` has the twins of
+    `plain_resnet50`, which is the same network with the authors' initialization. AG-SonoNet
+    and SonoNet share all convolution blocks; their classifiers are the paper's, and differ.
+
+    Raises:
+        UsageError: the network has no twin; the message names those that have.
+    """
+    if family := twins_of(name):
+        return family
+    known = ", ".join(family["plain"] for family in _twin_families())
+    raise UsageError(f"{name!r} has no twin; these have: {known}")

@@ -17,7 +17,7 @@ from regard.data.splits import assign_folds, assign_splits
 from regard.data.survey import survey
 from regard.errors import UsageError
 from regard.machine import has_bf16
-from regard.models.cbam import AttentionResNet
+from regard.models.attention_resnet import AttentionResNet
 from regard.models.create import _outline
 from regard.training.config import Recipe
 from regard.training.steps import step_plan
