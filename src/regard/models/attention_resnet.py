@@ -58,8 +58,8 @@ class AttentionResNet(ResNet):
         super().__init__(block_args=block_args, **kwargs)
         self._built, self._zero_init_last = True, zero_init_last
         if cifar:
-            old = self.conv1.weight
-            self.conv1 = nn.Conv2d(
+            old = next(self.parameters())
+            self.conv1: nn.Module = nn.Conv2d(
                 self.in_chans, 64, 3, 1, 1, bias=False, device=old.device, dtype=old.dtype
             )
             self.maxpool = nn.Identity()

@@ -52,6 +52,7 @@ class ChannelGate(nn.Module):
     def init_gate(self, generator: torch.Generator | None = None) -> None:
         """The authors' initialization: PyTorch's default weights, biases 0."""
         for layer in (self.mlp[0], self.mlp[2]):
+            assert isinstance(layer, nn.Linear)
             pytorch_default(layer, generator)
             nn.init.zeros_(layer.bias)
 
@@ -199,6 +200,7 @@ def start_at_half(attention: CBAM) -> int:
     gates = 0
     if attention.channel is not None:
         last = attention.channel.mlp[2]
+        assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         gates += 1
