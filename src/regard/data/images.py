@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import stat
+import threading
 import warnings
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regard.compat import silence_libtiff
+from regard.data.arrays import array_pixels, over_white, tensor_pixels
 from regard.data.dicom import is_dicom, read_dicom
 from regard.data.tiff import is_tiff, read_with_tifffile, stored_tiff
 from regard.errors import ImageError, UsageError
@@ -37,6 +39,7 @@ _ORIENTATION = 0x0112  # EXIF 2.3, table 4
 _URL = re.compile(r"(https?|ftp|s3|gs|hdfs|file|data):/", re.IGNORECASE)
 _NAMED = 5  # images with clipped values that each get a line
 _clipped_images = 0
+_pil_lock = threading.Lock()
 
 log = logging.getLogger(__name__)
 
@@ -174,30 +177,39 @@ def scaled(stored: Stored, value_range: ValueRange | None, name: str) -> NDArray
     if not stored.is_measurement:
         return pixels
     value_range = value_range or stored.own_range
-    finite = np.isfinite(pixels)
     if value_range is None:
-        if not finite.all():
-            raise ImageError(f"{_described(pixels)}: {(~finite).sum()} values are NaN or infinite")
-        tolerance = 1e-6  # of arithmetic in float32
-        if pixels.dtype == np.int64 or pixels.min() < -tolerance or pixels.max() > 1 + tolerance:
-            raise ImageError(
-                f"{_described(pixels)}, from {pixels.min():.6g} to {pixels.max():.6g}: without a "
-                "known range of values, uint8 (0 to 255), uint16 (0 to 65535) or floats from 0 "
-                "to 1 are expected"
-            )
-        levels = np.rint(pixels * 255)
-        if np.abs(pixels * 255 - levels).max() < 1e-4:  # an 8-bit image, divided by 255
-            return levels.astype(np.uint8)
-        return np.clip(pixels, 0, 1).astype(np.float32)
+        return _from_zero_to_one(pixels)
     low, high = value_range
-    outside = int((~finite | (pixels < low) | (pixels > high)).sum())
+    outside, shown = 0, np.zeros(pixels.shape, np.float32)
+    strip = max(1, 2**20 // (pixels.shape[1] * pixels.shape[2]))  # rows: memory stays small
+    for top in range(0, len(pixels), strip):
+        part = pixels[top : top + strip].astype(np.float64)
+        known = np.isfinite(part)
+        outside += int((~known | (part < low) | (part > high)).sum())
+        part = np.where(known, part, low).clip(low, high)
+        if low < high:  # halves: the range of the largest doubles would overflow
+            shown[top : top + strip] = (part / 2 - low / 2) / (high / 2 - low / 2)
     if outside and stored.own_range is None:
         _warn_of_clipping(name, outside, pixels.size, value_range)
-    values = np.where(finite, pixels, low).clip(low, high)
-    if low == high:
-        return np.zeros(values.shape, np.float32)
-    # halves: the range of the largest doubles would overflow
-    return ((values / 2 - low / 2) / (high / 2 - low / 2)).astype(np.float32)
+    return shown
+
+
+def _from_zero_to_one(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Floats that are an image as they are, without a range; uint8 where they were that."""
+    kind = "integers" if pixels.dtype == np.int64 else "floats"
+    described = f"{kind} of shape {'x'.join(map(str, pixels.shape))}"
+    if unknown := int((~np.isfinite(pixels)).sum()):
+        raise ImageError(f"{described}: {unknown} values are NaN or infinite")
+    low, high, tolerance = pixels.min(), pixels.max(), 1e-6  # of arithmetic in float32
+    if pixels.dtype == np.int64 or low < -tolerance or high > 1 + tolerance:
+        raise ImageError(
+            f"{described}, from {low:.6g} to {high:.6g}: without a known range of values, uint8 "
+            "(0 to 255), uint16 (0 to 65535) or floats from 0 to 1 are expected"
+        )
+    levels = np.rint(pixels * 255)
+    if np.abs(pixels * 255 - levels).max() < 1e-4:  # an 8-bit image, divided by 255
+        return levels.astype(np.uint8)
+    return np.clip(pixels, 0, 1).astype(np.float32)
 
 
 def _warn_of_clipping(name: str, count: int, total: int, value_range: ValueRange) -> None:
@@ -212,28 +224,26 @@ def _warn_of_clipping(name: str, count: int, total: int, value_range: ValueRange
         )  # fmt: skip
 
 
-def _described(pixels: NDArray[Any]) -> str:
-    kind = "integers" if pixels.dtype == np.int64 else "floats"
-    return f"{kind} of shape {'x'.join(map(str, pixels.shape))}"
-
-
 def _read(source: ImageSource, at_least: int | None) -> Stored:
     if isinstance(source, str | os.PathLike):
         return _read_path(os.fspath(source), at_least)
     if isinstance(source, bytes | bytearray | memoryview):
         return _read_file(io.BytesIO(source), at_least)
     if isinstance(source, Image.Image):
-        unread = _unread_file(source)
-        return _stored_pil(source) if unread is None else _read_file(unread, at_least)
+        with _pil_lock:  # PIL decodes in place, and the same image may be given twice
+            unread = _unread_file(source)
+            if unread is None:
+                return _stored_pil(source)
+        return _read_file(unread, at_least)
     if hasattr(source, "read"):
         content = source.read()
         if not isinstance(content, bytes):
             raise ImageError("a file that is open as text; open it as binary ('rb')")
         return _read_file(io.BytesIO(content), at_least)
     if isinstance(source, np.ndarray):
-        return _stored_array(source, "an array", "(H, W), (H, W, 1) or (H, W, 3)")
+        return _stored_array(array_pixels(source))
     if hasattr(source, "detach") and hasattr(source, "movedim"):  # torch's, without importing it
-        return _stored_tensor(source)
+        return _stored_array(tensor_pixels(source))
     raise ImageError(
         f"{type(source).__name__} is no image: a path, bytes, a file object, a PIL image, an "
         "array (H, W, C) or a tensor (C, H, W) is needed"
@@ -377,55 +387,14 @@ def _gray_alpha_16(content: bytes) -> NDArray[np.uint16]:
         image.load()
         orientation = _orientation(image)
         values = np.asarray(image).view(">u2").astype(np.uint16)  # (H, W, 4) bytes -> (H, W, 2)
-    return _upright(_over_white_16(values), orientation)
+    return _upright(over_white(values), orientation)
 
 
-def _over_white_16(values: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """(H, W, C + alpha) -> (H, W, C) over white."""
-    color, alpha = values[..., :-1].astype(np.float64), values[..., -1:].astype(np.float64)
-    return np.rint(65535 + (color - 65535) * (alpha / 65535)).astype(np.uint16)
-
-
-def _stored_tensor(tensor: Any) -> Stored:
-    shape = tuple(tensor.shape)
-    tensor = tensor.detach().cpu()
-    if tensor.is_floating_point():
-        tensor = tensor.double()  # bfloat16 has no type in NumPy
-    if len(shape) == 3 and shape[0] not in (1, 2, 3, 4):
-        hint = ": (H, W, C) is NumPy's order" if shape[2] in (1, 3) else ""
-        raise ImageError(
-            f"a tensor of shape {shape}{hint}; one image is (H, W), (1, H, W) or (3, H, W)"
-        )
-    array = tensor.numpy() if len(shape) != 3 else tensor.movedim(0, 2).numpy()
-    return _stored_array(array, "a tensor", "(H, W), (1, H, W) or (3, H, W)")
-
-
-def _stored_array(array: NDArray[Any], what: str, expected: str) -> Stored:
-    pixels = array[..., None] if array.ndim == 2 else array
-    if pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4) or not pixels.size:
-        raise ImageError(
-            f"{what} of {array.dtype} and shape {array.shape}: one image is {expected} of uint8, "
-            "uint16 or floats from 0 to 1"
-        )
-    kind = array.dtype.kind
-    if kind == "b":
-        pixels = pixels.astype(np.uint8) * 255
-    elif kind not in "uif":
-        raise ImageError(f"{what} of {array.dtype}: uint8, uint16 or floats from 0 to 1 are needed")
-    alpha = pixels.shape[2] in (2, 4)
-    if pixels.dtype == np.uint8:
-        if not alpha:
-            return Stored(np.ascontiguousarray(pixels))
-        mode = "LA" if pixels.shape[2] == 2 else "RGBA"
-        size = pixels.shape[1::-1]
-        return Stored(_pixels(Image.frombytes(mode, size, np.ascontiguousarray(pixels).tobytes())))
-    if pixels.dtype == np.uint16:
-        return Stored(_over_white_16(pixels) if alpha else np.ascontiguousarray(pixels))
-    if kind in "ui":
-        if alpha:
-            raise ImageError(f"{what} of {array.dtype} with alpha: uint8 or uint16 is needed")
-        return Stored(pixels.astype(np.int64))
-    values = pixels.astype(np.float64)
-    if alpha:  # floats with alpha are images, from 0 to 1
-        values = 1 + (values[..., :-1] - 1) * values[..., -1:]
-    return Stored(values)
+def _stored_array(pixels: NDArray[Any]) -> Stored:
+    """(H, W, 1 to 4) of uint8, uint16, int64 or float64, the last of 2 and 4 being alpha."""
+    if pixels.shape[2] in (1, 3):
+        return Stored(np.ascontiguousarray(pixels))
+    if pixels.dtype != np.uint8:
+        return Stored(over_white(pixels))
+    mode, size = "LA" if pixels.shape[2] == 2 else "RGBA", pixels.shape[1::-1]
+    return Stored(_pixels(Image.frombytes(mode, size, np.ascontiguousarray(pixels).tobytes())))

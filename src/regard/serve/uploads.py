@@ -13,6 +13,7 @@ from pathlib import Path
 from fastapi import HTTPException, Request
 from PIL import Image, UnidentifiedImageError
 
+from regard.data.dicom import is_dicom
 from regard.data.images import FORMATS
 from regard.errors import ImageError, UsageError
 
@@ -112,9 +113,8 @@ def check(body: bytes, limits: Limits) -> None:
         HTTPException: 413 too many pixels, or too long for its width; 422 no image that can be
             read.
     """
-    dicom = body[128:132] == b"DICM" or body[:2] == b"\x08\x00"  # the same test as read_image
     try:
-        width, height = _dicom_size(body) if dicom else _size(body)
+        width, height = _dicom_size(body) if is_dicom(body[:132]) else _size(body)
     except Image.DecompressionBombError:
         raise _too_large("far too many pixels", limits) from None
     size = f"{width} x {height} pixels"
