@@ -1,12 +1,15 @@
 """What the tests of training runs share: tiny runs in processes of their own."""
 
+import contextlib
 import csv
 import http.client
 import io
 import json
+import logging
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +161,23 @@ class Clock:
             self.now += last
 
         return run
+
+
+@contextlib.contextmanager
+def messages() -> Iterator[list[str]]:
+    """The lines that Regard logs within the block."""
+
+    class Listing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    said: list[str] = []
+    handler, logger = Listing(), logging.getLogger("regard")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -1,6 +1,7 @@
 """Two real processes: they train as one, test as one, and stop and go on together."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ def in_two(folder: Path, *arguments: object, **environment: str) -> subprocess.C
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
         str(folder / "driver.py"), *map(str, arguments),
     ]  # fmt: skip
-    environment |= {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", "TOLD": str(folder)}
+    environment |= {**ENVIRONMENT, "TOLD": str(folder)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
 
 
@@ -117,22 +118,24 @@ def test_a_signal_to_one_stops_both_and_they_go_on_to_the_same_end(pair, tmp_pat
     out = tmp_path / "run"
     stopped = in_two(tmp_path, *SETTINGS, "--out", out, SIGNAL="13")
     assert stopped.returncode != 0
-    assert "stopped after step 20; its state is saved" in stopped.stderr
-    kept = torch.load(out / "state/step-000000020.pt", weights_only=True)
-    assert kept["step"] == 20
+    assert stopped.stderr.count("its state is saved") == 1
+    step = int(re.search(r"stopped after step (\d+);", stopped.stderr)[1])
+    assert 13 <= step < 24
+    saved = torch.load(out / f"state/step-{step:09d}.pt", weights_only=True)
+    assert saved["step"] == step
     resumed = in_two(tmp_path, *SETTINGS, "--out", out, "--resume")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "resumed after step 20 of 24" in resumed.stdout
+    assert f"resumed after step {step} of 24" in resumed.stdout
     assert same_results(pair / "run", out)
 
 
-def test_a_loss_that_is_not_finite_is_told_by_both(tmp_path):
+def test_a_loss_that_is_not_finite_is_told_once(tmp_path):
     done = in_two(
         tmp_path, *SETTINGS[:-4], "--out", tmp_path / "run", "--schedule", "constant",
         "--lr", "1e30", "--eval-every", "1",
     )  # fmt: skip
     lines = [line for line in done.stderr.splitlines() if "is not finite" in line]
     assert done.returncode != 0
-    assert lines
-    assert all("the loss of step" in line for line in lines)
+    assert len(lines) == 1
+    assert "the loss of step" in lines[0]
     assert "Connection closed by peer" not in done.stderr

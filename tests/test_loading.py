@@ -55,7 +55,10 @@ def batches(table, way: str, recipe: Augmentation, spans, workers: int = 0):
     else:
         source = StreamingLoader(reader, order, 3, workers)
     found = list(source.batches(spans))
-    return [(b.indices, augment(b.images, b.draws, recipe, preprocess), b.draws) for b in found]
+    return [
+        (b.indices, augment(b.images, b.random_numbers, recipe, preprocess), b.random_numbers)
+        for b in found
+    ]
 
 
 @pytest.mark.parametrize("crop", CROPS)
@@ -237,7 +240,7 @@ def test_beside_openvino_threads_read_the_same_images(table, monkeypatch):
     spans = [(0, 4), (4, 4), (8, 3)]
     expected = batches(table, "streamed", recipe, spans, 2)
     monkeypatch.setitem(sys.modules, "openvino", object())
-    monkeypatch.setattr("regard.data.loading.DataLoader", None)  # nothing is forked
+    monkeypatch.setattr("regard.data.workers.DataLoader", None)  # nothing is forked
     found = batches(table, "streamed", recipe, spans, 2)
     for a, b in zip(found, expected, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -254,7 +257,7 @@ def test_a_batch_leaves_out_what_cannot_be_read(damaged, workers):
     for b in found:
         level = b.images.float().mean(dim=(1, 2, 3))
         assert ((level - 20 * b.indices - 4).abs() < 0.5).all()
-        for row, u in zip(b.indices.tolist(), b.draws, strict=True):
+        for row, u in zip(b.indices.tolist(), b.random_numbers, strict=True):
             assert torch.equal(
                 u, random_numbers(5, row, 1)[0]
             )  # its own, whoever is missing before it
@@ -270,11 +273,8 @@ def test_a_batch_leaves_out_what_cannot_be_read(damaged, workers):
 def test_a_part_has_its_readable_images_alone(damaged, memory, crop):
     table, files = damaged
     recipe = Recipe(memory=memory, random_crop=crop)
-    counted = []
-    part = load_split(
-        Reader(table, UNIT, recipe.augmentation), recipe, counted.append, "train", show=False
-    )
-    assert [path for path, _ in part.unreadable] == [files[row] for row in sorted(BAD)]
+    part = load_split(Reader(table, UNIT, recipe.augmentation), recipe, "train", show=False)
+    assert [path for path, _ in part.left_out] == [files[row] for row in sorted(BAD)]
     kept = [row for row in range(12) if row not in BAD]
     assert [part.table.path(i) for i in range(9)] == [files[row] for row in kept]
     assert np.array_equal(part.table.labels, table.labels[kept])
@@ -348,7 +348,7 @@ def test_tests_are_held_in_the_inputs_size_whatever_the_training_cut(tmp_path):
     assert fits_in_memory(Reader(many(20_000, path), preprocess, small))
     assert not fits_in_memory(Reader(many(20_000, path), preprocess, None))
     recipe = Recipe(random_crop="resized", memory="auto")
-    part = load_split(Reader(many(3, path), preprocess), recipe, print, "val", show=False)
+    part = load_split(Reader(many(3, path), preprocess), recipe, "val", show=False)
     assert part.images.shape == (3, 3, 224, 224)
 
 
@@ -362,9 +362,7 @@ def test_what_cannot_be_read_is_not_held(tmp_path):
 def test_mean_and_deviation_are_the_images(table, memory, crop):
     preprocess = Preprocess((3, 32, 48), (0.0,) * 3, (1.0,) * 3, resize="squash")
     recipe = Recipe(memory=memory, random_crop=crop)
-    part = load_split(
-        Reader(table, preprocess, recipe.augmentation), recipe, print, "train", show=False
-    )
+    part = load_split(Reader(table, preprocess, recipe.augmentation), recipe, "train", show=False)
     found = measured(part, preprocess)
     # a training image in memory may be decoded smaller; where it is not, in full
     at_least = preprocess.at_least if part.images is not None and crop != "resized" else None
@@ -380,7 +378,7 @@ def test_measuring_many_goes_piece_by_piece_and_even_images_are_no_division_by_z
     arrays = rng.integers(0, 256, (300, 8, 8)).astype(np.uint8)
     table = ImageTable("a", ["a", "b"], np.zeros(300, np.int64), np.full(300, ""), arrays=arrays)
     preprocess = Preprocess((1, 8, 8), (0.0,), (1.0,))
-    part = load_split(Reader(table, preprocess), Recipe(), print, "train", show=False)
+    part = load_split(Reader(table, preprocess), Recipe(), "train", show=False)
     found = measured(part, preprocess)
     assert found.mean == pytest.approx([arrays.mean() / 255], abs=1e-6)
     assert found.std == pytest.approx([arrays.std() / 255], abs=1e-6)

@@ -1,5 +1,6 @@
 """A run that is stopped, whenever and however, ends with the bits of one that was not."""
 
+import logging
 import re
 import signal
 import subprocess
@@ -147,12 +148,18 @@ def dropping(scans, tmp_path, monkeypatch):
     )  # fmt: skip
 
     def go(name: str, at_step=lambda step: None, **options) -> Path:
-        def echo(line: str) -> None:
-            if told := re.search(r"step (\d+) of 17 ", line):
-                at_step(int(told[1]))
+        def see(record: logging.LogRecord) -> bool:
+            if shown := re.search(r"step (\d+)/17 ", record.getMessage()):
+                at_step(int(shown[1]))
+            return True
 
-        out = tmp_path / name
-        return regard.train(str(scans), recipe=recipe, out=out, echo=echo, **options)
+        log = logging.getLogger("regard.training.progress")
+        log.addFilter(see)
+        log.setLevel(logging.INFO)
+        try:
+            return regard.train(str(scans), recipe=recipe, out=tmp_path / name, **options)
+        finally:
+            log.removeFilter(see)
 
     return go
 
@@ -204,11 +211,11 @@ def test_what_a_run_was_started_with_is_not_changed(scans, tmp_path, whole, caps
     stopped_by(signal.SIGTERM, scans, out)
     kept = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     for flags, named in (
-        (["--ema-decay", "0.9"], "--ema-decay 0.9: .* was started with 0.0; leave it out"),
-        (["--weights", whole], "--weights .* was started with None"),
-        (["--pretrained"], "--pretrained True: .* was started with False"),
-        (["--recipe", "cbam-cifar"], "--lr 0.1: .* was started with 0.05"),
-        (["--model", "sononet8"], "--model sononet8: .* was started with ag_sononet8"),
+        (["--ema-decay", "0.9"], "ema_decay=0.9: .* was started with 0.0; leave it out"),
+        (["--weights", whole], "weights=.* was started with None"),
+        (["--pretrained"], "pretrained=True: .* was started with False"),
+        (["--recipe", "cbam-cifar"], "lr=0.1: .* was started with 0.05"),
+        (["--model", "sononet8"], "model=sononet8: .* was started with ag_sononet8"),
     ):
         asked = [*settings(scans, out), "--resume", *flags]
         if "--model" in flags:  # given twice is an error of its own
@@ -219,7 +226,7 @@ def test_what_a_run_was_started_with_is_not_changed(scans, tmp_path, whole, caps
     other = [str(a) for a in (*settings(scans, out), "--resume")]
     other[1] = "digits"
     assert run_command(other) == 2
-    assert "DATA digits: " in capsys.readouterr().err
+    assert "data=digits: " in capsys.readouterr().err
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == kept
     run(*settings(scans, out), "--resume", "--save-minutes", "9", "--workers", "1")
     assert same_results(whole, out)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pickle
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,13 +23,14 @@ from regard.data.loading import InMemoryLoader, Reader, SampleOrder
 from regard.data.preprocess import Preprocess
 from regard.data.sources import open_data
 from regard.errors import Stopped
+from regard.machine import free_memory
 from regard.training.activation_checkpointing import set_checkpointing
 from regard.training.compile import choose_compiled
 from regard.training.config import Recipe
 from regard.training.loop import Trainer
-from regard.training.memory import Described, fit_memory, free_memory
+from regard.training.memory import fit_memory
 from regard.training.trial import first_batches
-from tests.helpers import same_network
+from tests.helpers import messages, same_network
 
 
 def trainer_of(model: nn.Module, side: int = 16, bf16: bool = False, **recipe) -> Trainer:
@@ -99,7 +99,9 @@ def test_checkpointing_and_compiling_go_together():
 @pytest.mark.parametrize("name", ["squeezenet", "selecsls42"])
 def test_networks_without_checkpoints_are_refused_in_a_line(name):
     model = tiny() if name == "squeezenet" else timm.create_model(name)
-    with pytest.raises(ValueError, match=f"^--grad-checkpointing: {name} has none") as caught:
+    with pytest.raises(
+        ValueError, match=f"^grad_checkpointing: {name} does not support it"
+    ) as caught:
         set_checkpointing(model, name)
     assert "\n" not in str(caught.value)
 
@@ -138,16 +140,15 @@ class Stage:
         return compiled
 
 
-def decided(eager=1.16, compiled=0.84, compiling=70.0, failing="", kept=None, **recipe):
-    """The trainer after the decision, its stage, and what was told last."""
+def decided(eager=1.16, compiled=0.84, compiling=70.0, failing="", before=None, **recipe):
+    """The trainer after the decision, its stage, and the last message."""
     trainer = trainer_of(tiny(), **{"compile": "auto", **recipe})
-    stage, told = Stage(trainer.model, eager, compiled, compiling), [""]
+    stage = Stage(trainer.model, eager, compiled, compiling)
     stage.failing = failing
-    stage.chosen = choose_compiled(
-        trainer, told.append, kept, compiler=stage.compiler, clock=stage.clock
-    )
+    with messages() as said:
+        stage.chosen = choose_compiled(trainer, before, compiler=stage.compiler, clock=stage.clock)
     assert stage.chosen == (trainer.compiled is not None)
-    return trainer, stage, told[-1]
+    return trainer, stage, said[-1] if said else ""
 
 
 def test_the_faster_is_chosen_and_told_with_its_numbers():
@@ -171,7 +172,7 @@ def test_the_faster_is_chosen_and_told_with_its_numbers():
 def test_a_short_run_is_not_compiled_to_find_out():
     _, stage, told = decided(steps=17)
     assert (stage.chosen, stage.compilations) == (False, 0)
-    assert told == "not compiled: 17 steps take about 20 s, which is too short"
+    assert told == "not compiled: 17 steps take about 20 s: too short"
     _, stage, _ = decided(steps=18)
     assert stage.compilations == 1
 
@@ -181,7 +182,7 @@ def test_a_compiler_that_fails_is_told_and_only_yes_ends_the_run():
     trainer, stage, told = decided(failing=why)
     assert told == "not compiled: it can't be here (inductor raised: No working C++ compiler)"
     assert not stage.chosen
-    with pytest.raises(ValueError, match=r"^--compile yes: .*No working C\+\+ compiler"):
+    with pytest.raises(ValueError, match=r"^compile=yes: .*No working C\+\+ compiler"):
         decided(failing=why, compile="yes")
     trainer._prepare()
     assert trainer._forward is trainer.model
@@ -191,8 +192,8 @@ def test_yes_no_and_what_was_decided_are_not_measured():
     for stage, wanted in (
         (decided(compiled=9, compile="yes")[1], (True, 1)),
         (decided(compile="no")[1], (False, 0)),
-        (decided(kept=False)[1], (False, 0)),
-        (decided(compiled=9, kept=True)[1], (True, 1)),
+        (decided(before=False)[1], (False, 0)),
+        (decided(compiled=9, before=True)[1], (True, 1)),
     ):
         assert (stage.chosen, stage.compilations) == wanted
 
@@ -214,7 +215,7 @@ def test_measuring_leaves_no_trace(failing):
     stage = Stage(trainer.model, 1.16, 0.84, 70)
     stage.failing = failing
     before = everything(trainer)
-    choose_compiled(trainer, str, compiler=stage.compiler, clock=stage.clock)
+    choose_compiled(trainer, compiler=stage.compiler, clock=stage.clock)
     assert stage.now > 0
     assert everything(trainer) == before
 
@@ -223,9 +224,8 @@ def test_measuring_leaves_no_trace(failing):
 @pytest.mark.filterwarnings("ignore")
 def test_a_real_compiler():
     torch._dynamo.reset()
-    trainer, told = trainer_of(tiny(), compile="yes"), []
-    assert choose_compiled(trainer, told.append)
-    assert told == ["compiling ..."]
+    trainer = trainer_of(tiny(), compile="yes")
+    assert choose_compiled(trainer)
     other = trainer_of(tiny())
     for t in (trainer, other):
         t._prepare()
@@ -237,24 +237,15 @@ def test_a_real_compiler():
 
 
 # ----------------------------------------------------------------------------------- memory
-def described(**recipe) -> Described:
-    return Described(
-        "ag_sononet8", {}, 10, Preprocess((1, 16, 16), (0.5,), (0.25,)), Recipe(**recipe), False, 1
-    )
-
-
 def on_cpu(free: float, **recipe):
     """What fits where a batch needs 100 MB and 100 MB an image; at most 8 are measured."""
-    told: list[str] = []
 
-    def measure(_, sizes, limit):
-        batches = [b for b in (2, 4, 8) if b <= max(sizes)]
-        return [(b, 100_000_000 * (b + 1)) for b in batches]
+    def peak(_, size):
+        return 100_000_000 * (size + 1)
 
-    found = fit_memory(
-        trainer_of(tiny(), **recipe), described(), told.append, measure=measure, free=free
-    )
-    return found, told[-1]
+    with messages() as said:
+        chosen = fit_memory(trainer_of(tiny(), **recipe), peak=peak, free=free)
+    return chosen, said[-1]
 
 
 def test_a_step_is_split_into_as_few_equal_parts_as_fit():
@@ -295,51 +286,60 @@ def test_the_split_step_sees_the_same_images_at_the_same_rate():
 def test_on_a_gpu_it_is_tried():
     gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1, is_main_process=True)
     trainer = dataclasses.replace(trainer_of(tiny(), batch_size=48), accelerator=gpu)
-    tried, told = [], []
+    tried = []
 
-    def attempt(_, size):
+    def peak(_, size):
         tried.append(size)
         return None if size > 20 else size * 100_000_000
 
-    assert fit_memory(trainer, described(), told.append, attempt=attempt, free=2e9) == (16, 3)
+    with messages() as said:
+        assert fit_memory(trainer, peak=peak, free=2e9) == (16, 3)
     assert tried == [48, 24, 16]
-    assert told == [
+    assert said == [
         "a step of 48 needs more than 2.0 GB free: 3 parts of 16, 1.6 GB each; "
         "BN sees batches of 16 instead of 48"
     ]
     with pytest.raises(ValueError, match=r"a batch of 2, .* needs more than 2\.0 GB free"):
-        fit_memory(trainer, described(), str, attempt=lambda *_: None, free=2e9)
+        fit_memory(trainer, peak=lambda *_: None, free=2e9)
 
 
 def test_memory_that_cannot_be_measured_changes_nothing():
-    told = []
-    trainer = trainer_of(tiny(), batch_size=12, accumulate=2)
-    assert fit_memory(trainer, described(), told.append, measure=lambda *_: []) == (12, 2)
-    assert told == ["the memory of a step could not be measured: batches stay as they are"]
     mps = SimpleNamespace(device=torch.device("mps"), num_processes=1, is_main_process=True)
+    trainer = trainer_of(tiny(), batch_size=12, accumulate=2)
     trainer = dataclasses.replace(trainer, accelerator=mps)
-    assert fit_memory(trainer, described(), told.append) == (12, 2)
-    assert "can't be measured on mps" in told[-1]
+    with messages() as said:
+        assert fit_memory(trainer) == (12, 2)
+    assert "can't be measured on mps" in said[-1]
 
 
-def test_the_rest_is_extrapolated_by_the_steeper_line():
-    needed = memory._extrapolated([(2, 100), (4, 200), (8, 220)], [16, 8, 6, 4, 2])
+def test_larger_batches_are_extrapolated_by_the_steeper_line():
+    needed = memory.extrapolated([(2, 100), (4, 200), (8, 220)], [16, 8, 6, 4, 2])
     assert needed == {16: 220 + 8 * 20, 8: 220, 6: 210, 4: 200, 2: 100}
-    assert memory._extrapolated([(4, 100)], [8]) == {8: 200}
+    assert memory.extrapolated([(4, 100)], [8]) == {8: 200}
 
 
-def test_another_process_measures_and_is_none_of_several(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    points = memory.peaks_of(described(grad_checkpointing=True), [512, 256], 1e12)
-    batches = [batch for batch, _ in points]
-    assert batches == [2, 4, 8, 16, 32, 64, 128, 256, 512][: len(batches)]
-    needed = [peak for _, peak in points]
-    assert needed == sorted(needed)
-    # 512 images with 8 channels of 16x16 after each of the first six layers at the least
-    assert points[-1][0] < 512 or needed[-1] - needed[0] > 512 * 8 * 16 * 16 * 4
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    assert memory.peaks_of(described(), [4], 1e12) == []
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured on Linux only")
+def test_the_memory_of_trial_steps_is_that_of_their_activations():
+    class Wide(nn.Module):
+        """Eight activations of 32 maps of 64 x 64 are stored for the backward pass."""
+
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(32 if k else 1, 32, 1) for k in range(8))
+            self.head = nn.Linear(32, 10)
+
+        def forward(self, x):
+            for conv in self.convs:
+                x = conv(x).tanh()
+            return self.head(x.mean(dim=(2, 3)))
+
+    trainer = trainer_of(Wide(), side=64, batch_size=60)
+    before = everything(trainer)
+    peak = memory.PeakOnCPU()
+    small, large = peak(trainer, 2), peak(trainer, 60)
+    stored = 8 * 32 * 64 * 64 * 4  # bytes for an image
+    assert 0.8 < (large - small) / (58 * stored) < 4  # tanh and convolution, and the gradients
+    assert everything(trainer) == before
 
 
 def test_control_groups_bound_what_is_free(tmp_path):
@@ -368,12 +368,12 @@ TINY = {"model": "ag_sononet8", "recipe": Recipe(
 def test_a_resumed_run_does_as_was_decided_and_the_same_is_learnt(scans, tmp_path, monkeypatch):
     seen = []
 
-    def fit(trainer, described, say, **_):
-        seen.append(("fit", trainer.recipe.batch_size, described.name))
+    def fit(trainer):
+        seen.append(("fit", trainer.recipe.batch_size))
         return 12, 2
 
-    def compiled(trainer, say, kept):
-        seen.append(("compile", trainer.recipe.batch_size, kept))
+    def compiled(trainer, decided):
+        seen.append(("compile", trainer.recipe.batch_size, decided))
         return False
 
     def end(self):
@@ -382,45 +382,45 @@ def test_a_resumed_run_does_as_was_decided_and_the_same_is_learnt(scans, tmp_pat
     monkeypatch.setattr(run_module, "fit_memory", fit)
     monkeypatch.setattr(run_module, "choose_compiled", compiled)
     out = tmp_path / "run"
-    asked = {**TINY, "out": out, "echo": str, "fit_memory": True, "compile": "auto"}
+    asked = {**TINY, "out": out, "fit_memory": True, "compile": "auto"}
     with monkeypatch.context() as stopping:
         stopping.setattr(run_module.Run, "_finish", end)
         with pytest.raises(Stopped):
             train(str(scans), **asked)
     train(str(scans), **asked, resume=True)
-    assert seen == [("fit", 24, "ag_sononet8"), ("compile", 12, None), ("compile", 12, False)]
+    assert seen == [("fit", 24), ("compile", 12, None), ("compile", 12, False)]
     told = json.loads((out / "run.json").read_text())
-    assert told["measured"] == {"batches": [12, 2], "compiled": False}
+    assert told["measured"] == {"batches": [12, 2], "compiled": False, "left_out": {}}
     assert told["facts"]["batches"] == [12, 2]
     recipe = (out / "recipe.toml").read_text()
     assert "batch_size = 24\naccumulate = 1\n" in recipe
     assert 'compile = "auto"' in recipe
     by_hand = {**TINY, "batch_size": 12, "accumulate": 2}
-    train(str(scans), **by_hand, out=tmp_path / "by-hand", echo=str)
+    train(str(scans), **by_hand, out=tmp_path / "by-hand")
     assert same_network(out, tmp_path / "by-hand")
 
 
 def test_measuring_and_checkpointing_learn_the_same_bits(scans, tmp_path):
-    told: list[str] = []
-    train(str(scans), **TINY, out=tmp_path / "plain", echo=str)
-    train(str(scans), **TINY, out=tmp_path / "measured", echo=told.append, compile="auto",
-          grad_checkpointing=True)  # fmt: skip
-    assert told[0].startswith("not compiled: 3 steps take about 0 s")
+    train(str(scans), **TINY, out=tmp_path / "plain")
+    with messages() as said:
+        train(str(scans), **TINY, out=tmp_path / "measured", compile="auto",
+              grad_checkpointing=True)  # fmt: skip
+    assert said[0].startswith("not compiled: 3 steps take about 0 s")
     assert same_network(tmp_path / "plain", tmp_path / "measured")
 
 
 def test_what_cannot_be_leaves_no_run_behind(scans, tmp_path, monkeypatch):
     def fails(*_):
-        raise ValueError("--compile yes: the network can't be compiled here (no compiler)")
+        raise ValueError("compile=yes: the network can't be compiled here (no compiler)")
 
     monkeypatch.setattr(run_module, "choose_compiled", fails)
-    with pytest.raises(ValueError, match="--compile yes"):
-        train(str(scans), **TINY, out=tmp_path / "run", echo=str, compile="yes")
+    with pytest.raises(ValueError, match="compile=yes"):
+        train(str(scans), **TINY, out=tmp_path / "run", compile="yes")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="--grad-checkpointing: selecsls42 has none"):
-        train(str(scans), **{**TINY, "model": "selecsls42"}, out=tmp_path / "run", echo=str,
+    with pytest.raises(ValueError, match="grad_checkpointing: selecsls42 does not support it"):
+        train(str(scans), **{**TINY, "model": "selecsls42"}, out=tmp_path / "run",
               size=64, grad_checkpointing=True)  # fmt: skip
-    train(str(scans), **TINY, out=tmp_path / "run", echo=str)
+    train(str(scans), **TINY, out=tmp_path / "run")
 
 
 # ------------------------------------------------------------------------ recipes, precision

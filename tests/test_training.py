@@ -107,7 +107,7 @@ def test_a_run_is_never_written_over(whole, scans, tmp_path):
     said = run(*settings(scans, whole), code=2)
     assert "holds a finished run: give --out another folder" in said
     assert "nothing is left to do" in run(*settings(scans, whole), "--resume")
-    assert "--lr 0.5" in run(*settings(scans, whole), "--resume", "--lr", "0.5", code=2)
+    assert "lr=0.5" in run(*settings(scans, whole), "--resume", "--lr", "0.5", code=2)
     assert (whole / "model.safetensors").read_bytes() == before
     (tmp_path / "thesis.txt").write_text("mine")
     assert "something else" in run(*settings(scans, tmp_path), code=2)
@@ -149,7 +149,7 @@ def test_one_unreadable_image_is_left_out_and_listed(scans, tmp_path):
     assert same_network(tmp_path / "yes", tmp_path / "no")
     (data / "2/09.png").write_bytes(b"")
     said = run("train", data, *QUICK, "--steps", "2", "--out", tmp_path / "too-many", code=2)
-    assert "2 of 120 images can't be read (1.7%), more than --max-unreadable 0.01" in said
+    assert "2 of 120 images can't be read (1.7%), more than max_unreadable=0.01" in said
     run("train", data, *QUICK, "--steps", "2", "--out", tmp_path / "allowed",
         "--max-unreadable", "0.1")  # fmt: skip
 
@@ -209,7 +209,7 @@ def trained(scans: Path, out: Path, **changes) -> Path:
         "test": 0.2,
         "faithfulness_images": 0,
     }
-    return regard.train(str(scans), out=out, echo=lambda _: None, **(values | changes))
+    return regard.train(str(scans), out=out, **(values | changes))
 
 
 def test_weights_that_the_last_step_of_an_epoch_broke_are_not_kept(scans, tmp_path):
@@ -236,7 +236,7 @@ def test_a_run_that_could_not_start_leaves_its_folder_free(scans, tmp_path):
 
 
 def test_images_lost_on_the_way_are_left_out_and_listed(scans, tmp_path, monkeypatch):
-    monkeypatch.setattr("regard.training.splits.LOOKED_AT", 2)  # of a split, its first and last
+    monkeypatch.setattr("regard.training.splits.CHECKED", 2)  # of a split, its first and last
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(scans, data)
     splits: dict[str, list[Path]] = {}

@@ -5,6 +5,7 @@ A name that has moved ends here with a sentence, not somewhere else with an Attr
 
 import functools
 from pathlib import Path
+from typing import Any
 
 
 @functools.cache
@@ -28,3 +29,12 @@ def silence_libtiff() -> None:
             library.TIFFSetWarningHandler(None)
         except (OSError, AttributeError):
             continue
+
+
+def default_store() -> Any:
+    """The key-value store of torch's default process group (torch 2.11 to 2.14)."""
+    try:
+        from torch.distributed.distributed_c10d import _get_default_store
+    except ImportError as error:
+        raise RuntimeError("this torch keeps its default store under another name") from error
+    return _get_default_store()

@@ -1,9 +1,9 @@
-"""Writing files: atomically, with fsync, and only where there is space."""
+"""Writing files atomically, and the few phrases that messages about files and lists share."""
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from regard.errors import StateError
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Has `write` write a file beside `path`, flushes it to the disk, and renames it.
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes `path` atomically: `write` fills a temporary file, then fsync and rename.
 
     Raises:
         StateError: it can't be written; what was there before is as it was.
@@ -27,8 +27,7 @@ def write_atomically(path: Path, write: Any) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's zip writer: RuntimeError
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise StateError(f"{path} can't be written ({reason})") from error
+        raise StateError(f"{path} can't be written ({reason(error)})") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -40,8 +39,22 @@ def write_atomically(path: Path, write: Any) -> None:
             os.close(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes `path` atomically as UTF-8; names of files that are not UTF-8 keep their bytes.
+
+    Raises:
+        StateError: it can't be written; what was there before is as it was.
+    """
+    data = text.encode("utf-8", "surrogateescape")
+    write_atomically(path, lambda beside: beside.write_bytes(data))
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Refuses a folder that can't be written or a disk without room, before hours are spent.
+
+    Args:
+        folder: made where it is missing.
+        needed: bytes.
 
     Raises:
         StateError: the message says which, and how much is missing.
@@ -63,22 +76,22 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
+def reason(error: BaseException, most: int = 200) -> str:
+    """What an error says, on one line of at most `most` characters; never empty."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return text[:most] or type(error).__name__
+
+
 def shortened(names: Iterable[object], most: int = 3) -> str:
     """ "a, b, c and 4 more": up to `most` names in full."""
     rows = [str(name) for name in names]
-    rest = f" and {len(rows) - most} more" if len(rows) > most else ""
+    rest = f" and {len(rows) - most:,} more" if len(rows) > most else ""
     return ", ".join(rows[:most]) + rest
 
 
 def plural(count: int, noun: str) -> str:
     """ "1 image", "2,000 images"; the noun takes an s."""
     return f"{count:,} {noun}" + "s" * (count != 1)
-
-
-def reason(error: BaseException, most: int = 200) -> str:
-    """What an error says, on one line of at most `most` characters; never empty."""
-    text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return text[:most] or type(error).__name__
 
 
 def spread(count: int, most: int) -> NDArray[np.int64]:

@@ -9,7 +9,8 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 _ROOT = "regard"
 # loggers of libraries whose warnings nobody can act on: torch's "No CUDA runtime is found" where
@@ -93,3 +94,49 @@ class Heartbeat:
             self._last = time.monotonic()
             line = f"{self.what}: {done:,} of {total:,}"
             logging.getLogger(__name__).log(self.level, line)
+
+
+@contextlib.contextmanager
+def counting(
+    what: str, total: int | None = None, *, show: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Shows how far something is that takes long: a bar in a terminal, else a line now and then.
+
+    Args:
+        what: such as "reading training images".
+        total: how many there are, if that is known.
+        show: False shows nothing.
+
+    Yields:
+        A function that is called with the number that were done since its last call.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not show:
+        yield lambda n: None
+    elif console.is_terminal:
+        with _bar(console, what, total) as advance:
+            yield advance
+    else:
+        yield _lines(what, total)
+
+
+@contextlib.contextmanager
+def _bar(console: Any, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda n: bar.update(task, advance=n)
+
+
+def _lines(what: str, total: int | None) -> Callable[[int], None]:
+    heartbeat, done = Heartbeat(what), 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        heartbeat(done, total or done)
+
+    return advance

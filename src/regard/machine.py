@@ -5,10 +5,14 @@ import ctypes
 import importlib.metadata
 import inspect
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+
+from regard.errors import ResourceError
 
 # from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -98,3 +102,64 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
         return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST) and mallopt(_M_TRIM_THRESHOLD, -1))
     return False
+
+
+def trim_memory() -> None:
+    """Gives freed memory back to the system, where the C library can (glibc)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_memory(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes of memory that this process may still use: the machine's, and its control group's.
+
+    Args:
+        root: where control groups are: version 2, or version 1 with its folder `memory`.
+    """
+    free = float(psutil.virtual_memory().available)
+    for folder, limit, used, cache in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:  # "max", no number: there is no limit
+            most = int((folder / limit).read_text())
+            taken = int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        free = min(free, most - taken + int(stat.get(cache, 0)))
+    return max(free, 0.0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, NumPy's, torch's CPU's or a GPU's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        phrase in text
+        for phrase in (
+            "DefaultCPUAllocator", "not enough memory", "out of memory", "std::bad_alloc",
+            "could not create a memory",
+        )
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def memory_errors(what: str, advice: str) -> Iterator[None]:
+    """Turns running out of memory, on the CPU or a GPU, into an error with advice.
+
+    Args:
+        what: what was being done, such as "training".
+        advice: what to lower.
+
+    Raises:
+        ResourceError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, ResourceError) or not is_out_of_memory(error):
+            raise
+        where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        raise ResourceError(f"{what} ran out of {where}: {advice}") from error

@@ -25,7 +25,12 @@ from regard.files import write_atomically
 from regard.log import Heartbeat
 
 RUNS = Path("runs")
-NOBODYS = (".probe", ".regard-demo", ".run.json.writing")  # files that make a folder nobody's run
+NOBODYS = (
+    ".probe",
+    ".regard-demo",
+    ".run.json.writing",
+    ".lock",
+)  # files that make a folder nobody's run
 
 
 def choose_out(
@@ -169,9 +174,15 @@ class RunFolder:
             with contextlib.suppress(FileError):  # a folder that can't be written is no obstacle
                 self._write_run(run)
 
+    def note_failure(self, failure: dict[str, Any]) -> None:
+        """Records in run.json why the run ended before its end."""
+        if self.exists:
+            self._write_run({**self._run(), "failure": failure})
+
     def finish(self, facts: dict[str, Any]) -> None:
         """Says that the run has ended, and what was measured."""
-        self._write_run({**self._run(), "status": "finished", "facts": facts})
+        run = {k: v for k, v in self._run().items() if k != "failure"}  # of an earlier attempt
+        self._write_run({**run, "status": "finished", "facts": facts})
         (self.path / "best.safetensors").unlink(missing_ok=True)
         for left in self.path.glob(".writing-*"):  # of a process that was killed: a whole network
             shutil.rmtree(left, ignore_errors=True)

@@ -5,14 +5,10 @@ scikit-learn's digits are 1,797 scans of 8x8 pixels from forms that 43 people fi
 of the recipe `demo`.
 """
 
-import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from regard.errors import Stopped, UsageError
-
-log = logging.getLogger(__name__)
 
 
 def command(*, out: Path = Path("runs/demo"), seed: int = 0, epochs: int = 15) -> int:
@@ -32,14 +28,14 @@ def command(*, out: Path = Path("runs/demo"), seed: int = 0, epochs: int = 15) -
     """
     if epochs < 1:
         raise UsageError(f"--epochs {epochs}: at least 1")
-    run(out, seed=seed, epochs=epochs, echo=print)
+    run(out, seed=seed, epochs=epochs)
     return 0
 
 
 MARK = ".regard-demo"  # in a folder that a demo may replace
 
 
-def run(out: Path, *, seed: int, epochs: float, echo: Callable[[str], None]) -> Path:
+def run(out: Path, *, seed: int, epochs: float) -> Path:
     """Trains, tests and writes the run folder with its report; returns the folder.
 
     Raises:
@@ -57,6 +53,6 @@ def run(out: Path, *, seed: int, epochs: float, echo: Callable[[str], None]) -> 
     from regard.commands.train import train
 
     try:
-        return train("digits", recipe="demo", out=out, echo=echo, seed=seed, epochs=epochs)
+        return train("digits", recipe="demo", out=out, seed=seed, epochs=epochs)
     except Stopped as stopped:
         raise KeyboardInterrupt from stopped  # a demo is run again, not resumed

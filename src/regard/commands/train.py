@@ -1,6 +1,7 @@
 """`regard train`: trains a network, tests it, and writes the report of the run."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -8,9 +9,11 @@ from typing import Annotated, Any, get_type_hints
 from cyclopts import Parameter
 
 from regard.commands.flags import parse_arguments
+from regard.errors import RegardError
+from regard.log import show_messages
 from regard.training.config import Recipe, fields_of
 
-log = logging.getLogger(__name__)
+messages = logging.getLogger(__name__)
 
 RecipeFlags = make_dataclass(
     "RecipeFlags",
@@ -49,13 +52,14 @@ def command(
     pretrained: Annotated[bool, Parameter(negative=())] = False,
     root: Path | None = None,
     arg: Annotated[list[str] | None, Parameter(negative=())] = None,
+    log: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> int:
     """Train a network on labeled images.
 
     Writes a run's folder: the network in timm's layout, the recipe, splits, metrics and
-    report.html. Starts several processes under `accelerate launch -m regard train ...` or
-    torchrun.
+    report.html. Under `torchrun --nproc-per-node N -m regard train ...` or `accelerate launch`,
+    N processes train as one run, on GPUs or CPUs.
 
     Parameters
     ----------
@@ -78,31 +82,76 @@ def command(
         Folder of cifar10 and cifar100.
     arg
         Argument of the network as NAME=VALUE, such as aggregation=concat; repeatable.
+    log
+        Experiment trackers: tensorboard, wandb, mlflow, aim, clearml, comet_ml, swanlab,
+        trackio, or none. Default: tensorboard.
     """
     changes = {k: v for k, v in vars(flags).items() if v is not None}
     train(
         source, model=model, recipe=recipe, out=out, resume=resume, weights=weights,
-        pretrained=pretrained, root=root, model_args=parse_arguments(arg or []), echo=print,
-        **changes,
+        pretrained=pretrained, root=root, model_args=parse_arguments(arg or []),
+        trackers=log or ("tensorboard",), **changes,
     )  # fmt: skip
     return 0
 
 
-def train(data: str, **arguments: Any) -> Path:
+def train(
+    data: str | Path,
+    *,
+    model: str | None = None,
+    recipe: str | Path | Recipe = "quick",
+    out: str | Path | None = None,
+    resume: bool = False,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    root: str | Path | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    trackers: Sequence[str] = ("tensorboard",),
+    **changes: Any,
+) -> Path:
     """Trains a network on labeled images and writes a run's folder with its report.
 
-    Takes the arguments of `regard.training.run.train`, and raises what it raises.
+    Progress is logged to the logger "regard", and printed where logging is not configured.
+
+    Args:
+        data: digits, a folder, a CSV file, cifar10, ...; see `regard.data.open_data`.
+        model: a network's name (default: the recipe's).
+        recipe: a shipped recipe's name, a TOML file, or a Recipe.
+        out: the run's folder (default: runs/DATA-MODEL).
+        resume: resume the run in that folder from its last saved state.
+        weights: a run's folder or an authors' checkpoint to start from.
+        pretrained: start from timm's pretrained weights; for a CBAM or SE ResNet those of the
+            plain network.
+        root: the folder that holds cifar10 and cifar100.
+        model_args: arguments of the network, which override the recipe's.
+        trackers: experiment trackers: tensorboard, wandb, mlflow, ...; "none" for none.
+        changes: values of the recipe's fields, which override the recipe's.
 
     Returns:
         The run's folder.
-    """
-    from accelerate import PartialState
 
+    Raises:
+        UsageError: a wrong argument, data that can't be used, or a folder that is taken.
+        FileError: something can't be read or written.
+        NotFiniteError: the loss or a weight became infinite or NaN; the last state is kept.
+        ResourceError: memory ran out.
+        Stopped: SIGINT, SIGTERM or SIGHUP; the state is saved, and `resume` goes on from it.
+    """
     from regard.report.build import report_run
     from regard.training import run
+    from regard.training.distributed import is_first_to_tell, is_main_process
 
-    folder = run.train(data, **arguments)
-    if PartialState().is_main_process and not (folder / "report.html").is_file():
-        echo = arguments.get("echo", print)
-        echo(f"the report: {report_run(folder)}")
+    show_messages()
+    try:
+        folder = run.train(
+            data, model=model, recipe=recipe, out=out, resume=resume, weights=weights,
+            pretrained=pretrained, root=root, model_args=model_args, trackers=trackers,
+            **changes,
+        )  # fmt: skip
+    except RegardError as error:
+        if not is_first_to_tell(error):
+            raise SystemExit(error.exit_code) from None  # another process of the run told it
+        raise
+    if is_main_process() and not (folder / "report.html").is_file():
+        messages.info(f"the report: {report_run(folder)}")
     return folder

@@ -1,18 +1,14 @@
-"""Batches for training and for evaluation, from memory or streamed by workers.
+"""Batches for training and evaluation, from memory or streamed by workers.
 
-Both ways give the same images: place p in the order of training holds the image
-`SampleOrder.at(p)`, cut and augmented by the random numbers of place p, whoever decodes it and
-whatever the batch. The order is a pure function of the seed, so that resuming is starting at a
-place.
+Both give the same images: position p of the training order holds the image `SampleOrder.at(p)`,
+cropped and augmented with the random numbers of position p, whatever decodes it and whatever the
+batch size. The order is a pure function of the seed, so resuming is starting at a position.
 """
 
+import logging
 import math
-import os
-import signal
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,24 +16,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from regard.data.augment import Augmentation, random_numbers, random_resized
 from regard.data.preprocess import Preprocess, to_tensor
 from regard.data.sources import ImageTable
+from regard.data.workers import (
+    PREFETCH,
+    default_workers,
+    never,
+    processes_that_fit,
+    read_ahead,
+    read_by_processes,
+    shared_memory_free,
+)
 from regard.errors import ImageError
+from regard.files import spread
 
-MEMORY_LIMIT = 2 * 1024**3  # bytes of decoded images that are held
+log = logging.getLogger(__name__)
+
+MEMORY_LIMIT = 2 * 1024**3  # bytes of decoded images that memory="auto" holds
 
 
 class SampleOrder:
-    """Which image stands at each place: epoch after epoch, shuffled, or drawn by weight.
+    """Deterministic sample order: position to dataset index, epoch after epoch.
 
     Args:
-        count: of images.
-        seed: of the order.
-        weights: (count,) each image's weight; then every epoch is `count` draws with
-            replacement, else a permutation.
+        count: number of images.
+        seed: random seed of the order.
+        weights: (count,) sampling weights; each epoch is then `count` draws with replacement
+            (default: a permutation each epoch).
     """
 
     def __init__(self, count: int, seed: int, weights: NDArray[Any] | None = None) -> None:
@@ -53,39 +61,68 @@ class SampleOrder:
                 order = rng.permutation(self.count)
             else:
                 order = rng.choice(self.count, self.count, p=self.chances)
-            kept = {e: o for e, o in self._epochs.items() if e == epoch - 1}
-            self._epochs = kept | {epoch: order}  # replaced whole: threads may be reading
+            previous = {e: o for e, o in self._epochs.items() if e == epoch - 1}
+            self._epochs = previous | {epoch: order}  # replaced at once: threads may be reading
         return order
 
     def at(self, start: int, count: int) -> NDArray[np.int64]:
-        """The images at `count` places from `start` on, at least one."""
-        places = np.arange(start, start + count)
-        epochs = places // self.count
+        """The images at `count` positions from `start` on, at least one."""
+        positions = np.arange(start, start + count)
+        epochs = positions // self.count
         return np.concatenate(
-            [self._epoch(int(e))[places[epochs == e] % self.count] for e in np.unique(epochs)]
+            [self._epoch(int(e))[positions[epochs == e] % self.count] for e in np.unique(epochs)]
         )
+
+
+class Spans(Sequence[Any]):
+    """Batches as (start position, count), computed when asked for: millions cost nothing.
+
+    Args:
+        starts: the start positions.
+        size: images in a batch.
+        end: number of positions, which cuts the last batch (default: none is cut).
+    """
+
+    def __init__(self, starts: range, size: int, end: int | None = None) -> None:
+        self.starts, self.size, self.end = starts, size, end
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, slice):
+            return Spans(self.starts[k], self.size, self.end)
+        start = self.starts[k]
+        return start, self.size if self.end is None else min(self.size, self.end - start)
 
 
 @dataclass
 class Batch:
-    """images (B, C, H, W) in 0..255 and what belongs to them; unreadable ones are left out."""
+    """Images with their rows and random numbers; unreadable ones are left out.
+
+    Attributes:
+        images: (B, C, H, W) in 0..255.
+        indices: (B,) rows of the table.
+        random_numbers: (B, WIDTH) uniform random numbers for the augmentation.
+        unreadable: (row, reason) of the images left out.
+    """
 
     images: Tensor
-    indices: Tensor  # (B,) rows of the table
-    draws: Tensor  # (B, WIDTH)
+    indices: Tensor
+    random_numbers: Tensor
     unreadable: list[tuple[int, str]] = field(default_factory=list)
 
 
 @dataclass
 class Reader:
-    """Reads one image of a table as the network's input needs it, before standardizing."""
+    """Reads images of a table in the network's input size, before normalization."""
 
     table: ImageTable
     preprocess: Preprocess
-    augmentation: Augmentation | None = None  # for its random crop; None: evaluation
+    augmentation: Augmentation | None = None  # None: evaluation
 
     def decode(self, index: int) -> Tensor:
-        """(C, H, W) in 0..255, of the image's own size.
+        """(C, H, W) in 0..255, in the image's own size.
 
         Only for training are large JPEGs decoded at a part of their size: evaluation sees the
         pixels that prediction sees.
@@ -99,27 +136,27 @@ class Reader:
         )
         return to_tensor(pixels)
 
-    def place(self, image: Tensor, u: Tensor) -> Tensor:
-        """(C, H, W) -> (C, *size): cut at random where the recipe does so, else as in a test."""
+    def crop(self, image: Tensor, u: Tensor) -> Tensor:
+        """(C, H, W) -> (C, *size): cropped at random in training, else as in a test."""
         if self.augmentation is not None and self.augmentation.random_crop == "resized":
             return random_resized(image, u, self.augmentation, self.preprocess.size)
         return self.preprocess.fit(image)
 
     @property
-    def cuts_at_random(self) -> bool:
-        """Whether the cut differs from epoch to epoch."""
+    def crops_at_random(self) -> bool:
+        """Whether the crop differs from epoch to epoch."""
         return self.augmentation is not None and self.augmentation.random_crop == "resized"
 
 
 def _stack(images: Sequence[Tensor]) -> Tensor:
-    """(C, H, W) each -> (B, C, H, W); one that is float makes all float."""
+    """(C, H, W) each -> (B, C, H, W); one float image makes all float."""
     if len({image.dtype for image in images}) > 1:
         images = [image.float() for image in images]
     return torch.stack(list(images))
 
 
-class _Places(Dataset[Batch]):
-    """Item k is the k-th batch, given as (start place, count); decoded in a worker."""
+class _Batches(Dataset[Batch]):
+    """Item (start position, count) is the batch at these positions, decoded when asked for."""
 
     def __init__(self, reader: Reader, order: SampleOrder | None, seed: int) -> None:
         self.reader, self.order, self.seed = reader, order, seed
@@ -128,93 +165,96 @@ class _Places(Dataset[Batch]):
         start, count = span
         u = random_numbers(self.seed, start, count)
         rows = np.arange(start, start + count) if self.order is None else self.order.at(*span)
-        images, kept, unreadable = [], [], []
+        images, readable, unreadable = [], [], []
         for k, row in enumerate(rows.tolist()):
             try:
-                images.append(self.reader.place(self.reader.decode(row), u[k]))
-                kept.append(k)
+                images.append(self.reader.crop(self.reader.decode(row), u[k]))
+                readable.append(k)
             except ImageError as error:
                 unreadable.append((row, str(error)))
         shape = (0, *self.reader.preprocess.input_size)
         stacked = _stack(images) if images else torch.zeros(shape)
-        return Batch(stacked, torch.from_numpy(rows)[kept], u[kept], unreadable)
-
-
-_ENDING = {signal.SIGINT, signal.SIGTERM}
-
-
-def _leave_signals_to_the_parent(_: int) -> None:
-    """For a worker: one signal to the whole group of processes is for the parent to act on.
-
-    Ctrl-C, `timeout`, systemd and SLURM all signal the group. The parent then needs its
-    workers for as long as it takes to end a step; afterwards it ends them itself, by a SIGTERM
-    where it must, which is why only the first is ignored.
-    """
-
-    def first(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, first)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
-
-
-def default_workers() -> int:
-    """One a core that this process may use, eight at most."""
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8)
+        batch = Batch(stacked, torch.from_numpy(rows)[readable], u[readable], unreadable)
+        if get_worker_info() is not None:
+            # here, where a failure is an error of this batch; the queue's thread would only
+            # print it, and the batch would never arrive
+            for tensor in (batch.images, batch.indices, batch.random_numbers):
+                tensor.share_memory_()
+        return batch
 
 
 class StreamingLoader:
-    """Batches decoded by workers, in order: processes, or threads where none may be forked.
+    """Batches decoded by workers, in order: processes, or threads where those can't be used.
 
-    Processes forked beside OpenVINO, which has threads of its own, were seen to crash this one
-    later, at the next end of a child.
+    Threads read where shared memory is too small for batches from processes, and beside
+    OpenVINO: processes forked from one that has loaded it crash it when they end.
+
+    Attributes:
+        order: the sample order, or None for rows in order.
+        stop: is asked, while a batch is not ready, whether to give up waiting.
     """
 
     def __init__(self, reader: Reader, order: SampleOrder | None, seed: int, workers: int) -> None:
-        self.places = _Places(reader, order, seed)
-        self.workers = workers
+        self.reader, self.order, self.workers = reader, order, workers
+        self.stop: Callable[[], bool] = never
+        self._dataset = _Batches(reader, order, seed)
+        self._running: Iterator[Batch] = iter(())
 
     def batches(self, spans: Sequence[tuple[int, int]]) -> Iterator[Batch]:
-        """The batches of these (start, count), in this order."""
-        if self.workers and "openvino" in sys.modules:
-            return read_ahead(spans, self.places.__getitem__, self.workers, 4 * self.workers)
-        loader = DataLoader(
-            self.places,
-            batch_size=None,
-            sampler=spans,
-            num_workers=self.workers,
-            worker_init_fn=_leave_signals_to_the_parent if self.workers else None,
-            prefetch_factor=4 if self.workers else None,
-        )
-        if not self.workers:
-            return iter(loader)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # until a worker is ready
-        try:
-            return iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        """The batches at these (start, count), in this order.
 
+        Raises:
+            WaitInterrupted: `stop` answered True while a batch was not ready.
+            ResourceError: memory ran out, a worker was killed, or no batch came for minutes.
+        """
+        self.close()
+        self._running = self._read(spans)
+        return self._running
 
-def read_ahead(
-    items: Iterable[Any], read: Callable[[Any], Any], threads: int, window: int
-) -> Iterator[Any]:
-    """read(item) of each item, in order, with at most `window` of them under way."""
-    waiting: deque[Future[Any]] = deque()
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for item in items:
-            waiting.append(pool.submit(read, item))
-            if len(waiting) >= window:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def close(self) -> None:
+        """Ends the workers of the batches given out last."""
+        getattr(self._running, "close", lambda: None)()
+
+    def _read(self, spans: Sequence[tuple[int, int]]) -> Iterator[Batch]:
+        read, threads = self._dataset.__getitem__, self.workers
+        if self.workers == 0:
+            return map(read, spans)
+        if "openvino" not in sys.modules:
+            processes, prefetch = self._fitting(spans)
+            if processes:
+                return read_by_processes(self._dataset, spans, processes, prefetch, self.stop)
+        return read_ahead(spans, read, threads, PREFETCH * threads, self.stop)
+
+    def _fitting(self, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Worker processes and their prefetching, as far as shared memory has room."""
+        if not spans:
+            return self.workers, PREFETCH
+        free = shared_memory_free()
+        if math.isinf(free):
+            return self.workers, PREFETCH
+        size = spans[0][1] * math.prod(self.reader.preprocess.input_size)
+        size *= value_bytes(self.reader, most=1) or 1
+        processes, prefetch = processes_that_fit(self.workers, size, free)
+        if processes < self.workers:
+            instead = f"{processes} worker processes" if processes else "threads"
+            log.info(
+                f"shared memory has {free / 1e6:.0f} MB free, too little for batches of "
+                f"{size / 1e6:.0f} MB from {self.workers} worker processes: {instead} read the "
+                "images"
+            )
+        return processes, prefetch
 
 
 class InMemoryLoader:
-    """Batches from images that are held decoded in memory, as one tensor where they can be."""
+    """Batches from decoded images held in memory, as one tensor or as a list of tensors.
+
+    Args:
+        reader: how the images are cropped.
+        order: the sample order, or None for rows in order.
+        seed: random seed of the augmentation.
+        images: (N, C, H, W), or N of (C, H, W).
+        unreadable: reasons by row, of rows that are left out of every batch.
+    """
 
     def __init__(
         self,
@@ -222,77 +262,120 @@ class InMemoryLoader:
         order: SampleOrder | None,
         seed: int,
         images: Tensor | list[Tensor],
+        unreadable: dict[int, str] | None = None,
     ) -> None:
         self.reader, self.order, self.seed, self.images = reader, order, seed, images
+        self.unreadable = unreadable or {}
+
+    def close(self) -> None:
+        """Nothing to end: no worker is needed."""
 
     def batches(self, spans: Sequence[tuple[int, int]]) -> Iterator[Batch]:
-        """The batches of these (start, count), in this order."""
+        """The batches at these (start, count), in this order."""
         for start, count in spans:
             rows = np.arange(start, start + count)
             if self.order is not None:
                 rows = self.order.at(start, count)
             u = random_numbers(self.seed, start, count)
+            bad: list[tuple[int, str]] = []
+            if self.unreadable:
+                bad = [(r, self.unreadable[r]) for r in rows.tolist() if r in self.unreadable]
+                good = np.array([r not in self.unreadable for r in rows.tolist()], dtype=bool)
+                rows, u = rows[good], u[torch.from_numpy(good)]
             indices = torch.from_numpy(rows)
             if isinstance(self.images, Tensor):
-                yield Batch(self.images[indices], indices, u)
-            else:
-                cut = [self.reader.place(self.images[r], u[k]) for k, r in enumerate(rows.tolist())]
-                yield Batch(_stack(cut), indices, u)
+                yield Batch(self.images[indices], indices, u, bad)
+                continue
+            images = [self.reader.crop(self.images[r], u[k]) for k, r in enumerate(rows.tolist())]
+            shape = (0, *self.reader.preprocess.input_size)
+            yield Batch(_stack(images) if images else torch.zeros(shape), indices, u, bad)
 
 
 def decode_all(
-    reader: Reader, *, on_image: Any = None
-) -> tuple[Tensor | list[Tensor], list[tuple[int, str]]]:
+    reader: Reader,
+    *,
+    skip: Collection[int] = (),
+    limit: float = math.inf,
+    on_image: Callable[[int], None] | None = None,
+) -> tuple[Tensor | list[Tensor] | None, list[tuple[int, str]]]:
     """Every image of the reader's table decoded, by threads: one tensor where sizes allow.
 
+    Args:
+        reader: of the images.
+        skip: rows that are not read, and are zero images.
+        limit: bytes that the decoded images may take.
+        on_image: is called with 1 for each image.
+
     Returns:
-        The images, a zero image where one can't be read, and the rows that can't with why.
+        The images, a zero image where one can't be read or is skipped, or None where they take
+        more than `limit`; and (row, reason) of those that can't be read.
     """
     unreadable: list[tuple[int, str]] = []
     zero = torch.zeros(reader.preprocess.input_size, dtype=torch.uint8)
 
     def one(row: int) -> Tensor:
+        if row in skip:
+            return zero
         try:
             image = reader.decode(row)
         except ImageError as error:
             unreadable.append((row, str(error)))
             return zero
-        return image if reader.cuts_at_random else reader.preprocess.fit(image)
+        return image if reader.crops_at_random else reader.preprocess.fit(image)
 
     several: list[Tensor] = []
-    together = torch.zeros(
-        (0 if reader.cuts_at_random else len(reader.table), *zero.shape), dtype=torch.uint8
-    )
-    with ThreadPoolExecutor(default_workers()) as pool:
-        for row, image in enumerate(pool.map(one, range(len(reader.table)))):
-            if reader.cuts_at_random:
-                several.append(image)
-            else:  # one float image makes all float
-                together = together.to(torch.promote_types(together.dtype, image.dtype))
+    count = 0 if reader.crops_at_random else len(reader.table)
+    together = torch.zeros((count, *zero.shape), dtype=torch.uint8)
+    size, threads = 0, default_workers()
+    rows = range(len(reader.table))
+    for row, image in enumerate(read_ahead(rows, one, threads, 16 * threads)):
+        if reader.crops_at_random:
+            several.append(image)
+            size += image.nbytes
+        else:  # one float image makes all float
+            kind = torch.promote_types(together.dtype, image.dtype)
+            size = together.numel() * kind.itemsize
+            if size <= limit:
+                together = together.to(kind)
                 together[row] = image
-            if on_image is not None:
-                on_image(1)
+        if size > limit:
+            return None, []
+        if on_image is not None:
+            on_image(1)
     unreadable.sort()
-    return several if reader.cuts_at_random else together, unreadable
+    return several if reader.crops_at_random else together, unreadable
 
 
-def fits_in_memory(reader: Reader) -> bool:
-    """Whether `memory="auto"` holds the images: small enough, all together.
+def value_bytes(reader: Reader, most: int = 32) -> int:
+    """Bytes of a value of the decoded images: 1, or 4 for more than 8 bits; 0: none is readable.
 
-    Where the cut is random, images are held in their own size, otherwise in the input's;
-    of more than 8 bits as float32. Sizes and bits are those of a sample of 32.
+    Args:
+        reader: of the images.
+        most: images that are decoded to tell, evenly spread.
     """
-    table = reader.table
-    images = []
-    for row in np.linspace(0, len(table) - 1, min(len(table), 32)).astype(int).tolist():
+    return max((image.element_size() for image in _sample(reader, most)), default=0)
+
+
+def _sample(reader: Reader, most: int) -> Iterator[Tensor]:
+    for row in spread(len(reader.table), most).tolist():
         try:
-            images.append(reader.decode(row))
+            yield reader.decode(row)
         except ImageError:
             continue
+
+
+def fits_in_memory(reader: Reader, limit: float = MEMORY_LIMIT) -> bool:
+    """Whether the decoded images take at most `limit` bytes, judged by a sample of 32.
+
+    Images that are cropped at random are held in their own size, others in the input's; those
+    of more than 8 bits as float32. Where own sizes differ the limit is a quarter.
+    """
+    table = reader.table
+    images = list(_sample(reader, 32))
     if not images:
         return False
     width = max(image.element_size() for image in images)  # bytes of a value
-    if not reader.cuts_at_random:
-        return len(table) * math.prod(reader.preprocess.input_size) * width <= MEMORY_LIMIT
-    limit = MEMORY_LIMIT if table.arrays is not None else MEMORY_LIMIT / 4  # sizes may differ
+    if not reader.crops_at_random:
+        return len(table) * math.prod(reader.preprocess.input_size) * width <= limit
+    limit = limit if table.arrays is not None else limit / 4
     return float(np.mean([image.numel() for image in images])) * width * len(table) <= limit

@@ -1,7 +1,7 @@
-"""A run's saved states: complete or not there, and always one that is good.
+"""Training states to resume from, written atomically.
 
-A state is written beside, flushed to the disk, and renamed; the one before it is removed only
-then. Whatever is killed at whatever moment, the newest complete state is found and read.
+The state before the newest is removed only once the newest is on the disk, so a run that is
+killed at any moment can be resumed.
 """
 
 import pickle
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from regard.errors import StateError, UsageError
-from regard.files import write_atomically
+from regard.files import reason, write_atomically
 
 _NAME = re.compile(r"step-(\d{9})\.pt")
 _BROKEN = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
@@ -23,18 +23,26 @@ KEPT = 2  # the newest, and the one before it in case the disk harms the newest
 
 
 class Checkpoints:
-    """The states in one folder."""
+    """The training states in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def _newest_first(self) -> Iterator[tuple[int, Path]]:
-        found: list[tuple[int, Path]] = []
+        states: list[tuple[int, Path]] = []
         if self.folder.is_dir():
-            found = [
+            states = [
                 (int(m[1]), p) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name))
             ]
-        return iter(sorted(found, reverse=True))
+        return iter(sorted(states, reverse=True))
+
+    def any(self) -> bool:
+        """Whether a state was saved; it may be damaged."""
+        return self.newest() > 0
+
+    def newest(self) -> int:
+        """The step of the newest state, or 0."""
+        return next((step for step, _ in self._newest_first()), 0)
 
     def save(self, step: int, content: dict[str, Any]) -> None:
         """Writes the state after `step` steps; tensors, numbers, strings, lists and dicts.
@@ -63,19 +71,18 @@ class Checkpoints:
             try:
                 return _read(path), broken
             except _BROKEN as error:
-                reason = " ".join(str(error).split())[:120]
-                broken.append(f"{path} can't be read ({reason})")
+                broken.append(f"{path} can't be read ({reason(error, 120)})")
         if broken:
             raise StateError("; ".join(broken))
         return None, []
 
     def clear(self) -> None:
-        """Removes what only a run that goes on needs."""
+        """Removes the states."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
-        if (harmed := file.testzip()) is not None:
-            raise UsageError(f"{harmed} in it is damaged")
+        if (damaged := file.testzip()) is not None:
+            raise UsageError(f"{damaged} in it is damaged")
     return torch.load(path, map_location="cpu", weights_only=True)

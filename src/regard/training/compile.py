@@ -1,36 +1,42 @@
-"""Whether a run is compiled: where it is left to us, a few steps are measured both ways."""
+"""Whether a run is compiled: measured by a few steps both ways, where the recipe says auto."""
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
+from regard.data.loading import Batch
 from regard.errors import UsageError
+from regard.files import reason
+from regard.training.distributed import gathered
 from regard.training.loop import Trainer
-from regard.training.trial import first_batches, rehearsal, rehearse
+from regard.training.trial import first_batches, trial, trial_step
 
-LEAST_COMPILING = 10.0  # seconds; less it hardly takes, forward and backward
-MOST_SAVED = 0.5  # of a step's time; more it hardly saves
+log = logging.getLogger(__name__)
+
+LEAST_COMPILING = 10.0  # seconds; compiling forward and backward hardly takes less
+MOST_SAVED = 0.5  # of a step's time; compiling hardly saves more
+Compiler = Callable[[Any], Any]
+Clock = Callable[[], float]
 
 
 def choose_compiled(
     trainer: Trainer,
-    say: Callable[[str], None],
-    kept: bool | None = None,
+    decided: bool | None = None,
     *,
-    compiler: Callable[[Any], Any] = torch.compile,
-    clock: Callable[[], float] = time.perf_counter,
+    compiler: Compiler = torch.compile,
+    clock: Clock = time.perf_counter,
 ) -> bool:
-    """Compiles the trainer's network where the recipe says so, or where it pays; tells why.
+    """Compiles the trainer's network where the recipe says so, or where measuring says it pays.
 
-    Of many processes the first one's measurement decides for all.
+    With several processes the first one's measurement decides for all.
 
     Args:
-        trainer: its `compiled` is set; all else of it stays as it is.
-        say: is given a line.
-        kept: what was decided before, for a run that is resumed.
+        trainer: its `compiled` is set; nothing else of it is changed.
+        decided: what a resumed run decided when it was started.
         compiler: torch.compile, or another.
         clock: seconds.
 
@@ -41,56 +47,74 @@ def choose_compiled(
         UsageError: the recipe says "yes", and it can't be compiled.
     """
     want = trainer.recipe.compile
-    if want == "no" or kept is False:
+    if want == "no" or decided is False:
         return False
     left = trainer.total - trainer.step
-    with rehearsal(trainer) as at_trial:
-        batches = first_batches(at_trial)
-
-        def seconds(forward: Any) -> float:
-            started = clock()
-            rehearse(at_trial, batches, forward)
-            return clock() - started
-
-        eager = trainer.model
-        seconds(eager)  # the first is slow: memory is asked for, kernels are chosen
-        measuring = want == "auto" and kept is None
-        once = _first_ones(trainer, seconds(eager)) if measuring else 0.0
-        if measuring and left * once * MOST_SAVED < LEAST_COMPILING:
-            say(f"not compiled: {left:,} steps take about {left * once:.0f} s, which is too short")
+    with trial(trainer) as at_trial:
+        timer = _Timer(at_trial, first_batches(at_trial), clock)
+        timer.seconds(trainer.model)  # the first is slow: memory is allocated, kernels chosen
+        measuring = want == "auto" and decided is None
+        eager = _from_main(trainer, timer.seconds(trainer.model)) if measuring else 0.0
+        if measuring and left * eager * MOST_SAVED < LEAST_COMPILING:
+            log.info(f"not compiled: {left:,} steps take about {left * eager:.0f} s: too short")
             return False
-        say(f"{once:.3g} s a step; compiling, to compare ..." if measuring else "compiling ...")
-        compiled, first, reason = compiler(eager), 0.0, ""
-        try:
-            first = seconds(compiled)
-        except Exception as error:  # of any compiler, which raise what they like
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-        reason = next(filter(None, _everyones(trainer, reason)), "")
-        if reason and want == "yes":
-            raise UsageError(f"--compile yes: the network can't be compiled here ({reason})")
-        if reason:
-            say(f"not compiled: it can't be here ({reason})")
+        log.info(
+            f"{eager:.3g} s a step; compiling, to compare ..." if measuring else "compiling ..."
+        )
+        compiled, first = compiler(trainer.model), 0.0
+        first, failure = timer.try_seconds(compiled)
+        failure = next(filter(None, gathered(trainer.accelerator, failure)), "")
+        if failure and want == "yes":
+            raise UsageError(f"compile=yes: the network can't be compiled here ({failure})")
+        if failure:
+            log.info(f"not compiled: it can't be here ({failure})")
             return False
-        if not measuring:
-            trainer.compiled = compiled
-            return True
-        rounds = [(seconds(eager), seconds(compiled)) for _ in range(3 if once > 1 else 9)]
-        # the least, as other work on the machine only ever adds
-        slow, fast = (min(times) for times in zip(*rounds, strict=True))
-    many = trainer.accelerator.num_processes > 1
-    chosen, told = _first_ones(trainer, _decision(slow, fast, max(0.0, first - fast), left, many))
-    say(told)
+        chosen = True
+        if measuring:
+            chosen, message = _from_main(trainer, _compare(timer, compiled, first, eager, left))
+            log.info(message)
     trainer.compiled = compiled if chosen else None
     return chosen
+
+
+class _Timer:
+    """Times one trial step on the same batches."""
+
+    def __init__(self, trainer: Trainer, batches: Sequence[Batch], clock: Clock) -> None:
+        self.trainer, self.batches, self.clock = trainer, batches, clock
+
+    def seconds(self, forward: Any) -> float:
+        started = self.clock()
+        trial_step(self.trainer, self.batches, forward)
+        return self.clock() - started
+
+    def try_seconds(self, forward: Any) -> tuple[float, str]:
+        """Its seconds, and the reason where it fails."""
+        try:
+            return self.seconds(forward), ""
+        except Exception as error:  # compilers raise what they like
+            return 0.0, reason(error)
+
+
+def _compare(
+    timer: _Timer, compiled: Any, first: float, once: float, left: int
+) -> tuple[bool, str]:
+    """Whether to compile, and why, from steps both ways."""
+    eager = timer.trainer.model
+    rounds = [(timer.seconds(eager), timer.seconds(compiled)) for _ in range(3 if once > 1 else 9)]
+    # the fastest, as other work on the machine only ever adds
+    slow, fast = (min(times) for times in zip(*rounds, strict=True))
+    many = timer.trainer.accelerator.num_processes > 1
+    return _decision(slow, fast, max(0.0, first - fast), left, many)
 
 
 def _decision(
     eager: float, compiled: float, compiling: float, left: int, again: bool
 ) -> tuple[bool, str]:
-    """Whether to compile, and what to tell, from the seconds of a step both ways.
+    """Whether to compile, and why, from the seconds of a step both ways.
 
-    What compiling took is spent, so the faster is chosen; but where it must be compiled
-    `again`, only if the steps that are left win that back.
+    The time that compiling took is spent, so the faster is chosen; but where the network must be
+    compiled `again`, only if the steps that are left win that time back.
     """
     times = f"{compiled:.3g} s a step against {eager:.3g} s eager; compiling took {compiling:.0f} s"
     if compiled >= eager:
@@ -101,12 +125,8 @@ def _decision(
     return not again, f"{'not ' * again}compiled: {times}, more than {left:,} steps win back"
 
 
-def _first_ones(trainer: Trainer, value: Any) -> Any:
-    """The first process's value, for all."""
+def _from_main(trainer: Trainer, value: Any) -> Any:
+    """The first process's value, in all of them."""
     if trainer.accelerator.num_processes == 1:
         return value
     return broadcast_object_list([value], from_process=0)[0]
-
-
-def _everyones(trainer: Trainer, value: Any) -> list[Any]:
-    return [value] if trainer.accelerator.num_processes == 1 else gather_object([value])

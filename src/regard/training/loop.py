@@ -29,7 +29,7 @@ from regard.data.augment import augment, blend, mixup_shares
 from regard.data.loading import Batch
 from regard.data.preprocess import Preprocess
 from regard.errors import FileError, NotFiniteError
-from regard.training.activation_checkpointing import kept_statistics
+from regard.training.activation_checkpointing import frozen_statistics
 from regard.training.config import Recipe
 from regard.training.losses import (
     joined_heads,
@@ -283,7 +283,7 @@ class Trainer:
     def _recomputing(self) -> contextlib.AbstractContextManager[Any]:
         """For the backward pass, which checkpoints let go forward a second time."""
         checkpoints = self.recipe.grad_checkpointing
-        return kept_statistics(self.model) if checkpoints else contextlib.nullcontext()
+        return frozen_statistics(self.model) if checkpoints else contextlib.nullcontext()
 
     def _readable(self, batch: Batch) -> Batch:
         """The batch, with its unreadable images noted."""
@@ -297,7 +297,7 @@ class Trainer:
         """Each image's share in its mixup, (B,); None where nothing is mixed."""
         if not self.recipe.mixup or len(batch.indices) == 1:
             return None
-        return mixup_shares(batch.draws.to(self.accelerator.device), self.recipe.mixup)
+        return mixup_shares(batch.random_numbers.to(self.accelerator.device), self.recipe.mixup)
 
     def _labels(self, batch: Batch) -> Tensor:
         return self.labels[batch.indices.to(self.accelerator.device)]
@@ -311,7 +311,7 @@ class Trainer:
         """The network's input, (B, C, H, W): augmented, standardized, mixed."""
         device, shares = self.accelerator.device, self._shares(batch)
         images = batch.images.to(device, non_blocking=True)
-        x = augment(images, batch.draws.to(device), self.augmentation, self.preprocess)
+        x = augment(images, batch.random_numbers.to(device), self.augmentation, self.preprocess)
         x = x if shares is None else blend(x, shares)
         return x.contiguous(memory_format=torch.channels_last)
 

@@ -1,94 +1,54 @@
-"""A training run from DATA to its folder: `train` prepares, trains, tests, and writes it all.
+"""A training run from data to its folder: `train` prepares, trains, tests, and writes it all.
 
-The folder: config.json and model.safetensors (timm's `local-dir`), recipe.toml, run.json,
-splits.csv, metrics.csv, evaluation.json, predictions.npz, report.html, TensorBoard's events,
-and state/ while the run goes on.
+The folder: config.json and model.safetensors (timm's `local-dir`), README.md (the model card),
+recipe.toml, run.json, splits.csv, metrics.csv, evaluation.json, predictions.npz, TensorBoard's
+events, and state/ until the run is finished.
 """
 
 import contextlib
 import dataclasses
 import logging
-import platform
-import shlex
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
-from regard.data.loading import (
-    InMemoryLoader,
-    Reader,
-    SampleOrder,
-    StreamingLoader,
-    default_workers,
-)
-from regard.data.preprocess import Preprocess
+from regard.data.loading import StreamingLoader
 from regard.data.sources import ImageTable, open_data
 from regard.data.splits_file import read_splits
-from regard.errors import FileError, NotFiniteError, Stopped, UsageError
-from regard.evaluation import Evaluation, Predictions, evaluate
-from regard.files import check_space
-from regard.machine import keep_freed_memory
-from regard.models.create import make_model
-from regard.models.io import save_model
-from regard.predict import Classifier, probabilities_of
+from regard.data.workers import WaitInterrupted, never, worker_errors
+from regard.errors import NotFiniteError, Stopped
+from regard.files import check_space, shortened
+from regard.machine import memory_errors
 from regard.runs import RunFolder, choose_out
-from regard.training.activation_checkpointing import set_checkpointing
+from regard.training.build import build_loader, build_model, build_trainer
 from regard.training.checkpoint import Checkpoints
 from regard.training.compile import choose_compiled
 from regard.training.config import Recipe, load_recipe, recipe_toml
+from regard.training.distributed import Requests, on_main, start_accelerator
+from regard.training.finish import finish_run, run_facts, tested_split
+from regard.training.lock import Lock
 from regard.training.loop import Trainer
-from regard.training.memory import Described, fit_memory
-from regard.training.plan import (
-    bf16_note,
-    check_batch,
-    choose_model,
-    choose_preprocess,
-    choose_splits,
-    choose_steps,
-    fit_schedule,
-    image_weights,
-    is_scaled,
-    loss_weights,
-    noisy_labels,
-    own_recipe,
-    use_bf16,
-)
+from regard.training.memory import fit_memory
+from regard.training.plan import bf16_note, check_batch
 from regard.training.progress import Display
-from regard.training.splits import LoadedSplit, check_deviation, load_split, measured
-from regard.version import __version__
+from regard.training.run_plan import Plan, Request, accumulation_now, new_plan, resumed_plan
+from regard.training.scoring import Scorer
+from regard.training.signals import Signals
+from regard.training.splits import LoadedSplit, load_splits, measured
+from regard.training.trackers import Trackers, check_trackers
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ASK_EVERY = 10  # steps between the processes' asking each other whether to stop or to save
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run, decided: what is asked for, and what followed from the data."""
-
-    data: str
-    root: str | None
-    model: str
-    model_args: dict[str, Any]
-    weights: str | None
-    pretrained: bool
-    recipe: Recipe
-    classes: list[str]
-    preprocess: Preprocess
+log = logging.getLogger(__name__)
 
 
 def train(
-    data: str,
+    data: str | Path,
     *,
     model: str | None = None,
     recipe: str | Path | Recipe = "quick",
@@ -98,143 +58,40 @@ def train(
     pretrained: bool = False,
     root: str | Path | None = None,
     model_args: Mapping[str, Any] | None = None,
-    echo: Callable[[str], None] = print,
+    trackers: Sequence[str] = ("tensorboard",),
     **changes: Any,
 ) -> Path:
-    """Trains a network on labeled images and writes a run's folder.
-
-    Args:
-        data: digits, a folder, a CSV file, cifar10, ...; see `regard.data.open_data`.
-        model: a network's name; without it the recipe's.
-        recipe: a shipped one's name, a TOML file, or a Recipe.
-        out: the run's folder; without it runs/DATA-MODEL.
-        resume: go on with the run in that folder from its last saved state.
-        weights: a run's folder to start from, or an authors' checkpoint.
-        pretrained: start from timm's pretrained weights (of the plain network, grafted, for a
-            CBAM or SE ResNet).
-        root: where cifar10 and cifar100 are kept.
-        model_args: arguments of the network, on top of the recipe's.
-        echo: is given the lines for the person.
-        changes: values of the recipe's fields, on top of it.
-
-    Returns:
-        The run's folder.
-
-    Raises:
-        UsageError: a wrong argument, or data that can't be used.
-        OSError: something can't be read or written.
-        NotFiniteError: the loss became infinite or NaN; the last state is kept.
-        Stopped: SIGINT or SIGTERM; the state is saved.
-    """
-    accelerator = Accelerator(mixed_precision="no")
-    say = echo if accelerator.is_main_process else _quiet
+    """Trains a network on labeled images and writes a run's folder; see `regard.train`."""
+    accelerator = start_accelerator()
     if not accelerator.is_main_process:  # the first process speaks for all
         logging.getLogger("regard").setLevel(logging.ERROR)
+    trackers = check_trackers(trackers)
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    asked = base.changed(**changes)
-    changes = {name: getattr(asked, name) for name in changes}  # as the recipe has them
-    folder = RunFolder(choose_out(out, data, model or asked.model, resume))
+    chosen = base.changed(**changes)
+    asked = Request(
+        data=str(data), model=model, recipe=chosen, pretrained=pretrained,
+        weights=None if weights is None else str(weights),
+        root=None if root is None else str(root),
+        model_args=dict(model_args or {}), base=base,
+        changes={name: getattr(chosen, name) for name in changes},  # as the recipe has them
+        has_recipe=not (isinstance(recipe, str) and recipe == "quick"),
+    )  # fmt: skip
+    folder = RunFolder(choose_out(out, str(data), model or chosen.model, resume))
+    world = accelerator.num_processes
     if resume and folder.exists:
-        named = not (isinstance(recipe, str) and recipe == "quick")
-        given = _differing(asked, changes) if named else {}
-        plan = _resumed(folder, data, model, {**given, **changes}, weights, pretrained, model_args)
-        table = read_splits(open_data(data, root=plan.root), folder.path / "splits.csv")
+        plan = resumed_plan(folder, asked, world)
+        table = read_splits(open_data(asked.data, root=plan.root), folder.path / "splits.csv")
         if folder.finished:
-            _finished(folder, accelerator.is_main_process, say)
+            on_main(accelerator, Checkpoints(folder.path / "state").clear)
+            log.info(f"{folder.path} is finished: nothing is left to do")
             return folder.path
     else:
         folder.refuse_others()
-        plan, table = _planned(data, model, asked, weights, pretrained, root, model_args)
-        images = int(np.count_nonzero(table.splits == "train"))
-        world = accelerator.num_processes
-        fitted = fit_schedule(plan.recipe, base, changes, images, world)
-        plan = dataclasses.replace(plan, recipe=fitted)
+        plan, table = new_plan(asked, world)
     for warning in table.warnings:
-        say(f"note: {warning}")
-    Run(plan, table, folder, accelerator, say).go()
+        log.info(f"note: {warning}")
+    Run(plan, table, folder, accelerator, trackers).go()
     return folder.path
-
-
-def _quiet(_: str) -> None:
-    return None
-
-
-def _finished(folder: RunFolder, main: bool, say: Callable[[str], None]) -> None:
-    """Of a run that is finished: does what is left where it was ended in its last moment."""
-    if main:
-        Checkpoints(folder.path / "state").clear()
-    say(f"{folder.path} is finished: nothing is left to do")
-
-
-def _differing(asked: Recipe, changes: dict[str, Any]) -> dict[str, Any]:
-    names = [f.name for f in dataclasses.fields(Recipe) if f.name not in changes]
-    return {name: getattr(asked, name) for name in names}
-
-
-def _planned(
-    data: str,
-    model: str | None,
-    asked: Recipe,
-    weights: str | Path | None,
-    pretrained: bool,
-    root: str | Path | None,
-    model_args: Mapping[str, Any] | None,
-) -> tuple[Plan, ImageTable]:
-    table = choose_splits(open_data(data, root=root), asked)
-    name, arguments = choose_model(model, asked, model_args)
-    preprocess, arguments = choose_preprocess(name, arguments, asked, table, pretrained)
-    asked = own_recipe(asked, name, arguments, preprocess)
-    own_root = None if root is None else str(root)
-    own_weights = None if weights is None else str(weights)
-    return Plan(
-        data, own_root, name, arguments, own_weights, pretrained, asked, table.classes, preprocess
-    ), table
-
-
-def _resumed(
-    folder: RunFolder,
-    data: str,
-    model: str | None,
-    given: dict[str, Any],
-    weights: str | Path | None,
-    pretrained: bool,
-    model_args: Mapping[str, Any] | None,
-) -> Plan:
-    """The plan that the folder keeps.
-
-    Raises:
-        UsageError: what is asked for now is not what the run was started with.
-    """
-    kept, recipe = folder.read_plan(), load_recipe(folder.path / "recipe.toml")
-    now: dict[str, tuple[Any, Any]] = {
-        "DATA": (kept["data"], data),
-        "--model": (kept["model"], model or kept["model"]),
-        "--weights": (kept["weights"], kept["weights"] if weights is None else str(weights)),
-        "--pretrained": (kept["pretrained"], kept["pretrained"] or pretrained),
-    }
-    now |= {
-        f"--{name.replace('_', '-')}": (getattr(recipe, name), value)
-        for name, value in given.items()
-        if name not in ("model", "model_args", "workers", "save_minutes")
-        and not is_scaled(name, getattr(recipe, name), value)
-    }
-    for name, value in (model_args or {}).items():
-        now[f"--arg {name}"] = (recipe.model_args.get(name), value)
-    for name, (was, is_now) in now.items():
-        if was != is_now:
-            raise UsageError(
-                f"{name} {is_now}: {folder.path} was started with {was}; leave it out to "
-                "resume, or give --out another folder"
-            )
-    operational = {k: v for k, v in given.items() if k in ("workers", "save_minutes")}
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in kept["preprocess"].items()
-    }
-    preprocess = Preprocess(**values)
-    return Plan(
-        data, kept["root"], kept["model"], kept["model_args"], kept["weights"],
-        kept["pretrained"], recipe.changed(**operational), kept["classes"], preprocess,
-    )  # fmt: skip
 
 
 class Run:
@@ -246,187 +103,177 @@ class Run:
         table: ImageTable,
         folder: RunFolder,
         accelerator: Accelerator,
-        say: Callable[[str], None],
+        trackers: Sequence[str] = (),
     ) -> None:
-        self.plan, self.folder, self.accelerator, self.say = plan, folder, accelerator, say
-        self.main = accelerator.is_main_process
-        self.table = table
-        self.signal = 0
-        self.saved_at = time.perf_counter()
+        self.plan, self.table, self.folder = plan, table, folder
+        self.accelerator, self.tracker_names = accelerator, trackers
+        self.main, self.world = accelerator.is_main_process, accelerator.num_processes
+        self.signals, self.requests = Signals(), Requests(accelerator)
+        self.states = Checkpoints(folder.path / "state")
+        self.saved_at = time.monotonic()
         self.best: dict[str, float] = {}
         self.resumed = folder.exists
+        self.unscored = False  # the saved state awaits the evaluation of its epoch
 
     def go(self) -> None:
         """Prepares, trains, tests and writes; see `train`."""
-        plan, recipe = self.plan, self.plan.recipe
-        torch.manual_seed(recipe.seed)
-        model = self._model()
-        check_batch(model, recipe, int(np.count_nonzero(self.table.splits == "train")))
-        size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-        self.accelerator.wait_for_everyone()  # all have seen the folder as it was
-        if self.main:
-            check_space(self.folder.path, 10 * size + 50_000_000)
-            self.folder.claim()
-        self.parts = self._load_splits()
-        self.plan = plan = self._measured(plan)
-        self.trainer, chosen = self._fitted(self._trainer(model))
-        if self.main:
-            text = recipe_toml(recipe, _header(plan))
-            self.folder.start(dataclasses.asdict(plan), text, self.table, chosen)
-        self.states = Checkpoints(self.folder.path / "state")
-        self._resume()
-        self._announce()
+        lock = Lock(self.folder.path)
         try:
-            with (
-                self._stopping(),
-                Display(self.trainer, self.folder, self.main, self.say) as self.display,
-            ):
-                self.trainer.fit(after_step=self._after_step)
-            self._finish()
-        except NotFiniteError as error:
-            raise self._explained(error) from error
+            with self._explained_errors():
+                self._prepare(lock)
+                with self.signals.heard():
+                    self._train()
+                    self._finish()
+        finally:
+            self._close_loaders()
+            lock.release()
 
     # -------------------------------------------------------------------- preparation
-    def _model(self) -> nn.Module:
-        model = make_model(
-            self.plan.model, self.plan.model_args, len(self.plan.classes),
-            self.plan.preprocess.input_size, self.plan.pretrained, self.plan.weights,
-            self.plan.classes,
-        )  # fmt: skip
-        if self.plan.recipe.grad_checkpointing:
-            set_checkpointing(model, self.plan.model)
-        if self.accelerator.device.type == "cpu":
-            keep_freed_memory()
-        return model.to(self.accelerator.device).to(memory_format=torch.channels_last)
-
-    def _load_splits(self) -> dict[str, LoadedSplit]:
-        parts, unreadable = {}, []
-        for split in ("train", "val", "test"):
-            rows = np.flatnonzero(self.table.splits == split)
-            if len(rows) == 0:
-                continue
-            augmentation = self.plan.recipe.augmentation if split == "train" else None
-            reader = Reader(self.table.select(rows), self.plan.preprocess, augmentation)
-            part = load_split(reader, self.plan.recipe, self.say, split, show=self.main)
-            unreadable += part.unreadable
-            parts[split] = part
-        if unreadable:
-            share = len(unreadable) / len(self.table)
-            told = f"{len(unreadable)} of {len(self.table)} images can't be read ({share:.1%})"
-            if share > self.plan.recipe.max_unreadable:
-                raise UsageError(
-                    f"{told}, more than --max-unreadable {self.plan.recipe.max_unreadable:g}: "
-                    + "; ".join(reason for _, reason in unreadable[:3])
-                )
-            self.say(f"note: {told}; they are left out and listed in unreadable.csv")
-            if self.main:
-                self.folder.write_unreadable(unreadable)
-        if "train" not in parts or len(parts["train"].table) == 0:
-            raise UsageError(f"{self.plan.data}: no training image can be read")
-        for split, part in parts.items():
-            check_deviation(part, split)
-        return parts
-
-    def _measured(self, plan: Plan) -> Plan:
-        """With the training images' mean and deviation, where the recipe standardizes by them."""
-        if plan.recipe.normalization != "data" or self.resumed:
-            return plan
-        preprocess = measured(self.parts["train"], plan.preprocess)
-        return dataclasses.replace(plan, preprocess=preprocess)
-
-    def _source(self, split: str) -> InMemoryLoader | StreamingLoader:
-        part, recipe = self.parts[split], self.plan.recipe
-        order = None
-        if split == "train":
-            order = SampleOrder(len(part.table), recipe.seed, image_weights(part.table, recipe))
-        if part.images is not None:
-            return InMemoryLoader(part.reader, order, recipe.seed, part.images)
-        workers = default_workers() if recipe.workers is None else recipe.workers
-        return StreamingLoader(part.reader, order, recipe.seed, workers)
-
-    def _trainer(self, model: nn.Module) -> Trainer:
-        recipe, table = self.plan.recipe, self.parts["train"].table
-        device = self.accelerator.device
-        labels = noisy_labels(table.labels, len(self.plan.classes), recipe.label_noise, recipe.seed)
-        weights = loss_weights(table, recipe)
-        world = self.accelerator.num_processes
-        return Trainer(
-            model=model,
-            recipe=recipe,
-            preprocess=self.plan.preprocess,
-            source=self._source("train"),
-            labels=torch.from_numpy(labels).to(device),
-            classes=len(self.plan.classes),
-            count=len(table),
-            total=choose_steps(recipe, len(table), world),
-            accelerator=self.accelerator,
-            class_weights=None if weights is None else weights.to(device),
-            bf16=use_bf16(recipe.precision, device),
+    def _prepare(self, lock: Lock) -> None:
+        torch.manual_seed(self.plan.recipe.seed)
+        start = not (self.resumed and self.states.any())
+        model = build_model(self.plan, self.accelerator.device, start=start)
+        check_batch(model, self.plan.recipe, int(np.count_nonzero(self.table.splits == "train")))
+        self.accelerator.wait_for_everyone()  # all have seen the folder as it was
+        on_main(self.accelerator, lambda: self._claim(lock, model))
+        stored = self.folder.read_measured() if self.resumed else {}
+        left_out = stored.get("left_out")
+        self.parts = load_splits(
+            self.table, self.plan.preprocess, self.plan.recipe, left_out=left_out, show=self.main
         )
+        self._write_left_out()
+        if self.plan.recipe.normalization == "data" and not self.resumed:
+            preprocess = measured(self.parts["train"], self.plan.preprocess)
+            self.plan = dataclasses.replace(self.plan, preprocess=preprocess)
+        self.loaders = {
+            s: build_loader(self.plan, s, p) for s, p in self.parts.items() if s != "train"
+        }
+        trainer = build_trainer(self.plan, model, self.parts["train"], self.accelerator)
+        self.trainer, chosen = self._fitted(trainer, stored)
+        chosen["left_out"] = dict(e for part in self.parts.values() for e in part.left_out)
+        on_main(self.accelerator, lambda: self._start(chosen))
+        self._load_state()
+        self._announce()
 
-    def _fitted(self, trainer: Trainer) -> tuple[Trainer, dict[str, Any]]:
-        """The trainer as memory and speed have it, and what was decided, as a resumed run had it.
+    def _claim(self, lock: Lock, model: nn.Module) -> None:
+        size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        check_space(self.folder.path, 0 if self.resumed else 10 * size + 50_000_000)
+        lock.acquire()
+        if not self.resumed:
+            self.folder.refuse_others()  # another run may have ended here meanwhile
+        self.folder.claim()
 
-        It is decided before the folder says that the run has started: what can't be is no run.
+    def _write_left_out(self) -> None:
+        left_out = [entry for part in self.parts.values() for entry in part.left_out]
+        if left_out and self.main and not self.resumed:
+            self.folder.write_unreadable(left_out)
+        for part in self.parts.values():
+            self._list_unreadable(part, list(part.missing.items()))
+
+    def _fitted(self, trainer: Trainer, stored: dict[str, Any]) -> tuple[Trainer, dict[str, Any]]:
+        """The trainer as memory and speed allow, and what was decided; a resumed run's is stored.
+
+        It is decided before the folder says that the run has started, so that a run that can't
+        be leaves none behind.
         """
-        recipe, kept = self.plan.recipe, self.folder.read_measured() if self.resumed else {}
-        chosen: dict[str, Any] = {}
+        recipe, chosen = self.plan.recipe, dict[str, Any]()
+        batch, parts = trainer.batch, recipe.accumulate
         if recipe.fit_memory:
-            described = Described(
-                self.plan.model, self.plan.model_args, len(self.plan.classes),
-                self.plan.preprocess, recipe, trainer.bf16, torch.get_num_threads(),
-            )  # fmt: skip
-            batch, parts = kept.get("batches") or fit_memory(trainer, described, self.say)
+            batch, parts = stored.get("batches") or fit_memory(trainer)
             chosen["batches"] = [batch, parts]
-            recipe = trainer.recipe.changed(batch_size=batch, accumulate=parts)
-            trainer = dataclasses.replace(trainer, recipe=recipe)
+        if self.world != self.plan.processes:
+            parts = accumulation_now(parts, self.plan.processes, self.world)
+            log.info(
+                f"note: started with {self.plan.processes} processes, resumed with {self.world}: "
+                f"accumulate={parts} keeps the images in a step"
+            )
+        if (batch, parts) != (trainer.batch, recipe.accumulate):
+            fitted = recipe.changed(batch_size=batch, accumulate=parts)
+            trainer = dataclasses.replace(trainer, recipe=fitted)
         if recipe.compile != "no":
-            chosen["compiled"] = choose_compiled(trainer, self.say, kept.get("compiled"))
+            chosen["compiled"] = choose_compiled(trainer, stored.get("compiled"))
         return trainer, chosen
 
-    def _resume(self) -> None:
+    def _start(self, chosen: dict[str, Any]) -> None:
+        text = recipe_toml(self.plan.recipe, self.plan.header())
+        self.folder.start(dataclasses.asdict(self.plan), text, self.table, chosen)
+
+    def _load_state(self) -> None:
         state, broken = self.states.load()
         for line in broken:
-            self.say(f"note: {line}; the state before it is used")
-        if state is not None:
-            self.best = state.pop("best")
-            self.trainer.load_state_dict(state)
-            if not self.main:  # the first process has what all of them counted
-                self.trainer.tally, self.trainer.unreadable = (
-                    torch.zeros_like(self.trainer.tally),
-                    [],
-                )
-            self.say(f"resumed after step {self.trainer.step:,} of {self.trainer.total:,}")
+            log.info(f"note: {line}; the state before it is used")
+        if state is None:
+            return
+        self.best, self.unscored = state.pop("best"), state.pop("unscored", False)
+        self.trainer.load_state_dict(state)
+        if not self.main:  # the first process has what all of them counted
+            self.trainer.tally = torch.zeros_like(self.trainer.tally)
+            self.trainer.unreadable = []
+        log.info(f"resumed after step {self.trainer.step:,} of {self.trainer.total:,}")
 
     def _announce(self) -> None:
         t, r = self.trainer, self.plan.recipe
         counts = ", ".join(f"{len(p.table):,} {s}" for s, p in self.parts.items())
         parameters = sum(p.numel() for p in t.model.parameters())
-        self.say(
+        log.info(
             f"{self.plan.model}, {parameters:,} parameters, {len(self.plan.classes)} classes; "
             f"images: {counts}"
         )
-        held = "held in memory" if self.parts["train"].images is not None else "streamed from files"
+        held = "in memory" if self.parts["train"].images is not None else "streamed from files"
         c, h, w = self.plan.preprocess.input_size
-        precision = "bf16" if t.bf16 else "fp32"
         if note := bf16_note(r.precision, self.accelerator.device):
-            self.say(note)
-        self.say(
+            log.info(note)
+        log.info(
             f"{t.total:,} steps of {t.images_a_step} images ({t.total / t.steps_an_epoch:.3g} "
-            f"epochs) at {c}x{h}x{w}, {held}, {precision}, {r.optimizer} at {r.lr:g}, "
-            f"{self.accelerator.device.type} x {self.accelerator.num_processes}"
+            f"epochs) at {c}x{h}x{w}, {held}, {'bf16' if t.bf16 else 'fp32'}, {r.optimizer} at "
+            f"{r.lr:g}, {self.accelerator.device.type} x {self.world}"
         )
 
     # ----------------------------------------------------------------- while it trains
+    def _train(self) -> None:
+        trackers = None
+        stop = self._stop_asked if self.world == 1 else never
+        self.scorer = Scorer(self.trainer, self.plan.classes, stop)
+        if self.main:
+            config = {**dataclasses.asdict(self.plan.recipe), "model": self.plan.model}
+            trackers = Trackers(self.tracker_names, self.folder.path, config, self.trainer.step)
+        source = self.trainer.source
+        if isinstance(source, StreamingLoader):
+            source.stop = self._stop_asked
+        with Display(self.trainer, trackers) as self.display:
+            if self.unscored:
+                self._end_epoch()
+                self._save()
+            try:
+                self.trainer.fit(after_step=self._after_step)
+            except WaitInterrupted:
+                self._stop_while_waiting()
+
+    def _stop_asked(self) -> bool:
+        return self.signals.stop != 0
+
+    def _stop_while_waiting(self) -> None:
+        """Stops a run whose next images did not come; a step begins when all of its are there."""
+        if self.world == 1:
+            self._save()
+        raise Stopped(self.states.newest(), self.signals.stop)
+
     def _after_step(self, trainer: Trainer, loss: float) -> None:
         self.display.step(loss)
         ends = trainer.epoch_ends(trainer.step)
         if ends:
-            self._end_epoch()
-        stop, due = self._asked()
-        if ends or stop or due:
+            try:
+                self._end_epoch()
+            except WaitInterrupted:  # in the evaluation, which the resumed run does again
+                self.unscored = True
+        due = time.monotonic() - self.saved_at > 60 * self.plan.recipe.save_minutes
+        stop, save = self.requests.agree(self.signals.stop, due or self.signals.save, now=ends)
+        if ends or stop or save:
             self._save()
-        if stop and trainer.step < trainer.total:
+        if save and self.signals.save:
+            self.signals.save = False
+            log.info(f"saved after step {trainer.step:,}, as a signal asked for")
+        if stop and (self.unscored or trainer.step < trainer.total):
             self.accelerator.wait_for_everyone()  # one that ends early may end the others
             raise Stopped(trainer.step, stop)
 
@@ -434,19 +281,18 @@ class Run:
         t = self.trainer
         t.check_finite()
         row = t.epoch_row()
-        t.tally = torch.zeros_like(t.tally)
         if "val" in self.parts:
-            predictions = self.predict("val")
-            chosen = predictions.probabilities[np.arange(len(predictions)), predictions.labels]
-            row["val_loss"] = float(-np.log(np.clip(chosen, 1e-12, 1)).mean())
-            hits = predictions.probabilities.argmax(axis=1) == predictions.labels
-            row["val_accuracy"] = float(hits.mean())
+            part = self.parts["val"]
+            scores = self.scorer.validate(self.loaders["val"], part)
+            row |= {"val_loss": scores.loss, "val_accuracy": scores.accuracy}
+            self._list_unreadable(part, part.lost)
             self._keep_best(row)
+        t.tally, self.unscored = torch.zeros_like(t.tally), False
         t.history.append(row)
         t.model.train()
         if self.main:
             self.folder.write_metrics(t.history)
-        self.display.epoch(row)
+        self.display.evaluated(row)
 
     def _keep_best(self, row: dict[str, float]) -> None:
         better = (row["val_accuracy"], -row["val_loss"])
@@ -456,168 +302,77 @@ class Run:
         if self.plan.recipe.select == "best" and self.main:
             self.folder.write_best(self.trainer.weights)
 
-    def _summed(self, tally: Tensor) -> Tensor:
-        return self.accelerator.reduce(tally, "sum").cpu()
-
-    def predict(self, split: str) -> Predictions:
-        """What the network says of a split now, gathered from all processes, no image twice."""
-        part = self.parts[split]
-        self.trainer.share_buffers()
-        classifier = Classifier(self.trainer.weights, self.plan.classes, self.plan.preprocess)
-        rows, found, unreadable = probabilities_of(
-            classifier, self._source(split), len(part.table), batch=max(32, self.trainer.batch),
-            rank=self.accelerator.process_index, world=self.accelerator.num_processes,
-        )  # fmt: skip
-        if self.accelerator.num_processes > 1:
-            gathered = gather_object([(rows, found, unreadable)])
-            rows = np.concatenate([r for r, _, _ in gathered])
-            found = np.concatenate([f for _, f, _ in gathered])
-            unreadable = [u for _, _, us in gathered for u in us]
-        part.lost = unreadable
-        self._list_unreadable(part, unreadable)
-        if len(rows) == 0:
-            raise FileError(f"no {split} image can be read: {unreadable[0][1]}")
-        order = np.argsort(rows)
-        rows, found = rows[order], found[order]
-        if not np.isfinite(found).all():
-            raise self.trainer.not_finite("what the network answers after the update")
-        table = part.table.select(rows)
-        paths = [table.path(i) for i in range(len(table))]
-        return Predictions(found, table.labels, table.classes, table.groups, paths)
-
     def _save(self) -> None:
         t = self.trainer
         t.check_finite()
         t.share_buffers()
-        if self.accelerator.num_processes > 1:  # what each process counted becomes the first's
-            t.tally, t.unreadable = self._summed(t.tally), gather_object(t.unreadable)
+        if self.world > 1:  # what each process counted becomes the first's
+            tally = self.accelerator.reduce(t.tally, "sum").cpu()
+            t.tally, t.unreadable = tally, gather_object(t.unreadable)
             if not self.main:
                 t.tally, t.unreadable = torch.zeros_like(t.tally), []
         if self.main:
-            t.unreadable = list(dict.fromkeys(t.unreadable))  # a state holds each once
-            self.states.save(t.step, {**t.state_dict(), "best": self.best})
+            t.unreadable = list(dict.fromkeys(t.unreadable))  # each once
+            extra = {"best": self.best, "unscored": self.unscored}
+            self.states.save(t.step, {**t.state_dict(), **extra})
             self._list_unreadable(self.parts["train"], t.unreadable)
-        self.saved_at = time.perf_counter()
+        self.saved_at = time.monotonic()
 
-    def _list_unreadable(self, part: LoadedSplit, found: list[tuple[int, str]]) -> None:
-        """Adds images that were found unreadable on the way to unreadable.csv."""
-        if found and self.main:
-            self.folder.write_unreadable([(part.table.path(row), why) for row, why in found])
-
-    def _explained(self, error: NotFiniteError) -> NotFiniteError:
-        table = self.parts["train"].table
-        files = [table.path(row) for row in error.rows]
-        shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
-        told = NotFiniteError(error.step, error.rate, error.rows)
-        told.args = (
-            f"{error}; its images: {shown}. The last good state is kept in "
-            f"{self.states.folder}; try a lower --lr or --clip-grad 1",
-        )
-        return told
-
-    # ------------------------------------------------------------------------- signals
-    @contextlib.contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """A first SIGINT or SIGTERM lets the step end; a second SIGINT ends at once."""
-
-        def ask(number: int, _: FrameType | None) -> None:
-            if self.signal and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signal = number
-
-        try:
-            before = {s: signal.signal(s, ask) for s in STOP_SIGNALS}
-        except ValueError:  # not in the main thread: signals are another's
-            before = {}
-        try:
-            yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
-
-    def _asked(self) -> tuple[int, bool]:
-        """The signal to stop for, and whether a state is due; all processes agree on both."""
-        due = time.perf_counter() - self.saved_at > 60 * self.plan.recipe.save_minutes
-        if self.accelerator.num_processes == 1:
-            return self.signal, due
-        if self.trainer.step % ASK_EVERY:
-            return 0, False
-        asked = torch.tensor([[self.signal, due]], device=self.accelerator.device)
-        number, saving = self.accelerator.gather(asked).amax(dim=0).tolist()
-        return number, bool(saving)
+    def _list_unreadable(self, part: LoadedSplit, rows: list[tuple[int, str]]) -> None:
+        """Adds images of a split to unreadable.csv."""
+        if rows and self.main:
+            self.folder.write_unreadable([(part.table.path(row), why) for row, why in rows])
 
     # --------------------------------------------------------------------------- end
     def _finish(self) -> None:
-        """Takes the chosen weights, tests them, and writes the network and the report."""
+        """Takes the selected weights, tests them, and writes the network."""
         t = self.trainer
         if self.plan.recipe.select == "best" and self.best:
             self.accelerator.wait_for_everyone()
             self.folder.read_best(t.weights)
-        split = next(s for s in ("test", "val", "train") if s in self.parts)
-        predictions = self.predict(split)
-        if not self.main:
-            return
-        evaluation = evaluate(predictions, seed=self.plan.recipe.seed)
-        self._write_network(evaluation)
-        self.folder.write_evaluation(split, evaluation, predictions)
-        self.folder.finish(self._facts(split))
-        self.states.clear()
-        self._tell(split, evaluation)
+        split = tested_split(self.parts)
+        part = self.parts[split]
+        loader = self.loaders.get(split) or build_loader(self.plan, "test", part)
+        try:
+            predictions = self.scorer.predict(loader, part)
+        except WaitInterrupted:
+            raise Stopped(t.step, self.signals.stop) from None
+        self._list_unreadable(part, part.lost)
+        if self.main:
+            facts = run_facts(self.plan, self.table, t, self.parts, self.best)
+            finish_run(self.folder, self.plan, t, self.parts, predictions, facts)
+            self.states.clear()
 
-    def _write_network(self, evaluation: Evaluation) -> None:
-        plan = self.plan
-        top1 = evaluation.metrics["top1"]
-        save_model(
-            self.trainer.weights, self.folder.path, class_names=plan.classes,
-            data_config=plan.preprocess.data_config(),
-            extra={"regard": {**plan.preprocess.regard_config(), "top1": top1.value}},
-        )  # fmt: skip
+    def _close_loaders(self) -> None:
+        """Ends worker processes now, whatever ended the run."""
+        loaders = [*getattr(self, "loaders", {}).values()]
+        if hasattr(self, "trainer"):
+            loaders.append(self.trainer.source)
+        for loader in loaders:
+            loader.close()
 
-    def _facts(self, split: str) -> dict[str, Any]:
-        t = self.trainer
-        return {
-            "tested_on": split,
-            "counts": {s: len(p.table) for s, p in self.parts.items()},
-            "parameters": sum(p.numel() for p in t.model.parameters()),
-            "steps": t.total,
-            "epochs": t.total / t.steps_an_epoch,
-            "seconds": t.seconds,
-            "waited": t.waited / max(t.seconds, 1e-9),
-            "images_a_second": t.total * t.images_a_step / max(t.seconds, 1e-9),
-            "best": self.best,
-            "warnings": list(self.table.warnings),
-            "bf16": t.bf16,
-            "compiled": t.compiled is not None,
-            "batches": [t.batch, t.recipe.accumulate],
-            "threads": torch.get_num_threads(),
-            "device": str(self.accelerator.device),
-            "processes": self.accelerator.num_processes,
-            "unreadable": len(set(t.unreadable))
-            + sum(len(p.unreadable) + len(p.lost) for p in self.parts.values()),
-            "versions": {
-                "regard": __version__, "torch": torch.__version__,
-                "Python": platform.python_version(),
-            },
-        }  # fmt: skip
+    @contextlib.contextmanager
+    def _explained_errors(self) -> Iterator[None]:
+        """Adds to what went wrong what a person can do about it."""
+        batch = self.plan.recipe.batch_size
+        advice = f"lower batch_size ({batch}) or size, or set fit_memory or grad_checkpointing"
+        try:
+            with memory_errors("training", advice), worker_errors():
+                yield
+        except NotFiniteError as error:
+            raise self._with_images(error) from error
 
-    def _tell(self, split: str, evaluation: Evaluation) -> None:
-        top1 = evaluation.metrics["top1"]
-        wrong = int(evaluation.n - evaluation.confusion.trace())
-        name = {"test": "test", "val": "validation", "train": "training"}[split]
-        self.say(
-            f"accuracy on the {evaluation.n:,} {name} images: {top1.value:.2%} (95 % interval "
-            f"{top1.low:.2%} to {top1.high:.2%}), {wrong} wrong; trained in "
-            f"{self.trainer.seconds:.0f} s, {self.trainer.waited / self.trainer.seconds:.0%} of it "
-            "waiting for images"
-        )
-        self.say(f"the network: {self.folder.path}")
-
-
-def _header(plan: Plan) -> str:
-    command = " ".join(shlex.quote(a) for a in sys.argv[1:])
-    first = f"The recipe of this run, every value resolved: {plan.model} on {plan.data}"
-    start = " --pretrained" * plan.pretrained
-    if plan.weights is not None:
-        start += f" --weights {shlex.quote(plan.weights)}"
-    again = f"regard train {shlex.quote(plan.data)} --recipe THIS_FILE{start}"
-    return f"{first}\nregard {command}\nThe same run again: {again}"
+    def _with_images(self, error: NotFiniteError) -> NotFiniteError:
+        """The error with the names of the step's images; run.json gets them all."""
+        table = self.parts["train"].table
+        files = [table.path(row) for row in error.rows]
+        named = NotFiniteError(error.step, error.rate, error.rows)
+        state = f"The last good state is in {self.states.folder}; " if self.states.any() else ""
+        images = f"; its images: {shortened(files, 8)}" if files else ""
+        named.args = (f"{error}{images}. {state}try a lower lr, or clip_grad=1",)
+        if self.main:
+            self.folder.note_failure({
+                "reason": str(error), "step": error.step, "learning_rate": error.rate,
+                "images": files, "state": str(self.states.folder) if state else None,
+            })  # fmt: skip
+        return named

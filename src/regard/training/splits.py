@@ -1,26 +1,36 @@
-"""The images of one split, held in memory or streamed, with what can't be read left out."""
+"""The images of each split: in memory or streamed, without those that can't be read."""
 
 import dataclasses
+import logging
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from regard.data.loading import Reader, StreamingLoader, decode_all, default_workers, fits_in_memory
+from regard.data.loading import (
+    MEMORY_LIMIT,
+    Reader,
+    Spans,
+    StreamingLoader,
+    decode_all,
+    fits_in_memory,
+)
 from regard.data.preprocess import Preprocess
-from regard.data.sources import ImageTable
+from regard.data.table import SPLITS, ImageTable
+from regard.data.workers import default_workers, read_ahead
 from regard.errors import ImageError, UsageError
+from regard.files import spread
+from regard.log import counting
+from regard.machine import free_memory
 from regard.training.config import Recipe
 
-LOOKED_AT = 20_000  # images that are decoded before training where they are streamed
-MEASURED = 2_000  # images from which mean and deviation are taken
+log = logging.getLogger(__name__)
+
+CHECKED = 20_000  # images that are decoded before training where they are streamed
+MEASURED = 2_000  # images from which mean and standard deviation are computed
 
 
 @dataclass
@@ -28,96 +38,181 @@ class LoadedSplit:
     """One split.
 
     Attributes:
-        reader: of its readable images.
-        images: those, held: (N, C, H, W), or a list of (C, H, W) where the cut is random; None
-            where they are streamed.
-        unreadable: (path, reason) of those left out before training.
-        lost: (row, reason) of those that the last evaluation left out.
+        reader: of its images, without those left out.
+        images: those, decoded: (N, C, H, W), or a list of (C, H, W) where the crop is random;
+            None where they are streamed.
+        left_out: (path, reason) of images that can't be read, and are no part of the split.
+        missing: reasons by row, of images of the split that can't be read now: they were
+            readable when the run was started, and keep their positions in the sample order.
+        lost: (row, reason) of those that the last evaluation could not read.
     """
 
     reader: Reader
     images: Tensor | list[Tensor] | None
-    unreadable: list[tuple[str, str]]
+    left_out: list[tuple[str, str]]
+    missing: dict[int, str] = field(default_factory=dict)
     lost: list[tuple[int, str]] = field(default_factory=list)
 
     @property
     def table(self) -> ImageTable:
-        """Of its readable images."""
+        """The split's images."""
         return self.reader.table
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoded images that are held."""
+        if self.images is None:
+            return 0
+        if isinstance(self.images, Tensor):
+            return self.images.nbytes
+        return sum(image.nbytes for image in self.images)
+
+
+def load_splits(
+    table: ImageTable,
+    preprocess: Preprocess,
+    recipe: Recipe,
+    *,
+    left_out: dict[str, str] | None = None,
+    show: bool = True,
+) -> dict[str, LoadedSplit]:
+    """Every split of the table that has images.
+
+    Args:
+        table: all images, with their splits.
+        preprocess: to the network's input size.
+        recipe: its augmentation is for the training split; its `memory` is for all together.
+        left_out: reasons by path, of images that a resumed run left out when it was started
+            (default: a new run; those that can't be read now are left out).
+        show: whether to show how far it is.
+
+    Raises:
+        UsageError: more images can't be read than recipe.max_unreadable allows, or no training
+            image can be.
+    """
+    limit = min(MEMORY_LIMIT, free_memory() / 2)
+    parts: dict[str, LoadedSplit] = {}
+    for split in SPLITS:
+        rows = np.flatnonzero(table.splits == split)
+        if len(rows) == 0:
+            continue
+        augmentation = recipe.augmentation if split == "train" else None
+        reader = Reader(table.select(rows), preprocess, augmentation)
+        parts[split] = load_split(reader, recipe, split, limit=limit, left_out=left_out, show=show)
+        limit -= parts[split].nbytes
+    _check_unreadable(table, recipe, parts, new=left_out is None)
+    for split, part in parts.items():
+        check_deviation(part, split)
+    return parts
+
+
+def _check_unreadable(
+    table: ImageTable, recipe: Recipe, parts: dict[str, LoadedSplit], *, new: bool
+) -> None:
+    unreadable = [entry for part in parts.values() for entry in part.left_out]
+    if unreadable and new:
+        share = len(unreadable) / len(table)
+        count = f"{len(unreadable)} of {len(table)} images can't be read ({share:.1%})"
+        if share > recipe.max_unreadable:
+            raise UsageError(
+                f"{count}, more than max_unreadable={recipe.max_unreadable:g}: "
+                + "; ".join(why for _, why in unreadable[:3])
+            )
+        log.info(f"note: {count}; they are left out and listed in unreadable.csv")
+    if missing := sum(len(part.missing) for part in parts.values()):
+        log.info(f"note: {missing} images that were there when the run started can't be read now")
+    if "train" not in parts or len(parts["train"].table) == 0:
+        raise UsageError(f"{table.name}: no training image can be read")
 
 
 def load_split(
-    reader: Reader, recipe: Recipe, say: Callable[[str], None], split: str, *, show: bool
+    reader: Reader,
+    recipe: Recipe,
+    split: str,
+    *,
+    limit: float = MEMORY_LIMIT,
+    left_out: dict[str, str] | None = None,
+    show: bool = True,
 ) -> LoadedSplit:
-    """Holds a split's images where they fit, or looks at them to find those that can't be read."""
+    """Decodes a split into memory where it fits, or checks which of its images can be read.
+
+    Args:
+        reader: of all its images.
+        recipe: of which `memory` decides.
+        split: its name.
+        limit: bytes that memory="auto" may hold.
+        left_out: as for `load_splits`.
+        show: whether to show how far it is.
+    """
+    known = left_out or {}
     table = reader.table
-    held = recipe.memory == "yes" or (recipe.memory == "auto" and fits_in_memory(reader))
-    images: Tensor | list[Tensor] | None = None
-    with _counting(len(table) if held else min(len(table), LOOKED_AT), split, show) as on_image:
-        if held:
-            images, bad = decode_all(reader, on_image=on_image)
-        else:
-            bad = _unreadable(reader, on_image)
+    paths = [table.path(i) for i in range(len(table))] if known else []
+    skip = {i for i, path in enumerate(paths) if path in known}
+    images, bad = None, None
+    if recipe.memory == "yes" or (recipe.memory == "auto" and fits_in_memory(reader, limit)):
+        most = limit if recipe.memory == "auto" else float("inf")
+        with counting(f"reading {split} images", len(table), show=show) as on_image:
+            images, bad = decode_all(reader, skip=skip, limit=most, on_image=on_image)
+    if images is None:
+        with counting(f"checking {split} images", min(len(table), CHECKED), show=show) as on_image:
+            bad = _unreadable(reader, skip, on_image)
+    assert bad is not None
+    if left_out is None:
+        return _without(reader, images, bad)
+    part = _without(reader, images, [(i, known[paths[i]]) for i in sorted(skip)])
+    if images is not None:  # streamed ones are met again
+        new_rows = np.cumsum([i not in skip for i in range(len(table))]) - 1
+        part.missing = {int(new_rows[row]): why for row, why in bad}
+    return part
+
+
+def _without(
+    reader: Reader, images: Tensor | list[Tensor] | None, bad: list[tuple[int, str]]
+) -> LoadedSplit:
+    table = reader.table
+    if not bad:
+        return LoadedSplit(reader, images, [])
     good = np.setdiff1d(np.arange(len(table)), [row for row, _ in bad])
     if isinstance(images, Tensor):
-        images = images[torch.from_numpy(good)] if bad else images
+        images = images[torch.from_numpy(good)]
     elif images is not None:
         images = [images[i] for i in good.tolist()]
-    readable = dataclasses.replace(reader, table=table.select(good)) if bad else reader
-    return LoadedSplit(readable, images, [(table.path(row), reason) for row, reason in bad])
+    readable = dataclasses.replace(reader, table=table.select(good))
+    return LoadedSplit(readable, images, [(table.path(row), why) for row, why in bad])
 
 
-@contextmanager
-def _counting(total: int, split: str, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar in a terminal, for what takes longer than a moment."""
-    from rich.console import Console
-    from rich.progress import Progress
+def _unreadable(
+    reader: Reader, skip: set[int], on_image: Callable[[int], None]
+) -> list[tuple[int, str]]:
+    """(row, reason) of unreadable images among CHECKED of them, evenly spread."""
+    table, value_range = reader.table, reader.preprocess.value_range
 
-    console = Console(stderr=True)
-    if not (show and console.is_terminal and total > 500):
-        yield lambda n: None
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(f"reading {total:,} {split} images", total=total)
-        yield lambda n: bar.update(task, advance=n)
-
-
-def _unreadable(reader: Reader, on_image: Any) -> list[tuple[int, str]]:
-    """Rows that can't be read, of up to LOOKED_AT, evenly spread; the others when met."""
-
-    table = reader.table
-
-    def look(row: int) -> tuple[int, str] | None:
+    def check(row: int) -> tuple[int, str] | None:
         try:
-            # a JPEG at an eighth of its size: all of it is read
-            table.read(row, at_least=1, value_range=reader.preprocess.value_range)
+            if row not in skip:
+                # a JPEG at an eighth of its size: all of it is read
+                table.read(row, at_least=1, value_range=value_range)
         except ImageError as error:
             return row, str(error)
         return None
 
-    rows = _spread(len(table), LOOKED_AT)
     bad = []
-    with ThreadPoolExecutor(default_workers()) as pool:
-        for found in pool.map(look, rows.tolist()):
-            on_image(1)
-            if found is not None:
-                bad.append(found)
+    threads = default_workers()
+    for result in read_ahead(spread(len(table), CHECKED).tolist(), check, threads, 64 * threads):
+        on_image(1)
+        if result is not None:
+            bad.append(result)
     return bad
 
 
-def _spread(count: int, most: int) -> NDArray[np.int64]:
-    """Up to `most` rows, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
-
-
 def check_deviation(part: LoadedSplit, split: str) -> None:
-    """Refuses a split whose images, or up to MEASURED of them, all have one same value.
+    """Refuses a split whose images, or MEASURED of them, consist of one single value.
 
     Raises:
         UsageError: they do: nothing can be learned from them, nor tested on them.
     """
     low, high = math.inf, -math.inf
-    for row in _spread(len(part.table), MEASURED).tolist():
+    for row in spread(len(part.table), MEASURED).tolist():
         try:
             image = part.reader.decode(row) if part.images is None else part.images[row]
         except ImageError:
@@ -133,20 +228,18 @@ def check_deviation(part: LoadedSplit, split: str) -> None:
 
 
 def measured(part: LoadedSplit, preprocess: Preprocess) -> Preprocess:
-    """With mean and deviation of the training images' channels, of up to MEASURED of them."""
-    rows = np.unique(
-        np.linspace(0, len(part.table) - 1, min(len(part.table), MEASURED)).astype(int)
-    )
-    spans = [(start, min(64, len(rows) - start)) for start in range(0, len(rows), 64)]
+    """`preprocess` with the channels' mean and standard deviation over MEASURED training images."""
+    rows = spread(len(part.table), MEASURED)
+    spans = Spans(range(0, len(rows), 64), 64, len(rows))
     if isinstance(part.images, Tensor):
-        held, at = part.images, torch.from_numpy(rows)
-        batches = (held[at[start : start + count]] for start, count in spans)
+        images, at = part.images, torch.from_numpy(rows)
+        batches = (images[at[start : start + count]] for start, count in spans)
     else:
         reader = Reader(part.table.select(rows), preprocess)
         batches = (batch.images for batch in StreamingLoader(reader, None, 0, 0).batches(spans))
     pixels, total, squares = 0, torch.zeros(1).double(), torch.zeros(1).double()
-    for images in batches:  # piece by piece: all of them as doubles could be gigabytes
-        values = images.double() / 255
+    for some in batches:  # batch by batch: all of them as float64 could be gigabytes
+        values = some.double() / 255
         pixels += values.numel() // values.shape[1]
         total = total + values.sum(dim=(0, 2, 3))
         squares = squares + values.square().sum(dim=(0, 2, 3))

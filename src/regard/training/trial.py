@@ -1,4 +1,4 @@
-"""Steps of training that leave no trace, to measure what a run will take."""
+"""Training steps that leave no trace, to measure what a run will take."""
 
 import contextlib
 import dataclasses
@@ -13,15 +13,15 @@ from regard.training.optim import set_rate
 
 
 @contextlib.contextmanager
-def rehearsal(trainer: Trainer, **changes: Any) -> Iterator[Trainer]:
-    """A trainer of the same network, to do with what one likes; `changes` are its attributes.
+def trial(trainer: Trainer, **changes: Any) -> Iterator[Trainer]:
+    """A trainer of the same network for trial steps; `changes` are its attributes.
 
-    Afterwards weights, buffers, gradients and random numbers are as they were. It is the
-    network itself that trains, no copy, so that what was compiled for it is still of use.
+    Weights, buffers, gradients and random numbers are restored afterwards. The network itself
+    is trained, no copy of it, so that what was compiled for it stays of use.
     """
     model, device, mode = trainer.model, trainer.accelerator.device, trainer.model.training
     tensors = [*model.parameters(), *model.buffers()]
-    kept = [t.detach().to("cpu", copy=True) for t in tensors]  # a device may have no room
+    saved = [t.detach().to("cpu", copy=True) for t in tensors]  # a device may have no room
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             model.train()
@@ -29,15 +29,15 @@ def rehearsal(trainer: Trainer, **changes: Any) -> Iterator[Trainer]:
         finally:
             model.zero_grad(set_to_none=True)
             with torch.no_grad():
-                for tensor, was in zip(tensors, kept, strict=True):
-                    tensor.copy_(was)
+                for tensor, value in zip(tensors, saved, strict=True):
+                    tensor.copy_(value)
             model.train(mode)
 
 
-def rehearse(trainer: Trainer, batches: Sequence[Batch], forward: Any = None) -> None:
-    """One step at rate 0 on a step's batches, and waits until it is done.
+def trial_step(trainer: Trainer, batches: Sequence[Batch], forward: Any = None) -> None:
+    """One step with learning rate 0 on a step's batches, waited for until it is done.
 
-    Nothing is exchanged between processes. `forward` is the network, or it compiled.
+    Nothing is exchanged between processes. `forward` is the network, or its compiled form.
     """
     trainer._forward = trainer.model if forward is None else forward
     set_rate(trainer.optimizer, 0.0)
@@ -51,3 +51,9 @@ def first_batches(trainer: Trainer) -> list[Batch]:
     """The batches of this process's next step."""
     spans = trainer.spans(trainer.step)[: trainer.recipe.accumulate]
     return list(trainer.source.batches(spans))
+
+
+def repeated(batch: Batch, size: int) -> Batch:
+    """A batch of `size` images made of those of another one."""
+    rows = torch.arange(size) % len(batch.indices)
+    return Batch(batch.images[rows], batch.indices[rows], batch.random_numbers[rows])

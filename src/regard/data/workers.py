@@ -1,0 +1,234 @@
+"""Batches read by worker processes or threads: always in order, never waited for without end.
+
+Worker processes ignore the signals that are sent to a whole group of processes (Ctrl-C,
+`timeout`, systemd, SLURM): the parent needs them until its step is done. It ends them when the
+batches are closed, and kills those that are left when the interpreter exits, whatever ends it.
+"""
+
+import atexit
+import contextlib
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from regard.errors import RegardError, ResourceError
+from regard.files import reason
+
+log = logging.getLogger(__name__)
+
+POLL = 1.0  # seconds between looks at whether to stop, while waiting for a batch
+LONGEST_WAIT = 600.0  # seconds without a single batch, after which it is taken for lost
+PREFETCH = 4  # batches read ahead by each worker
+SHARE = 0.8  # of the free shared memory that batches may take
+SHARED_MEMORY = Path("/dev/shm")
+GROUP_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
+]
+
+
+class WaitInterrupted(RegardError):  # noqa: N818 (somebody asked for it)
+    """Whoever waits for a batch was asked to stop."""
+
+
+def never() -> bool:
+    """The answer to "stop?" where nobody can ask for it."""
+    return False
+
+
+def default_workers() -> int:
+    """One for each core that this process may use, eight at most."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8)
+
+
+# ------------------------------------------------------------------------------ processes
+def read_by_processes(
+    batches: Dataset[Any],
+    spans: Sequence[tuple[int, int]],
+    workers: int,
+    prefetch: int,
+    stop: Callable[[], bool] = never,
+) -> Iterator[Any]:
+    """batches[span] for each span, in order, by worker processes.
+
+    Raises:
+        WaitInterrupted: `stop` answered True while the next batch was not ready.
+        ResourceError: a worker was killed, or no batch came for `LONGEST_WAIT`.
+    """
+    before = set(multiprocessing.active_children())
+    with warnings.catch_warnings(), _signals_blocked(), worker_errors():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=spans,
+            num_workers=workers,
+            prefetch_factor=prefetch,
+            worker_init_fn=_ignore_group_signals,
+            timeout=POLL,
+        )
+        source = iter(loader)
+    mine = set(multiprocessing.active_children()) - before
+    _alive.update(mine)
+    try:
+        for _ in spans:
+            with worker_errors():
+                batch = _waited(partial(_poll, source), stop)
+            yield batch
+    finally:
+        del source  # which ends the workers
+        _alive.difference_update(mine)
+
+
+def _poll(source: Iterator[Any], _: float) -> Any:
+    try:
+        return next(source)
+    except RuntimeError as error:
+        if "timed out" in str(error):
+            raise TimeoutError from None
+        raise
+
+
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turns torch's errors about its worker processes into a ResourceError.
+
+    torch raises them wherever the main thread is when a worker dies.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        text = reason(error, 1000)
+        if "DataLoader worker" in text and ("killed" in text or "exited" in text):
+            cause = text.partition("killed by signal: ")[2].split(".")[0]
+            how = f"was killed ({cause})" if cause else "ended unexpectedly"
+            raise ResourceError(
+                f"a process that reads images {how}, as the system does where memory runs out: "
+                "lower workers (0 = no processes), batch_size or size"
+            ) from error
+        if "shared memory" in text or "shm" in text:
+            raise ResourceError(
+                f"no shared memory is left for images that worker processes read ({text[:120]}): "
+                "lower workers (0 = no processes) or batch_size"
+            ) from error
+        if "Too many open files" in text or "ancdata" in text:
+            raise ResourceError(
+                "too many files are open for more worker processes: lower workers "
+                "(0 = no processes), or raise the limit (ulimit -n)"
+            ) from error
+        raise
+
+
+def _ignore_group_signals(_: int) -> None:
+    """For a worker: it ends when its parent says so, or is gone."""
+    for number in GROUP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Until a worker that is forked here ignores them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_alive: set[Any] = set()
+
+
+@atexit.register  # before multiprocessing's own, which would wait for workers without end
+def _kill_workers() -> None:
+    """An uncaught error keeps the batches referenced, and so their workers alive, until here."""
+    if _alive and hasattr(signal, "SIGCHLD"):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error
+    for worker in _alive:
+        with contextlib.suppress(Exception):  # ended, or of the process that forked this one
+            worker.kill()
+
+
+def shared_memory_free() -> float:
+    """Bytes of shared memory that this process may use for batches; Docker gives 64 MB."""
+    if sys.platform != "linux" or not SHARED_MEMORY.is_dir():
+        return math.inf
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return shutil.disk_usage(SHARED_MEMORY).free / ranks
+
+
+def processes_that_fit(workers: int, batch_bytes: float, free: float) -> tuple[int, int]:
+    """Worker processes, and batches that each reads ahead, whose batches fit in shared memory.
+
+    Returns:
+        (workers, prefetch): as asked, or less ahead, or fewer; (0, 0) where not even two fit.
+    """
+    for fewer in range(workers, 0, -1):
+        for prefetch in (PREFETCH, 2, 1):
+            # two more: one in use, one on the way
+            if (fewer * prefetch + 2) * batch_bytes <= SHARE * free:
+                return fewer, prefetch
+    return 0, 0
+
+
+# -------------------------------------------------------------------------------- threads
+def read_ahead(
+    items: Iterable[Any],
+    read: Callable[[Any], Any],
+    threads: int,
+    window: int,
+    stop: Callable[[], bool] = never,
+) -> Iterator[Any]:
+    """read(item) for each item, in order, by threads, with at most `window` under way.
+
+    Raises:
+        WaitInterrupted: `stop` answered True while the next result was not ready.
+        ResourceError: no result came for `LONGEST_WAIT`.
+    """
+    waiting: deque[Future[Any]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) >= window:
+                yield _waited(waiting.popleft().result, stop)
+        while waiting:
+            yield _waited(waiting.popleft().result, stop)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _waited(poll: Callable[[float], Any], stop: Callable[[], bool]) -> Any:
+    """What `poll` returns, which waits for POLL seconds and then raises a TimeoutError."""
+    waited = 0.0
+    while True:
+        try:
+            return poll(POLL)
+        except TimeoutError:
+            waited += POLL
+        if stop():
+            raise WaitInterrupted("stopped while waiting for images")
+        if waited >= LONGEST_WAIT:
+            raise ResourceError(
+                f"no image was read for {LONGEST_WAIT / 60:.0f} minutes: is the disk or the "
+                "network that holds them still there? Otherwise set workers=0"
+            )

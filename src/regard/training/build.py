@@ -1,0 +1,72 @@
+"""The parts of a run: its network, its loaders and its trainer."""
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from regard.data.loading import InMemoryLoader, SampleOrder, StreamingLoader
+from regard.data.workers import default_workers
+from regard.machine import keep_freed_memory
+from regard.models.create import make_model
+from regard.training.activation_checkpointing import set_checkpointing
+from regard.training.loop import Trainer
+from regard.training.plan import choose_steps, image_weights, loss_weights, noisy_labels, use_bf16
+from regard.training.run_plan import Plan
+from regard.training.splits import LoadedSplit
+
+
+def build_model(plan: Plan, device: torch.device, *, start: bool) -> nn.Module:
+    """The plan's network on the device, its weights in channels_last.
+
+    Args:
+        plan: of the run.
+        device: where it trains.
+        start: whether it gets the weights that the run starts from; a run that is resumed from
+            a saved state has its own.
+
+    Raises:
+        UsageError: the network can't be made, or the weights don't fit.
+        FileError: pretrained weights can't be loaded.
+    """
+    model = make_model(
+        plan.model, plan.model_args, len(plan.classes), plan.preprocess.input_size,
+        plan.pretrained and start, plan.weights if start else None, plan.classes,
+    )  # fmt: skip
+    if plan.recipe.grad_checkpointing:
+        set_checkpointing(model, plan.model)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
+def build_loader(plan: Plan, split: str, part: LoadedSplit) -> InMemoryLoader | StreamingLoader:
+    """The loader of a split: the training split in its sample order, the others in rows' order."""
+    recipe, order = plan.recipe, None
+    if split == "train":
+        order = SampleOrder(len(part.table), recipe.seed, image_weights(part.table, recipe))
+    if part.images is not None:
+        return InMemoryLoader(part.reader, order, recipe.seed, part.images, part.missing)
+    workers = default_workers() if recipe.workers is None else recipe.workers
+    return StreamingLoader(part.reader, order, recipe.seed, workers)
+
+
+def build_trainer(
+    plan: Plan, model: nn.Module, part: LoadedSplit, accelerator: Accelerator
+) -> Trainer:
+    """The trainer of the plan's network on the training split."""
+    recipe, table, device = plan.recipe, part.table, accelerator.device
+    labels = noisy_labels(table.labels, len(plan.classes), recipe.label_noise, recipe.seed)
+    weights = loss_weights(table, recipe)
+    return Trainer(
+        model=model,
+        recipe=recipe,
+        preprocess=plan.preprocess,
+        source=build_loader(plan, "train", part),
+        labels=torch.from_numpy(labels).to(device),
+        classes=len(plan.classes),
+        count=len(table),
+        total=choose_steps(recipe, len(table), plan.processes),
+        accelerator=accelerator,
+        class_weights=None if weights is None else weights.to(device),
+        bf16=use_bf16(recipe.precision, device),
+    )

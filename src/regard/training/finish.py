@@ -1,0 +1,116 @@
+"""The end of a run: its test, its network, and what is written about both."""
+
+import logging
+import platform
+from typing import Any
+
+import torch
+
+from regard.data.sources import ImageTable
+from regard.evaluation import Evaluation, Predictions, evaluate
+from regard.models.io import save_model
+from regard.runs import RunFolder
+from regard.training.loop import Trainer
+from regard.training.model_card import write_model_card
+from regard.training.run_plan import Plan
+from regard.training.splits import LoadedSplit
+from regard.version import __version__
+
+log = logging.getLogger(__name__)
+
+NAMES = {"test": "test", "val": "validation", "train": "training"}
+
+
+def tested_split(parts: dict[str, LoadedSplit]) -> str:
+    """The split that the finished network is tested on: test, else validation, else training."""
+    return next(split for split in NAMES if split in parts)
+
+
+def finish_run(
+    folder: RunFolder,
+    plan: Plan,
+    trainer: Trainer,
+    parts: dict[str, LoadedSplit],
+    predictions: Predictions,
+    facts: dict[str, Any],
+) -> None:
+    """Evaluates the predictions, and writes network, evaluation, model card and run.json."""
+    split = facts["tested_on"]
+    evaluation = evaluate(predictions, seed=plan.recipe.seed)
+    _write_network(folder, plan, trainer, evaluation)
+    folder.write_evaluation(split, evaluation, predictions)
+    write_model_card(folder, plan, facts, evaluation)
+    folder.finish(facts)
+    _report(folder, trainer, split, evaluation)
+
+
+def _write_network(folder: RunFolder, plan: Plan, trainer: Trainer, evaluation: Evaluation) -> None:
+    top1 = evaluation.metrics["top1"].value
+    save_model(
+        trainer.weights, folder.path, class_names=plan.classes,
+        data_config=plan.preprocess.data_config(),
+        extra={"regard": {**plan.preprocess.regard_config(), "top1": top1}},
+    )  # fmt: skip
+
+
+def run_facts(
+    plan: Plan,
+    table: ImageTable,
+    trainer: Trainer,
+    parts: dict[str, LoadedSplit],
+    best: dict[str, float],
+) -> dict[str, Any]:
+    """What a finished run measured, for run.json.
+
+    `selected` names the epoch whose weights were taken, and by what they were chosen.
+    """
+    t = trainer
+    lost = sum(len(p.left_out) + len(p.missing) + len(p.lost) for p in parts.values())
+    return {
+        "tested_on": tested_split(parts),
+        "counts": {split: len(p.table) for split, p in parts.items()},
+        "parameters": sum(p.numel() for p in t.model.parameters()),
+        "steps": t.total,
+        "epochs": t.total / t.steps_an_epoch,
+        "seconds": t.seconds,
+        "waited": t.waited / max(t.seconds, 1e-9),
+        "images_a_second": t.total * t.images_a_step / max(t.seconds, 1e-9),
+        "best": best,
+        "selected": selected(plan, trainer, best),
+        "warnings": list(table.warnings),
+        "bf16": t.bf16,
+        "compiled": t.compiled is not None,
+        "batches": [t.batch, t.recipe.accumulate],
+        "threads": torch.get_num_threads(),
+        "device": str(t.accelerator.device),
+        "processes": t.accelerator.num_processes,
+        "unreadable": len({row for row, _ in t.unreadable}) + lost,
+        "versions": {
+            "regard": __version__, "torch": torch.__version__,
+            "Python": platform.python_version(),
+        },
+    }  # fmt: skip
+
+
+def selected(plan: Plan, trainer: Trainer, best: dict[str, float]) -> dict[str, Any]:
+    """The epoch and step whose weights the run gives, and by what they were chosen."""
+    if plan.recipe.select == "best" and best:
+        by = "highest validation accuracy, of equal ones the lowest validation loss"
+        return {"by": by, **best}
+    return {
+        "by": "the last epoch",
+        "epoch": round(trainer.total / trainer.steps_an_epoch, 3),
+        "step": trainer.total,
+    }
+
+
+def _report(folder: RunFolder, trainer: Trainer, split: str, evaluation: Evaluation) -> None:
+    top1 = evaluation.metrics["top1"]
+    wrong = round(evaluation.n * (1 - top1.value))
+    waiting = trainer.waited / max(trainer.seconds, 1e-9)
+    log.info(
+        f"accuracy on the {evaluation.n:,} {NAMES[split]} images: {top1.value:.2%} (95 % interval "
+        f"{top1.low:.2%} to {top1.high:.2%}), {wrong} wrong; trained in {trainer.seconds:.0f} s, "
+        f"{waiting:.0%} of it waiting for images"
+    )
+    log.info(f"the network: {folder.path}")

@@ -1,0 +1,113 @@
+"""The model card of a run: README.md in its folder, as the Hugging Face Hub shows it."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from regard.evaluation import Evaluation
+from regard.files import shortened, write_text
+from regard.runs import RunFolder
+from regard.training.run_plan import Plan
+
+CLASSES_SHOWN = 50
+METRICS = {
+    "top1": "accuracy", "top5": "top-5 accuracy", "macro_f1": "macro F1",
+    "ece": "expected calibration error", "nll": "log loss (nats)",
+}  # fmt: skip
+
+
+def write_model_card(
+    folder: RunFolder, plan: Plan, facts: dict[str, Any], evaluation: Evaluation
+) -> None:
+    """Writes README.md: data, classes, metrics with intervals, command, versions, intended use."""
+    top1 = evaluation.metrics["top1"]
+    data = Path(plan.data).name
+    metadata = ModelCardData(
+        library_name="timm",
+        tags=["image-classification", "regard", "timm"],
+        pipeline_tag="image-classification",
+        model_name=f"{plan.model} on {data}",
+        eval_results=[
+            EvalResult(
+                task_type="image-classification", dataset_type=data, dataset_name=data,
+                dataset_split=facts["tested_on"], metric_type="accuracy",
+                metric_value=round(top1.value, 4),
+            )
+        ],
+    )  # fmt: skip
+    body = "\n\n".join([
+        f"# {plan.model} on {data}", _network(plan, facts), _data(plan, facts),
+        _metrics(facts, evaluation), _use(folder), _command(plan, facts), _intended(),
+    ])  # fmt: skip
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
+    write_text(folder.path / "README.md", str(card))
+
+
+def _network(plan: Plan, facts: dict[str, Any]) -> str:
+    c, h, w = plan.preprocess.input_size
+    start = "timm's pretrained weights" if plan.pretrained else "random weights"
+    if plan.weights is not None:
+        start = f"the weights of `{plan.weights}`"
+    return (
+        f"An image classification network with {facts['parameters']:,} parameters, for images of "
+        f"{c} x {h} x {w} (channels, height, width). Training started from {start} and took "
+        f"{facts['steps']:,} steps ({facts['epochs']:.3g} epochs). The weights are those of "
+        f"epoch {facts['selected']['epoch']:.4g} (selected: {facts['selected']['by']})."
+    )
+
+
+def _data(plan: Plan, facts: dict[str, Any]) -> str:
+    counts = ", ".join(f"{n:,} {split}" for split, n in facts["counts"].items())
+    lines = [
+        "## Data", "",
+        f"`{plan.data}`: {counts} images. `splits.csv` says which image was where.", "",
+        f"{len(plan.classes)} classes: {shortened(plan.classes, CLASSES_SHOWN)}.",
+    ]  # fmt: skip
+    lines += [f"\nNote: {warning}" for warning in facts["warnings"]]
+    return "\n".join(lines)
+
+
+def _metrics(facts: dict[str, Any], evaluation: Evaluation) -> str:
+    rows = [
+        f"| {METRICS.get(name, name.replace('_', ' '))} | {m.value:.4f} | "
+        f"{m.low:.4f} to {m.high:.4f} |"
+        for name, m in evaluation.metrics.items()
+    ]
+    note = {
+        "test": "No image of the test split was used in training or to choose the weights.",
+        "val": "There was no test split. The weights were chosen on these images, so that the "
+        "numbers are too good.",
+        "train": "There was no other split: the network was trained on these images.",
+    }[facts["tested_on"]]
+    return "\n".join([
+        "## Metrics", "",
+        f"On the {evaluation.n:,} images of the {facts['tested_on']} split. {note}", "",
+        "| metric | value | 95 % interval |", "|---|---:|---|", *rows,
+    ])  # fmt: skip
+
+
+def _use(folder: RunFolder) -> str:
+    return (
+        "## How to use it\n\n```python\nimport regard\n\n"
+        f'classifier = regard.load("{folder.path.name}")\n'
+        'print(classifier.predict("photo.jpg"))\n```\n\n'
+        "timm loads it too, after `import regard`: "
+        f'`timm.create_model("local-dir:{folder.path.name}", pretrained=True)`.'
+    )
+
+
+def _command(plan: Plan, facts: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    command = plan.header().splitlines()[1]
+    return f"## How it was made\n\n```\n{command}\n```\n\nWith {versions}; seed {plan.recipe.seed}."
+
+
+def _intended() -> str:
+    return (
+        "## Intended use\n\n"
+        "For images like those it was trained on, taken in the same way, of the same classes: it "
+        "names one of its classes for any image, and its probabilities are only as good as the "
+        "calibration error says. It is a research model and no medical device; nothing that it "
+        "answers is a diagnosis. Check it on your own data before you rely on it."
+    )

@@ -1,0 +1,154 @@
+"""What a run is: decided from arguments and data for a new one, read from its folder to resume."""
+
+import dataclasses
+import shlex
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from regard.data.preprocess import Preprocess
+from regard.data.sources import ImageTable, open_data
+from regard.errors import UsageError
+from regard.runs import RunFolder
+from regard.training.config import Recipe, load_recipe
+from regard.training.plan import (
+    choose_model,
+    choose_preprocess,
+    choose_splits,
+    fit_schedule,
+    is_scaled,
+    own_recipe,
+)
+
+# fields of a recipe that may differ when a run is resumed: they change no result
+OPERATIONAL = ("workers", "save_minutes")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run is asked to be: the arguments of `regard.train`."""
+
+    data: str
+    model: str | None
+    recipe: Recipe
+    weights: str | None
+    pretrained: bool
+    root: str | None
+    model_args: dict[str, Any]
+    base: Recipe  # the recipe without the changes
+    changes: dict[str, Any]
+    has_recipe: bool  # whether one was named, rather than taken by default
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, decided: what was asked for, and what followed from the data.
+
+    Attributes:
+        data, root: where the images are.
+        model, model_args: the network.
+        weights, pretrained: what its weights start from.
+        recipe: how it is trained; `accumulate` fits the processes that train now.
+        classes: names, in the order of the outputs.
+        preprocess: from an image to the network's input.
+        processes: how many trained when the run was started.
+    """
+
+    data: str
+    root: str | None
+    model: str
+    model_args: dict[str, Any]
+    weights: str | None
+    pretrained: bool
+    recipe: Recipe
+    classes: list[str]
+    preprocess: Preprocess
+    processes: int = 1
+
+    def header(self) -> str:
+        """The comment at the top of the run's recipe.toml: what it is, and the command."""
+        command = " ".join(shlex.quote(a) for a in sys.argv[1:])
+        first = f"The recipe of this run, every value resolved: {self.model} on {self.data}"
+        start = " --pretrained" * self.pretrained
+        if self.weights is not None:
+            start += f" --weights {shlex.quote(self.weights)}"
+        again = f"regard train {shlex.quote(self.data)} --recipe THIS_FILE{start}"
+        return f"{first}\nregard {command}\nThe same run again: {again}"
+
+
+def new_plan(asked: Request, processes: int) -> tuple[Plan, ImageTable]:
+    """The plan of a new run, and its images with their splits.
+
+    Raises:
+        UsageError: the data can't be used, or there is no such network.
+    """
+    recipe = asked.recipe
+    table = choose_splits(open_data(asked.data, root=asked.root), recipe)
+    name, arguments = choose_model(asked.model, recipe, asked.model_args)
+    preprocess, arguments = choose_preprocess(name, arguments, recipe, table, asked.pretrained)
+    images = int(np.count_nonzero(table.splits == "train"))
+    recipe = own_recipe(recipe, name, arguments, preprocess)
+    recipe = fit_schedule(recipe, asked.base, asked.changes, images, processes)
+    plan = Plan(
+        asked.data, asked.root, name, arguments, asked.weights, asked.pretrained, recipe,
+        table.classes, preprocess, processes,
+    )  # fmt: skip
+    return plan, table
+
+
+def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
+    """The plan in the folder, for the number of processes that there are now.
+
+    Raises:
+        UsageError: what is asked for is not what the run was started with.
+    """
+    stored, recipe = folder.read_plan(), load_recipe(folder.path / "recipe.toml")
+    given = dict(asked.changes)
+    if asked.has_recipe:
+        given = {f.name: getattr(asked.recipe, f.name) for f in dataclasses.fields(Recipe)}
+    now: dict[str, tuple[Any, Any]] = {
+        "data": (stored["data"], asked.data),
+        "model": (stored["model"], asked.model or stored["model"]),
+        "weights": (stored["weights"], asked.weights or stored["weights"]),
+        "pretrained": (stored["pretrained"], asked.pretrained or stored["pretrained"]),
+    }
+    now |= {
+        name: (getattr(recipe, name), value)
+        for name, value in given.items()
+        if name not in ("model", "model_args", *OPERATIONAL)
+        and not is_scaled(name, getattr(recipe, name), value)
+    }
+    now |= {name: (recipe.model_args.get(name), value) for name, value in asked.model_args.items()}
+    for name, (was, is_now) in now.items():
+        if was != is_now:
+            raise UsageError(
+                f"{name}={is_now}: {folder.path} was started with {was}; leave it out to resume, "
+                "or choose another folder for a new run"
+            )
+    recipe = recipe.changed(**{k: v for k, v in asked.changes.items() if k in OPERATIONAL})
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in stored["preprocess"].items()
+    }
+    return Plan(
+        asked.data, stored["root"], stored["model"], stored["model_args"], stored["weights"],
+        stored["pretrained"], recipe, stored["classes"], Preprocess(**values),
+        stored.get("processes", processes),
+    )  # fmt: skip
+
+
+def accumulation_now(accumulate: int, then: int, now: int) -> int:
+    """Gradient accumulation steps with which `now` processes take the steps of `then` processes.
+
+    Raises:
+        UsageError: no whole number does.
+    """
+    parts = accumulate * then
+    if parts % now:
+        fitting = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
+        raise UsageError(
+            f"the run was started with {then} processes, {parts} batches in a step, which {now} "
+            f"processes can't share equally: resume it with {fitting}"
+        )
+    return parts // now

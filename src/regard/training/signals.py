@@ -1,0 +1,56 @@
+"""Signals as requests, which a run looks at between its steps and while it waits for images.
+
+SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) save and stop; SIGUSR1, which SLURM can
+send ahead of a time limit, saves and goes on. A second SIGINT ends at once, without saving.
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+STOPPING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+SAVING = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
+
+
+class Signals:
+    """The signals that this process got.
+
+    Attributes:
+        stop: the number of the signal that asked to stop, or 0.
+        save: whether one asked to save.
+    """
+
+    def __init__(self) -> None:
+        self.stop = 0
+        self.save = False
+
+    def _request(self, number: int, _: FrameType | None) -> None:
+        if number in SAVING:
+            self.save = True
+            return
+        if self.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop = number
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """Takes the signals as requests; outside of the main thread they are left alone.
+
+        A SIGHUP that is ignored, as under nohup, stays ignored.
+        """
+        before = {}
+        with contextlib.suppress(ValueError):  # not in the main thread
+            for number in [*STOPPING, *SAVING]:
+                if number not in (signal.SIGINT, signal.SIGTERM) and (
+                    signal.getsignal(number) == signal.SIG_IGN
+                ):
+                    continue
+                before[number] = signal.signal(number, self._request)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

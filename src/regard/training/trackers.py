@@ -1,0 +1,107 @@
+"""Experiment tracking through Accelerate's trackers: TensorBoard, Weights & Biases, MLflow, ...
+
+TensorBoard's events lie in the run's folder, and a resumed run shows each epoch once. The other
+services get the same numbers; each needs its package and its own login. A resumed run goes on
+as the same run of Weights & Biases, and as a new run of the same name elsewhere.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+from regard.errors import FileError, UsageError
+from regard.files import reason, shortened
+
+# what is imported, and what pip calls it
+PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb": ("wandb", "'regard[wandb]'"),
+    "mlflow": ("mlflow", "'regard[mlflow]'"),
+    "aim": ("aim", "aim"),
+    "clearml": ("clearml", "clearml"),
+    "comet_ml": ("comet_ml", "comet_ml"),
+    "swanlab": ("swanlab", "swanlab"),
+    "trackio": ("trackio", "trackio"),
+}
+NONE = "none"
+
+
+def check_trackers(names: Sequence[str]) -> list[str]:
+    """The trackers to use, in order and each once; "none" stands for none.
+
+    Raises:
+        UsageError: an unknown name, or one whose package is not installed.
+    """
+    chosen = list(dict.fromkeys(name for name in names if name != NONE))
+    for name in chosen:
+        if name not in PACKAGES:
+            raise UsageError(f"log={name}: choose {shortened([*PACKAGES, NONE], 20)}")
+        module, package = PACKAGES[name]
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"log={name} needs the package {module}: pip install {package}")
+    return chosen
+
+
+class Trackers:
+    """The trackers of one run, in its first process.
+
+    Args:
+        names: as `check_trackers` gives them.
+        folder: the run's folder; its name is the run's name.
+        config: the recipe and the like, stored with the run.
+        step: the step at which the run goes on; TensorBoard forgets what comes after it.
+
+    Raises:
+        FileError: a tracker can't be started (no login, no network).
+    """
+
+    def __init__(
+        self, names: Sequence[str], folder: Path, config: dict[str, Any], step: int
+    ) -> None:
+        self._trackers: list[Any] = []
+        for name in names:
+            try:
+                self._trackers.append(_start(name, folder, config, step))
+            except Exception as error:  # services raise what they like
+                raise FileError(f"log={name}: it can't be started ({reason(error)})") from error
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Numbers after a step."""
+        for tracker in self._trackers:
+            tracker.log(values, step=step)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        for tracker in self._trackers:
+            with contextlib.suppress(OSError):  # a full disk: nothing that matters is lost
+                tracker.finish()
+
+
+def _start(name: str, folder: Path, config: dict[str, Any], step: int) -> Any:
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    if name == "tensorboard":
+        # the run's own folder: TensorBoard shows runs/ as one list
+        tracker = kind("tensorboard", folder, purge_step=step + 1 if step else None)
+        tracker.start()
+        return tracker
+    if name == "wandb":
+        os.environ.setdefault("WANDB_SILENT", "true")
+        own = hashlib.sha256(f"{folder.resolve()} {config.get('started')}".encode()).hexdigest()
+        tracker = kind(
+            "regard", name=folder.name, dir=str(folder), id=own[:16], resume="allow",
+        )  # fmt: skip
+    elif name == "mlflow":
+        tracker = kind("regard", run_name=folder.name)
+    elif kind.requires_logging_directory:
+        tracker = kind("regard", logging_dir=str(folder))
+    else:
+        tracker = kind("regard")
+    tracker.start()
+    tracker.store_init_configuration({k: str(v) for k, v in config.items()})
+    return tracker
