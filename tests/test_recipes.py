@@ -1,5 +1,6 @@
 """Recipes: the papers' numbers, step by step; round trips; and errors for people."""
 
+import math
 import re
 import shlex
 
@@ -7,8 +8,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import regard
+from regard.data.loading import Reader
+from regard.data.preprocess import Preprocess
+from regard.data.sources import ImageTable, open_data
 from regard.training.config import (
     Recipe,
     fields_of,
@@ -20,44 +25,85 @@ from regard.training.config import (
 from regard.training.optim import gate_and_head_parameters, make_optimizer, rate_factor
 from regard.training.plan import (
     choose_steps,
+    fit_schedule,
     image_weights,
     loss_weights,
     noisy_labels,
     parse_weights,
 )
+from regard.training.steps import StepPlan, step_plan
 
 
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_recipe_is_read_and_written_back(name):
     recipe = load_recipe(name)
     assert parse_recipe(recipe_toml(recipe, "header\nof two lines"), "again") == recipe
-    text = shipped()[name]
-    assert re.search(r"^# .*regard (?:train|demo)", text, re.M)
-    assert "easured" in text or "docs/training.md" in text
 
 
-def rate(name: str, step: int, epoch_steps: float = 100.0, total: int = 10**6) -> float:
-    recipe = load_recipe(name)
-    return recipe.lr * rate_factor(recipe, step, recipe.steps or total, epoch_steps)
+def rates(recipe: Recipe, images: int) -> tuple[np.ndarray, StepPlan]:
+    """The learning rate of each step of a run, and how its steps are cut."""
+    plan = step_plan(recipe, images, 1)
+    total = choose_steps(recipe, images, 1)
+    factors = [rate_factor(recipe, s, total, plan.an_epoch) for s in range(total)]
+    return recipe.lr * np.array(factors), plan
 
 
-def test_the_papers_learning_rates():
-    for step, expected in (
-        (0, 0.1), (63_999, 0.1), (64_000, 0.01), (95_999, 0.01), (96_000, 0.001), (159_999, 0.001),
-    ):  # fmt: skip
-        assert rate("attention-cifar", step) == pytest.approx(expected), step
-    for step, expected in ((199_999, 0.1), (200_000, 0.01), (400_000, 1e-3), (500_000, 1e-4)):
-        assert rate("attention-imagenet", step) == pytest.approx(expected), step
-    for epoch, expected in ((0, 0.1), (29.99, 0.1), (30, 0.01), (60, 0.001), (89.9, 0.001)):
-        assert rate("cbam-imagenet", int(epoch * 100)) == pytest.approx(expected), epoch
-    for epoch, expected in ((0, 0.01), (4.99, 0.01), (5, 0.1), (99, 0.1), (100, 0.01), (200, 1e-3)):
-        assert rate("ag-sononet", int(epoch * 100)) == pytest.approx(expected), epoch
-    recipe = load_recipe("attention-cifar")
-    assert (recipe.steps, recipe.batch_size, recipe.nesterov) == (160_000, 64, True)
-    assert (recipe.momentum, recipe.weight_decay, recipe.decay_norm_and_bias) == (0.9, 1e-4, True)
-    fast = load_recipe("attention-cifar-fast")
-    assert fast.steps * fast.batch_size == recipe.steps * recipe.batch_size
-    assert load_recipe("cbam-imagenet").nesterov is False
+def step_lr(base: float, milestones: tuple[int, ...], total: int) -> np.ndarray:
+    """Caffe's `multistep` policy, gamma 0.1: rate(iteration) = base * gamma ** drops so far."""
+    drops = np.zeros(total)
+    for milestone in milestones:
+        drops[milestone:] += 1
+    return base * 0.1**drops
+
+
+# The papers' and the authors' own formulas, written out; a step each.
+def test_every_step_of_the_residual_attention_recipes_has_the_papers_rate():
+    found, _ = rates(load_recipe("attention-cifar"), 50_000)
+    np.testing.assert_allclose(found, step_lr(0.1, (64_000, 96_000), 160_000))
+    found, plan = rates(load_recipe("attention-imagenet"), 1_281_167)
+    np.testing.assert_allclose(found, step_lr(0.1, (200_000, 400_000, 500_000), 530_000))
+    assert len(found) / plan.an_epoch == pytest.approx(106, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs"), [({}, 90), ({"epochs": 100, "milestones": (30, 60, 90)}, 100)]
+)
+def test_every_step_of_cbams_recipe_has_the_rate_of_its_script(changes, epochs):
+    """train_imagenet.py: lr = args.lr * (0.1 ** (epoch // 30)), a loader that drops no batch."""
+    found, _ = rates(load_recipe("cbam-imagenet").changed(**changes), 10_000)
+    loader = math.ceil(10_000 / 256)  # len(DataLoader), batches of all GPUs together
+    wanted = [0.1 * (0.1 ** (epoch // 30)) for epoch in range(epochs) for _ in range(loader)]
+    np.testing.assert_allclose(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "batches"),
+    [
+        ({}, 10),
+        ({"steps": 30_000, "milestones": (500, 10_000, 20_000)}, 100),
+        ({"epochs": 300, "schedule_unit": "epochs", "milestones": (5, 100, 200)}, 20),
+    ],
+)
+def test_every_step_of_the_sononet_recipe_has_the_rate_of_its_script(changes, batches):
+    """A scheduler of epochs, each stopped after so many batches; 20 are all of 1,280 images."""
+
+    def of_epoch(epoch: int) -> float:
+        return 0.01 if epoch < 5 else 0.1 if epoch < 100 else 0.01 if epoch < 200 else 0.001
+
+    found, _ = rates(load_recipe("ag-sononet").changed(**changes), 1280)
+    wanted = [of_epoch(epoch) for epoch in range(300) for _ in range(batches)]
+    np.testing.assert_allclose(found, wanted)
+
+
+def test_recipes_of_our_own():
+    cifar, fast = load_recipe("attention-cifar"), load_recipe("attention-cifar-fast")
+    assert fast.steps * fast.batch_size == cifar.steps * cifar.batch_size
+    assert fast.lr / fast.batch_size == cifar.lr / cifar.batch_size
+    shares = [tuple(m / r.steps for m in r.milestones) for r in (cifar, fast)]
+    assert shares[0] == shares[1] == (0.4, 0.6)
+    found, _ = rates(load_recipe("cbam-cifar"), 1280)  # ten steps an epoch
+    wanted = [0.1] * 1000 + [0.01] * 500 + [0.001] * 500
+    np.testing.assert_allclose(found, wanted)
 
 
 def test_the_shapes_of_schedules():
@@ -204,12 +250,8 @@ def commands(text: str) -> list[list[str]]:
     """The `regard train ...` of a recipe's header, with lines joined that end in a backslash."""
     comment = "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
     lines = comment.replace("\\\n", " ").splitlines()
-    starts = [line.partition("regard train ")[2] for line in lines]
-    return [
-        ["train", *shlex.split(start)]
-        for line, start in zip(lines, starts, strict=True)
-        if line.startswith(("regard train ", "accelerate launch "))
-    ]
+    calls = [line.partition("regard train ")[2] for line in lines if "regard train " in line]
+    return [["train", *shlex.split(call)] for call in calls]
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -223,6 +265,10 @@ def test_the_headers_command_is_one(name):
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
         assert command.__module__ == "regard.commands.train"
         recipe = load_recipe(bound.arguments.get("recipe", "quick"))
+        flags = bound.arguments.get("flags")
+        changes = {} if flags is None else {k: v for k, v in vars(flags).items() if v is not None}
+        changed = recipe.changed(**changes)
+        assert fit_schedule(changed, recipe, changes, 10_000, 1) == changed
         model = bound.arguments.get("model") or recipe.model
         assert model is not None
         assert model == "NAME" or timm.is_model(model)
@@ -230,49 +276,74 @@ def test_the_headers_command_is_one(name):
     assert name in named
 
 
-def test_images_of_a_step_are_the_papers():
-    """Processes times the batch of each, by the headers of the recipes for many."""
-    for name, images, least in (("attention-imagenet", 64, 32), ("cbam-imagenet", 256, 1)):
-        text = shipped()[name]
-        processes = int(re.search(r"--num_processes (\d+)", text)[1])
-        batch = int(re.search(r"--batch-size (\d+)", text)[1])
-        assert processes * batch == load_recipe(name).batch_size == images
-        assert batch >= least
+@pytest.mark.parametrize("name", ["attention-imagenet", "cbam-imagenet"])
+def test_images_of_a_step_are_the_papers(name):
+    """Processes times the batch of each, in the header's command for several processes."""
+    text = shipped()[name]
+    processes = int(re.search(r"--num_processes (\d+)", text)[1])
+    batch = int(re.search(r"--batch-size (\d+)", text)[1])
+    assert batch >= 32
+    assert processes * batch == load_recipe(name).batch_size == 256
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_header_says_with_what_it_runs_and_what_to_expect(name):
+    lines = (line.lstrip("# ") for line in shipped()[name].splitlines() if line.startswith("#"))
+    words = " ".join(lines)
+    for word in ("data ", "command ", "expected", "hardware"):
+        assert word in words, word
+    assert ("whole run was not measured" in words) == (name not in ("demo", "quick", "finetune"))
+
+
+PAPERS = ["ag-sononet", "ag-sononet-ft", "attention-cifar", "attention-imagenet", "cbam-imagenet"]
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_papers_recipe_computes_in_fp32_and_says_so(name):
+    assert load_recipe(name).precision == "fp32"
+    if name != "ag-sononet-ft":
+        assert "fp32" in shipped()[name]
 
 
 def test_the_rest_of_the_papers_numbers():
-    cifar, imagenet = load_recipe("attention-cifar"), load_recipe("attention-imagenet")
-    for recipe in (cifar, imagenet):
-        assert (recipe.nesterov, recipe.momentum, recipe.weight_decay) == (True, 0.9, 1e-4)
-        assert (recipe.batch_size, recipe.lr, recipe.decay_norm_and_bias, recipe.flip) == (
-            64,
-            0.1,
-            True,
-            0.5,
-        )
+    cifar, imagenet, cbam = map(
+        load_recipe, ("attention-cifar", "attention-imagenet", "cbam-imagenet")
+    )
+    for recipe in (cifar, imagenet, cbam):
+        assert (recipe.momentum, recipe.weight_decay, recipe.decay_norm_and_bias) == (
+            0.9, 1e-4, True,
+        )  # fmt: skip
+        assert (recipe.lr, recipe.flip, recipe.optimizer) == (0.1, 0.5, "sgd")
+        assert recipe.nesterov == (recipe is not cbam)
     assert cifar.crop_shift * cifar.size[0] == 4
-    assert imagenet.steps == 530_000
-    cbam = load_recipe("cbam-imagenet")
-    assert (cbam.epochs, cbam.batch_size, cbam.size, cbam.crop_pct) == (
-        90,
-        256,
-        (224, 224),
-        224 / 256,
-    )
-    assert (cbam.momentum, cbam.weight_decay, cbam.decay_norm_and_bias) == (0.9, 1e-4, True)
-    assert cbam.random_crop == imagenet.random_crop == "resized"
-    sononet = load_recipe("ag-sononet")
-    assert (sononet.epochs, sononet.batch_size, sononet.weight_decay) == (300, 64, 1e-6)
-    assert (sononet.zoom, sononet.normalization, sononet.sampler) == (
-        (0.7, 1.3),
-        "image",
-        "balanced",
-    )
-    assert sononet.model_args == {"aggregation": "mean"}
-    epochs = [round(rate("ag-sononet", 100 * e + 99), 6) for e in range(300)]
-    assert epochs == [0.01] * 5 + [0.1] * 95 + [0.01] * 100 + [0.001] * 100
-    cbam_epochs = [round(rate("cbam-imagenet", 100 * e + 50), 6) for e in range(90)]
-    assert cbam_epochs == [0.1] * 30 + [0.01] * 30 + [0.001] * 30
+    assert (cifar.batch_size, imagenet.lighting, cbam.lighting) == (64, 0.1, 0.0)
+    for recipe in (imagenet, cbam):
+        assert (recipe.size, recipe.crop_pct) == ((224, 224), 224 / 256)
+        assert (recipe.random_crop, recipe.crop_scale, recipe.full_decode) == (
+            "resized", (0.08, 1.0), True,
+        )  # fmt: skip
+    assert cbam.partial_batch
+
+
+@pytest.mark.parametrize("name", ["ag-sononet", "ag-sononet-ft"])
+def test_the_sononet_recipes_have_the_authors_effective_values(name):
+    recipe = load_recipe(name)
+    assert (recipe.batch_size, recipe.weight_decay, recipe.nesterov) == (64, 1e-6, True)
+    assert (recipe.shift, recipe.rotate, recipe.axis_scale) == (0.1, 15.0, (0.7, 1.3))
+    assert (recipe.zoom, recipe.normalization, recipe.sampler) == ((1, 1), "image", "balanced")
+    preprocess = Preprocess((1, *recipe.size), (0.5,), (0.2,), recipe.resize, recipe.crop_pct)
+    assert preprocess.box(224, 288) == (8, 8, 280, 216)  # 208x272 in the middle, pixel by pixel
+    image = torch.arange(224 * 288).view(1, 224, 288) % 251
+    fitted = preprocess.fit(image.to(torch.uint8))
+    assert torch.equal(fitted, image[:, 8:216, 8:280].to(torch.uint8))
+    # 13 planes and a background as large as all of them: it is half of all draws
+    labels = np.repeat(np.arange(14), [13_000, *[500] * 12, 7000])
+    table = ImageTable("t", [str(c) for c in range(14)], labels, np.full(len(labels), ""),
+                       arrays=np.zeros((len(labels), 1, 1), np.uint8))  # fmt: skip
+    weights = image_weights(table, recipe)
+    assert weights[labels == 0].sum() / weights.sum() == pytest.approx(0.5)
+    shares = [weights[labels == c].sum() for c in range(1, 14)]
+    assert shares == pytest.approx([shares[0]] * 13)
 
 
 def test_every_field_is_a_documented_flag(capsys):
@@ -335,8 +406,6 @@ def test_lengths():
 
 
 def test_weights_of_classes():
-    from regard.data.sources import open_data
-
     table = open_data("digits")
     counts = np.bincount(table.labels)
     balanced = loss_weights(table, Recipe(class_weights="balanced")).numpy()
@@ -359,3 +428,15 @@ def test_label_noise_is_what_it_says():
     changed = np.bincount((noisy - labels)[noisy != labels] % 10, minlength=10)[1:]
     assert changed.min() > 120  # evenly over the nine others
     assert torch.is_tensor(torch.from_numpy(noisy))
+
+
+def test_a_jpeg_is_decoded_in_full_where_the_recipe_says_so(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for folder in "ab":
+        Image.new("RGB", (640, 512)).save(tmp_path / folder / "1.jpg")
+    table = open_data(str(tmp_path))
+    preprocess = Preprocess((3, 64, 64), (0.5,) * 3, (0.2,) * 3)
+    for full, shape in ((False, (3, 64, 80)), (True, (3, 512, 640))):
+        reader = Reader(table, preprocess, Recipe(full_decode=full).augmentation)
+        assert tuple(reader.decode(0).shape) == shape

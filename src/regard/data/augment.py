@@ -35,6 +35,8 @@ class Augmentation:
             color images only.
         random_erasing: probability of erasing a random rectangle.
         mixup: alpha of mixup's Beta distribution; 0 is off.
+        full_decode: whether JPEG files are decoded at full size, rather than at 1/2, 1/4 or
+            1/8 where that leaves pixels enough.
     """
 
     random_crop: str = "none"
@@ -49,6 +51,7 @@ class Augmentation:
     lighting: float = 0.0
     random_erasing: float = 0.0
     mixup: float = 0.0
+    full_decode: bool = False
 
 
 TRIES = 10  # of a random region, as torchvision's RandomResizedCrop

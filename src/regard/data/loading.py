@@ -124,14 +124,15 @@ class Reader:
     def decode(self, index: int) -> Tensor:
         """(C, H, W) in 0..255, in the image's own size.
 
-        Only for training are large JPEGs decoded at a part of their size: evaluation sees the
-        pixels that prediction sees.
+        Only for training are large JPEGs decoded at a part of their size, unless the recipe
+        decodes in full: evaluation sees the pixels that prediction sees.
         """
         preprocess = self.preprocess
+        in_full = self.augmentation is None or self.augmentation.full_decode
         pixels = self.table.read(
             index,
             channels=preprocess.input_size[0],
-            at_least=None if self.augmentation is None else preprocess.at_least,
+            at_least=None if in_full else preprocess.at_least,
             value_range=preprocess.value_range,
         )
         return to_tensor(pixels)

@@ -160,6 +160,10 @@ class Recipe:
         "Stop before training if more than this fraction of the images is unreadable.",
     )
 
+    full_decode: bool = _field(
+        False, "Images", "Decode JPEG files at full size, however small the input."
+    )
+
     random_crop: Literal["none", "shift", "resized"] = _field(
         "none", "Augmentation", "Random crop: after padding (shift), or of random area (resized)."
     )
