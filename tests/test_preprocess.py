@@ -1,5 +1,6 @@
 """What the network sees of an image: the right part, as timm cuts it, every bit of it kept."""
 
+import dataclasses
 import json
 from dataclasses import replace
 
@@ -206,3 +207,30 @@ def test_a_photo_decoded_smaller_looks_the_same(tmp_path, crop_pct, size):
     difference = ours(small) - ours(read_image(path))
     assert difference.abs().mean() < 4  # of 255
     assert min(small.shape[:2]) >= ours.at_least
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (512, 333), (224, 224), (97, 260), (256, 256)])
+@pytest.mark.parametrize("size", [(224, 224), (32, 32), (64, 48)])
+def test_resizing_first_is_torchvisions_resize_and_center_crop(shape, size):
+    from torchvision.transforms import v2
+
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randint(256, (3, *shape), generator=generator, dtype=torch.uint8)
+    ours = Preprocess((3, *size), (0.5,) * 3, (0.2,) * 3, "crop", 0.875, resize_first=True)
+    if size[0] == size[1]:
+        theirs = v2.Compose(
+            [v2.Resize(int(size[0] / 0.875), antialias=True), v2.CenterCrop(size)]
+        )  # as in CBAM's train_imagenet.py: Resize(256), CenterCrop(224)
+        assert torch.equal(ours.fit(image), theirs(image))
+    fitted = ours.fit(image)
+    assert fitted.shape == (3, *size)
+    plain = dataclasses.replace(ours, resize_first=False).fit(image)
+    assert (fitted.float() - plain.float()).abs().mean() < 30  # noise, moved by part of a pixel
+    again = Preprocess.from_config(ours.data_config(), **ours.regard_config())
+    assert again == ours
+
+
+def test_resizing_first_is_left_out_where_it_would_need_much_memory():
+    ours = Preprocess((1, 64, 64), (0.5,), (0.2,), "crop", 0.875, resize_first=True)
+    strip = torch.zeros(1, 1, 2_000_000, dtype=torch.uint8)  # resized whole: 9 GB
+    assert ours.fit(strip).shape == (1, 64, 64)

@@ -182,6 +182,7 @@ def metadata(classifier: Classifier, deployed: Deployed, precision: str) -> dict
         "input_channels": "gray" if preprocess.input_size[0] == 1 else "RGB",
         "resize": preprocess.resize,
         "crop_pct": preprocess.crop_pct,
+        "resize_first": preprocess.resize_first,
         "interpolation": "bilinear, antialiased",
         "outputs": deployed.output_names,
         "attention_kinds": {name: kinds[name] for name in deployed.maps},

@@ -169,8 +169,9 @@ def load(folder: str | Path) -> Classifier:
     model, config = load_model(folder)
     own = config.get("regard", {})
     preprocess = Preprocess.from_config(
-        model.pretrained_cfg, own.get("normalization", "fixed"), own.get("value_range")
-    )
+        model.pretrained_cfg, own.get("normalization", "fixed"), own.get("value_range"),
+        own.get("resize_first", False),
+    )  # fmt: skip
     names = config.get("label_names") or [str(i) for i in range(model.num_classes)]
     return Classifier(model, names, preprocess, config)
 

@@ -16,6 +16,8 @@ from torch import Tensor
 RESIZES = ("squash", "crop", "pad")
 _TIMM_MODES = {"squash": "squash", "crop": "center", "pad": "border"}
 
+LONGEST = 16  # times the shorter side, beyond which `resize_first` would take much memory
+
 Box = tuple[float, float, float, float]
 
 
@@ -62,6 +64,9 @@ class Preprocess:
         crop_pct: fraction of the side that the center crop covers, as timm's for its crop
             modes; with "squash" and "pad", 1 covers the whole image.
         normalization: "fixed", by mean and std, or "image", each image by its own.
+        resize_first: with "crop", resize the whole image and then cut it (torchvision's Resize
+            and CenterCrop), instead of resizing the cut region alone. The two differ by a
+            fraction of a pixel.
         value_range: lowest and highest value of measurements (signed, 32-bit and float images)
             in the training data, which become 0 and 1; None: it has none. See `read_image`.
     """
@@ -73,6 +78,7 @@ class Preprocess:
     crop_pct: float = 1.0
     normalization: str = "fixed"
     value_range: tuple[float, float] | None = None
+    resize_first: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -124,6 +130,12 @@ class Preprocess:
     def fit(self, image: Tensor) -> Tensor:
         """(C, H, W) of any size in 0..255 -> (C, *size), the same type."""
         _, height, width = image.shape
+        if (
+            self.resize_first
+            and self.resize == "crop"
+            and (max(height, width) <= LONGEST * min(height, width))
+        ):
+            return self._resize_and_crop(image)
         box = self.box(height, width)
         if self.resize != "pad":
             return resample(image, box, self.size)
@@ -134,6 +146,19 @@ class Preprocess:
         top, left = (h - inner[0]) // 2, (w - inner[1]) // 2
         out[:, top : top + inner[0], left : left + inner[1]] = small
         return out
+
+    def _resize_and_crop(self, image: Tensor) -> Tensor:
+        """(C, H, W) -> (C, *size): torchvision's Resize of the side that limits, CenterCrop."""
+        (_, height, width), (h, w) = image.shape, self.size
+        if h / height >= w / width:
+            rows = math.floor(h / self.crop_pct)
+            columns = max(w, int(rows * width / height))
+        else:
+            columns = math.floor(w / self.crop_pct)
+            rows = max(h, int(columns * height / width))
+        resized = resample(image, (0, 0, width, height), (rows, columns))
+        top, left = round((rows - h) / 2), round((columns - w) / 2)
+        return resized[:, top : top + h, left : left + w].contiguous()
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in 0..255 -> standardized float32."""
@@ -161,6 +186,8 @@ class Preprocess:
         entries: dict[str, Any] = {"normalization": self.normalization}
         if self.value_range is not None:
             entries["value_range"] = list(self.value_range)
+        if self.resize_first:
+            entries["resize_first"] = True
         return entries
 
     @classmethod
@@ -169,6 +196,7 @@ class Preprocess:
         config: dict[str, Any],
         normalization: str = "fixed",
         value_range: Sequence[float] | None = None,
+        resize_first: bool = False,
     ) -> "Preprocess":
         """From timm's configuration of a network (its pretrained_cfg)."""
         modes = {v: k for k, v in _TIMM_MODES.items()}
@@ -180,6 +208,7 @@ class Preprocess:
             crop_pct=config.get("crop_pct") or 1.0,
             normalization=normalization,
             value_range=None if value_range is None else (value_range[0], value_range[1]),
+            resize_first=resize_first,
         )
 
 

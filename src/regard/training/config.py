@@ -149,6 +149,9 @@ class Recipe:
     crop_pct: Annotated[float, _limits(gte=0.1, lte=1)] = _field(
         1.0, "Images", "Fraction of the shorter side that the center crop keeps."
     )
+    resize_first: bool = _field(
+        False, "Images", "With resize=crop: resize the whole image, then crop, as torchvision does."
+    )
     normalization: Literal["data", "model", "image"] = _field(
         "data", "Images",
         "Mean and standard deviation: of the training images, of the pretrained network, or of "
@@ -295,6 +298,7 @@ _USED_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "lr_factors": ("schedule", ("steps",)),
     "warmup": ("schedule", ("steps", "cosine", "constant")),
     "crop_pct": ("resize", ("crop",)),
+    "resize_first": ("resize", ("crop",)),
     "crop_shift": ("random_crop", ("shift",)),
     "crop_scale": ("random_crop", ("resized",)),
 }

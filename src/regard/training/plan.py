@@ -88,7 +88,7 @@ def choose_preprocess(
         input_size=(in_chans, height, width), mean=mean, std=std, resize=recipe.resize,
         crop_pct=recipe.crop_pct if recipe.resize == "crop" else 1.0,
         normalization="image" if recipe.normalization == "image" else "fixed",
-        value_range=seen.value_range,
+        value_range=seen.value_range, resize_first=recipe.resize_first,
     )  # fmt: skip
     if seen.value_range is not None:
         low, high = seen.value_range
