@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from PIL import Image
 import regard
 from regard.cli import run_command
 from regard.commands import predict as module
+from regard.data.content import file_hash
 from tests.helpers import ENVIRONMENT, rows_of, start
 
 CLASSES = ["cat", "dog", "čáp ✓"]  # which many encodings lack
@@ -99,6 +101,19 @@ def test_options_may_stand_anywhere(predict, pictures):
     assert len(expected.splitlines()) == 2
     assert predict("--top", "1", a, b) == expected
     assert predict(a, "--top", "1", b) == expected
+
+
+def test_a_pipe_is_not_waited_for(network, pictures, tmp_path, capsys):
+    """Also where the run knows its images, and each one given is hashed."""
+    run = tmp_path / "run"
+    shutil.copytree(network, run)
+    a = pictures / "a.png"
+    (run / "splits.csv").write_text(
+        f"path,label,split,group,content\n{a},cat,train,,{file_hash(a):016x}\n"
+    )
+    os.mkfifo(tmp_path / "pipe.png")
+    assert run_command(["predict", str(run), str(tmp_path / "pipe.png"), str(a)]) == 1
+    assert "pipe.png: is not a regular file" in capsys.readouterr().err
 
 
 def test_a_url_is_named_as_one(predict):

@@ -19,10 +19,12 @@ _CHUNK = 256  # files a thread is given at a time
 
 
 def file_hash(path: str | os.PathLike[str]) -> int:
-    """The hash of a file; UNREADABLE where it can't be read or is empty."""
+    """The hash of a regular file; UNREADABLE where it can't be read or is empty."""
     hashed = hashlib.blake2b(digest_size=8)
     empty = True
     try:
+        if not os.path.isfile(path):  # opening a pipe would wait for its writer
+            return UNREADABLE
         with open(path, "rb", buffering=0) as file:
             while block := file.read(_BLOCK):
                 hashed.update(block)
