@@ -31,10 +31,10 @@ NETWORKS = {
 QUICK = [("eager", "fp32"), ("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
 
 
-def lively(name: str, classes: int = 5) -> nn.Module:
+def lively(name: str, classes: int = 5, channels: int | None = None) -> nn.Module:
     """A network whose BNs are not the identity and whose gates are not one half."""
     torch.manual_seed(0)
-    channels = NETWORKS[name][0][0]
+    channels = channels or NETWORKS[name][0][0]
     model = regard.create_model(name, num_classes=classes, in_chans=channels)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

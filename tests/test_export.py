@@ -1,10 +1,6 @@
 """Exported files: they answer as the network does, say what they are, or are not there."""
 
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+import os
 
 import numpy as np
 import pytest
@@ -12,9 +8,9 @@ import torch
 
 import regard
 from regard.attention import record
-from regard.engines.formats import Onnx, Torch
-from regard.errors import ExportError
-from regard.export import export, open_file, read_metadata
+from regard.engines.formats import FORMATS, Onnx, Torch
+from regard.errors import ExportError, UsageError
+from regard.export import export
 from tests.helpers import run
 
 pytestmark = pytest.mark.native
@@ -25,13 +21,13 @@ FILES = {"onnx": "net.onnx", "openvino": "net.xml", "torch": "net.pt2"}
 @pytest.mark.parametrize("to", FILES)
 def test_a_file_answers_as_the_network_and_shows_its_maps(whole, tmp_path, to):
     path = export(whole, to=to, out=tmp_path / FILES[to], maps=True)
-    facts = read_metadata(path, to)
+    facts = FORMATS[to].metadata(path)
     assert facts["class_names"] == ["0", "1", "2"]
     assert facts["input_size"] == [1, 16, 16]
     assert facts["outputs"] == ["probabilities", "attention.gate3.map", "attention.gate4.map"]
     assert facts["precision"] == "fp32"
     classifier = regard.load(whole)
-    answers = open_file(path, to)
+    answers = FORMATS[to].open(path)
     generator = torch.Generator().manual_seed(5)
     for count in (1, 2, 7):  # of any batch
         images = torch.rand(count, 1, 16, 16, generator=generator) * 255
@@ -43,7 +39,10 @@ def test_a_file_answers_as_the_network_and_shows_its_maps(whole, tmp_path, to):
         for got, name in zip(found[1:], ("gate3.map", "gate4.map"), strict=True):
             assert torch.allclose(got, maps[name].spatial(), atol=1e-5)
     parts = {"openvino": ["net.bin", "net.xml"]}.get(to, [FILES[to]])
-    assert sorted(p.name for p in tmp_path.iterdir()) == parts
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*parts, "net.py"])
+    (tmp_path / "plain").write_text("")
+    modes = {p.stat().st_mode for p in tmp_path.iterdir()}
+    assert len(modes) == 1  # as any file that this user writes
 
 
 @pytest.mark.parametrize("to", ["onnx", "openvino"])
@@ -51,9 +50,9 @@ def test_eight_bits_say_what_they_cost(whole, tmp_path, to, caplog):
     caplog.set_level("INFO", "regard")
     path = export(whole, to=to, out=tmp_path / FILES[to], int8=True, force=True)
     assert "INT8 on the 24 validation images:" in caplog.text
-    assert read_metadata(path, to)["precision"] == "int8"
+    assert FORMATS[to].metadata(path)["precision"] == "int8"
     images = torch.rand(3, 1, 16, 16) * 255
-    (answer,) = open_file(path, to)(images)
+    (answer,) = FORMATS[to].open(path)(images)
     assert torch.allclose(answer, regard.load(whole).probabilities(images), atol=0.2)
 
 
@@ -101,20 +100,6 @@ def test_a_file_that_answers_otherwise_is_not_kept(whole, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_docs_example_runs_without_regard(whole, scans, tmp_path):
-    text = (Path(__file__).parents[1] / "docs/exporting.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    export(whole, to="onnx", out=tmp_path / "net.onnx")
-    shutil.copy(scans / "2/07.png", tmp_path / "image.png")
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport sys; assert 'torch' not in sys.modules"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (answer,) = regard.load(whole).predict(scans / "2/07.png")
-    assert done.stdout.strip() == answer.classes[0][0]
-
-
 def test_wrong_calls_are_one_line(whole, tmp_path):
     out = tmp_path / "net.onnx"
     assert '"openvino"' in run("export", whole, "--to", "tflite", "--out", out, code=2)
@@ -122,10 +107,31 @@ def test_wrong_calls_are_one_line(whole, tmp_path):
     assert "int8: only with onnx or openvino" in run(
         "export", whole, "--to", "torch", "--out", tmp_path / "a.pt2", "--int8", code=2
     )
-    out.write_text("mine")
-    assert "is there already" in run("export", whole, "--to", "onnx", "--out", out, code=2)
-    assert out.read_text() == "mine"
-    assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+    for name in ("net.onnx", "net.py"):
+        mine = tmp_path / name
+        mine.write_text("mine")
+        assert "is there already" in run("export", whole, "--to", "onnx", "--out", out, code=2)
+        assert [p.name for p in tmp_path.iterdir()] == [name]
+        assert mine.read_text() == "mine"
+        mine.unlink()
+    os.mkfifo(out)
+    assert "no regular file" in run(
+        "export", whole, "--to", "onnx", "--out", out, "--overwrite", code=2
+    )
+
+
+def test_a_link_is_followed_and_names_of_modules_are_not_taken(whole, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/torch.pt2").write_text("old")
+    link = tmp_path / "net.pt2"
+    link.symlink_to(tmp_path / "elsewhere/torch.pt2")
+    with pytest.raises(UsageError, match="is there already"):
+        export(whole, to="torch", out=link)
+    export(whole, to="torch", out=link, overwrite=True)
+    assert link.is_symlink()
+    assert FORMATS["torch"].metadata(link)["class_names"] == ["0", "1", "2"]
+    names = sorted(p.name for p in (tmp_path / "elsewhere").iterdir())
+    assert names == ["torch.pt2", "torch_predict.py"]  # torch.py would hide torch
 
 
 def test_the_command(whole, tmp_path):

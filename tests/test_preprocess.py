@@ -79,6 +79,12 @@ def test_odd_tall_and_tiny_images_fit(resize, shape):
         assert (even == 77).all()
 
 
+def test_floats_as_thin_as_one_column_are_resized_as_bytes_are():
+    image = to_tensor(load_sample_images().images[0][:230, 100:102])
+    fitting = Preprocess((3, 128, 75), (0.5,) * 3, (0.25,) * 3, "pad")
+    assert (fitting.fit(image.float()) - fitting.fit(image).float()).abs().max() <= 1
+
+
 def test_pad_keeps_the_whole_image_between_margins_of_its_mean():
     image = torch.zeros(1, 10, 20)
     image[..., 10:] = 200

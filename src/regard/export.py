@@ -2,9 +2,9 @@
 
 The graph takes decoded and resized images (B, C, H, W) as float32 in 0..255 and returns
 probabilities: normalization and softmax are inside. Class names, input size and how to resize
-are in the file's metadata, and a program beside the file predicts image files with it. Nothing
-appears at its final name before the file was loaded again and its answers on real images were
-compared with the network's.
+are in the file's metadata, and the program that is written with it (engines/standalone.py)
+predicts image files. Nothing appears at its final name before the file was loaded again and its
+answers on real images were compared with the network's.
 """
 
 import logging
@@ -24,6 +24,7 @@ from regard.data.loading import Reader, StreamingLoader, default_workers
 from regard.data.sources import ImageTable, as_known
 from regard.engines.conversion import Deployed, fold_batch_norms, spatial_maps
 from regard.engines.formats import FORMATS, Format, Run
+from regard.engines.program import program, program_name
 from regard.errors import ExportError, FileError, ImageError, UsageError
 from regard.files import reason, spread
 from regard.predict import Classifier, load, probabilities_of
@@ -67,7 +68,8 @@ def export(
     Args:
         run: a run's folder, or any folder in timm's `local-dir` layout (with `data`).
         to: "onnx" (opset 20), "openvino" (FILE.xml and FILE.bin) or "torch" (torch.export's .pt2).
-        out: the file; its suffix must be that of `to`.
+        out: the file; its suffix must be that of `to`. A program called as it, ending in .py, is
+            written to the same folder.
         data: labeled images to compare on; default: the run's own.
         root: folder of cifar10 and cifar100.
         maps: the attention maps are outputs as well, each (B, h, w), named attention.MODULE.
@@ -84,7 +86,8 @@ def export(
             nothing is left at `out`.
         FileError: the file can't be written, or no image can be read.
     """
-    file_format, out = _check_call(to, Path(out), int8, overwrite)
+    file_format, parts = _check_call(to, Path(out), int8, overwrite)
+    out = parts[0]
     classifier = load(run)
     shown = spatial_maps(classifier.model) if maps else []
     if maps and not shown:
@@ -104,17 +107,19 @@ def export(
                 _check_int8(classifier, file_format.open(path, "int8"), images, force)
             if file_format.metadata(path) != facts:
                 raise ExportError("the file's metadata is not what was written; it was not kept")
-            _publish(path, file_format.parts(out))
+            path.with_name(parts[-1].name).write_text(program(out), encoding="ascii")
+            _publish(path, parts)
     except OSError as error:
         raise FileError(f"{out} can't be written ({reason(error)})") from error
     size = sum(p.stat().st_size for p in file_format.parts(out)) / 1e6
     shape = "x".join(map(str, classifier.preprocess.input_size))
     log.info("%s (%.1f MB): any batch of %s in 0..255 -> probabilities", out, size, shape)
+    log.info("%s: predicts image files without Regard", parts[-1])
     return out
 
 
-def _check_call(to: str, out: Path, int8: bool, overwrite: bool) -> tuple[Format, Path]:
-    """The format, and the file with links followed."""
+def _check_call(to: str, out: Path, int8: bool, overwrite: bool) -> tuple[Format, list[Path]]:
+    """The format, and all files to write with links followed: `out` first, the program last."""
     if to not in FORMATS:
         raise UsageError(f"to {to}: choose one of {', '.join(FORMATS)}")
     file_format = FORMATS[to]
@@ -125,12 +130,13 @@ def _check_call(to: str, out: Path, int8: bool, overwrite: bool) -> tuple[Format
         raise UsageError(f"int8: only with {' or '.join(able)}")
     file_format.require(int8)
     out = out.expanduser().resolve()
-    for part in file_format.parts(out):
+    parts = [*file_format.parts(out), out.with_name(program_name(out))]
+    for part in parts:
         if part.exists() and not part.is_file():
             raise UsageError(f"{part} is no regular file: choose another name")
         if part.exists() and not overwrite:
             raise UsageError(f"{part} is there already: choose another name, or overwrite it")
-    return file_format, out
+    return file_format, parts
 
 
 def _publish(path: Path, parts: Sequence[Path]) -> None:
@@ -184,22 +190,14 @@ def metadata(classifier: Classifier, deployed: Deployed, precision: str) -> dict
         "crop_pct": preprocess.crop_pct,
         "resize_first": preprocess.resize_first,
         "interpolation": "bilinear, antialiased",
+        "value_range": preprocess.value_range and list(preprocess.value_range),
+        "normalization": preprocess.normalization,
         "outputs": deployed.output_names,
         "attention_kinds": {name: kinds[name] for name in deployed.maps},
         "precision": precision,
         "network": (getattr(classifier.model, "pretrained_cfg", None) or {}).get("architecture"),
         "made_by": f"regard {__version__}",
     }
-
-
-def read_metadata(path: str | Path, to: str) -> dict[str, Any]:
-    """The metadata of an exported file."""
-    return FORMATS[to].metadata(Path(path))
-
-
-def open_file(path: str | Path, to: str, precision: str = "fp32") -> Run:
-    """An exported file in its own runtime on the CPU, in fp32 or as a file in "int8" is run."""
-    return FORMATS[to].open(Path(path), precision)
 
 
 # ------------------------------------------------------------------------------ the checks

@@ -48,6 +48,8 @@ def resample(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int
 
 
 def _interpolate(image: Tensor, size: tuple[int, int]) -> Tensor:
+    if size[1] == 1:  # of a map 1 wide torch (seen in 2.14) mixes up the rows of floats
+        return F.interpolate(image.mT[None], size=size[::-1], mode="bilinear", antialias=True)[0].mT
     return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
 
 
