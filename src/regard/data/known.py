@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from regard.data.folders import split_word
 from regard.data.table import SPLITS, ImageTable, StackedArrays
 from regard.errors import FileError, UsageError
-from regard.files import shortened
+from regard.files import plural, shortened
 
 
 def _in_memory(
@@ -198,7 +198,7 @@ def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
         splits += [split] * len(found)
     if not files:
         raise UsageError(f"{name}: has no image with a label")
-    lines = [f"{n} images of {what}" for what, n in left_out.items() if n]
+    lines = [f"{plural(n, 'image')} of {what}" for what, n in left_out.items() if n]
     return ImageTable(
         name=name,
         classes=list(features[label].names),
