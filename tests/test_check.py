@@ -55,7 +55,7 @@ def test_a_clean_folder(folder):
     train = np.stack([crop(k) for k in range(1, 13)]) / 255
     assert np.allclose(check.mean, train.mean((0, 1, 2)), rtol=0, atol=1e-12)
     assert np.allclose(check.std, train.std((0, 1, 2)), rtol=0, atol=1e-12)
-    assert check.warnings == ["2 classes have fewer than 20 images to train on"]
+    assert check.warnings == ["2 classes with fewer than 20 training images"]
     assert check.suggestion == {
         "size": 24, "channels": 3, "class_weights": {"china": 1.0, "flower": 1.0}, "resize": "crop",
     }  # fmt: skip
@@ -73,9 +73,9 @@ def test_leaks_and_duplicates_are_found_under_any_name_and_format(folder):
     assert check.duplicates == [
         [(str(folder / f"train/flower/{name}.png"), "train") for name in ("2", "copy")]
     ]
-    assert "1 pictures are in more than one split: results would flatter" in check.warnings
-    assert "1 pictures are several times in one split" in check.warnings
-    assert "1 pictures carry different labels in different places" in check.warnings
+    assert "1 picture in more than one split: scores would be too good" in check.warnings
+    assert "1 picture more than once in one split" in check.warnings
+    assert "1 picture with different labels in different places" in check.warnings
 
 
 def test_unreadable_files_are_listed_and_the_rest_counts(folder):
@@ -136,7 +136,7 @@ def test_gray_and_color_and_depths(tmp_path):
     grays = np.stack([values.reshape(-1, 1)[:, 0]] * 3, 1)
     both = np.concatenate([grays, crop(2).reshape(-1, 3) / 255])
     assert np.allclose(mixed.mean, both.mean(0), rtol=0, atol=1e-12)
-    assert "2 images are grayscale, 2 have colors" in mixed.warnings
+    assert "grayscale: 2 images, in color: 2" in mixed.warnings
 
 
 @pytest.mark.parametrize(
@@ -182,12 +182,12 @@ def test_imbalance_groups_and_missing_classes(tmp_path):
     }  # fmt: skip
     assert check.suggestion["class_weights"] == {"rare": 42 / 4, "usual": 42 / 80}
     assert "test has no images of rare" in check.warnings
-    assert "unbalanced: 2 to 40 images a class; see the class weights" in check.warnings
+    assert "unbalanced: 2 to 40 images per class; see the class weights" in check.warnings
     lines[1] = lines[1].replace("train", "test")
     (tmp_path / "a.csv").write_text("\n".join(lines))
     divided = check_data(open_data(str(tmp_path / "a.csv")))
     assert divided.groups["divided"] == ["p0"]
-    assert "1 groups are in more than one split" in divided.warnings
+    assert "1 group in more than one split" in divided.warnings
 
 
 def test_a_limit_is_spread_evenly(folder):
@@ -230,7 +230,7 @@ def test_printing(folder, capsys):
     shown = capsys.readouterr().out
     assert "[bold] \\udcff.png (test)" in shown
     assert "china" in shown
-    assert "warning: 1 images can't be read" in shown
+    assert "warning: 1 image can't be read" in shown
     assert "suggestion: size 24, channels 3, resize crop" in shown
     assert len(shown.splitlines()) < 40
     print_check(check, as_json=True)

@@ -115,7 +115,7 @@ def _table(
     runs = [(index[c], s, files) for s, found in listed.items() for c, files in found.items()]
     counts = [len(files) for _, _, files in runs]
     lacking = [
-        f"{split} has no images of class {shortened([c for c in classes if c not in found])}"
+        f"{split} has no images of {shortened([c for c in classes if c not in found])}"
         for split, found in listed.items() if len(found) < len(classes)
     ]  # fmt: skip
     return ImageTable(
