@@ -261,3 +261,37 @@ def test_on_the_command_line(whole, scans, tmp_path, splits):
     assert "--splits no" in said
     assert "1 .png" not in run("data", tmp_path / "both", "--splits", "yes", "--limit", "3")
     assert "no such folder" in run("data", "digitz", code=2)
+
+
+# ---- training
+
+
+def test_a_run_is_resumed_where_its_data_is_now(moved, scans, tmp_path, monkeypatch):
+    shutil.copytree(scans, tmp_path / "now/abc")
+    monkeypatch.chdir(tmp_path / "now")
+    for data in ("abc/", "./abc", tmp_path / "now/abc"):
+        assert "is finished" in run("train", data, "--resume", "--out", moved)
+    assert RunFolder(moved).read_plan()["location"] == str(tmp_path / "now/abc")
+    shutil.copytree(scans, tmp_path / "other")
+    new_images(tmp_path / "other", 1)
+    (tmp_path / "other/0/new0.png").rename(tmp_path / "other/0/00.png")
+    said = run("train", tmp_path / "other", "--resume", "--out", moved, code=2)
+    assert "1 image not as the run was trained with, such as 0/00.png" in said
+
+
+def test_results_in_the_data_and_a_split_that_cannot_be_read(scans, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    for split in ("train", "test"):
+        shutil.copytree(scans, data / split)
+    monkeypatch.chdir(data)
+    for path in (data / "test").rglob("*.png"):
+        path.write_text("broken")
+    arguments = ["train", ".", "--model", "ag_sononet8", "--size", "16", "--epochs", "1"]
+    said = run(*arguments, "--max-unreadable", "1", code=2)
+    assert "no test image can be read" in said
+    shutil.rmtree(data / "test")
+    shutil.copytree(scans, data / "test")
+    run(*arguments)
+    (network,) = (data / "runs").glob("data-ag_sononet8*/model.safetensors")
+    assert open_data(str(data)).classes == ["0", "1", "2"]
+    assert "images of its own data" in run("evaluate", network.parent.relative_to(data))

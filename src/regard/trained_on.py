@@ -119,14 +119,30 @@ def own_table(run: Path, plan: dict[str, Any], root: str | Path | None = None) -
     return attach_splits(replace(table, name=plan["data"]), run / "splits.csv")
 
 
-def attach_splits(table: ImageTable, splits_csv: Path) -> ImageTable:
+def moved_table(run: Path, plan: dict[str, Any], data: str, root: str | Path | None) -> ImageTable:
+    """The data of a run where DATA says it is now, with the run's splits and in its order.
+
+    Raises:
+        UsageError: it is not the data of the run.
+    """
+    table = open_data(data, root=root, splits=plan.get("reading", "auto"))
+    moved = table.location != (plan.get("location") or "")
+    return attach_splits(table, run / "splits.csv", verify=moved)
+
+
+def attach_splits(table: ImageTable, splits_csv: Path, *, verify: bool = False) -> ImageTable:
     """The run's images in a table, with its splits and in its order.
 
     They are recognized by path, label and group, or else by content; images that the run does
     not have are left out, with a line in `warnings`.
 
+    Args:
+        table: images.
+        splits_csv: the run's file of splits.
+        verify: compare the contents of images with the same path, too.
+
     Raises:
-        UsageError: an image of the run is missing.
+        UsageError: an image of the run is missing, or another one has its place.
     """
     rows = list(read_rows(splits_csv))
     try:
@@ -139,7 +155,16 @@ def attach_splits(table: ImageTable, splits_csv: Path) -> ImageTable:
     places = {table.key(i): i for i in range(len(table))}
     order = np.array([places[row.key] for row in rows], np.int64)
     in_order = bool((order == np.arange(len(order))).all())
-    return table if in_order else table.select(order)
+    table = table if in_order else table.select(order)
+    if verify:
+        contents = np.array([row.content for row in rows], np.uint64)
+        other = (contents != UNREADABLE) & (content_hashes(table) != contents)
+        if other.any():
+            raise UsageError(
+                f"{table.name}: {plural(int(other.sum()), 'image')} not as the run was trained "
+                f"with, such as {table.key(int(other.argmax()))}"
+            )
+    return table
 
 
 def _attached_by_content(table: ImageTable, rows: list[Row]) -> ImageTable | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_type_hints
 
 from cyclopts import Parameter
 
-from regard.commands.flags import parse_arguments
+from regard.commands.flags import SplitsFlag, naming_flags, parse_arguments
 from regard.errors import RegardError
 from regard.log import show_messages
 from regard.training.config import Recipe, fields_of
@@ -51,6 +51,7 @@ def command(
     weights: Path | None = None,
     pretrained: Annotated[bool, Parameter(negative=())] = False,
     root: Path | None = None,
+    splits: SplitsFlag = "auto",
     arg: Annotated[list[str] | None, Parameter(negative=())] = None,
     log: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # type: ignore[valid-type]  # noqa: B008
@@ -80,6 +81,8 @@ def command(
         Start from timm's pretrained weights; CBAM and SE networks are grafted onto them.
     root
         Folder of cifar10 and cifar100.
+    splits
+        Whether the top folders of DATA are splits rather than classes.
     arg
         Argument of the network as NAME=VALUE, such as aggregation=concat; repeatable.
     log
@@ -87,11 +90,12 @@ def command(
         trackio, or none. Default: tensorboard.
     """
     changes = {k: v for k, v in vars(flags).items() if v is not None}
-    train(
-        source, model=model, recipe=recipe, out=out, resume=resume, weights=weights,
-        pretrained=pretrained, root=root, model_args=parse_arguments(arg or []),
-        trackers=log or ("tensorboard",), **changes,
-    )  # fmt: skip
+    with naming_flags():
+        train(
+            source, model=model, recipe=recipe, out=out, resume=resume, weights=weights,
+            pretrained=pretrained, root=root, splits=splits,
+            model_args=parse_arguments(arg or []), trackers=log or ("tensorboard",), **changes,
+        )  # fmt: skip
     return 0
 
 
@@ -105,6 +109,7 @@ def train(
     weights: str | Path | None = None,
     pretrained: bool = False,
     root: str | Path | None = None,
+    splits: str = "auto",
     model_args: Mapping[str, Any] | None = None,
     trackers: Sequence[str] = ("tensorboard",),
     **changes: Any,
@@ -123,6 +128,7 @@ def train(
         pretrained: start from timm's pretrained weights; for a CBAM or SE ResNet those of the
             plain network.
         root: the folder that holds cifar10 and cifar100.
+        splits: whether a folder's top folders are splits: yes, no, or auto.
         model_args: arguments of the network, which override the recipe's.
         trackers: experiment trackers: tensorboard, wandb, mlflow, ...; "none" for none.
         changes: values of the recipe's fields, which override the recipe's.
@@ -145,7 +151,8 @@ def train(
     try:
         folder = run.train(
             data, model=model, recipe=recipe, out=out, resume=resume, weights=weights,
-            pretrained=pretrained, root=root, model_args=model_args, trackers=trackers,
+            pretrained=pretrained, root=root, splits=splits, model_args=model_args,
+            trackers=trackers,
             **changes,
         )  # fmt: skip
     except RegardError as error:

@@ -15,7 +15,9 @@ from regard.data.table import SPLITS, ImageTable, as_known, class_counts
 from regard.data.walk import images_below
 from regard.errors import FileError, UsageError
 
-__all__ = ["SPLITS", "ImageTable", "as_known", "class_counts", "images_below", "open_data"]
+NAMES = ("digits", "cifar10", "cifar100")  # of data sets, not of files
+
+__all__ = ["NAMES", "SPLITS", "ImageTable", "as_known", "class_counts", "images_below", "open_data"]
 
 _CHOICES = (
     "digits, a folder of class folders, a CSV file (path, label, optional split and group), "

@@ -164,9 +164,14 @@ class ImageTable:
 
     def key(self, i: int) -> str:
         """A name of image i that stays the same when the data is moved."""
+        return self.key_of(self.path(i))
+
+    def key_of(self, path: str) -> str:
+        """The key of the image that has this path."""
         if self.files is not None:
-            return self.files[i].removeprefix(os.path.join(self.base, ""))
-        return f"{os.path.basename(self.name.rpartition(':')[2])}[{self.row(i)}]"
+            return path.removeprefix(os.path.join(self.base, ""))
+        name = os.path.basename(self.name.rpartition(":")[2])
+        return name + path.removeprefix(self.name)
 
     def select(self, indices: Sequence[int] | NDArray[Any]) -> "ImageTable":
         """The table of these images, in this order; also from a mask of N booleans."""

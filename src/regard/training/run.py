@@ -20,13 +20,13 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from regard.data.loading import StreamingLoader
-from regard.data.sources import ImageTable, open_data
-from regard.data.splits_file import read_splits
+from regard.data.sources import ImageTable
 from regard.data.workers import WaitInterrupted, never, worker_errors
 from regard.errors import NotFiniteError, Stopped
 from regard.files import check_space, shortened
 from regard.machine import memory_errors
 from regard.runs import RunFolder, choose_out
+from regard.trained_on import moved_table
 from regard.training.build import build_loader, build_model, build_trainer
 from regard.training.checkpoint import Checkpoints
 from regard.training.compile import choose_compiled
@@ -57,6 +57,7 @@ def train(
     weights: str | Path | None = None,
     pretrained: bool = False,
     root: str | Path | None = None,
+    splits: str = "auto",
     model_args: Mapping[str, Any] | None = None,
     trackers: Sequence[str] = ("tensorboard",),
     **changes: Any,
@@ -71,7 +72,7 @@ def train(
     asked = Request(
         data=str(data), model=model, recipe=chosen, pretrained=pretrained,
         weights=None if weights is None else str(weights),
-        root=None if root is None else str(root),
+        root=None if root is None else str(root), splits=splits,
         model_args=dict(model_args or {}), base=base,
         changes={name: getattr(chosen, name) for name in changes},  # as the recipe has them
         has_recipe=not (isinstance(recipe, str) and recipe == "quick"),
@@ -80,7 +81,8 @@ def train(
     world = accelerator.num_processes
     if resume and folder.exists:
         plan = resumed_plan(folder, asked, world)
-        table = read_splits(open_data(asked.data, root=plan.root), folder.path / "splits.csv")
+        table = moved_table(folder.path, folder.read_plan(), asked.data, plan.root)
+        on_main(accelerator, lambda: folder.attach(table))
         if folder.finished:
             on_main(accelerator, Checkpoints(folder.path / "state").clear)
             log.info(f"{folder.path} is finished: nothing is left to do")
@@ -150,7 +152,10 @@ class Run:
         }
         trainer = build_trainer(self.plan, model, self.parts["train"], self.accelerator)
         self.trainer, chosen = self._fitted(trainer, stored)
-        chosen["left_out"] = dict(e for part in self.parts.values() for e in part.left_out)
+        chosen["left_out"] = {
+            self.table.key_of(path): why
+            for part in self.parts.values() for path, why in part.left_out
+        }  # fmt: skip
         on_main(self.accelerator, lambda: self._start(chosen))
         self._load_state()
         self._announce()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from regard.data.preprocess import Preprocess
-from regard.data.sources import ImageTable, open_data
+from regard.data.sources import NAMES, ImageTable, open_data
 from regard.errors import UsageError
 from regard.runs import RunFolder
 from regard.training.config import Recipe, load_recipe
@@ -36,6 +36,7 @@ class Request:
     weights: str | None
     pretrained: bool
     root: str | None
+    splits: str  # as for `open_data`
     model_args: dict[str, Any]
     base: Recipe  # the recipe without the changes
     changes: dict[str, Any]
@@ -85,7 +86,7 @@ def new_plan(asked: Request, processes: int) -> tuple[Plan, ImageTable]:
         UsageError: the data can't be used, or there is no such network.
     """
     recipe = asked.recipe
-    table = choose_splits(open_data(asked.data, root=asked.root), recipe)
+    table = choose_splits(open_data(asked.data, root=asked.root, splits=asked.splits), recipe)
     name, arguments = choose_model(asked.model, recipe, asked.model_args)
     preprocess, arguments = choose_preprocess(name, arguments, recipe, table, asked.pretrained)
     images = int(np.count_nonzero(table.splits == "train"))
@@ -109,7 +110,8 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
     if asked.has_recipe:
         given = {f.name: getattr(asked.recipe, f.name) for f in dataclasses.fields(Recipe)}
     now: dict[str, tuple[Any, Any]] = {
-        "data": (stored["data"], asked.data),
+        # a folder or file may have another path: its images are compared afterwards
+        "data": (stored["data"], same_place(stored, asked.data)),
         "model": (stored["model"], asked.model or stored["model"]),
         "weights": (stored["weights"], asked.weights or stored["weights"]),
         "pretrained": (stored["pretrained"], asked.pretrained or stored["pretrained"]),
@@ -136,6 +138,12 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
         stored["pretrained"], recipe, stored["classes"], Preprocess(**values),
         stored.get("processes", processes),
     )  # fmt: skip
+
+
+def same_place(stored: dict[str, Any], data: str) -> str:
+    """The stored DATA where both may name the same files, whose images are compared; else DATA."""
+    both = stored.get("location") and data not in NAMES
+    return stored["data"] if both else data
 
 
 def accumulation_now(accumulate: int, then: int, now: int) -> int:

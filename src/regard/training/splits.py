@@ -82,7 +82,7 @@ def load_splits(
         table: all images, with their splits.
         preprocess: to the network's input size.
         recipe: its augmentation is for the training split; its `memory` is for all together.
-        left_out: reasons by path, of images that a resumed run left out when it was started
+        left_out: reasons by key, of images that a resumed run left out when it was started
             (default: a new run; those that can't be read now are left out).
         show: whether to show how far it is.
 
@@ -121,8 +121,11 @@ def _check_unreadable(
         log.info(f"note: {count}; they are left out and listed in unreadable.csv")
     if missing := sum(len(part.missing) for part in parts.values()):
         log.info(f"note: {missing} images that were there when the run started can't be read now")
-    if "train" not in parts or len(parts["train"].table) == 0:
-        raise UsageError(f"{table.name}: no training image can be read")
+    for split in dict.fromkeys(("train", *parts)):
+        if split not in parts or len(parts[split].table) == len(parts[split].missing):
+            first = parts[split].left_out[:1] if split in parts else []
+            why = f" ({first[0][1]})" if first else ""
+            raise UsageError(f"{table.name}: no {split} image can be read{why}")
 
 
 def load_split(
@@ -146,7 +149,7 @@ def load_split(
     """
     known = left_out or {}
     table = reader.table
-    paths = [table.path(i) for i in range(len(table))] if known else []
+    paths = [table.key(i) for i in range(len(table))] if known else []
     skip = {i for i, path in enumerate(paths) if path in known}
     images, bad = None, None
     if recipe.memory == "yes" or (recipe.memory == "auto" and fits_in_memory(reader, limit)):
