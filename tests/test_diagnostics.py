@@ -8,11 +8,14 @@ import pytest
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
+from regard.cli import run_command
 from regard.evaluation import (
     Predictions,
     choose_threshold,
     decision_curve,
     diagnose,
+    evaluate,
+    evaluate_subgroups,
     fit_temperature,
     reliability,
     with_temperature,
@@ -269,6 +272,91 @@ def test_net_benefit_by_hand():
     json.dumps(curve.to_dict(), allow_nan=False)
     with pytest.raises(ValueError, match="thresholds"):
         decision_curve(p, "sick", thresholds=[0.0])
+
+
+# ---- subgroups --------------------------------------------------------------------------
+
+
+def test_each_part_is_evaluated_by_itself():
+    p = make(200, 3, groups=np.arange(200) // 2)
+    sites = np.where(np.arange(200) < 150, "a", "b").astype(object)
+    sites[:10] = None
+    s = evaluate_subgroups(p, "site", sites, resamples=20)
+    assert [(name, e.n) for name, e in s.evaluations.items()] == [
+        ("a", 140), ("b", 50), ("(missing)", 10),
+    ]  # fmt: skip
+    rows = np.arange(150, 200)
+    alone = Predictions(p.probabilities[rows], p.labels[rows], p.classes, p.groups[rows])
+    assert s.evaluations["b"].to_dict() == evaluate(alone, resamples=20).to_dict()
+    high, low, gap = s.gap()
+    top1 = {name: e.metrics["top1"].value for name, e in s.evaluations.items()}
+    assert (top1[high], top1[low]) == (max(top1.values()), min(top1.values()))
+    assert gap == pytest.approx(max(top1.values()) - min(top1.values()))
+    assert s.gap(at_least=60) is None
+    json.dumps(s.to_dict(), allow_nan=False)
+
+
+def test_bands_of_numbers():
+    p = make(6, 2)
+    ages = [39.9, "40", 59, 60, math.nan, ""]
+    s = evaluate_subgroups(p, "age", ages, bands=[40, 60], resamples=5)
+    counts = {name: e.n for name, e in s.evaluations.items()}
+    assert counts == {"40 to <60": 2, "(missing)": 2, "<40": 1, ">=60": 1}
+    for values, bands, message in (
+        (ages, [60, 40], "increasing"), (["old"] * 6, [40], "'old' is no number"),
+        (ages[:3], None, "3 values for 6"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            evaluate_subgroups(p, "age", values, bands=bands)
+
+
+# ---- the command ------------------------------------------------------------------------
+
+
+def test_evaluate_chooses_on_validation_and_reports_on_the_test(whole, capsys):
+    from regard.run_data import predictions_of
+
+    flags = ["--positive", "1", "--at", "sensitivity=0.9", "--calibrate", "--ordered", "0,1,2"]
+    assert run_command(["evaluate", str(whole), *flags, "--max-fpr", "0.2", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["split"] == "test"
+    study = content["diagnostics"]
+    (_, val, _), (_, test, _) = (predictions_of(whole, split=s) for s in ("val", "test"))
+    t = fit_temperature(val)
+    assert study["temperature"] == pytest.approx(t, rel=1e-4)
+    threshold = choose_threshold(with_temperature(val, t), "1", "sensitivity=0.9")
+    assert study["threshold"]["value"] == pytest.approx(threshold.value, rel=1e-4)
+    assert study["threshold"]["images"] == 24
+    cooled = with_temperature(test, t)
+    assert content["metrics"]["nll"]["value"] == pytest.approx(
+        evaluate(cooled, resamples=2).metrics["nll"].value, rel=1e-4
+    )
+    one = diagnose(cooled, positive="1", threshold=threshold.value, resamples=2).one_class
+    assert study["one_class"]["counts"] == one.counts
+    assert {"partial_roc_auc", "calibration_slope"} <= study["one_class"]["metrics"].keys()
+    assert "quadratic_kappa" in study["metrics"]
+    assert len(study["decision_curve"]["thresholds"]) == 99
+    assert run_command(["evaluate", str(whole), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert f"{threshold.value:.4g}" in printed
+    assert "quadratic kappa" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--at", "youden"], "--positive CLASS"),
+        (["--at", "best", "--positive", "1"], "--at 'best'"),
+        (["--positive", "x"], "--positive x: choose one of 0, 1, 2"),
+        (["--ordered", "0,1"], "--ordered 0,1"),
+        (["--max-fpr", "0", "--positive", "1"], "--max-fpr 0"),
+    ],
+)
+def test_wrong_flags_are_one_line(whole, capsys, flags, message):
+    assert run_command(["evaluate", str(whole), *flags]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
 
 
 # ---- temperature ------------------------------------------------------------------------

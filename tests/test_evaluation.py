@@ -607,7 +607,7 @@ def test_printed_comparison():
     c = compare(*pair(80, 9, 2, 9))
     text = printed(c, show=print_comparison, a="[b]cbam", b="plain")
     low, high = (f"{100 * end:+.2f}" for end in ends(c.difference))
-    assert f"[b]cbam less plain: +7.00 points (95 % interval {low} to {high})" in text
+    assert f"[b]cbam minus plain: +7.00 points (95 % interval {low} to {high})" in text
     assert "p = 0.0654 (exact McNemar test)" in text
     assert ["[b]cbam", "89.00", "%", "9"] in rows(text)
     grouped = compare(*pair(80, 9, 2, 9, np.arange(100) // 50))

@@ -1,6 +1,7 @@
 """`regard evaluate`."""
 
 import logging
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from regard.commands.flags import (
     naming_flags,
     use_engine,
 )
+from regard.commands.study import DiagnosticFlags, Study, study
 from regard.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ def command(
     map: Annotated[list[str] | None, Parameter(negative=())] = None,
     weights: Path | None = None,
     root: Path | None = None,
+    numbers: Annotated[DiagnosticFlags, Parameter(name="*")] = DiagnosticFlags(),  # noqa: B008
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
     json: bool = False,
 ) -> int:
@@ -54,35 +57,54 @@ def command(
     json
         Print JSON.
     """
+    numbers.check()
     engine.require()
-    from regard.commands.tables import print_evaluation
-    from regard.evaluation import evaluate as measure
     from regard.run_data import predictions_of
 
     def prepare(classifier: Any, reader: Any) -> None:
+        numbers.check_classes(classifier.class_names)
         count = len(reader.table)
         rows = range(0, count, max(1, count // 64))
         reads = [lambda i=i: classifier.preprocess.fit(reader.decode(i)) for i in rows]
         use_engine(classifier, engine, reads, count)
 
-    with naming_flags():
-        named, predictions, unreadable = predictions_of(
-            run, source, split=split, weights=weights, root=root, splits=splits,
-            renamed=_renamed(map or []), prepare=prepare,
-        )  # fmt: skip
-    found = measure(predictions)
-    if json:
-        from json import dumps
+    def predict(data: str | None, which: str | None) -> tuple[str, Any, list[str]]:
+        with naming_flags():
+            return predictions_of(
+                run, data, split=which, weights=weights, root=root, splits=splits,
+                renamed=_renamed(map or []), prepare=prepare,
+            )  # fmt: skip
 
-        content = {"split": named, **found.to_dict(), "unreadable": unreadable}
-        print(dumps(content, indent=2))
-    else:
-        which = "all" if named == "all" else f"the {named}"
-        print(f"{run} on {which} images of {source or 'its own data'}")
-        print_evaluation(found)
+    def validation() -> Any:
+        if named in ("val", "all"):
+            log.warning("threshold and temperature fit images that are also tested on")
+        own = weights is None and Path(run).is_dir()
+        return predict(None if own else source, "val")[1]
+
+    named, predictions, unreadable = predict(source, split)
+    _print(run, source, named, study(predictions, numbers, validation), unreadable, json)
     for line in unreadable:
         log.warning(line)
     return 1 if unreadable else 0
+
+
+def _print(
+    run: str, source: str | None, named: str, result: Study, unreadable: list[str], as_json: bool
+) -> None:
+    from regard.commands.tables import print_diagnostics, print_evaluation
+    from regard.evaluation import evaluate
+
+    found = evaluate(result.predictions)
+    if as_json:
+        content = {"split": named, **found.to_dict(), "diagnostics": result.content}
+        print(dumps({**content, "unreadable": unreadable}, indent=2))
+        return
+    which = "all" if named == "all" else f"the {named}"
+    print(f"{run} on {which} images of {source or 'its own data'}")
+    for line in result.lines:
+        print(line)
+    print_evaluation(found)
+    print_diagnostics(result.diagnostics)
 
 
 def _renamed(pairs: list[str]) -> dict[str, str]:

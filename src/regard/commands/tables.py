@@ -1,4 +1,4 @@
-"""The tables of the command line."""
+"""Tables of metrics, for the command line."""
 
 import math
 
@@ -7,10 +7,11 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.evaluation.comparison import Comparison
+from regard.evaluation.diagnostics import Diagnostics
 from regard.evaluation.intervals import Estimate
 from regard.evaluation.metrics import Evaluation
 
-_NAMES = {
+NAMES = {
     "top1": "accuracy (top 1)",
     "top5": "accuracy (top 5)",
     "balanced_accuracy": "balanced accuracy (macro recall)",
@@ -19,23 +20,45 @@ _NAMES = {
     "ece": "calibration error (ECE)",
     "nll": "negative log-likelihood",
 }
-
-
-_MOST = 20  # classes in full; of more, the worst and the most frequent confusions
+DIAGNOSTIC_NAMES = {
+    "roc_auc": "ROC AUC",
+    "roc_auc_macro": "ROC AUC, each class against the rest (macro)",
+    "roc_auc_weighted": "ROC AUC, weighted by images",
+    "roc_auc_hand_till": "ROC AUC, pairs of classes (Hand and Till)",
+    "partial_roc_auc": "partial ROC AUC (standardized)",
+    "average_precision": "average precision",
+    "average_precision_macro": "average precision (macro)",
+    "average_precision_weighted": "average precision, weighted by images",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "ppv": "positive predictive value",
+    "npv": "negative predictive value",
+    "lr_positive": "positive likelihood ratio",
+    "lr_negative": "negative likelihood ratio",
+    "f1": "F1",
+    "mcc": "Matthews correlation (MCC)",
+    "kappa": "Cohen's kappa",
+    "quadratic_kappa": "quadratic kappa",
+    "brier": "Brier score",
+    "calibration_slope": "calibration slope (ideal 1)",
+    "calibration_intercept": "calibration intercept (ideal 0)",
+}
+_SHARES = ("sensitivity", "specificity", "ppv", "npv")  # printed in percent
+_MOST = 20  # rows; of more classes, the worst and the most frequent confusions
 
 
 def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
     """Prints the metrics, the classes and the confusions.
 
-    With more than 20 classes, the 20 of lowest recall. The confusion matrix is told as its 20
-    most frequent confusions with more classes, or where the console is too narrow for it.
+    With more than 20 classes, the 20 of lowest recall, and the 20 most frequent confusions in
+    place of the confusion matrix; so also where the console is too narrow for the matrix.
     """
     console = console or Console()
     _print(console, *_metrics(evaluation))
     _print(console, *_classes(evaluation))
     if len(evaluation.classes) <= _MOST:
         title, matrix = _matrix(evaluation)
-        unbounded = console.options.update(width=10_000)  # else the console's width is the answer
+        unbounded = console.options.update(width=10_000)  # else it measures the console's width
         if console.measure(matrix, options=unbounded).maximum <= console.width:
             _print(console, title, matrix)
             return
@@ -45,11 +68,11 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
 def print_comparison(
     comparison: Comparison, console: Console | None = None, *, a: str = "a", b: str = "b"
 ) -> None:
-    """Prints both accuracies, their difference and the p-value; a and b are the names to use."""
+    """Prints both accuracies, their difference and the p-value; a and b name the networks."""
     console = console or Console()
     table = _table("network")
     table.add_column("top 1", justify="right")
-    table.add_column("right alone", justify="right")
+    table.add_column("only it is right", justify="right")
     table.add_row(Text(a), _percent(comparison.top1_a), str(comparison.only_a))
     table.add_row(Text(b), _percent(comparison.top1_b), str(comparison.only_b))
     _print(console, f"Accuracy on the same {_images(comparison.n, comparison.n_groups)}", table)
@@ -58,11 +81,37 @@ def print_comparison(
     test = "exact McNemar test" if comparison.n_groups is None else "exact sign test of groups"
     console.print(
         Text(
-            f"{a} less {b}: {100 * d.value:+.2f} points "
+            f"{a} minus {b}: {100 * d.value:+.2f} points "
             f"({100 * comparison.confidence:g} % interval {low} to {high}), "
             f"p = {comparison.p_value:.3g} ({test})"
         )
     )
+
+
+def print_diagnostics(diagnostics: Diagnostics, console: Console | None = None) -> None:
+    """Prints the numbers of a diagnostic study: of all classes, and of the positive one."""
+    console = console or Console()
+    title = "Ranking, agreement and probabilities"
+    _print(console, title, _estimates(diagnostics.metrics, diagnostics.confidence))
+    one = diagnostics.one_class
+    if one is None:
+        return
+    rule = "the top-1 class" if one.threshold is None else f"probability of {one.threshold:.4g} up"
+    counts = ", ".join(f"{n} {kind.upper()}" for kind, n in one.counts.items())
+    title = f"{one.positive} against the rest, positive: {rule} ({counts})"
+    _print(console, title, _estimates(one.metrics, diagnostics.confidence))
+
+
+def _estimates(metrics: dict[str, Estimate], confidence: float) -> Table:
+    table = _table("metric")
+    table.add_column("value", justify="right")
+    table.add_column(f"{100 * confidence:g} % interval", justify="right")
+    for name, title in DIAGNOSTIC_NAMES.items():
+        if name in metrics:
+            estimate, percent = metrics[name], name in _SHARES
+            value = _percent(estimate.value) if percent else _number(estimate.value)
+            table.add_row(title, value, _range(estimate, percent=percent))
+    return table
 
 
 def _images(n: int, n_groups: int | None) -> str:
@@ -77,7 +126,7 @@ def _table(first_column: str) -> Table:
 
 
 def _print(console: Console, title: str, table: Table) -> None:
-    """A table below its title, which may be wider: rich breaks its own at the table's width."""
+    """A table below its title, which may be wider than it (rich would wrap its own titles)."""
     console.print(Text(title, style="bold"))
     if table.row_count:
         console.print(table)
@@ -97,11 +146,11 @@ def _percent(share: float) -> str:
 
 
 def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.4f}"
+    return "–" if math.isnan(value) else "∞" if math.isinf(value) else f"{value:.4f}"
 
 
 def _range(estimate: Estimate, *, percent: bool = True) -> str:
-    if math.isnan(estimate.low):
+    if not estimate.has_interval:
         return "–"
     low, high = (_percent(e) if percent else _number(e) for e in (estimate.low, estimate.high))
     return f"{low.removesuffix(' %')} – {high}"
@@ -111,7 +160,7 @@ def _metrics(evaluation: Evaluation) -> tuple[str, Table]:
     table = _table("metric")
     table.add_column("value", justify="right")
     table.add_column(f"{100 * evaluation.confidence:g} % interval", justify="right")
-    for key, name in _NAMES.items():
+    for key, name in NAMES.items():
         if key in evaluation.metrics:
             estimate, percent = evaluation.metrics[key], key not in ("ece", "nll")
             value = _percent(estimate.value) if percent else _number(estimate.value)

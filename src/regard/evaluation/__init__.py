@@ -7,9 +7,10 @@
 
 `predictions.py` holds and checks predictions. `metrics.py` has the metrics of classification,
 `diagnostics.py` those of a diagnostic study, made of `statistics.py`; `thresholds.py` chooses
-decision thresholds; `recalibration.py` measures and improves calibration. `comparison.py` and
-`paired.py` compare two networks on the same images, with the tests of `significance.py`, and
-`intervals.py` has the confidence intervals. NumPy and SciPy only; torch is not imported.
+decision thresholds; `recalibration.py` measures and improves calibration; `subgroups.py`
+evaluates parts of the images. `comparison.py` and `paired.py` compare two networks on the same
+images, with the tests of `significance.py`; `intervals.py` has the confidence intervals. NumPy
+and SciPy only; torch is not imported.
 """
 
 from regard.evaluation.comparison import Comparison, compare
@@ -19,6 +20,7 @@ from regard.evaluation.metrics import ClassResult, Evaluation, evaluate
 from regard.evaluation.paired import MetricComparison, adjust, compare_metrics
 from regard.evaluation.predictions import Predictions
 from regard.evaluation.recalibration import fit_temperature, reliability, with_temperature
+from regard.evaluation.subgroups import Subgroups, evaluate_subgroups
 from regard.evaluation.thresholds import (
     DecisionCurve,
     Threshold,
@@ -36,6 +38,7 @@ __all__ = [
     "MetricComparison",
     "OneClass",
     "Predictions",
+    "Subgroups",
     "Threshold",
     "adjust",
     "choose_threshold",
@@ -44,6 +47,7 @@ __all__ = [
     "decision_curve",
     "diagnose",
     "evaluate",
+    "evaluate_subgroups",
     "fit_temperature",
     "reliability",
     "with_temperature",

@@ -99,7 +99,7 @@ def fit_temperature(validation: Predictions) -> float:
         validation: predictions of images that neither trained the network nor test it.
 
     Returns:
-        The temperature, 0.05 to 20; above 1 where the network is overconfident.
+        The temperature, 0.01 to 100; above 1 where the network is overconfident.
 
     Raises:
         UsageError: fewer than 2 images.
@@ -116,7 +116,7 @@ def fit_temperature(validation: Predictions) -> float:
         of_true = scaled[rows, validation.labels]
         return float((np.log(np.exp(scaled).sum(axis=1)) - of_true).mean())
 
-    bounds = (np.log(0.05), np.log(20.0))
+    bounds = (np.log(0.01), np.log(100.0))
     return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
 
 

@@ -9,6 +9,7 @@ minutes. Called with weights of 1 they give the plain values.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,49 +40,54 @@ def divide(part: float, whole: float) -> float:
     return math.inf if part > 0 else NAN
 
 
+def ratio(part: NDArray[Any], whole: NDArray[Any]) -> Floats:
+    """part / whole, NaN where the whole is 0."""
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole != 0)
+
+
 @dataclass(frozen=True, eq=False)
 class Curve:
     """Weighted counts at or above each distinct score, in descending order of score.
 
+    The leading axes, if any, are those of several sets of weights.
+
     scores: (T,) distinct scores.
-    tp, fp: (T,) weights of positive and negative images with at least that score.
+    tp, fp: (..., T) weights of positive and negative images with at least that score.
     """
 
     scores: Floats
     tp: Floats
     fp: Floats
 
-    def roc_auc(self) -> float:
-        """Area under the ROC curve; NaN without positive or negative images."""
-        total = self.tp[-1] * self.fp[-1]
-        if total == 0:
-            return NAN
-        tp, fp = np.append(0.0, self.tp), np.append(0.0, self.fp)
-        return float((np.diff(fp) * (tp[1:] + tp[:-1])).sum() / (2 * total))
+    def roc_auc(self) -> Floats:
+        """(...,) area under the ROC curve; NaN without positive or negative images."""
+        tp_step, fp_step = (np.diff(x, prepend=0.0, axis=-1) for x in (self.tp, self.fp))
+        area = (fp_step * (self.tp - tp_step / 2)).sum(axis=-1)
+        return ratio(area, self.tp[..., -1] * self.fp[..., -1])
+
+    def average_precision(self) -> Floats:
+        """(...,) sum of precision times increase of recall, without interpolation."""
+        called = self.tp + self.fp
+        precision = np.divide(self.tp, called, out=np.zeros_like(called), where=called > 0)
+        area = (np.diff(self.tp, prepend=0.0, axis=-1) * precision).sum(axis=-1)
+        return ratio(area, self.tp[..., -1])
 
     def partial_auc(self, max_fpr: float) -> float:
         """Area for false positive rates up to `max_fpr`, standardized as by McClish (1989).
 
-        0.5 is chance and 1 is perfect, as scikit-learn's roc_auc_score(max_fpr=...).
+        0.5 is chance and 1 is perfect, as scikit-learn's roc_auc_score(max_fpr=...). For one set
+        of weights.
         """
         if self.tp[-1] * self.fp[-1] == 0:
             return NAN
         tpr, fpr = (np.append(0.0, x) / x[-1] for x in (self.tp, self.fp))
         stop = int(np.searchsorted(fpr, max_fpr, "right"))
-        last = tpr[-1] if stop == len(fpr) else np.interp(
-            max_fpr, fpr[stop - 1 : stop + 1], tpr[stop - 1 : stop + 1]
-        )  # fmt: skip
+        last = tpr[-1]
+        if stop < len(fpr):
+            last = np.interp(max_fpr, fpr[stop - 1 : stop + 1], tpr[stop - 1 : stop + 1])
         area = np.trapezoid(np.append(tpr[:stop], last), np.append(fpr[:stop], max_fpr))
         chance = max_fpr**2 / 2
         return float(0.5 * (1 + (area - chance) / (max_fpr - chance)))
-
-    def average_precision(self) -> float:
-        """Sum of precision times increase of recall, without interpolation."""
-        if self.tp[-1] == 0:
-            return NAN
-        called = self.tp + self.fp
-        precision = np.divide(self.tp, called, out=np.zeros_like(called), where=called > 0)
-        return float((np.diff(self.tp, prepend=0.0) * precision).sum() / self.tp[-1])
 
 
 class Ranking:
@@ -95,10 +101,10 @@ class Ranking:
         self.scores = ranked[self.ends].astype(np.float64)
 
     def curve(self, weights: Floats) -> Curve:
-        ranked = weights[self.order]
-        positive = ranked * self.positive
-        tp = np.cumsum(positive)[self.ends]
-        return Curve(self.scores, tp, np.cumsum(ranked)[self.ends] - tp)
+        """The curve for weights (..., N)."""
+        ranked = weights[..., self.order]
+        tp = np.cumsum(ranked * self.positive, axis=-1)[..., self.ends]
+        return Curve(self.scores, tp, np.cumsum(ranked, axis=-1)[..., self.ends] - tp)
 
 
 class LabelStatistics:
@@ -168,8 +174,8 @@ class RankStatistics:
         pairs = 3 <= len(self.present) <= self.MOST_PAIRED
         self.pairs = [(c, d) for c in self.present for d in self.present if c != d] * pairs
         self.stored = work * (3 if pairs else 1) <= self.MOST_STORED
-        # images ranked by one call; the call itself takes as long as 2000 of them
-        self.work = work * (3 if pairs else 1) + 2000 * (len(self.present) + len(self.pairs))
+        # images ranked by one call; ranking itself takes as long as 200 of them
+        self.work = work * (3 if pairs else 1) + 200 * (len(self.present) + len(self.pairs))
         self._stored: dict[tuple[int, int | None], tuple[Ints, Ranking]] = {}
 
     def _auc_inputs(self, c: int, other: int | None) -> tuple[Ints, Ranking]:
@@ -185,28 +191,35 @@ class RankStatistics:
 
     def _curve(self, weights: Floats, c: int, other: int | None = None) -> Curve:
         images, ranking = self._auc_inputs(c, other)
-        return ranking.curve(weights[images])
+        return ranking.curve(weights[..., images])
 
-    def __call__(self, weights: Floats) -> Values:
+    def __call__(self, weights: Floats) -> dict[str, Any]:
+        """The values for weights (N,), or arrays (B,) of them for weights (B, N)."""
         if not self.present:
             return {}
-        values: Values = {}
-        counts = np.bincount(self.true, weights, self.n_classes)[self.present]
-        areas = [
-            (curve.roc_auc(), curve.average_precision())
-            for curve in (self._curve(weights, c) for c in self.present)
-        ]
-        for kind, each in zip(("roc_auc", "average_precision"), np.array(areas).T, strict=True):
-            for c, area in zip(self.present, each.tolist(), strict=True):
-                values[f"{kind}/{self.names[c]}"] = area
-            known = ~np.isnan(each)
-            values[f"{kind}_macro"] = float(each[known].mean()) if known.any() else NAN
-            values[f"{kind}_weighted"] = divide(counts[known] @ each[known], counts[known].sum())
+        values: dict[str, Any] = {}
+        areas: dict[str, list[Floats]] = {"roc_auc": [], "average_precision": []}
+        counts = []
+        for c in self.present:
+            curve = self._curve(weights, c)
+            counts.append(curve.tp[..., -1])
+            for kind, each in areas.items():
+                each.append(getattr(curve, kind)())
+                values[f"{kind}/{self.names[c]}"] = each[-1]
+        for kind, each in areas.items():
+            values[f"{kind}_macro"] = _mean(each, np.ones_like(counts))
+            values[f"{kind}_weighted"] = _mean(each, np.array(counts))
         if self.pairs:
-            pairs = np.array([self._curve(weights, c, other).roc_auc() for c, other in self.pairs])
-            known = ~np.isnan(pairs)
-            values["roc_auc_hand_till"] = float(pairs[known].mean()) if known.any() else NAN
-        return values
+            pairs = [self._curve(weights, c, other).roc_auc() for c, other in self.pairs]
+            values["roc_auc_hand_till"] = _mean(pairs, np.ones_like(pairs))
+        return values if weights.ndim > 1 else {k: float(v) for k, v in values.items()}
+
+
+def _mean(values: Sequence[Floats], weights: Floats) -> Floats:
+    """(K, ...) -> (...), the weighted mean of those that are not NaN."""
+    known = ~np.isnan(values)
+    total = np.where(known, np.nan_to_num(values) * weights, 0.0).sum(axis=0)
+    return ratio(total, np.where(known, weights, 0.0).sum(axis=0))
 
 
 class OneClassStatistics:
@@ -244,8 +257,8 @@ class OneClassStatistics:
         tp, fp, tn, fn = self.counts(weights)
         curve = self.ranking.curve(weights)
         values = {
-            "roc_auc": curve.roc_auc(),
-            "average_precision": curve.average_precision(),
+            "roc_auc": float(curve.roc_auc()),
+            "average_precision": float(curve.average_precision()),
             **decision_values(tp, fp, tn, fn),
             "brier": float(weights @ (self.score - self.positive) ** 2 / weights.sum()),
         }

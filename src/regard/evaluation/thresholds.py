@@ -68,6 +68,16 @@ def choose_threshold(validation: Predictions, positive: str, rule: str) -> Thres
     )
 
 
+def check_rule(rule: str) -> None:
+    """Checks a rule before there are predictions.
+
+    Raises:
+        UsageError: there is no such rule.
+    """
+    ends = np.array([0.0, 1.0])
+    _best(rule, ends, 1 - ends, Curve(ends[:1], ends[1:], ends[1:]))
+
+
 def _best(rule: str, sensitivity: Floats, specificity: Floats, curve: Curve) -> int:
     """The index of the chosen point; points are in descending order of threshold."""
     name, _, argument = rule.partition("=")
