@@ -176,6 +176,13 @@ def test_a_folder_of_all_masks_is_no_class(tmp_path):
     assert open_data(str(tmp_path)).classes == ["benign", "malignant"]
 
 
+def test_folders_of_images_and_masks_in_each_class_are_no_splits(tmp_path):
+    for c in ("covid", "normal"):
+        photo(tmp_path / c / "images" / f"{c}-1.png")
+        mask(tmp_path / c / "masks" / f"{c}-1.png")
+    assert names(open_data(str(tmp_path))) == [f"{c}/images/{c}-1.png" for c in ("covid", "normal")]
+
+
 def test_images_that_are_only_called_masks_stay(tmp_path):
     photo(tmp_path / "a/1.png")
     photo(tmp_path / "a/1_mask.png", 1)  # no mask: a photograph

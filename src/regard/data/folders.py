@@ -181,7 +181,9 @@ def _clearly_splits(name: str, tops: Mapping[str, str], named: Mapping[str, str]
 
 
 def _classes_in(folder: str) -> list[str]:
-    return [name for name, path in subfolders(folder).items() if has_images(path)]
+    """The subfolders that may be classes: with images, and not called masks."""
+    found = subfolders(folder).items()
+    return [name for name, path in found if not is_mask_folder(name) and has_images(path)]
 
 
 def _ask(name: str, tops: Mapping[str, str], named: Mapping[str, str]) -> None:
