@@ -2,28 +2,25 @@
 
     regard demo && python scripts/make_picture.py runs/demo
 
-Which held-out images is a rule, not a choice: the surest wrong one, if there is one; the two
-right ones that the network was least sure of; then the first right one of the classes 0, 1, 2
-and so on, until there are eight. Each map has its own scale, from its lowest value to its highest.
+The images follow a rule: the wrong test image of highest probability, if there is one; the two
+right ones of lowest probability; then the first right one of the classes 0, 1, 2 and so on, until
+there are eight. Each map has its own scale, from its lowest value to its highest.
 """
 
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib import font_manager
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from regard import load
-from regard.data.preprocess import to_tensor
+from regard import explain, load
 from regard.data.sources import open_data
 from regard.evaluation import Predictions
 from regard.explanations.overlay import Picture, color_key, overlay, resize_image
+from regard.files import write_atomically
 from regard.predict import Classifier
-from regard.report.build import maps_of
 from regard.runs import RunFolder
 
 OUT = Path(__file__).resolve().parent.parent / "docs/images/digits.png"
@@ -34,7 +31,7 @@ PAGE, INK, MUTED, WRONG = "#14191d", "#eef1f2", "#a3adb4", "#ffa463"  # on white
 
 
 def chosen(said: Predictions) -> list[int]:
-    """Rows of the predictions, by the rule above."""
+    """Rows of the predictions, by the rule in the module docstring."""
     sure = said.probabilities.max(axis=1)
     right = said.probabilities.argmax(axis=1) == said.labels
     surest_wrong = np.flatnonzero(~right)[np.argsort(-sure[~right], kind="stable")][:1]
@@ -45,16 +42,16 @@ def chosen(said: Predictions) -> list[int]:
 
 def panels(scan: NDArray[np.uint8], classifier: Classifier) -> list[tuple[str, Picture]]:
     """The scan (H, W), and each gate's attention over it, with their names."""
-    with torch.no_grad():
-        maps = maps_of(classifier, classifier.preprocess.fit(to_tensor(scan[..., None])))
+    (explanation,) = explain(classifier, scan, methods=["attention"])
     shown = [("scan", np.repeat(resize_image(scan, (SIDE, SIDE))[..., None], 3, axis=2))]
     return shown + [
-        (name, overlay(scan, values, size=(SIDE, SIDE), outline=0.5)) for name, values in maps
+        (m.name, overlay(scan, m.values, size=(SIDE, SIDE), outline=0.5))
+        for m in explanation.spatial()
     ]
 
 
 def heading(said: Predictions, i: int) -> tuple[str, str, str]:
-    """Two lines on what the network said of image i, and their color."""
+    """Two lines on the prediction of image i, and their color."""
     p = said.probabilities[i]
     name, truth = said.classes[int(p.argmax())], said.classes[said.labels[i]]
     share = "> 99.9 %" if p.max() > 0.999 else f"{p.max():.1%}".replace("%", " %")
@@ -62,7 +59,7 @@ def heading(said: Predictions, i: int) -> tuple[str, str, str]:
 
 
 def sheet(columns: list[tuple[tuple[str, str, str], list[tuple[str, Picture]]]]) -> Image.Image:
-    """The columns side by side, with a line at the foot that says what the colors mean."""
+    """The columns side by side, and a line at the foot that explains the colors."""
     rows = [name for name, _ in columns[0][1]]
     size = (LEFT + len(columns) * (SIDE + GAP), HEAD + len(rows) * (SIDE + GAP) + FOOT)
     picture = Image.new("RGB", size, PAGE)
@@ -102,9 +99,8 @@ def main() -> int:
         ]
     )
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    beside = OUT.with_name(f".{OUT.name}.part")
-    picture.quantize(256, dither=Image.Dither.NONE).save(beside, "PNG", optimize=True)
-    os.replace(beside, OUT)
+    small = picture.quantize(256, dither=Image.Dither.NONE)
+    write_atomically(OUT, lambda part: small.save(part, "PNG", optimize=True))
     print(f"{OUT}: {picture.width}x{picture.height}, {OUT.stat().st_size // 1000} kB")
     return 0
 

@@ -1,7 +1,9 @@
 """`regard explain`: the pictures, the numbers, and where a map lies on its image."""
 
+import io
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from sklearn.datasets import load_sample_images
 import regard
 from regard.attention import StageMap, attention_stages, stage_of
 from regard.data.preprocess import Preprocess, to_tensor
-from regard.explanations.explanation import Explanation, explain
+from regard.explanations.explanation import Explanation, explain_batch
 from tests.helpers import rows_of, run
 
 
@@ -54,16 +56,19 @@ def test_the_command_on_photographs(tmp_path, photos, name):
     stages, array = NETWORKS[name]
     assert "broken.jpg: can't be read" in said
     names = {p.name for p in out.iterdir()}
-    assert names == {"china.png", "china.npz", "flower.png", "flower.npz", "contact-sheet.png"}
+    results = {
+        f"{n}.explained.{kind}" for n in ("china.jpg", "flower.png") for kind in ("png", "npz")
+    }
+    assert names == results | {"contact-sheet.explained.png"}
     assert f"maps: {', '.join(stages)}, Grad-CAM" in said
-    with np.load(out / "china.npz") as numbers:
+    with np.load(out / "china.jpg.explained.npz") as numbers:
         assert array in numbers
         about = json.loads(str(numbers["about"]))
         assert about["classes"][0][0] in said
         assert sum(p for _, p in about["classes"]) == pytest.approx(1, abs=1e-5)
         # a square of the height, in the middle of 640: what the network saw
         np.testing.assert_allclose(numbers["box"], (106, 0, 533, 427), atol=1)
-    for picture in ("china.png", "flower.png", "contact-sheet.png"):
+    for picture in (n for n in names if n.endswith(".png")):
         with Image.open(out / picture) as image:
             assert min(image.size) > 250
             assert np.ptp(np.asarray(image.convert("L"))) > 200
@@ -85,14 +90,14 @@ def test_scores_masks_and_choices(tmp_path, photos):
     }  # fmt: skip
     for name in ("layer1.1.mask", "Grad-CAM"):
         assert found["scores"][name]["verdict"] in said
-        assert 0 <= found["pointing"][name]["energy"] <= 1
+        assert 0 <= found["pointing"][name]["energy"]["value"] <= 1
     assert len(rows_of(out / "scores.csv")) == 12
     with np.load(out / "curves.npz") as curves:
         deletion, insertion = curves["Grad-CAM"]
         assert deletion.shape == insertion.shape == (2, 21)
         told = found["scores"]["Grad-CAM"]["deletion"]["value"]
         assert np.trapezoid(deletion, dx=1 / 20, axis=1).mean() == pytest.approx(told)
-    with np.load(out / "china.npz") as numbers:
+    with np.load(out / "china.jpg.explained.npz") as numbers:
         about = json.loads(str(numbers["about"]))
         assert about["target"][0] == "cat"
         assert about["reduction"]["layer1.1.mask"] == "max of 64 channels"
@@ -104,10 +109,13 @@ def test_scores_masks_and_choices(tmp_path, photos):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "dog"], "--target dog: choose one of pagoda, flower, cat, $dog$"),
-        (["--method", "lime"], "'lime' is none of attention, gradcam"),
+        (["--target", "dog"], "'dog': choose one of pagoda, flower, cat, $dog$"),
+        (["--method", "lime"], "lime"),
+        (["--baseline", "black"], "black"),
         (["--layer", "layer9"], "no such layer"),
-        (["--reduce", "median"], "choose mean, max or a channel's number"),
+        (["--reduce", "median"], "--reduce median: choose mean, max or a channel number"),
+        (["--scor"], "unknown option --scor"),
+        (["https://example.org/a.png"], "https://example.org/a.png is a URL"),
         (["--reduce", "64"], "channels 0 to 63"),
     ],
 )
@@ -147,7 +155,7 @@ def test_maps_lie_on_the_part_of_the_image_that_was_seen():
         image[dot[0] - 3 : dot[0] + 3, dot[1] - 3 : dot[1] + 3] = 250
         preprocess = Preprocess((3, 64, 64), (0.0,) * 3, (1.0,) * 3, resize=resize)
         x = preprocess(image)[None]
-        (found,) = explain(
+        (found,) = explain_batch(
             Net(), x, [image], [preprocess.seen(*shape)], classes=["a", "b"], methods=["attention"]
         )
         laid = found.overlay("look").astype(int)
@@ -173,7 +181,7 @@ def test_stages_and_reductions():
     model = regard.create_model("attention56_cifar").eval()
     with torch.no_grad(), regard.record(model) as masks:
         model(torch.randn(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="choose mean, max or a channel's number"):
+    with pytest.raises(ValueError, match="choose mean, max or a channel number"):
         attention_stages(masks, 0, reduce="median")
 
 
@@ -183,7 +191,8 @@ def test_what_is_shown_is_what_the_network_said():
     image = load_sample_images().images[0][..., 0].copy()
     preprocess = Preprocess((1, 64, 64), (0.5,), (0.25,))
     x = preprocess.normalize(preprocess.fit(to_tensor(image[..., None]))[None])
-    (found,) = regard.explain(model, x, [image], classes=["a", "b", "c"], keep_channels=True)
+    classifier = regard.Classifier(model, ["a", "b", "c"], preprocess)
+    (found,) = regard.explain(classifier, image, keep_channels=True)
     with torch.no_grad():
         p = model(x).softmax(dim=1)[0]
     assert dict(found.classes)["b"] == pytest.approx(float(p[1]), abs=1e-6)
@@ -191,7 +200,7 @@ def test_what_is_shown_is_what_the_network_said():
     assert found.figure().get_size_inches()[0] == pytest.approx(7.16)
 
 
-@pytest.mark.parametrize("shape", [(427, 130), (427, 640), (120, 640), (8, 8)])
+@pytest.mark.parametrize("shape", [(427, 130), (427, 640), (120, 640), (8, 8), (10, 1810)])
 def test_the_picture_can_be_read_whatever_the_images_shape(shape):
     values = np.linspace(0.4463, 0.5241, 49, dtype=np.float32).reshape(7, 7)
     maps = [StageMap(n, "spatial", values, "", n) for n in ("gate3", "gate4")]
@@ -201,6 +210,7 @@ def test_the_picture_can_be_read_whatever_the_images_shape(shape):
     )  # fmt: skip
     fig = found.figure()
     fig.draw_without_rendering()
+    assert all(0 < a.get_window_extent().height < 2000 for a in fig.axes)
     scales = [[t for t in axes.texts if "0." in t.get_text()] for axes in fig.axes]
     scales = [texts for texts in scales if texts]
     assert len(scales) == 2
@@ -210,3 +220,211 @@ def test_the_picture_can_be_read_whatever_the_images_shape(shape):
         assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
     # "0 > 99.9 %" would read as a comparison
     assert [t.get_text() for t in fig.texts] == ["a.png: 0 (> 99.9 %)", "then 6 (< 0.1 %)"]
+
+
+def test_one_line_of_python_explains_files_arrays_and_pil_images(tmp_path, photos):
+    network = saved(tmp_path / "net", "ag_sononet8", 64)
+    china, flower = photos / "china.jpg", photos / "flower.png"
+    found = regard.explain(network, [china, flower])
+    (alone,) = regard.explain(regard.load(network), np.asarray(Image.open(flower)))
+    assert [e.path for e in found] == [str(china), str(flower)]
+    assert alone.classes == found[1].classes
+    np.testing.assert_array_equal(alone.maps[0].values, found[1].maps[0].values)
+    for i, m in enumerate(found[0].maps):
+        assert m.values.shape == found[1].maps[i].values.shape
+    assert found[0]._repr_png_().startswith(b"\x89PNG")
+    assert "data:image/png;base64," in found._repr_html_()
+    with pytest.raises(ValueError, match="choose mean, max or a channel number"):
+        regard.explain(network, china, reduce="median")
+    with pytest.raises(ValueError, match="explain_batch"):
+        regard.explain(regard.create_model("ag_sononet8"), china)
+
+
+# ---- files -------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A network that explains quickly."""
+    return saved(tmp_path_factory.mktemp("small") / "net", "ag_sononet8", 16)
+
+
+@pytest.fixture
+def scene(tmp_path, monkeypatch) -> Path:
+    """Images whose names invite mistakes, in the current folder."""
+    rng = np.random.default_rng(0)
+    for name in ("a/x.png", "b/x.png", "x.png", "x.bmp", "contact-sheet.png", "m/a/x.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24), np.uint8)).save(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*arguments: object) -> int:
+    from regard.cli import run_command
+
+    return run_command(["explain", *map(str, arguments)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_each_image_has_a_figure_of_its_own_and_no_input_is_replaced(small, scene, capsys):
+    before = contents(scene)
+    images = ["a/x.png", "b/x.png", "x.png", "x.bmp", "contact-sheet.png"]
+    # options in the middle
+    assert command(small, *images[:2], "--out", ".", *images[2:]) == 0
+    after = contents(scene)
+    assert {name: after[name] for name in before} == before
+    for name in images:
+        with np.load(f"{name}.explained.npz") as numbers:
+            assert json.loads(str(numbers["about"]))["path"] == name
+    new = set(after) - set(before)
+    assert len(new) == 11  # a figure and numbers each, and the sheet
+    # results are no images: the folder holds as many as before, and a second call adds nothing
+    capsys.readouterr()
+    assert command(small, ".", "--out", ".") == 0
+    assert set(contents(scene)) - set(after) == {
+        "m/a/x.png.explained.png", "m/a/x.png.explained.npz",
+    }  # fmt: skip
+    assert "5 images unchanged" in capsys.readouterr().out
+
+
+def test_a_file_that_is_not_ours_is_replaced_only_when_asked(small, scene, capsys):
+    Path("x.png.explained.npz").write_text("mine")
+    before = contents(scene)
+    assert command(small, "x.png", "a/x.png", "--out", ".") == 2
+    assert "x.png.explained.npz" in capsys.readouterr().err
+    assert contents(scene) == before  # refused before the work
+    assert command(small, "x.png", "--out", ".", "--overwrite") == 0
+    assert Path("x.png.explained.npz").read_bytes() != b"mine"
+    shutil.copy("b/x.png", "x.png.explained.png")  # given as an image too
+    before = contents(scene)
+    more = ["--out", ".", "--overwrite"]
+    assert command(small, "x.png", "x.png.explained.png", *more) == 2
+    assert contents(scene) == before
+
+
+def test_a_second_call_goes_on_where_the_first_was_stopped(small, scene, capsys):
+    images = ["a/x.png", "b/x.png", "x.bmp"]
+    assert command(small, *images, "--out", "all", "--score") == 0
+    capsys.readouterr()
+    assert command(small, *images, "--out", "all", "--score") == 0
+    assert "3 images unchanged" in capsys.readouterr().out
+    whole = json.loads(Path("all/scores.json").read_text())
+    Path("all/b/x.png.explained.npz").unlink()
+    assert command(small, *images, "--out", "all", "--score") == 0
+    assert "2 images unchanged" in capsys.readouterr().out
+    assert json.loads(Path("all/scores.json").read_text()) == whole  # to the last digit
+    # other settings are other work
+    assert command(small, *images, "--out", "all", "--score", "--seed", "1") == 0
+    assert "unchanged" not in capsys.readouterr().out
+
+
+def test_scores_of_one_image_have_no_interval(small, scene, capsys):
+    assert command(small, "x.png", "--score") == 0
+    assert "nan" not in capsys.readouterr().out
+    found = json.loads(Path("explained/scores.json").read_text())
+    assert found["scores"]["gate3.map"]["deletion"]["low"] is None
+    assert found["sanity"]["gate3.map"]["between_images"] is None
+    assert found["sanity"]["gate3.map"]["cells"] == [4, 4]
+
+
+def test_standard_input_is_an_image(small, scene, monkeypatch):
+    with open("x.png", "rb") as file:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file))
+        assert command(small, "-", "--out", "o") == 0
+    with np.load("o/stdin.explained.npz") as numbers:
+        assert json.loads(str(numbers["about"]))["path"] == "stdin"
+
+
+# ---- masks -------------------------------------------------------------------------------
+def mark(path: str, box: tuple[int, int, int, int] | None, size=(24, 20)) -> None:
+    image = Image.new("L", size)
+    if box is not None:
+        image.paste(255, box)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def chances(folder: str) -> dict[str, float]:
+    return json.loads(Path(folder, "scores.json").read_text())["pointing"]
+
+
+def test_masks_are_matched_by_relative_paths(small, scene, capsys):
+    mark("k/a/x.png", (0, 0, 12, 20))
+    mark("k/b/x_mask.png", (0, 0, 6, 10))
+    mark("k/b/x_mask_1.png", (6, 0, 12, 10))
+    assert command(small, "a", "b", "--masks", "k", "--method", "attention") == 0
+    found = chances("explained")["gate3.map"]
+    assert found["images"] == 2
+    assert found["chance"] == pytest.approx((0.5 + 0.25) / 2)
+    # one mask for two images: which of them is meant?
+    mark("j/x.png", (0, 0, 6, 10))
+    before = contents(scene)
+    assert command(small, "a", "b", "--masks", "j", "--out", "new") == 2
+    assert "could be a/x.png, b/x.png" in capsys.readouterr().err
+    assert contents(scene) == before
+    assert command(small, "a", "--masks", "j", "--out", "new", "--method", "attention") == 0
+    assert chances("new")["gate3.map"]["chance"] == pytest.approx(60 / 480)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (None, "no box"), ("10,2,5,8", "larger than"), ("2,8,9,3", "larger than"),
+        ("0.1,0.2,0.5,0.8", "fractions"), ("30,2,40,8", "nothing inside"),
+        ("-9,2,-1,8", "outside"), ("1,2,inf,8", "not finite"), ("2.1,2,2.2,9", "no pixel"),
+    ],
+)  # fmt: skip
+def test_boxes_that_mark_nothing_are_named_skipped_and_counted(small, scene, row, reason, capsys):
+    rows = ["path,x0,y0,x1,y1", "a/x.png,0,0,12,10"]
+    Path("boxes.csv").write_text("\n".join(rows + [f"b/x.png,{row}"] * (row is not None)))
+    assert command(small, "a", "b", "--masks", "boxes.csv", "--method", "attention") == 1
+    err = capsys.readouterr().err
+    assert "b/x.png" in err
+    assert reason in err
+    found = json.loads(Path("explained/scores.json").read_text())
+    assert list(found["skipped_masks"]) == ["b/x.png"]
+    assert found["pointing"]["gate3.map"]["images"] == 1
+    assert found["pointing"]["gate3.map"]["chance"] == pytest.approx(0.25)
+
+
+def test_mask_images_that_mark_nothing_are_named_skipped_and_counted(small, scene, capsys):
+    mark("k/a/x.png", (0, 0, 12, 20))
+    mark("k/b/x.png", None)
+    mark("k/c.png", (0, 0, 5, 5))
+    Path("c.png").write_bytes(Path("x.png").read_bytes())
+    Path("k/c.png").write_bytes(b"\x89PNG no more")
+    mark("k/x.png", (0, 0, 5, 5), size=(5, 5))
+    images = ["a/x.png", "b/x.png", "c.png", "x.png"]
+    assert command(small, *images, "--masks", "k", "--method", "attention") == 1
+    found = json.loads(Path("explained/scores.json").read_text())
+    reasons = found["skipped_masks"]
+    assert set(reasons) == {"b/x.png", "c.png", "x.png"}
+    assert "marks nothing" in reasons["b/x.png"]
+    assert "k/c.png" in reasons["c.png"]
+    assert "5x5" in reasons["x.png"]
+    assert found["pointing"]["gate3.map"]["images"] == 1
+    assert "3 images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,x0,y0\n", "lacks the columns x1, y1"), ("path;x0;y0;x1;y1\n", "lacks the columns"),
+        ("path,x0,y0,x1,y1\na/x.png,1,2,3,four\n", "line 2"),
+        ("path,x0,y0,x1,y1\n,1,2,3,4\n", "line 2"),
+        ("path,x0,y0,x1,y1\nelse.png,1,2,3,4\n", "no image has a usable one"),
+        (b"\xff\xfe\x00p", "no CSV file"), (None, "no such file or folder"),
+    ],
+)  # fmt: skip
+def test_a_table_of_boxes_that_can_not_be_used_is_an_error_before_the_work(
+    small, scene, text, message, capsys
+):
+    if text is not None:
+        Path("boxes.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert command(small, "a", "--masks", "boxes.csv") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not Path("explained").exists()

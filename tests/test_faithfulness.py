@@ -7,22 +7,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from regard.attention import own_maps
-from regard.explanations.faithfulness import (
+from regard.explanations.deletion import (
     CENTER,
     RANDOM,
-    Request,
     area,
     baseline_of,
     curves,
-    judge,
+    measure,
     random_maps,
-    rank_correlation,
     ranks_of,
-    sanity,
-    score,
+    summarize,
 )
-from regard.explanations.pointing import point, read_masks
-from regard.predict import Classifier
+from regard.explanations.faithfulness import interval, judge
+from regard.explanations.pointing import PointingScore, point
+from regard.explanations.sanity import correlation_between, randomized, rank_correlation
 
 
 class Map(nn.Module):
@@ -75,6 +73,11 @@ def images():
 
 def predictor(model):
     return lambda x: model(x).softmax(dim=1)
+
+
+def score(predict, x, maps, **settings):
+    measured = measure(predict, x, maps, predict(x).argmax(dim=1), **settings)
+    return summarize(measured, settings.get("seed", 0))
 
 
 @torch.no_grad()
@@ -159,7 +162,7 @@ def test_scores_are_the_same_each_time_and_name_their_controls(images):
         a, b = (score(predictor(model), x[:6], own_maps(model, x[:6]), seed=3) for _ in range(2))
     assert list(a) == ["attention", RANDOM, CENTER]
     for name in a:
-        assert a[name].gain == b[name].gain
+        assert a[name].difference == b[name].difference
         np.testing.assert_array_equal(a[name].each, b[name].each)
     for bad, message in (
         ({}, "at least one"), ({"m": torch.zeros(5, 2, 2)}, r"\(5, 2, 2\): \(6, h, w\)"),
@@ -194,16 +197,77 @@ class Learnt(nn.Module):
         return self.conv(x)
 
 
-def test_the_sanity_check_tells_what_was_learnt_from_what_was_not(images):
+def sanity(model, x):
+    (check,) = judge(model, x, methods=["attention"], steps=2, repeats=1, seed=3).checks
+    return check
+
+
+def test_the_sanity_check_tells_what_was_learned_from_what_was_not(images):
     x, _ = images
-    torch.manual_seed(5)  # not sanity's own
+    torch.manual_seed(5)  # not the check's own
     for attention, unchanged in ((Learnt(), 0.0), (Map(), 1.0)):
         model = Patch(attention, uses=False).eval()
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        (found,) = sanity(model, lambda m: own_maps(m, x))
-        assert found.unchanged == unchanged
-        assert f"{unchanged:.0%} of the maps" in found.verdict()
+        check = sanity(model, x[:8])
+        assert check.unchanged == unchanged
+        assert check.passed == (unchanged == 0.0)
+        assert f"{unchanged:.0%} of the maps" in check.verdict()
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Position(nn.Module):
+    """A map of weights alone: another one for random weights, the same for every image."""
+
+    attention_kind = "spatial"
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(1, 1, 4, 4))
+
+    def forward(self, x):
+        return self.weight + 1e-4 * x.mean(dim=(1, 2, 3), keepdim=True)
+
+
+def test_maps_that_are_the_same_for_every_image_do_not_pass(images):
+    x, _ = images
+    torch.manual_seed(5)
+    check = sanity(Patch(Position(), uses=False).eval(), x[:8])
+    assert check.unchanged == 0.0  # what the check with random weights alone would let through
+    assert check.between > 0.99
+    assert not check.passed
+    assert "nearly the same for every image" in check.verdict()
+    assert "16 cells (4×4)" in check.verdict()
+    learned = sanity(Patch(Learnt(), uses=False).eval(), x[:8])
+    assert learned.between < 0.5
+    assert learned.passed
+    assert "cells" not in learned.verdict()
+    # one image says nothing about it
+    alone = sanity(Patch(Learnt(), uses=False).eval(), x[:1])
+    assert alone.between is None
+
+
+def test_correlation_between_images_is_the_mean_over_pairs():
+    from scipy.stats import spearmanr
+
+    maps = random_maps((4, 5, 6), 0) + torch.linspace(0, 2, 30).view(5, 6)
+    pairs = [
+        spearmanr(maps[i].flatten(), maps[j].flatten()).statistic
+        for i in range(4)
+        for j in range(i)
+    ]
+    assert correlation_between(maps) == pytest.approx(np.mean(pairs), abs=1e-9)
+    assert correlation_between(torch.ones(3, 2, 2)) == 1.0
+    assert correlation_between(maps[:1]) is None
+
+
+def test_random_weights_are_another_network_and_the_seed_decides():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    model[1].running_mean += 3
+    one, same, other = (randomized(model, seed)[0].weight for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, model[0].weight)
+    assert (randomized(model, 0)[1].running_mean == 0).all()
 
 
 def test_rank_correlation_against_scipy():
@@ -217,18 +281,42 @@ def test_rank_correlation_against_scipy():
     assert rank_correlation(flat, flat).tolist() == [1.0] * 5
 
 
-def test_judging_a_classifier_needs_no_run(images):
-    from regard.data.preprocess import Preprocess
-
+def test_judging_scores_each_image_on_its_own(images):
     x, _ = images
-    model = Patch(Map(), uses=True)
-    classifier = Classifier(model, ["dark", "bright"], Preprocess((1, 32, 32), (0.0,), (1.0,)))
-    said: list[str] = []
-    ask = Request(None, methods=("attention",), complain=said.append, steps=8, repeats=2)
-    scores, checks = judge(classifier, x, ask)
-    assert scores["attention"].over_random.low > 0.5
-    assert checks[0].unchanged == 1.0  # its map has no weights
-    assert said == []
+    model = Patch(Map(), uses=True).eval()
+    found = judge(model, x, methods=["attention"], steps=8, repeats=2)
+    assert found.images == 24
+    assert found.scores["attention"].over_random.low > 0.5
+    assert found.checks[0].unchanged == 1.0  # its map has no weights
+    assert found.warnings == []
+    # an image's scores depend on no other image and not on its position
+    alone = judge(model, x[5:6], methods=["attention"], steps=8, repeats=2)
+    for name, score in alone.scores.items():
+        np.testing.assert_array_equal(score.curves[:, 0], found.scores[name].curves[:, 5])
+
+
+def test_one_image_has_no_interval_and_no_conclusion(images):
+    x, _ = images
+    found = judge(Patch(Map(), uses=True).eval(), x[:1], methods=["attention"], steps=8)
+    text = interval(found.scores["attention"].deletion)
+    assert float(text) == pytest.approx(found.scores["attention"].deletion.value, abs=1e-3)
+    for sentence in (*found.sentences(), text):
+        assert "nan" not in sentence
+    assert "one image" in found.scores["attention"].verdict()
+    assert found.scores["attention"].deletion.to_dict()["low"] is None
+
+
+def test_a_baseline_that_keeps_the_class_is_a_warning(images):
+    x, _ = images
+    model = Patch(Noise(), uses=False).eval()
+    with torch.no_grad():
+        model.scale.fill_(0.0)  # every image has 0.5 of each class
+    assert judge(model, x[:2], methods=["attention"], steps=2, repeats=1).warnings == []
+    with torch.no_grad():
+        model.scale.fill_(-10.0)
+    dark = torch.zeros(2, 1, 32, 32)
+    (warning,) = judge(model, dark, methods=["attention"], steps=2, repeats=1).warnings
+    assert "blur" in warning
 
 
 # ---------------------------------------------------------------------------- pointing
@@ -247,22 +335,13 @@ def test_pointing_and_energy():
         point(attention, np.zeros((40, 40), dtype=bool))
 
 
-def test_masks_from_boxes_and_from_images(tmp_path):
-    from PIL import Image
-
-    (tmp_path / "boxes.csv").write_text("path,x0,y0,x1,y1\na.png,10,0,20,5\na.png,0,0,1,1\n")
-    (mask,) = read_masks(tmp_path / "boxes.csv", ["somewhere/a.png"], [(30, 40)])
-    assert mask.sum() == 51
-    assert mask[0:5, 10:20].all()
-    with pytest.raises(ValueError, match=r"has no box for b\.png"):
-        read_masks(tmp_path / "boxes.csv", ["b.png"], [(30, 40)])
-    (tmp_path / "bad.csv").write_text("path,x0,y0\n")
-    with pytest.raises(ValueError, match="lacks the columns x1, y1"):
-        read_masks(tmp_path / "bad.csv", ["a.png"], [(30, 40)])
-    folder = tmp_path / "masks"
-    folder.mkdir()
-    Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "a.png")
-    (again,) = read_masks(folder, ["a.jpg"], [(30, 40)])
-    np.testing.assert_array_equal(again, mask)
-    with pytest.raises(ValueError, match=r"is \(30, 40\), its image \(31, 40\)"):
-        read_masks(folder, ["a.jpg"], [(31, 40)])
+def test_pointing_scores_have_intervals_over_images():
+    attention, mask = np.zeros((4, 4)), np.zeros((40, 40), dtype=bool)
+    attention[0, 3] = 1.0
+    mask[:20, 20:] = True
+    hit, miss = point(attention, mask), point(attention[::-1], mask)
+    score = PointingScore.of([hit] * 15 + [miss] * 5)
+    assert score.hits.value == 0.75
+    assert 0.5 < score.hits.low < 0.75 < score.hits.high < 1
+    assert score.chance == 0.25
+    assert np.isnan(PointingScore.of([hit]).hits.low)

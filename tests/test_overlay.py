@@ -37,7 +37,7 @@ def test_the_brightest_spot_lies_over_its_cell(cell):
 def test_a_map_between_two_cells_is_bilinear():
     # one row of 2 cells, 0 and 1, over 4 pixels: centers at 0.25, 0.75, 1.25, 1.75 cells,
     # so weights 0, 0.25, 0.75, 1; gray 91 becomes 0.1 + 0.7 * 91 / 255 of white
-    picture = overlay(np.full((1, 4), 91, np.uint8), np.array([[0.0, 1.0]]))
+    picture = overlay(np.full((1, 4), 91, np.uint8), np.array([[0.0, 1.0]]), smooth=True)
     gray = round(255 * (0.1 + 0.7 * 91 / 255))
     assert picture[0, 0].tolist() == [gray] * 3
     # the strongest: a quarter of the gray and three of viridis's last color (253, 231, 37)
@@ -79,10 +79,37 @@ def test_the_image_keeps_its_size_and_aspect(shape):
     assert overlay(image, np.eye(7)).shape == (*shape[:2], 3)
     assert overlay(image, np.eye(7), size=(96, 33)).shape == (96, 33, 3)
     # the map's own aspect is not the image's: its left half is the picture's left half
-    halves = overlay(np.zeros(shape, np.uint8), np.repeat([[0.0, 1.0]], 7, axis=0))
+    halves = overlay(np.zeros(shape, np.uint8), np.repeat([[0.0, 1.0]], 9, axis=0))
     columns = colorfulness(halves).mean(axis=0)
     assert columns[0] == 0
     assert columns[-1] > columns[shape[1] // 2] > 0
+
+
+def test_a_map_of_few_cells_is_drawn_as_cells():
+    def colors(cells):
+        ramp = np.linspace(0, 1, cells * cells).reshape(cells, cells)
+        picture = overlay(np.full((120, 120), 90, np.uint8), ramp)
+        return len(np.unique(picture.reshape(-1, 3), axis=0))
+
+    assert colors(2) == 4
+    assert colors(4) == 16
+    assert colors(5) > 25  # smooth between its cells
+
+
+@pytest.mark.parametrize("shape", [(10, 1810), (1810, 10), (1, 5000)])
+def test_a_strip_is_drawn_where_the_network_saw_a_pixel_of_it(shape):
+    side = min(shape)
+    box = (
+        (shape[1] - side) / 2,
+        (shape[0] - side) / 2,
+        (shape[1] + side) / 2,
+        (shape[0] + side) / 2,
+    )
+    size = (max(1, shape[0] // 50), max(1, shape[1] // 50))
+    picture = overlay(np.zeros(shape, np.uint8), np.eye(7), size=size, box=box)
+    assert (colorfulness(picture) > 0).sum() >= 1
+    with pytest.raises(ValueError, match="holds no pixel"):
+        overlay(np.zeros(shape, np.uint8), np.eye(7), box=(6000, 0, 6100, 1))
 
 
 def test_the_image_is_seen_under_the_strongest_attention():

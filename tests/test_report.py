@@ -11,10 +11,15 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.stats import binomtest
 from sklearn.datasets import load_digits, load_sample_images
 
-from regard.report import MAX_BYTES, GalleryItem, Report, wilson_interval, write_report
+import regard
+from regard.attention import StageMap
+from regard.evaluation import Predictions, evaluate
+from regard.explanations.explanation import Explanation
+from regard.report import MAX_BYTES, Report, write_report
+from regard.report.build import report_run
+from tests.helpers import run
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "source"}
 CONFUSION = np.array([[30, 2, 0], [0, 41, 1], [5, 0, 21]])  # 92 of 100
@@ -64,22 +69,32 @@ class Page(HTMLParser):
 def attention(y, x, size=12):
     rows, columns = np.mgrid[:size, :size]
     bump = np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 8.0)
-    return bump / bump.sum()
+    return (bump / bump.sum()).astype(np.float32)
+
+
+def explained(image, true, predicted, p, maps):
+    shown = [StageMap(name, "spatial", values, "", name) for name, values in maps]
+    height, width = image.shape[:2]
+    return Explanation(
+        path="a.png", image=image, box=(0, 0, width, height), true=true,
+        classes=[(predicted, p)], target=(predicted, p), maps=shown,
+    )  # fmt: skip
 
 
 def items():
     images = (load_digits().images[:4] * 255 / 16).astype(np.uint8)
     answers = [("zero", "zero", 0.9996), ("one", "two", 0.51), ("two", "two", 1.0)]
-    return [
-        GalleryItem(
-            image=image,
-            true=true,
-            predicted=predicted,
-            probability=p,
-            maps=[("gate3", attention(4, 5)), ("gate4", np.full((6, 6), 1 / 36))],
-        )
-        for image, (true, predicted, p) in zip(images, answers, strict=False)
-    ]
+    maps = [("gate3", attention(4, 5)), ("gate4", np.full((6, 6), 1 / 36, np.float32))]
+    return [explained(image, *answer, maps) for image, answer in zip(images, answers, strict=False)]
+
+
+def evaluation(confusion, classes=("zero", "one", "two"), groups=None):
+    """Of predictions with this confusion matrix."""
+    true, predicted = np.nonzero(confusion)
+    counts = confusion[true, predicted]
+    labels, answers = np.repeat(true, counts), np.repeat(predicted, counts)
+    probabilities = np.eye(len(classes))[answers]
+    return evaluate(Predictions(probabilities, labels, list(classes), groups))
 
 
 def epoch(number, **more):
@@ -87,6 +102,7 @@ def epoch(number, **more):
         "epoch": number,
         "loss": 2.0 / number,
         "accuracy": 1 - 0.5 / number,
+        "objective": 2.0 / number,
         "learning_rate": 0.1 / number,
         **more,
     }
@@ -97,13 +113,9 @@ def report(**changes):
         title="Digits",
         model="ag_sononet8",
         summary={"data": "300 images of digits", "seed": "7"},
-        classes=["zero", "one", "two"],
+        evaluation=evaluation(CONFUSION),
         history=[epoch(n, val_loss=3.0 / n, val_accuracy=0.8) for n in range(1, 21)],
-        accuracy=0.92,
-        interval=wilson_interval(92, 100),
-        n_test=100,
-        confusion=CONFUSION,
-        gallery=items(),
+        explanations=items(),
         versions={"torch": "2.15.0"},
         command="regard train ag_sononet8 --data digits",
         notes=["No setting was chosen on the test images."],
@@ -117,28 +129,13 @@ def written(tmp_path, **changes):
     return path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("correct", "total"), [(0, 10), (1, 3), (92, 100), (10, 10), (971, 1004)])
-def test_wilson_interval_is_scipys(correct, total):
-    for confidence in (0.95, 0.99):
-        theirs = binomtest(correct, total).proportion_ci(confidence, method="wilson")
-        ours = wilson_interval(correct, total, confidence)
-        assert ours == pytest.approx((theirs.low, theirs.high), abs=1e-12)
-
-
-def test_wilson_interval_refuses_what_is_no_share():
-    with pytest.raises(ValueError, match="11 correct of 10"):
-        wilson_interval(11, 10)
-    with pytest.raises(ValueError, match="confidence=95"):
-        wilson_interval(1, 2, 95)
-
-
 def test_the_page_says_the_numbers(tmp_path):
     text = Page(written(tmp_path)).text
-    assert "92.0 % of the test images named correctly: 92 of 100" in text
+    assert "92.0 % of the test images classified correctly: 92 of 100" in text
     assert "95 % interval 85.0–95.9 %" in text
-    assert "The network ag_sononet8 was trained on 300 images of digits, to tell 3 classes" in text
-    assert "always answering “one”: 42.0 %" in text
-    assert "two taken for zero : 5 of 26" in text
+    assert "ag_sononet8 was trained on 300 images of digits and distinguishes 3 classes" in text
+    assert "always predicting “one”: 42.0 %" in text
+    assert "two predicted as zero : 5 of 26" in text
     assert "No setting was chosen on the test images." in text
     assert "regard train ag_sononet8 --data digits" in text
     assert "torch 2.15.0" in text
@@ -152,7 +149,7 @@ def test_the_tables_hold_every_count(tmp_path):
         assert [name, *map(str, counts)] in rows
     # recall 30/32 with its interval, precision 30/35
     assert ["zero", "32", "93.8 %", "79.9–98.3 %", "", "85.7 %"] in rows
-    assert ["1", "2", "0.5", "0.1", "3", "0.8"] in rows  # the first epoch
+    assert ["1", "2", "0.5", "2", "0.1", "3", "0.8"] in rows  # the first epoch
 
 
 def test_the_curves_end_where_the_history_does(tmp_path):
@@ -171,7 +168,7 @@ def test_an_epoch_that_is_not_finite_breaks_the_line(tmp_path):
     history[4]["loss"] = float("inf")
     html = written(tmp_path, history=history)
     lines = re.findall(r'<polyline class="line" points="([^"]*)"', html)
-    assert [len(line.split()) for line in lines] == [2, 1, 5, 5]
+    assert [len(line.split()) for line in lines] == [2, 1, 5, 5, 5]
     assert "training not finite" in Page(html).text
 
 
@@ -206,16 +203,18 @@ def test_the_page_can_be_read_by_a_screen_reader(tmp_path):
 
 def test_the_gallery_shows_wrong_ones_first_in_words_and_with_ranges(tmp_path):
     text = Page(written(tmp_path)).text
-    wrong = text.index("Named wrongly: 1 of 8")
+    wrong = text.index("Classified wrongly: 1 of 8")
     assert wrong < text.index("✗ wrong 51 % true one → predicted two")
-    assert wrong < text.index("Named correctly: 2 of 92") < text.index("✓ right > 99.9 %")
+    assert wrong < text.index("Classified correctly: 2 of 92") < text.index("✓ right > 99.9 %")
     assert "✓ right 100 % true two → predicted two" in text
     assert "gate4 0.028 everywhere" in text
     assert re.search(r"gate3 0\.000–0\.040, uniform would be 0\.0069", text)
 
 
 def test_the_pictures_are_the_image_and_its_overlays(tmp_path):
-    sources = [a for a in Page(written(tmp_path)).all("img") if a["alt"].startswith(("T", "The"))]
+    sources = [
+        a for a in Page(written(tmp_path)).all("img") if a["alt"].startswith(("Image", "The"))
+    ]
     pictures = [Image.open(io.BytesIO(base64.b64decode(a["src"].split(",")[1]))) for a in sources]
     assert len(pictures) == 9
     # the wrong one comes first: its very pixels, then gate3 in color, then a flat gray one
@@ -229,11 +228,11 @@ def test_the_pictures_are_the_image_and_its_overlays(tmp_path):
 
 def test_names_are_escaped(tmp_path):
     bad = '<b>x</b>"&'
-    gallery = [dataclasses.replace(items()[0], true=bad, maps=[(bad, attention(1, 1))])]
+    shown = [explained(items()[0].image, bad, bad, 0.5, [(bad, attention(1, 1))])]
     html = written(
         tmp_path,
-        title=bad, model=bad, classes=[bad, "one", "two"], summary={bad: bad}, versions={bad: bad},
-        command=bad, notes=[bad], gallery=gallery,
+        title=bad, model=bad, evaluation=evaluation(CONFUSION, (bad, "one", "two")),
+        summary={bad: bad}, versions={bad: bad}, command=bad, notes=[bad], explanations=shown,
     )  # fmt: skip
     assert bad not in html
     assert "<b>x" not in html
@@ -243,17 +242,11 @@ def test_names_are_escaped(tmp_path):
 
 def test_a_large_gallery_is_cut_and_the_page_says_so(tmp_path):
     photos = load_sample_images().images
+    maps = [(f"gate{g}", attention(g, g)) for g in range(10)]
     some = [
-        GalleryItem(
-            image=photos[i % 2],
-            true="zero",
-            predicted=("zero", "one")[i // 2 % 2],
-            probability=0.5,
-            maps=[(f"gate{g}", attention(g, g)) for g in range(10)],
-        )
-        for i in range(40)
+        explained(photos[i % 2], "zero", ("zero", "one")[i // 2 % 2], 0.5, maps) for i in range(40)
     ]
-    html = written(tmp_path, gallery=some)
+    html = written(tmp_path, explanations=some)
     assert 3_000_000 < len(html.encode()) < MAX_BYTES == 5_000_000
     cards = Page(html).all("figure")
     shown = sum(1 for a in cards if not a)
@@ -262,43 +255,65 @@ def test_a_large_gallery_is_cut_and_the_page_says_so(tmp_path):
     assert shown >= 10
 
 
-def test_many_classes_are_told_as_their_most_frequent_mistakes(tmp_path):
-    confusion = np.diag(np.full(200, 5))
-    confusion[3, 150] = 4
-    changes = {
-        "classes": [f"class{i}" for i in range(200)],
-        "confusion": confusion,
-        "n_test": 1004,
-        "accuracy": 1000 / 1004,
-        "interval": wilson_interval(1000, 1004),
-    }
-    page = Page(written(tmp_path, **changes))
-    assert "the whole table is too large to read" in page.text
-    assert "class3 taken for class150 : 4 of 9" in page.text
-    assert "99.6 % of the test images" in page.text
-    assert max(len(row) for row in page.rows) == 6
+def test_ten_thousand_classes_are_a_list_that_can_be_searched_on_a_small_page(tmp_path):
+    count = 10_000
+    labels = np.repeat(np.arange(count), 2)
+    answers = labels.copy()
+    answers[6:8] = 150
+    names = [f"class{i}" for i in range(count)]
+    result = evaluation_of(labels, answers, names)
+    html = written(tmp_path, evaluation=result)
+    assert len(html.encode()) < 1_500_000
+    page = Page(html)
+    assert "too large to read" in page.text
+    assert "class3 predicted as class150 : 2 of 2" in page.text
+    assert max(len(row) for row in page.rows) == 7
+    for name in (names[0], names[4711], names[-1]):
+        assert re.search(rf"^{name} .*100\.0 %", html, re.MULTILINE)
+    assert len(page.rows) < 200
+    assert page.rows[-100][0] == "class3"  # the lowest recall comes first
+
+
+def evaluation_of(labels, answers, names):
+    """An evaluation without its probabilities, which would take 1.6 GB."""
+    from scipy.sparse import csr_array
+
+    from regard.evaluation import ClassResult, Estimate, Evaluation
+
+    count = len(names)
+    cells = csr_array((np.ones(len(labels), int), (labels, answers)), shape=(count, count))
+    cells.sum_duplicates()
+    hits, images = cells.diagonal(), np.bincount(labels, minlength=count)
+    nothing = Estimate(np.nan, np.nan, np.nan)
+    classes = [
+        ClassResult(n, int(k), Estimate(h / k, 0.0, 1.0), nothing, nothing)
+        for n, h, k in zip(names, hits, images, strict=True)
+    ]
+    share = float(hits.sum() / len(labels))
+    metrics = {m: Estimate(share, share, share) for m in ("top1", "balanced_accuracy")}
+    return Evaluation(len(labels), None, names, cells, metrics, classes)
 
 
 def test_little_is_enough(tmp_path):
     text = Page(
         written(
             tmp_path,
-            history=[], gallery=[], summary={}, versions={}, command="", notes=[],
-            confusion=np.diag([2, 0, 1]), n_test=3, accuracy=1.0, interval=wilson_interval(3, 3),
+            history=[], explanations=[], summary={}, versions={}, command="", notes=[],
+            evaluation=evaluation(np.diag([2, 0, 1])),
         )
     ).text  # fmt: skip
-    assert "100.0 % of the test images named correctly: 3 of 3" in text
-    assert "No test image was named wrongly." in text
+    assert "100.0 % of the test images classified correctly: 3 of 3" in text
+    assert "No mistakes" in text
     assert "Where it looks" not in text
-    assert "Training" not in text
+    assert "Loss" not in text
     assert "one 0 – – –" in text  # a class without test images
 
 
 def test_without_maps_nothing_is_said_of_attention(tmp_path):
-    gallery = [dataclasses.replace(item, maps=[]) for item in items()]
-    text = Page(written(tmp_path, gallery=gallery)).text
-    assert "Some answers Named wrongly: 1 of 8" in text
-    assert "A sample. The images above are a selection" in text
+    shown = [dataclasses.replace(item, maps=[]) for item in items()]
+    text = Page(written(tmp_path, explanations=shown)).text
+    assert "Example predictions Classified wrongly: 1 of 8" in text
+    assert "The images above are a selection" in text
     for word in ("attention", "A map", "A reason", "Where it looks"):
         assert word not in text
 
@@ -311,27 +326,70 @@ def test_the_network_is_a_fact_once(tmp_path):
 
 
 def test_almost_all_is_not_all(tmp_path):
-    changes = {"confusion": np.array([[9999, 1, 0], [0, 9999, 0], [0, 0, 1]]), "n_test": 20000}
-    share = 19999 / 20000
-    html = written(tmp_path, **changes, accuracy=share, interval=wilson_interval(19999, 20000))
+    html = written(
+        tmp_path, evaluation=evaluation(np.array([[9999, 1, 0], [0, 9999, 0], [0, 0, 1]]))
+    )
     assert "99.995 % of the test images" in Page(html).text
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"accuracy": 0.93}, "accuracy=0.93, but confusion says 92 of 100"),
-        ({"n_test": 99}, "confusion counts 100 images, n_test says 99"),
-        ({"confusion": CONFUSION[:2]}, r"confusion of shape \(2, 3\): \(3, 3\)"),
-        ({"confusion": CONFUSION / 1.0}, "whole numbers"),
-        ({"interval": (0.93, 0.95)}, "does not hold accuracy=0.92"),
-        ({"interval": (85.0, 95.9)}, "does not hold accuracy=0.92"),
-        ({"history": [{"epoch": 1.0}]}, "history lacks 'loss'; it has epoch"),
-    ],
-)
-def test_numbers_that_disagree_are_refused(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        written(tmp_path, **changes)
+def test_class_intervals_are_those_of_the_evaluation_by_group(tmp_path):
+    labels = np.repeat([0, 1], 20)
+    answers = np.where(np.arange(40) % 20 < 6, 1 - labels, labels)  # 14 of 20 right in each
+    groups = np.array([f"patient {i // 5}" for i in range(40)])  # 4 each, all right or mostly wrong
+    predictions = Predictions(np.eye(2)[answers], labels, ["benign", "malignant"], groups)
+    result = evaluate(predictions)
+    rows = [
+        [c.replace("\u00a0", " ") for c in r]
+        for r in Page(written(tmp_path, evaluation=result)).rows
+    ]
+    recall = result.per_class[0].recall
+    assert ["benign", "20", "70.0 %", f"{100 * recall.low:.1f}–{100 * recall.high:.1f} %"] in [
+        row[:4] for row in rows
+    ]
+    independent = evaluate(dataclasses.replace(predictions, groups=None)).per_class[0].recall
+    assert recall.high - recall.low > 1.1 * (independent.high - independent.low)
+
+
+def test_one_image_has_no_interval(tmp_path):
+    text = Page(written(tmp_path, evaluation=evaluation(np.diag([1, 0, 0])))).text
+    assert "nan" not in text.lower()
+
+
+def test_the_split_has_its_name(tmp_path):
+    text = Page(written(tmp_path, split="val", notes=[])).text
+    assert "of the validation images" in text
+    assert "test image" not in text
+    with pytest.raises(ValueError, match="choose one of test, val, train"):
+        written(tmp_path, split="all")
+
+
+def test_losses_share_an_axis_only_where_they_are_one_quantity(tmp_path):
+    def titles(history):
+        html = written(tmp_path, history=history)
+        labels = [a["aria-label"] for a in Page(html).all("svg") if "aria-label" in a]
+        return [(label.split(" by epoch")[0], label.count(" from ")) for label in labels]
+
+    both = [epoch(n, val_loss=3.0 / n, val_accuracy=0.8) for n in (1, 2)]
+    assert titles(both)[0] == ("Loss", 2)
+    smoothed = [{**row, "objective": row["loss"] + 1} for row in both]
+    assert titles(smoothed)[:2] == [("Loss", 2), ("Training objective", 1)]
+    unknown = [{k: v for k, v in row.items() if k != "objective"} for row in both]
+    assert titles(unknown)[:2] == [("Training loss", 1), ("Validation loss", 1)]
+
+
+def test_the_chosen_epoch_is_said_and_marked(tmp_path):
+    html = written(tmp_path, chosen=(5, "The weights are those of epoch 5."))
+    assert "The weights are those of epoch 5." in Page(html).text
+    lines = [a for a in Page(html).all("line") if a.get("class") == "chosen"]
+    assert len(lines) == 3
+    assert float(lines[0]["x1"]) == pytest.approx(46 + 306 * 4 / 19, abs=0.1)
+
+
+def test_wrong_histories_and_explanations_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="history lacks 'loss'; it has epoch"):
+        written(tmp_path, history=[{"epoch": 1.0}])
+    with pytest.raises(ValueError, match="true class"):
+        written(tmp_path, explanations=[dataclasses.replace(items()[0], true=None)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -344,7 +402,7 @@ def test_a_failed_write_leaves_the_old_page_and_nothing_else(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(OSError, match=r"report\.html can't be written"):
             write_report(report(), path)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
@@ -355,3 +413,29 @@ def test_a_failed_write_leaves_the_old_page_and_nothing_else(tmp_path, monkeypat
 
 def test_the_same_report_is_the_same_page(tmp_path):
     assert written(tmp_path) == written(tmp_path)
+
+
+# ---- of a run ----------------------------------------------------------------------------
+def test_gallery_explain_and_scores_show_the_same_maps(tmp_path):
+    """`attention92_cifar`, which has several masks in a stage: each shown under its own name."""
+    out = tmp_path / "run"
+    run(
+        "train", "digits", "--model", "attention92_cifar", "--out", out, "--size", "8",
+        "--steps", "1", "--batch-size", "4", "--faithfulness-images", "2",
+    )  # fmt: skip
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    gallery = {
+        re.search(r"the map (.*) over it", a["alt"])[1]
+        for a in page.all("img")
+        if "over it" in a["alt"]
+    }
+    scored = {row[0] for row in page.rows if len(row) == 4 and "(" in "".join(row)}
+    (shown,) = regard.explain(out, (load_digits().images[0] * 15).astype(np.uint8))
+    names = {m.name for m in shown.spatial()}
+    assert {"layer2.1.mask", "layer2.2.mask", "Grad-CAM"} <= names
+    assert gallery == names
+    assert scored == names | {"random", "center blob"}
+    assert "epoch" in page.text
+    before = (out / "report.html").read_bytes()
+    report_run(out)
+    assert (out / "report.html").read_bytes() == before

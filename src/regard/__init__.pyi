@@ -4,6 +4,7 @@ from .commands.train import train as train
 from .engines.choose import open_engine as open_engine
 from .errors import CheckpointError as CheckpointError
 from .errors import RegardError as RegardError
+from .explanations.explanation import Explanation as Explanation
 from .explanations.explanation import explain as explain
 from .models import create_model as create_model
 from .models import list_models as list_models

@@ -134,11 +134,11 @@ class StageMap:
     """One map of one image.
 
     Attributes:
-        name: the submodule, as "layer1.1.mask", or the stage whose blocks were averaged.
-        kind: "spatial", "mixed", "gradcam", each (h, w); or "channel", (C,).
+        name: the submodule, such as "layer1.1.mask", or the stage whose blocks were averaged.
+        kind: "spatial", "mixed" or "gradcam" with values (h, w), or "channel" with (C,).
         values: float32.
-        reduction: in words, how values became one map, as "mean of 256 channels"; or "".
-        stage: the part of the network that it belongs to, as "layer1" or "gate3".
+        reduction: how several maps became one, such as "mean of 256 channels"; may be empty.
+        stage: the part of the network that it belongs to, such as "layer1" or "gate3".
     """
 
     name: str
@@ -171,64 +171,78 @@ def _reduced(found: AttentionMap, index: int, reduce: Reduce) -> StageMap:
         values, words = values.mean(dim=0), f"mean of {count} channels"
     elif reduce == "max":
         values, words = values.amax(dim=0), f"max of {count} channels"
-    elif isinstance(reduce, int) and 0 <= reduce < count:
+    elif 0 <= reduce < count:
         values, words = values[reduce], f"channel {reduce} of {count}"
-    elif isinstance(reduce, int):
-        raise UsageError(f"reduce={reduce}: {found.name} has channels 0 to {count - 1}")
     else:
-        raise UsageError(f"reduce={reduce!r}: choose mean, max or a channel's number")
+        raise UsageError(f"reduce={reduce}: {found.name} has channels 0 to {count - 1}")
     array = values.cpu().numpy().copy()
     return StageMap(found.name, found.kind, array, words, stage_of(found.name))
 
 
-def attention_stages(
-    maps: AttentionMaps, index: int, *, reduce: Reduce = "mean", gather: bool = True
-) -> list[StageMap]:
-    """The recorded maps of one image of the batch, in the network's order.
+def check_reduce(reduce: object) -> None:
+    """Refuses what is no reduction of a mask's channels.
+
+    Raises:
+        UsageError: neither "mean", "max" nor a channel number.
+    """
+    number = isinstance(reduce, int) and not isinstance(reduce, bool)
+    if reduce not in ("mean", "max") and not number:
+        raise UsageError(f"reduce={reduce!r}: choose mean, max or a channel number")
+
+
+def module_maps(maps: AttentionMaps, index: int, *, reduce: Reduce = "mean") -> list[StageMap]:
+    """One map per module for one image of the batch, in the network's order.
 
     Args:
         maps: of `regard.record`.
-        index: of the image in the batch.
+        index: the image's position in the batch.
         reduce: how the channels of a "mixed" mask become one map: "mean", "max" or the number
             of one channel.
-        gather: the blocks of one stage that have a map of the same kind and size, as CBAM's,
-            are averaged to one. "mixed" masks stay one a module.
 
     Raises:
         UsageError: another reduction, or a channel that a mask does not have.
     """
-    each = [_reduced(found, index, reduce) for found in maps.values()]
-    return _gathered(each) if gather else each
+    check_reduce(reduce)
+    return [_reduced(m, index, reduce) for m in maps.values()]
 
 
-def _gathered(each: Iterable[StageMap]) -> list[StageMap]:
+def group_by_stage(each: Iterable[StageMap]) -> list[StageMap]:
+    """Averages the blocks of a stage whose maps have the same kind and size, as CBAM's.
+
+    "mixed" masks stay one per module. This is the only grouping: figures, scores, reports and
+    the server show its maps under its names.
+    """
     groups: dict[Any, list[StageMap]] = {}
     for m in each:
         alone = m.name if m.kind == "mixed" else ""
         groups.setdefault((m.stage, m.kind, m.values.shape, alone), []).append(m)
-    found = []
+    grouped = []
     for (stage, kind, _, _), members in groups.items():
         if len(members) == 1:
-            found += members
+            grouped += members
             continue
         values = np.mean([m.values for m in members], axis=0)
-        found.append(StageMap(stage, kind, values, f"mean of {len(members)} blocks", stage))
-    return found
+        grouped.append(StageMap(stage, kind, values, f"mean of {len(members)} blocks", stage))
+    return grouped
 
 
-# -------------------------------------------------------------------------------- scores
+def attention_stages(maps: AttentionMaps, index: int, *, reduce: Reduce = "mean") -> list[StageMap]:
+    """`module_maps`, grouped by stage."""
+    return group_by_stage(module_maps(maps, index, reduce=reduce))
+
+
 def own_maps(model: nn.Module, x: Tensor, reduce: Reduce = "mean") -> dict[str, Tensor]:
-    """The network's own maps over positions, by stage: (B, h, w) each; empty if it has none."""
+    """The network's own maps over positions by stage, (B, h, w) each; empty if it has none."""
     if not attention_kinds(model):
         return {}
-    found: dict[str, list[Tensor]] = {}
+    by_name: dict[str, list[Tensor]] = {}
     with torch.no_grad(), evaluating(model), record(model) as maps:
         model(x)
     for i in range(len(x)):
         for m in attention_stages(maps, i, reduce=reduce):
             if m.kind != "channel":
-                found.setdefault(m.name, []).append(torch.from_numpy(m.values))
-    return {name: torch.stack(each) for name, each in found.items()}
+                by_name.setdefault(m.name, []).append(torch.from_numpy(m.values))
+    return {name: torch.stack(each) for name, each in by_name.items()}
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class Classifier:
         Raises:
             ImageError: one can't be read, or has no finite answer; `predict_each` goes on instead.
         """
-        predictions = list(self.predict_each(_as_several(images), top))
+        predictions = list(self.predict_each(as_several(images), top))
         for prediction in predictions:
             if prediction.error is not None:
                 raise ImageError(prediction.error)
@@ -141,7 +141,7 @@ class Classifier:
             return (name, str(error)) if name else (f"image {number}", f"image {number}: {error}")
 
 
-def _as_several(images: Any) -> Iterable[ImageSource]:
+def as_several(images: Any) -> Iterable[ImageSource]:
     """One image as a list of one; several as they are; a batch of four axes as its images."""
     axes = getattr(images, "ndim", None)
     if axes is not None and not isinstance(images, memoryview):

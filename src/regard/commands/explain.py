@@ -1,76 +1,180 @@
-"""`regard explain`: pictures, raw maps, a contact sheet, and scores of where a network looks."""
+"""`regard explain`: figures, raw maps, a contact sheet, and scores of where a network looks."""
 
+import contextlib
 import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from regard.errors import UsageError
+
+if TYPE_CHECKING:
+    from regard.explanations.faithfulness import Faithfulness
+    from regard.explanations.inputs import Source
+    from regard.explanations.pointing import PointingScore
+    from regard.explanations.writing import Outcome
 
 log = logging.getLogger(__name__)
 
 
 def command(
     run: Annotated[Path, Parameter(name="RUN")],
-    images: Annotated[list[Path], Parameter(negative=())],
     /,
-    *,
+    *images: Annotated[str, Parameter(name="IMAGES", allow_leading_hyphen=True)],
     out: Path = Path("explained"),
-    method: Annotated[list[str] | None, Parameter(negative=())] = None,
+    method: Annotated[list[Literal["attention", "gradcam"]] | None, Parameter(negative=())] = None,
     target: str | None = None,
     reduce: str = "mean",
     layer: str | None = None,
     channels: Annotated[bool, Parameter(negative=())] = False,
     score: Annotated[bool, Parameter(negative=())] = False,
     masks: Path | None = None,
-    baseline: str = "blur",
+    baseline: Literal["blur", "mean"] = "blur",
     seed: int = 0,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
-    """Show where a network looks, and measure how far that can be believed.
+    """Show where a network looks, and how far that can be believed.
 
-    Writes a picture and the raw maps (.npz) of each image, and a contact sheet of several.
+    Writes a figure and the raw maps of each image, and a contact sheet of several. A second
+    call goes on where the first was stopped.
 
     Parameters
     ----------
     run
-        A run's folder, or any folder in timm's local-dir layout.
+        Folder of a run, or any folder in timm's local-dir layout.
     images
-        Image files and folders of images.
+        Image files, folders of images, or - for standard input.
     out
         Output folder.
     method
-        attention (the network's own maps) or gradcam; repeatable. Default: both.
+        attention (the network's own maps) or gradcam; may be repeated (default: both).
     target
-        Class that Grad-CAM explains. Default: the predicted class.
+        Class that Grad-CAM explains (default: the predicted class).
     reduce
-        How the channels of a mask become one map: mean, max, or a channel's number.
+        How the channels of a mask become one map: mean, max or a channel number.
     layer
-        Layer for Grad-CAM. Default: the last feature map.
+        Layer of Grad-CAM (default: the last feature map).
     channels
-        Store every channel of the masks in the .npz.
+        Store every channel of the masks in the .npz files.
     score
-        Measure deletion and insertion against random maps, a center blob and Grad-CAM, and
-        whether the maps depend on the weights.
+        Measure deletion and insertion against random maps and the image's center, and whether
+        the maps depend on the weights and on the image.
     masks
-        Annotated regions: a CSV file (path, x0, y0, x1, y1) or a folder of mask images.
+        Masks to compare with: a CSV file (path, x0, y0, x1, y1 in pixels) or a folder of mask
+        images.
     baseline
-        What replaces deleted pixels: blur or mean.
+        Replacement of deleted pixels: blur or mean.
     seed
-        Random seed for random maps, random weights and the bootstrap.
+        Random seed of the random maps, the random weights and the intervals.
+    overwrite
+        Replace files in the output folder that Regard did not write.
     """
     from regard.explanations.explanation import METHODS
-    from regard.explanations.faithfulness import Request
-    from regard.explanations.writing import explain_images
+    from regard.explanations.writing import Options, Writer
     from regard.predict import load
+    from regard.trained_on import watch
 
-    channel: Any = int(reduce) if reduce.isdecimal() else reduce
-    methods = tuple(method or METHODS)
-    ask = Request(
-        out, methods, target, channel, layer, channels, score, masks, baseline, seed,
-        complain=log.warning, echo=print,
+    options = Options(
+        target=target, methods=tuple(method or METHODS), reduce=_reduction(reduce), layer=layer,
+        keep_channels=channels, score=score, masks=masks, baseline=baseline, seed=seed,
+        overwrite=overwrite,
     )  # fmt: skip
-    done = explain_images(load(run), images, ask)
-    if done == ask.failed == 0:
-        raise UsageError(f"no image below {', '.join(map(str, images))}")
-    return 0 if ask.failed == 0 else 1 if done else 2
+    with _sources(images) as sources:
+        outcome = Writer(load(run), sources, out, options).run()
+        list(watch(run, [source.path for source in sources if source.path.is_file()]))
+    if outcome.faithfulness is not None:
+        _print_scores(outcome.faithfulness)
+    if masks is not None:
+        _print_pointing(outcome)
+    if outcome.unreadable == 0 and not outcome.skipped_masks:
+        return 0
+    return 1 if outcome.explained else 2
+
+
+def _reduction(text: str) -> Any:
+    if text in ("mean", "max"):
+        return text
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError(f"--reduce {text}: choose mean, max or a channel number")
+    return int(text)
+
+
+@contextlib.contextmanager
+def _sources(images: Sequence[str]) -> Iterator[list["Source"]]:
+    """The images; standard input becomes a file for as long as the block runs."""
+    from regard.explanations.inputs import Source, list_sources
+
+    if not images:
+        raise UsageError("IMAGES: give image files or folders, or - for standard input")
+    for name in images:
+        if name.startswith("-") and name != "-" and not os.path.exists(name):
+            raise UsageError(f"unknown option {name} (see `regard explain --help`)")
+    if images.count("-") > 1:
+        raise UsageError("-: standard input holds one image")
+    files = [name for name in images if name != "-"]
+    with tempfile.TemporaryDirectory(prefix="regard-") as folder:
+        sources = list_sources(files) if files else []
+        if len(files) < len(images):
+            path = Path(folder, "stdin")
+            path.write_bytes(sys.stdin.buffer.read())
+            sources.append(Source(path, "stdin"))
+        yield sources
+
+
+def _print_scores(found: "Faithfulness") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from regard.explanations.faithfulness import interval
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    headings = (
+        "map",
+        "deletion",
+        "insertion",
+        "insertion - deletion",
+        "over random",
+        "over center",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "map" else "right")
+    for name, s in found.scores.items():
+        cells = [s.deletion, s.insertion, s.difference, s.over_random, s.over_center]
+        table.add_row(Text(name), *("" if e is None else interval(e) for e in cells))
+    console = Console()
+    Console(width=None if console.is_terminal else 140).print(table)
+    print("Areas under the curves; low deletion and high insertion are good. The last two columns")
+    ending = "; in brackets 95 % intervals over images." if found.images > 1 else "."
+    print(
+        f"compare insertion - deletion with that of random maps and of a blob in the center{ending}"
+    )
+    for sentence in found.sentences():
+        print(sentence)
+
+
+def _print_pointing(outcome: "Outcome") -> None:
+    from regard.files import plural
+
+    for name, score in outcome.pointing.items():
+        print(_pointing_line(name, score))
+    for name, reason in outcome.skipped_masks.items():
+        log.warning("%s: no mask is compared (%s)", name, reason)
+    if outcome.skipped_masks:
+        log.warning("no usable mask: %s", plural(len(outcome.skipped_masks), "image"))
+
+
+def _pointing_line(name: str, score: "PointingScore") -> str:
+    from regard.explanations.faithfulness import interval
+    from regard.files import plural
+
+    return (
+        f"{name}: its maximum lies inside the mask in {interval(score.hits, 2)} of "
+        f"{plural(score.images, 'image')}; {interval(score.energy, 2)} of its sum does, where "
+        f"{score.chance:.2f} of the image is marked"
+    )

@@ -1,21 +1,18 @@
 """`regard report`."""
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-log = logging.getLogger(__name__)
-
 
 def command(run: Annotated[Path, Parameter(name="RUN")], /) -> int:
-    """Write a run's report.html again.
+    """Write the report.html of a finished run again.
 
     Parameters
     ----------
     run
-        A run's folder.
+        Folder of the run.
     """
     from regard.report.build import report_run
 

@@ -140,7 +140,7 @@ def _identity(folder: str) -> tuple[int, int]:
 def _is_image(entry: os.DirEntry[str]) -> bool:
     """By its suffix; without one, as DICOM files often are, by its first bytes."""
     if entry.name.lower().endswith(IMAGE_SUFFIXES):
-        return True
+        return not entry.name.endswith(".explained.png")  # a figure of `regard explain`
     suffix = os.path.splitext(entry.name)[1]
     if suffix and not suffix[1:].isdigit():  # DICOM files are often named by their number
         return False

@@ -1,14 +1,15 @@
-"""What a network attends to on each image: its own maps by stage, and Grad-CAM beside them.
+"""What a network attends to on each image: its own maps by stage, and Grad-CAM.
 
->>> found = explain(model, x, images, classes=names)
->>> found[0].figure().savefig("cat.pdf")
->>> found[0].save_npz("cat.npz")
+>>> explanations = regard.explain("runs/demo", ["scan.png"])
+>>> explanations[0].save_figure("scan.pdf")
+>>> explanations[0].save_npz("scan.npz")
 """
 
+import base64
+import io
 import json
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +17,50 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from regard.attention import (
+    AttentionMaps,
     Reduce,
     StageMap,
-    _gathered,
     attention_kinds,
-    attention_stages,
+    check_reduce,
     evaluating,
+    group_by_stage,
+    module_maps,
     record,
 )
-from regard.data.images import read_image
+from regard.data.images import ImageSource, name_of, read_image, to_channels
+from regard.data.preprocess import to_tensor
 from regard.errors import UsageError
+from regard.explanations.figure import contact_sheet, explanation_figure
 from regard.explanations.gradcam import check_targets, default_layer, gradcam
 from regard.explanations.overlay import Box, Picture, overlay
-from regard.predict import Classifier
+from regard.files import write_atomically
+from regard.predict import Classifier, as_several, load
+from regard.version import __version__
 
 METHODS = ("attention", "gradcam")
+GRADCAM = "Grad-CAM"
+SOFTWARE = f"Regard {__version__}"
+"""Written into every picture, so that Regard's own files are known from the user's."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Explanation:
-    """One image, what the network said, and where it looked.
+    """One image, the network's answer, and where it looked.
 
     Attributes:
-        path: of the image, or a name for it.
+        path: the image's file, or a name for it.
         image: (H, W, 3) or (H, W), uint8, the original.
         box: left, top, right, bottom of what the network saw, in the original's pixels.
-        classes: all names with probabilities, the likeliest first.
+        classes: all class names with their probabilities, sorted, top-1 first.
         target: the class that Grad-CAM explains, with its probability.
-        maps: to show, gathered by stage.
-        modules: the same, one a module; "channel" ones hold a weight for each channel.
-        raw: masks with all their channels, (C, h, w), by module, if they were kept.
+        maps: the maps to show, grouped by stage; Grad-CAM's is the last.
+        modules: the ungrouped maps, one per module; "channel" ones hold a weight per channel.
+        raw: masks with all their channels, (C, h, w), by module, if they were asked for.
+        true: the true class, where it is known.
     """
 
     path: str
@@ -59,6 +71,17 @@ class Explanation:
     maps: list[StageMap]
     modules: list[StageMap] = field(default_factory=list)
     raw: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    true: str | None = None
+
+    @property
+    def predicted(self) -> str:
+        """The top-1 class."""
+        return self.classes[0][0]
+
+    @property
+    def probability(self) -> float:
+        """The top-1 probability, 0 to 1."""
+        return self.classes[0][1]
 
     def spatial(self) -> list[StageMap]:
         """The maps over positions: attention by stage, then Grad-CAM."""
@@ -75,72 +98,182 @@ class Explanation:
                 return overlay(self.image, m.values, box=self.box)
         raise UsageError(f"name={name!r}: maps are {', '.join(m.name for m in self.spatial())}")
 
-    def figure(self, *, width: float = 7.16) -> Figure:
-        """The picture for a paper, `width` inches wide (two columns by default)."""
-        from regard.explanations.figure import explanation_figure
+    def reduced(self, side: int) -> "Explanation":
+        """The same with an image of at most `side` pixels a side, and without module maps."""
+        height, width = self.image.shape[:2]
+        factor = min(1.0, side / max(height, width))
+        image = self.image
+        if factor < 1:
+            size = max(1, round(width * factor)), max(1, round(height * factor))
+            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+        across, down = image.shape[1] / width, image.shape[0] / height
+        left, top, right, bottom = self.box
+        box = (left * across, top * down, right * across, bottom * down)
+        return replace(self, image=image, box=box, modules=[], raw={})
 
+    def figure(self, *, width: float = 7.16) -> Figure:
+        """A figure for a paper, `width` inches wide (two columns by default)."""
         return explanation_figure(self, width=width)
 
     def save_figure(self, path: str | Path, *, dpi: int = 200) -> None:
-        """Writes the picture; the suffix is the format: .png, .pdf, .svg.
+        """Writes the figure; the suffix is the format: .png, .pdf, .svg.
 
         Raises:
-            UsageError: a suffix that is no format.
-            OSError: it can't be written.
+            UsageError: the suffix is no format.
+            FileError: the file can't be written.
         """
         path = Path(path)
-        fig = self.figure()
+        figure = self.figure()
         kind = path.suffix.lower().removeprefix(".")
-        formats = fig.canvas.get_supported_filetypes()
+        formats = figure.canvas.get_supported_filetypes()
         if kind not in formats:
             raise UsageError(f"{path}: the suffix must be one of {', '.join(sorted(formats))}")
-        beside = path.with_name(f".{path.name}.part")
-        try:
-            fig.savefig(beside, format=kind, dpi=dpi)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        about = {"Software": SOFTWARE} if kind == "png" else {}
+        write_atomically(
+            path, lambda part: figure.savefig(part, format=kind, dpi=dpi, metadata=about)
+        )
 
-    def save_npz(self, path: str | Path) -> None:
+    def save_npz(
+        self,
+        path: str | Path,
+        *,
+        about: dict[str, Any] | None = None,
+        arrays: dict[str, Any] | None = None,
+    ) -> None:
         """Writes the numbers: "KIND/MODULE" for each module's map, "raw/MODULE", "gradcam".
 
-        Also "box", and "about", a JSON text with path, classes, target, and how each map
-        was reduced.
+        Also "box", and "about", a JSON text with path, classes, target, and how each map was
+        reduced.
+
+        Args:
+            path: the .npz file.
+            about: further entries of "about".
+            arrays: further arrays.
 
         Raises:
-            OSError: it can't be written.
+            FileError: the file can't be written.
         """
-        arrays: dict[str, Any] = {f"{m.kind}/{m.name}": m.values for m in self.modules}
+        own: dict[str, Any] = {f"{m.kind}/{m.name}": m.values for m in self.modules}
         for m in self.maps:
             if m.kind == "gradcam":
-                arrays["gradcam"] = m.values
-        arrays |= {f"raw/{name}": values for name, values in self.raw.items()}
-        about = {
+                own["gradcam"] = m.values
+        own |= {f"raw/{name}": values for name, values in self.raw.items()}
+        content = {
+            "software": SOFTWARE,
             "path": self.path,
             "classes": self.classes,
             "target": self.target,
             "reduction": {m.name: m.reduction for m in [*self.modules, *self.maps]},
+            **(about or {}),
         }
-        arrays |= {"box": np.array(self.box), "about": np.array(json.dumps(about))}
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.part")
-        try:
-            with open(beside, "wb") as file:
-                np.savez_compressed(file, **arrays)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        own |= {"box": np.array(self.box), "about": np.array(json.dumps(content))}
+        save_arrays(Path(path), own | (arrays or {}))
 
     def _repr_png_(self) -> bytes:
-        """Shows the picture in a notebook."""
-        import io
-
+        """Shows the figure in a notebook."""
         buffer = io.BytesIO()
         self.figure().savefig(buffer, format="png", dpi=120)
         return buffer.getvalue()
 
 
+class Explanations(list[Explanation]):
+    """Explanations of several images; a notebook shows them as a contact sheet."""
+
+    def _repr_html_(self) -> str:
+        if not self:
+            return "<p>No images.</p>"
+        buffer = io.BytesIO()
+        contact_sheet([e.reduced(360) for e in self[:60]]).save(buffer, "PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        return f'<img alt="Explanations of {len(self)} images" src="data:image/png;base64,{data}">'
+
+
+def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Writes an .npz file atomically.
+
+    Raises:
+        FileError: the file can't be written.
+    """
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    write_atomically(path, write)
+
+
+# ---- explaining --------------------------------------------------------------------------
 def explain(
+    network: Classifier | str | Path,
+    images: ImageSource | Iterable[ImageSource],
+    *,
+    target: str | None = None,
+    methods: Sequence[str] = METHODS,
+    reduce: Reduce = "mean",
+    layer: str | None = None,
+    keep_channels: bool = False,
+) -> Explanations:
+    """Predicts images and shows where the network looked.
+
+    >>> regard.explain("runs/demo", "scan.png")[0].figure()
+
+    Args:
+        network: a classifier, or the folder of a run or of a timm `local-dir` network.
+        images: one image or several: a path, bytes, a file object, a PIL image, an array
+            (H, W[, C]) or a tensor ([C, ]H, W).
+        target: the class that Grad-CAM explains; default: the predicted one.
+        methods: "attention", the network's own maps, "gradcam", or both.
+        reduce: how a mask's channels become one map: "mean", "max" or a channel number.
+        layer: the submodule of Grad-CAM; default: see `default_layer`.
+        keep_channels: keep every channel of the masks too, in `Explanation.raw`.
+
+    Returns:
+        One explanation per image.
+
+    Raises:
+        ImageError: an image can't be read.
+        UsageError: no network there, or an argument is not among its choices.
+    """
+    if isinstance(network, nn.Module):
+        raise UsageError(
+            "explain() takes a Classifier or the folder of a network; for a bare network use "
+            "regard.explanations.explanation.explain_batch"
+        )
+    classifier = network if isinstance(network, Classifier) else load(network)
+    explanations = Explanations()
+    for number, image in enumerate(as_several(images), start=1):
+        name = name_of(image) or f"image {number}"
+        x, picture, box = read_to_explain(classifier, image)
+        explanations += explain_batch(
+            classifier.model, x, [picture], [box], classes=classifier.class_names, target=target,
+            methods=methods, reduce=reduce, layer=layer, paths=[name], keep_channels=keep_channels,
+        )  # fmt: skip
+    return explanations
+
+
+def read_to_explain(classifier: Classifier, image: ImageSource) -> tuple[Tensor, Picture, Box]:
+    """One image as the network's input (1, C, H, W), as a picture, and the box it saw of it.
+
+    Raises:
+        ImageError: it can't be read.
+    """
+    preprocess, weights = classifier.preprocess, next(classifier.model.parameters())
+    pixels = read_image(image, value_range=preprocess.value_range)
+    fitted = preprocess.fit(to_tensor(to_channels(pixels, preprocess.input_size[0])))
+    x = preprocess.normalize(fitted[None].to(weights.device))  # as Classifier.decode prepares it
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x, as_picture(pixels), preprocess.seen(*pixels.shape[:2])
+
+
+def as_picture(pixels: NDArray[Any]) -> Picture:
+    """A decoded image (H, W, C) of any depth as uint8, (H, W) or (H, W, 3)."""
+    if pixels.dtype != np.uint8:
+        scale = 255 / 65535 if pixels.dtype == np.uint16 else 255.0
+        pixels = np.clip(np.rint(pixels * scale), 0, 255).astype(np.uint8)
+    return pixels[..., 0] if pixels.shape[2] == 1 else pixels
+
+
+def explain_batch(
     model: nn.Module,
     x: Tensor,
     images: Sequence[Picture],
@@ -154,50 +287,55 @@ def explain(
     paths: Sequence[str] | None = None,
     keep_channels: bool = False,
     batch_size: int = 16,
-) -> list[Explanation]:
-    """Predicts images and finds where the network looked; for notebooks and the command line.
+) -> Explanations:
+    """`explain` for any classifier and inputs that are prepared already.
 
     Args:
         model: any classifier; its own attention is shown if it has any.
-        x: (B, C, H, W), the images as the network takes them, on its device.
+        x: (B, C, H, W), preprocessed, on the model's device.
         images: B originals, uint8, (H, W) or (H, W, 3), of any sizes.
-        boxes: what part of each original the network saw; all of it by default.
-        classes: the classes' names.
-        target: the class to explain, by number or name, or one number for each image; what
-            the network predicts by default.
-        methods: of "attention" and "gradcam".
-        reduce: a mask's channels to one map: "mean", "max" or a channel's number.
-        layer: of Grad-CAM, a submodule's name.
+        boxes: what part of each original the network saw; default: all of it.
+        classes: the class names, in the order of the outputs.
+        target: the class to explain, by number or name, or one number per image; default:
+            the predicted class.
+        methods: "attention", the network's own maps, "gradcam", or both.
+        reduce: how a mask's channels become one map: "mean", "max" or a channel number.
+        layer: the submodule of Grad-CAM.
         paths: the images' names.
         keep_channels: keep every channel of the masks too, in `Explanation.raw`.
         batch_size: images at once.
 
-    Returns:
-        One explanation for each image.
-
     Raises:
-        UsageError: an argument is not among its choices or counts don't agree.
+        UsageError: an argument is not among its choices, or counts don't agree.
     """
+    check_reduce(reduce)
     boxes, paths = _checked(x, images, boxes, paths, methods)
     if isinstance(target, str):
-        if target not in classes:
-            raise UsageError(f"target={target!r}: choose one of {', '.join(classes)}")
-        target = list(classes).index(target)
-    found: list[Explanation] = []
+        target = class_number(target, classes)
+    explanations = Explanations()
     for start in range(0, len(x), batch_size):
         part = slice(start, start + batch_size)
         each = target if target is None or isinstance(target, int) else target[part]
-        for i, (said, maps, modules, raw) in enumerate(
-            _explain_batch(model, x[part], classes, each, methods, reduce, layer, keep_channels),
-            start,
-        ):
-            found.append(
-                Explanation(
-                    path=paths[i], image=np.asarray(images[i]), box=boxes[i], classes=said[0],
-                    target=said[1], maps=maps, modules=modules, raw=raw,
-                )
-            )  # fmt: skip
-    return found
+        answers = _explain_batch(
+            model, x[part], classes, each, methods, reduce, layer, keep_channels
+        )
+        for i, answer in enumerate(answers, start):
+            explanations.append(
+                Explanation(path=paths[i], image=np.asarray(images[i]), box=boxes[i], **answer)
+            )
+    return explanations
+
+
+def class_number(name: str, classes: Sequence[str]) -> int:
+    """The output of a class.
+
+    Raises:
+        UsageError: there is no such class.
+    """
+    if name not in classes:
+        some = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
+        raise UsageError(f"target={name!r}: choose one of {some}")
+    return list(classes).index(name)
 
 
 def _checked(
@@ -233,9 +371,9 @@ def _explain_batch(
     reduce: Reduce,
     layer: str | None,
     keep_channels: bool,
-) -> list[Any]:
-    """For each image: (classes, target), maps, modules, raw."""
-    maps: Any = {}
+) -> Iterator[dict[str, Any]]:
+    """The attributes of an Explanation for each image, apart from path, image and box."""
+    maps = AttentionMaps({})
     own = "attention" in methods and (attention_kinds(model) or len(methods) == 1)
     with torch.no_grad(), evaluating(model):
         if own:
@@ -246,52 +384,22 @@ def _explain_batch(
     if logits.shape[1] != len(classes):
         raise UsageError(f"{len(classes)} classes are named, the network has {logits.shape[1]}")
     targets = check_targets(logits.argmax(dim=1) if target is None else target, logits)
-    cams = name = None
+    cams, name = None, ""
     if "gradcam" in methods:
         name = layer or default_layer(model, x)
         cams = gradcam(model, x, targets, layer=name).float().cpu().numpy()
-    probabilities = logits.float().softmax(dim=1).cpu()
-    found = []
-    for i, p in enumerate(probabilities):
-        order = p.argsort(descending=True, stable=True).tolist()
+    for i, p in enumerate(logits.float().softmax(dim=1).cpu()):
         t = int(targets[i])
-        said = [(classes[k], float(p[k])) for k in order], (classes[t], float(p[t]))
-        each = attention_stages(maps, i, reduce=reduce, gather=False) if own else []
-        shown = _gathered(each)
+        modules = module_maps(maps, i, reduce=reduce)
+        shown = group_by_stage(modules)
         if cams is not None:
-            shown.append(StageMap("Grad-CAM", "gradcam", cams[i], f"at {name}", str(name)))
+            shown.append(StageMap(GRADCAM, "gradcam", cams[i], f"at {name}", name))
         mixed = [m for m in maps.values() if keep_channels and m.kind == "mixed"]
-        raw = {m.name: m.values[i].float().cpu().numpy() for m in mixed}
-        found.append((said, shown, each, raw))
-    return found
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One image: the original, and as the network takes it."""
-
-    path: Path
-    picture: Picture
-    x: Tensor
-    box: tuple[float, float, float, float]
-
-
-def as_picture(pixels: Any) -> Picture:
-    """A decoded image (H, W, C) of any depth as uint8, (H, W) or (H, W, 3)."""
-    if pixels.dtype == np.uint8:
-        return pixels[..., 0] if pixels.shape[2] == 1 else pixels
-    scale = 255 / 65535 if pixels.dtype == np.uint16 else 255.0
-    shown = np.clip(np.rint(pixels * scale), 0, 255).astype(np.uint8)
-    return shown[..., 0] if shown.shape[2] == 1 else shown
-
-
-def see(classifier: Classifier, path: Path) -> Seen:
-    """Reads one image in full and prepares it.
-
-    Raises:
-        ImageError: it can't be read.
-    """
-    preprocess = classifier.preprocess
-    pixels = read_image(path, value_range=preprocess.value_range)
-    x = preprocess.normalize(classifier.decode(path)[None])[0]  # as `regard predict` sees it
-    return Seen(path, as_picture(pixels), x, preprocess.seen(*pixels.shape[:2]))
+        order = p.argsort(descending=True, stable=True).tolist()
+        yield {
+            "classes": [(classes[k], float(p[k])) for k in order],
+            "target": (classes[t], float(p[t])),
+            "maps": shown,
+            "modules": modules,
+            "raw": {m.name: m.values[i].float().cpu().numpy() for m in mixed},
+        }

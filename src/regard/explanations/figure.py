@@ -1,13 +1,14 @@
-"""The pictures: one explanation for a paper, and a contact sheet of many.
+"""Figures: one explanation for a paper, and a contact sheet of many.
 
-Every map has its own scale with its true range below it, and says how channels or blocks
-were made one map. The colors are `regard.explanations.overlay`'s.
+Every map has its own scale with its true range below it, its size, and how channels or blocks
+became one map. The colors are those of `regard.explanations.overlay`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib import font_manager
@@ -17,8 +18,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from regard.attention import StageMap
 from regard.errors import UsageError
-from regard.explanations.explanation import Explanation
-from regard.explanations.overlay import Picture, color_key, describe, overlay, resize_image, spread
+from regard.explanations.overlay import (
+    Picture,
+    color_key,
+    describe,
+    has_few_cells,
+    overlay,
+    resize_image,
+    spread,
+)
+
+if TYPE_CHECKING:
+    from regard.explanations.explanation import Explanation
 
 # in inches
 _GAP = 0.14  # between panels
@@ -27,11 +38,8 @@ _BAR = 0.28  # the scale below it, with its numbers
 _CHART = 0.95  # a channel chart's axes
 _CHART_FOOT = 0.34
 _HEAD = 0.42
-
-
+_LEAST = 0.02  # a panel's height and width, whatever the image's shape
 _SMALL, _NORMAL = 6.5, 8.0  # points
-
-
 _GRAY = "#555555"
 _PIXELS = 480  # of a panel's longer side, at most twice: sharp at 300 dpi
 _TALLEST = 1.6  # a taller image is drawn narrower than its column
@@ -41,16 +49,35 @@ def _short(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def _write(target: Any, x: float, y: float, text: str, **kwargs: Any) -> None:
+@lru_cache(maxsize=4)
+def _glyphs(family: str) -> frozenset[int]:
+    file = font_manager.findfont(font_manager.FontProperties())
+    return frozenset(font_manager.get_font(file).get_charmap())
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD for what the font lacks, such as undecodable bytes of a file name."""
+    glyphs = _glyphs(str(matplotlib.rcParams["font.family"]))
+    return "".join(c if ord(c) in glyphs else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _write(figure: Figure, x: float, y: float, text: str, **kwargs: Any) -> None:
     """Text that is shown as it is: a $ in a file's name is no formula."""
-    target.text(x, y, text, parse_math=False, **kwargs)
+    figure.text(x, y, printable(text), parse_math=False, **kwargs)
 
 
 def _label(m: StageMap) -> tuple[str, str]:
     """A panel's two lines: which map, and its size and how it became one map."""
     name = m.name.removesuffix(".map") if m.name.startswith(m.stage) else m.name
+    return name, ", ".join(part for part in (size_of(m), m.reduction) if part)
+
+
+def size_of(m: StageMap) -> str:
+    """ "7×7", or "2×2 = 4 cells" where a map is drawn as cells."""
     size = "×".join(str(n) for n in m.values.shape)
-    return name, ", ".join(part for part in (size, m.reduction) if part)
+    if m.kind == "channel" or not has_few_cells(m.values):
+        return size
+    return f"{size} = {m.values.size} cell{'s' * (m.values.size != 1)}"
 
 
 def _display_size(image: Picture) -> tuple[int, int]:
@@ -91,6 +118,7 @@ def _title(axes: Axes, first: str, second: str, left: float = 0.0) -> None:
         "textcoords": "offset points",
         "parse_math": False,
     }
+    first, second = printable(first), printable(second)
     axes.annotate(
         _short(first, 30), (left, 1), (0, 12), fontsize=_NORMAL, weight="bold", va="bottom", **at
     )
@@ -147,14 +175,17 @@ def _chart(axes: Axes, stage: str, gates: Sequence[StageMap]) -> None:
         axes.legend(fontsize=_SMALL - 0.5, frameon=False, loc="best", handlelength=1, borderpad=0.1)
 
 
-def _heading(fig: Figure, found: Explanation, height: float) -> None:
-    name, p = found.classes[0]
-    others = ", ".join(f"{_short(c, 24)} ({_percent(q)})" for c, q in found.classes[1:3])
-    first = f"{_short(found.path, 44)}: {_short(name, 36)} ({_percent(p)})"
-    second = f"then {others}" if others else ""
-    if found.target[0] != name:
-        told = f"Grad-CAM explains {_short(found.target[0], 30)} ({_percent(found.target[1])})"
-        second = f"{second}   ·   {told}" if second else told
+def _heading(fig: Figure, shown: "Explanation", height: float) -> None:
+    name, p = shown.classes[0]
+    others = ", ".join(f"{_short(c, 24)} ({_percent(q)})" for c, q in shown.classes[1:3])
+    first = f"{_short(shown.path, 44)}: {_short(name, 36)} ({_percent(p)})"
+    parts = [f"then {others}"] if others else []
+    if shown.true is not None:
+        parts.append("right" if shown.true == name else f"wrong: is {_short(shown.true, 30)}")
+    if shown.target[0] != name:
+        target, share = shown.target
+        parts.append(f"Grad-CAM explains {_short(target, 30)} ({_percent(share)})")
+    second = "   ·   ".join(parts)
     x = _GAP / fig.get_figwidth()
     _write(fig, x, 1 - 0.07 / height, first, fontsize=9.5, weight="bold", va="top")
     _write(fig, x, 1 - 0.25 / height, second, fontsize=_NORMAL - 0.5, color=_GRAY, va="top")
@@ -166,11 +197,11 @@ def _percent(p: float) -> str:
     return "> 99.9 %" if 0.999 < p < 1.0 else f"{100 * p:.1f} %"
 
 
-def explanation_figure(found: Explanation, *, width: float = 7.16) -> Figure:
+def explanation_figure(shown: "Explanation", *, width: float = 7.16) -> Figure:
     """The image, each map over it with its scale, Grad-CAM, and the channel weights as charts.
 
     Args:
-        found: of `regard.explain`.
+        shown: of `regard.explain`.
         width: of the figure, in inches; type is 6.5 to 9.5 points at any width.
 
     Returns:
@@ -182,39 +213,40 @@ def explanation_figure(found: Explanation, *, width: float = 7.16) -> Figure:
     if width < 4:
         raise UsageError(f"width={width}: at least 4 inches, for the numbers to be read")
     charts: dict[str, list[StageMap]] = {}
-    for m in found.modules:
+    for m in shown.modules:
         if m.kind == "channel":
             charts.setdefault(m.stage, []).append(m)
-    panels = found.spatial()
-    columns = _columns(found.image)
+    panels = shown.spatial()
+    columns = _columns(shown.image)
     cell = (width - _GAP) / columns - _GAP
-    aspect = found.image.shape[0] / found.image.shape[1]
-    drawn = cell if aspect <= _TALLEST else cell * _TALLEST / aspect
-    row = _TITLE + drawn * aspect + _BAR + _GAP
+    aspect = shown.image.shape[0] / shown.image.shape[1]
+    drawn = cell if aspect <= _TALLEST else max(cell * _TALLEST / aspect, _LEAST)
+    tall = min(max(drawn * aspect, _LEAST), cell * _TALLEST)
+    row = _TITLE + tall + _BAR + _GAP
     rows = math.ceil((1 + len(panels)) / columns)
     chart_row = _TITLE + _CHART + _CHART_FOOT
     height = _HEAD + rows * row + math.ceil(len(charts) / columns) * chart_row
     fig = Figure(figsize=(width, height), facecolor="white")
     grid = _Grid(fig, width, height)
-    _heading(fig, found, height)
-    size = _display_size(found.image)
+    _heading(fig, shown, height)
+    size = _display_size(shown.image)
     for i in range(1 + len(panels)):
         left = _GAP + (i % columns) * (cell + _GAP)
         top = _HEAD + (i // columns) * row + _TITLE
-        axes = grid.axes(left, top, drawn, drawn * aspect)
+        axes = grid.axes(left, top, drawn, tall)
         if i == 0:
-            _bare(axes, resize_image(found.image, size))
-            _title(axes, "image", f"{found.image.shape[1]}×{found.image.shape[0]} pixels")
-            _frame(axes, found, size)
+            _bare(axes, resize_image(shown.image, size))
+            _title(axes, "image", f"{shown.image.shape[1]}×{shown.image.shape[0]} pixels")
+            _frame(axes, shown, size)
             continue
         m = panels[i - 1]
-        _bare(axes, overlay(found.image, m.values, size=size, box=found.box))
+        _bare(axes, overlay(shown.image, m.values, size=size, box=shown.box))
         first, second = _label(m)
         if m.kind == "gradcam":
-            first = f"{first}: {found.target[0]}"
+            first = f"{first}: {shown.target[0]}"
         _title(axes, first, second)
         # as wide as the column: a narrow image leaves no room for the numbers
-        _scale(grid, m, left, top + drawn * aspect, cell)
+        _scale(grid, m, left, top + tall, cell)
     for i, (stage, gates) in enumerate(charts.items()):
         left = _GAP + (i % columns) * (cell + _GAP)
         top = _HEAD + rows * row + (i // columns) * chart_row + _TITLE
@@ -222,10 +254,10 @@ def explanation_figure(found: Explanation, *, width: float = 7.16) -> Figure:
     return fig
 
 
-def _frame(axes: Axes, found: Explanation, size: tuple[int, int]) -> None:
+def _frame(axes: Axes, shown: "Explanation", size: tuple[int, int]) -> None:
     """A dashed frame around what the network saw, where that is not the whole image."""
-    height, width = found.image.shape[:2]
-    left, top, right, bottom = found.box
+    height, width = shown.image.shape[:2]
+    left, top, right, bottom = shown.box
     if (round(left), round(top), round(right), round(bottom)) == (0, 0, width, height):
         return
     x, y = size[1] / width, size[0] / height
@@ -239,7 +271,7 @@ def _frame(axes: Axes, found: Explanation, size: tuple[int, int]) -> None:
 
 
 def contact_sheet(
-    found: Sequence[Explanation],
+    shown: Sequence["Explanation"],
     *,
     columns: int | None = None,
     side: int = 180,
@@ -248,7 +280,7 @@ def contact_sheet(
     """Many images on one sheet: each with some of its maps beside it and their ranges below.
 
     Args:
-        found: explanations.
+        shown: explanations.
         columns: images in a row; as many as fit into 1800 pixels by default.
         side: of each thumbnail's square in pixels, at least 100; images keep their aspect.
         maps: which to show, by name; the last attention map and Grad-CAM by default.
@@ -259,38 +291,39 @@ def contact_sheet(
     Raises:
         UsageError: nothing to show, a map that none has, or a side under 100.
     """
-    if not found:
+    if not shown:
         raise UsageError("a contact sheet needs at least one explanation")
     if side < 100:
         raise UsageError(f"side={side}: at least 100 pixels, for the numbers to be read")
-    chosen = [_choose(e, maps) for e in found]
+    chosen = [_choose(e, maps) for e in shown]
     most = 1 + max(len(c) for c in chosen)
     gap, head, foot = 10, 24, 34
     cell = (most * side + (most - 1) * 4 + 2 * gap, side + head + foot + gap)
-    columns = columns or max(1, min(len(found), 1800 // cell[0]))
-    rows = math.ceil(len(found) / columns)
+    columns = columns or max(1, min(len(shown), 1800 // cell[0]))
+    rows = math.ceil(len(shown) / columns)
     sheet = Image.new("RGB", (columns * cell[0], rows * cell[1] + gap), "white")
     draw = ImageDraw.Draw(sheet)
     bold, plain = _font(13, "bold"), _font(11, "normal")
-    for i, (e, shown) in enumerate(zip(found, chosen, strict=True)):
+    for i, (e, panels) in enumerate(zip(shown, chosen, strict=True)):
         left, top = gap + (i % columns) * cell[0], gap + (i // columns) * cell[1]
         name, p = e.classes[0]
         across = cell[0] - 2 * gap
-        told = f"{e.path}: {name} ({_percent(p)})"
-        draw.text((left, top), _fit(told, bold, across), "black", bold)
-        for k, m in enumerate([None, *shown]):
+        answer = printable(f"{e.path}: {name} ({_percent(p)})")
+        draw.text((left, top), _fit(answer, bold, across), "black", bold)
+        for k, m in enumerate([None, *panels]):
             x = left + k * (side + 4)
             sheet.paste(_thumbnail(e, m, side), (x, top + head))
             if m is not None:
                 first, _ = _label(m)
-                words = [first if m.kind != "gradcam" else f"Grad-CAM: {e.target[0]}", _range(m)]
+                name = first if m.kind != "gradcam" else f"Grad-CAM: {e.target[0]}"
+                words = [printable(name), _range(m)]
                 for line, text in enumerate(words):
                     y = top + head + side + 2 + 15 * line
                     draw.text((x, y), _fit(text, plain, side), "#333333", plain)
     return sheet
 
 
-def _choose(e: Explanation, names: Sequence[str] | None) -> list[StageMap]:
+def _choose(e: "Explanation", names: Sequence[str] | None) -> list[StageMap]:
     spatial = e.spatial()
     if names is None:
         attention = [m for m in spatial if m.kind != "gradcam"][-1:]
@@ -306,10 +339,11 @@ def _range(m: StageMap) -> str:
     numbers = spread(m.values)
     if numbers is None:
         return describe(m.values).removeprefix("attention ")
-    return f"{numbers[0]} to {numbers[1]}"
+    cells = f", {size_of(m)}" if has_few_cells(m.values) else ""
+    return f"{numbers[0]} to {numbers[1]}{cells}"
 
 
-def _thumbnail(e: Explanation, m: StageMap | None, side: int) -> Image.Image:
+def _thumbnail(e: "Explanation", m: StageMap | None, side: int) -> Image.Image:
     """The image, or a map over it, within a square, its aspect kept, on white."""
     height, width = e.image.shape[:2]
     factor = side / max(height, width)
@@ -338,39 +372,3 @@ def _fit(text: str, font: Any, width: float) -> str:
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
-
-
-# ---- deletion and insertion --------------------------------------------------------------
-
-
-def curves_figure(scores: Mapping[str, Any]) -> Figure:
-    """Mean deletion and insertion curves of each map; the controls are gray and dashed.
-
-    Args:
-        scores: of `regard.explanations.faithfulness.score`.
-    """
-    from regard.explanations.faithfulness import CONTROLS
-
-    fig = Figure(figsize=(7.16, 2.9), facecolor="white", layout="constrained")
-    colors = matplotlib.colormaps["viridis"]
-    own = [name for name in scores if name not in CONTROLS]
-    for k, title in enumerate(("deletion: low is good", "insertion: high is good")):
-        axes = fig.add_subplot(1, 2, k + 1)
-        for name, found in scores.items():
-            mean = found.curves[k].mean(axis=0)
-            x = [i / (len(mean) - 1) for i in range(len(mean))]
-            if name in CONTROLS:
-                style = "--" if name == CONTROLS[0] else ":"
-                axes.plot(x, mean, color="#777777", linestyle=style, linewidth=1.2, label=name)
-            else:
-                color = colors(0.85 * own.index(name) / max(1, len(own) - 1))
-                axes.plot(x, mean, color=color, linewidth=1.4, label=name)
-        axes.set_title(title, fontsize=_NORMAL, loc="left", weight="bold")
-        axes.set_xlabel("share of the pixels", fontsize=_SMALL)
-        axes.set_ylabel("probability of the class" if k == 0 else "", fontsize=_SMALL)
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1.02)
-        axes.tick_params(labelsize=_SMALL, width=0.5, length=2)
-        axes.spines[["top", "right"]].set_visible(False)
-    fig.axes[1].legend(fontsize=_SMALL, frameon=False, loc="lower right")
-    return fig

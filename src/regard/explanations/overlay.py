@@ -7,7 +7,8 @@ viridis, which is even in brightness, survives a gray print and is read by color
 people; a thin white outline can mark a level without any color at all.
 
 A color says where a value lies in the picture's range, not what it is: `describe` gives
-the true numbers, to be printed with every picture.
+the true numbers, to be printed with every picture. A map of few cells is drawn as those cells:
+a smooth picture would look finer than the network saw.
 """
 
 import math
@@ -27,6 +28,7 @@ _GRAY = (0.10, 0.80)  # black and white of the image, of 0..1: color must show o
 _OPACITY = 0.75  # of the strongest attention: a quarter of the image is always seen
 _VIRIDIS_FROM = 0.30  # below is a violet too dark to tell from a dark image
 _FADED = 0.5  # towards white, of what the network did not see
+FEW_CELLS = 16  # a map of at most so many is drawn as cells, not smoothly
 _ROUNDING = 1e-6  # a spread below this part of the values is float32 rounding, not attention
 
 
@@ -87,8 +89,24 @@ def resize_image(image: ArrayLike, size: tuple[int, int]) -> Picture:
     return np.asarray(picture.resize((width, height), how))
 
 
+def has_few_cells(attention: ArrayLike) -> bool:
+    """Whether a map (h, w) is so coarse that it is drawn as cells."""
+    return np.size(attention) <= FEW_CELLS
+
+
+def _whole(low: float, high: float, size: int) -> tuple[int, int]:
+    """Rounded to whole pixels, at least one of them among the `size` of the image."""
+    start = min(round(low), size - 1)
+    return start, max(round(high), start + 1, 1)
+
+
 def place(
-    attention: ArrayLike, size: tuple[int, int], *, box: Box | None = None, outside: float = 0.0
+    attention: ArrayLike,
+    size: tuple[int, int],
+    *,
+    box: Box | None = None,
+    outside: float = 0.0,
+    smooth: bool = True,
 ) -> Floats:
     """A map put where it belongs in the image, enlarged bilinearly (corners not aligned).
 
@@ -99,6 +117,7 @@ def place(
             whole ones; it may reach beyond the image, where a network saw padding. The whole
             image by default.
         outside: the value of pixels that the map does not cover.
+        smooth: False enlarges each value to a rectangle of its own.
 
     Returns:
         (height, width).
@@ -108,12 +127,17 @@ def place(
     """
     height, width = size
     values = _as_map(attention)
-    left, top, right, bottom = (round(v) for v in (box or (0, 0, width, height)))
-    rows, columns = (max(top, 0), min(bottom, height)), (max(left, 0), min(right, width))
-    if rows[0] >= rows[1] or columns[0] >= columns[1]:
+    left, top, right, bottom = box or (0.0, 0.0, float(width), float(height))
+    if (
+        not (left < right and top < bottom and left < width and top < height)
+        or min(right, bottom) <= 0
+    ):
         raise UsageError(f"box={box}: it holds no pixel of an image {width} wide, {height} high")
+    (left, right), (top, bottom) = _whole(left, right, width), _whole(top, bottom, height)
+    rows, columns = (max(top, 0), min(bottom, height)), (max(left, 0), min(right, width))
     small = Image.fromarray(values.astype(np.float32))
-    large = small.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+    how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+    large = small.resize((right - left, bottom - top), how)
     placed = np.full(size, outside, np.float64)
     placed[slice(*rows), slice(*columns)] = np.asarray(large)[
         rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left
@@ -148,6 +172,7 @@ def overlay(
     limits: tuple[float, float] | None = None,
     outline: float | None = None,
     box: Box | None = None,
+    smooth: bool | None = None,
 ) -> Picture:
     """An attention map in color over its image in gray.
 
@@ -167,6 +192,8 @@ def overlay(
             pixels wide; for results of about 100 pixels and more. None by default.
         box: left, top, right, bottom of what the map covers, in the image's own pixels; the
             rest of the image is faded. The whole image by default.
+        smooth: interpolate, or draw each value as a rectangle; by default maps of more than
+            16 values are smooth.
 
     Returns:
         (height, width, 3), uint8.
@@ -184,7 +211,9 @@ def overlay(
         across, down = width / picture.width, height / picture.height
         box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
     relative = _relative(_as_map(attention), limits)
-    placed = place(relative, (height, width), box=box, outside=np.nan)
+    if smooth is None:
+        smooth = not has_few_cells(relative)
+    placed = place(relative, (height, width), box=box, outside=np.nan, smooth=smooth)
     unseen = np.isnan(placed)
     strength = np.clip(np.nan_to_num(placed), 0.0, 1.0)
     colors = _colors(gray, strength)

@@ -1,219 +1,335 @@
-"""Writes explanations into a folder: a picture and raw maps an image, a sheet, and scores."""
+"""Writes explanations into a folder: a figure and raw maps per image, a sheet, and scores.
+
+One image is in memory at a time. Each image's numbers are written last and hold the settings
+they were made with, so that a second call goes on where the first was stopped.
+"""
 
 import csv
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
-from regard.data.sources import images_below
+from regard.attention import Reduce, check_reduce
+from regard.data.images import read_image
 from regard.errors import ImageError, UsageError
-from regard.explanations.explanation import Explanation, Seen, explain, see
-from regard.explanations.faithfulness import (
-    SCORED,
-    MapScore,
-    Request,
-    Sanity,
-    explained,
-    judge,
-    maps_to_score,
+from regard.explanations.curves_figure import curves_figure
+from regard.explanations.deletion import BASELINES
+from regard.explanations.explanation import (
+    METHODS,
+    SOFTWARE,
+    Explanation,
+    as_picture,
+    class_number,
+    explain_batch,
+    read_to_explain,
+    save_arrays,
 )
-from regard.explanations.figure import contact_sheet, curves_figure
-from regard.explanations.pointing import point, read_masks
-from regard.files import write_atomically
+from regard.explanations.faithfulness import Faithfulness, ImageScore, Scorer, numbers, summarize
+from regard.explanations.figure import contact_sheet
+from regard.explanations.inputs import (
+    AREAS_HEADER,
+    CURVES,
+    NUMBERS,
+    PICTURE,
+    SHEET,
+    Source,
+    refuse_to_replace,
+)
+from regard.explanations.masks import Masks, open_masks
+from regard.explanations.overlay import Picture
+from regard.explanations.pointing import Pointing, PointingScore, point
+from regard.explanations.records import Record, file_id, network_id, read_record, write_record
+from regard.files import plural, write_atomically
 from regard.predict import Classifier
 
 log = logging.getLogger(__name__)
 
-
-BATCH = 8
+SCORED = 256  # of more images, so many are scored, evenly spread
 ON_A_SHEET = 60
 
 
-def explain_images(classifier: Classifier, paths: Sequence[Path], ask: Request) -> int:
-    """Explains every image and writes what was found into `ask.out`.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How images are explained.
 
-    Returns:
-        How many images were explained; `ask.failed` counts those that could not be read.
+    Attributes:
+        target, methods, reduce, layer, keep_channels: as for `explain`.
+        score: measure deletion, insertion and the sanity checks.
+        baseline, seed, steps, repeats: as for `Scorer`.
+        masks: what people marked, see `open_masks`.
+        overwrite: replace files that Regard did not write.
+    """
+
+    target: str | None = None
+    methods: Sequence[str] = METHODS
+    reduce: Reduce = "mean"
+    layer: str | None = None
+    keep_channels: bool = False
+    score: bool = False
+    baseline: str = "blur"
+    seed: int = 0
+    steps: int = 20
+    repeats: int = 3
+    masks: Path | None = None
+    overwrite: bool = False
+
+    def settings(self, network: str, image: str) -> dict[str, Any]:
+        """What an image's maps depend on, for JSON."""
+        return {
+            "software": SOFTWARE, "network": network, "image": image, "target": self.target,
+            "methods": list(self.methods), "reduce": self.reduce, "layer": self.layer,
+            "channels": self.keep_channels,
+        }  # fmt: skip
+
+    def score_settings(self) -> dict[str, Any]:
+        """What an image's scores depend on too."""
+        return {
+            "baseline": self.baseline, "seed": self.seed, "steps": self.steps,
+            "repeats": self.repeats,
+        }  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """What was done.
+
+    Attributes:
+        explained: images, and how many of them were `reused` from an earlier call.
+        unreadable: images that can't be read.
+        skipped_masks: why an image was left out of the pointing game.
+        faithfulness: the scores, if they were asked for.
+        pointing: by map, if there are masks.
+    """
+
+    explained: int = 0
+    reused: int = 0
+    unreadable: int = 0
+    skipped_masks: dict[str, str] = field(default_factory=dict)
+    faithfulness: Faithfulness | None = None
+    pointing: dict[str, PointingScore] = field(default_factory=dict)
+
+
+class Writer:
+    """Explains images and writes the results into a folder.
 
     Raises:
-        UsageError: an unknown class, layer or reduction, or masks that don't fit.
-        OSError: something can't be written.
+        UsageError: an option is not among its choices, masks that don't fit, or a file in the
+            way; before anything is written.
     """
-    if ask.target is not None and ask.target not in classifier.class_names:
-        names = ", ".join(classifier.class_names[:20])
-        raise UsageError(f"--target {ask.target}: choose one of {names}")
-    ask.out.mkdir(parents=True, exist_ok=True)
-    sheet: list[Explanation] = []
-    kept: list[Seen] = []
-    count = 0
-    readable = _readable(classifier, paths, ask)
-    while batch := list(islice(readable, BATCH)):
-        for found in _explained(classifier, batch, ask):
-            _write(found, ask)
-            count += 1
-            if len(sheet) < ON_A_SHEET:
-                sheet.append(_lighter(found))
-        if ask.score or ask.masks is not None:
-            kept += batch
-    if count > 1:
-        path = ask.out / "contact-sheet.png"
-        picture = contact_sheet(sheet)
-        write_atomically(path, lambda beside: picture.save(beside, format="PNG"))
-        ask.echo(f"{path}: {'the first ' * (count > len(sheet))}{len(sheet)} images on one sheet")
-    if kept:
-        _judge(classifier, kept, ask)
-    return count
 
+    def __init__(
+        self, classifier: Classifier, sources: Sequence[Source], out: Path, options: Options
+    ) -> None:
+        check_reduce(options.reduce)
+        if options.target is not None:
+            class_number(options.target, classifier.class_names)
+        if options.baseline not in BASELINES:
+            raise UsageError(f"baseline={options.baseline!r}: choose {' or '.join(BASELINES)}")
+        self.classifier, self.sources, self.out, self.options = classifier, sources, out, options
+        refuse_to_replace(self._outputs(), [s.path for s in sources], overwrite=options.overwrite)
+        self.masks = Masks() if options.masks is None else open_masks(options.masks, sources)
+        self.outcome = Outcome(skipped_masks=dict(self.masks.problems))
+        self.network = network_id(classifier)
+        self.sheet: list[Explanation] = []
+        self.scores: dict[str, ImageScore] = {}
+        self.points: dict[str, list[Pointing]] = {}
+        self.scorer = self._scorer() if options.score else None
 
-def _readable(classifier: Classifier, paths: Sequence[Path], ask: Request) -> Iterator[Seen]:
-    for path in images_below(paths):
+    def _outputs(self) -> list[Path]:
+        names = [f"{s.name}{kind}" for s in self.sources for kind in (PICTURE, NUMBERS)]
+        if len(self.sources) > 1:
+            names.append(SHEET)
+        if self.options.score:
+            names += [CURVES, "curves.npz", "scores.csv"]
+        if self.options.score or self.options.masks is not None:
+            names.append("scores.json")
+        return [self.out / name for name in names]
+
+    def _scorer(self) -> Scorer:
+        o = self.options
+        return Scorer(
+            self.classifier.model, methods=o.methods, reduce=o.reduce, layer=o.layer,
+            baseline=o.baseline, seed=o.seed, steps=o.steps, repeats=o.repeats,
+        )  # fmt: skip
+
+    def run(self) -> Outcome:
+        """Explains and writes everything.
+
+        Raises:
+            UsageError: an unknown layer or method, or a channel that a mask does not have.
+            FileError: something can't be written.
+        """
+        scored = set(_spread(len(self.sources), SCORED)) if self.options.score else set()
+        if self.options.score and len(self.sources) > SCORED:
+            log.info("scores: on %d of the images, evenly spread", SCORED)
         try:
-            yield see(classifier, path)
-        except ImageError as error:
-            ask.complain(str(error))
-            ask.failed += 1
+            for i, source in enumerate(self.sources):
+                self._one(source, i in scored)
+        except KeyboardInterrupt:
+            done, total = self.outcome.explained, plural(len(self.sources), "image")
+            log.warning("%d of %s explained; the same command goes on from there", done, total)
+            raise
+        self._finish()
+        return self.outcome
 
+    # ---- one image -----------------------------------------------------------------------
+    def _one(self, source: Source, scored: bool) -> None:
+        picture, file = self.out / f"{source.name}{PICTURE}", self.out / f"{source.name}{NUMBERS}"
+        score_settings = self.options.score_settings() if scored else None
+        try:
+            settings = self.options.settings(self.network, file_id(source.path))
+            record = read_record(file, settings, score_settings) if picture.is_file() else None
+            if record is None:
+                record = self._computed(source, scored)
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                record.explanation.save_figure(picture)
+                write_record(file, record, settings, score_settings)
+            else:
+                self.outcome.reused += 1
+                if len(self.sheet) < ON_A_SHEET:
+                    image = self._picture(source)
+                    record = replace(record, explanation=replace(record.explanation, image=image))
+        except (ImageError, OSError) as error:
+            if not isinstance(error, ImageError) and source.path.is_file():
+                raise
+            reason = error if isinstance(error, ImageError) else f"{source.path}: no such file"
+            log.warning("%s", reason)
+            self.outcome.unreadable += 1
+            return
+        self._collect(source, record, picture)
 
-def _explained(classifier: Classifier, batch: list[Seen], ask: Request) -> list[Explanation]:
-    return explain(
-        classifier.model, torch.stack([s.x for s in batch]), [s.picture for s in batch],
-        [s.box for s in batch], classes=classifier.class_names, target=ask.target,
-        methods=ask.methods, reduce=ask.reduce, layer=ask.layer,
-        paths=[s.path.name for s in batch], keep_channels=ask.channels,
-    )  # fmt: skip
+    def _picture(self, source: Source) -> Picture:
+        value_range = self.classifier.preprocess.value_range
+        return as_picture(read_image(source.path, value_range=value_range))
 
+    def _computed(self, source: Source, scored: bool) -> Record:
+        classifier, o = self.classifier, self.options
+        x, image, box = read_to_explain(classifier, source.path)
+        (shown,) = explain_batch(
+            classifier.model, x, [image], [box], classes=classifier.class_names, target=o.target,
+            methods=o.methods, reduce=o.reduce, layer=o.layer, paths=[source.name],
+            keep_channels=o.keep_channels,
+        )  # fmt: skip
+        if not scored or self.scorer is None:
+            return Record(shown, None)
+        target = class_number(shown.target[0], classifier.class_names)
+        return Record(shown, self.scorer.score(x, target))
 
-def _lighter(found: Explanation) -> Explanation:
-    """With an image of contact-sheet size, so that a sheet of photographs fits in memory."""
-    height, width = found.image.shape[:2]
-    factor = 360 / max(height, width)
-    if factor >= 1:
-        return found
-    size = max(1, round(width * factor)), max(1, round(height * factor))
-    small = np.asarray(Image.fromarray(found.image).resize(size, Image.Resampling.BOX))
-    left, top, right, bottom = (v * factor for v in found.box)
-    return Explanation(
-        path=found.path, image=small, box=(left, top, right, bottom), classes=found.classes,
-        target=found.target, maps=found.maps,
-    )  # fmt: skip
-
-
-def _write(found: Explanation, ask: Request) -> None:
-    """The picture and the numbers of one image; names that are there twice get a number."""
-    stem, n = Path(found.path).stem, 1
-    while (name := stem if n == 1 else f"{stem}-{n}") in ask.names:
-        n += 1
-    ask.names.add(name)
-    found.save_figure(ask.out / f"{name}.png")
-    found.save_npz(ask.out / f"{name}.npz")
-    (best, p), maps = found.classes[0], [m.name for m in found.spatial()]
-    ask.echo(f"{ask.out / name}.png: {best} {p:.1%}; maps: {', '.join(maps)}")
-
-
-def _judge(classifier: Classifier, kept: list[Seen], ask: Request) -> None:
-    if len(kept) > SCORED:
-        kept = [kept[i] for i in np.linspace(0, len(kept) - 1, SCORED).astype(int)]
-        ask.echo(f"scores: on {SCORED} of the images, evenly spread")
-    x = torch.stack([s.x for s in kept])
-    content: dict[str, Any] = {"images": len(kept), "baseline": ask.baseline, "seed": ask.seed}
-    if ask.score:
-        scores, checks = judge(classifier, x, ask)
-        content["scores"] = {name: _numbers(s) for name, s in scores.items()}
-        content["sanity"] = {
-            s.name: {"unchanged": s.unchanged, "similarity": s.similarity.tolist()} for s in checks
-        }
-        _write_areas(scores, kept, ask)
-        _write_curves(scores, kept, ask)
-        _tell(scores, checks, ask)
-    if ask.masks is not None:
-        content["pointing"] = _point(classifier, kept, x, ask)
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(ask.out / "scores.json", lambda beside: beside.write_text(text, "utf-8"))
-    ask.echo(f"{ask.out / 'scores.json'}: the numbers")
-
-
-def _numbers(s: MapScore) -> dict[str, Any]:
-    parts = ("deletion", "insertion", "gain", "over_random", "over_center")
-    found = {p: None if (e := getattr(s, p)) is None else e.to_dict() for p in parts}
-    return {**found, "verdict": s.verdict()}
-
-
-def _write_areas(scores: dict[str, MapScore], kept: list[Seen], ask: Request) -> None:
-    """scores.csv: the areas of each image."""
-
-    def write(beside: Path) -> None:
-        with beside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["path", "map", "deletion", "insertion"])
-            for name, s in scores.items():
-                for seen, (deletion, insertion) in zip(kept, s.each, strict=True):
-                    writer.writerow([seen.path, name, f"{deletion:.6f}", f"{insertion:.6f}"])
-
-    write_atomically(ask.out / "scores.csv", write)
-
-
-def _write_curves(scores: dict[str, MapScore], kept: list[Seen], ask: Request) -> None:
-    """curves.npz, (2, images, steps + 1) by map, and curves.png, their means."""
-    arrays: dict[str, Any] = {name: s.curves for name, s in scores.items()}
-
-    def write(beside: Path) -> None:
-        with beside.open("wb") as file:
-            np.savez_compressed(file, paths=np.array([str(s.path) for s in kept]), **arrays)
-
-    write_atomically(ask.out / "curves.npz", write)
-    fig = curves_figure(scores)
-    write_atomically(
-        ask.out / "curves.png", lambda beside: fig.savefig(beside, format="png", dpi=200)
-    )
-
-
-def _tell(scores: dict[str, MapScore], checks: list[Sanity], ask: Request) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("map", "deletion", "insertion", "gain", "gain over random", "over the middle"):
-        table.add_column(heading, justify="left" if heading == "map" else "right")
-    for name, s in scores.items():
-        cells = [s.deletion, s.insertion, s.gain, s.over_random, s.over_center]
-        table.add_row(name, *("" if e is None else _interval(e) for e in cells))
-    console = Console()
-    Console(width=None if console.is_terminal else 140).print(table)
-    ask.echo("Low deletion and high insertion are good; in brackets 95 % intervals over images.")
-    for line in [*(s.verdict() for s in scores.values() if s.over_random), *(
-        s.verdict() for s in checks
-    )]:  # fmt: skip
-        ask.echo(line)
-
-
-def _interval(e: Any) -> str:
-    return f"{e.value:.3f} ({e.low:.3f} to {e.high:.3f})"
-
-
-def _point(
-    classifier: Classifier, kept: list[Seen], x: Tensor, ask: Request
-) -> dict[str, dict[str, float]]:
-    assert ask.masks is not None
-    masks = read_masks(ask.masks, [str(s.path) for s in kept], [s.picture.shape[:2] for s in kept])
-    found, target = {}, explained(classifier, x, ask)
-    for name, maps in maps_to_score(classifier.model, x, ask, target).items():
-        each = [
-            point(values.numpy(), mask, box=s.box)
-            for values, mask, s in zip(maps, masks, kept, strict=True)
-        ]
-        hits, energy = np.mean([p.hit for p in each]), np.mean([p.energy for p in each])
-        chance = np.mean([p.chance for p in each])
-        found[name] = {"hits": float(hits), "energy": float(energy), "chance": float(chance)}
-        ask.echo(
-            f"{name}: its highest place is marked in {hits:.0%} of {len(each)} images, and "
-            f"{energy:.0%} of it lies in the marks, which are {chance:.0%} of the images"
+    def _collect(self, source: Source, record: Record, picture: Path) -> None:
+        shown = record.explanation
+        names = ", ".join(m.name for m in shown.spatial())
+        log.info(
+            "%s: %s %.1f%%; maps: %s", picture, shown.predicted, 100 * shown.probability, names
         )
-    return found
+        self.outcome.explained += 1
+        if len(self.sheet) < ON_A_SHEET:
+            self.sheet.append(shown.reduced(360))
+        if record.score is not None:
+            self.scores[source.name] = record.score
+        if self.options.masks is None or source.name in self.masks.problems:
+            return
+        try:
+            height, width = shown.image.shape[:2]
+            mask = self.masks.read(source.name, (height, width))
+        except (UsageError, ImageError) as error:
+            self.outcome.skipped_masks[source.name] = str(error)
+            return
+        for m in shown.spatial():
+            self.points.setdefault(m.name, []).append(point(m.values, mask, box=shown.box))
+
+    # ---- all images ----------------------------------------------------------------------
+    def _finish(self) -> None:
+        outcome, options = self.outcome, self.options
+        if outcome.reused:
+            log.info("%s unchanged since an earlier call", plural(outcome.reused, "image"))
+        if len(self.sheet) > 1:
+            self._write_sheet()
+        if not self.scores and not self.points:
+            return
+        content: dict[str, Any] = {"software": SOFTWARE, "images": outcome.explained}
+        if self.scores:
+            found = summarize(
+                list(self.scores.values()), baseline=options.baseline, seed=options.seed
+            )
+            outcome.faithfulness = found
+            content |= options.score_settings()
+            content |= {"scored": found.images, "scores": numbers(found.scores)}
+            content |= {"sanity": _checks(found), "warnings": found.warnings}
+            self._write_areas(found)
+            self._write_curves(found)
+        outcome.pointing = {
+            name: PointingScore.of(each, options.seed) for name, each in self.points.items()
+        }
+        if options.masks is not None:
+            content["pointing"] = {name: _pointing(s) for name, s in outcome.pointing.items()}
+            content["skipped_masks"] = outcome.skipped_masks
+        text = json.dumps(content, indent=2) + "\n"
+        path = self.out / "scores.json"
+        write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+        log.info("%s: the numbers", path)
+
+    def _write_sheet(self) -> None:
+        from PIL.PngImagePlugin import PngInfo
+
+        mark = PngInfo()
+        mark.add_text("Software", SOFTWARE)
+        sheet, path = contact_sheet(self.sheet), self.out / SHEET
+        write_atomically(path, lambda part: sheet.save(part, format="PNG", pnginfo=mark))
+        first = "the first " * (self.outcome.explained > len(self.sheet))
+        log.info("%s: %s%d images on one sheet", path, first, len(self.sheet))
+
+    def _write_areas(self, found: Faithfulness) -> None:
+        """scores.csv: the areas of each image."""
+
+        def write(part: Path) -> None:
+            with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                writer = csv.writer(file)
+                writer.writerow(AREAS_HEADER)
+                for name, score in found.scores.items():
+                    for path, areas in zip(self.scores, score.each, strict=True):
+                        writer.writerow([path, name, *(f"{a:.6f}" for a in areas)])
+
+        write_atomically(self.out / "scores.csv", write)
+
+    def _write_curves(self, found: Faithfulness) -> None:
+        """curves.npz, (2, images, steps + 1) by map, and their means as a figure."""
+        about = json.dumps({"software": SOFTWARE})
+        arrays: dict[str, Any] = {name: s.curves for name, s in found.scores.items()}
+        paths = np.array(list(self.scores))
+        save_arrays(self.out / "curves.npz", {"paths": paths, "about": np.array(about)} | arrays)
+        figure = curves_figure(found.scores)
+        write_atomically(
+            self.out / CURVES,
+            lambda part: figure.savefig(
+                part, format="png", dpi=200, metadata={"Software": SOFTWARE}
+            ),
+        )
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """`most` of `count` positions, evenly spread; all of fewer."""
+    return np.linspace(0, count - 1, min(count, most)).astype(int).tolist()
+
+
+def _checks(found: Faithfulness) -> dict[str, Any]:
+    return {
+        c.name: {
+            "unchanged": c.unchanged,
+            "similarity": c.similarity.tolist(),
+            "between_images": c.between,
+            "cells": list(c.shape),
+            "passed": c.passed,
+            "verdict": c.verdict(),
+        }
+        for c in found.checks
+    }
+
+
+def _pointing(score: PointingScore) -> dict[str, Any]:
+    hits, energy = score.hits.to_dict(), score.energy.to_dict()
+    return {"images": score.images, "hits": hits, "energy": energy, "chance": score.chance}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from regard.attention import attention_kinds
 from regard.data.images import read_image
-from regard.explanations.explanation import Explanation, as_picture, explain
+from regard.explanations.explanation import Explanation, as_picture, explain_batch
 from regard.explanations.overlay import Box, Picture
 from regard.predict import Classifier
 from regard.serve.uploads import as_file
@@ -125,7 +125,7 @@ class BatchingWorker:
         down, across = picture.shape[0] / pixels.shape[0], picture.shape[1] / pixels.shape[1]
         device = next(model.parameters()).device
         own = ("attention",) if attention_kinds(model) else ()
-        (explanation,) = explain(
+        (explanation,) = explain_batch(
             model, x.to(device).contiguous(memory_format=torch.channels_last), [picture],
             [_scaled(box, across, down)],
             classes=self.classifier.class_names, target=target, methods=(*own, "gradcam"),
