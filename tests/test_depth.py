@@ -60,6 +60,25 @@ def test_every_kind_of_measurement_keeps_its_values(tmp_path, kind):
         assert np.abs(pixels[..., 0] - (1 - RAMP)).max() < 0.005
 
 
+@pytest.mark.parametrize("endian", "<>")
+@pytest.mark.parametrize("compression", [None, "zlib", "lzw"])
+@pytest.mark.parametrize("kind", ["u2", "i1", "i2", "i4", "u4", "f2", "f4", "f8", "i8"])
+def test_the_bytes_order_and_compression_change_no_value(kind, compression, endian):
+    tifffile = pytest.importorskip("tifffile", reason="the extra 'tiff' is not installed")
+    values = (RAMP * 120 - (0 if kind[0] == "u" else 100)).astype(kind)
+    for samples in (1, 3):
+        if samples == 3 and kind == "u2":
+            continue  # of which PIL keeps 8 bits
+        content = io.BytesIO()
+        several = np.repeat(values[..., None], 3, axis=2) if samples == 3 else values
+        tifffile.imwrite(
+            content, several, compression=compression, byteorder=endian,
+            photometric="rgb" if samples == 3 else "minisblack",
+        )  # fmt: skip
+        pixels = read_stored(content.getvalue()).pixels
+        assert np.array_equal(pixels, several.reshape(pixels.shape))
+
+
 def test_sixteen_bits_where_small_values_are_white_are_inverted(tmp_path):
     values = (RAMP * 65535).astype(np.uint16)
     pixels = read_image(tiff(tmp_path / "a.tif", values, photometric=0))

@@ -136,6 +136,10 @@ def test_arrays_and_tensors_that_are_clear_are_taken():
     yes = np.zeros((9, 9), bool)
     yes[:, 4:] = True
     assert torch.equal(net.decode(yes), net.decode(yes.astype(np.uint8) * 255))
+    big = GRAY16.astype(">u2")
+    assert torch.equal(net.decode(big), net.decode(GRAY16))
+    multiplied = alpha(True).convert("La")
+    assert (net.decode(multiplied).float() - net.decode(alpha(True)).float()).abs().max() <= 3
     rgba = np.asarray(alpha(False))
     assert torch.equal(net.decode(rgba), net.decode(alpha(False)))
 

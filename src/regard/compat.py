@@ -4,6 +4,7 @@ A name that has moved ends here with a sentence, not somewhere else with an Attr
 """
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,25 @@ def silence_libtiff() -> None:
             library.TIFFSetWarningHandler(None)
         except (OSError, AttributeError):
             continue
+
+
+# raw modes of big-endian numbers, and of the machine's where that is little-endian
+_BIG_ENDIAN = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
+
+
+def read_in_native_order(image: Any) -> None:
+    """Corrects how PIL is going to read a TIFF of signed or float numbers that libtiff decodes.
+
+    libtiff gives numbers in the machine's byte order, and Pillow (seen in 13.0) swaps those of a
+    big-endian file once more. A version that does not asks for no big-endian raw mode here.
+    """
+    if sys.byteorder != "little":
+        return
+    image.tile = [
+        tile._replace(args=(_BIG_ENDIAN[tile.args[0]], *tile.args[1:]))
+        if tile.codec_name == "libtiff" and tile.args[0] in _BIG_ENDIAN else tile
+        for tile in image.tile
+    ]  # fmt: skip
 
 
 def default_store() -> Any:

@@ -41,8 +41,10 @@ def tensor_pixels(tensor: Any) -> NDArray[Any]:
 
 
 def _pixels(array: NDArray[Any], what: str, expected: str) -> NDArray[Any]:
-    pixels = array[..., None] if array.ndim == 2 else array
     kind = array.dtype.kind
+    if kind in "uif" and not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    pixels = array[..., None] if array.ndim == 2 else array
     good_shape = pixels.ndim == 3 and pixels.shape[2] in (1, 2, 3, 4) and pixels.size
     if not good_shape or kind not in "buif":
         hint = ""

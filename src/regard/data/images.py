@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from regard.compat import silence_libtiff
+from regard.compat import read_in_native_order, silence_libtiff
 from regard.data.arrays import array_pixels, over_white, tensor_pixels
 from regard.data.dicom import is_dicom, read_dicom
 from regard.data.tiff import is_tiff, read_with_tifffile, stored_tiff
@@ -272,21 +272,26 @@ def _read_file(file: Any, at_least: int | None) -> Stored:
         return Stored(*read_dicom(file))
     if head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:26] == b"\x10\x04":
         return Stored(_gray_alpha_16(file.read()))
-    if is_tiff(head):
-        silence_libtiff()
     try:
-        image = Image.open(file, formats=_formats())
-    except Image.UnidentifiedImageError:
-        if not is_tiff(head):
+        return _read_with_pil(file, at_least)
+    except (Image.UnidentifiedImageError, ValueError) as error:
+        unread = isinstance(error, Image.UnidentifiedImageError) or "raw mode" in str(error)
+        if not is_tiff(head) or not unread:
             raise
         pixels, orientation = read_with_tifffile(file)
         return Stored(_upright(pixels, orientation))
-    with image:
+
+
+def _read_with_pil(file: Any, at_least: int | None) -> Stored:
+    with Image.open(file, formats=_formats()) as image:
         if max(image.size) > MAX_SIDE:
             width, height = image.size
             raise ImageError(f"too large ({width} x {height} pixels): at most {MAX_SIDE} a side")
         if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (at_least, at_least))
+        if image.format == "TIFF":
+            silence_libtiff()
+            read_in_native_order(image)
         return _stored_pil(image)
 
 
@@ -353,13 +358,13 @@ def _pixels(image: Image.Image) -> NDArray[Any]:
         return values.astype(np.int64 if wide else np.uint16)[..., None]
     if image.mode == "F":
         return np.asarray(image).astype(np.float64)[..., None]
-    gray = image.mode in ("1", "L", "LA", "La")
+    if image.mode == "La":  # alpha multiplied in, which PIL converts to LA alone
+        image = image.convert("LA")
+    gray = image.mode in ("1", "L", "LA")
+    palette = image.mode in ("P", "PA")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
-        palette = image.mode == "P"
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    else:
-        palette = image.mode == "P"
     array = np.array(image.convert("L" if gray else "RGB"))
     if gray:
         return array[..., None]
