@@ -153,16 +153,16 @@ def test_the_plain_network_is_left_as_it_was():
         (lambda: timm.create_model("seresnet50"), regard.CBAM, "attention already: SEModule"),
         (lambda: regard.create_model("cbam_resnet18"), regard.CBAM, "attention already: CBAM"),
         (lambda: regard.graft(trained()), regard.SE, "attention already: CBAM"),
-        (lambda: timm.create_model("regnetx_002"), regard.CBAM, "timm ResNet, not RegNet"),
-        (lambda: nn.Linear(2, 2), regard.CBAM, "takes a timm ResNet, not Linear"),
+        (lambda: timm.create_model("densenet121"), regard.CBAM, "no residual branches in DenseNet"),
+        (lambda: nn.Linear(2, 2), regard.CBAM, "takes a network of timm's, not Linear"),
         (
-            lambda: timm.create_model("resnet18", norm_layer="groupnorm"),
+            lambda: timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32),
             regard.CBAM,
-            "last norm is GroupNorm",
+            r"branch 1 of VisionTransformer \(blocks\.0\.attn\.proj\) ends in \(2, 5, 192\)",
         ),
         (trained, lambda channels: nn.Identity(), "give CBAM, SE or a partial of CBAM"),
     ],
-    ids=["seresnet", "cbam", "twice", "regnet", "linear", "groupnorm", "identity"],
+    ids=["seresnet", "cbam", "twice", "densenet", "linear", "vit", "identity"],
 )
 def test_what_can_not_be_grafted_is_refused_in_one_line(make, attention, message):
     model = make()
@@ -287,8 +287,79 @@ def test_a_grafted_partial_is_saved_with_its_arguments(tmp_path, attention):
     assert torch.equal(loaded(x), plain(x))
 
 
-def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
-    grafted = regard.graft(timm.create_model("resnet26d"))  # has no CBAM twin by name
-    with pytest.raises(ValueError, match=r"resnet26d.*could not be loaded again"):
-        regard.save_model(grafted, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+# network, arguments that make it small, and the branches of two or three blocks
+FAMILIES = {
+    "resnet26d": ({"layers": (1, 1, 1, 1)}, 4),  # no twin by name
+    "resnet18": ({"norm_layer": "groupnorm"}, 8),
+    "res2net50_26w_4s": ({"layers": (1, 2, 1, 1)}, 5),
+    "skresnet18": ({"layers": (1, 1, 1, 1)}, 4),
+    "resnest14d": ({}, 4),
+    "convnext_atto": ({"depths": (1, 1, 1, 1)}, 4),  # layer scale, not a norm, ends a branch
+    "mobilenetv2_035": ({}, 10),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_networks_answer_bit_for_bit_and_are_saved(tmp_path, name):
+    arguments, branches = FAMILIES[name]
+    torch.manual_seed(1)
+    plain = timm.create_model(name, num_classes=3, **arguments).eval()
+    for m in plain.modules():
+        if isinstance(m, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
+            nn.init.normal_(m.weight, 0.8, 0.6)
+            nn.init.normal_(m.bias, 0.0, 0.5)
+    grafted = regard.graft(plain, regard.CBAM)
+    assert len(gates(grafted)) == 2 * branches
+    assert list(plain.state_dict()) == [k for k in grafted.state_dict() if k in plain.state_dict()]
+    with torch.no_grad(), regard.record(grafted) as maps:
+        assert torch.equal(grafted(images()), plain(images()))
+    assert len(maps) == 2 * branches  # each gate was asked
+    regard.save_model(grafted, tmp_path / "run")
+    again = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    assert_same_answers(plain, again, images())
+
+
+def test_a_gate_of_another_network_learns():
+    torch.manual_seed(1)
+    plain = timm.create_model("convnext_atto", num_classes=5, depths=(1, 1, 1, 1))
+    nn.init.constant_(plain.stages[3].blocks[0].gamma, 1.0)
+    grafted = regard.graft(plain, regard.SE).train()
+    optimizer = torch.optim.SGD(grafted.parameters(), lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(grafted(images(2)), torch.tensor([0, 1])).backward()
+        optimizer.step()
+    with torch.no_grad(), regard.record(grafted) as maps:
+        grafted(images())
+    assert all((m.values != 0.5).any() for m in maps.values())
+
+
+def test_a_block_that_passes_by_its_norm_is_refused():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            return x + y + 0.5 * self.bn.weight[:, None, None]
+
+    model = nn.Sequential(Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.pretrained_cfg = {"input_size": (3, 32, 32), "architecture": "own"}
+    with pytest.raises(ValueError, match=r"would not answer the same with gates after 0\.bn"):
+        regard.graft(model)
+
+
+def test_a_resnet_whose_block_never_calls_its_attention():
+    class Block(timm.models.resnet.BasicBlock):
+        def forward(self, x):
+            y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+            return self.act2(y + (x if self.downsample is None else self.downsample(x)))
+
+    torch.manual_seed(0)
+    plain = timm.models.resnet.ResNet(Block, (1, 1, 1, 1), num_classes=3).eval()
+    plain.pretrained_cfg = {"input_size": (3, 64, 64), "architecture": "own"}
+    grafted = regard.graft(plain)
+    assert len(gates(grafted)) == 8
+    assert_same_answers(plain, grafted, images())

@@ -1,83 +1,371 @@
-"""Grafting: attention under trained weights, without changing one answer."""
+"""Grafting: attention under trained weights, without changing one bit of an answer.
+
+`graft` finds the residual branches of any network of timm's by watching one image go through
+it: where two maps of one size are added, the one that took more operations is the branch, and
+the module that made it gets the gates. Every gate starts at exactly 1/2; the factor that this
+costs goes into the branch's last norm where that is affine (powers of two are exact), and
+otherwise the map is multiplied by it, so that the product with the gates starts at exactly 1.
+Then both networks answer random images, in evaluation and in training, and must agree.
+
+A grafted network that has no name of its own is saved as `grafted`, with its plain
+network's name and arguments and the list of modules that have gates.
+"""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import timm
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from regard.attention import attention_kinds, evaluating, record
 from regard.errors import UsageError
-from regard.models.cbam import CBAM, SE, start_neutral
+from regard.models._common import IMAGENET_CFG
+from regard.models.cbam import CBAM, SE, start_at_half
+from regard.models.initialization import preserved_rng_state
 from regard.models.zoo import twins_of
 
-
-def _last_bn(block: nn.Module) -> nn.BatchNorm2d:
-    bn = block.bn3 if isinstance(block, Bottleneck) else block.bn2
-    if not isinstance(bn, nn.BatchNorm2d) or not bn.affine:
-        raise UsageError(
-            f"a block's last norm is {type(bn).__name__}: grafting folds the gates' factor into an "
-            "affine BatchNorm2d"
-        )
-    return bn
+_KINDS: dict[str, Callable[..., CBAM]] = {"cbam": CBAM, "se": SE}
+_AFFINE_NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+_ADDITIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, BasicBlock | Bottleneck)]
+class GraftedCBAM(CBAM):
+    """CBAM on `scale` times the output of the module that it hangs on.
+
+    Shapes: (B, C, H, W), or with `channels_last` (B, H, W, C) -> the same.
+    """
+
+    def __init__(
+        self, channels: int, *, scale: float = 1.0, channels_last: bool = False, **arguments: Any
+    ) -> None:
+        super().__init__(channels, **arguments)
+        self.scale, self.channels_last = scale, channels_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            x = x.permute(0, 3, 1, 2)
+        x = super().forward(x if self.scale == 1.0 else x * self.scale)
+        return x.permute(0, 2, 3, 1) if self.channels_last else x
 
 
-def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> ResNet:
-    """A copy of a timm ResNet with attention in every block, that answers as `plain` does.
+def _attend(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """The forward hook of a module that has gates."""
+    gated: Tensor = module.attention(output)  # type: ignore[operator]
+    return gated
 
-    The copy's outputs equal those of `plain` bit for bit, in evaluation and in training:
-    gates start at exactly 1/2, and the factor that this costs is folded into the last BN
-    of each branch. Weights that are loaded under fresh gates any other way lose accuracy
-    at once. Training moves the gates from there.
+
+def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> Any:
+    """A copy of a network of timm's with attention in every residual branch.
+
+    The copy's outputs equal those of `plain` bit for bit, in evaluation and in training, and
+    training moves the gates from there. Weights that are loaded under fresh gates any other
+    way lose accuracy at once.
 
     Args:
-        plain: any timm ResNet without attention, of whatever weights.
-        attention: CBAM, SE, or a partial of CBAM; called with a block's channels.
+        plain: any network of timm's, of whatever weights, whose residual branches end in maps.
+        attention: CBAM, SE, or a partial of CBAM.
 
     Returns:
-        The grafted network, on the device, in the precision and mode of `plain`.
+        The grafted network, on the device, in the precision and mode of `plain`. timm's
+        ResNets get their gates as `cbam_resnet50` and its kin have them; other networks as
+        `attention` of the module that ends a branch.
 
     Raises:
-        UsageError: `plain` is no timm ResNet, has attention already, or another norm.
+        UsageError: the network has attention already, has no residual branches that end in
+            maps, or would not answer the same; the message says where and why.
     """
-    if not isinstance(plain, ResNet):
-        raise UsageError(f"graft() takes a timm ResNet, not {type(plain).__name__}")
+    kind, arguments = _kind_of(attention)
+    if not getattr(plain, "pretrained_cfg", None):
+        raise UsageError(f"graft() takes a network of timm's, not {type(plain).__name__}")
+    _refuse_attention(plain)
+    x = _probe_image(plain)
+    taps = _resnet_taps(plain) or _find_taps(plain, x)
     model = copy.deepcopy(plain)
-    for block in _blocks(model):
-        if block.se is not None:
-            raise UsageError(f"this ResNet has attention already: {type(block.se).__name__}")
-        bn = _last_bn(block)
-        weight = bn.weight
-        block.se = attention(bn.num_features).to(device=weight.device, dtype=weight.dtype)
-        if not isinstance(block.se, CBAM):
-            raise UsageError(f"attention={attention!r}: give CBAM, SE or a partial of CBAM")
-        block.se.train(block.training)
-        start_neutral(block.se, bn)
-    _name_after_grafting(model, attention)
+    for name, tap in taps.items():
+        gate = _attach(model, name, tap, kind, arguments)
+        factor = 2.0 ** start_at_half(gate)
+        norm = _foldable_norm(model.get_submodule(name))
+        if norm is not None:
+            with torch.no_grad():
+                norm.weight.mul_(factor)
+                norm.bias.mul_(factor)
+        else:
+            assert isinstance(gate, GraftedCBAM)
+            gate.scale = tap["scale"] = factor
+    _check_neutral(plain, model, taps, x)
+    _name_after_grafting(model, kind, arguments, taps)
     return model
 
 
-def _name_after_grafting(model: ResNet, attention: Callable[..., CBAM]) -> None:
-    """Gives the grafted network its own name, where it has one, so that it can be saved."""
-    cfg = dict(getattr(model, "pretrained_cfg", None) or {})
-    kind, arguments = _kind_of(attention)
-    name = twins_of(str(cfg.get("architecture"))).get(kind)
-    if name is not None:
-        cfg["architecture"] = name
-        model.pretrained_cfg = model.default_cfg = cfg
-        made_with: Any = getattr(model, "_model_args", None) or {}
-        model._model_args = {**made_with, **arguments}
-
-
 def _kind_of(attention: Callable[..., CBAM]) -> tuple[str, dict[str, Any]]:
-    """ "cbam" or "se", and the gates' arguments beside, of CBAM, SE or a partial of CBAM."""
+    """ "cbam" or "se", and the gates' further arguments, of CBAM, SE or a partial of CBAM."""
     if attention is SE:
         return "se", {}
-    if isinstance(attention, partial) and attention.func is CBAM:
+    if attention is CBAM:
+        return "cbam", {}
+    if isinstance(attention, partial) and attention.func is CBAM and not attention.args:
         return "cbam", dict(attention.keywords)
-    return "cbam" if attention is CBAM else "", {}
+    raise UsageError(f"attention={attention!r}: give CBAM, SE or a partial of CBAM")
+
+
+def _refuse_attention(plain: nn.Module) -> None:
+    for name, module in plain.named_modules():
+        if isinstance(plain, ResNet) and isinstance(getattr(module, "se", None), nn.Module):
+            raise UsageError(f"this network has attention already: {type(module.se).__name__}")
+        if isinstance(getattr(module, "attention_kind", None), str):
+            own = plain.get_submodule(name.rpartition(".")[0])
+            raise UsageError(f"this network has attention already: {type(own).__name__}")
+
+
+def _probe_image(plain: nn.Module) -> Tensor:
+    """Two random images of the smallest size that the network takes, on its device."""
+    cfg: Any = plain.pretrained_cfg
+    channels, height, width = cfg["input_size"]
+    channels = getattr(plain, "in_chans", None) or channels
+    height, width = getattr(getattr(plain, "patch_embed", None), "img_size", (height, width))
+    like = next(plain.parameters())
+    sizes = [(height, width)] if cfg.get("fixed_input_size") else [(64, 64), (height, width)]
+    generator = torch.Generator().manual_seed(0)
+    for size in sizes:
+        x = torch.randn(2, channels, *size, generator=generator).to(like.device, like.dtype)
+        try:
+            with torch.no_grad(), evaluating(plain):
+                plain(x)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            continue
+        return x
+    raise UsageError(f"{type(plain).__name__} can't answer an image of {height}x{width}: {reason}")
+
+
+# ---------------------------------------------------------------------------- where gates go
+Tap = dict[str, Any]
+
+
+def _resnet_taps(model: nn.Module) -> dict[str, Tap]:
+    """The blocks of timm's own ResNets, which have a place for attention; else nothing."""
+    if not isinstance(model, ResNet):
+        return {}
+    blocks = {n: m for n, m in model.named_modules() if hasattr(m, "se")}
+    if any(type(m) not in (BasicBlock, Bottleneck) for m in blocks.values()):
+        return {}
+    if any(_foldable_norm(m) is None for m in blocks.values()):
+        return {}
+    return {n: {"channels": _foldable_norm(m).weight.numel()} for n, m in blocks.items()}
+
+
+class _Watch(TorchFunctionMode):
+    """Sees which tensors each tensor was computed from, and where two maps are added.
+
+    Ancestors are bits of an integer, one a tensor.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.ancestors: dict[int, int] = {id(x): 1}
+        self.alive: list[Any] = [x]  # so that no id is used twice
+        self.made_by: dict[int, str] = {}
+        self.passed_by: dict[int, str] = {}
+        self.calls: dict[str, int] = {}
+        self.branches: list[tuple[Tensor, torch.Size]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        known = [t for t in given if id(t) in self.ancestors]
+        if getattr(func, "__name__", "") in _ADDITIONS and len(known) == 2:
+            self._add(*known)
+        out = func(*args, **(kwargs or {}))
+        before = 0
+        for t in known:
+            before |= self.ancestors[id(t)]
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and before:
+                self.ancestors[id(t)] = before | 1 << len(self.alive)
+                self.alive.append(t)
+        return out
+
+    def _add(self, a: Tensor, b: Tensor) -> None:
+        if a.shape != b.shape or a.ndim < 3:
+            return
+        before = {id(t): self.ancestors[id(t)] for t in (a, b)}
+        branch, shortcut = sorted((a, b), key=lambda t: -before[id(t)].bit_count())
+        own = before[id(shortcut)] & ~before[id(branch)]
+        # the shortcut is an earlier map, or a projection of one: a few operations of a module
+        projected = own.bit_count() <= 4 and id(shortcut) in self.made_by
+        if before[id(branch)] & ~before[id(shortcut)] and (own == 0 or projected):
+            self.branches.append((branch, branch.shape))
+
+    def hook_of(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.calls[name] = self.calls.get(name, 0) + 1
+            if isinstance(output, Tensor):
+                passed = any(t is output for t in inputs)
+                (self.passed_by if passed else self.made_by).setdefault(id(output), name)
+
+        return hook
+
+
+def _find_taps(model: nn.Module, x: Tensor) -> dict[str, Tap]:
+    """The module that ends each residual branch, by name.
+
+    Raises:
+        UsageError: there is none, or a branch does not end in a module, or not in a map.
+    """
+    watch = _Watch(x)
+    handles = [m.register_forward_hook(watch.hook_of(n)) for n, m in model.named_modules() if n]
+    try:
+        with torch.no_grad(), evaluating(model), watch:
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    kind = type(model).__name__
+    if not watch.branches:
+        raise UsageError(f"graft() found no residual branches in {kind}: nothing is added to a map")
+    taps: dict[str, Tap] = {}
+    for number, (branch, shape) in enumerate(watch.branches, start=1):
+        name = watch.made_by.get(id(branch)) or watch.passed_by.get(id(branch))
+        where = f"residual branch {number} of {kind}" + (f" ({name})" if name else "")
+        if len(shape) != 4:
+            raise UsageError(f"{where} ends in {tuple(shape)}, no map (B, C, H, W) for the gates")
+        if name is None:
+            raise UsageError(f"{where} does not end in a module that gates could follow")
+        if watch.calls[name] > 1:
+            raise UsageError(f"{where} ends in a module that is used {watch.calls[name]} times")
+        last = _channels_last(model, model.get_submodule(name), shape)
+        taps[name] = {"channels": shape[3 if last else 1], "channels_last": last}
+    return taps
+
+
+def _channels_last(model: nn.Module, module: nn.Module, shape: torch.Size) -> bool:
+    """Whether a module gives (B, H, W, C)."""
+    if isinstance(module, nn.Linear) or type(module) is nn.LayerNorm:
+        return True
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.shape[0] != shape[1] and weight.shape[0] == shape[3]
+    return getattr(model, "output_fmt", "NCHW") == "NHWC"
+
+
+def _foldable_norm(module: nn.Module) -> Any:
+    """The affine norm whose output is a branch's end, or None."""
+    if type(module) in (BasicBlock, Bottleneck):
+        module = module.bn3 if isinstance(module, Bottleneck) else module.bn2  # type: ignore[assignment]
+    if not isinstance(module, _AFFINE_NORMS) or not isinstance(
+        getattr(module, "act", nn.Identity()), nn.Identity
+    ):
+        return None
+    has_both = module.weight is not None and getattr(module, "bias", None) is not None
+    return module if has_both else None
+
+
+def _attach(model: nn.Module, name: str, tap: Tap, kind: str, arguments: Mapping[str, Any]) -> CBAM:
+    module = model.get_submodule(name)
+    if type(module) in (BasicBlock, Bottleneck):
+        gate: CBAM = _KINDS[kind](tap["channels"], **arguments)
+        module.se = gate
+    else:
+        gate = GraftedCBAM(**tap, **{**getattr(_KINDS[kind], "keywords", {}), **arguments})
+        if hasattr(module, "attention"):
+            raise UsageError(f"{name} has something called attention already")
+        module.attention = gate
+        module.register_forward_hook(_attend)
+    like = next(model.parameters())
+    gate.to(device=like.device, dtype=like.dtype).train(module.training)
+    return gate
+
+
+# ----------------------------------------------------------------------------- the probe
+def _check_neutral(plain: nn.Module, model: nn.Module, taps: Mapping[str, Tap], x: Tensor) -> None:
+    """Refuses a graft that changes an answer, or that has a gate which is never asked.
+
+    Raises:
+        UsageError: it does; the message names the module.
+    """
+    with torch.no_grad(), evaluating(model), record(model) as maps:
+        model(x)
+    if unused := [name for name in attention_kinds(model) if name not in maps]:
+        raise UsageError(f"{type(model).__name__} never calls {unused[0]}: it can't be grafted")
+    if _same_answers(plain, model, x):
+        return
+    for name in taps:
+        one = copy.deepcopy(model)
+        module = one.get_submodule(name)
+        if type(module) not in (BasicBlock, Bottleneck):
+            module._forward_hooks.clear()
+            if not _same_answers(one, model, x):
+                break
+    raise UsageError(
+        f"{type(model).__name__} would not answer the same with gates after {name}: it can't be "
+        "grafted"
+    )
+
+
+@torch.no_grad()
+def _same_answers(plain: nn.Module, model: nn.Module, x: Tensor) -> bool:
+    answers = []
+    for network in (plain, model):
+        trained = copy.deepcopy(network).train()  # running statistics move
+        with preserved_rng_state(), evaluating(network):
+            torch.manual_seed(0)
+            evaluated = network(x)
+            torch.manual_seed(0)
+            outputs = tree_leaves((evaluated, trained(x), trained(x)))
+        answers.append([torch.nan_to_num(o) for o in outputs if isinstance(o, Tensor)])
+    return all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+
+
+# ------------------------------------------------------------------------ saving and loading
+def _name_after_grafting(
+    model: nn.Module, kind: str, arguments: Mapping[str, Any], taps: Mapping[str, Tap]
+) -> None:
+    """Gives the grafted network a name and arguments that make it again."""
+    cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    made_with: dict[str, Any] = dict(getattr(model, "_model_args", None) or {})
+    base = str(cfg.get("architecture"))
+    if type(model.get_submodule(next(iter(taps)))) in (BasicBlock, Bottleneck) and (
+        name := twins_of(base).get(kind)
+    ):
+        cfg["architecture"], made_with = name, {**made_with, **arguments}
+    else:
+        cfg["architecture"] = "grafted"
+        made_with = {
+            "base": base, "base_args": made_with, "attention": kind,
+            "attention_args": dict(arguments), "taps": {n: dict(t) for n, t in taps.items()},
+        }  # fmt: skip
+    model.pretrained_cfg = model.default_cfg = cfg  # type: ignore[assignment]
+    model._model_args = made_with  # type: ignore[assignment]
+
+
+def _make_grafted(
+    *,
+    base: str,
+    taps: Mapping[str, Tap],
+    attention: str = "cbam",
+    base_args: Mapping[str, Any] | None = None,
+    attention_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    model = timm.create_model(base, **{**(base_args or {}), **kwargs})
+    for name, tap in taps.items():
+        start_at_half(_attach(model, name, tap, attention, attention_args or {}))
+    return model
+
+
+default_cfgs = generate_default_cfgs({"grafted": IMAGENET_CFG})
+
+
+@register_model
+def grafted(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A network that `graft` made, from what it was saved with; see `_name_after_grafting`."""
+    model: nn.Module = build_model_with_cfg(_make_grafted, "grafted", pretrained, **kwargs)
+    return model
