@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from regard.commands.data import print_check
+from regard.commands.flags import progress_bar
 from regard.data.audit import check_data
 from regard.data.sources import open_data
 from regard.data.splits import assign_splits
@@ -238,3 +239,13 @@ def test_printing(folder, capsys):
     assert told["leaks"][0][1] == [str(folder / "test/china/[bold] \udcff.png"), "test"]
     assert set(told) == set(check.__dataclass_fields__)
     assert told["mean"] == check.mean
+
+
+def test_without_a_terminal_a_line_every_half_minute(folder, monkeypatch, caplog, capsys):
+    now = iter(range(0, 1000, 7))  # seconds; a call each 7
+    monkeypatch.setattr("regard.log.time.monotonic", lambda: next(now))
+    with caplog.at_level("INFO", "regard"), progress_bar("looking at the images") as progress:
+        check_data(open_data(str(folder)), progress=progress)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [f"looking at the images: {n} of 16" for n in (5, 10, 15)]
+    assert capsys.readouterr().out == ""  # standard output is for results

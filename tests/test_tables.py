@@ -1,5 +1,6 @@
 """CSV faults by their line, and tables of arrays and paths that hold everything once."""
 
+import json
 import os
 import sys
 import tracemalloc
@@ -11,6 +12,7 @@ from PIL import Image
 
 from regard.data.sources import as_known, open_data
 from regard.data.table import ImageTable, PathList, StackedArrays
+from regard.training.config import load_recipe
 
 
 def manifest(folder, text, *, encoding="utf-8", name="list.csv"):
@@ -50,6 +52,7 @@ def test_each_fault_has_its_line(tmp_path, text, told):
         ("path;label\nx.png;a, b\ny.png;c\n", "utf-8"),
         ("path,label\nx.png,'a, b'\ny.png,c\n".replace("'", '"'), "utf-16"),
         ('path,label,,\nx.png,"a, b",,\ny.png,c,,,,\n', "utf-8"),
+        ('\n\npath,label\r\nx.png,"a, b"\r\ny.png,c\r\n', "utf-8"),
     ],
 )
 def test_what_spreadsheets_write(tmp_path, text, encoding):
@@ -65,6 +68,16 @@ def test_other_suffixes_and_places(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert open_data("~/list.TSV").labels.tolist() == [0, 1]
     assert len(open_data(tmp_path / "list.TSV")) == 2
+
+
+def test_lines_are_counted_from_the_top_of_the_file(tmp_path):
+    with pytest.raises(ValueError, match="line 5: empty label"):
+        open_data(manifest(tmp_path, "\n\npath,label\nx.png,a\ny.png,\n"))
+
+
+def test_paths_of_windows(tmp_path):
+    table = open_data(manifest(tmp_path, "path,label\nsub\\z.png,a\ny.png,b\n"))
+    assert table.read(0).shape == (4, 5, 3)
 
 
 def test_the_splits_of_a_run_are_a_manifest(tmp_path):
@@ -94,6 +107,26 @@ def test_paths_need_not_be_utf8(tmp_path):
 def test_what_is_not_there_is_said_not_to_exist(data):
     with pytest.raises(ValueError, match=r"no such folder or file|no file name"):
         open_data(data)
+
+
+@pytest.mark.parametrize("data", [None, 3, b"digits", ["digits"]])
+def test_what_is_no_path_is_refused(data):
+    with pytest.raises(ValueError, match="a path or a name is expected"):
+        open_data(data)
+
+
+def test_a_url_is_said_to_be_one():
+    with pytest.raises(ValueError, match="is a URL"):
+        open_data("https://example.org/list.csv")
+
+
+def test_numbers_of_numpy_are_numbers():
+    changes = {"epochs": np.int64(2), "lr": np.float32(0.5), "val": np.float64(0.25)}
+    recipe = load_recipe("quick").changed(**changes, size=np.array([32, 48]))
+    assert (recipe.epochs, recipe.lr, recipe.val, recipe.size) == (2, 0.5, 0.25, (32, 48))
+    assert json.dumps([recipe.epochs, recipe.lr, recipe.val]) == "[2.0, 0.5, 0.25]"
+    with pytest.raises(ValueError, match="epochs"):
+        recipe.changed(epochs=np.array([1, 2]))
 
 
 # ---- held once

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from regard.data.folders import split_word
 from regard.data.table import SPLITS, ImageTable, StackedArrays
 from regard.errors import FileError, UsageError
-from regard.files import plural, shortened
+from regard.files import plural, reason, shortened
 
 
 def _in_memory(
@@ -57,11 +57,11 @@ def open_cifar(name: str, cache: Path) -> ImageTable:
         train = kind(cache, train=True, download=True)
         test = kind(cache, train=False)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        why = " ".join(str(error).split())
         if isinstance(error, HTTPError):
             error.close()  # it holds the connection
         raise FileError(
-            f"{name} can't be downloaded ({reason}); put {kind.url} "
+            f"{name} can't be downloaded ({why}); put {kind.url} "
             f"into {cache} by hand and start again"
         ) from error
     parts = {s: (d.data, np.array(d.targets)) for s, d in (("train", train), ("test", test))}
@@ -97,7 +97,7 @@ def open_medmnist(name: str, path: Path) -> ImageTable:
     except FileNotFoundError as error:
         raise UsageError(f"{name}: no such file") from error
     except _BROKEN as error:
-        raise UsageError(f"{name}: is no .npz file that can be read ({error})") from error
+        raise UsageError(f"{name}: is no .npz file that can be read ({reason(error)})") from error
     highest = max(int(labels.max(initial=0)) for _, labels in parts.values())
     location = os.path.abspath(path)
     return _in_memory(name, [str(c) for c in range(highest + 1)], parts, location=location)

@@ -49,7 +49,10 @@ class _Manifest:
 
     def __init__(self, name: str, base: str, file: TextIO) -> None:
         self.name, self.base = name, base
-        head = file.readline()
+        head, self.head_line = file.readline(), 1
+        while head and not head.strip():
+            head = file.readline()
+            self.head_line += 1
         delimiter = max(",;\t", key=head.count)
         cells = next(csv.reader([head], delimiter=delimiter), [])
         self.columns = [c.strip().lower() for c in cells]
@@ -61,16 +64,17 @@ class _Manifest:
 
     def fault(self, what: str, line: int | None = None) -> NoReturn:
         """Ends the reading with an error that names the line."""
-        line = self.reader.line_num + 1 if line is None else line
+        line = self.reader.line_num + self.head_line if line is None else line
         raise UsageError(f"{self.name} line {line}: {what}")
 
     def read(self) -> None:
         """Reads all rows."""
         for wanted in _USED:
             if self.columns.count(wanted) > 1:
-                self.fault(f"two columns are called {wanted!r}", 1)
+                self.fault(f"two columns are called {wanted!r}", self.head_line)
             if wanted not in self.columns and wanted in ("path", "label"):
-                self.fault(f"no column {wanted!r} among {', '.join(self.columns)}", 1)
+                columns = shortened([c[:40] for c in self.columns if c.isprintable()], 8)
+                self.fault(f"no column {wanted!r} among {columns}", self.head_line)
         self.paths = PathList.of(self._rows())
         if not self.paths:
             raise UsageError(f"{self.name}: lists no images")
@@ -104,7 +108,7 @@ class _Manifest:
         split = _SPLIT_CELLS.get(row.get("split", "").lower())
         if split is None:
             self.fault(f"split {row['split']!r}: choose train, val, test or leave it empty")
-        self.lines.append(self.reader.line_num + 1)
+        self.lines.append(self.reader.line_num + self.head_line)
         self.splits.append(_SPLITS.index(split))
         self.labels.append(self.label_index.setdefault(row["label"], len(self.label_index)))
         group = row.get("group", "")
@@ -133,6 +137,8 @@ class _Manifest:
         Raises:
             UsageError: the first image does not exist.
         """
+        if not os.path.exists(self.paths[0]) and os.path.exists(_from_windows(self.paths[0])):
+            self.paths = PathList.of(map(_from_windows, self.paths))
         if not os.path.exists(self.paths[0]):
             raise UsageError(
                 f"{self.name} line {self.lines[0]}: {self.paths[0]} does not exist; "
@@ -152,6 +158,10 @@ class _Manifest:
             location=os.path.abspath(path),
             warnings=(f"columns that are not used: {shortened(unused, 6)}",) if unused else (),
         )
+
+
+def _from_windows(path: str) -> str:
+    return path.replace("\\", os.sep)
 
 
 def _encodable(text: str) -> bool:

@@ -49,7 +49,9 @@ def open_data(
     """
     if splits not in READINGS:
         raise UsageError(f"splits={splits}: choose {', '.join(READINGS)}")
-    table = _opened(os.fspath(data), Path(root or "~/.cache/regard").expanduser(), splits)
+    if not isinstance(data, str | os.PathLike) or isinstance(name := os.fspath(data), bytes):
+        raise UsageError(f"DATA {data!r}: a path or a name is expected")
+    table = _opened(name, Path(root or "~/.cache/regard").expanduser(), splits)
     if len(table.classes) < min_classes:
         only = f"only one class ({table.classes[0]!r})" if table.classes else "no class"
         raise UsageError(f"{table.name}: {only}; two or more are needed")
@@ -73,12 +75,16 @@ def _opened(data: str, cache: Path, splits: str) -> ImageTable:
         if path.suffix.lower() in SUFFIXES and path.is_file():
             return open_manifest(data, path)
         exists = bool(data) and path.exists()
-    except PermissionError as error:
-        raise FileError(f"{error.filename}: no permission to read it") from error
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{data[:100]} can't be read ({error.strerror})") from error
     except ValueError as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"DATA {data!r} is no file name ({error})") from error
+    if "://" in data:
+        raise UsageError(f"DATA {data!r} is a URL: download it, and give the file or folder")
     if exists:
         raise UsageError(f"DATA {data!r} is a file, but no CSV; choose {_CHOICES}")
     where = "" if os.path.isabs(path) else f" in {os.getcwd()}"

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from regard.data.images import IMAGE_SUFFIXES, read_stored, to_channels
-from regard.errors import ImageError
+from regard.errors import FileError, ImageError
 from regard.files import plural, shortened
 
 JUNK = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
@@ -91,17 +91,35 @@ def images_below(paths: Sequence[Path]) -> Iterator[Path]:
 
 def subfolders(folder: str) -> dict[str, str]:
     """{name: path} of the folders directly below, without hidden ones, junk and results."""
-    with os.scandir(folder) as entries:
-        found = {e.name: e.path for e in entries if not _hidden(e.name) and e.is_dir()}
+    found = {e.name: e.path for e in _scan(folder) if not _hidden(e.name) and _is_folder(e)}
     return dict(sorted(found.items()))
 
 
 def has_images(folder: str, *, below: bool = True) -> bool:
     """Whether a folder holds an image; by default also at any depth."""
     if not below:
-        with os.scandir(folder) as entries:
-            return any(_is_image(e) for e in entries if not _hidden(e.name) and not e.is_dir())
+        return any(_is_image(e) for e in _scan(folder) if not _hidden(e.name) and not _is_folder(e))
     return next(_walk(folder, Skipped(), ()), None) is not None
+
+
+def _scan(folder: str) -> Iterator[os.DirEntry[str]]:
+    """The entries of a folder.
+
+    Raises:
+        FileError: it can't be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        raise FileError(f"{folder} can't be listed ({error.strerror})") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _hidden(name: str) -> bool:
@@ -120,16 +138,15 @@ def _walk(folder: str, skipped: Skipped, above: Iterable[str]) -> Iterator[str]:
         if here != folder and is_result(here):
             skipped.results.append(here)
             continue
-        with os.scandir(here) as entries:
-            for entry in entries:
-                if _hidden(entry.name):
-                    continue
-                if entry.is_dir():
-                    waiting.append(entry.path)
-                elif _is_image(entry):
-                    yield entry.path
-                else:
-                    skipped.files[os.path.splitext(entry.name)[1].lower()] += 1
+        for entry in _scan(here):
+            if _hidden(entry.name):
+                continue
+            if _is_folder(entry):
+                waiting.append(entry.path)
+            elif _is_image(entry):
+                yield entry.path
+            else:
+                skipped.files[os.path.splitext(entry.name)[1].lower()] += 1
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -161,14 +178,13 @@ def is_result(folder: str) -> bool:
     if "run.json" in here or len(here) > 1:
         return True
     names, folders = set(), []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                folders.append(entry.path)
-            elif not entry.name.startswith("."):
-                names.add(entry.name)
-            if len(names) > 100 and not any(n.endswith(".npz") for n in names):
-                return False  # images alone: no need to list them all
+    for entry in _scan(folder):
+        if _is_folder(entry):
+            folders.append(entry.path)
+        elif not entry.name.startswith("."):
+            names.add(entry.name)
+        if len(names) > 100 and not any(n.endswith(".npz") for n in names):
+            return False  # images alone: no need to list them all
     if any(n.endswith(".npz") for n in names):
         return _are_explanations(folder, names)
     return bool(folders) and not names and all(is_result(path) for path in folders)

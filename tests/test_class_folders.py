@@ -131,6 +131,17 @@ def test_folders_without_images_and_classes_that_a_split_lacks(tmp_path):
     assert "__MACOSX" not in said
 
 
+def test_links_that_lead_nowhere_end_nothing(tmp_path):
+    root = tree(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "a/loop").symlink_to("loop")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "a/gone.png").symlink_to("nowhere")
+    table = open_data(root)
+    assert names(table) == ["a/1.png", "a/gone.png", "b/1.png"]
+    with pytest.raises(ValueError, match="no such file"):
+        table.read(1)
+
+
 def test_what_is_skipped_is_counted(tmp_path):
     root = tree(tmp_path, "a/1.png", "b/1.png", *(f"a/{i}.bak" for i in range(12)), "b/x/n.txt")
     (line,) = open_data(root).warnings
