@@ -13,7 +13,7 @@ from regard.commands.flags import (
     naming_flags,
     use_engine,
 )
-from regard.commands.study import DiagnosticFlags, Study, study
+from regard.commands.diagnostics import DiagnosticFlags, Study, study
 from regard.errors import UsageError
 
 log = logging.getLogger(__name__)

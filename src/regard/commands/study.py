@@ -1,140 +1,226 @@
-"""The diagnostic part of `regard evaluate`: one class as a test, thresholds, calibration."""
+"""`regard study`: does attention help here? Networks trained several times on the same splits."""
 
+import json as json_module
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from regard.commands.train import RecipeFlags
 from regard.errors import UsageError
+
+if TYPE_CHECKING:
+    from regard.papers import Table
+    from regard.studies.plan import PlannedRun
+    from regard.studies.runner import Progress
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class DiagnosticFlags:
-    """What is measured besides the metrics of classification."""
+def command(
+    study: Annotated[str, Parameter(name="STUDY")],
+    source: Annotated[str | None, Parameter(name="DATA")] = None,
+    /,
+    *,
+    model: str | None = None,
+    out: Path | None = None,
+    seeds: int = 3,
+    folds: int = 1,
+    rows: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
+    only: str | None = None,
+    jobs: int = 1,
+    ray: str | None = None,
+    slurm: int | None = None,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # type: ignore[valid-type]  # noqa: B008
+) -> int:
+    """Compare networks over seeds and folds, with paired differences and their intervals.
 
-    positive: Annotated[
-        str | None,
-        Parameter(
-            help="A class, evaluated as a diagnostic test against the rest: sensitivity, "
-            "specificity, predictive values, likelihood ratios, ROC AUC, calibration; net benefit "
-            "in the JSON."
-        ),
-    ] = None
-    at: Annotated[
-        str | None,
-        Parameter(
-            help="Threshold on the probability of --positive, chosen on the validation images: "
-            "sensitivity=0.95, specificity=0.9, youden, or cost=5:1 (a false negative costs 5 "
-            "false positives). Default: the top-1 class decides."
-        ),
-    ] = None
-    calibrate: Annotated[
-        bool,
-        Parameter(
-            help="Scale the probabilities by the temperature that fits the validation images.",
-            negative=(),
-        ),
-    ] = False
-    ordered: Annotated[
-        str | None,
-        Parameter(help="All classes from lowest to highest, as a,b,c, for the quadratic kappa."),
-    ] = None
-    max_fpr: Annotated[
-        float | None,
-        Parameter(help="Largest false positive rate of a partial ROC AUC of --positive."),
-    ] = None
+    Every run is an ordinary run's folder below --out. The results so far are in study.html,
+    study.json and study.csv, written again after each run. The same command continues a study
+    that was stopped; finished runs are not run again.
 
-    @property
-    def order(self) -> list[str] | None:
-        """The classes of --ordered."""
-        return None if self.ordered is None else [c.strip() for c in self.ordered.split(",")]
-
-    def check(self) -> None:
-        """Checks what can be checked before anything is loaded.
-
-        Raises:
-            UsageError: a flag without --positive, or out of range.
-        """
-        from regard.evaluation.thresholds import check_rule
-
-        for name, value in (("at", self.at), ("max-fpr", self.max_fpr)):
-            if value is not None and self.positive is None:
-                raise UsageError(f"--{name} {value}: name the class with --positive CLASS")
-        if self.at is not None:
-            try:
-                check_rule(self.at)
-            except UsageError as error:
-                raise UsageError(str(error).replace("rule=", "--at ")) from error
-        if self.max_fpr is not None and not 0 < self.max_fpr <= 1:
-            raise UsageError(f"--max-fpr {self.max_fpr}: above 0, at most 1")
-
-    def check_classes(self, classes: Sequence[str]) -> None:
-        """Checks the named classes before the images are classified.
-
-        Raises:
-            UsageError: the network has no such class.
-        """
-        some = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
-        if self.positive is not None and self.positive not in classes:
-            raise UsageError(f"--positive {self.positive}: choose one of {some}")
-        if self.order is not None and sorted(self.order) != sorted(classes):
-            raise UsageError(f"--ordered {self.ordered}: name each class once: {some}")
-
-
-@dataclass(frozen=True)
-class Study:
-    """The results of a diagnostic evaluation.
-
-    predictions: calibrated, if that was asked for.
-    diagnostics: see `regard.evaluation.diagnose`.
-    content: for JSON.
-    lines: for people, of the threshold and the temperature.
+    Parameters
+    ----------
+    study
+        twins (--model and its SE and plain twins), insert (a plain timm network, and the same
+        with SE and CBAM inserted), a paper's table (ran-1 to ran-7, cbam-1 to cbam-5, ag-main,
+        ag-classes), or a TOML file.
+    source
+        Labeled images, as for training. Default: the table's data set.
+    model
+        Network of twins (default: cbam_resnet18) or insert (default: resnet18).
+    out
+        Folder of the study. Default: runs/study-STUDY-DATA.
+    seeds
+        Trainings of each network, with seeds 0, 1, ...; the splits stay the same.
+    folds
+        Folds of a cross-validation, by group where there are groups. 1 is a single split.
+    rows
+        Names or numbers of the rows to train. Default: all.
+    only
+        Train the i-th of n parts of the runs (i/n), for an array of jobs.
+    jobs
+        Runs at a time; cores or GPUs are divided among them.
+    ray
+        Run on a Ray cluster: its address, or "auto".
+    slurm
+        Print a SLURM script of an array of this many jobs, and exit.
+    dry_run
+        Print the commands of all runs, and exit.
+    json
+        Print study.json at the end.
     """
+    from regard.studies.plan import choose_part, choose_rows, open_study, plan_study, slurm_script
 
-    predictions: Any
-    diagnostics: Any
-    content: dict[str, Any]
-    lines: list[str]
+    table = choose_rows(open_study(study, model), rows or [])
+    words = _flag_words(flags)
+    data = source or table.data
+    if data is None:
+        raise UsageError(f"study {study} needs DATA")
+    if out is None:
+        out = Path("runs") / f"study-{table.key}-{Path(data).stem}"
+    runs = plan_study(table, source, out, seeds=seeds, folds=folds, flags=words)
+    if slurm is not None:
+        print(slurm_script([w for w in sys.argv[1:] if w not in ("--slurm", str(slurm))], slurm))
+        return 0
+    if dry_run:
+        print(*runs, sep="\n")
+        return 0
+    done = _train(table, runs, choose_part(runs, only), out, jobs, ray)
+    if json:
+        print((out / "study.json").read_text(encoding="utf-8"), end="")
+    return 1 if done.failed else 0
 
 
-def study(predictions: Any, flags: DiagnosticFlags, validation: Callable[[], Any]) -> Study:
-    """Measures predictions as the flags say; `validation` predicts the validation images."""
-    from regard.evaluation import (
-        choose_threshold,
-        decision_curve,
-        diagnose,
-        fit_temperature,
-        reliability,
-        with_temperature,
-    )
+def _train(
+    table: "Table",
+    runs: "list[PlannedRun]",
+    part: "list[PlannedRun]",
+    out: Path,
+    jobs: int,
+    ray: str | None,
+) -> "Progress":
+    """Trains a part of the runs and writes the results of all after each."""
+    from regard.studies.page import write_page
+    from regard.studies.results import gather, write_results
+    from regard.studies.runner import run_all
 
-    content: dict[str, Any] = {"reliability": [vars(b) for b in reliability(predictions)]}
-    lines, threshold = [], None
-    chosen_on: Any = validation() if flags.calibrate or flags.at is not None else None
-    if flags.calibrate:
-        temperature = fit_temperature(chosen_on)
-        chosen_on = with_temperature(chosen_on, temperature)
-        predictions = with_temperature(predictions, temperature)
-        content["temperature"] = temperature
-        content["reliability_calibrated"] = [vars(b) for b in reliability(predictions)]
-        lines.append(f"temperature {temperature:.4g}, fitted on {len(chosen_on)} validation images")
-    if flags.at is not None and flags.positive is not None:
-        threshold = choose_threshold(chosen_on, flags.positive, flags.at)
-        content["threshold"] = threshold.to_dict()
-        lines.append(
-            f"threshold {threshold.value:.4g} ({flags.at}), chosen on {threshold.images} "
-            f"validation images, with sensitivity {threshold.sensitivity:.4f} and specificity "
-            f"{threshold.specificity:.4f} there"
-        )
-    found = diagnose(
-        predictions, positive=flags.positive, ordered=flags.order, max_fpr=flags.max_fpr,
-        threshold=None if threshold is None else threshold.value,
-    )  # fmt: skip
-    content |= found.to_dict()
-    if flags.positive is not None:
-        content["decision_curve"] = decision_curve(predictions, flags.positive).to_dict()
-    return Study(predictions, found, content, lines)
+    _check_same_study(out, runs)
+
+    def write(progress: "Progress") -> None:
+        result = gather(table, runs, progress.failed)
+        write_results(result, out)
+        write_page(result, out)
+        show(progress, result)
+
+    with _display(jobs) as show:
+        if ray is not None:
+            from regard.studies.on_ray import run_on_ray
+
+            done = run_on_ray(part, address=ray, after_each=write)
+        else:
+            done = run_all(part, jobs=jobs, after_each=write)
+        write(done)
+    for row in gather(table, runs, done.failed).rows:
+        if row.verdict:
+            print(row.verdict)
+    print(f"the study: {out / 'study.html'}")
+    return done
+
+
+def _check_same_study(out: Path, runs: "list[PlannedRun]") -> None:
+    """Refuses a folder in which another study was started, before anything is trained.
+
+    Raises:
+        UsageError: the commands of the runs there are others.
+    """
+    path = out / "study.json"
+    if not path.is_file():
+        return
+    try:
+        before = set(json_module.loads(path.read_text(encoding="utf-8"))["commands"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a study's: give --out another folder") from error
+    by_folder = {str(run.folder): str(run) for run in runs}
+    for command_before in before:
+        folder = command_before.rpartition(" --out ")[2].strip("'")
+        now = by_folder.get(folder)
+        if now is not None and now != command_before:
+            raise UsageError(
+                f"{out} holds a study with other settings ({command_before}); give --out another "
+                "folder"
+            )
+
+
+def _flag_words(flags: Any) -> list[str]:
+    """The recipe's flags that were given, as words for `regard train`."""
+    words: list[str] = []
+    for name, value in vars(flags).items():
+        if value is None or name in ("seed", "fold"):
+            if value is not None:
+                raise UsageError(f"--{name}: a study sets it; give --{name}s")
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list | tuple):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+class _display:  # noqa: N801
+    """Shows what runs, what is done, the time left, and the table as it grows."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self.live: Any = None
+
+    def __enter__(self) -> "Callable[[Progress, Any], None]":
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(stderr=True)
+        if console.is_terminal:
+            self.live = Live(console=console, auto_refresh=False, transient=True)
+            self.live.start()
+        return self.show
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def show(self, progress: "Progress", result: Any) -> None:
+        """One line, or the table in a terminal."""
+        left = progress.left(self.jobs)
+        names = ", ".join(f"{run.row} {run.folder.name}" for run in progress.running)
+        line = f"{progress.done} of {progress.total} runs done"
+        line += f", {len(progress.failed)} failed" if progress.failed else ""
+        line += f"; running: {names}" if names else ""
+        line += f"; about {_clock(left)} left" if left else ""
+        if self.live is None:
+            log.info(line)
+            return
+        from rich.console import Group
+        from rich.table import Table as RichTable
+
+        shown = RichTable(box=None, pad_edge=False, header_style="bold")
+        for heading in ("network", "seeds", "accuracy", "difference, points"):
+            shown.add_column(heading, justify="left" if heading == "network" else "right")
+        for row in result.rows:
+            d = row.differences.get("accuracy")
+            cell = f"{100 * d.value:+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f})" if d else ""
+            mean = f"{row.mean('accuracy'):.2%}" if row.seeds else ""
+            shown.add_row(row.row.name, f"{len(row.seeds)}/{result.seeds}", mean, cell)
+        self.live.update(Group(line, shown), refresh=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

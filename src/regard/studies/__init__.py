@@ -1,1 +1,6 @@
-"""Studies: networks compared over seeds and folds, with the run of each as an ordinary folder."""
+"""Studies: networks trained several times on the same splits, and what follows from it.
+
+`plan.py` expands a study into runs (row x fold x seed), `runner.py` trains them as ordinary
+runs in processes of their own and continues where it was stopped, `results.py` gathers what
+they say, `page.py` writes it down. The statistics are `regard.evaluation.repeats`.
+"""

@@ -1,0 +1,177 @@
+"""What a study trains: its rows, from the papers' tables, from twins, or from a file."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from regard.errors import UsageError
+from regard.papers import Row, Table, load_table, tables, train_command
+
+SHIPPED = ("twins", "insert")
+DEFAULT_MODEL = "cbam_resnet18"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One training of a study.
+
+    Attributes:
+        row: the name of its row.
+        seed: of weights and sample order.
+        fold: the fold that it tests, from 1; None: one split.
+        folder: the run's folder.
+        command: the arguments of `regard` that train it.
+    """
+
+    row: str
+    seed: int
+    fold: int | None
+    folder: Path
+    command: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return shlex.join(["regard", *self.command])
+
+
+def open_study(study: str, model: str | None = None) -> Table:
+    """A study by name: twins, insert, a paper's table, or a TOML file.
+
+    Args:
+        study: its name or path.
+        model: the network of twins, or the plain timm network of insert.
+
+    Raises:
+        UsageError: no such study, or the network has no twins or can't be grafted.
+    """
+    if study == "twins":
+        return _twins(model or DEFAULT_MODEL)
+    if study == "insert":
+        return _insert(model or "resnet18")
+    if model is not None:
+        raise UsageError(f"model={model!r}: only {' and '.join(SHIPPED)} take a network")
+    if study not in tables() and not study.endswith(".toml"):
+        raise UsageError(
+            f"no study {study!r}; choose {', '.join([*SHIPPED, *tables()])}, or a TOML file"
+        )
+    return load_table(study)
+
+
+def _twins(name: str) -> Table:
+    from regard.models.zoo import twins
+
+    family = twins(name)
+    order = [k for k in ("plain", "se") if k in family and family[k] != name]
+    rows = [Row(name=f"{k} twin ({family[k]})", network=family[k]) for k in order]
+    rows.append(Row(name=name, network=name))
+    return Table(key="twins", title=f"{name} and its twins without attention", rows=tuple(rows))
+
+
+def _insert(name: str) -> Table:
+    rows = (
+        Row(name=name, network=name),
+        Row(name=f"{name} + SE", network=name, changes={"graft": "se"}),
+        Row(name=f"{name} + CBAM", network=name, changes={"graft": "cbam"}),
+    )
+    return Table(key="insert", title=f"{name} with and without inserted attention", rows=rows)
+
+
+def choose_rows(table: Table, wanted: Sequence[str]) -> Table:
+    """The table with the rows of these names or numbers (from 1); all where none is named.
+
+    Raises:
+        UsageError: no row has this name or number.
+    """
+    if not wanted:
+        return table
+    names = [row.name for row in table.rows]
+    chosen = []
+    for word in wanted:
+        if word in names:
+            chosen.append(names.index(word))
+        elif word.isdecimal() and 1 <= int(word) <= len(names):
+            chosen.append(int(word) - 1)
+        else:
+            listed = ", ".join(f"{n} {name!r}" for n, name in enumerate(names, start=1))
+            raise UsageError(f"no row {word!r}; the rows are {listed}")
+    return replace(table, rows=tuple(table.rows[i] for i in sorted(set(chosen))))
+
+
+def plan_study(
+    table: Table, data: str | None, out: Path, *, seeds: int, folds: int, flags: Sequence[str] = ()
+) -> list[PlannedRun]:
+    """Every run of a study: row by row within each fold and seed, so that pairs finish together.
+
+    Args:
+        table: its rows.
+        data: for all rows; None: the table's own data set.
+        out: the study's folder.
+        seeds: trainings of each row; seeds 0, 1, ...
+        folds: of a cross-validation; 1: one split.
+        flags: further flags of `regard train`, for all rows.
+
+    Raises:
+        UsageError: fewer than one seed or fold.
+    """
+    if seeds < 1 or folds < 1:
+        raise UsageError(f"seeds={seeds}, folds={folds}: at least 1 of each")
+    taken: set[str] = set()
+    slugs = {row.name: _slug(row.name, taken) for row in table.rows}
+    runs = []
+    for seed in range(seeds):
+        for fold in range(1, folds + 1):
+            for row in table.rows:
+                name = f"seed-{seed}" if folds == 1 else f"fold-{fold}-seed-{seed}"
+                folder = out / "runs" / slugs[row.name] / name
+                words = [*train_command(table, row, data), *flags, "--seed", str(seed)]
+                if folds > 1:
+                    words += ["--fold", f"{fold}/{folds}"]
+                words += ["--out", str(folder)]
+                runs.append(
+                    PlannedRun(
+                        row=row.name, seed=seed, fold=fold if folds > 1 else None, folder=folder,
+                        command=tuple(words),
+                    )
+                )  # fmt: skip
+    return runs
+
+
+def _slug(name: str, taken: set[str]) -> str:
+    """A folder's name for a row, different for each."""
+    base = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "row"
+    slug, n = base, 2
+    while slug in taken:
+        slug, n = f"{base}-{n}", n + 1
+    taken.add(slug)
+    return slug
+
+
+def choose_part(runs: Sequence[PlannedRun], part: str | None) -> list[PlannedRun]:
+    """The i-th of n parts of the runs, "i/n" with i from 1, for a SLURM array; all for None.
+
+    Raises:
+        UsageError: it is not i/n.
+    """
+    if part is None:
+        return list(runs)
+    i, slash, n = part.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise UsageError(f"only={part!r}: i/n with i from 1 to n, such as 1/8")
+    return list(runs)[int(i) - 1 :: int(n)]
+
+
+def slurm_script(command: Sequence[str], parts: int) -> str:
+    """A SLURM array of `parts` jobs, each with its share of the runs."""
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"#SBATCH --array=1-{parts}",
+            "#SBATCH --cpus-per-task=8",
+            "#SBATCH --time=24:00:00",
+            "#SBATCH --signal=B:TERM@120",
+            "#SBATCH --requeue",
+            f"exec regard {shlex.join(command)} --only $SLURM_ARRAY_TASK_ID/{parts}",
+            "",
+        ]
+    )
