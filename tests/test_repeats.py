@@ -10,7 +10,6 @@ from regard.evaluation import Predictions
 from regard.evaluation.repeats import (
     _estimate,
     contributions,
-    holm,
     repeated_difference,
 )
 
@@ -111,13 +110,6 @@ def test_more_seeds_are_asked_for_only_where_they_would_help():
         rng.normal(0, 1, (3, 50)) + rng.normal(0, 1, 50), np.zeros(50, int), "a", 0.95
     )
     assert noise.seeds_needed() is None  # the images decide: seeds would not settle it
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    adjusted = holm([0.01, float("nan"), 0.02])
-    assert adjusted[0] == pytest.approx(0.02)
-    assert np.isnan(adjusted[1])
 
 
 def test_what_does_not_fit_is_refused():

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "Evaluate a network on labeled images, with 95 % intervals.",
     "predict": "Classify images with a trained network.",
     "explain": "Show where a network looks, and measure how far that can be believed.",
+    "compare": "Compare finished runs on the same test images.",
     "study": "Compare networks over seeds and folds: does attention help on these images?",
     "report": "Write a run's report.html again.",
     "export": "Export a network as one file that runs without Regard.",

@@ -114,6 +114,33 @@ def assign_folds(table: ImageTable, *, fold: int, folds: int, val: float, seed: 
     return assign_splits(divided, val=val, test=0.0, seed=seed)
 
 
+def limit_training(table: ImageTable, limit: int, seed: int) -> ImageTable:
+    """The table with `limit` of its training images, the classes in proportion.
+
+    Raises:
+        UsageError: fewer than one image for each class.
+    """
+    train = np.flatnonzero(table.splits == "train")
+    if limit >= len(train):
+        return table
+    present = len(np.unique(table.labels[train]))
+    if limit < present:
+        raise UsageError(
+            f"limit={limit}: at least one training image for each of {present} classes"
+        )
+    order = train[_canonical_order(table, train)]
+    order = order[np.random.default_rng(seed).permutation(len(order))]
+    labels = table.labels[order]
+    # an image's rank within its class, as a fraction of the class: the smallest are proportional
+    rank = np.zeros(len(order))
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        rank[members] = np.arange(len(members)) / len(members)
+    chosen = order[np.argsort(rank, kind="stable")[:limit]]
+    rows = np.sort(np.concatenate([chosen, np.flatnonzero(table.splits != "train")]))
+    return table.select(rows)
+
+
 def _canonical_order(table: ImageTable, pool: NDArray[np.int64]) -> NDArray[np.int64]:
     """The order of these images by class and name, or by row, which no reordering changes."""
     if table.files is None:

@@ -203,9 +203,10 @@ def _estimate(d: Floats, fold: Ints, metric: str, confidence: float) -> Repeated
     else:
         seed_part, image_part, total, df = 0.0, images, images, units - 1
     half = _t((1 + confidence) / 2, df) * math.sqrt(total) if df > 0 else NAN
+    most = 1.0 if metric != "log loss" else math.inf  # shares differ by at most 1
     claims = seeds > 1 or folds > 1
     return RepeatedDifference(
-        metric=metric, value=value, low=value - half, high=value + half,
+        metric=metric, value=value, low=max(value - half, -most), high=min(value + half, most),
         p_value=_p(value, total, df) if claims else NAN, each=tuple(map(float, each)),
         n_units=units, seeds=seeds, folds=folds, df=df, seed_variance=seed_part,
         image_variance=image_part, confidence=confidence,
@@ -264,16 +265,3 @@ def _p(value: float, variance: float, df: float) -> float:
     if variance <= 0:
         return 1.0 if value == 0 else 0.0
     return float(2 * t.sf(abs(value) / math.sqrt(variance), df))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values (1979): claims at 5 % are then wrong in at most 5 % of studies.
-
-    NaN, a comparison that claims nothing, stays NaN and does not count.
-    """
-    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
-    adjusted, highest = [NAN] * len(p_values), 0.0
-    for rank, (p, i) in enumerate(order):
-        highest = max(highest, min(1.0, p * (len(order) - rank)))
-        adjusted[i] = highest
-    return adjusted

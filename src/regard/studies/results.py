@@ -22,9 +22,9 @@ from regard.evaluation.repeats import (
     METRICS,
     RepeatedDifference,
     contributions,
-    holm,
     repeated_difference,
 )
+from regard.evaluation.significance import holm
 from regard.files import write_atomically
 from regard.papers import Row, Table
 from regard.runs import RunFolder

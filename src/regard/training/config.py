@@ -129,6 +129,9 @@ class Recipe:
     test: Annotated[float, _limits(gte=0, lte=0.9)] = _field(
         0.2, "Sampling", "Test fraction, for data without a test split."
     )
+    limit: _Count | None = _field(
+        None, "Sampling", "Train on this many images only, with the classes in proportion."
+    )
     split_seed: Annotated[int, _limits(gte=0, lte=2**31)] = _field(
         0, "Sampling", "Random seed of the splits."
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable
-from regard.data.splits import assign_folds, assign_splits
+from regard.data.splits import assign_folds, assign_splits, limit_training
 from regard.data.survey import survey
 from regard.errors import UsageError
 from regard.machine import has_bf16
@@ -294,10 +294,14 @@ def bf16_note(precision: str, device: torch.device) -> str | None:
 def choose_splits(table: ImageTable, recipe: Recipe) -> ImageTable:
     """The table with the splits that it lacks, or with the recipe's fold as its test.
 
+    With `recipe.limit` only that many training images stay; the other splits stay whole.
+
     Raises:
-        UsageError: see `assign_splits` and `assign_folds`.
+        UsageError: see `assign_splits` and `assign_folds`; or a limit below the classes' number.
     """
     if recipe.fold_of is None:
-        return assign_splits(table, val=recipe.val, test=recipe.test, seed=recipe.split_seed)
-    fold, folds = recipe.fold_of
-    return assign_folds(table, fold=fold, folds=folds, val=recipe.val, seed=recipe.split_seed)
+        table = assign_splits(table, val=recipe.val, test=recipe.test, seed=recipe.split_seed)
+    else:
+        fold, folds = recipe.fold_of
+        table = assign_folds(table, fold=fold, folds=folds, val=recipe.val, seed=recipe.split_seed)
+    return table if recipe.limit is None else limit_training(table, recipe.limit, recipe.split_seed)

@@ -1,0 +1,79 @@
+"""What a run's network costs: parameters, multiply-adds, and measured times."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from regard.predict import Classifier, load
+from regard.runs import RunFolder
+
+BATCH = 8
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one network.
+
+    Attributes:
+        parameters: their number.
+        macs: multiply-adds of one image.
+        ms_an_image: of prediction at batch 8 on this machine, the median of the rounds.
+        ms_a_step: of a training step, as the run measured it; None where it is not known.
+    """
+
+    parameters: int
+    macs: int
+    ms_an_image: float
+    ms_a_step: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def measure_costs(folders: Sequence[Path]) -> list[Cost]:
+    """The cost of each run's network; prediction is timed in turns, so that load is shared."""
+    classifiers = [load(folder) for folder in folders]
+    inputs = [torch.zeros(BATCH, *c.preprocess.input_size) for c in classifiers]
+    times: list[list[float]] = [[] for _ in classifiers]
+    for turn in range(ROUNDS + 1):
+        for found, classifier, images in zip(times, classifiers, inputs, strict=True):
+            started = time.perf_counter()
+            classifier.probabilities(images)
+            if turn:  # the first is a warm-up
+                found.append(time.perf_counter() - started)
+    return [
+        Cost(
+            parameters=sum(p.numel() for p in classifier.model.parameters()),
+            macs=_macs(classifier, images[:1]),
+            ms_an_image=1000 * median(found) / BATCH,
+            ms_a_step=_step(folder),
+        )
+        for folder, classifier, images, found in zip(
+            folders, classifiers, inputs, times, strict=True
+        )
+    ]
+
+
+def _macs(classifier: Classifier, image: Tensor) -> int:
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        classifier.model(image)
+    return flops.get_total_flops() // 2
+
+
+def _step(folder: Path) -> float | None:
+    run = RunFolder(folder)
+    if not run.finished:
+        return None
+    facts = run.read_facts()
+    if not facts.get("steps") or "seconds" not in facts:
+        return None
+    return 1000 * float(facts["seconds"]) / float(facts["steps"])
