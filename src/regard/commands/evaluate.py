@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from regard.commands.diagnostics import DiagnosticFlags, Study, study
 from regard.commands.flags import (
     EngineFlags,
     SplitsFlag,
     naming_flags,
     use_engine,
 )
-from regard.commands.diagnostics import DiagnosticFlags, Study, study
 from regard.errors import UsageError
 
 log = logging.getLogger(__name__)
