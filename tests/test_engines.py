@@ -253,14 +253,15 @@ def test_a_missing_engine_ends_the_command_before_torch_is_imported():
         "import sys, regard.extras, regard.cli\n"
         "regard.extras.find_spec = lambda name: None\n"
         "for arguments in ('predict r i --engine onnxruntime', 'evaluate r --engine openvino',\n"
-        "                  'serve r', 'export r --to onnx --out a.onnx'):\n"
+        "                  'serve r', 'export r --to onnx --out a.onnx', 'train hf:x',\n"
+        "                  'data hf:x', 'evaluate r hf:x', 'train digits --log wandb'):\n"
         "    assert regard.cli.run_command(arguments.split()) == 2\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     extras = re.findall(r"pip install 'regard\[(\w+)\]'", done.stderr)
-    assert extras == ["onnxruntime", "openvino", "serve", "onnxruntime"]
+    assert extras == ["onnxruntime", "openvino", "serve", "onnxruntime", "hf", "hf", "hf", "wandb"]
 
 
 def test_the_libraries_complaints_are_not_shown():

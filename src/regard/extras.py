@@ -12,6 +12,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "dicom": ("pydicom",),
     "tiff": ("tifffile", "imagecodecs"),
     "hf": ("datasets",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),
 }

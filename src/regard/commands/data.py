@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from regard.commands.flags import SplitsFlag, naming_flags, progress_bar
+from regard.commands.flags import SplitsFlag, naming_flags, progress_bar, require_data
 
 if TYPE_CHECKING:
     from regard.data.audit import DataCheck
@@ -54,6 +54,7 @@ def command(
     json
         Print JSON.
     """
+    require_data(source)
     from regard.data import assign_splits, check_data, open_data
 
     with naming_flags():

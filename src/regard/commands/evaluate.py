@@ -12,6 +12,7 @@ from regard.commands.flags import (
     EngineFlags,
     SplitsFlag,
     naming_flags,
+    require_data,
     use_engine,
 )
 from regard.errors import UsageError
@@ -59,6 +60,7 @@ def command(
     """
     numbers.check()
     engine.require()
+    require_data(source)
     from regard.run_data import predictions_of
 
     def prepare(classifier: Any, reader: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from regard.commands.flags import require_data
 from regard.extras import require
 
 
@@ -53,6 +54,7 @@ def command(
         require("onnxruntime", "--to onnx")
     if to == "openvino":
         require("openvino", "--to openvino", "openvino", *(["nncf"] if int8 else []))
+    require_data(data)
     from regard.export import export as write
 
     write(

@@ -16,6 +16,16 @@ from regard.log import Heartbeat, info_on_stderr
 log = logging.getLogger(__name__)
 
 
+def require_data(source: str | None) -> None:
+    """Refuses data whose package is not installed, before anything slow is imported.
+
+    Raises:
+        UsageError: names the command that installs it.
+    """
+    if source is not None and source.startswith("hf:"):
+        require("hf", source)
+
+
 @dataclass(frozen=True)
 class EngineFlags:
     """How a network is run: the flags that evaluate, predict and serve share."""

@@ -8,8 +8,9 @@ from typing import Annotated, Any, get_type_hints
 
 from cyclopts import Parameter
 
-from regard.commands.flags import SplitsFlag, naming_flags, parse_arguments
+from regard.commands.flags import SplitsFlag, naming_flags, parse_arguments, require_data
 from regard.errors import RegardError
+from regard.extras import EXTRAS, require
 from regard.log import show_messages
 from regard.training.config import Recipe, fields_of
 
@@ -89,6 +90,10 @@ def command(
         Experiment trackers: tensorboard, wandb, mlflow, aim, clearml, comet_ml, swanlab,
         trackio, or none. Default: tensorboard.
     """
+    require_data(source)
+    for name in log or ():
+        if name in EXTRAS:
+            require(name, f"--log {name}")
     changes = {k: v for k, v in vars(flags).items() if v is not None}
     with naming_flags():
         train(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from regard.data.folders import split_word
 from regard.data.table import SPLITS, ImageTable, StackedArrays
 from regard.errors import FileError, UsageError
+from regard.extras import require
 from regard.files import plural, reason, shortened
 
 
@@ -166,12 +167,9 @@ def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
         UsageError: the extra is not installed, or the columns or splits are not usable.
         FileError: it can't be loaded.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(
-            f"{name}: Hugging Face datasets need one more package: pip install 'regard[hf]'"
-        ) from error
+    require("hf", name)
+    import datasets
+
     try:
         loaded = datasets.load_dataset(source)
     except (OSError, ValueError, RuntimeError) as error:
