@@ -1,4 +1,16 @@
-"""The accuracy of two networks on the same images, with exact tests."""
+"""The accuracy of two networks on the same images, with exact tests.
+
+The interval of the difference is the percentile bootstrap's, of images or, with groups, of
+whole groups; each resample has both networks on the same images. Where every image has the
+same difference no resample differs, and the interval reaches as far as Wilson's for no
+success in as many images (groups). With one group low and high are NaN.
+
+The p-value is two-sided. Without groups it is that of McNemar's exact test: if the networks
+are equal, an image that only one of them gets right is as likely a's as b's. With groups the
+images of a group are not independent; then the difference of each group as a whole has
+either sign with the same probability, and the p-value is exact over all signs. Groups of one
+image each give McNemar's.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -66,16 +78,7 @@ def compare(
 ) -> Comparison:
     """Compares two networks on the same images, in the same order.
 
-    The interval of the difference is the percentile bootstrap's, of images or, with groups, of
-    whole groups; each resample has both networks on the same images. Where every image has the
-    same difference no resample differs, and the interval reaches as far as Wilson's for no
-    success in as many images (groups). With one group low and high are NaN.
-
-    The p-value is two-sided. Without groups it is that of McNemar's exact test: if the networks
-    are equal, an image that only one of them gets right is as likely a's as b's. With groups the
-    images of a group are not independent; then the difference of each group as a whole has
-    either sign with the same probability, and the p-value is exact over all signs. Groups of one
-    image each give McNemar's.
+    The module describes the interval and the test.
 
     Args:
         a, b: predictions; groups may be given with either or both.

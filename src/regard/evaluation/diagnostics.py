@@ -1,4 +1,17 @@
-"""The numbers of a diagnostic study: ROC, agreement, and one class against the rest."""
+"""The numbers of a diagnostic study: ROC, agreement, and one class against the rest.
+
+All classes together: roc_auc and average_precision of each class against the rest, as "_macro" and
+"_weighted" means, and roc_auc_hand_till; mcc, kappa, brier, and with `ordered` the
+quadratic_kappa. With `positive` that class against the rest: roc_auc, average_precision,
+sensitivity, specificity, ppv, npv, lr_positive and lr_negative (likelihood ratios), f1, mcc,
+brier, calibration_slope, calibration_intercept, and with `max_fpr` the partial_roc_auc.
+
+Intervals are percentiles of bootstrap samples of images or, with groups, of whole groups.
+Sensitivity, specificity, ppv and npv of independent images have Wilson's. Where no resample
+differs, as for an AUC of 1, shares and areas have Wilson's with as many units as the rarer
+kind has. Areas of all classes have no interval where it would take much more than 20 s, with
+1000 resamples from about 10,000 images of 12 classes on. A likelihood ratio may be infinite.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +50,7 @@ class OneClass:
     positive: the class.
     threshold: on its probability; None: positive where it is the top-1 class.
     counts: true positives "tp", false positives "fp", true negatives "tn", false negatives "fn".
-    metrics: by name; see `diagnose`.
+    metrics: by name.
     """
 
     positive: str
@@ -95,17 +108,7 @@ def diagnose(
 ) -> Diagnostics:
     """ROC AUC, average precision, agreement, Brier score; one class as a diagnostic test.
 
-    All classes: roc_auc and average_precision of each class against the rest, as "_macro" and
-    "_weighted" means, and roc_auc_hand_till; mcc, kappa, brier, and with `ordered` the
-    quadratic_kappa. With `positive` that class against the rest: roc_auc, average_precision,
-    sensitivity, specificity, ppv, npv, lr_positive and lr_negative (likelihood ratios), f1, mcc,
-    brier, calibration_slope, calibration_intercept, and with `max_fpr` the partial_roc_auc.
-
-    Intervals are percentiles of bootstrap samples of images or, with groups, of whole groups.
-    Sensitivity, specificity, ppv and npv of independent images have Wilson's. Where no resample
-    differs, as for an AUC of 1, shares and areas have Wilson's with as many units as the rarer
-    kind has. Areas of all classes have no interval where it would take much more than 20 s, with
-    1000 resamples from about 10,000 images of 12 classes on. A likelihood ratio may be infinite.
+    The module describes the metrics and their intervals.
 
     Args:
         predictions: of at least one image.

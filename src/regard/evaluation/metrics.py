@@ -1,4 +1,34 @@
-"""Classification metrics of a network's predictions, each with a confidence interval."""
+"""Classification metrics of a network's predictions, each with a confidence interval.
+
+The metrics of `evaluate`, all between 0 and 1 except `nll`:
+
+- top1, top5: top-1 and top-5 accuracy; ties go to the first class. top5 only with more than
+  5 classes.
+- balanced_accuracy, macro_recall (the same number under its two names), macro_precision,
+  macro_f1: means over the classes that have images, as in scikit-learn's
+  balanced_accuracy_score; a class that was never predicted has precision 0.
+- ece: expected calibration error, 15 bins of equal width of the top probability (Guo et al.,
+  ICML 2017, arXiv 1706.04599).
+- nll: mean negative log-likelihood, nats; a probability of 0 counts as 2.2e-16.
+
+Their intervals:
+
+- Without groups, top1, top5 and each class's recall, precision and F1 have Wilson's interval,
+  which has good coverage near 0 and 1 and for few images (Brown, Cai & DasGupta, Statistical
+  Science 2001). F1 = 2J / (1 + J), where J is the Jaccard index; the interval is J's,
+  transformed.
+- The others are percentiles of `resamples` bootstrap samples of the images. A class without
+  images in a sample is left out of that sample's means.
+- With groups all are percentiles of samples of whole groups (cluster bootstrap). With fewer
+  than about 20 groups these are too narrow.
+- ece is biased upward: its interval allows for that, and reaches 0 for a calibrated network
+  (see `regard.evaluation.intervals.calibration_interval`).
+- Where all or no images are correct the resamples do not vary. The interval is then Wilson's,
+  where each group counts as one image, and a mean over classes has the effective sample
+  size of its unequal weights (Kish 1965: C² / Σ 1/n_c).
+- One image (with groups: one group) has no interval: low and high are NaN. The same holds
+  for a class with one image or group.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,7 +75,7 @@ class ClassResult:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """How well a network does on n images; see `evaluate` for the definitions.
+    """How well a network does on n images; see the module for the definitions.
 
     n_groups: number of groups; None where images are independent.
     confusion: (C, C) sparse counts (scipy.sparse.csr_array), rows: true class, columns: predicted
@@ -97,34 +127,7 @@ def evaluate(
 ) -> Evaluation:
     """Metrics of the predictions, with confidence intervals.
 
-    The metrics, all between 0 and 1 except `nll`:
-
-    - top1, top5: top-1 and top-5 accuracy; ties go to the first class. top5 only with more than
-      5 classes.
-    - balanced_accuracy, macro_recall (the same number under its two names), macro_precision,
-      macro_f1: means over the classes that have images, as in scikit-learn's
-      balanced_accuracy_score; a class that was never predicted has precision 0.
-    - ece: expected calibration error, 15 bins of equal width of the top probability (Guo et al.,
-      ICML 2017, arXiv 1706.04599).
-    - nll: mean negative log-likelihood, nats; a probability of 0 counts as 2.2e-16.
-
-    The intervals:
-
-    - Without groups, top1, top5 and each class's recall, precision and F1 have Wilson's interval,
-      which has good coverage near 0 and 1 and for few images (Brown, Cai & DasGupta, Statistical
-      Science 2001). F1 = 2J / (1 + J), where J is the Jaccard index; the interval is J's,
-      transformed.
-    - The others are percentiles of `resamples` bootstrap samples of the images. A class without
-      images in a sample is left out of that sample's means.
-    - With groups all are percentiles of samples of whole groups (cluster bootstrap). With fewer
-      than about 20 groups these are too narrow.
-    - ece is biased upward: its interval allows for that, and reaches 0 for a calibrated network
-      (see `regard.evaluation.intervals.calibration_interval`).
-    - Where all or no images are correct the resamples do not vary. The interval is then Wilson's,
-      where each group counts as one image, and a mean over classes has the effective sample
-      size of its unequal weights (Kish 1965: C² / Σ 1/n_c).
-    - One image (with groups: one group) has no interval: low and high are NaN. The same holds
-      for a class with one image or group.
+    The module describes the metrics and how each interval is made.
 
     Args:
         predictions: of at least one image.
@@ -251,7 +254,7 @@ def _metrics(
     grouped: bool,
     confidence: float,
 ) -> dict[str, Estimate]:
-    """The metrics with the intervals that `evaluate` describes."""
+    """The metrics with the intervals that the module describes."""
     present = class_units[class_units > 0]
     effective = min(int(len(present) ** 2 / (1 / present).sum()), n_units)
 

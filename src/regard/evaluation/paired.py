@@ -1,4 +1,14 @@
-"""Two networks on the same images, in any metric: what is shown, and what could have been."""
+"""Two networks on the same images, in any metric: what is shown, and what could have been.
+
+The difference has the interval of the paired bootstrap (each sample has both networks on the
+same images or groups), and its p-value is the bootstrap's: twice the share of samples with
+a difference of 0 or of the other sign (if none has, that of the normal distribution with the
+bootstrap's standard error). Two metrics have a better test: top1 that of `compare`,
+and the ROC AUC of the positive class, without groups, DeLong's. The p-values are adjusted by
+Holm's correction over the metrics.
+
+The smallest detectable difference is (z(1 - alpha/2) + z(0.8)) times the standard error.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -113,14 +123,7 @@ def compare_metrics(
 ) -> list[MetricComparison]:
     """Compares two networks on the same images in each metric of `evaluate` and `diagnose`.
 
-    The difference has the interval of the paired bootstrap (each sample has both networks on the
-    same images or groups), and its p-value is the bootstrap's: twice the share of samples with
-    a difference of 0 or of the other sign (if none has, that of the normal distribution with the
-    bootstrap's standard error). Two metrics have a better test: top1 that of `compare`,
-    and the ROC AUC of the positive class, without groups, DeLong's. The p-values are adjusted by
-    Holm's correction over the metrics; see `adjust` for several networks.
-
-    The smallest detectable difference is (z(1 - alpha/2) + z(0.8)) times the standard error.
+    The module describes the tests. See `adjust` for comparisons of several networks.
 
     Args:
         a, b: predictions for the same images in the same order; groups with either or both.
