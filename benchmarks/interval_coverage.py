@@ -5,7 +5,8 @@
 A test of two classes is drawn again and again: 60 or 300 images, independent, or in groups of 5
 that share their class and an effect on the network's answer. The true value of each metric is
 that of 400,000 images. Writes benchmarks/interval_coverage.csv: a row for each design and metric,
-with the share of 95 % intervals that contain the true value. 250 repetitions give it to about 3 points.
+with the share of 95 % intervals that contain the true value; 250 repetitions give it to about 3
+points.
 """
 
 import argparse

@@ -55,7 +55,8 @@ def test_one_answer_is_that_of_the_command_to_the_last_bit(server, whole, tmp_pa
 
 def test_answers_at_the_same_moment_are_those_of_the_command(server, whole, scans):
     paths = sorted(scans.rglob("*.png"))[::5]
-    told = [json.loads(s) for s in run("predict", whole, *paths, "--json").splitlines()]
+    lines = run("predict", whole, *paths, "--json").splitlines()
+    told = [json.loads(line) for line in lines if line.startswith("{")]  # and a warning
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda p: server.json("POST", "/api/predict", p.read_bytes()), paths))
     for (status, answer), expected in zip(found, told, strict=True):
@@ -365,12 +366,12 @@ def test_a_missing_package_is_named_before_anything_is_loaded(whole, monkeypatch
 def test_images_of_extreme_shapes_are_answered_in_bounded_memory(server):
     process = psutil.Process(server.process.pid)
     before, peak = process.memory_info().rss, 0
-    for size in ((1000, 1), (1, 1000), (1810, 10), (30_000, 30), (30, 30_000)):
+    for size in ((1, 1), (1, 1000), (1810, 10), (30_000, 30), (30, 30_000)):
         body = bomb(*size)
         for path in ("predict", "explain", "explain?form=png", "explain?form=npz"):
             begun = time.monotonic()
             status = server.ask("POST", f"/api/{path}", body)[0]
-            assert status == 200 or (max(size) == 30_000 and status == 422), (size, path)
+            assert status == 200, (size, path)
             assert time.monotonic() - begun < 20
             peak = max(peak, process.memory_info().rss)
     assert peak - before < 250e6

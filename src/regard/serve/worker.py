@@ -6,7 +6,6 @@ differ by less than 1e-6, as they do within `regard predict` of several files.
 """
 
 import asyncio
-import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +126,7 @@ class BatchingWorker:
         own = ("attention",) if attention_kinds(model) else ()
         (explanation,) = explain_batch(
             model, x.to(device).contiguous(memory_format=torch.channels_last), [picture],
-            [_scaled(box, across, down)],
+            [(box[0] * across, box[1] * down, box[2] * across, box[3] * down)],
             classes=self.classifier.class_names, target=target, methods=(*own, "gradcam"),
         )  # fmt: skip
         return explanation, box
@@ -136,17 +135,6 @@ class BatchingWorker:
         """Waits for the work in progress; work that has not started is dropped."""
         self.readers.shutdown(cancel_futures=True)
         self.thread.shutdown(cancel_futures=True)
-
-
-def _scaled(box: Box, across: float, down: float) -> Box:
-    """A box in pixels of the reduced picture, where it covers at least one."""
-    left, right = _at_least_a_pixel(box[0] * across, box[2] * across)
-    top, bottom = _at_least_a_pixel(box[1] * down, box[3] * down)
-    return left, top, right, bottom
-
-
-def _at_least_a_pixel(low: float, high: float) -> tuple[float, float]:
-    return (low, high) if high - low >= 1 else (math.floor(low), math.floor(low) + 1)
 
 
 def _shown(pixels: NDArray[Any]) -> Picture:
