@@ -1,5 +1,6 @@
 """CSV faults by their line, and tables of arrays and paths that hold everything once."""
 
+import importlib.machinery
 import json
 import os
 import sys
@@ -236,6 +237,7 @@ class Column:
 
 def test_hugging_face_rows_without_label_or_image_are_left_out(tmp_path, monkeypatch):
     module = types.ModuleType("datasets")
+    module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
     module.Image = type("Image", (), {"__init__": lambda self, **_: None})
     module.ClassLabel = type("ClassLabel", (), {"names": ("cat", "dog")})
     features = {"image": module.Image(), "label": module.ClassLabel()}

@@ -19,6 +19,7 @@ from regard.data.sources import ImageTable, as_known, open_data
 from regard.errors import FileError, UsageError
 from regard.evaluation import Predictions
 from regard.files import plural
+from regard.log import Heartbeat
 from regard.models import list_models
 from regard.models.create import make_model
 from regard.models.original_weights import arguments_of, authors_normalization, read_tensors
@@ -78,16 +79,23 @@ def predictions_of(
     table = as_known(table, classifier.class_names, renamed)
     for line in table.warnings:
         logger.warning(line)
+    return named, *_predictions(classifier, table, prepare)
+
+
+def _predictions(
+    classifier: Classifier, table: ImageTable, prepare: Callable[[Classifier, Reader], None]
+) -> tuple[Predictions, list[str]]:
+    """The predictions for the readable images, and a line for each of the others."""
     reader = Reader(table, classifier.preprocess)
     prepare(classifier, reader)
     source = StreamingLoader(reader, None, 0, default_workers())
-    rows, found, unreadable = probabilities_of(classifier, source, len(table))
+    rows, probabilities, unreadable = probabilities_of(classifier, source, len(table))
     if len(rows) == 0:
         raise FileError(f"{table.name}: none of its {plural(len(table), 'image')} can be read")
     read = table.select(rows)
     paths = [read.path(i) for i in range(len(read))]
-    said = Predictions(found, read.labels, read.classes, read.groups, paths)
-    return named, said, [reason for _, reason in unreadable]
+    predictions = Predictions(probabilities, read.labels, read.classes, read.groups, paths)
+    return predictions, [reason for _, reason in unreadable]
 
 
 def run_table(run: Path, data: str | None, root: str | Path | None) -> ImageTable:
@@ -113,7 +121,9 @@ def _run_table(
     known = known_images(run)
     if known is None:
         return table, None
-    hashes = content_hashes(table)
+    # a warning goes to standard error: standard output is for results
+    progress = Heartbeat("images compared with the run's", level=logging.WARNING)
+    hashes = content_hashes(table, progress)
     mine = known.splits_of(hashes)
     if (mine != "").all():
         if folder.exists and np.isin(known.contents, hashes).all():

@@ -114,8 +114,8 @@ def _lines(check: "DataCheck") -> Iterator[str]:
     if check.checked < check.images:
         yield f"looked at {check.checked} of {check.images} images"
     for name in ("height", "width"):
-        if told := check.sizes[name]:
-            yield f"{name}  {told['min']} to {told['max']}, median {told['median']}"
+        if extent := check.sizes[name]:
+            yield f"{name}  {extent['min']} to {extent['max']}, median {extent['median']}"
     common = ", ".join(f"{h} x {w} ({n})" for h, w, n in check.sizes["common"])
     yield f"height x width  {common}"
     yield "channels  " + ", ".join(f"{c} ({n})" for c, n in check.channels.items())
@@ -128,13 +128,14 @@ def _lines(check: "DataCheck") -> Iterator[str]:
     if g := check.groups:
         yield f"groups  {g['number']} of {g['smallest']} to {g['largest']}, median {g['median']}"
     yield from _listed("can't be read", [f"{p}: {reason}" for p, reason in check.unreadable])
-    for title, found in (("in several splits", check.leaks), ("twice", check.duplicates)):
-        yield from _listed(title, [" = ".join(f"{p} ({s or '-'})" for p, s in g) for g in found])
+    for title, groups in (("in several splits", check.leaks), ("twice", check.duplicates)):
+        yield from _listed(title, [" = ".join(f"{p} ({s or '-'})" for p, s in g) for g in groups])
     yield ""
     for line in check.warnings:
         yield f"warning: {line}"
-    said = check.suggestion
-    yield f"suggestion: size {said['size']}, channels {said['channels']}, resize {said['resize']}"
+    advice = check.suggestion
+    shown = ", ".join(f"{key} {advice[key]}" for key in ("size", "channels", "resize"))
+    yield f"suggestion: {shown}"
 
 
 def _listed(title: str, rows: list[str]) -> Iterator[str]:

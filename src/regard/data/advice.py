@@ -14,13 +14,13 @@ def summary(sizes: Counter[tuple[int, int]]) -> dict[str, Any]:
     """height and width: {min, median, max}; common: the 5 most frequent [height, width, images]."""
     if not sizes:
         return {"height": None, "width": None, "common": []}
-    found: dict[str, Any] = {}
+    axes: dict[str, Any] = {}
     for axis, name in enumerate(("height", "width")):
         values = np.array([size[axis] for size in sizes])
         median = _median(values, np.array(list(sizes.values())))
-        found[name] = {"min": int(values.min()), "median": median, "max": int(values.max())}
-    found["common"] = [[h, w, n] for (h, w), n in sizes.most_common(5)]
-    return found
+        axes[name] = {"min": int(values.min()), "median": median, "max": int(values.max())}
+    axes["common"] = [[h, w, n] for (h, w), n in sizes.most_common(5)]
+    return axes
 
 
 def _median(values: NDArray[np.int64], counts: NDArray[np.int64]) -> int:

@@ -33,7 +33,7 @@ _DEPTHS = {
 
 @dataclass(frozen=True, kw_only=True)
 class DataCheck:
-    """What was found.
+    """The result of a check.
 
     Attributes:
         name: DATA.
@@ -86,7 +86,7 @@ def check_data(
     """Decodes the images and reports what they are and what is wrong with them.
 
     Duplicates are recognized by a hash of shape and pixels, so the same picture saved twice
-    losslessly is found under any name or format.
+    losslessly is recognized under any name or format.
 
     Args:
         table: from `open_data`, with splits or without.
@@ -105,8 +105,8 @@ def check_data(
     total = len(table) if limit is None else min(limit, len(table))
     indices = np.linspace(0, len(table) - 1, total).round().astype(np.int64)
     totals = _Totals(table, indices)
-    for done, (i, found) in enumerate(inspect_images(table, indices, workers), start=1):
-        totals.add(done - 1, i, found)
+    for done, (i, image) in enumerate(inspect_images(table, indices, workers), start=1):
+        totals.add(done - 1, i, image)
         if progress is not None:
             progress(done, total)
     return totals.result()
@@ -134,34 +134,34 @@ class _Totals:
         self.ranges: list[tuple[float, float]] = []
         self.training_range: tuple[float, float] | None = None
 
-    def add(self, place: int, i: int, found: Inspection | str) -> None:
+    def add(self, place: int, i: int, image: Inspection | str) -> None:
         """Adds image i, the place-th of those inspected."""
-        if isinstance(found, str):
-            self.unreadable.append((self.table.path(i), found))
+        if isinstance(image, str):
+            self.unreadable.append((self.table.path(i), image))
             return
         self.readable[place] = True
-        self.digests[place] = np.frombuffer(found.digest, np.uint64)
-        height, width, channels = found.shape
+        self.digests[place] = np.frombuffer(image.digest, np.uint64)
+        height, width, channels = image.shape
         self.sizes[height, width] += 1
         self.channels[channels] += 1
-        self.depths[_DEPTHS.get(found.dtype, found.dtype)] += 1
-        self.colored += not found.gray
-        if found.dtype == "uint16":
-            self.highest16 = max(self.highest16, found.highest)
+        self.depths[_DEPTHS.get(image.dtype, image.dtype)] += 1
+        self.colored += not image.gray
+        if image.dtype == "uint16":
+            self.highest16 = max(self.highest16, image.highest)
         training = not self.train or self.table.splits[i] == "train"
-        measurement = found.dtype in ("int64", "float64")
-        if measurement and found.finite:
-            self.ranges.append((found.lowest, found.highest))
+        measurement = image.dtype in ("int64", "float64")
+        if measurement and image.finite:
+            self.ranges.append((image.lowest, image.highest))
         if not training:
             return
         self.pixels += height * width
         if not measurement:
-            self.sums += found.sums  # (1, 2) or (3, 2)
-        elif found.finite:
-            self.measured += found.finite
-            self.measured_sums += found.sums
-            low, high = self.training_range or (found.lowest, found.highest)
-            self.training_range = min(low, found.lowest), max(high, found.highest)
+            self.sums += image.sums  # (1, 2) or (3, 2)
+        elif image.finite:
+            self.measured += image.finite
+            self.measured_sums += image.sums
+            low, high = self.training_range or (image.lowest, image.highest)
+            self.training_range = min(low, image.lowest), max(high, image.highest)
 
     def _all_sums(self) -> NDArray[np.float64]:
         """(3, 2) sums of all values as 0 to 1, and of their squares."""
@@ -222,11 +222,11 @@ class _Totals:
         keys = self.digests[order]
         starts = np.flatnonzero(np.r_[True, np.any(keys[1:] != keys[:-1], axis=1)])
         ends = np.r_[starts[1:], len(keys)]
-        found = [self.indices[order[a:b]] for a, b in zip(starts, ends, strict=True) if b > a + 1]
+        groups = [self.indices[order[a:b]] for a, b in zip(starts, ends, strict=True) if b > a + 1]
         leaks: list[Any] = []
         duplicates: list[Any] = []
         conflicts = 0
-        for same in sorted(found, key=lambda g: int(g[0])):
+        for same in sorted(groups, key=lambda g: int(g[0])):
             places = [(self.table.path(int(i)), str(self.table.splits[i])) for i in same]
             (leaks if len({s for _, s in places}) > 1 else duplicates).append(places)
             conflicts += len(set(self.table.labels[same].tolist())) > 1

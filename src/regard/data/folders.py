@@ -79,18 +79,18 @@ def open_folder(name: str, root: str, splits: str = "auto") -> ImageTable:
 
 def _with_images(folder: str, skipped: Skipped) -> tuple[dict[str, str], list[str]]:
     """{name: path} of the subfolders that hold images, and a line for what is left out."""
-    found, empty = {}, []
+    with_images, empty = {}, []
     for name, path in subfolders(folder).items():
         if is_result(path):
             skipped.results.append(path)
         elif has_images(path):
-            found[name] = path
+            with_images[name] = path
         else:
             empty.append(path)
     lines = [f"without images, left out: {shortened(empty)}"] if empty else []
-    if found and has_images(folder, below=False):
+    if with_images and has_images(folder, below=False):
         lines.append(f"images directly in {folder} belong to no class: left out")
-    return found, lines
+    return with_images, lines
 
 
 def _listed(
@@ -112,11 +112,11 @@ def _table(
 ) -> ImageTable:
     classes = sorted(set().union(*listed.values()))
     index = {c: i for i, c in enumerate(classes)}
-    runs = [(index[c], s, files) for s, found in listed.items() for c, files in found.items()]
+    runs = [(index[c], s, files) for s, by_class in listed.items() for c, files in by_class.items()]
     counts = [len(files) for _, _, files in runs]
     lacking = [
-        f"{split} has no images of {shortened([c for c in classes if c not in found])}"
-        for split, found in listed.items() if len(found) < len(classes)
+        f"{split} has no images of {shortened([c for c in classes if c not in by_class])}"
+        for split, by_class in listed.items() if len(by_class) < len(classes)
     ]  # fmt: skip
     return ImageTable(
         name=name,
@@ -182,8 +182,8 @@ def _clearly_splits(name: str, tops: Mapping[str, str], named: Mapping[str, str]
 
 def _classes_in(folder: str) -> list[str]:
     """The subfolders that may be classes: with images, and not called masks."""
-    found = subfolders(folder).items()
-    return [name for name, path in found if not is_mask_folder(name) and has_images(path)]
+    by_class = subfolders(folder).items()
+    return [name for name, path in by_class if not is_mask_folder(name) and has_images(path)]
 
 
 def _ask(name: str, tops: Mapping[str, str], named: Mapping[str, str]) -> None:

@@ -74,13 +74,13 @@ def _sums(values: NDArray[Any]) -> tuple[float, float]:
 
 def _inspect_files(paths: list[str]) -> list[Inspection | str]:
     """In a worker: what each file holds, or why it can't be read."""
-    found: list[Inspection | str] = []
+    results: list[Inspection | str] = []
     for path in paths:
         try:
-            found.append(_inspect(read_stored(path)))
+            results.append(_inspect(read_stored(path)))
         except ImageError as error:
-            found.append(str(error).removeprefix(f"{path}: "))
-    return found
+            results.append(str(error).removeprefix(f"{path}: "))
+    return results
 
 
 def inspect_images(

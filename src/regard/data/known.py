@@ -5,6 +5,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -177,44 +178,61 @@ def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
     features = next(iter(loaded.values())).features
     image = _column(name, features, datasets.Image)
     label = _column(name, features, datasets.ClassLabel)
-    files: list[str] = []
-    labels: list[int] = []
-    splits: list[str] = []
-    left_out: Counter[str] = Counter()
-    for key, part in loaded.items():
-        split = split_word(key)
-        if split is None or split in splits:
-            kind = "another" if split else "no"
-            raise UsageError(f"{name}: {key!r} is {kind} train, validation or test split")
-        known = [i for i, value in enumerate(part[label]) if value is not None and value >= 0]
-        left_out[f"{key} without a label"] += len(part) - len(known)
-        rows = part.cast_column(image, datasets.Image(decode=False))
-        found = _unpack(rows, known, image, key, cache)
-        left_out[f"{key} without an image"] += len(known) - len(found)
-        files += found.values()
-        labels += [int(part[label][i]) for i in found]
-        splits += [split] * len(found)
-    if not files:
+    rows = _labeled_rows(name, loaded, image, label, cache)
+    if not rows.files:
         raise UsageError(f"{name}: has no image with a label")
-    lines = [f"{plural(n, 'image')} of {what}" for what, n in left_out.items() if n]
+    lines = [f"{plural(n, 'image')} of {what}" for what, n in rows.left_out.items() if n]
     return ImageTable(
         name=name,
         classes=list(features[label].names),
-        labels=np.array(labels, np.int64),
-        splits=np.array(splits, "U5"),
-        files=files,
+        labels=np.array(rows.labels, np.int64),
+        splits=np.array(rows.splits, "U5"),
+        files=rows.files,
         base=str(cache / "hf"),
         location=os.path.abspath(source) if os.path.exists(source) else "",
         warnings=(f"left out: {shortened(lines, 6)}",) if lines else (),
     )
 
 
+@dataclass
+class _Rows:
+    """The rows of all splits that have an image and a label."""
+
+    files: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def _labeled_rows(
+    name: str, loaded: Mapping[str, Any], image: str, label: str, cache: Path
+) -> _Rows:
+    import datasets
+
+    rows = _Rows()
+    for key, part in loaded.items():
+        split = split_word(key)
+        if split is None or split in rows.splits:
+            kind = "another" if split else "no"
+            raise UsageError(f"{name}: {key!r} is {kind} train, validation or test split")
+        labels = part[label]
+        known = [i for i, value in enumerate(labels) if value is not None and value >= 0]
+        encoded = part.cast_column(image, datasets.Image(decode=False))
+        files = _unpack(encoded, known, image, key, cache)
+        rows.left_out[f"{key} without a label"] += len(part) - len(known)
+        rows.left_out[f"{key} without an image"] += len(known) - len(files)
+        rows.files += files.values()
+        rows.labels += [int(labels[i]) for i in files]
+        rows.splits += [split] * len(files)
+    return rows
+
+
 def _column(name: str, features: Mapping[str, Any], kind: type) -> str:
-    found = [column for column, feature in features.items() if isinstance(feature, kind)]
-    if len(found) != 1:
-        needed = f"{name}: needs one column of type {kind.__name__}, has {found or 'none'}"
+    columns = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if len(columns) != 1:
+        needed = f"{name}: needs one column of type {kind.__name__}, has {columns or 'none'}"
         raise UsageError(f"{needed} among {', '.join(features)}")
-    return found[0]
+    return columns[0]
 
 
 def _unpack(part: Any, rows: list[int], image: str, key: str, cache: Path) -> dict[int, str]:

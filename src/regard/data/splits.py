@@ -165,8 +165,8 @@ def check_groups(table: ImageTable) -> None:
     divided = np.flatnonzero(first[group] != split)
     if len(divided):
         name = str(table.groups[divided[0]])
-        found = sorted(set(table.splits[table.groups == name]))
-        raise UsageError(f"{table.name}: group {name!r} is in {' and in '.join(found)}")
+        present = sorted(set(table.splits[table.groups == name]))
+        raise UsageError(f"{table.name}: group {name!r} is in {' and in '.join(present)}")
 
 
 def _pool(table: ImageTable) -> tuple[NDArray[np.int64], set[str]]:

@@ -33,9 +33,9 @@ def write_splits(
         OSError: it can't be written.
     """
     path = Path(path)
-    beside = path.with_name(path.name + ".part")
+    partial = path.with_name(path.name + ".part")
     # file names need not be UTF-8; surrogateescape writes their own bytes
-    with open(beside, "w", encoding="utf-8", newline="", errors="surrogateescape") as file:
+    with open(partial, "w", encoding="utf-8", newline="", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS if contents is None else [*_COLUMNS, _CONTENT])
         for i in range(len(table)):
@@ -44,7 +44,7 @@ def write_splits(
             if contents is not None:
                 row.append(f"{int(contents[i]):016x}" if contents[i] else "")
             writer.writerow(row)
-    os.replace(beside, path)
+    os.replace(partial, path)
 
 
 def read_splits(table: ImageTable, path: str | Path) -> ImageTable:

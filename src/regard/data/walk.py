@@ -91,8 +91,8 @@ def images_below(paths: Sequence[Path]) -> Iterator[Path]:
 
 def subfolders(folder: str) -> dict[str, str]:
     """{name: path} of the folders directly below, without hidden ones, junk and results."""
-    found = {e.name: e.path for e in _scan(folder) if not _hidden(e.name) and _is_folder(e)}
-    return dict(sorted(found.items()))
+    folders = {e.name: e.path for e in _scan(folder) if not _hidden(e.name) and _is_folder(e)}
+    return dict(sorted(folders.items()))
 
 
 def has_images(folder: str, *, below: bool = True) -> bool:
