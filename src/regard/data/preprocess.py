@@ -51,9 +51,11 @@ def resample(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int
 
 def _interpolate(image: Tensor, size: tuple[int, int]) -> Tensor:
     # torch (seen in 2.14) mixes up the rows of floats in a result 1 pixel wide, and the values of
-    # bytes that are not contiguous
+    # bytes whose strides are not those of a new tensor, which contiguous() leaves where a side is 1
     transposed = size[1] == 1
-    image = (image.mT if transposed else image).contiguous()
+    image = image.mT if transposed else image
+    image = image.clone(memory_format=torch.contiguous_format) if 1 in image.shape else image
+    image = image.contiguous()
     size = size[::-1] if transposed else size
     resized = F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
     return resized.mT.contiguous() if transposed else resized
