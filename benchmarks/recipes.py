@@ -2,9 +2,9 @@
 
     python benchmarks/recipes.py CIFAR_FOLDER OUT [RECIPE ...]
 
-CIFAR_FOLDER holds train/CLASS/*.jpg and test/CLASS/*.jpg (here: the first 200 images a class of
-each). Lengths are cut to what two cores do in minutes, the schedules' milestones with them; what
-is cut stands in the command. Appends a row a run to benchmarks/recipes.csv.
+CIFAR_FOLDER holds train/CLASS/*.jpg and test/CLASS/*.jpg, such as the first 200 images per class
+of each. Runs are cut to what two cores do in minutes, and the schedules' milestones with them; the
+command says how. Appends a row per run to benchmarks/recipes.csv.
 """
 
 import csv
@@ -21,19 +21,18 @@ RESULTS = Path(__file__).with_name("recipes.csv")
 # DATA is CIFAR_FOLDER, OUT the folder of all runs
 RUNS = {
     "demo": "digits --recipe demo",
-    "ag-sononet": "digits --recipe ag-sononet --model ag_sononet8 --size 48 --flip 0 --epochs 12 "
-    "--milestones 1 6 9",
-    "ag-sononet-ft": "digits --recipe ag-sononet-ft --model ag_sononet8 --size 48 --flip 0 "
-    "--epochs 3 --milestones 2 --weights OUT/ag-sononet",
-    "attention-cifar": "DATA --recipe attention-cifar --model attention56_cifar --steps 240 "
-    "--milestones 160 210",
+    "ag-sononet": "digits --recipe ag-sononet --model ag_sononet8 --size 48 --resize squash "
+    "--flip 0 --largest-class-weight 1 --epochs 12",
+    "ag-sononet-ft": "digits --recipe ag-sononet-ft --model ag_sononet8 --size 48 --resize squash "
+    "--flip 0 --largest-class-weight 1 --epochs 3 --weights OUT/ag-sononet",
+    "attention-cifar": "DATA --recipe attention-cifar --model attention56_cifar --steps 240",
     "attention-cifar-fast": "DATA --recipe attention-cifar-fast --model attention56_cifar "
-    "--steps 90 --batch-size 128 --lr 0.2 --warmup 10 --milestones 60 80",
-    "cbam-cifar": "DATA --recipe cbam-cifar --model cbam_resnet18 --epochs 4 --milestones 2 3",
+    "--steps 90 --batch-size 128 --lr 0.2",
+    "cbam-cifar": "DATA --recipe cbam-cifar --model cbam_resnet18 --epochs 4",
     "attention-imagenet": "DATA --recipe attention-imagenet --model attention56 --size 64 "
-    "--steps 80 --batch-size 32 --milestones 50 65 75 --crop-scale 0.3 1",
+    "--steps 80 --batch-size 32 --crop-scale 0.3 1",
     "cbam-imagenet": "DATA --recipe cbam-imagenet --model cbam_resnet18 --size 64 --epochs 5 "
-    "--batch-size 64 --milestones 3 4 --crop-scale 0.3 1",
+    "--batch-size 64 --crop-scale 0.3 1",
     "quick": "DATA",
     "finetune": "DATA --recipe finetune --model cbam_resnet18 --size 32 --epochs 2 "
     "--weights OUT/quick",

@@ -13,6 +13,7 @@ says; its normalization is part of the network.
 import argparse
 import io
 import json
+import math
 import sys
 import warnings
 import zlib
@@ -255,6 +256,12 @@ def fit(pixels: Array, facts: dict[str, Any]) -> Array:
     """(H, W, C) of any size -> the network's height and width."""
     _, rows, columns = facts["input_size"]
     height, width = pixels.shape[:2]
+    if (
+        facts["resize"] == "crop"
+        and facts.get("resize_first")
+        and (max(height, width) <= 16 * min(height, width))
+    ):
+        return resized_and_cropped(pixels, rows, columns, facts["crop_pct"])
     y, x = rows / height, columns / width  # enlargement
     if facts["resize"] == "crop":
         y = x = max(y, x)
@@ -274,6 +281,19 @@ def fit(pixels: Array, facts: dict[str, Any]) -> Array:
     top, left = (rows - high) // 2, (columns - wide) // 2
     out[top : top + high, left : left + wide] = small
     return out
+
+
+def resized_and_cropped(pixels: Array, rows: int, columns: int, crop_pct: float) -> Array:
+    """The whole image resized, then its center cut: (H, W, C) -> (rows, columns, C)."""
+    height, width = pixels.shape[:2]
+    if rows / height >= columns / width:
+        high = math.floor(rows / crop_pct)
+        wide = max(columns, int(high * width / height))
+    else:
+        wide = math.floor(columns / crop_pct)
+        high = max(rows, int(wide * height / width))
+    top, left = round((high - rows) / 2), round((wide - columns) / 2)
+    return resized(pixels, high, wide)[top : top + rows, left : left + columns]
 
 
 def resized(pixels: Array, rows: int, columns: int) -> Array:

@@ -301,6 +301,8 @@ _USED_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "milestones": ("schedule", ("steps",)),
     "lr_factors": ("schedule", ("steps",)),
     "warmup": ("schedule", ("steps", "cosine", "constant")),
+    "schedule_unit": ("schedule", ("steps", "cosine", "constant")),
+    "test": ("fold", (None,)),
     "crop_pct": ("resize", ("crop",)),
     "resize_first": ("resize", ("crop",)),
     "crop_shift": ("random_crop", ("shift",)),

@@ -40,7 +40,7 @@ from regard.training.losses import (
 from regard.training.optim import make_optimizer, rate_factor, set_rate
 from regard.training.steps import StepSpans, step_plan
 
-CHECK_EVERY = 20  # steps between looks at the loss, on a device where looking means waiting
+CHECK_EVERY = 20  # steps between reads of the loss on a device, each of which waits for it
 TINY = 1e-12  # the smallest sum of weights that is divided by
 
 
@@ -165,7 +165,7 @@ class Trainer:
     def fit(self, *, after_step: Callable[["Trainer", float], None]) -> None:
         """Trains to the last step; `after_step` is called after each with the step's loss.
 
-        The loss is NaN where it was not looked at (on a device, between looks).
+        The loss is NaN where it was not read (on a device, in all but every CHECK_EVERY-th step).
 
         Raises:
             NotFiniteError: a loss is not finite. On a CPU the weights are those before that
@@ -180,14 +180,14 @@ class Trainer:
             set_rate(self.optimizer, self.rate(self.step))
             _seed(self.recipe.seed, self.step, self.accelerator)
             loss = self.gradients(batches, started)
-            looked = device.type == "cpu" or (self.step + 1) % CHECK_EVERY == 0
+            is_read = device.type == "cpu" or (self.step + 1) % CHECK_EVERY == 0
             bad = torch.where((bad < 0) & ~loss.isfinite(), self.step, bad)
-            if (looked or self.step + 1 == self.total) and (first := self._agreed(bad)) >= 0:
+            if (is_read or self.step + 1 == self.total) and (first := self._agreed(bad)) >= 0:
                 raise self._error(first, "the loss")
             self.update()
             self.step += 1
             self.seconds += time.perf_counter() - started
-            after_step(self, float(loss) if looked else math.nan)
+            after_step(self, float(loss) if is_read else math.nan)
 
     def gradients(self, batches: Iterator[Batch], started: float | None = None) -> Tensor:
         """Computes the gradients of a step's loss; returns this process's share of it.

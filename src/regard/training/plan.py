@@ -147,14 +147,8 @@ def fit_schedule(
             length would not end before the run.
     """
 
-    def length(of: Recipe) -> float:
-        if of.schedule_unit == "steps":
-            return choose_steps(of, images, processes)
-        if of.steps is not None:
-            return of.steps / step_plan(of, images, processes).an_epoch
-        return choose_epochs(of, images)
-
-    end, whole, changes = length(recipe), length(base), {}
+    end, whole = (_length(r, images, processes) for r in (recipe, base))
+    changes: dict[str, Any] = {}
     for name in ("milestones", "warmup"):
         values = getattr(recipe, name)
         last = max(values, default=0.0) if isinstance(values, tuple) else values
@@ -173,6 +167,15 @@ def fit_schedule(
             + ", ".join(f"{v:.4g}" for v in (scaled if isinstance(scaled, tuple) else (scaled,)))
         )
     return recipe.changed(**changes)
+
+
+def _length(recipe: Recipe, images: int, processes: int) -> float:
+    """The length of a run in the unit of its schedule."""
+    if recipe.schedule_unit == "steps":
+        return choose_steps(recipe, images, processes)
+    if recipe.steps is not None:
+        return recipe.steps / step_plan(recipe, images, processes).an_epoch
+    return choose_epochs(recipe, images)
 
 
 def is_scaled(name: str, was: Any, now: Any) -> bool:

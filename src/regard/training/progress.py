@@ -88,7 +88,7 @@ class Display:
         t = self.trainer
         speed, waiting, left = self._rates()
         where = f"{self.epoch(t.step)}, step {t.step:,}/{t.total:,}"
-        numbers = f"loss {self.loss:.4f}  {speed:,.0f} images/s  {waiting:.0%} waiting"
+        numbers = f"objective {self.loss:.4f}  {speed:,.0f} images/s  {waiting:.0%} waiting"
         if self.bar is not None:
             self.bar.update(self.task, completed=t.step, numbers=numbers, description=where)
             return

@@ -83,14 +83,14 @@ class StepSpans(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, k: Any) -> Any:
-        if isinstance(k, slice):
-            return StepSpans(self.plan, self.process, self.parts[k])
-        step, part = divmod(self.parts[k], self.plan.accumulate)
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return StepSpans(self.plan, self.process, self.parts[index])
+        step, part = divmod(self.parts[index], self.plan.accumulate)
         start, images = self.plan.positions(step)
         batches = self.plan.accumulate * self.plan.processes
-        place = part * self.plan.processes + self.process
-        begin, end = (place * images // batches, (place + 1) * images // batches)
+        k = part * self.plan.processes + self.process  # of the step's batches
+        begin, end = k * images // batches, (k + 1) * images // batches
         return start + begin, end - begin
 
 
