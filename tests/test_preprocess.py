@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import normalize
 from regard.data.images import read_image
 from regard.data.preprocess import RESIZES, Preprocess, to_tensor
 from regard.engines import standalone
+from regard.errors import UsageError
 
 PHOTOS = load_sample_images().images  # two of (427, 640, 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -146,6 +147,24 @@ def test_a_configuration_of_timms_with_gaps():
         {"input_size": (3, 64, 64), "mean": MEAN, "std": STD, "crop_mode": None, "crop_pct": None}
     )
     assert found == Preprocess((3, 64, 64), MEAN, STD, "crop", 1.0, "fixed")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("input_size", [32, 32]), ("input_size", [1, 0, 9]), ("input_size", None), ("mean", "x"),
+        ("mean", [0.5, 0.5]), ("std", [0.0]), ("std", [float("nan")]), ("crop_mode", "weird"),
+        ("crop_pct", "x"), ("normalization", "each"), ("value_range", [1]),
+        ("value_range", "ab"), ("value_range", [3, 1]),
+    ],
+)  # fmt: skip
+def test_a_damaged_configuration_is_one_line(entry, value):
+    config = plain(9, 9).data_config()
+    more = {"normalization": "fixed", "value_range": [0, 1]}
+    (more if entry in more else config)[entry] = value
+    with pytest.raises(UsageError, match=entry) as caught:
+        Preprocess.from_config(config, **more)
+    assert "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------ the values

@@ -17,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from regard import load
 from regard.cli import run_command
 from regard.predict import Prediction
 from regard.serve.server import read_test_result
-from regard.serve.worker import BatchingWorker, _Waiting
+from regard.serve.worker import BatchingWorker, Upload, _Waiting
 from tests.helpers import Server, jpeg, run
 
 
@@ -375,6 +376,40 @@ def test_images_of_extreme_shapes_are_answered_in_bounded_memory(server):
             assert time.monotonic() - begun < 20
             peak = max(peak, process.memory_info().rss)
     assert peak - before < 250e6
+
+
+def test_large_images_are_decoded_one_at_a_time(whole, monkeypatch):
+    classifier, now, most = load(whole), [0], [0]
+
+    def decode(path):
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        now[0] -= 1
+        return torch.zeros(classifier.preprocess.input_size)
+
+    monkeypatch.setattr(classifier, "decode", decode)
+
+    async def ask(pixels: int) -> int:
+        worker = BatchingWorker(classifier)
+        worker.readers = ThreadPoolExecutor(4)
+        most[0] = 0
+        await asyncio.gather(*(worker.predict(Upload(b"x", pixels), 1) for _ in range(6)))
+        worker.close()
+        return most[0]
+
+    assert asyncio.run(ask(13_000_000)) == 1
+    assert asyncio.run(ask(11_000_000)) > 1
+
+
+def test_images_of_more_bits_count_twice(server):
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((5200, 5200), np.float32)).save(
+        buffer, "TIFF", compression="tiff_deflate"
+    )
+    status, answer = server.json("POST", "/api/predict", buffer.getvalue())
+    assert status == 413
+    assert "5200 x 5200 pixels of more than 16 bits" in answer["detail"]
 
 
 def test_head_gives_the_headers_of_get(server):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from regard.data.images import ImageSource, name_of, read_image
 from regard.data.loading import InMemoryLoader, StreamingLoader, default_workers, read_ahead
 from regard.data.preprocess import Preprocess, to_tensor
-from regard.errors import ImageError
+from regard.errors import ImageError, UsageError
 from regard.models.io import load_model
 
 BATCH = 32
@@ -168,10 +168,13 @@ def load(folder: str | Path) -> Classifier:
     """
     model, config = load_model(folder)
     own = config.get("regard", {})
-    preprocess = Preprocess.from_config(
-        model.pretrained_cfg, own.get("normalization", "fixed"), own.get("value_range"),
-        own.get("resize_first", False),
-    )  # fmt: skip
+    try:
+        preprocess = Preprocess.from_config(
+            model.pretrained_cfg, own.get("normalization", "fixed"), own.get("value_range"),
+            own.get("resize_first", False),
+        )  # fmt: skip
+    except UsageError as error:
+        raise UsageError(f"{Path(folder) / 'config.json'}: {error}") from error
     names = config.get("label_names") or [str(i) for i in range(model.num_classes)]
     return Classifier(model, names, preprocess, config)
 

@@ -3,7 +3,7 @@ prediction, explanation and export, read from and written to a network's folder.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from regard.errors import UsageError
 
 RESIZES = ("squash", "crop", "pad")
 _TIMM_MODES = {"squash": "squash", "crop": "center", "pad": "border"}
@@ -48,9 +50,15 @@ def resample(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int
 
 
 def _interpolate(image: Tensor, size: tuple[int, int]) -> Tensor:
-    if size[1] == 1:  # of a map 1 wide torch (seen in 2.14) mixes up the rows of floats
-        return F.interpolate(image.mT[None], size=size[::-1], mode="bilinear", antialias=True)[0].mT
-    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+    # torch (seen in 2.14) mixes up the rows of floats in a result 1 pixel wide, and the values of
+    # bytes whose strides are not those of a new tensor, which contiguous() leaves where a side is 1
+    transposed = size[1] == 1
+    image = image.mT if transposed else image
+    image = image.clone(memory_format=torch.contiguous_format) if 1 in image.shape else image
+    image = image.contiguous()
+    size = size[::-1] if transposed else size
+    resized = F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+    return resized.mT.contiguous() if transposed else resized
 
 
 @dataclass(frozen=True)
@@ -200,18 +208,55 @@ class Preprocess:
         value_range: Sequence[float] | None = None,
         resize_first: bool = False,
     ) -> "Preprocess":
-        """From timm's configuration of a network (its pretrained_cfg)."""
+        """From timm's configuration of a network (its pretrained_cfg).
+
+        Raises:
+            UsageError: an entry is missing, of the wrong type, or out of range.
+        """
         modes = {v: k for k, v in _TIMM_MODES.items()}
-        return cls(
-            input_size=tuple(config["input_size"]),
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
-            resize=modes[config.get("crop_mode") or "center"],
-            crop_pct=config.get("crop_pct") or 1.0,
-            normalization=normalization,
-            value_range=None if value_range is None else (value_range[0], value_range[1]),
-            resize_first=resize_first,
+        mode = config.get("crop_mode") or "center"
+        size = _numbers("input_size", config, 3, least=1)
+        channels = int(size[0])
+        crop_pct = _numbers(
+            "crop_pct", {"crop_pct": [config.get("crop_pct") or 1.0]}, 1, least=1e-3
         )
+        if mode not in modes:
+            raise UsageError(f"crop_mode {mode!r}: choose {', '.join(modes)}")
+        if normalization not in ("fixed", "image"):
+            raise UsageError(f"normalization {normalization!r}: choose fixed, image")
+        ends = None
+        if value_range is not None:
+            ends = _numbers("value_range", {"value_range": value_range}, 2)
+            if ends[0] > ends[1]:
+                raise UsageError(f"value_range {value_range}: the lowest value comes first")
+        return cls(
+            input_size=(channels, int(size[1]), int(size[2])),
+            mean=_numbers("mean", config, channels),
+            std=_numbers("std", config, channels, least=1e-6),
+            resize=modes[mode],
+            crop_pct=crop_pct[0],
+            normalization=normalization,
+            value_range=None if ends is None else (ends[0], ends[1]),
+            resize_first=bool(resize_first),
+        )
+
+
+def _numbers(
+    name: str, config: Mapping[str, Any], count: int, *, least: float = -math.inf
+) -> tuple[float, ...]:
+    """An entry of a configuration that is a list of finite numbers, at least `least`.
+
+    Raises:
+        UsageError: it is not.
+    """
+    values = config.get(name)
+    good = isinstance(values, list | tuple) and len(values) == count
+    if not good or not all(
+        isinstance(v, int | float) and math.isfinite(v) and v >= least for v in values or ()
+    ):
+        bound = "" if least == -math.inf else f" of at least {least:g}"
+        raise UsageError(f"{name} {values!r}: a list of {count} numbers{bound} is expected")
+    return tuple(values or ())
 
 
 def normalize_each(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from regard.explanations.overlay import Box, describe, overlay
 from regard.predict import Classifier
 from regard.serve.safety import add_safety, is_loopback
 from regard.serve.uploads import Limits, check, read_image_bytes
-from regard.serve.worker import BatchingWorker
+from regard.serve.worker import BatchingWorker, Upload
 from regard.version import __version__
 
 NOTICE = "For research and demonstration. This is not a diagnosis and not a medical device."
@@ -115,10 +115,9 @@ def _add_pages(app: FastAPI, classifier: Classifier, tested: dict[str, Any] | No
 def _add_api(app: FastAPI, classifier: Classifier, worker: BatchingWorker, limits: Limits) -> None:
     most = len(classifier.class_names)
 
-    async def image_of(request: Request) -> bytes:
+    async def image_of(request: Request) -> Upload:
         body = await read_image_bytes(request, limits)
-        await worker.in_reader(check, body, limits)
-        return body
+        return Upload(body, await worker.in_reader(check, body, limits))
 
     @app.post(
         "/api/predict", summary="Classify an image", openapi_extra=IMAGE_BODY,

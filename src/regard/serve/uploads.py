@@ -13,7 +13,6 @@ from pathlib import Path
 from fastapi import HTTPException, Request
 from PIL import Image, UnidentifiedImageError
 
-from regard.data.dicom import is_dicom
 from regard.data.images import FORMATS
 from regard.errors import ImageError, UsageError
 
@@ -29,8 +28,8 @@ class Limits:
 
     Attributes:
         megabytes: size of an upload.
-        megapixels: size of an image, from its header, before it is decoded. Its sides are
-            limited too, see SIDE and ASPECT.
+        megapixels: size of an image, from its header, before it is decoded; half of it for
+            DICOM, float and 32-bit images. Its sides are limited too, see SIDE and ASPECT.
         requests: maximum concurrent requests; further ones get HTTP 503.
         seconds: time limit of a request; a third of it for the upload.
 
@@ -106,34 +105,41 @@ def _too_large(what: str, limits: Limits) -> HTTPException:
     return HTTPException(413, f"the image is too large ({what}): {most}")
 
 
-def check(body: bytes, limits: Limits) -> None:
+def check(body: bytes, limits: Limits) -> int:
     """Checks the size in an image's header; decodes nothing.
+
+    Returns:
+        The number of pixels; those of DICOM, float and 32-bit images, which take more memory,
+        count twice.
 
     Raises:
         HTTPException: 413 too many pixels, or too long for its width; 422 no image that can be
             read.
     """
+    dicom = body[128:132] == b"DICM" or body[:2] == b"\x08\x00"  # the same test as read_image
     try:
-        width, height = _dicom_size(body) if is_dicom(body[:132]) else _size(body)
+        width, height, deep = _dicom_size(body) if dicom else _size(body)
     except Image.DecompressionBombError:
         raise _too_large("far too many pixels", limits) from None
-    size = f"{width} x {height} pixels"
-    if width * height > limits.megapixels * 1e6:
+    size = f"{width} x {height} pixels{' of more than 16 bits' * deep}"
+    pixels = width * height * (2 if deep else 1)
+    if pixels > limits.megapixels * 1e6:
         raise _too_large(size, limits)
     if max(width, height) > min(SIDE, ASPECT * min(width, height)):
         sides = f"at most {SIDE:,} pixels a side, and {ASPECT:,} times as long as wide"
         raise HTTPException(413, f"the image is too long ({size}): {sides}")
+    return pixels
 
 
-def _size(body: bytes) -> tuple[int, int]:
+def _size(body: bytes) -> tuple[int, int, bool]:
     try:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:
-            return image.size
+            return *image.size, image.mode in ("F", "I")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
         raise HTTPException(422, _NO_IMAGE) from None
 
 
-def _dicom_size(body: bytes) -> tuple[int, int]:
+def _dicom_size(body: bytes) -> tuple[int, int, bool]:
     try:
         import pydicom
     except ImportError:
@@ -142,7 +148,7 @@ def _dicom_size(body: bytes) -> tuple[int, int]:
         raise HTTPException(422, "deflated DICOM is not accepted: send it uncompressed")
     try:
         header = pydicom.dcmread(io.BytesIO(body), force=True, stop_before_pixels=True)
-        return int(header.Columns), int(header.Rows)
+        return int(header.Columns), int(header.Rows), True  # read as floats
     except Exception:  # pydicom raises nearly anything for broken files
         raise HTTPException(422, _NO_IMAGE) from None
 

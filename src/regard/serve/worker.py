@@ -7,9 +7,12 @@ differ by less than 1e-6, as they do within `regard predict` of several files.
 
 import asyncio
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,8 +31,17 @@ from regard.serve.uploads import as_file
 BATCH = 16  # images
 SHOWN = 1024  # longer side of a picture that is sent back, in pixels
 READERS = 4  # images decoded, and pictures drawn, at the same time
+LARGE = 12_000_000  # pixels; larger images are decoded one at a time
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A checked image file: its bytes, and its number of pixels as `uploads.check` counts them."""
+
+    body: bytes
+    pixels: int
 
 
 @dataclass
@@ -50,6 +62,7 @@ class BatchingWorker:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="network")
         readers = min(READERS, os.cpu_count() or 1)
         self.readers = ThreadPoolExecutor(readers, thread_name_prefix="reader")
+        self.one_large = threading.Lock()
         self.waiting: list[_Waiting] = []
         self.task: asyncio.Task[None] | None = None
 
@@ -57,18 +70,25 @@ class BatchingWorker:
         """Runs work that does not need the network in one of the reader threads."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, work, *arguments)
 
-    def _decode(self, body: bytes) -> Tensor:
-        with as_file(body) as path:
+    @contextmanager
+    def _file_of(self, upload: Upload) -> Iterator[Path]:
+        """The upload as a file; one large image at a time, which bounds the memory."""
+        alone = self.one_large if upload.pixels > LARGE else nullcontext()
+        with alone, as_file(upload.body) as path:
+            yield path
+
+    def _decode(self, upload: Upload) -> Tensor:
+        with self._file_of(upload) as path:
             return self.classifier.decode(path)
 
-    async def predict(self, body: bytes, top: int) -> list[tuple[str, float]]:
+    async def predict(self, upload: Upload, top: int) -> list[tuple[str, float]]:
         """The `top` most probable classes of a checked upload, with their probabilities.
 
         Raises:
             HTTPException: 422 it can't be read.
         """
         loop = asyncio.get_running_loop()
-        mine = _Waiting(await self.in_reader(self._decode, body), loop.create_future())
+        mine = _Waiting(await self.in_reader(self._decode, upload), loop.create_future())
         self.waiting.append(mine)
         if self.task is None or self.task.done():
             self.task = loop.create_task(self._answer())
@@ -101,7 +121,7 @@ class BatchingWorker:
     def _run(self, images: list[Tensor]) -> Tensor:
         return self.classifier.probabilities(torch.stack(images))
 
-    async def explain(self, body: bytes, target: str | None) -> tuple[Explanation, Box]:
+    async def explain(self, upload: Upload, target: str | None) -> tuple[Explanation, Box]:
         """Where the network looked at a checked upload, and Grad-CAM for a class.
 
         Returns:
@@ -112,15 +132,15 @@ class BatchingWorker:
             HTTPException: 422 it can't be read.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.thread, self._explain, body, target)
+        return await loop.run_in_executor(self.thread, self._explain, upload, target)
 
-    def _explain(self, body: bytes, target: str | None) -> tuple[Explanation, Box]:
+    def _explain(self, upload: Upload, target: str | None) -> tuple[Explanation, Box]:
         preprocess, model = self.classifier.preprocess, self.classifier.model
-        with as_file(body) as path:
+        with self._file_of(upload) as path:
             x = preprocess.normalize(self.classifier.decode(path)[None])
             pixels = read_image(path, value_range=preprocess.value_range)
+            picture = _shown(pixels)
         box = preprocess.seen(*pixels.shape[:2])
-        picture = _shown(pixels)
         down, across = picture.shape[0] / pixels.shape[0], picture.shape[1] / pixels.shape[1]
         device = next(model.parameters()).device
         own = ("attention",) if attention_kinds(model) else ()
