@@ -57,7 +57,8 @@ def coverage(
     held: dict[str, list[bool]] = {name: [] for name in true}
     for seed in range(repetitions):
         found = measure(draw(n, group_size, 1000 + seed), resamples, seed)
-        for name, (_, low, high) in found.items():
+        for name in true:
+            _, low, high = found[name]
             if not (np.isnan(low) or np.isnan(high)):
                 held[name].append(bool(low <= true[name] <= high))
     return {name: (float(np.mean(h)) if h else np.nan, len(h)) for name, h in held.items()}

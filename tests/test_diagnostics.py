@@ -1,7 +1,9 @@
 """The numbers of a diagnostic study against scikit-learn, scipy and values known by hand."""
 
+import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -386,3 +388,29 @@ def test_wrong_temperatures_are_refused():
         with_temperature(binary(10), 0)
     with pytest.raises(ValueError, match="2 or more"):
         fit_temperature(hard([0], [0], 2))
+
+
+# ---- coverage ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group_size", [1, 5])
+def test_intervals_cover(group_size, monkeypatch):
+    """A short form of benchmarks/interval_coverage.py, which measures all metrics."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import interval_coverage as simulation
+
+    true = {"roc_auc": 0.8653, "sensitivity": 0.7821, "kappa": 0.5546, "brier": 0.1505}
+    held = simulation.coverage(true, 120, group_size, 40, 50)
+    for name, (share, count) in held.items():
+        assert count == 40
+        assert share >= 0.82, name  # 0.95 minus almost four standard errors
+    # with groups, intervals of single images are too narrow
+    if group_size > 1:
+        grouped, single = (
+            simulation.measure(p, 100, 0)["roc_auc"]
+            for p in (
+                simulation.draw(120, 5, 1),
+                dataclasses.replace(simulation.draw(120, 5, 1), groups=None),
+            )
+        )
+        assert grouped[2] - grouped[1] > 1.2 * (single[2] - single[1])
