@@ -16,6 +16,7 @@ from regard.engines import ENGINES
 from regard.engines.bench import OpenVinoInt8, noise
 from regard.errors import UsageError
 from regard.files import reason
+from regard.log import silence_libraries
 from regard.machine import keep_freed_memory
 from regard.models.create import make
 from regard.models.zoo import twins
@@ -78,6 +79,7 @@ def prepare(case: Case) -> tuple[Step, float]:
     Raises:
         Exception: whatever a converter, a compiler or the network raises.
     """
+    silence_libraries()
     if case.kind == "train":
         model = build(case.network, case.size).to(case.device)  # not shared: the steps change it
         begin = functools.partial(_training_step, case, model)
