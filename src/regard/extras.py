@@ -22,7 +22,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 def missing(extra: str, *modules: str) -> list[str]:
     """Those modules of an extra (default: all of them) that are not installed."""
-    return [name for name in modules or EXTRAS[extra] if not _installed(name)]
+    return [name for name in modules or EXTRAS[extra] if not is_installed(name)]
 
 
 def hint(extra: str) -> str:
@@ -40,7 +40,8 @@ def require(extra: str, what: str, *modules: str) -> None:
         raise UsageError(f"{what} needs {' and '.join(absent)}: {hint(extra)}")
 
 
-def _installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
+    """Whether a module can be imported, without importing it."""
     try:
         return find_spec(name) is not None
     except ValueError:  # sys.modules holds a stand-in without a spec

@@ -5,6 +5,7 @@ cropped and augmented with the random numbers of position p, whatever decodes it
 batch size. The order is a pure function of the seed, so resuming is starting at a position.
 """
 
+import functools
 import logging
 import math
 import sys
@@ -237,13 +238,17 @@ class StreamingLoader:
         size *= value_bytes(self.reader, most=1) or 1
         processes, prefetch = processes_that_fit(self.workers, size, free)
         if processes < self.workers:
-            instead = f"{processes} worker processes" if processes else "threads"
-            log.info(
-                f"shared memory has {free / 1e6:.0f} MB free, too little for batches of "
-                f"{size / 1e6:.0f} MB from {self.workers} worker processes: {instead} read the "
-                "images"
-            )
+            _announce_small_memory(self.workers, processes)
         return processes, prefetch
+
+
+@functools.cache  # once for each process
+def _announce_small_memory(workers: int, processes: int) -> None:
+    instead = f"only {processes}" if processes else "threads"
+    log.info(
+        f"shared memory (/dev/shm) is too small for batches from {workers} worker processes: "
+        f"{instead} read the images"
+    )
 
 
 class InMemoryLoader:

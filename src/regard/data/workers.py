@@ -7,6 +7,7 @@ batches are closed, and kills those that are left when the interpreter exits, wh
 
 import atexit
 import contextlib
+import errno
 import logging
 import math
 import multiprocessing
@@ -25,7 +26,6 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from regard.errors import RegardError, ResourceError
-from regard.files import reason
 
 log = logging.getLogger(__name__)
 
@@ -84,13 +84,19 @@ def read_by_processes(
         source = iter(loader)
     mine = set(multiprocessing.active_children()) - before
     _alive.update(mine)
+    finished = False
     try:
         for _ in spans:
             with worker_errors():
                 batch = _waited(partial(_poll, source), stop)
             yield batch
+        finished = True
     finally:
-        del source  # which ends the workers
+        if finished:
+            del source  # which ends the workers
+        else:  # torch would wait for busy workers, and for a lock that a killed one held
+            _abandoned.append(source)
+            _kill(mine)
         _alive.difference_update(mine)
 
 
@@ -112,18 +118,19 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError) as error:
-        text = reason(error, 1000)
-        if "DataLoader worker" in text and ("killed" in text or "exited" in text):
+        text = str(error)
+        if "DataLoader worker (pid" in text:
             cause = text.partition("killed by signal: ")[2].split(".")[0]
             how = f"was killed ({cause})" if cause else "ended unexpectedly"
             raise ResourceError(
                 f"a process that reads images {how}, as the system does where memory runs out: "
                 "lower workers (0 = no processes), batch_size or size"
             ) from error
-        if "shared memory" in text or "shm" in text:
+        full = getattr(error, "errno", None) == errno.ENOSPC  # for semaphores, which lie there
+        if full or "shared memory" in text or "shm" in text:
             raise ResourceError(
-                f"no shared memory is left for images that worker processes read ({text[:120]}): "
-                "lower workers (0 = no processes) or batch_size"
+                "no shared memory (/dev/shm) is left for images that worker processes read: lower "
+                "workers (0 = no processes) or batch_size"
             ) from error
         if "Too many open files" in text or "ancdata" in text:
             raise ResourceError(
@@ -154,18 +161,28 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_alive: set[Any] = set()
+_alive: set[Any] = set()  # workers
+_abandoned: list[Any] = []  # loaders whose workers were killed; torch must not end them again
 
 
 @atexit.register  # before multiprocessing's own, which would wait for workers without end
 def _kill_workers() -> None:
     """An uncaught error keeps the batches referenced, and so their workers alive, until here."""
-    if _alive and hasattr(signal, "SIGCHLD"):
+    _kill(_alive)
+
+
+def _kill(workers: Iterable[Any]) -> None:
+    """Ends workers at once, without the error that torch raises where one dies."""
+    before = None
+    if hasattr(signal, "SIGCHLD"):
         with contextlib.suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error
-    for worker in _alive:
-        with contextlib.suppress(Exception):  # ended, or of the process that forked this one
+            before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in list(workers):
+        with contextlib.suppress(Exception):  # of the process that forked this one
             worker.kill()
+            worker.join()
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def shared_memory_free() -> float:

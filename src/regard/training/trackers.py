@@ -7,7 +7,6 @@ as the same run of Weights & Biases, and as a new run of the same name elsewhere
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,19 +15,11 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from regard.errors import FileError, UsageError
-from regard.files import reason, shortened
+from regard.extras import EXTRAS, is_installed, require
+from regard.files import reason
 
-# what is imported, and what pip calls it
-PACKAGES = {
-    "tensorboard": ("tensorboard", "tensorboard"),
-    "wandb": ("wandb", "'regard[wandb]'"),
-    "mlflow": ("mlflow", "'regard[mlflow]'"),
-    "aim": ("aim", "aim"),
-    "clearml": ("clearml", "clearml"),
-    "comet_ml": ("comet_ml", "comet_ml"),
-    "swanlab": ("swanlab", "swanlab"),
-    "trackio": ("trackio", "trackio"),
-}
+# those of Accelerate's that need nothing but a package of the same name
+TRACKERS = ("tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "swanlab", "trackio")
 NONE = "none"
 
 
@@ -40,11 +31,12 @@ def check_trackers(names: Sequence[str]) -> list[str]:
     """
     chosen = list(dict.fromkeys(name for name in names if name != NONE))
     for name in chosen:
-        if name not in PACKAGES:
-            raise UsageError(f"log={name}: choose {shortened([*PACKAGES, NONE], 20)}")
-        module, package = PACKAGES[name]
-        if importlib.util.find_spec(module) is None:
-            raise UsageError(f"log={name} needs the package {module}: pip install {package}")
+        if name not in TRACKERS:
+            raise UsageError(f"log={name}: choose {', '.join([*TRACKERS, NONE])}")
+        if name in EXTRAS:
+            require(name, f"log={name}")
+        elif not is_installed(name):
+            raise UsageError(f"log={name} needs {name}: pip install {name}")
     return chosen
 
 
