@@ -1,5 +1,8 @@
 """Reading the authors' checkpoints: layouts, files, and what does not fit."""
 
+import pickle
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -132,3 +135,54 @@ def test_nested_and_foreign_contents(tmp_path):
     np.savez(tmp_path / "words.npz", **SMALL, note=np.array("text"))
     with pytest.raises(regard.CheckpointError, match=r"words\.npz"):
         answer(tmp_path / "words.npz")
+
+
+@pytest.mark.parametrize("prefix", ["module.module.", "_orig_mod.", "backbone.", "a.b.c."])
+def test_a_foreign_prefix_is_named_once(prefix):
+    model, _ = model_and_input()
+    with pytest.raises(regard.CheckpointError) as caught:
+        regard.load_authors_weights(model, {prefix + n: a for n, a in SMALL.items()})
+    rest = prefix.removeprefix("module.")
+    assert repr(rest) in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("page.pth", b"\n<!DOCTYPE html><html>404</html>", "HTML"),
+        ("page.npz", b"<html></html>", "HTML"),
+        ("lfs.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "LFS"),
+        ("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
+        ("plain.pth", pickle.dumps({"weights": Fraction(1, 2)}), "only tensors"),
+        ("noise.safetensors", b"12345678", "damaged"),
+        ("empty.pth", b"", "empty"),
+    ],
+)
+def test_a_file_of_another_kind_is_said_in_our_words(tmp_path, name, content, word):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(regard.CheckpointError, match=word) as caught:
+        answer(tmp_path / name)
+    message = str(caught.value)
+    assert name in message
+    assert "\n" not in message
+    assert "weights_only" not in message
+
+
+def test_weights_that_are_not_finite_are_refused():
+    broken = {n: a.copy() for n, a in SMALL.items()}
+    broken["conv1.conv1.0.weight"][0, 0, 0, 0] = np.nan
+    broken["classifier.bias"][0] = np.inf
+    model, _ = model_and_input()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(regard.CheckpointError, match=r"NaN or infinite.*conv1\.conv1\.0\.weight"):
+        regard.load_authors_weights(model, broken)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("arguments", [{"mask": "local"}, {"attention": "none"}])
+def test_ablations_have_no_layout(arguments):
+    with torch.device("meta"):
+        model = regard.create_model("attention56", **arguments)
+    with pytest.raises(regard.CheckpointError, match="no definition"):
+        regard.load_authors_weights(model, SMALL)

@@ -61,6 +61,26 @@ def test_on_networks_of_every_kind_it_leaves_nothing_behind(name, shape):
     assert any(not torch.equal(maps[0], m) for m in maps[1:])
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "shape"),
+    [
+        ("cait_xxs24_224", {"img_size": 64, "depth": 2}, (4, 4)),  # no class token in its blocks
+        ("xcit_nano_12_p16_224", {"depth": 2}, (4, 4)),
+        ("hrnet_w18_small", {}, (2, 2)),  # its last stage gives a list of maps
+        ("crossvit_9_240", {}, (20, 20)),  # two branches of tokens
+    ],
+)
+def test_on_networks_whose_last_layer_is_no_single_map(name, more, shape):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **more).eval()
+    x = torch.randn(1, 3, *((240, 240) if "240" in name else (64, 64)))
+    maps = [gradcam(model, x, target) for target in range(3)]
+    assert {m.shape for m in maps} == {(1, *shape)}
+    assert all(m.isfinite().all() for m in maps)
+    assert any(m.max() > 0 for m in maps)
+    assert any(not torch.equal(maps[0], m) for m in maps[1:])
+
+
 def test_wrong_layers_and_classes_are_named():
     model, x = regard.create_model("ag_sononet8"), torch.randn(1, 1, 32, 32)
     with pytest.raises(ValueError, match="layer='block9': no such layer"):

@@ -240,3 +240,28 @@ def test_every_branch_starts_alive_as_the_authors_have_it(name):
 def test_filters_of_the_first_block_can_be_chosen():
     model = regard.create_model("ag_sononet8", features=16)
     assert model.block1[0][0].out_channels == 16
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_new_classifier_fits_its_network(name):
+    model = regard.create_model(name, num_classes=3).bfloat16().eval()
+    model.reset_classifier(5)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(m.training for m in model.modules())
+    with torch.no_grad():
+        assert model(small_input(model, batch=1).bfloat16()).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("sononet8", {}), *(("ag_sononet8", {"aggregation": a}) for a in ("mean", "concat", "deep_sup",
+                                                                      "ft"))],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_saved_network_is_loaded_with_other_classes(tmp_path, name, arguments):
+    model = regard.create_model(name, num_classes=3, **arguments).eval()
+    regard.save_model(model, tmp_path / "run")
+    again = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True, num_classes=5)
+    x = small_input(model)
+    assert again.eval()(x).shape == (2, 5)
+    assert torch.equal(again.forward_features(x), model.forward_features(x))

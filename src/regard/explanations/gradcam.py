@@ -3,6 +3,7 @@
 The map is the layer's own size and unscaled: nothing is enlarged, divided or cut off here.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,8 +34,9 @@ def default_layer(model: nn.Module, x: Tensor) -> str:
     """The layer that Grad-CAM is taken at: the network's last map of features.
 
     timm's `feature_info` says which it is; for a vision transformer it is the first norm of
-    the last block, as the last block's own patches don't reach the class token; for a network
-    that says nothing, the last submodule to answer with a map of more than one position.
+    the last block, as the last block's own patches don't reach the class token. For a network
+    that says nothing, or names a layer of several maps (HRNet, CrossViT), it is the last
+    submodule that gives a map of more than one position, or else tokens of a square grid.
 
     Raises:
         UsageError: no submodule gives a map.
@@ -46,20 +48,28 @@ def default_layer(model: nn.Module, x: Tensor) -> str:
             return name
     info = list(getattr(model, "feature_info", None) or [])
     name = info[-1].get("module", "") if info and isinstance(info[-1], dict) else ""
-    return name if name and _has(model, name) else _last_map(model, x)
+    outputs = _outputs(model, x)
+    maps = [n for n, t in outputs if t.ndim == 4 and t[0, 0].numel() > 1]
+    if name and any(n == name for n, _ in outputs):
+        return name
+    tokens = [n for n, t in outputs if t.ndim == 3 and t.shape[1] > 4 and _grid(t, model)]
+    if found := _last_that_matters(model, x, tokens) or maps:
+        return found[-1]
+    raise UsageError(f"{type(model).__name__} has no layer that gives a map: name one, layer=")
 
 
 def _has(model: nn.Module, name: str) -> bool:
     return name in dict(model.named_modules())
 
 
-def _last_map(model: nn.Module, x: Tensor) -> str:
-    found: list[str] = []
+def _outputs(model: nn.Module, x: Tensor) -> list[tuple[str, Tensor]]:
+    """Every submodule that answers with a tensor, and its shape as a tensor on meta."""
+    found: list[tuple[str, Tensor]] = []
 
     def hook_of(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1:
-                found.append(name)
+            if isinstance(output, Tensor) and output.ndim in (3, 4):
+                found.append((name, output.to("meta")))
 
         return hook
 
@@ -70,9 +80,46 @@ def _last_map(model: nn.Module, x: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    if not found:
-        raise UsageError(f"{type(model).__name__} has no layer that gives a map: name one, layer=")
-    return found[-1]
+    return found
+
+
+def _last_that_matters(model: nn.Module, x: Tensor, names: Sequence[str]) -> list[str]:
+    """Those of the layers whose patches, not only the class token, reach the logits."""
+    outputs: dict[str, Tensor] = {}
+
+    def hook_of(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            outputs[name] = output
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(hook_of(n)) for n in names]
+    try:
+        with torch.enable_grad(), evaluating(model):
+            logits = model(x[:1].detach().requires_grad_())
+    finally:
+        for handle in handles:
+            handle.remove()
+    slopes = (
+        torch.autograd.grad(logits.max(), list(outputs.values()), allow_unused=True)
+        if outputs
+        else ()
+    )
+    return [
+        n for n, s in zip(outputs, slopes, strict=True) if s is not None and bool(s[:, 2:].any())
+    ]
+
+
+def _grid(tokens: Tensor, model: nn.Module) -> tuple[int, int, int] | None:
+    """Leading tokens that are no patches, and the patches' rows and columns; None: no grid."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    for square in (False, True):
+        for prefix in (getattr(model, "num_prefix_tokens", 0), 0, 1, 2):
+            count = tokens.shape[1] - prefix
+            rows, columns = (math.isqrt(max(count, 0)),) * 2 if square else grid or (0, 0)
+            if count > 0 and rows * columns == count:
+                return prefix, rows, columns
+    return None
 
 
 def _channels_first(values: Tensor, model: nn.Module) -> Tensor:
@@ -80,14 +127,9 @@ def _channels_first(values: Tensor, model: nn.Module) -> Tensor:
     if values.ndim == 4:
         last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         return values.permute(0, 3, 1, 2) if last else values
-    if values.ndim == 3:
-        tokens = values[:, getattr(model, "num_prefix_tokens", 0) :]
-        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-        if grid is None or grid[0] * grid[1] != tokens.shape[1]:
-            side = round(tokens.shape[1] ** 0.5)
-            grid = (side, side)
-        if grid[0] * grid[1] == tokens.shape[1]:
-            return tokens.transpose(1, 2).unflatten(2, tuple(grid))
+    if values.ndim == 3 and (grid := _grid(values, model)) is not None:
+        prefix, rows, columns = grid
+        return values[:, prefix:].transpose(1, 2).unflatten(2, (rows, columns))
     raise UsageError(f"the layer gives {tuple(values.shape)}, no map: choose another, layer=")
 
 

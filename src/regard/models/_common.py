@@ -1,9 +1,10 @@
 """What the three families share: checked choices and timm's default configurations."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
 
 from regard.errors import UsageError
 
@@ -17,6 +18,17 @@ def choose(argument: str, value: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise UsageError(f"{argument}={value!r}: choose one of {', '.join(choices)}")
     return value
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fitted(model: nn.Module, head: M) -> M:
+    """A new head on the device and in the precision and mode of the model's other layers."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is not None:
+        head = head.to(device=like.device, dtype=like.dtype)
+    return head.train(model.training)
 
 
 GATE_ARGUMENTS = ("reduction", "channel_pool", "spatial_pool", "kernel_size", "order")

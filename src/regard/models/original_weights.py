@@ -22,7 +22,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from regard.errors import CheckpointError
-from regard.models.residual_attention import PreActUnit, ResidualAttentionNet
+from regard.models.residual_attention import AttentionModule, PreActUnit, ResidualAttentionNet
 from regard.models.sononet import AGSonoNet, SonoNet
 
 Source = str | Path | Mapping[str, Any]
@@ -46,6 +46,11 @@ def load_authors_weights(model: nn.Module, source: Source) -> None:
     names = authors_names(model, tensors)
     target = model.state_dict()
     problems = []
+    if prefix := _foreign_prefix(tensors, set(names.values())):
+        raise CheckpointError(
+            f"{_describe(source)}: every tensor's name begins with {prefix!r}, which the authors' "
+            "names do not: remove it"
+        )
     if missing := sorted(theirs for theirs in names.values() if theirs not in tensors):
         problems.append(f"missing: {', '.join(missing)}")
     if extra := sorted(set(tensors) - set(names.values())):
@@ -63,7 +68,24 @@ def load_authors_weights(model: nn.Module, source: Source) -> None:
                 )
     if problems:
         raise CheckpointError("the checkpoint does not fit the network; " + "; ".join(problems))
+    if broken := [names[ours] for ours, t in found.items() if not bool(t.isfinite().all())]:
+        shown = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if broken[5:] else "")
+        raise CheckpointError(f"{_describe(source)}: NaN or infinite weights in {shown}")
     model.load_state_dict(found, strict=False)
+
+
+def _foreign_prefix(tensors: Mapping[str, Any], wanted: set[str]) -> str:
+    """What stands before every name where the rest of the names is what is wanted."""
+    if not tensors or wanted & set(tensors):
+        return ""
+    first = next(iter(tensors))
+    parts = first.split(".")
+    for count in range(1, len(parts)):
+        prefix = ".".join(parts[:count]) + "."
+        rest = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+        if len(rest) == len(tensors) and wanted & set(rest):
+            return prefix
+    return ""
 
 
 def _no_ones(shape: torch.Size) -> list[int]:
@@ -114,10 +136,29 @@ def _read_file(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken or foreign file makes a reader raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-            reason = f"it holds {found[1]}, and only tensors and plain values are read, for safety"
-        raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason})") from error
+        raise CheckpointError(f"{path}: {_why_unreadable(path, error)}") from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """What a file that is no checkpoint is, in one line without a reader's advice."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    text = start.lstrip().lower()
+    if not start:
+        return "the file is empty"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page (HTML), not a checkpoint: download the file itself"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the checkpoint: fetch the file with `git lfs pull`"
+    if match := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it holds {match[1]}; only tensors and plain values are read, for safety"
+    if "Weights only load failed" in str(error) or start[:1] == b"\x80":
+        return "a pickle of other objects; only tensors and plain values are read, for safety"
+    if path.suffix == ".npz" and "pickle" in str(error).lower():
+        return "it holds pickled objects; only arrays of numbers are read, for safety"
+    return (
+        f"can't be read as a checkpoint ({type(error).__name__}): it is damaged or of another kind"
+    )
 
 
 def authors_names(model: nn.Module, tensors: Mapping[str, Any] = {}) -> dict[str, str]:
@@ -173,6 +214,12 @@ _BN = {"weight": "weight", "bias": "bias", "running_mean": "mean", "running_var"
 def _residual_attention_rule(model: ResidualAttentionNet, tensors: Mapping[str, Any]) -> Any:
     if not isinstance(model.maxpool, nn.MaxPool2d):
         raise CheckpointError("the authors published no definition of the CIFAR networks")
+    if not all(
+        len(m.mask.down) for m in model.modules() if isinstance(m, AttentionModule) and m.mask
+    ):
+        raise CheckpointError("the authors published no definition of masks without pooling")
+    if not any(isinstance(m, AttentionModule) and m.mask for m in model.modules()):
+        raise CheckpointError("the authors published no definition of the trunk alone")
     preact = isinstance(model.layer1[0], PreActUnit)
     short = not preact
     if any("/mask/" in name for name in tensors):

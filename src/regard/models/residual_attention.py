@@ -49,7 +49,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from regard.errors import UsageError
-from regard.models._common import CIFAR_CFG, IMAGENET_CFG, choose
+from regard.models._common import CIFAR_CFG, IMAGENET_CFG, choose, fitted
 from regard.models.initialization import initialize, initialized_by_name
 
 RESIDUALS = ("residual", "naive", "none")
@@ -426,7 +426,8 @@ class ResidualAttentionNet(nn.Module):
         """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool)
+        new = create_classifier(self.num_features, num_classes, pool)
+        self.global_pool, self.fc = (fitted(self, module) for module in new)
         if num_classes > 0:
             _init_layer(self.fc)
 

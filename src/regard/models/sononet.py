@@ -31,7 +31,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from regard.errors import UsageError
-from regard.models._common import choose
+from regard.models._common import choose, fitted
 from regard.models.initialization import initialize, initialized_by_name, pytorch_default
 
 NORMALIZATIONS = ("mean_flow", "softmax", "sigmoid", "mean", "range")
@@ -212,14 +212,13 @@ class SonoNet(_SonoNetBase):
         """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(
-                pool_type=global_pool, flatten=bool(global_pool)
-            )
+            pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            self.global_pool = fitted(self, pool)
         if num_classes > 0:
-            self.adapt = _conv(self.widths[4], self.widths[2], 1)
-            self.classifier = _conv(self.widths[2], num_classes, 1, relu=False)
+            self.adapt = fitted(self, _conv(self.widths[4], self.widths[2], 1))
+            self.classifier = fitted(self, _conv(self.widths[2], num_classes, 1, relu=False))
         else:
-            self.adapt, self.classifier = nn.Sequential(), nn.Sequential()
+            self.adapt, self.classifier = (fitted(self, nn.Sequential()) for _ in range(2))
 
     @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
@@ -420,18 +419,17 @@ class AGSonoNet(_SonoNetBase):
         """Replaces the classifiers; 0 classes gives the features, and pool "" their map."""
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(
-                pool_type=global_pool, flatten=bool(global_pool)
-            )
+            pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            self.global_pool = fitted(self, pool)
         self.pooled = bool(self.global_pool.pool_type)
         some = num_classes > 0
         separate = some and self.aggregation != "concat"
-        self.heads = nn.ModuleList(
-            [nn.Linear(width, num_classes) for width in self.vectors] if separate else []
-        )
+        widths = self.vectors if separate else []
+        self.heads = fitted(self, nn.ModuleList([nn.Linear(w, num_classes) for w in widths]))
         inputs = num_classes * 3 if self.aggregation == "ft" else self.num_features
         joint = some and self.aggregation != "mean"
-        self.classifier = nn.Linear(inputs, num_classes) if joint else nn.Identity()
+        last = nn.Linear(inputs, num_classes) if joint else nn.Identity()
+        self.classifier = fitted(self, last)
 
     @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
@@ -499,6 +497,21 @@ class AGSonoNet(_SonoNetBase):
         return self._head([attended3, attended4, self.global_pool(block5)])
 
 
+def _without_other_heads(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Trained weights without the tensors of a head for another number of classes.
+
+    timm leaves out weight and bias of the layers that its configuration names; SonoNet's head
+    has running statistics as well, and AG-SonoNet several heads.
+    """
+    own = model.state_dict()
+
+    def fits(name: str) -> bool:
+        head = name.startswith(("heads.", "classifier."))
+        return not head or name not in own or own[name].shape == state[name].shape
+
+    return {name: tensor for name, tensor in state.items() if fits(name)}
+
+
 def _create(
     variant: type[_SonoNetBase], name: str, features: int, pretrained: bool, /, **kwargs: Any
 ) -> nn.Module:
@@ -508,6 +521,7 @@ def _create(
         kwargs["pretrained_cfg_overlay"] = {"classifier": "classifier", **overlay}
     return build_model_with_cfg(
         variant, name, pretrained, feature_cfg={"flatten_sequential": False},
+        pretrained_filter_fn=_without_other_heads,
         **{"features": features, **kwargs},
     )  # fmt: skip
 
