@@ -180,6 +180,18 @@ def test_masks_beside_images_are_left_out(tmp_path, name):
     assert "--masks" in line
 
 
+def test_masks_whose_image_is_missing_are_no_images(tmp_path):
+    for c in "ab":
+        for i in range(3):
+            photo(tmp_path / c / f"{i}.png", i)
+            mask(tmp_path / c / f"{i}_mask.png")
+        (tmp_path / c / "1.png").unlink()
+    photo(tmp_path / "a/theatre_mask.png")  # a photograph
+    assert names(open_data(str(tmp_path))) == [
+        "a/0.png", "a/2.png", "a/theatre_mask.png", "b/0.png", "b/2.png",
+    ]  # fmt: skip
+
+
 def test_a_folder_of_all_masks_is_no_class(tmp_path):
     for c in ("benign", "malignant"):
         photo(tmp_path / c / f"{c}1.png")

@@ -237,11 +237,13 @@ def masks_among(folder: str, files: Sequence[str]) -> set[str]:
     named = [path for path, stems in possible.items() if stems & images]
     sample = named[:: max(1, len(named) // _SAMPLED)]
     agree = {path: is_mask(path) for path in sample}
-    if all(agree.values()):
-        return set(named)
     if not any(agree.values()):
         return set()
-    return {path for path in named if agree.get(path, False) or is_mask(path)}
+    masks = set(named)
+    if not all(agree.values()):
+        masks = {path for path in named if agree.get(path, False) or is_mask(path)}
+    # where masks are, one whose image is missing is no image either
+    return masks | {path for path in possible.keys() - set(named) if is_mask(path)}
 
 
 def is_mask(path: str) -> bool:
