@@ -12,6 +12,7 @@ benchmarks/performance-*.csv, scaling-*.csv, freed-memory-*.csv and stream.csv.
 import csv
 import io
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from regard import create_model
+from regard.papers import PAPERS, load_table, tables, train_command
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "src/regard/models/zoo.csv"
 MODELS = ROOT / "docs/models.md"
+PAPERS_PAGE = ROOT / "docs/papers.md"
 TRAINING = ROOT / "docs/training.md"
 PERFORMANCE = ROOT / "docs/performance.md"
 BENCHMARKS = ROOT / "benchmarks"
@@ -119,6 +122,33 @@ def recipes_table(text: str) -> str:
         )
         commands.append(row["command"])
     return "\n".join([*lines, "", "```", *commands, "```"]) + "\n"
+
+
+# ----------------------------------------------------------------------------- docs/papers.md
+UNITS = {"parameters": "parameters (M)", "gmacs": "multiply-adds (G)"}
+
+
+def papers_tables() -> str:
+    """Each table of the papers, with the command that trains each row."""
+    parts = []
+    for key in tables():
+        table = load_table(key)
+        metrics = [m for m in table.metrics if any(m in row.paper for row in table.rows)]
+        head = [UNITS.get(m, m.replace("_", " ")) for m in metrics]
+        lines = [
+            f"### `{key}`: {table.title}", "",
+            f"{PAPERS[table.paper or 'RAN']}. {table.source}", "",
+            f"| Row | Network | {' | '.join(head)} |" if head else "| Row | Network |",
+            "|---|---|" + "---:|" * len(head),
+        ]  # fmt: skip
+        for row in table.rows:
+            arguments = "".join(f", {k}={v}" for k, v in row.arguments.items())
+            cells = [row.name, f"`{row.network}`{arguments}"]
+            cells += [f"{row.paper[m]:g}" if m in row.paper else "" for m in metrics]
+            lines.append(f"| {' | '.join(cells)} |")
+        commands = [shlex.join(["regard", *train_command(table, row)]) for row in table.rows]
+        parts.append("\n".join([*lines, "", "```", *commands, "```", ""]))
+    return "\n".join(parts)
 
 
 # ------------------------------------------------------------------------ docs/performance.md
@@ -350,6 +380,9 @@ def main() -> int:
     wanted = {
         FIGURES: csv_text,
         MODELS: TABLE.sub(lambda m: m[1] + table + m[2], models),
+        PAPERS_PAGE: TABLE.sub(
+            lambda m: m[1] + papers_tables() + m[2], PAPERS_PAGE.read_text(encoding="utf-8")
+        ),
         TRAINING: TABLE.sub(lambda m: m[1] + runs + m[2], training),
         PERFORMANCE: performance_page(performance, BENCHMARKS, PERFORMANCE.parent / "images"),
     }
