@@ -67,13 +67,7 @@ def command(
     from regard.trained_on import watch
 
     classifier = load(run)
-    names: Iterable[str] = _names(images)
-    if not engine.is_default:
-        from regard.data.table import PathList
-
-        names = PathList.of(names)
-        reads = [lambda p=p: classifier.decode(p) for p in islice(names, 64) if p != "-"]
-        use_engine(classifier, engine, reads, len(names))
+    names = _prepared(classifier, engine, images)
     top = min(top, len(classifier.class_names))
     with contextlib.ExitStack() as stack:
         write: Callable[[Prediction], None] = _print_json if json else _print_line
@@ -83,6 +77,20 @@ def command(
             write = table.write
             counts.answered, counts.failed, names = table.skip_done(iter(names), classifier)
         return _predict(classifier, watch(run, names), top, write, counts, images)
+
+
+def _prepared(
+    classifier: "Classifier", engine: EngineFlags, images: Sequence[str]
+) -> Iterable[str]:
+    """The images' names, once the engine that was asked for is in place."""
+    if engine.is_default:
+        return _names(images)
+    from regard.data.table import PathList
+
+    names = PathList.of(_names(images))
+    reads = [lambda p=p: classifier.decode(p) for p in islice(names, 64) if p != "-"]
+    use_engine(classifier, engine, reads, len(names))
+    return names
 
 
 def _check_arguments(
