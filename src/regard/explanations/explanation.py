@@ -296,8 +296,7 @@ def explain_batch(
         images: B originals, uint8, (H, W) or (H, W, 3), of any sizes.
         boxes: what part of each original the network saw; default: all of it.
         classes: the class names, in the order of the outputs.
-        target: the class to explain, by number or name, or one number per image; default:
-            the predicted class.
+        target: a class by number or name, or one number per image; default: the predicted one.
         methods: "attention", the network's own maps, "gradcam", or both.
         reduce: how a mask's channels become one map: "mean", "max" or a channel number.
         layer: the submodule of Grad-CAM.
@@ -316,10 +315,8 @@ def explain_batch(
     for start in range(0, len(x), batch_size):
         part = slice(start, start + batch_size)
         each = target if target is None or isinstance(target, int) else target[part]
-        answers = _explain_batch(
-            model, x[part], classes, each, methods, reduce, layer, keep_channels
-        )
-        for i, answer in enumerate(answers, start):
+        of = (methods, reduce, layer, keep_channels)
+        for i, answer in enumerate(_explain_batch(model, x[part], classes, each, *of), start):
             explanations.append(
                 Explanation(path=paths[i], image=np.asarray(images[i]), box=boxes[i], **answer)
             )

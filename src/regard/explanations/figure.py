@@ -248,9 +248,9 @@ def explanation_figure(shown: "Explanation", *, width: float = 7.16) -> Figure:
         # as wide as the column: a narrow image leaves no room for the numbers
         _scale(grid, m, left, top + tall, cell)
     for i, (stage, gates) in enumerate(charts.items()):
-        left = _GAP + (i % columns) * (cell + _GAP)
-        top = _HEAD + rows * row + (i // columns) * chart_row + _TITLE
-        _chart(grid.axes(left + 0.16, top, cell - 0.22, _CHART), stage, gates)
+        left, above = _GAP + (i % columns) * (cell + _GAP), (i // columns) * chart_row + _TITLE
+        axes = grid.axes(left + 0.16, _HEAD + rows * row + above, cell - 0.22, _CHART)
+        _chart(axes, stage, gates)
     return fig
 
 
@@ -306,10 +306,8 @@ def contact_sheet(
     bold, plain = _font(13, "bold"), _font(11, "normal")
     for i, (e, panels) in enumerate(zip(shown, chosen, strict=True)):
         left, top = gap + (i % columns) * cell[0], gap + (i // columns) * cell[1]
-        name, p = e.classes[0]
-        across = cell[0] - 2 * gap
-        answer = printable(f"{e.path}: {name} ({_percent(p)})")
-        draw.text((left, top), _fit(answer, bold, across), "black", bold)
+        answer = printable(f"{e.path}: {e.predicted} ({_percent(e.probability)})")
+        draw.text((left, top), _fit(answer, bold, cell[0] - 2 * gap), "black", bold)
         for k, m in enumerate([None, *panels]):
             x = left + k * (side + 4)
             sheet.paste(_thumbnail(e, m, side), (x, top + head))

@@ -51,8 +51,6 @@ def chart(
     """A quantity by epoch; None where the history has none of it.
 
     Args:
-        history: one row per evaluation.
-        title: of the chart.
         keys: history's columns by the line's name; all of one quantity, on one axis.
         as_percent: shares are shown as percentages.
         chosen: the epoch that is marked.
