@@ -8,6 +8,7 @@ from .explanations.explanation import Explanation as Explanation
 from .explanations.explanation import explain as explain
 from .models import create_model as create_model
 from .models import list_models as list_models
+from .models.ag_wrap import ag_wrap as ag_wrap
 from .models.cbam import CBAM as CBAM
 from .models.cbam import SE as SE
 from .models.graft import graft as graft

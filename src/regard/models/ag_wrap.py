@@ -1,0 +1,116 @@
+"""Attention gates on any network of timm's (Schlemper et al., arXiv 1808.08114).
+
+The paper's gate fits every convolutional backbone: maps of earlier stages are compared with
+the last one, the gating signal, and pooled by where they agree with it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from regard.errors import UsageError
+from regard.models._common import choose
+from regard.models.sononet import AGGREGATIONS, AGSonoNet, AttentionGate
+
+
+class AGNetwork(nn.Module):
+    """A backbone with attention gates on some of its maps; see `ag_wrap`.
+
+    Input (B, in_chans, H, W); output (B, num_classes), and in training with `mean` and
+    `deep_sup` (B, heads, num_classes), as AG-SonoNet's.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        widths: Sequence[int],
+        *,
+        num_classes: int,
+        aggregation: str,
+        normalize: str,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.num_classes, self.drop_rate = num_classes, 0.0
+        self.aggregation = choose("aggregation", aggregation, AGGREGATIONS)
+        *tapped, last = widths
+        self.gates = nn.ModuleList([AttentionGate(w, last, normalize=normalize) for w in tapped])
+        self.num_features = self.head_hidden_size = sum(widths)
+        separate = widths if aggregation != "concat" else []
+        self.heads = nn.ModuleList([nn.Linear(w, num_classes) for w in separate])
+        inputs = num_classes * len(widths) if aggregation == "ft" else sum(widths)
+        joint = aggregation != "mean"
+        self.classifier = nn.Linear(inputs, num_classes) if joint else nn.Identity()
+
+    @property
+    def head_weights(self) -> tuple[float, ...]:
+        """The weight of each head's cross-entropy in the paper's loss."""
+        count = len(self.heads)
+        own = {"mean": (1.0,) * count, "deep_sup": (1.0, *((0.1,) * count))}
+        return own.get(self.aggregation, (1.0,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *maps, last = self.backbone(x)
+        vectors = [gate(m, last) for gate, m in zip(self.gates, maps, strict=True)]
+        vectors.append(last.mean(dim=(2, 3)))
+        return self._head(vectors)  # type: ignore[misc]
+
+    # the aggregations are AG-SonoNet's, whatever the number of vectors
+    _head = AGSonoNet._head
+    join_heads = AGSonoNet.join_heads
+
+
+def ag_wrap(
+    backbone: str,
+    *,
+    taps: Sequence[int] = (-3, -2),
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    aggregation: str = "mean",
+    normalize: str = "mean_flow",
+    pretrained: bool = False,
+    **arguments: object,
+) -> AGNetwork:
+    """A network of timm's with attention gates, guided by its last map.
+
+    >>> model = regard.ag_wrap("resnet18", taps=(-3, -2), num_classes=5)
+
+    Args:
+        backbone: the name of any network of timm's that takes `features_only`.
+        taps: which of its maps have gates, as indices into them; the last is the signal.
+        aggregation: "concat", "mean", "deep_sup" or "ft", as AG-SonoNet's.
+        normalize: of the gates' maps, as AG-SonoNet's.
+        pretrained: starts the backbone from timm's weights.
+        arguments: further ones of the backbone.
+
+    Raises:
+        UsageError: the backbone is unknown or gives no maps, or a tap does not exist.
+    """
+    import timm
+
+    if not timm.is_model(backbone):
+        raise UsageError(f"backbone={backbone!r}: timm has no such network")
+    more = {"pretrained": pretrained, "in_chans": in_chans, "features_only": True, **arguments}
+    try:
+        with torch.device("meta"):
+            channels = timm.create_model(backbone, **{**more, "pretrained": False}).feature_info
+        count = len(channels.channels())
+    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"backbone={backbone!r} gives no maps ({reason})") from error
+    chosen = sorted({t + count if t < 0 else t for t in taps})
+    if not chosen or not all(0 <= t < count - 1 for t in chosen):
+        raise UsageError(
+            f"taps={tuple(taps)}: {backbone} has maps 0 to {count - 1}, and the last is the "
+            f"gating signal: choose among 0 to {count - 2}"
+        )
+    network = timm.create_model(backbone, out_indices=(*chosen, count - 1), **more)
+    if getattr(network, "output_fmt", "NCHW") == "NHWC":
+        raise UsageError(
+            f"backbone={backbone!r} gives maps as (B, H, W, C); gates take (B, C, H, W)"
+        )
+    return AGNetwork(
+        network, network.feature_info.channels(), num_classes=num_classes,
+        aggregation=aggregation, normalize=normalize,
+    )  # fmt: skip
