@@ -12,6 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "dicom": ("pydicom",),
     "tiff": ("tifffile", "imagecodecs"),
     "hf": ("datasets",),
+    "ray": ("ray",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),

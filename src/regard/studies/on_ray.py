@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from regard.errors import UsageError
+from regard.extras import require
 from regard.studies.plan import PlannedRun
 from regard.studies.runner import Progress, is_finished
 
@@ -32,10 +33,9 @@ def run_on_ray(
     Raises:
         UsageError: Ray is not installed, or no cluster is there.
     """
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise UsageError("a study on Ray needs ray: pip install 'regard[ray]'") from error
+    require("ray", "a study on Ray")
+    import ray
+
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
     except (ConnectionError, ValueError) as error:
