@@ -153,7 +153,7 @@ def _difference(
     if n_units < 2:
         return Estimate(value, NAN, NAN)
     drawn = [times @ sums / (times @ sizes) for times in draws(n_units, resamples, seed)]
-    return percentile(value, np.array(drawn), confidence)
+    return percentile(value, np.array(drawn), confidence, n_units)
 
 
 def _mcnemar(only_a: int, only_b: int) -> float:

@@ -6,7 +6,7 @@ quadratic_kappa. With `positive` that class against the rest: roc_auc, average_p
 sensitivity, specificity, ppv, npv, lr_positive and lr_negative (likelihood ratios), f1, mcc,
 brier, calibration_slope, calibration_intercept, and with `max_fpr` the partial_roc_auc.
 
-Intervals are percentiles of bootstrap samples of images or, with groups, of whole groups.
+Intervals are expanded percentiles of bootstrap samples of images or, with groups, of whole groups.
 Sensitivity, specificity, ppv and npv of independent images have Wilson's. Where no resample
 differs, as for an AUC of 1, shares and areas have Wilson's with as many units as the rarer
 kind has. Areas of all classes have no interval where it would take much more than 20 s, with
@@ -208,7 +208,7 @@ class _Bootstrap:
                 low = 2 * interval.low - 1
                 return Estimate(value, low, 1.0) if value else Estimate(value, NAN, NAN)
             return interval
-        return percentile(value, drawn, self.confidence)
+        return percentile(value, drawn, self.confidence, self.n_units)
 
     def _rarest(self, kinds: Ints) -> int:
         """Units of the kind of image that has fewest."""

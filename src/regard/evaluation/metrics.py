@@ -17,10 +17,10 @@ Their intervals:
   which has good coverage near 0 and 1 and for few images (Brown, Cai & DasGupta, Statistical
   Science 2001). F1 = 2J / (1 + J), where J is the Jaccard index; the interval is J's,
   transformed.
-- The others are percentiles of `resamples` bootstrap samples of the images. A class without
-  images in a sample is left out of that sample's means.
-- With groups all are percentiles of samples of whole groups (cluster bootstrap). With fewer
-  than about 20 groups these are too narrow.
+- The others are expanded percentiles of `resamples` bootstrap samples of the images. A class
+  without images in a sample is left out of that sample's means.
+- With groups all are expanded percentiles of samples of whole groups (cluster bootstrap). With
+  fewer than about 20 groups these are still too narrow; docs/evaluation.md has their coverage.
 - ece is biased upward: its interval allows for that, and reaches 0 for a calibrated network
   (see `regard.evaluation.intervals.calibration_interval`).
 - Where all or no images are correct the resamples do not vary. The interval is then Wilson's,
@@ -266,7 +266,7 @@ def _metrics(
             return wilson(value, n_units, confidence)
         if name in _MACRO and extreme:
             return wilson(value, effective, confidence)
-        return percentile(value, np.array(drawn.values[name]), confidence)
+        return percentile(value, np.array(drawn.values[name]), confidence, n_units)
 
     metrics = {name: metric(name, value) for name, value in measured.values.items()}
     ece = calibration_interval(measured.gaps, np.stack(drawn.gaps), confidence)
@@ -291,7 +291,9 @@ def _per_class(
         if not drawn.shares.size or value in (0.0, 1.0):
             return wilson(value, n, confidence)
         samples = drawn.shares[kind, k]
-        return percentile(value, samples, confidence) if n > 1 else Estimate(value, NAN, NAN)
+        if n < 2:
+            return Estimate(value, NAN, NAN)
+        return percentile(value, samples, confidence, n)
 
     counts = np.bincount(predictions.labels, minlength=len(predictions.classes)).tolist()
     results = [ClassResult(name, 0, nothing, nothing, nothing) for name in predictions.classes]
