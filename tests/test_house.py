@@ -40,6 +40,7 @@ def test_no_module_imports_the_package_itself():
 
 def test_only_commands_print():
     allowed = {"commands", "cli.py"}
+    program = "engines/standalone.py"  # copied beside an export, where it runs by itself
     found = [
         f"{path.relative_to(SOURCE)}:{node.lineno}"
         for path, tree in trees()
@@ -48,6 +49,7 @@ def test_only_commands_print():
         and isinstance(node.func, ast.Name)
         and node.func.id == "print"
         and path.relative_to(SOURCE).parts[0] not in allowed
+        and path.relative_to(SOURCE).as_posix() != program
     ]
     assert found == []
 
