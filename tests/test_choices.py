@@ -217,14 +217,14 @@ def test_weights_that_are_not_there_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
-        ("attention56", 16, "attention56 needs images of at least 32x32: give --size 32"),
+        ("attention56", 16, "attention56 needs images of at least 32x32: choose size 32 or more"),
         ("sononet8", 8, "at least 16x16 pixels, not 8x8"),
         ("inception_v4", 32, "inception_v4 can't take images of 32x32 ("),
         ("vit_tiny_patch16_224", 32, "vit_tiny_patch16_224 can't take images of 32x32 ("),
     ],
 )
 def test_images_that_are_too_small_are_told(name, size, message):
-    with pytest.raises(ValueError, match="give ") as e:
+    with pytest.raises(ValueError, match="choose ") as e:
         make_model(name, {}, 3, (1, size, size), False, None)
     assert message in str(e.value)
     assert "\n" not in str(e.value)
@@ -249,7 +249,7 @@ def test_pretrained_weights_without_a_network_are_one_line(tmp_path):
     )  # fmt: skip
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
-    assert line.startswith("regard: --pretrained: weights of cbam_resnet18 can't be loaded (")
+    assert line.startswith("regard: pretrained weights of cbam_resnet18 can't be loaded (")
     assert not (tmp_path / "run" / "run.json").exists()
 
 

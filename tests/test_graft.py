@@ -295,6 +295,7 @@ FAMILIES = {
     "skresnet18": ({"layers": (1, 1, 1, 1)}, 4),
     "resnest14d": ({}, 4),
     "convnext_atto": ({"depths": (1, 1, 1, 1)}, 4),  # layer scale, not a norm, ends a branch
+    "convnextv2_atto": ({"depths": (1, 1, 1, 1)}, 4),  # GRN adds within itself
     "mobilenetv2_035": ({}, 10),
 }
 

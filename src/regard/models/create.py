@@ -78,7 +78,7 @@ def make_model(
         if not pretrained:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FileError(f"--pretrained: weights of {name} can't be loaded ({reason})") from error
+        raise FileError(f"pretrained weights of {name} can't be loaded ({reason})") from error
     _check_size(model, name, input_size)
     if weights is not None:
         load_weights(model, Path(weights), class_names)
@@ -89,7 +89,9 @@ def _check_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) -
     """Refuses images that the network can't take, by one of zeros, before anything is written."""
     least = getattr(model, "min_size", 1)
     if min(input_size[1:]) < least:
-        raise UsageError(f"{name} needs images of at least {least}x{least}: give --size {least}")
+        raise UsageError(
+            f"{name} needs images of at least {least}x{least}: choose size {least} or more"
+        )
     training = model.training
     try:
         with torch.no_grad():
@@ -97,7 +99,7 @@ def _check_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) -
     except (ValueError, RuntimeError, AssertionError) as error:
         height, width = input_size[1:]
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        told = f"{name} can't take images of {height}x{width} ({reason}): give another --size"
+        told = f"{name} can't take images of {height}x{width} ({reason}): choose another size"
         raise UsageError(told) from error
     finally:
         model.train(training)

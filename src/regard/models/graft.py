@@ -174,6 +174,7 @@ class _Watch(TorchFunctionMode):
         self.made_by: dict[int, str] = {}
         self.passed_by: dict[int, str] = {}
         self.calls: dict[str, int] = {}
+        self.inside: list[bool] = []  # of the modules that run now: whether they have children
         self.branches: list[tuple[Tensor, torch.Size]] = []
 
     def __torch_function__(
@@ -181,7 +182,8 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         known = [t for t in given if id(t) in self.ancestors]
-        if getattr(func, "__name__", "") in _ADDITIONS and len(known) == 2:
+        inner = self.inside and not self.inside[-1]  # GRN's own sum, say, is no branch
+        if getattr(func, "__name__", "") in _ADDITIONS and len(known) == 2 and not inner:
             self._add(*known)
         out = func(*args, **(kwargs or {}))
         before = 0
@@ -204,8 +206,12 @@ class _Watch(TorchFunctionMode):
         if before[id(branch)] & ~before[id(shortcut)] and (own == 0 or projected):
             self.branches.append((branch, branch.shape))
 
+    def enter(self, module: nn.Module, inputs: Any) -> None:
+        self.inside.append(next(module.children(), None) is not None)
+
     def hook_of(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.inside.pop()
             self.calls[name] = self.calls.get(name, 0) + 1
             if isinstance(output, Tensor):
                 passed = any(t is output for t in inputs)
@@ -221,7 +227,9 @@ def _find_taps(model: nn.Module, x: Tensor) -> dict[str, Tap]:
         UsageError: there is none, or a branch does not end in a module, or not in a map.
     """
     watch = _Watch(x)
-    handles = [m.register_forward_hook(watch.hook_of(n)) for n, m in model.named_modules() if n]
+    named = [(n, m) for n, m in model.named_modules() if n]
+    handles = [m.register_forward_hook(watch.hook_of(n)) for n, m in named]
+    handles += [m.register_forward_pre_hook(watch.enter) for _, m in named]
     try:
         with torch.no_grad(), evaluating(model), watch:
             model(x)
