@@ -22,7 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from regard import create_model
-from regard.papers import PAPERS, load_table, tables, train_command
+from regard.papers import PAPERS, evaluate_words, load_table, tables, train_command
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "src/regard/models/zoo.csv"
@@ -146,7 +146,12 @@ def papers_tables() -> str:
             cells = [row.name, f"`{row.network}`{arguments}"]
             cells += [f"{row.paper[m]:g}" if m in row.paper else "" for m in metrics]
             lines.append(f"| {' | '.join(cells)} |")
-        commands = [shlex.join(["regard", *train_command(table, row)]) for row in table.rows]
+        commands = []
+        for row in table.rows:
+            commands.append(shlex.join(["regard", *train_command(table, row)]))
+            if words := evaluate_words(row):
+                run = f"runs/{row.data or table.data}-{row.network}"
+                commands.append(shlex.join(["regard", "evaluate", run, *words]))
         parts.append("\n".join([*lines, "", "```", *commands, "```", ""]))
     return "\n".join(parts)
 

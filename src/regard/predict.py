@@ -83,7 +83,13 @@ class Classifier:
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in 0..255 -> (B, classes), float32."""
+        """(B, C, H, W) in 0..255 -> (B, classes), float32.
+
+        Several views of each image, (B, views, C, H, W), give the mean of their probabilities.
+        """
+        if images.ndim == 5:
+            views = [self.probabilities(images[:, i].contiguous()) for i in range(images.shape[1])]
+            return torch.stack(views).mean(dim=0)
         if self.engine is not None:
             return self.engine(images)
         device = next(self.model.parameters()).device

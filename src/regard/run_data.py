@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 
 from regard.data.content import content_hashes
 from regard.data.loading import Reader, StreamingLoader, default_workers
-from regard.data.preprocess import Preprocess
+from regard.data.preprocess import Preprocess, TenCrop
 from regard.data.sources import ImageTable, as_known, open_data
 from regard.errors import FileError, UsageError
 from regard.evaluation import Predictions
 from regard.files import plural
 from regard.log import Heartbeat
-from regard.models import list_models
-from regard.models.create import make_model
+from regard.models.create import check_size, make_model
 from regard.models.original_weights import arguments_of, authors_normalization, read_tensors
 from regard.predict import Classifier, load, probabilities_of
 from regard.runs import RunFolder
@@ -39,6 +38,8 @@ def predictions_of(
     root: str | Path | None = None,
     splits: str = "auto",
     renamed: Mapping[str, str] | None = None,
+    size: tuple[int, int] | None = None,
+    ten_crop: bool = False,
     prepare: Callable[[Classifier, Reader], None] = lambda classifier, reader: None,
 ) -> tuple[str, Predictions, list[str]]:
     """A network's predictions for labeled images.
@@ -53,6 +54,8 @@ def predictions_of(
         root: folder of cifar10 and cifar100.
         splits: whether a folder's top folders are splits, as for `open_data`.
         renamed: the network's class for a class of the data; '' leaves its images out.
+        size: height and width of the input, where they differ from the network's own.
+        ten_crop: the mean of the probabilities of ten crops of each image, see `TenCrop`.
         prepare: may give the network an engine; called with what reads the images.
 
     Returns:
@@ -60,7 +63,8 @@ def predictions_of(
         and a line for each image that can't be read.
 
     Raises:
-        UsageError: no such network, data or split, or no class that the network knows.
+        UsageError: no such network, data or split, no class that the network knows, or a size
+            that the network can't take.
         FileError: no image can be read.
     """
     mine = None
@@ -75,18 +79,33 @@ def predictions_of(
             )
         table = open_data(data, root=root, splits=splits, min_classes=1)
         classifier = _named(str(run), table, weights)
+    if size is not None:
+        _resize(classifier, size)
+    preprocess = TenCrop.of(classifier.preprocess) if ten_crop else classifier.preprocess
     named, table = choose_split(table, split, mine)
     table = as_known(table, classifier.class_names, renamed)
     for line in table.warnings:
         logger.warning(line)
-    return named, *_predictions(classifier, table, prepare)
+    return named, *_predictions(classifier, Reader(table, preprocess), prepare)
+
+
+def _resize(classifier: Classifier, size: tuple[int, int]) -> None:
+    """Has a network take images of another size than the one of its training.
+
+    Raises:
+        UsageError: it can't.
+    """
+    preprocess = classifier.preprocess.at_size(*size)
+    name = str(classifier.model.pretrained_cfg["architecture"])  # type: ignore[index]
+    check_size(classifier.model, name, preprocess.input_size)
+    classifier.preprocess = preprocess
 
 
 def _predictions(
-    classifier: Classifier, table: ImageTable, prepare: Callable[[Classifier, Reader], None]
+    classifier: Classifier, reader: Reader, prepare: Callable[[Classifier, Reader], None]
 ) -> tuple[Predictions, list[str]]:
     """The predictions for the readable images, and a line for each of the others."""
-    reader = Reader(table, classifier.preprocess)
+    table = reader.table
     prepare(classifier, reader)
     source = StreamingLoader(reader, None, 0, default_workers())
     rows, probabilities, unreadable = probabilities_of(classifier, source, len(table))
@@ -188,7 +207,7 @@ def _named(name: str, table: ImageTable, weights: str | Path | None) -> Classifi
         return Classifier(model, other.class_names, other.preprocess)
     cfg = timm.models.get_pretrained_cfg(name)
     size = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
-    seen = arguments_of(name, read_tensors(weights)) if name in list_models() else {}
+    seen = arguments_of(name, read_tensors(weights))
     size = (seen.pop("in_chans", size[0]), *size[1:])
     seen.pop("num_classes", None)
     model = make_model(name, seen, len(table.classes), size, False, str(weights))

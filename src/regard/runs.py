@@ -236,27 +236,36 @@ class RunFolder:
         """evaluation.json, and predictions.npz with what was said of each image."""
         content = {"split": split, **evaluation.to_dict()}
         self.write_text("evaluation.json", json.dumps(content, indent=1) + "\n")
-        arrays: dict[str, Any] = {
-            "probabilities": said.probabilities.astype(np.float32, copy=False),
-            "labels": said.labels,
-            "paths": np.array(said.paths),
-            "classes": np.array(said.classes),
-            "split": np.array(split),
-        }
-        if said.groups is not None:
-            arrays["groups"] = said.groups
+        write_predictions(self.path / "predictions.npz", split, said)
 
-        def write(beside: Path) -> None:
-            with beside.open("wb") as file:
-                np.savez(file, **arrays)
-
-        write_atomically(self.path / "predictions.npz", write)
-
-    def read_predictions(self) -> tuple[str, Predictions]:
+    def read_predictions(self, name: str = "predictions.npz") -> tuple[str, Predictions]:
         """The split tested, and what was said of each image of it."""
-        with np.load(self.path / "predictions.npz") as file:
+        with np.load(self.path / name) as file:
             groups = file.get("groups")
             return str(file["split"]), Predictions(
                 file["probabilities"], file["labels"],
                 file["classes"].tolist(), groups, file["paths"].tolist(),
             )  # fmt: skip
+
+
+def write_predictions(path: Path, split: str, said: Predictions) -> None:
+    """Writes what was said of each image of a split, for `RunFolder.read_predictions`.
+
+    Raises:
+        StateError: it can't be written.
+    """
+    arrays: dict[str, Any] = {
+        "probabilities": said.probabilities.astype(np.float32, copy=False),
+        "labels": said.labels,
+        "paths": np.array(said.paths),
+        "classes": np.array(said.classes),
+        "split": np.array(split),
+    }
+    if said.groups is not None:
+        arrays["groups"] = said.groups
+
+    def write(beside: Path) -> None:
+        with beside.open("wb") as file:
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)

@@ -1,11 +1,13 @@
 """`regard evaluate`."""
 
 import logging
+from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from regard.commands.diagnostics import DiagnosticFlags, Study, study
 from regard.commands.flags import (
@@ -20,6 +22,43 @@ from regard.errors import UsageError
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class InputFlags:
+    """What the network is given, where that differs from its own preprocessing."""
+
+    size: Annotated[
+        tuple[int, ...] | None,
+        Parameter(
+            help="Input size in pixels: one number, or height and width. Default: the network's.",
+            consume_multiple=True,
+            negative_iterable=(),
+            validator=Number(gte=4, lte=8192),
+        ),
+    ] = None
+    ten_crop: Annotated[
+        bool,
+        Parameter(
+            help="Average the probabilities of ten crops: the corners and the center, and their "
+            "flips.",
+            negative=(),
+        ),
+    ] = False
+
+    @property
+    def height_and_width(self) -> tuple[int, int] | None:
+        """--size as two numbers.
+
+        Raises:
+            UsageError: it is more than two.
+        """
+        if self.size is None:
+            return None
+        if len(self.size) > 2:
+            given = " ".join(map(str, self.size))
+            raise UsageError(f"--size {given}: give one number, or height and width")
+        return self.size[0], self.size[-1]
+
+
 def command(
     run: Annotated[str, Parameter(name="RUN")],
     source: Annotated[str | None, Parameter(name="DATA")] = None,
@@ -30,6 +69,8 @@ def command(
     map: Annotated[list[str] | None, Parameter(negative=())] = None,
     weights: Path | None = None,
     root: Path | None = None,
+    predictions: Path | None = None,
+    input: Annotated[InputFlags, Parameter(name="*")] = InputFlags(),
     numbers: Annotated[DiagnosticFlags, Parameter(name="*")] = DiagnosticFlags(),  # noqa: B008
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
     json: bool = False,
@@ -55,16 +96,24 @@ def command(
         For the name of a network: a run's folder or an authors' checkpoint.
     root
         Folder of cifar10 and cifar100.
+    predictions
+        Write the probabilities of each image to this new .npz file, as predictions.npz of a run.
     json
         Print JSON.
     """
     numbers.check()
     engine.require()
     require_data(source)
+    size = input.height_and_width
+    _check_output(predictions)
     from regard.run_data import predictions_of
+    from regard.runs import write_predictions
+
+    tested: dict[str, Any] = {}
 
     def prepare(classifier: Any, reader: Any) -> None:
         numbers.check_classes(classifier.class_names)
+        tested.update(size=list(classifier.preprocess.size), ten_crop=input.ten_crop)
         count = len(reader.table)
         rows = range(0, count, max(1, count // 64))
         reads = [lambda i=i: classifier.preprocess.fit(reader.decode(i)) for i in rows]
@@ -74,7 +123,7 @@ def command(
         with naming_flags():
             return predictions_of(
                 run, data, split=which, weights=weights, root=root, splits=splits,
-                renamed=_renamed(map or []), prepare=prepare,
+                renamed=_renamed(map or []), size=size, ten_crop=input.ten_crop, prepare=prepare,
             )  # fmt: skip
 
     def validation() -> Any:
@@ -83,26 +132,53 @@ def command(
         own = weights is None and Path(run).is_dir()
         return predict(None if own else source, "val")[1]
 
-    named, predictions, unreadable = predict(source, split)
-    _print(run, source, named, study(predictions, numbers, validation), unreadable, json)
+    named, found, unreadable = predict(source, split)
+    if predictions is not None:
+        write_predictions(predictions, named, found)
+    if not json:
+        print(_heading(run, source, named, size, tested))
+    _print(study(found, numbers, validation), {"split": named, **tested}, unreadable, json)
     for line in unreadable:
         log.warning(line)
     return 1 if unreadable else 0
 
 
-def _print(
-    run: str, source: str | None, named: str, result: Study, unreadable: list[str], as_json: bool
-) -> None:
+def _check_output(path: Path | None) -> None:
+    """Refuses a file that is there, before the network is loaded.
+
+    Raises:
+        UsageError: it is there, or its folder is not.
+    """
+    if path is None:
+        return
+    if path.suffix != ".npz":
+        raise UsageError(f"--predictions {path}: give the name of an .npz file")
+    if path.exists() or path.is_symlink():
+        raise UsageError(f"--predictions {path}: is there already")
+    if not path.parent.is_dir():
+        raise UsageError(f"--predictions {path}: its folder does not exist")
+
+
+def _heading(
+    run: str, source: str | None, named: str, size: tuple[int, int] | None, tested: dict[str, Any]
+) -> str:
+    """What was tested, on what, and how where it is not as the network was trained."""
+    which = "all" if named == "all" else f"the {named}"
+    line = f"{run} on {which} images of {source or 'its own data'}"
+    if size is not None:
+        line += " at {}x{}".format(*tested["size"])
+    return line + (", the mean of ten crops" if tested["ten_crop"] else "")
+
+
+def _print(result: Study, tested: dict[str, Any], unreadable: list[str], as_json: bool) -> None:
     from regard.commands.tables import print_diagnostics, print_evaluation
     from regard.evaluation import evaluate
 
     found = evaluate(result.predictions)
     if as_json:
-        content = {"split": named, **found.to_dict(), "diagnostics": result.content}
+        content = {**tested, **found.to_dict(), "diagnostics": result.content}
         print(dumps({**content, "unreadable": unreadable}, indent=2))
         return
-    which = "all" if named == "all" else f"the {named}"
-    print(f"{run} on {which} images of {source or 'its own data'}")
     for line in result.lines:
         print(line)
     print_evaluation(found)

@@ -2,6 +2,7 @@
 
 import json as json_module
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +90,10 @@ def command(
         print(slurm_script([w for w in sys.argv[1:] if w not in ("--slurm", str(slurm))], slurm))
         return 0
     if dry_run:
-        print(*runs, sep="\n")
+        for run in runs:
+            print(run)
+            if run.test:
+                print(shlex.join(["regard", *run.test]))
         return 0
     done = _train(table, runs, choose_part(runs, only), out, jobs, ray)
     if json:

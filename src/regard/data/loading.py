@@ -234,7 +234,7 @@ class StreamingLoader:
         free = shared_memory_free()
         if math.isinf(free):
             return self.workers, PREFETCH
-        size = spans[0][1] * math.prod(self.reader.preprocess.input_size)
+        size = spans[0][1] * math.prod(self.reader.preprocess.shape)
         size *= value_bytes(self.reader, most=1) or 1
         processes, prefetch = processes_that_fit(self.workers, size, free)
         if processes < self.workers:

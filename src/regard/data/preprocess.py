@@ -4,7 +4,7 @@ prediction, explanation and export, read from and written to a network's folder.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.transforms.v2.functional import ten_crop
 
 from regard.errors import UsageError
 
@@ -96,6 +97,11 @@ class Preprocess:
         return self.input_size[1:]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what `fit` returns."""
+        return self.input_size
+
+    @property
     def at_least(self) -> int:
         """The shorter side that a decoded image needs for nothing to be lost."""
         return math.ceil(max(self.size) / self.crop_pct)
@@ -159,6 +165,12 @@ class Preprocess:
 
     def _resize_and_crop(self, image: Tensor) -> Tensor:
         """(C, H, W) -> (C, *size): torchvision's Resize of the side that limits, CenterCrop."""
+        (h, w), resized = self.size, self._resized(image)
+        top, left = round((resized.shape[-2] - h) / 2), round((resized.shape[-1] - w) / 2)
+        return resized[:, top : top + h, left : left + w].contiguous()
+
+    def _resized(self, image: Tensor) -> Tensor:
+        """(C, H, W) -> the whole image with the side that limits at size / crop_pct."""
         (_, height, width), (h, w) = image.shape, self.size
         if h / height >= w / width:
             rows = math.floor(h / self.crop_pct)
@@ -166,9 +178,11 @@ class Preprocess:
         else:
             columns = math.floor(w / self.crop_pct)
             rows = max(h, int(columns * height / width))
-        resized = resample(image, (0, 0, width, height), (rows, columns))
-        top, left = round((rows - h) / 2), round((columns - w) / 2)
-        return resized[:, top : top + h, left : left + w].contiguous()
+        return resample(image, (0, 0, width, height), (rows, columns))
+
+    def at_size(self, height: int, width: int) -> "Preprocess":
+        """The same preprocessing, with the same crop_pct, for another size of the input."""
+        return replace(self, input_size=(self.input_size[0], height, width))
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in 0..255 -> standardized float32."""
@@ -239,6 +253,48 @@ class Preprocess:
             value_range=None if ends is None else (ends[0], ends[1]),
             resize_first=bool(resize_first),
         )
+
+
+@dataclass(frozen=True)
+class TenCrop(Preprocess):
+    """Ten views of each image: the four corners and the center, and their horizontal flips.
+
+    The geometry is torchvision's TenCrop after a Resize to size / crop_pct.
+
+    Raises:
+        UsageError: `resize` is not "crop", so that there are no corners to cut.
+    """
+
+    def __post_init__(self) -> None:
+        if self.resize != "crop":
+            raise UsageError(
+                f"ten crops: images of this network are fitted by resize={self.resize!r}; only "
+                "resize='crop' has corners to cut"
+            )
+
+    @classmethod
+    def of(cls, preprocess: Preprocess) -> "TenCrop":
+        """The ten crops of the images that `preprocess` cuts the center of."""
+        return cls(**{f.name: getattr(preprocess, f.name) for f in fields(preprocess)})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what `fit` returns."""
+        return (10, *self.input_size)
+
+    def fit(self, image: Tensor) -> Tensor:
+        """(C, H, W) of any size in 0..255 -> (10, C, *size), the same type."""
+        _, height, width = image.shape
+        if max(height, width) <= LONGEST * min(height, width):
+            return torch.stack(ten_crop(self._resized(image), list(self.size)))
+        left, top, right, bottom = self.box(height, width)  # of a strip: cut, then resize
+        rows, columns = bottom - top, right - left
+        corners = [(y, x) for y in (0, height - rows) for x in (0, width - columns)]
+        views = [
+            resample(image, (x, y, x + columns, y + rows), self.size)
+            for y, x in [*corners, (top, left)]
+        ]
+        return torch.stack([*views, *(view.flip(-1) for view in views)])
 
 
 def _numbers(

@@ -79,14 +79,18 @@ def make_model(
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FileError(f"pretrained weights of {name} can't be loaded ({reason})") from error
-    _check_size(model, name, input_size)
+    check_size(model, name, input_size)
     if weights is not None:
         load_weights(model, Path(weights), class_names)
     return model
 
 
-def _check_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
-    """Refuses images that the network can't take, by one of zeros, before anything is written."""
+def check_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
+    """Tries an image of zeros, before anything is written.
+
+    Raises:
+        UsageError: the network can't take images of this size.
+    """
     least = getattr(model, "min_size", 1)
     if min(input_size[1:]) < least:
         raise UsageError(

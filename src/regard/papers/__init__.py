@@ -33,7 +33,8 @@ class Row:
         recipe: the name of the recipe; None: the table's.
         changes: values on top of the recipe's.
         data: the data set; None: the table's.
-        evaluation: how the test differs from training, as {"size": 320}.
+        evaluation: how the test differs from training: {"size": 320}, {"size": [224, 288]},
+            {"ten_crop": True}, or both keys.
         paper: the paper's numbers by metric; errors in percent, parameters in millions.
         note: what a reader must know of this row.
     """
@@ -127,7 +128,21 @@ def _row(values: Any, where: str) -> Row:
     _known(values, Row, where)
     if missing := [k for k in ("name", "network") if not isinstance(values.get(k), str)]:
         raise UsageError(f"{where}: {missing[0]} is needed, as a string")
+    _check_evaluation(values.get("evaluation", {}), where)
     return Row(**values)
+
+
+def _check_evaluation(values: Any, where: str) -> None:
+    """Refuses another test than `evaluate_words` can ask for."""
+    good = isinstance(values, dict) and values.keys() <= {"size", "ten_crop"}
+    if good and "size" in values:
+        sides = values["size"] if isinstance(values["size"], list) else [values["size"]]
+        good = len(sides) in (1, 2) and all(type(n) is int and n > 0 for n in sides)
+    if not good or not isinstance(values.get("ten_crop", False), bool):
+        raise UsageError(
+            f"{where}: evaluation = {values!r}; give {{ size = 320 }}, {{ size = [224, 288] }}, "
+            "{ ten_crop = true }, or both"
+        )
 
 
 def _known(values: Mapping[str, Any], kind: type, where: str) -> None:
@@ -157,6 +172,16 @@ def train_command(table: Table, row: Row, data: str | None = None) -> list[str]:
         words += ["--arg", f"{name}={value}"]
     for name, value in row.changes.items():
         words += [f"--{name.replace('_', '-')}", *_words(value)]
+    return words
+
+
+def evaluate_words(row: Row) -> list[str]:
+    """The flags of `regard evaluate` for a row's test; none where it is that of the training."""
+    words = []
+    if "size" in row.evaluation:
+        words += ["--size", *_words(row.evaluation["size"])]
+    if row.evaluation.get("ten_crop"):
+        words.append("--ten-crop")
     return words
 
 

@@ -4,6 +4,7 @@ The study's folder must be one that all nodes see; each task trains one run as `
 does, and is started again on another node if its node dies.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from regard.errors import UsageError
 from regard.extras import require
 from regard.studies.plan import PlannedRun
-from regard.studies.runner import Progress, is_finished
+from regard.studies.runner import Progress, is_finished, is_trained, next_command
 
 
 def run_on_ray(
@@ -44,7 +45,7 @@ def run_on_ray(
     progress = Progress(len(runs), done=len(runs) - len(waiting), running=list(waiting))
     task = ray.remote(num_cpus=cpus, max_retries=3)(_train)
     folder = str(Path.cwd())
-    pending = {task.remote(list(r.command), str(r.folder), folder): r for r in waiting}
+    pending = {task.remote(r, folder): r for r in waiting}
     after_each(progress)
     while pending:
         (ready,), _ = ray.wait(list(pending), num_returns=1)
@@ -64,16 +65,17 @@ def run_on_ray(
     return progress
 
 
-def _train(command: list[str], folder: str, working_directory: str) -> str | None:
-    """In a worker: trains one run; returns why it failed, or None."""
-    words = list(command)
-    if Path(working_directory, folder, "run.json").is_file():
-        words.append("--resume")
-    done = subprocess.run(
-        [sys.executable, "-m", "regard", *words], cwd=working_directory, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    if done.returncode == 0:
-        return None
-    lines = done.stderr.splitlines()
-    return lines[-1].removeprefix("regard: ") if lines else f"exit code {done.returncode}"
+def _train(run: PlannedRun, working_directory: str) -> str | None:
+    """In a worker: trains and tests one run; returns why it failed, or None."""
+    os.chdir(working_directory)
+    while not is_finished(run):
+        tests = is_trained(run)
+        done = subprocess.run(
+            [sys.executable, "-m", "regard", *next_command(run)], capture_output=True, text=True
+        )
+        if done.returncode and not (tests and is_finished(run)):
+            lines = done.stderr.splitlines()
+            return lines[-1].removeprefix("regard: ") if lines else f"exit code {done.returncode}"
+        if not (is_trained(run) if not tests else is_finished(run)):
+            return "its results are not in a folder that this machine sees"
+    return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from regard.errors import UsageError
-from regard.papers import Row, Table, load_table, tables, train_command
+from regard.papers import Row, Table, evaluate_words, load_table, tables, train_command
 
 SHIPPED = ("twins", "insert")
 DEFAULT_MODEL = "cbam_resnet18"
@@ -23,6 +23,8 @@ class PlannedRun:
         fold: the fold that it tests, from 1; None: one split.
         folder: the run's folder.
         command: the arguments of `regard` that train it.
+        test: the arguments of `regard` that test it afterwards; empty: as the training does.
+        predictions: the file in its folder with the predictions of its test.
     """
 
     row: str
@@ -30,6 +32,8 @@ class PlannedRun:
     fold: int | None
     folder: Path
     command: tuple[str, ...]
+    test: tuple[str, ...] = ()
+    predictions: str = "predictions.npz"
 
     def __str__(self) -> str:
         return shlex.join(["regard", *self.command])
@@ -128,13 +132,25 @@ def plan_study(
                 if folds > 1:
                     words += ["--fold", f"{fold}/{folds}"]
                 words += ["--out", str(folder)]
+                test, predictions = _test_of(row, folder)
                 runs.append(
                     PlannedRun(
                         row=row.name, seed=seed, fold=fold if folds > 1 else None, folder=folder,
-                        command=tuple(words),
+                        command=tuple(words), test=test, predictions=predictions,
                     )
                 )  # fmt: skip
     return runs
+
+
+def _test_of(row: Row, folder: Path) -> tuple[tuple[str, ...], str]:
+    """The command that tests a row otherwise than its training does, and its file."""
+    words = evaluate_words(row)
+    if not words:
+        return (), "predictions.npz"
+    told = "x".join(w for w in words if w.isdecimal())
+    parts = ["predictions", told, "ten-crop" if "--ten-crop" in words else ""]
+    name = "-".join(filter(None, parts)) + ".npz"
+    return ("evaluate", str(folder), *words, "--predictions", str(folder / name)), name
 
 
 def _slug(name: str, taken: set[str]) -> str:

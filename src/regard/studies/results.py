@@ -157,7 +157,7 @@ def _read_row(row: Row, runs: Sequence[PlannedRun], seeds: list[int], folds: int
             read.facts.append(folder.read_facts())
             read.curves.append(folder.read_metrics())
         if len(finished) == len(mine) == folds:
-            parts = [RunFolder(r.folder).read_predictions()[1] for r in finished]
+            parts = [RunFolder(r.folder).read_predictions(r.predictions)[1] for r in finished]
             read.predictions[seed], read.fold = _joined(parts)
     return read
 
@@ -274,6 +274,7 @@ def _row_dict(row: RowResult) -> dict[str, Any]:
     return {
         "name": row.row.name,
         "network": row.row.network,
+        "evaluation": dict(row.row.evaluation),
         "paper": dict(row.row.paper),
         "parameters": row.facts.get("parameters"),
         "seeds": list(row.seeds),

@@ -55,8 +55,22 @@ class Progress:
 
 
 def is_finished(run: PlannedRun) -> bool:
-    """Whether a run has ended with its network and its predictions written."""
+    """Whether a run has ended with its network and the predictions of its test written."""
+    return is_trained(run) and (run.folder / run.predictions).is_file()
+
+
+def is_trained(run: PlannedRun) -> bool:
+    """Whether a run has ended with its network and its own predictions written."""
     return _status(run) == "finished" and (run.folder / "predictions.npz").is_file()
+
+
+def next_command(run: PlannedRun) -> list[str]:
+    """What brings a run that is not finished further: its training, or then its test."""
+    if is_trained(run):
+        return list(run.test)
+    # also where it is finished, but was killed in its last moment
+    resume = ["--resume"] if _status(run) in ("running", "finished") else []
+    return [*run.command, *resume]
 
 
 def _status(run: PlannedRun) -> str | None:
@@ -135,31 +149,40 @@ class _StopSignals:
 
 
 class _Process:
-    """One run in a process."""
+    """One run, in a process for its training and one for a test of its own."""
 
     def __init__(self, run: PlannedRun, slot: int, jobs: int, python: Sequence[str]) -> None:
         self.run, self.started = run, time.monotonic()
         self.log = run.folder.with_name(f"{run.folder.name}.log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        words = list(run.command)
-        if _status(run) in ("running", "finished"):  # finished, but killed in its last moment
-            words.append("--resume")
+        self.python, self.environment = list(python), _environment(slot, jobs)
+        self.process = self._start()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        self.tests = is_trained(self.run)
         with self.log.open("ab") as file:
-            self.process = subprocess.Popen(
-                [*python, *words], stdout=file, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, env=_environment(slot, jobs),
+            return subprocess.Popen(
+                [*self.python, *next_command(self.run)], stdout=file, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, env=self.environment,
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                 start_new_session=True,
             )  # fmt: skip
 
     def poll(self) -> bool:
-        """Whether the process has ended."""
-        return self.process.poll() is not None
+        """Whether the run has ended; starts its test after its training."""
+        if self.process.poll() is None:
+            return False
+        trained = self.process.returncode == 0 and not self.tests and is_trained(self.run)
+        if trained and not is_finished(self.run):
+            self.process = self._start()
+            return False
+        return True
 
     def note(self, progress: Progress) -> None:
         """Counts the run as done or failed."""
         progress.running.remove(self.run)
-        if self.process.returncode == 0 and is_finished(self.run):
+        # a test has exit code 1 where an image can't be read; its file is written whole or not
+        if is_finished(self.run) and (self.tests or self.process.returncode == 0):
             progress.done += 1
             progress.seconds.append(time.monotonic() - self.started)
             return
