@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regard import create_model
 from regard.papers import PAPERS, evaluate_words, load_table, tables, train_command
+from regard.papers.figures import printed_result, printed_size
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "src/regard/models/zoo.csv"
@@ -76,7 +77,7 @@ def count(name: str) -> tuple[str, int, int]:
 
 
 def counted_csv(text: str) -> str:
-    """zoo.csv with its counts made again; the papers' figures are kept as they are."""
+    """zoo.csv with its counts made again."""
     rows = list(csv.DictReader(io.StringIO(text)))
     for row in rows:
         row["input"], row["parameters"], row["macs"] = count(row["name"])  # type: ignore[assignment]
@@ -96,10 +97,11 @@ def markdown_table(text: str) -> str:
     for row in csv.DictReader(io.StringIO(text)):
         parameters, gmacs = int(row["parameters"]) / 1e6, int(row["macs"]) / 1e9
         mark = " ¹" if row["note"].startswith("stride") else " ²" if row["note"] else ""
+        printed, printed_gmacs = printed_size(row["name"])
         lines.append(
-            f"| `{row['name']}` | {row['input']} | {parameters:.3f} | {row['paper_parameters']} "
-            f"| {gmacs:.3f} | {row['paper_gmacs']}{mark if row['paper_gmacs'] else ''} "
-            f"| {row['paper_result']} |"
+            f"| `{row['name']}` | {row['input']} | {parameters:.3f} | {printed} "
+            f"| {gmacs:.3f} | {printed_gmacs}{mark if printed_gmacs else ''} "
+            f"| {printed_result(row['name'])} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -1,12 +1,16 @@
 """Parameters and multiply-adds: counted again, and equal to the papers' to the last digit."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import regard
+from regard import papers
+from regard.cli import run_command
+from regard.models.arguments import arguments
 from regard.models.residual_attention import PreActUnit
 from regard.models.zoo import figures
 
@@ -112,3 +116,91 @@ def test_patterns():
     assert len(figures("sononet")) == 8
     with pytest.raises(ValueError, match=rf"no network matches 'vgg'.*all {len(BY_NAME)}"):
         figures("vgg")
+
+
+def test_the_papers_figures_are_those_of_the_tables_as_printed():
+    printed = {
+        "attention92": ("51.3", "10.4", "top-1 / top-5 error 19.5 / 4.8 % at 320x320"),
+        "attention452_cifar": ("8.6", "", "CIFAR-10 / 100 error 3.90 / 20.45 %"),
+        "attention56_cifar": ("", "", "CIFAR-10 error 5.52 %"),
+        "se_resnet50": ("28.09", "3.860", "top-1 / top-5 error 23.14 / 6.70 %"),
+        "ag_sononet32": ("", "", "accuracy / F1 0.980 / 0.933"),
+        "ag_sononet64": ("", "", ""),
+        "attentionnext56": ("31.9", "6.3", "top-1 / top-5 error 21.2 / 5.6 %"),
+    }
+    for name, expected in printed.items():
+        row = BY_NAME[name]
+        assert (row.paper_parameters, row.paper_gmacs, row.paper_result) == expected
+    noisy = BY_NAME["preact_resnet164_cifar"].paper_result
+    assert noisy.endswith("10 / 30 / 50 / 70 % label noise 5.93 / 6.61 / 8.35 / 17.21 %")
+
+
+def test_a_number_that_two_tables_print_is_the_same_in_both():
+    seen = {}
+    for key in papers.tables():
+        table = papers.load_table(key)
+        for row in table.rows:
+            told = (row.network, str(row.arguments), str(row.changes), row.data or table.data)
+            for metric, value in row.paper.items():
+                assert seen.setdefault((*told, metric), str(value)) == str(value), (key, row.name)
+
+
+KINDS = [
+    "attention56",
+    "attentionnext56",
+    "attention56_cifar",
+    "attention92_cifar",
+    "plain_attention56_cifar",
+    "preact_resnet164_cifar",
+    "cbam_resnet18",
+    "se_resnet18",
+    "plain_resnet18",
+    "wide_resnet18_2",
+    "ag_sononet8",
+    "ag_sononet16",
+    "sononet8",
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_argument_that_is_listed_is_the_networks(name):
+    """Its default changes no tensor, each of its choices is taken, and others are refused."""
+
+    def tensors(**given):
+        with torch.device("meta"):
+            return {k: v.shape for k, v in regard.create_model(name, **given).state_dict().items()}
+
+    own, found = tensors(), arguments(name)
+    assert found
+    assert tensors(**{a.name: a.default for a in found}) == own
+    for argument in found:
+        if isinstance(argument.choices, str):
+            continue
+        assert str(argument.default) in argument.choices
+        if isinstance(argument.default, str):
+            with pytest.raises(ValueError, match=f"{argument.name}='x'"):
+                tensors(**{argument.name: "x"})
+            if name in ("cbam_resnet18", "attention56_cifar", "ag_sononet8"):
+                for choice in argument.choices:
+                    tensors(**{argument.name: choice})
+
+
+def test_every_argument_of_the_papers_tables_is_listed_with_its_table(capsys):
+    for key in papers.tables():
+        for row in papers.load_table(key).rows:
+            if row.arguments:
+                assert set(row.arguments) <= {a.name for a in arguments(row.network)}
+    assert run_command(["models", "cbam_resnet18", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    by_name = {a["name"]: a for a in content["arguments"]}
+    assert content["parameters"] == BY_NAME["cbam_resnet18"].parameters
+    assert by_name["kernel_size"]["default"] == 7
+    assert by_name["kernel_size"]["tables"] == ["cbam-2"]
+    assert by_name["order"]["choices"][0] == by_name["order"]["default"]
+    assert by_name["reduction"]["tables"] == []
+    assert run_command(["models", "attention56_cifar"]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "mask_activation" in x]
+    for word in ("mixed", "channel", "spatial", "ran-1"):
+        assert word in line
+    assert run_command(["models", "cbam_resnet"]) == 0  # a pattern is a list, as ever
+    assert "--arg" not in capsys.readouterr().out

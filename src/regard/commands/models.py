@@ -1,8 +1,13 @@
 """`regard models`: the networks, beside the papers' own figures."""
 
-import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
+from json import dumps
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from regard.models.zoo import ZooEntry
 
 log = logging.getLogger(__name__)
 
@@ -13,28 +18,51 @@ def command(pattern: str = "*", *, json: bool = False) -> int:
     Parameters
     ----------
     pattern
-        Part of a name, or a shell pattern such as 'cbam_*'.
+        A name, which lists the network's arguments too, part of a name, or a shell pattern such
+        as 'cbam_*'.
     json
         Print JSON with all figures.
     """
-    print_figures(pattern, as_json=json)
+    from regard.models.zoo import figures
+
+    rows = figures(pattern)
+    exact = next((row for row in rows if row.name == pattern), None)
+    if exact is not None:
+        print_network(exact, as_json=json)
+    elif json:
+        print(dumps([asdict(row) for row in rows], indent=2))
+    else:
+        print_figures(rows)
     return 0
 
 
-def print_figures(pattern: str = "*", *, as_json: bool = False) -> None:
-    """Prints the networks that match as a table, or as JSON with every figure in full.
+def print_network(row: "ZooEntry", *, as_json: bool = False) -> None:
+    """Prints the figures of one network, and its arguments with the papers' tables of them."""
+    from regard.models.arguments import arguments
+    from regard.papers.figures import tables_by_argument
 
-    Raises:
-        UsageError: none matches.
-    """
-    from regard.models.zoo import PAPERS, figures
-
-    rows = figures(pattern)
+    name, keys = row.name, tables_by_argument(row.paper)
+    found = [{**asdict(each), "tables": keys.get(each.name, [])} for each in arguments(name)]
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))
+        print(dumps({**asdict(row), "arguments": found}, indent=2))
         return
+    print_figures([row])
+    print()
+    print(f"arguments of {name}, as --arg NAME=VALUE or create_model({name!r}, NAME=VALUE):")
+    for each in found:
+        choices, default = each["choices"], each["default"]
+        told = choices if isinstance(choices, str) else " | ".join(choices)
+        shown = str(default).replace(" ", "") if isinstance(default, tuple) else default
+        line = f"  {each['name']:<16} {told} (default: {shown})"
+        print(line + (f"; table {', '.join(each['tables'])}" if each["tables"] else ""))
+
+
+def print_figures(rows: "Sequence[ZooEntry]") -> None:
+    """Prints networks as a table."""
     from rich.console import Console
     from rich.table import Table
+
+    from regard.papers import PAPERS
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("network", no_wrap=True)

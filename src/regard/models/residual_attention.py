@@ -532,10 +532,14 @@ _NETWORKS: dict[str, dict[str, Any]] = {
 _RESNET164 = _cifar(0, units=(17, 17, 17))
 
 
-def _create(name: str, pretrained: bool, **kwargs: Any) -> ResidualAttentionNet:
+def arguments_by_name(name: str) -> dict[str, Any]:
+    """The arguments of ResidualAttentionNet that make the network `name`."""
     plain = {"attention": "none"} if name.startswith("plain_") else {}
-    arguments = _NETWORKS.get(name.removeprefix("plain_"), _RESNET164)
-    kwargs = {**arguments, **plain, **kwargs}
+    return {**_NETWORKS.get(name.removeprefix("plain_"), _RESNET164), **plain}
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> ResidualAttentionNet:
+    kwargs = {**arguments_by_name(name), **kwargs}
     maps = len(kwargs.get("channels", range(5)))  # the stem's and the stages'
     return build_model_with_cfg(
         ResidualAttentionNet, name, pretrained,

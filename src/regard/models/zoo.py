@@ -1,7 +1,8 @@
 """Every network's parameters and multiply-adds beside the paper's own figures.
 
-The figures are in zoo.csv, so that `regard models` need not build the networks; the
-counts in it are written by scripts/make_tables.py and counted again by the tests.
+The counts are in zoo.csv, so that `regard models` need not build the networks; they are
+written by scripts/make_tables.py and counted again by the tests. The papers' figures are
+those of the tables in `regard.papers`.
 
 Twins are networks that differ in their attention alone.
 """
@@ -12,12 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from regard.errors import UsageError
-
-PAPERS = {
-    "RAN": "Wang et al., Residual Attention Network for Image Classification, CVPR 2017",
-    "CBAM": "Woo et al., CBAM: Convolutional Block Attention Module, ECCV 2018",
-    "AG": "Schlemper et al., Attention gated networks, Medical Image Analysis 2019",
-}
+from regard.papers.figures import printed_result, printed_size
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class ZooEntry:
 
     Attributes:
         name: for create_model().
-        paper: RAN, CBAM or AG, see PAPERS.
+        paper: RAN, CBAM or AG, see `regard.papers.PAPERS`.
         input: the size at which it is counted, "3x224x224".
         parameters: ours, counted.
         macs: ours, multiply-adds of convolutions and products for one image, counted.
@@ -53,15 +49,21 @@ def figures(pattern: str = "*") -> list[ZooEntry]:
         UsageError: none matches.
     """
     text = resources.files("regard.models").joinpath("zoo.csv").read_text(encoding="utf-8")
-    rows = [
-        ZooEntry(**{**row, "parameters": int(row["parameters"]), "macs": int(row["macs"])})  # type: ignore[arg-type]
-        for row in csv.DictReader(text.splitlines())
-    ]
+    rows = [_entry(row) for row in csv.DictReader(text.splitlines())]
     glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     found = [row for row in rows if fnmatch.fnmatch(row.name, glob)]
     if not found:
         raise UsageError(f"no network matches {pattern!r}; `regard models` lists all {len(rows)}")
     return found
+
+
+def _entry(row: dict[str, str]) -> ZooEntry:
+    parameters, gmacs = printed_size(row["name"])
+    return ZooEntry(
+        name=row["name"], paper=row["paper"], input=row["input"],
+        parameters=int(row["parameters"]), macs=int(row["macs"]), paper_parameters=parameters,
+        paper_gmacs=gmacs, paper_result=printed_result(row["name"]), note=row["note"],
+    )  # fmt: skip
 
 
 def _twin_families() -> list[dict[str, str]]:

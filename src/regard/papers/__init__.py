@@ -22,6 +22,24 @@ PAPERS = {
 }
 
 
+class Printed(float):
+    """A number as a paper prints it: 3.90 is shown as 3.90.
+
+    Attributes:
+        text: its digits.
+    """
+
+    def __new__(cls, text: str) -> "Printed":
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One row of a table: a network, and how it is trained.
@@ -107,7 +125,7 @@ def parse_table(text: str, key: str) -> Table:
         UsageError: the text is no TOML, a key is unknown or missing, or two rows have one name.
     """
     try:
-        values = tomllib.loads(text)
+        values = tomllib.loads(text, parse_float=Printed)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"table {key}: {error}") from error
     rows = values.pop("rows", [])
