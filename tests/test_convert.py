@@ -1,5 +1,6 @@
 """`regard convert`: every kind of file and network, and what is left behind when it fails."""
 
+import json
 import re
 import resource
 import subprocess
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 import regard
 from regard.cli import run_command
 from regard.data.table import ImageTable
-from regard.models.original_weights import arguments_of
+from regard.models.original_weights import arguments_of, authors_names
 from regard.run_data import _named
 from tests.golden import authors_networks, authors_outputs, fill
 
@@ -155,3 +157,73 @@ def test_a_disk_that_fills_up_is_told_and_leaves_nothing(tmp_path, checkpoint):
     assert "weights can't be written" in line
     assert "too large" in line
     assert list(tmp_path.iterdir()) == []
+
+
+NAMES = [f"plane {k} é" for k in range(14)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\n".join(NAMES), "\ufeff" + "\r\n".join(NAMES) + "\r\n\n", json.dumps(NAMES, indent=1)],
+)
+def test_class_names_from_a_file(tmp_path, checkpoint, text):
+    (tmp_path / "names").write_bytes(text.encode())
+    call = ["convert", str(checkpoint), "--model", "ag_sononet8", "--out", str(tmp_path / "o")]
+    assert run_command([*call, "--classes", str(tmp_path / "names")]) == 0
+    assert regard.load(tmp_path / "o").class_names == NAMES
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"a\nb", "14 classes"),
+        ("\n".join([*NAMES[:13], NAMES[0]]).encode(), "plane 0"),
+        ("\n\n".join(NAMES).encode(), "class 2"),
+        (json.dumps([*NAMES[:13], 7]).encode(), "class 14 is 7"),
+        (b"[1, 2", "JSON"),
+        (b"caf\xe9\nb", "UTF-8"),
+        (b"", "class 1"),
+        (None, "names"),
+    ],
+)
+def test_wrong_class_names_write_nothing(tmp_path, capsys, checkpoint, content, word):
+    if content is not None:
+        (tmp_path / "names").write_bytes(content)
+    line = refused(
+        capsys, checkpoint, "--model", "ag_sononet8", "--out", tmp_path / "o",
+        "--classes", tmp_path / "names",
+    )  # fmt: skip
+    assert word in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_evaluating_a_checkpoint_sees_the_same_arguments_as_converting_it(tmp_path, capsys):
+    """Classes, color, aggregation and convolutions: none is the name's own."""
+    theirs = tmp_path / "theirs.pth"
+    made = regard.create_model(
+        "ag_sononet8", num_classes=3, in_chans=3, aggregation="ft", convs=(1, 2, 2, 1, 1)
+    )
+    names = authors_names(made)
+    torch.save({names[k]: v for k, v in made.state_dict().items() if k in names}, theirs)
+    for label in ("a", "b", "c"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        pixels = np.random.default_rng(ord(label)).integers(0, 256, (208, 272, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / label / "x.png")
+    call = ["evaluate", "ag_sononet8", str(tmp_path / "data"), "--weights", str(theirs), "--json"]
+    assert run_command(call) == 0
+    direct = json.loads(capsys.readouterr().out)
+    (tmp_path / "names").write_text("a\nb\nc\n")
+    call = ["convert", str(theirs), "--model", "ag_sononet8", "--out", str(tmp_path / "o")]
+    assert run_command([*call, "--classes", str(tmp_path / "names")]) == 0
+    loaded = regard.load(tmp_path / "o").model
+    assert loaded._model_args["aggregation"] == "ft"
+    assert list(loaded._model_args["convs"]) == [1, 2, 2, 1, 1]
+    capsys.readouterr()
+    assert run_command(["evaluate", str(tmp_path / "o"), str(tmp_path / "data"), "--json"]) == 0
+    converted = json.loads(capsys.readouterr().out)
+    assert converted["metrics"] == direct["metrics"]
+    # a plain ResNet of timm's, whose gray input and classes the checkpoint shows as well
+    plain = timm.create_model("resnet18", num_classes=3, in_chans=1)
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    call = ["evaluate", "resnet18", str(tmp_path / "data"), "--weights", f"{tmp_path}/plain.pth"]
+    assert run_command(call) == 0

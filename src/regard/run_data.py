@@ -21,7 +21,12 @@ from regard.evaluation import Predictions
 from regard.files import plural
 from regard.log import Heartbeat
 from regard.models.create import check_size, make_model
-from regard.models.original_weights import arguments_of, authors_normalization, read_tensors
+from regard.models.original_weights import (
+    arguments_of,
+    authors_normalization,
+    data_config_of,
+    read_tensors,
+)
 from regard.predict import Classifier, load, probabilities_of
 from regard.runs import RunFolder
 from regard.trained_on import known_images, overlap_line, own_table
@@ -211,7 +216,5 @@ def _named(name: str, table: ImageTable, weights: str | Path | None) -> Classifi
     size = (seen.pop("in_chans", size[0]), *size[1:])
     seen.pop("num_classes", None)
     model = make_model(name, seen, len(table.classes), size, False, str(weights))
-    config: Any = model.pretrained_cfg
-    return Classifier(
-        model, table.classes, Preprocess.from_config(config, authors_normalization(name))
-    )
+    preprocess = Preprocess.from_config(data_config_of(model), authors_normalization(name))
+    return Classifier(model, table.classes, preprocess)

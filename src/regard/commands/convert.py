@@ -19,6 +19,7 @@ def command(
     model: str,
     out: Path,
     arg: Annotated[list[str] | None, Parameter(negative=())] = None,
+    classes: Path | None = None,
 ) -> int:
     """Convert an authors' checkpoint into a folder that timm loads.
 
@@ -35,8 +36,13 @@ def command(
     arg
         Argument of the network as NAME=VALUE; repeatable. The number of classes, input channels
         and the aggregation are read from the checkpoint.
+    classes
+        File of the class names in the order of the network's outputs: one a line, or a JSON
+        list. Default: the classes are numbered from 0.
     """
     from regard.models.convert import convert as run
+    from regard.models.convert import read_class_names
 
-    run(source, model=model, out=out, arguments=parse_arguments(arg or []), echo=print)
+    names = None if classes is None else read_class_names(classes)
+    run(source, model=model, out=out, arguments=parse_arguments(arg or []), class_names=names)
     return 0

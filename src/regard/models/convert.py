@@ -1,21 +1,53 @@
 """An authors' checkpoint becomes a folder that timm loads."""
 
+import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from regard.errors import UsageError
+from regard.files import reason
 from regard.models import list_models
 from regard.models.create import make
 from regard.models.io import save_model
 from regard.models.original_weights import (
     arguments_of,
     authors_normalization,
+    data_config_of,
     load_authors_weights,
     read_tensors,
 )
+
+log = logging.getLogger(__name__)
+
+
+def read_class_names(path: Path) -> list[str]:
+    """The class names in a file: one a line, or a JSON list, in the order of the outputs.
+
+    Raises:
+        UsageError: it can't be read, or a name is empty, no text, or there twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        is_json = path.suffix.lower() == ".json" or text.lstrip().startswith("[")
+        names = json.loads(text) if is_json else [n.strip() for n in text.strip().split("\n")]
+    except OSError as error:
+        raise UsageError(f"{path}: can't be read ({reason(error)})") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: the class names are not UTF-8") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: no JSON ({reason(error)})") from error
+    if not isinstance(names, list):
+        raise UsageError(f"{path}: a JSON list of class names is expected")
+    for place, name in enumerate(names, start=1):
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"{path}: class {place} is {name!r}, which is no name")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"{path}: two classes are called {twice[0]!r}")
+    return names
 
 
 def convert(
@@ -24,7 +56,7 @@ def convert(
     model: str,
     out: Path,
     arguments: Mapping[str, Any],
-    echo: Callable[[str], None],
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Loads the checkpoint into the network and writes the folder, whole or not at all.
 
@@ -33,11 +65,11 @@ def convert(
         model: the network's name.
         out: a folder that does not exist yet, or is empty.
         arguments: of the network, above what the checkpoint tells.
-        echo: is given the lines for the person.
+        class_names: in the order of the classifier's outputs.
 
     Raises:
-        UsageError: the network is unknown, an argument is wrong, the folder is not new, or
-            the checkpoint can't be read or does not fit.
+        UsageError: the network is unknown, an argument is wrong, the folder is not new, the
+            checkpoint can't be read or does not fit, or there is not a name for each class.
         OSError: the folder can't be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -47,21 +79,29 @@ def convert(
     found = {**arguments_of(model, tensors), **arguments}
     network = make(model, found)
     load_authors_weights(network, tensors)
+    if class_names is not None and len(class_names) != network.num_classes:
+        raise UsageError(
+            f"{len(class_names):,} class names for the {network.num_classes:,} classes of {source}"
+        )
     normalization = authors_normalization(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        save_model(network, scratch, extra={"regard": {"normalization": normalization}})
+        extra = {"regard": {"normalization": normalization}}
+        save_model(
+            network, scratch, class_names=class_names, data_config=data_config_of(network),
+            extra=extra,
+        )  # fmt: skip
         scratch.chmod(0o755)
         scratch.replace(out)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     told = ", ".join(f"{key}={value}" for key, value in found.items())
-    echo(f"{source} is {model} ({told}); {len(tensors)} tensors written to {out}")
-    echo(f'timm.create_model("local-dir:{out}", pretrained=True) loads it')
+    log.info(f"{source} is {model} ({told}); {len(tensors)} tensors written to {out}")
+    log.info(f'timm.create_model("local-dir:{out}", pretrained=True) loads it')
     if normalization == "image":
-        echo(
+        log.info(
             "each image is standardized by its own mean and deviation: Regard reads that from "
             "config.json, but timm's own transforms can't, so with those do it yourself"
         )

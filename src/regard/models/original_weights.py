@@ -349,6 +349,22 @@ def arguments_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def data_config_of(model: nn.Module) -> dict[str, Any]:
+    """timm's preprocessing of a network, for the input channels that it was made with.
+
+    Mean and deviation of its configuration are for the channels that its name has by default;
+    for others their averages are taken.
+    """
+    cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    channels = int(getattr(model, "in_chans", cfg["input_size"][0]))
+    if channels != len(cfg["mean"]):
+        for key in ("mean", "std"):
+            cfg[key] = (float(np.mean(cfg[key])),) * channels
+    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    chosen = {key: cfg[key] for key in keys if key in cfg}
+    return {**chosen, "input_size": (channels, *cfg["input_size"][1:])}
+
+
 def authors_normalization(name: str) -> str:
     """How a network's authors standardize images: "fixed", or "image", each by its own values.
 
