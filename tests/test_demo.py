@@ -79,7 +79,7 @@ def test_the_report_stands_alone_and_shows_every_gate(whole):
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", html)
     assert html.count("<figure") >= 10
     text = html.replace("&nbsp;", " ").replace("\u00a0", " ")
-    for words in ("gate3", "gate4", "95 % interval", "What it confuses", "picked by hand"):
+    for words in ("gate3", "gate4", "95 % interval", "Confusions", "Limits"):
         assert words in text
 
 

@@ -143,7 +143,8 @@ def test_bfloat16_autocast_trains_without_nan(name):
             assert torch.allclose(model(x).float().softmax(dim=1), exact, atol=0.05)
 
 
-@pytest.mark.parametrize("name", KINDS)
+# the others are made of the same modules, and compiling takes seconds each
+@pytest.mark.parametrize("name", ["attention56_cifar", "cbam_resnet50", "ag_sononet8"])
 def test_compiles_without_a_graph_break(name):
     torch._dynamo.reset()
     # in float64: BN over the mask's 2x2 positions makes rounding of float32 large

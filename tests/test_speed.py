@@ -435,8 +435,8 @@ def test_bf16_that_is_only_imitated_is_told(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr("regard.machine.cpu_has_bf16", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert "this CPU does not compute in bf16" in choices.bf16_note("bf16", cpu)
-    assert "this GPU does not" in choices.bf16_note("bf16", gpu)
+    assert "this CPU emulates bf16" in choices.bf16_note("bf16", cpu)
+    assert "this GPU emulates" in choices.bf16_note("bf16", gpu)
     assert choices.bf16_note("auto", cpu) is choices.bf16_note("fp32", gpu) is None
     assert not choices.use_bf16("auto", gpu)
     monkeypatch.setattr("regard.machine.cpu_has_bf16", lambda: True)

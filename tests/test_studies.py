@@ -191,6 +191,15 @@ def test_a_row_is_tested_as_its_evaluation_says(tmp_path, trainer):
     assert to_dict(gather(table, runs))["rows"][1]["evaluation"]["size"] == [24, 32]
 
 
+def test_networks_that_never_differ_have_a_page_too(tmp_path, trainer):
+    table, runs = planned(tmp_path, TABLE.replace("ag_sononet8", "sononet8"))
+    run_all(runs, python=trainer)
+    result = gather(table, runs)
+    write_page(result, tmp_path)
+    assert result.rows[1].differences["accuracy"].value == 0
+    assert "not shown" in (tmp_path / "study.html").read_text()
+
+
 def test_killed_at_random_moments_it_ends_with_the_same_results(tmp_path, trainer):
     def results(out):
         table, runs = planned(out, seeds=3)

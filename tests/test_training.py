@@ -290,7 +290,7 @@ def test_predicting_ten_times_as_many_images_takes_no_more_memory(whole, scans, 
              str(tmp_path / f"{count}.csv")],
             capture_output=True, text=True, env=ENVIRONMENT, timeout=200,
         )  # fmt: skip
-        code, peak = map(int, done.stderr.split())
+        code, peak = map(int, done.stderr.splitlines()[-1].split())
         assert code == 0
         assert len(rows_of(tmp_path / f"{count}.csv")) == count
         peaks.append(peak / 1024)

@@ -93,7 +93,8 @@ def forest(rows: Sequence[RowResult]) -> dict[str, Any] | None:
     low = min(0.0, *(100 * d.low for _, d in drawn))
     high = max(0.0, *(100 * d.high for _, d in drawn))
     step = _step(high - low)
-    low, high = step * math.floor(low / step), step * math.ceil(high / step)
+    low = step * math.floor(low / step)
+    high = max(step * math.ceil(high / step), low + step)  # also where nothing differs
 
     def at(x: float) -> float:
         return _LEFT + (_RIGHT - _LEFT) * (x - low) / (high - low)

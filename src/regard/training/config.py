@@ -17,7 +17,6 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import numpy as np
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
@@ -385,7 +384,7 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 def _cast(name: str, value: Any, hint: Any) -> Any:
     """A value of TOML or Python as the field's type: lists become tuples, and 1 becomes 1.0."""
-    if isinstance(value, np.generic | np.ndarray):
+    if hasattr(value, "tolist"):  # NumPy's numbers and arrays, without importing it
         value = value.tolist()
     kind = str if get_origin(_plain(hint)) is Literal else _plain(hint)
     if value is None and _optional(hint):
