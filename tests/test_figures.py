@@ -13,6 +13,7 @@ from regard.cli import run_command
 from regard.models.arguments import arguments
 from regard.models.residual_attention import PreActUnit
 from regard.models.zoo import figures
+from regard.papers import load_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,6 +76,26 @@ def test_residual_attention_counts():
     for name, (parameters, macs) in EXACT.items():
         assert BY_NAME[name].parameters == parameters
         assert gmacs(name) == macs
+
+
+def test_mobilenet_counts_are_the_papers():
+    rows = load_table("cbam-5").rows
+    assert len(rows) == 6
+    for row in rows:
+        assert gmacs(row.network) == f"{row.paper['gmacs']:.3f}"
+        if row.network != "se_mobilenet_070":  # 2.7047 M where 2.71 is printed
+            assert millions(row.network, 2) == f"{row.paper['parameters']:.2f}"
+    assert BY_NAME["se_mobilenet_070"].parameters == 2_704_661
+
+
+def test_a_mobilenet_has_a_gate_after_every_convolutions_relu():
+    with torch.device("meta"):
+        model = regard.create_model("cbam_mobilenet_100")
+    order = [type(m).__name__ for m in model.modules()]
+    convs = [i for i, name in enumerate(order) if name == "GatedConv"]
+    assert len(convs) == 27
+    for i in convs:
+        assert order[i + 1 : i + 5] == ["Conv2d", "BatchNorm2d", "ReLU", "CBAM"]
 
 
 @pytest.mark.parametrize("depth", CIFAR)

@@ -13,7 +13,8 @@ import regard
 EVERY = regard.list_models()
 # one of each way of building: what holds for it holds for its deeper and wider relatives
 KINDS = ["attention56_cifar", "attentionnext56", "cbam_resnet18", "cbam_resnet50", "se_resnet18",
-         "wide_resnet18_1_5", "plain_attention56_cifar", "sononet8", "ag_sononet8"]  # fmt: skip
+         "se_mobilenet_070", "wide_resnet18_1_5", "plain_attention56_cifar", "sononet8",
+         "ag_sononet8"]  # fmt: skip
 HEADS = {"mean": 3, "deep_sup": 4}
 
 

@@ -58,3 +58,31 @@ def default_store() -> Any:
     except ImportError as error:
         raise RuntimeError("this torch keeps its default store under another name") from error
     return _get_default_store()
+
+
+def feature_take_indices(count: int, indices: int | list[int] | None) -> tuple[list[int], int]:
+    """The maps that `indices` asks for among `count`, and the last of them (timm 1.0.31).
+
+    timm's own `forward_intermediates` reads its argument by it: None means all, a number the
+    last so many, and negative indices count from the end.
+    """
+    try:
+        from timm.models._features import feature_take_indices as take
+    except ImportError as error:
+        raise RuntimeError("this timm has feature_take_indices in another place") from error
+    return take(count, indices)
+
+
+def save_config_for_hf(model: Any, path: Path, **entries: Any) -> None:
+    """Writes timm's config.json of a network (timm 1.0.31).
+
+    Args:
+        model: made by timm.create_model().
+        path: of the file.
+        entries: `model_config` and `data_config`, as timm's function takes them.
+    """
+    try:
+        from timm.models._hub import save_config_for_hf as save
+    except ImportError as error:
+        raise RuntimeError("this timm has save_config_for_hf in another place") from error
+    save(model, str(path), **entries)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regard.models import list_models
+from regard.models.attention_mobilenet import width_of
 from regard.models.cbam import CBAM, CHANNEL_POOLS, ORDERS, SPATIAL_POOLS
 from regard.models.residual_attention import (
     ACTIVATIONS,
@@ -26,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...] | str] = {
     "spatial_pool": SPATIAL_POOLS,
     "kernel_size": "an odd number",
     "reduction": _COUNT,
+    "width": "a number: the factor of all channels",
     "stem": ("imagenet", "cifar"),
     "zero_init_last": ("False", "True"),
     "attention": RESIDUALS,
@@ -89,7 +91,10 @@ def _owners(network: str) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
     if "cbam" not in family:
         return [(ResidualAttentionNet, arguments_by_name(network))]
     gates: dict[str, Callable[..., Any]] = {family["cbam"]: CBAM, family["se"]: _se}
-    return [(owner, {}) for owner in (gates.get(network), _resnet) if owner is not None]
+    owners = [(gates[network], {})] if network in gates else []
+    if "mobilenet" in network:
+        return [*owners, (_mobilenet, {"width": width_of(network)})]
+    return [*owners, (_resnet, {})]
 
 
 def _se(*, reduction: int = 16) -> None:
@@ -98,6 +103,10 @@ def _se(*, reduction: int = 16) -> None:
 
 def _resnet(*, stem: str = "imagenet", zero_init_last: bool = False) -> None:
     """What AttentionResNet takes besides timm's arguments and the gates."""
+
+
+def _mobilenet(*, width: float = 1.0) -> None:
+    """What AttentionMobileNet takes besides timm's arguments and the gates."""
 
 
 def _keywords(owner: Callable[..., Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from regard.compat import save_config_for_hf
 from regard.errors import FileError, UsageError
 
 # how a network was made, not what it is: loading a folder must not fetch weights again
@@ -70,7 +70,7 @@ def save_model(
         try:
             model._model_args = _arguments(model)  # type: ignore[assignment]
             path = Path(scratch, "config.json")
-            save_config_for_hf(model, str(path), model_config=config, data_config=data_config)
+            save_config_for_hf(model, path, model_config=config, data_config=data_config)
         finally:
             model._model_args = made_with
         weights.chmod(path.stat().st_mode)  # save_file leaves it to its owner alone

@@ -27,9 +27,9 @@ from timm.models import (
     register_model,
     register_notrace_function,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from regard.compat import feature_take_indices
 from regard.errors import UsageError
 from regard.models._common import choose, fitted
 from regard.models.initialization import initialize, initialized_by_name, pytorch_default

@@ -73,6 +73,8 @@ def _twin_families() -> list[dict[str, str]]:
     wide = ("wide_resnet18_1_5", "wide_resnet18_2")
     plain = {name: f"plain_{name}" for name in (*resnets, *resnexts)} | {w: w for w in wide}
     families = [{"plain": p, "se": f"se_{n}", "cbam": f"cbam_{n}"} for n, p in plain.items()]
+    mobile = ("mobilenet_100", "mobilenet_070")
+    families += [{"plain": f"plain_{n}", "se": f"se_{n}", "cbam": f"cbam_{n}"} for n in mobile]
     families += [{"plain": f"sononet{f}", "ag": f"ag_sononet{f}"} for f in (8, 16, 32, 64)]
     residual = [f"attention{n}" for n in (56, 92)] + [f"attentionnext{n}" for n in (56, 92)]
     residual += [f"attention{n}_cifar" for n in (56, 92, 128, 164, 236, 452)]

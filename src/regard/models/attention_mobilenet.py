@@ -1,0 +1,308 @@
+"""MobileNets with CBAM, with squeeze-and-excitation, and plain (CBAM's table 5).
+
+MobileNetV1 (Howard et al. 2017, arXiv 1704.04861): a 3x3 stem and 13 depthwise separable
+blocks. The authors of CBAM published no code for these networks, and the paper does not say
+where the gates are. Here a gate follows every convolution's BN and ReLU: the stem's, the
+13 depthwise and the 13 pointwise ones, 27 in all, with reduction 16 and biases in the MLP.
+Counted at 224x224, beside the numbers that the paper prints:
+
+                      parameters (M)         multiply-adds (G)
+                   counted      paper        counted      paper
+    MobileNet-1.0    4.232       4.23          0.569      0.569
+      + SE           5.072       5.07          0.570      0.570
+      + CBAM         5.075       5.07          0.576      0.576
+    MobileNet-0.7    2.299       2.30          0.283      0.283
+      + SE           2.7047      2.71          0.283      0.283
+      + CBAM         2.707       2.71          0.289      0.289
+
+Widths are int(0.7 * w). Rounding them to multiples of 8, as timm does, gives 2.317M parameters
+for the plain MobileNet-0.7, which does not fit. The MLP has C // 16 hidden channels, as in the
+authors' code for ResNets; rounded to the nearest number they would give 2.710M and 2.713M with
+SE and CBAM, which would print as 2.71 both. The multiply-adds are those of convolutions and
+linear layers.
+
+Starting weights: convolutions He normal fan-out, counted in each group as timm does; the
+classifier He normal fan-in; the gates their own. Twins share them, see initialization.py.
+
+Reading order: convolution, block, network, variants.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import create_classifier
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+)
+from torch import Tensor, nn
+
+from regard.compat import feature_take_indices
+from regard.errors import UsageError
+from regard.models._common import GATE_ARGUMENTS, IMAGENET_CFG, fitted
+from regard.models.cbam import CBAM, SE
+from regard.models.initialization import initialize, initialized_by_name
+
+# (channels, stride) of the blocks of each stage, at width 1
+_STAGES = (
+    ((64, 1),),
+    ((128, 2), (128, 1)),
+    ((256, 2), (256, 1)),
+    ((512, 2), (512, 1), (512, 1), (512, 1), (512, 1), (512, 1)),
+    ((1024, 2), (1024, 1)),
+)
+
+Attention = Callable[..., nn.Module]
+
+
+class GatedConv(nn.Module):
+    """Convolution without bias -> BN -> ReLU -> gate.
+
+    Shapes: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        attention: Attention | None = None,
+    ) -> None:
+        super().__init__()
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(
+            in_channels, channels, kernel_size, stride, padding, groups=groups, bias=False
+        )
+        self.bn = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU(inplace=True)
+        self.se = nn.Identity() if attention is None else attention(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.se(self.act(self.bn(self.conv(x))))
+
+
+class SeparableBlock(nn.Module):
+    """Depthwise 3x3 convolution, which has the stride, then a pointwise one; no shortcut.
+
+    Shapes: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, attention: Attention | None
+    ) -> None:
+        super().__init__()
+        self.depthwise = GatedConv(
+            in_channels, in_channels, 3, stride=stride, groups=in_channels, attention=attention
+        )
+        self.pointwise = GatedConv(in_channels, channels, 1, attention=attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(x))
+
+
+class AttentionMobileNet(nn.Module):
+    """MobileNetV1 with gates, or plain, over timm's interface.
+
+    Args:
+        width: factor of every layer's channels, rounded down.
+        attention: makes a gate from its channels; None for a plain network.
+
+    Input: (B, in_chans, H, W), any height and width.
+
+    Raises:
+        UsageError: the width leaves a layer without channels.
+    """
+
+    @initialized_by_name
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        *,
+        width: float = 1.0,
+        attention: Attention | None = None,
+    ) -> None:
+        super().__init__()
+        if not 32 * width >= 1:
+            raise UsageError(f"width={width}: at least 1/32, so that the stem has a channel")
+        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
+        self.grad_checkpointing = False
+        channels = int(32 * width)
+        self.stem = GatedConv(in_chans, channels, 3, stride=2, attention=attention)
+        stages, self.feature_info = [], []
+        for n, stage in enumerate(_STAGES, start=1):
+            blocks = []
+            for wide, stride in stage:
+                blocks.append(SeparableBlock(channels, int(wide * width), stride, attention))
+                channels = int(wide * width)
+            stages.append(nn.Sequential(*blocks))
+            self.feature_info.append(
+                {"num_chs": channels, "reduction": 2**n, "module": f"layer{n}"}
+            )
+        self.layer1, self.layer2, self.layer3, self.layer4, self.layer5 = stages
+        self.num_features = self.head_hidden_size = channels
+        self.global_pool, self.fc = create_classifier(channels, num_classes, global_pool)
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initializes every layer by its name; the module's docstring has the rules."""
+        initialize(self, _init_layer)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer-wise learning rates, as timm's networks have."""
+        return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory: each block is computed again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        """The classifier, or its name."""
+        return "fc" if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
+        self.num_classes = num_classes
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        new = create_classifier(self.num_features, num_classes, pool)
+        self.global_pool, self.fc = (fitted(self, module) for module in new)
+        if num_classes > 0:
+            _init_layer(self.fc)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps after the five stages, and the last one; see timm's forward_intermediates."""
+        if output_fmt != "NCHW":
+            raise UsageError(f"output_fmt={output_fmt!r}: only 'NCHW'")
+        take, last = feature_take_indices(5, indices)
+        x = self.stem(x)
+        maps = []
+        for i in range(last + 1 if stop_early else 5):
+            stage = getattr(self, f"layer{i + 1}")
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            if i in take:
+                maps.append(x)
+        return maps if intermediates_only else (x, maps)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops what forward_intermediates does not need for these maps."""
+        take, last = feature_take_indices(5, indices)
+        for i in range(last + 1, 5):
+            setattr(self, f"layer{i + 1}", nn.Sequential())
+        if last < 4:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or last < 4:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), rounded up."""
+        x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            stages = [self.layer1, self.layer2, self.layer3, self.layer4, self.layer5]
+            return checkpoint_seq(stages, x, flatten=True)
+        return self.layer5(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, num_features, h, w) -> (B, num_classes), or the pooled (B, num_features)."""
+        x = self.global_pool(x)
+        if self.drop_rate > 0.0:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_layer(layer: nn.Module, generator: torch.Generator | None = None) -> None:
+    if isinstance(layer, nn.Conv2d):
+        fan_out = layer.out_channels * layer.kernel_size[0] ** 2 // layer.groups
+        nn.init.normal_(layer.weight, 0.0, (2 / fan_out) ** 0.5, generator=generator)
+    elif isinstance(layer, nn.Linear):
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+        nn.init.zeros_(layer.bias)
+
+
+def width_of(name: str) -> float:
+    """The factor of the channels that a network's name sets: 0.7 for "se_mobilenet_070"."""
+    return int(name[-3:]) / 100
+
+
+def _create(
+    name: str, attention: Callable[..., CBAM] | None, pretrained: bool, **kwargs: Any
+) -> AttentionMobileNet:
+    gates = {k: kwargs.pop(k) for k in GATE_ARGUMENTS if attention is not None and k in kwargs}
+    if attention is not None and gates:
+        attention = partial(attention, **gates)
+    return build_model_with_cfg(
+        AttentionMobileNet, name, pretrained, attention=attention,
+        feature_cfg={"flatten_sequential": False}, **{"width": width_of(name), **kwargs},
+    )  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{kind}_mobilenet_{width}": {**IMAGENET_CFG, "first_conv": "stem.conv"}
+        for kind in ("cbam", "se", "plain")
+        for width in ("100", "070")
+    }
+)
+
+
+@register_model
+def cbam_mobilenet_100(pretrained: bool = False, **kwargs: Any) -> AttentionMobileNet:
+    """MobileNet-1.0 + CBAM (table 5: 29.01 / 9.99 % error). 5.075M parameters, 0.576 GMACs."""
+    return _create("cbam_mobilenet_100", CBAM, pretrained, **kwargs)
+
+
+@register_model
+def cbam_mobilenet_070(pretrained: bool = False, **kwargs: Any) -> AttentionMobileNet:
+    """MobileNet-0.7 + CBAM (table 5: 31.51 / 11.48 % error). 2.707M parameters, 0.289 GMACs."""
+    return _create("cbam_mobilenet_070", CBAM, pretrained, **kwargs)
+
+
+@register_model
+def se_mobilenet_100(pretrained: bool = False, **kwargs: Any) -> AttentionMobileNet:
+    """MobileNet-1.0 + SE (table 5: 29.97 / 10.63 % error). 5.072M parameters, 0.570 GMACs."""
+    return _create("se_mobilenet_100", SE, pretrained, **kwargs)
+
+
+@register_model
+def se_mobilenet_070(pretrained: bool = False, **kwargs: Any) -> AttentionMobileNet:
+    """MobileNet-0.7 + SE (table 5: 32.50 / 12.49 % error). 2.705M parameters, 0.283 GMACs."""
+    return _create("se_mobilenet_070", SE, pretrained, **kwargs)
+
+
+@register_model
+def plain_mobilenet_100(pretrained: bool = False, **kwargs: Any) -> AttentionMobileNet:
+    """MobileNet-1.0, plain (table 5: 31.39 / 11.51 % error). 4.232M parameters, 0.569 GMACs."""
+    return _create("plain_mobilenet_100", None, pretrained, **kwargs)
+
+
+@register_model
+def plain_mobilenet_070(pretrained: bool = False, **kwargs: Any) -> AttentionMobileNet:
+    """MobileNet-0.7, plain (table 5: 34.86 / 13.69 % error). 2.299M parameters, 0.283 GMACs."""
+    return _create("plain_mobilenet_070", None, pretrained, **kwargs)
