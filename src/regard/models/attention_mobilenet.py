@@ -1,10 +1,10 @@
 """MobileNets with CBAM, with squeeze-and-excitation, and plain (CBAM's table 5).
 
 MobileNetV1 (Howard et al. 2017, arXiv 1704.04861): a 3x3 stem and 13 depthwise separable
-blocks. The authors of CBAM published no code for these networks, and the paper does not say
-where the gates are. Here a gate follows every convolution's BN and ReLU: the stem's, the
+blocks. The authors' code has no such network; where its gates are is worked out from the
+counts that the paper prints. A gate follows every convolution's BN and ReLU: the stem's, the
 13 depthwise and the 13 pointwise ones, 27 in all, with reduction 16 and biases in the MLP.
-Counted at 224x224, beside the numbers that the paper prints:
+Counted at 224x224, beside the printed numbers:
 
                       parameters (M)         multiply-adds (G)
                    counted      paper        counted      paper
