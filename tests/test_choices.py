@@ -21,6 +21,7 @@ from regard.training.plan import (
     check_batch,
     choose_model,
     choose_preprocess,
+    choose_stem,
     choose_steps,
     fit_schedule,
     image_weights,
@@ -45,6 +46,9 @@ def arrays(height: int, width: int, channels: int = 1, labels=(0, 0, 0, 1, 1, 2)
 
 def chosen(name: str, recipe: Recipe, table: ImageTable, pretrained: bool = False):
     preprocess, arguments = choose_preprocess(name, {}, recipe, table, pretrained)
+    _, arguments = choose_stem(
+        name, arguments, preprocess.input_size[1], pretrained=pretrained, weights=None
+    )
     return preprocess.input_size, arguments
 
 
@@ -108,6 +112,24 @@ def test_small_images_get_a_small_stem():
     assert chosen("cbam_resnet18", Recipe(size=64), open_data("digits"))[1] == {}
     assert chosen("cbam_resnet18", Recipe(), open_data("digits"), True)[1] == {}  # its weights' own
     assert chosen("ag_sononet8", Recipe(), open_data("digits"))[1] == {}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "resnext50_32x4d"])
+def test_timms_resnets_get_the_small_stem_of_their_twins(name, caplog):
+    def stem(height=48, given=None, *, pretrained=False, weights=None):
+        return choose_stem(name, given or {}, height, pretrained=pretrained, weights=weights)
+
+    caplog.set_level("INFO")
+    plain = f"plain_{name.partition('.')[0]}"
+    assert stem(given={"drop_rate": 0.5}) == (plain, {"stem": "cifar", "drop_rate": 0.5})
+    (line,) = caplog.messages
+    assert f"{name} becomes {plain}" in line
+    assert "48 pixels" in line
+    caplog.clear()
+    assert stem(64) == stem(pretrained=True) == stem(weights="runs/x") == (name, {})
+    assert stem(given={"stem_type": "deep"}) == (name, {"stem_type": "deep"})
+    assert choose_stem("vgg11", {}, 32, pretrained=False, weights=None) == ("vgg11", {})
+    assert not caplog.messages
 
 
 def test_one_image_in_color_makes_three_channels():

@@ -42,6 +42,17 @@ def test_a_small_network_takes_its_stem_along(scans, tmp_path):
     assert load_recipe(tmp_path / "first/recipe.toml").model_args == {"stem": "cifar"}
 
 
+def test_timms_resnet_on_small_images_is_its_twin_also_when_resumed(scans, tmp_path, capsys):
+    call = ["train", str(scans), "--model", "resnet18", "--out", str(tmp_path / "run"),
+            "--size", "16", "--steps", "2", "--faithfulness-images", "0"]  # fmt: skip
+    assert run_command(call) == 0
+    assert "resnet18 becomes plain_resnet18" in capsys.readouterr().out
+    recipe = load_recipe(tmp_path / "run/recipe.toml")
+    assert (recipe.model, recipe.model_args) == ("plain_resnet18", {"stem": "cifar"})
+    assert run_command([*call, "--resume"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+
+
 def test_a_run_that_would_scale_its_schedule_again_is_resumed(scans, tmp_path, capsys):
     call = ["train", str(scans), "--recipe", "ag-sononet", "--out", str(tmp_path / "run"),
             "--size", "16", "--steps", "3", "--faithfulness-images", "0"]  # fmt: skip

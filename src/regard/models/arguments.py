@@ -91,7 +91,9 @@ def _owners(network: str) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
     if "cbam" not in family:
         return [(ResidualAttentionNet, arguments_by_name(network))]
     gates: dict[str, Callable[..., Any]] = {family["cbam"]: CBAM, family["se"]: _se}
-    owners = [(gates[network], {})] if network in gates else []
+    owners: list[tuple[Callable[..., Any], dict[str, Any]]] = (
+        [(gates[network], {})] if network in gates else []
+    )
     if "mobilenet" in network:
         return [*owners, (_mobilenet, {"width": width_of(network)})]
     return [*owners, (_resnet, {})]

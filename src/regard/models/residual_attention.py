@@ -361,7 +361,7 @@ class ResidualAttentionNet(nn.Module):
         names = ["act1", "layer1", "layer2", "layer3", "layer4"][: len(channels)]
         names[-1] = "act" if preact else names[-1]
         strides = [2, 4, 8, 16, 32] if stem == "imagenet" else [1, 1, 2, 4, 8]
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": c, "reduction": s, "module": n}
             for c, s, n in zip(channels, strides, names, strict=False)
         ]

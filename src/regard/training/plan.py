@@ -19,6 +19,7 @@ from regard.errors import UsageError
 from regard.machine import has_bf16
 from regard.models.attention_resnet import AttentionResNet
 from regard.models.create import _outline
+from regard.models.zoo import twins_of
 from regard.training.config import Recipe
 from regard.training.steps import step_plan
 
@@ -78,9 +79,6 @@ def choose_preprocess(
     else:
         height, width = _size(recipe, default, seen.shorter_sides)
     in_chans = int(arguments.pop("in_chans", channels))
-    model = _outline(name, arguments)
-    if isinstance(model, AttentionResNet) and not pretrained and height <= CIFAR_STEM_UP_TO:
-        arguments.setdefault("stem", "cifar")
     mean, std = (0.5,) * in_chans, (0.25,) * in_chans
     if cfg is not None and len(cfg.mean) == in_chans:
         mean, std = tuple(cfg.mean), tuple(cfg.std)
@@ -94,6 +92,45 @@ def choose_preprocess(
         low, high = seen.value_range
         log.info(f"pixel values from {low:.6g} to {high:.6g} become 0 to 1, in every image")
     return preprocess, arguments
+
+
+def choose_stem(
+    name: str, arguments: Mapping[str, Any], height: int, *, pretrained: bool, weights: str | None
+) -> tuple[str, dict[str, Any]]:
+    """The network and its arguments, with the CIFAR stem for small images.
+
+    A ResNet of timm's has no such stem: where Regard has its plain twin, that takes its place,
+    so that it is compared with the gated networks on equal terms.
+
+    Args:
+        name, arguments: the network that is asked for.
+        height: of the images, in pixels.
+        pretrained: whether it starts from timm's weights, which have the ImageNet stem.
+        weights: what a network of timm's starts from; it then stays as it is.
+    """
+    if pretrained or height > CIFAR_STEM_UP_TO:
+        return name, dict(arguments)
+    if isinstance(_outline(name, arguments), AttentionResNet):
+        return name, {"stem": "cifar", **arguments}
+    twin = plain_twin(name)
+    if twin is None or weights is not None or any("stem" in argument for argument in arguments):
+        return name, dict(arguments)
+    log.info(
+        f"model={name} becomes {twin} with stem=cifar: the same network, with a stem for images "
+        f"of {height} pixels"
+    )
+    return twin, {"stem": "cifar", **arguments}
+
+
+def plain_twin(name: str) -> str | None:
+    """Regard's plain network that has the layers of timm's network `name`, if there is one.
+
+    >>> plain_twin("resnet18"), plain_twin("resnet18.a1_in1k"), plain_twin("vgg11")
+    ('plain_resnet18', 'plain_resnet18', None)
+    """
+    base = name.partition(".")[0]
+    twin = f"plain_{base}"
+    return twin if twins_of(base).get("plain") == twin and timm.is_model(base) else None
 
 
 def _size(recipe: Recipe, default: tuple[int, ...], sides: list[int]) -> tuple[int, int]:

@@ -17,9 +17,11 @@ from regard.training.plan import (
     choose_model,
     choose_preprocess,
     choose_splits,
+    choose_stem,
     fit_schedule,
     is_scaled,
     own_recipe,
+    plain_twin,
 )
 
 # fields of a recipe that may differ when a run is resumed: they change no result
@@ -89,6 +91,10 @@ def new_plan(asked: Request, processes: int) -> tuple[Plan, ImageTable]:
     table = choose_splits(open_data(asked.data, root=asked.root, splits=asked.splits), recipe)
     name, arguments = choose_model(asked.model, recipe, asked.model_args)
     preprocess, arguments = choose_preprocess(name, arguments, recipe, table, asked.pretrained)
+    height = preprocess.input_size[1]
+    name, arguments = choose_stem(
+        name, arguments, height, pretrained=asked.pretrained, weights=asked.weights
+    )
     images = int(np.count_nonzero(table.splits == "train"))
     recipe = own_recipe(recipe, name, arguments, preprocess)
     recipe = fit_schedule(recipe, asked.base, asked.changes, images, processes)
@@ -109,10 +115,13 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
     given = dict(asked.changes)
     if asked.has_recipe:
         given = {f.name: getattr(asked.recipe, f.name) for f in dataclasses.fields(Recipe)}
+    model = asked.model or stored["model"]
+    if plain_twin(model) == stored["model"]:  # what choose_stem made of it
+        model = stored["model"]
     now: dict[str, tuple[Any, Any]] = {
         # a folder or file may have another path: its images are compared afterwards
         "data": (stored["data"], same_place(stored, asked.data)),
-        "model": (stored["model"], asked.model or stored["model"]),
+        "model": (stored["model"], model),
         "weights": (stored["weights"], asked.weights or stored["weights"]),
         "pretrained": (stored["pretrained"], asked.pretrained or stored["pretrained"]),
     }
