@@ -10,9 +10,13 @@ import timm
 import torch
 from torch import nn
 
+from regard.attention import attention_kinds
 from regard.errors import FileError, UsageError
 from regard.models import create_model
-from regard.models.io import load_model
+from regard.models.cbam import CBAM, SE
+from regard.models.graft import graft as insert
+from regard.models.initialization import preserved_rng_state
+from regard.models.io import check_loadable, load_model
 from regard.models.original_weights import load_authors_weights
 from regard.models.zoo import twins_of
 
@@ -61,11 +65,23 @@ def make_model(
     pretrained: bool,
     weights: str | None,
     class_names: Sequence[str] | None = None,
+    graft: str = "none",
 ) -> nn.Module:
     """The network, from its initialization, timm's pretrained weights, or a run's.
 
+    Args:
+        name: of the network.
+        arguments: of the network.
+        classes: their number.
+        input_size: (C, H, W).
+        pretrained: start from timm's pretrained weights, of the plain network where it has one.
+        weights: a run's folder or an authors' checkpoint to start from.
+        class_names: of the classes, for a folder that has others.
+        graft: "se" or "cbam": the attention that is inserted into the network of these weights.
+
     Raises:
-        UsageError: an argument is wrong, the images are too small, or the weights don't fit.
+        UsageError: an argument is wrong, the images are too small, the weights don't fit, or no
+            attention can be inserted.
         OSError: pretrained weights can't be reached.
     """
     asked = {**arguments, "num_classes": classes, "in_chans": input_size[0]}
@@ -80,9 +96,29 @@ def make_model(
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FileError(f"pretrained weights of {name} can't be loaded ({reason})") from error
     check_size(model, name, input_size)
-    if weights is not None:
-        load_weights(model, Path(weights), class_names)
-    return model
+    source = None if weights is None else Path(weights)
+    gated = graft != "none" and source is not None and source.is_dir() and _has_gates(source)
+    if gated:  # weights of a network into which attention was inserted before
+        model = _grafted(model, graft)
+    if source is not None:
+        load_weights(model, source, class_names)
+    return model if gated or graft == "none" else _grafted(model, graft)
+
+
+def _has_gates(folder: Path) -> bool:
+    return bool(attention_kinds(load_model(folder)[0]))
+
+
+def _grafted(model: nn.Module, attention: str) -> nn.Module:
+    """The network with "se" or "cbam" inserted; what is drawn at random after it is the same.
+
+    Raises:
+        UsageError: it can't be inserted, or the network could not be saved after its training.
+    """
+    with preserved_rng_state():
+        grafted: nn.Module = insert(model, SE if attention == "se" else CBAM)
+        check_loadable(grafted)
+    return grafted
 
 
 def check_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:

@@ -128,7 +128,8 @@ def _probe_image(plain: nn.Module) -> Tensor:
     """Two random images of the smallest size that the network takes, on its device."""
     cfg: Any = plain.pretrained_cfg
     channels, height, width = cfg["input_size"]
-    channels = getattr(plain, "in_chans", None) or channels
+    made_with: Any = getattr(plain, "_model_args", None) or {}
+    channels = made_with.get("in_chans") or getattr(plain, "in_chans", None) or channels
     height, width = getattr(getattr(plain, "patch_embed", None), "img_size", (height, width))
     like = next(plain.parameters())
     sizes = [(height, width)] if cfg.get("fixed_input_size") else [(64, 64), (height, width)]
@@ -346,8 +347,10 @@ def _name_after_grafting(
         cfg["architecture"], made_with = name, {**made_with, **arguments}
     else:
         cfg["architecture"] = "grafted"
+        # else timm sets it from the configuration of `grafted`, above what made the base
+        channels = made_with.pop("in_chans", cfg["input_size"][0])
         made_with = {
-            "base": base, "base_args": made_with, "attention": kind,
+            "in_chans": channels, "base": base, "base_args": made_with, "attention": kind,
             "attention_args": dict(arguments), "taps": {n: dict(t) for n, t in taps.items()},
         }  # fmt: skip
     model.pretrained_cfg = model.default_cfg = cfg  # type: ignore[assignment]

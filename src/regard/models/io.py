@@ -53,7 +53,7 @@ def save_model(
     """
     if class_names is not None and len(class_names) != model.num_classes:
         raise UsageError(f"{len(class_names)} class names for {model.num_classes} classes")
-    _check_loadable(model)
+    check_loadable(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
@@ -86,7 +86,7 @@ def _arguments(model: nn.Module) -> dict[str, Any]:
     return {**kept, "num_classes": model.num_classes}
 
 
-def _check_loadable(model: nn.Module) -> None:
+def check_loadable(model: nn.Module) -> None:
     """Refuses a network whose name and arguments make another one, before it is written.
 
     Raises:

@@ -41,10 +41,12 @@ def report_run(folder: str | Path) -> Path:
     split, predictions = run.read_predictions()
     source = _Source(run, plan, split, predictions)
     shown = list(source.gallery())
+    inserted = recipe.get("graft", "none")
+    network = plan["model"] + (f" + {inserted.upper()}" if inserted != "none" else "")
     write_report(
         Report(
-            title=f"{plan['model']} on {Path(plan['data']).name}: how well, and where it looks",
-            model=plan["model"],
+            title=f"{network} on {Path(plan['data']).name}: how well, and where it looks",
+            model=network,
             summary=_summary(plan, facts, recipe),
             evaluation=evaluate(predictions, seed=recipe["seed"]),
             split=split,

@@ -25,12 +25,13 @@ def build_model(plan: Plan, device: torch.device, *, start: bool) -> nn.Module:
             a saved state has its own.
 
     Raises:
-        UsageError: the network can't be made, or the weights don't fit.
+        UsageError: the network can't be made or grafted, or the weights don't fit.
         FileError: pretrained weights can't be loaded.
     """
     model = make_model(
         plan.model, plan.model_args, len(plan.classes), plan.preprocess.input_size,
         plan.pretrained and start, plan.weights if start else None, plan.classes,
+        plan.recipe.graft,
     )  # fmt: skip
     if plan.recipe.grad_checkpointing:
         set_checkpointing(model, plan.model)

@@ -196,6 +196,12 @@ class Recipe:
     )
     random_erasing: _Share = _field(0.0, "Augmentation", "Random erasing probability.")
 
+    graft: Literal["none", "se", "cbam"] = _field(
+        "none", "Network",
+        "Insert attention into the residual branches of a plain network. It starts neutral: the "
+        "network's answers stay the same.",
+    )  # fmt: skip
+
     select: Literal["best", "last"] = _field(
         "best", "Run", "Weights to keep: of the best epoch on validation images, or the last."
     )

@@ -27,7 +27,7 @@ def write_model_card(
         library_name="timm",
         tags=["image-classification", "regard", "timm"],
         pipeline_tag="image-classification",
-        model_name=f"{plan.model} on {data}",
+        model_name=f"{plan.network} on {data}",
         eval_results=[
             EvalResult(
                 task_type="image-classification", dataset_type=data, dataset_name=data,
@@ -37,7 +37,7 @@ def write_model_card(
         ],
     )  # fmt: skip
     body = "\n\n".join([
-        f"# {plan.model} on {data}", _network(plan, facts), _data(plan, facts),
+        f"# {plan.network} on {data}", _network(plan, facts), _data(plan, facts),
         _metrics(facts, evaluation), _use(folder), _command(plan, facts), _intended(),
     ])  # fmt: skip
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")

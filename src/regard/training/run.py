@@ -221,7 +221,7 @@ class Run:
         counts = ", ".join(f"{len(p.table):,} {s}" for s, p in self.parts.items())
         parameters = sum(p.numel() for p in t.model.parameters())
         log.info(
-            f"{self.plan.model}, {parameters:,} parameters, {len(self.plan.classes)} classes; "
+            f"{self.plan.network}, {parameters:,} parameters, {len(self.plan.classes)} classes; "
             f"images: {counts}"
         )
         held = "in memory" if self.parts["train"].images is not None else "streamed from files"

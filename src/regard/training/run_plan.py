@@ -70,10 +70,16 @@ class Plan:
     preprocess: Preprocess
     processes: int = 1
 
+    @property
+    def network(self) -> str:
+        """The network's name, and the attention that is inserted into it."""
+        inserted = self.recipe.graft
+        return self.model if inserted == "none" else f"{self.model} + {inserted.upper()}"
+
     def header(self) -> str:
         """The comment at the top of the run's recipe.toml: what it is, and the command."""
         command = " ".join(shlex.quote(a) for a in sys.argv[1:])
-        first = f"The recipe of this run, every value resolved: {self.model} on {self.data}"
+        first = f"The recipe of this run, every value resolved: {self.network} on {self.data}"
         start = " --pretrained" * self.pretrained
         if self.weights is not None:
             start += f" --weights {shlex.quote(self.weights)}"
