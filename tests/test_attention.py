@@ -146,7 +146,7 @@ def test_gates_of_cbam_and_se(networks, name):
 
 
 def test_maps_of_attention_gates(networks):
-    from regard.models.sononet import GateMap
+    from regard.models.attention_gate import GateMap
 
     model = networks["ag_sononet8"]
     maps, seen = recorded(model, images("ag_sononet8"), (GateMap, regard.AttentionGate))

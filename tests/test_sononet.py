@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import regard
-from regard.models.sononet import AGGREGATIONS, NORMALIZATIONS, normalize_map
+from regard.models.attention_gate import NORMALIZATIONS, normalize_map
+from regard.models.sononet import AGGREGATIONS
 from tests.golden import filled_model
 
 HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # relative rounding of one value

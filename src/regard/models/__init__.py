@@ -5,11 +5,16 @@ import fnmatch
 from timm import create_model as create_model
 from timm.models import list_models as _timm_list_models
 
-from regard.models import attention_mobilenet, attention_resnet, residual_attention, sononet
+from regard.models import (
+    attention_mobilenet,
+    attention_resnet,
+    residual_attention_variants,
+    sononet,
+)
 from regard.models import graft as _graft  # noqa: F401 (registers `grafted`)
 
 FAMILIES = {
-    "residual_attention": residual_attention,
+    "residual_attention_variants": residual_attention_variants,
     "attention_resnet": attention_resnet,
     "attention_mobilenet": attention_mobilenet,
     "sononet": sononet,

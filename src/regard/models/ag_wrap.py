@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from regard.errors import UsageError
 from regard.models._common import choose
-from regard.models.sononet import AGGREGATIONS, AGSonoNet, AttentionGate
+from regard.models.attention_gate import AttentionGate
+from regard.models.sononet import AGGREGATIONS, AGSonoNet
 
 
 class AGNetwork(nn.Module):

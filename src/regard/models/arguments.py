@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regard.models import list_models
+from regard.models.attention_gate import NORMALIZATIONS
 from regard.models.attention_mobilenet import width_of
 from regard.models.cbam import CBAM, CHANNEL_POOLS, ORDERS, SPATIAL_POOLS
 from regard.models.residual_attention import (
@@ -14,9 +15,9 @@ from regard.models.residual_attention import (
     MASKS,
     RESIDUALS,
     ResidualAttentionNet,
-    arguments_by_name,
 )
-from regard.models.sononet import AGGREGATIONS, NORMALIZATIONS, AGSonoNet, SonoNet
+from regard.models.residual_attention_variants import arguments_by_name
+from regard.models.sononet import AGGREGATIONS, AGSonoNet, SonoNet
 from regard.models.zoo import twins_of
 
 _COUNT, _COUNTS = "a whole number, at least 1", "three whole numbers"

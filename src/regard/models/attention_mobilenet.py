@@ -42,9 +42,9 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from regard.compat import feature_take_indices
 from regard.errors import UsageError
-from regard.models._common import GATE_ARGUMENTS, IMAGENET_CFG, fitted
+from regard.models._common import GATE_ARGUMENTS, IMAGENET_CFG
+from regard.models._timm_verbs import StagedNetwork
 from regard.models.cbam import CBAM, SE
 from regard.models.initialization import initialize, initialized_by_name
 
@@ -108,7 +108,7 @@ class SeparableBlock(nn.Module):
         return self.pointwise(self.depthwise(x))
 
 
-class AttentionMobileNet(nn.Module):
+class AttentionMobileNet(StagedNetwork):
     """MobileNetV1 with gates, or plain, over timm's interface.
 
     Args:
@@ -132,14 +132,12 @@ class AttentionMobileNet(nn.Module):
         width: float = 1.0,
         attention: Attention | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, in_chans, drop_rate, [f"layer{n}" for n in range(1, 6)])
         if not 32 * width >= 1:
             raise UsageError(f"width={width}: at least 1/32, so that the stem has a channel")
-        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.grad_checkpointing = False
         channels = int(32 * width)
         self.stem = GatedConv(in_chans, channels, 3, stride=2, attention=attention)
-        stages, self.feature_info = [], []
+        stages = []
         for n, stage in enumerate(_STAGES, start=1):
             blocks = []
             for wide, stride in stage:
@@ -163,60 +161,8 @@ class AttentionMobileNet(nn.Module):
         """Parameter groups for layer-wise learning rates, as timm's networks have."""
         return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory: each block is computed again in the backward pass."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
-        """The classifier, or its name."""
-        return "fc" if name_only else self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
-        self.num_classes = num_classes
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        new = create_classifier(self.num_features, num_classes, pool)
-        self.global_pool, self.fc = (fitted(self, module) for module in new)
-        if num_classes > 0:
-            _init_layer(self.fc)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps after the five stages, and the last one; see timm's forward_intermediates."""
-        if output_fmt != "NCHW":
-            raise UsageError(f"output_fmt={output_fmt!r}: only 'NCHW'")
-        take, last = feature_take_indices(5, indices)
-        x = self.stem(x)
-        maps = []
-        for i in range(last + 1 if stop_early else 5):
-            stage = getattr(self, f"layer{i + 1}")
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-            if i in take:
-                maps.append(x)
-        return maps if intermediates_only else (x, maps)
-
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drops what forward_intermediates does not need for these maps."""
-        take, last = feature_take_indices(5, indices)
-        for i in range(last + 1, 5):
-            setattr(self, f"layer{i + 1}", nn.Sequential())
-        if last < 4:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head or last < 4:
-            self.reset_classifier(0, "")
-        return take
+    def _entry(self, x: Tensor) -> Tensor:
+        return self.stem(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), rounded up."""
@@ -237,7 +183,7 @@ class AttentionMobileNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _init_layer(layer: nn.Module, generator: torch.Generator | None = None) -> None:
+def _init_layer(layer: nn.Module, generator: torch.Generator) -> None:
     if isinstance(layer, nn.Conv2d):
         fan_out = layer.out_channels * layer.kernel_size[0] ** 2 // layer.groups
         nn.init.normal_(layer.weight, 0.0, (2 / fan_out) ** 0.5, generator=generator)

@@ -29,7 +29,8 @@ p, t, r = 2, 4, 3. Readings that count to 8.6M as well exist, but each needs a d
 the paper does not state, such as a third mask of two units under masks that pool 3 and 2
 times (8.515M).
 
-Reading order: residual units, mask, attention module, network, variants.
+Reading order: residual units, mask, attention module, network; then the variants, in
+residual_attention_variants.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,17 +40,14 @@ import torch
 import torch.nn.functional as F
 from timm.layers import create_classifier
 from timm.models import (
-    build_model_with_cfg,
     checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
     register_notrace_function,
 )
 from torch import Tensor, nn
 
-from regard.compat import feature_take_indices
 from regard.errors import UsageError
-from regard.models._common import CIFAR_CFG, IMAGENET_CFG, choose, fitted
+from regard.models._common import choose
+from regard.models._timm_verbs import StagedNetwork
 from regard.models.initialization import initialize, initialized_by_name
 
 RESIDUALS = ("residual", "naive", "none")
@@ -292,7 +290,7 @@ def check_size(x: Tensor, least: int, stem_stride: int) -> None:
         )
 
 
-class ResidualAttentionNet(nn.Module):
+class ResidualAttentionNet(StagedNetwork):
     """Residual attention network over timm's interface.
 
     Args:
@@ -336,13 +334,12 @@ class ResidualAttentionNet(nn.Module):
         mask: str = "encoder_decoder",
         mask_activation: str = "mixed",
     ) -> None:
-        super().__init__()
+        stages = [f"layer{n}" for n in range(1, len(channels))]
+        super().__init__(num_classes, in_chans, drop_rate, ["", *stages])
         for name, count in (("p", p), ("t", t), ("r", r)):
             if count < 1:
                 raise UsageError(f"{name}={count}: a count of residual units, at least 1")
         preact = choose("unit", unit, ("preact", "resnext")) == "preact"
-        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.grad_checkpointing = False
         self.num_features = self.head_hidden_size = channels[-1]
         self._make_stem(in_chans, channels[0], choose("stem", stem, ("imagenet", "cifar")))
         # a map of n is pooled to ceil((n - 1) / 2), and the next stage halves it as well
@@ -361,7 +358,7 @@ class ResidualAttentionNet(nn.Module):
         names = ["act1", "layer1", "layer2", "layer3", "layer4"][: len(channels)]
         names[-1] = "act" if preact else names[-1]
         strides = [2, 4, 8, 16, 32] if stem == "imagenet" else [1, 1, 2, 4, 8]
-        self.feature_info: list[dict[str, Any]] = [
+        self.feature_info = [
             {"num_chs": c, "reduction": s, "module": n}
             for c, s, n in zip(channels, strides, names, strict=False)
         ]
@@ -412,73 +409,21 @@ class ResidualAttentionNet(nn.Module):
         blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
         return {"stem": r"^conv1|^bn1", "blocks": [(blocks, None), (r"^norm", (99999,))]}
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory: each unit or module is computed again in the backward pass."""
-        self.grad_checkpointing = enable
+    def _steps(self) -> list[Callable[[Tensor], Tensor]]:
+        def stem(x: Tensor) -> Tensor:
+            return self.act1(self.bn1(self.conv1(x)))
 
-    @torch.jit.ignore
-    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
-        """The classifier, or its name."""
-        return "fc" if name_only else self.fc
+        first, *others = [self._checkpointed(getattr(self, n)) for n in self.stage_names[1:]]
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
-        self.num_classes = num_classes
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        new = create_classifier(self.num_features, num_classes, pool)
-        self.global_pool, self.fc = (fitted(self, module) for module in new)
-        if num_classes > 0:
-            _init_layer(self.fc)
+        def pooled(x: Tensor) -> Tensor:
+            x = self.maxpool(x)
+            check_size(x, self._least, self._stem_stride)
+            return first(x)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps after stem and stages, and the last one; see timm's forward_intermediates.
+        return [stem, pooled, *others]
 
-        norm applies the final BN and ReLU to the last stage's map as well.
-        """
-        if output_fmt != "NCHW":
-            raise UsageError(f"output_fmt={output_fmt!r}: only 'NCHW'")
-        count = len(self.feature_info)
-        take, last = feature_take_indices(count, indices)
-        x = self.act1(self.bn1(self.conv1(x)))
-        maps = [x] if 0 in take else []
-        x = self.maxpool(x)
-        check_size(x, self._least, self._stem_stride)
-        layers = [self.layer1, self.layer2, self.layer3, self.layer4][: count - 1]
-        for i, layer in enumerate(layers[:last] if stop_early else layers, start=1):
-            x = checkpoint_seq(layer, x) if self.grad_checkpointing else layer(x)
-            if i in take:
-                maps.append(self.act(self.norm(x)) if norm and i == count - 1 else x)
-        if intermediates_only:
-            return maps
-        if not stop_early or last == count - 1:
-            x = self.act(self.norm(x))
-        return x, maps
-
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drops what forward_intermediates does not need for these maps."""
-        count = len(self.feature_info)
-        take, last = feature_take_indices(count, indices)
-        for i in range(last + 1, count):
-            setattr(self, f"layer{i}", nn.Sequential())
-        if last < count - 1:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_norm or last < count - 1:
-            self.norm, self.act = nn.Identity(), nn.Identity()
-        if prune_head or last < count - 1:
-            self.reset_classifier(0, "")
-        return take
+    def _normed(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), rounded up; H / 4 for CIFAR."""
@@ -507,182 +452,3 @@ def _init_layer(layer: nn.Module, generator: torch.Generator | None = None) -> N
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
-
-
-def _cifar(m: int, **more: Any) -> dict[str, Any]:
-    """Attention-(36m + 20) with m modules in each stage (section 4.1)."""
-    return {
-        "modules": (m, m, m), "units": (1, 1, 1), "channels": (16, 64, 128, 256),
-        "depths": (2, 1, 0), "stem": "cifar", "num_classes": 10, **more,
-    }  # fmt: skip
-
-
-_NETWORKS: dict[str, dict[str, Any]] = {
-    "attention56": {"modules": (1, 1, 1)},
-    "attention92": {"modules": (1, 2, 3)},
-    "attentionnext56": {"modules": (1, 1, 1), "unit": "resnext"},
-    "attentionnext92": {"modules": (1, 2, 3), "unit": "resnext"},
-    "attention56_cifar": _cifar(1),
-    "attention92_cifar": _cifar(2),
-    "attention128_cifar": _cifar(3),
-    "attention164_cifar": _cifar(4),
-    "attention236_cifar": _cifar(6),
-    "attention452_cifar": _cifar(6, p=2, t=4, r=3),
-}
-_RESNET164 = _cifar(0, units=(17, 17, 17))
-
-
-def arguments_by_name(name: str) -> dict[str, Any]:
-    """The arguments of ResidualAttentionNet that make the network `name`."""
-    plain = {"attention": "none"} if name.startswith("plain_") else {}
-    return {**_NETWORKS.get(name.removeprefix("plain_"), _RESNET164), **plain}
-
-
-def _create(name: str, pretrained: bool, **kwargs: Any) -> ResidualAttentionNet:
-    kwargs = {**arguments_by_name(name), **kwargs}
-    maps = len(kwargs.get("channels", range(5)))  # the stem's and the stages'
-    return build_model_with_cfg(
-        ResidualAttentionNet, name, pretrained,
-        feature_cfg={"flatten_sequential": False, "out_indices": tuple(range(maps))}, **kwargs,
-    )  # fmt: skip
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        **{
-            f"{kind}{name}": CIFAR_CFG if name.endswith("_cifar") else IMAGENET_CFG
-            for name in _NETWORKS
-            for kind in ("", "plain_")
-        },
-        "preact_resnet164_cifar": CIFAR_CFG,
-    }
-)
-
-
-@register_model
-def attention56(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-56: one module a stage (table 2). 31.81M parameters, 6.271 GMACs at 224."""
-    return _create("attention56", pretrained, **kwargs)
-
-
-@register_model
-def attention92(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-92: one, two, three modules (table 2). 52.47M parameters, 10.534 GMACs at 224."""
-    return _create("attention92", pretrained, **kwargs)
-
-
-@register_model
-def attentionnext56(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """AttentionNeXt-56: ResNeXt units (table 7). 31.32M parameters, 6.419 GMACs at 224."""
-    return _create("attentionnext56", pretrained, **kwargs)
-
-
-@register_model
-def attentionnext92(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """AttentionNeXt-92: ResNeXt units, one, two, three modules (the authors' definition)."""
-    return _create("attentionnext92", pretrained, **kwargs)
-
-
-@register_model
-def attention56_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-56 for 32x32 images, m = 1 (table 1: 5.52 % error on CIFAR-10)."""
-    return _create("attention56_cifar", pretrained, **kwargs)
-
-
-@register_model
-def attention92_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-92 for 32x32 images, m = 2 (table 6: 4.99 % error on CIFAR-10)."""
-    return _create("attention92_cifar", pretrained, **kwargs)
-
-
-@register_model
-def attention128_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-128 for 32x32 images, m = 3."""
-    return _create("attention128_cifar", pretrained, **kwargs)
-
-
-@register_model
-def attention164_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-164 for 32x32 images, m = 4."""
-    return _create("attention164_cifar", pretrained, **kwargs)
-
-
-@register_model
-def attention236_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-236 for 32x32 images, m = 6 (table 6: 4.14 % error on CIFAR-10)."""
-    return _create("attention236_cifar", pretrained, **kwargs)
-
-
-@register_model
-def attention452_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-452 for 32x32 images, m = 6 and p, t, r = 2, 4, 3 (table 6: 3.90 %)."""
-    return _create("attention452_cifar", pretrained, **kwargs)
-
-
-@register_model
-def preact_resnet164_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Pre-activation ResNet-164 (He et al., 2016): 18 units a stage (RAN's table 5).
-
-    Its first unit projects the activated input, as those of the residual attention networks.
-    """
-    return _create("preact_resnet164_cifar", pretrained, **kwargs)
-
-
-@register_model
-def plain_attention56(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-56's trunk alone: the same residual units, no mask."""
-    return _create("plain_attention56", pretrained, **kwargs)
-
-
-@register_model
-def plain_attention92(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-92's trunk alone: the same residual units, no mask."""
-    return _create("plain_attention92", pretrained, **kwargs)
-
-
-@register_model
-def plain_attentionnext56(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """AttentionNeXt-56's trunk alone: the same residual units, no mask."""
-    return _create("plain_attentionnext56", pretrained, **kwargs)
-
-
-@register_model
-def plain_attentionnext92(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """AttentionNeXt-92's trunk alone: the same residual units, no mask."""
-    return _create("plain_attentionnext92", pretrained, **kwargs)
-
-
-@register_model
-def plain_attention56_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-56's trunk for 32x32 images, 56 layers deep."""
-    return _create("plain_attention56_cifar", pretrained, **kwargs)
-
-
-@register_model
-def plain_attention92_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-92's trunk for 32x32 images, 92 layers deep."""
-    return _create("plain_attention92_cifar", pretrained, **kwargs)
-
-
-@register_model
-def plain_attention128_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-128's trunk for 32x32 images, 128 layers deep."""
-    return _create("plain_attention128_cifar", pretrained, **kwargs)
-
-
-@register_model
-def plain_attention164_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-164's trunk for 32x32 images, 164 layers deep."""
-    return _create("plain_attention164_cifar", pretrained, **kwargs)
-
-
-@register_model
-def plain_attention236_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-236's trunk for 32x32 images, 236 layers deep."""
-    return _create("plain_attention236_cifar", pretrained, **kwargs)
-
-
-@register_model
-def plain_attention452_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Attention-452's trunk for 32x32 images, 452 layers deep."""
-    return _create("plain_attention452_cifar", pretrained, **kwargs)

@@ -9,7 +9,8 @@ Where this differs from the code: the gate's map is normalized safely where it i
 [2, 2, 3, 3, 3] convolutions, is `convs=(2, 2, 3, 3, 3)` here, where the default is the
 paper's [3, 3, 3, 2, 2] (their `sononet2`).
 
-Reading order: convolution blocks, SonoNet, gate, attention-gated SonoNet, variants.
+The gate is in attention_gate.py. Reading order: convolution blocks, SonoNet, attention-gated
+SonoNet, variants.
 """
 
 import itertools
@@ -29,12 +30,12 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from regard.compat import feature_take_indices
 from regard.errors import UsageError
 from regard.models._common import choose, fitted
+from regard.models._timm_verbs import StagedNetwork
+from regard.models.attention_gate import AttentionGate
 from regard.models.initialization import initialize, initialized_by_name, pytorch_default
 
-NORMALIZATIONS = ("mean_flow", "softmax", "sigmoid", "mean", "range")
 AGGREGATIONS = ("concat", "mean", "deep_sup", "ft")
 
 
@@ -75,21 +76,17 @@ def _init_layer(layer: nn.Module, generator: torch.Generator) -> None:
         nn.init.zeros_(layer.bias)
 
 
-class _SonoNetBase(nn.Module):
+class _SonoNetBase(StagedNetwork):
     """The five convolution blocks that both networks share, and timm's interface to them."""
 
     def __init__(
         self, in_chans: int, features: int, convs: Sequence[int], num_classes: int, drop_rate: float
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, in_chans, drop_rate, [f"block{n}" for n in range(1, 6)])
         if features < 1:
             raise UsageError(f"features={features}: the first block's filters (8, 16, 32 or 64)")
         if len(convs) != 5 or min(convs) < 1:
             raise UsageError(f"convs={tuple(convs)}: five counts, as (3, 3, 3, 2, 2)")
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.drop_rate = drop_rate
-        self.grad_checkpointing = False
         widths = [features * k for k in (1, 2, 4, 8, 8)]
         self.widths = widths
         self.block1 = _block(in_chans, widths[0], convs[0], pool=False)
@@ -116,11 +113,6 @@ class _SonoNetBase(nn.Module):
         """Parameter groups for layer-wise learning rates, as timm's networks have."""
         return {"stem": r"^block1", "blocks": r"^block(\d+)" if coarse else r"^block(\d+)\.(\d+)"}
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory: a block's layers are computed again in the backward pass."""
-        self.grad_checkpointing = enable
-
     def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The outputs of blocks 3, 4 and 5."""
         check_size(x)
@@ -135,44 +127,12 @@ class _SonoNetBase(nn.Module):
     def _last_map(self, block3: Tensor, block4: Tensor, block5: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps after the five blocks, and forward_features' map; as timm's networks.
-
-        With stop_early the first of the two is the last map that was computed.
-        """
-        if output_fmt != "NCHW":
-            raise UsageError(f"output_fmt={output_fmt!r}: only 'NCHW'")
-        take, last = feature_take_indices(5, indices)
+    def _entry(self, x: Tensor) -> Tensor:
         check_size(x)
-        maps: list[Tensor] = []
-        for i in range(last + 1 if stop_early else 5):
-            block = getattr(self, f"block{i + 1}")
-            x = checkpoint_seq(block, x) if self.grad_checkpointing else block(x)
-            maps.append(x)
-        taken = [m for i, m in enumerate(maps) if i in take]
-        if intermediates_only:
-            return taken
-        return (self._last_map(*maps[2:]) if len(maps) == 5 else x), taken
+        return x
 
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drops what forward_intermediates(..., intermediates_only=True) does not need."""
-        take, last = feature_take_indices(5, indices)
-        for i in range(last + 2, 6):
-            setattr(self, f"block{i}", nn.Sequential())
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
+    def _final(self, maps: list[Tensor]) -> Tensor:
+        return self._last_map(*maps[2:])
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
@@ -240,120 +200,6 @@ class SonoNet(_SonoNetBase):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-@register_notrace_function
-def normalize_map(score: Tensor, how: str) -> Tensor:
-    """The gate's map of a score: GateMap's formulas, in float32 under half precision.
-
-    Shapes: (B, 1, H, W) -> the same.
-    """
-    if how == "sigmoid":
-        return torch.sigmoid(score)
-    half = score.dtype == torch.float16 or score.dtype == torch.bfloat16
-    s = score.float() if half else score
-    positions = s.shape[2] * s.shape[3]
-    size = s.abs().amax(dim=(2, 3), keepdim=True)
-    eps = 2.3e-16 if s.dtype == torch.float64 else 1.2e-7
-    if how == "softmax":
-        alpha = torch.softmax(s.flatten(2), dim=2).view(s.shape)
-    elif how == "range":
-        low = s.amin(dim=(2, 3), keepdim=True)
-        total = s.amax(dim=(2, 3), keepdim=True) - low
-        flat = total <= eps * size
-        one = torch.ones_like(total)
-        alpha = torch.where(flat, one, (s - low) / torch.where(flat, one, total))
-    else:
-        if how == "mean_flow":
-            s = s - s.amin(dim=(2, 3), keepdim=True)
-        # what is within rounding of nothing is nothing: dividing by it would show noise
-        total = s.sum(dim=(2, 3), keepdim=True)
-        flat = total.abs() <= eps * size * positions
-        one = torch.ones_like(total)
-        alpha = torch.where(flat, one / positions, s / torch.where(flat, one, total))
-    return alpha.to(score.dtype)
-
-
-class GateMap(nn.Module):
-    """Where a gate looks: the normalized compatibility of a map x with the gating signal g.
-
-    f = ReLU(theta(x) + up(phi(g))), score = psi(f), alpha = normalize(score); theta and phi
-    are 1x1 convolutions without bias, psi has one, `up` is bilinear with aligned corners.
-
-    mean_flow  (s - min s) / sum(s - min s)      the paper's
-    softmax    exp(s) / sum(exp(s))
-    sigmoid    1 / (1 + exp(-s)), each position by itself
-    mean       s / sum(s)
-    range      (s - min s) / (max s - min s)
-
-    Computed in float32 under half precision. A map that is constant to within rounding
-    has no preferred place: it gives 1 / (H W) everywhere, and for `range` 1.
-
-    Shapes: x (B, C, H, W), g (B, C_g, h, w) -> (B, 1, H, W).
-    """
-
-    attention_kind = "spatial"
-
-    def __init__(self, channels: int, gating_channels: int, inner: int, normalize: str) -> None:
-        super().__init__()
-        self.normalize = choose("normalize", normalize, NORMALIZATIONS)
-        self.theta = nn.Conv2d(channels, inner, 1, bias=False)
-        self.phi = nn.Conv2d(gating_channels, inner, 1, bias=False)
-        self.psi = nn.Conv2d(inner, 1, 1)
-        self.init_gate()
-
-    @torch.jit.ignore
-    def init_gate(self, generator: torch.Generator | None = None) -> None:
-        """He normal fan-in; psi's bias PyTorch's, or 3 for "sigmoid" and 10 for "softmax"."""
-        for conv in (self.theta, self.phi, self.psi):
-            pytorch_default(conv, generator)
-            nn.init.kaiming_normal_(conv.weight, generator=generator)
-        if self.normalize in ("sigmoid", "softmax"):
-            assert self.psi.bias is not None
-            nn.init.constant_(self.psi.bias, 3.0 if self.normalize == "sigmoid" else 10.0)
-
-    def forward(self, x: Tensor, g: Tensor) -> Tensor:
-        theta = self.theta(x)
-        phi = F.interpolate(self.phi(g), size=theta.shape[-2:], mode="bilinear", align_corners=True)
-        return normalize_map(self.psi(F.relu(theta + phi)), self.normalize)
-
-    def extra_repr(self) -> str:
-        return f"normalize={self.normalize}"
-
-
-class AttentionGate(nn.Module):
-    """Attention gate: one vector of attended features, the sum over positions of alpha * x.
-
-    Args:
-        channels: of the map x.
-        gating_channels: of the gating signal g, a coarser map.
-        inner: channels in which the two are compared; those of g by default.
-        normalize: of alpha, one of "mean_flow", "softmax", "sigmoid", "mean", "range".
-
-    Shapes: x (B, C, H, W), g (B, C_g, h, w) -> (B, C).
-
-    Compiled, x is read twice: by theta's convolution, and by the weighted sum, whose products
-    are never written. Between them one pass reads theta(x), interpolates phi(g), adds and
-    rectifies, in place; psi reads that.
-
-    Raises:
-        UsageError: an argument is not among its choices.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        gating_channels: int,
-        *,
-        inner: int | None = None,
-        normalize: str = "mean_flow",
-    ) -> None:
-        super().__init__()
-        self.map = GateMap(channels, gating_channels, inner or gating_channels, normalize)
-
-    def forward(self, x: Tensor, g: Tensor) -> Tensor:
-        alpha = self.map(x, g)  # (B, 1, H, W)
-        return (alpha * x).sum(dim=(2, 3))  # (B, C, H, W) -> (B, C)
 
 
 class AGSonoNet(_SonoNetBase):

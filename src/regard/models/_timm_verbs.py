@@ -1,0 +1,124 @@
+"""timm's verbs for a network of stages, one after the other: what no paper says."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import create_classifier
+from timm.models import checkpoint_seq
+from torch import Tensor, nn
+
+from regard.compat import feature_take_indices
+from regard.errors import UsageError
+from regard.models._common import fitted
+
+
+class StagedNetwork(nn.Module):
+    """A network whose stages each end in a map, with `global_pool` and the classifier `fc`.
+
+    Args:
+        num_classes: of the classifier.
+        in_chans: channels of the images.
+        drop_rate: dropout before the classifier.
+        stages: the attribute of each map's stage, in order; "" for a map of the stem.
+    """
+
+    def __init__(
+        self, num_classes: int, in_chans: int, drop_rate: float, stages: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
+        self.grad_checkpointing = False
+        self.stage_names = list(stages)
+        self.feature_info: list[dict[str, Any]] = []
+        self.num_features = self.head_hidden_size = 0
+        self.global_pool: Any
+        self.fc: Any
+
+    def _entry(self, x: Tensor) -> Tensor:
+        """What comes before the first map's stage."""
+        return x
+
+    def _steps(self) -> list[Callable[[Tensor], Tensor]]:
+        """What makes each map from the one before."""
+        return [self._checkpointed(getattr(self, name)) for name in self.stage_names]
+
+    def _checkpointed(self, stage: nn.Module) -> Callable[[Tensor], Tensor]:
+        return (lambda x: checkpoint_seq(stage, x)) if self.grad_checkpointing else stage
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """The last stage's map as the network's own final norm leaves it."""
+        return x
+
+    def _final(self, maps: list[Tensor]) -> Tensor:
+        """What forward_features gives, from the maps of all stages."""
+        return self._normed(maps[-1])
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory: each block is computed again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        """The classifier, or its name."""
+        return "fc" if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
+        self.num_classes = num_classes
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        new = create_classifier(self.num_features, num_classes, pool)
+        self.global_pool, self.fc = (fitted(self, module) for module in new)
+        if num_classes > 0:
+            nn.init.kaiming_normal_(self.fc.weight, nonlinearity="relu")
+            nn.init.zeros_(self.fc.bias)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The map after each stage, and forward_features' map; see timm's.
+
+        norm applies the final norm to the last stage's map as well. With stop_early the
+        first of the two is the last map that was computed.
+        """
+        if output_fmt != "NCHW":
+            raise UsageError(f"output_fmt={output_fmt!r}: only 'NCHW'")
+        steps = self._steps()
+        take, last = feature_take_indices(len(steps), indices)
+        x = self._entry(x)
+        maps = []
+        for step in steps[: last + 1] if stop_early else steps:
+            x = step(x)
+            maps.append(x)
+        complete = len(maps) == len(steps)
+        final = self._final(maps) if complete and not intermediates_only else x
+        if norm and complete:
+            maps[-1] = self._normed(x)
+        taken = [m for i, m in enumerate(maps) if i in take]
+        return taken if intermediates_only else (final, taken)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops what forward_intermediates does not need for these maps."""
+        count = len(self.stage_names)
+        take, last = feature_take_indices(count, indices)
+        cut = last < count - 1
+        for name in self.stage_names[last + 1 :]:
+            setattr(self, name, nn.Sequential())
+        if cut:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if (prune_norm or cut) and hasattr(self, "norm"):
+            for name in ("norm", "act"):
+                setattr(self, name, nn.Identity())
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return take
