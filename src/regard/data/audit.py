@@ -23,7 +23,7 @@ from regard.data.advice import (
 from regard.data.inspection import Inspection, inspect_images
 from regard.data.sources import ImageTable, class_counts
 from regard.errors import UsageError
-from regard.files import plural
+from regard.files import plural, spread
 
 _DEPTHS = {
     "uint8": "8 bit", "uint16": "16 bit", "float32": "float",
@@ -102,13 +102,12 @@ def check_data(
     for name, value in (("limit", limit), ("workers", workers)):
         if value is not None and value < 1:
             raise UsageError(f"{name}={value}: at least 1")
-    total = len(table) if limit is None else min(limit, len(table))
-    indices = np.linspace(0, len(table) - 1, total).round().astype(np.int64)
+    indices = spread(len(table), len(table) if limit is None else limit)
     totals = _Totals(table, indices)
     for done, (i, image) in enumerate(inspect_images(table, indices, workers), start=1):
         totals.add(done - 1, i, image)
         if progress is not None:
-            progress(done, total)
+            progress(done, len(indices))
     return totals.result()
 
 

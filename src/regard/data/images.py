@@ -24,6 +24,7 @@ from regard.data.arrays import array_pixels, over_white, tensor_pixels
 from regard.data.dicom import is_dicom, read_dicom
 from regard.data.tiff import is_tiff, read_with_tifffile, stored_tiff
 from regard.errors import ImageError, UsageError
+from regard.files import reason
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm",
@@ -122,23 +123,22 @@ def read_stored(source: ImageSource, *, at_least: int | None = None) -> Stored:
     try:
         return _read(source, at_least)
     except ImageError as error:
-        reason = str(error)
+        fault = str(error)
         cause: Exception = error
     except Image.UnidentifiedImageError as error:
-        reason = "is no PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, JPEG 2000, AVIF or DICOM image"
+        fault = "is no PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, JPEG 2000, AVIF or DICOM image"
         cause = error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason, cause = f"too large, maybe a decompression bomb ({error})", error
+        fault, cause = f"too large, maybe a decompression bomb ({error})", error
     except FileNotFoundError as error:
-        reason, cause = "no such file", error
+        fault, cause = "no such file", error
     except PermissionError as error:
-        reason, cause = "no permission to read it", error
+        fault, cause = "no permission to read it", error
     except MemoryError as error:
-        reason, cause = "out of memory while reading it", error
+        fault, cause = "out of memory while reading it", error
     except Exception as error:  # decoders raise nearly anything for broken files
-        text = " ".join(str(error).split()) or type(error).__name__
-        reason, cause = f"can't be read as an image ({text})", error
-    raise ImageError(f"{name}: {reason}" if name else reason) from cause
+        fault, cause = f"can't be read as an image ({reason(error)})", error
+    raise ImageError(f"{name}: {fault}" if name else fault) from cause
 
 
 def name_of(source: ImageSource) -> str | None:

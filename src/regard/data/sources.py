@@ -14,6 +14,7 @@ from regard.data.manifest import SUFFIXES, open_manifest
 from regard.data.table import SPLITS, ImageTable, as_known, class_counts
 from regard.data.walk import images_below
 from regard.errors import FileError, UsageError
+from regard.files import reason
 
 NAMES = ("digits", "cifar10", "cifar100")  # of data sets, not of files
 
@@ -78,7 +79,7 @@ def _opened(data: str, cache: Path, splits: str) -> ImageTable:
     except OSError as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(f"{data[:100]} can't be read ({error.strerror})") from error
+        raise FileError(f"{data[:100]} can't be read ({reason(error)})") from error
     except ValueError as error:
         if isinstance(error, UsageError):
             raise

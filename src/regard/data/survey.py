@@ -21,6 +21,7 @@ from regard.data.images import FORMATS, Stored, ValueRange, is_gray, read_stored
 from regard.data.loading import default_workers
 from regard.data.table import ImageTable
 from regard.errors import ImageError, UsageError
+from regard.files import spread
 
 LIMIT = 20_000  # images that are looked at, evenly spread
 SAMPLE = 64  # images whose size is looked at, where nothing else is to be learned
@@ -59,14 +60,14 @@ def survey(table: ImageTable, limit: int = LIMIT) -> Survey:
     Raises:
         UsageError: none of the images can be read.
     """
-    rows = np.unique(np.linspace(0, len(table) - 1, min(len(table), limit)).astype(np.int64))
+    rows = spread(len(table), limit)
     training = bool(np.any(table.splits == "train"))
-    colored, lows, highs, reason = False, [], [], ""
+    colored, lows, highs, fault = False, [], [], ""
     sides: dict[int, int] = {}
     started = said = time.monotonic()
     for done, (row, look) in enumerate(_looks(table, rows), start=1):
         if isinstance(look, str):
-            reason = reason or look
+            fault = fault or look
             continue
         colored = colored or not look.gray
         sides[row] = look.shorter_side
@@ -77,13 +78,12 @@ def survey(table: ImageTable, limit: int = LIMIT) -> Survey:
             said = time.monotonic()
             log.info("looked at %d of %d images in %.0f s", done, len(rows), said - started)
     if not sides:
-        raise UsageError(f"{table.name}: none of the images tried can be read; {reason}")
-    spread = np.unique(np.linspace(0, len(sides) - 1, min(SAMPLE, len(sides))).astype(int))
+        raise UsageError(f"{table.name}: none of the images tried can be read; {fault}")
     values = list(sides.values())
     return Survey(
         channels=3 if colored else 1,
         value_range=(min(lows), max(highs)) if lows else None,
-        shorter_sides=[values[k] for k in spread],
+        shorter_sides=[values[k] for k in spread(len(sides), SAMPLE)],
     )
 
 

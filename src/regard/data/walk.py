@@ -17,7 +17,7 @@ import numpy as np
 
 from regard.data.images import IMAGE_SUFFIXES, read_stored, to_channels
 from regard.errors import FileError, ImageError
-from regard.files import plural, shortened
+from regard.files import plural, reason, shortened
 
 JUNK = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
 _MASK_WORDS = r"(?:masks?|seg(?:mentation)?s?|gt|ground[ _-]?truth|labels?|annotations?)"
@@ -112,7 +112,7 @@ def _scan(folder: str) -> Iterator[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             yield from entries
     except OSError as error:
-        raise FileError(f"{folder} can't be listed ({error.strerror})") from error
+        raise FileError(f"{folder} can't be listed ({reason(error)})") from error
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

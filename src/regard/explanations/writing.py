@@ -44,7 +44,7 @@ from regard.explanations.masks import Masks, open_masks
 from regard.explanations.overlay import Picture
 from regard.explanations.pointing import Pointing, PointingScore, point
 from regard.explanations.records import Record, file_id, network_id, read_record, write_record
-from regard.files import plural, write_atomically
+from regard.files import plural, spread, write_atomically
 from regard.predict import Classifier
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class Writer:
             UsageError: an unknown layer or method, or a channel that a mask does not have.
             FileError: something can't be written.
         """
-        scored = set(_spread(len(self.sources), SCORED)) if self.options.score else set()
+        scored = set(spread(len(self.sources), SCORED).tolist()) if self.options.score else set()
         if self.options.score and len(self.sources) > SCORED:
             log.info("scores: on %d of the images, evenly spread", SCORED)
         try:
@@ -309,11 +309,6 @@ class Writer:
                 part, format="png", dpi=200, metadata={"Software": SOFTWARE}
             ),
         )
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """`most` of `count` positions, evenly spread; all of fewer."""
-    return np.linspace(0, count - 1, min(count, most)).astype(int).tolist()
 
 
 def _checks(found: Faithfulness) -> dict[str, Any]:

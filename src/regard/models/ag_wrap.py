@@ -4,12 +4,15 @@ The paper's gate fits every convolutional backbone: maps of earlier stages are c
 the last one, the gating signal, and pooled by where they agree with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from regard.errors import UsageError
+from regard.files import reason
 from regard.models._common import choose
 from regard.models.attention_gate import AttentionGate
 from regard.models.sononet import AGGREGATIONS, AGSonoNet
@@ -71,7 +74,7 @@ def ag_wrap(
     aggregation: str = "mean",
     normalize: str = "mean_flow",
     pretrained: bool = False,
-    **arguments: object,
+    **arguments: Any,
 ) -> AGNetwork:
     """A network of timm's with attention gates, guided by its last map.
 
@@ -88,25 +91,9 @@ def ag_wrap(
     Raises:
         UsageError: the backbone is unknown or gives no maps, or a tap does not exist.
     """
-    import timm
-
-    if not timm.is_model(backbone):
-        raise UsageError(f"backbone={backbone!r}: timm has no such network")
-    more = {"pretrained": pretrained, "in_chans": in_chans, "features_only": True, **arguments}
-    try:
-        with torch.device("meta"):
-            channels = timm.create_model(backbone, **{**more, "pretrained": False}).feature_info
-        count = len(channels.channels())
-    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"backbone={backbone!r} gives no maps ({reason})") from error
-    chosen = sorted({t + count if t < 0 else t for t in taps})
-    if not chosen or not all(0 <= t < count - 1 for t in chosen):
-        raise UsageError(
-            f"taps={tuple(taps)}: {backbone} has maps 0 to {count - 1}, and the last is the "
-            f"gating signal: choose among 0 to {count - 2}"
-        )
-    network = timm.create_model(backbone, out_indices=(*chosen, count - 1), **more)
+    more = {"in_chans": in_chans, "features_only": True, **arguments}
+    out_indices = _maps_of(backbone, taps, more)
+    network = timm.create_model(backbone, pretrained=pretrained, out_indices=out_indices, **more)
     if getattr(network, "output_fmt", "NCHW") == "NHWC":
         raise UsageError(
             f"backbone={backbone!r} gives maps as (B, H, W, C); gates take (B, C, H, W)"
@@ -115,3 +102,26 @@ def ag_wrap(
         network, network.feature_info.channels(), num_classes=num_classes,
         aggregation=aggregation, normalize=normalize,
     )  # fmt: skip
+
+
+def _maps_of(backbone: str, taps: Sequence[int], arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """The indices of the tapped maps and of the last one, counted from the first.
+
+    Raises:
+        UsageError: the backbone is unknown or gives no maps, or a tap does not exist.
+    """
+    if not timm.is_model(backbone):
+        raise UsageError(f"backbone={backbone!r}: timm has no such network")
+    try:
+        with torch.device("meta"):
+            maps = timm.create_model(backbone, **arguments).feature_info
+        count = len(maps.channels())
+    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
+        raise UsageError(f"backbone={backbone!r} gives no maps ({reason(error)})") from error
+    chosen = sorted({t + count if t < 0 else t for t in taps})
+    if not chosen or not all(0 <= t < count - 1 for t in chosen):
+        raise UsageError(
+            f"taps={tuple(taps)}: {backbone} has maps 0 to {count - 1}, and the last is the "
+            f"gating signal: choose among 0 to {count - 2}"
+        )
+    return (*chosen, count - 1)

@@ -23,6 +23,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from regard.errors import FileError, UsageError
+from regard.files import reason
 from regard.models._common import GATE_ARGUMENTS, IMAGENET_CFG, choose, fitted
 from regard.models.cbam import CBAM, SE, start_neutral
 from regard.models.initialization import initialize, initialized_by_name
@@ -154,8 +155,9 @@ def _load_pretrained_plain(model: ResNet, base: str) -> None:
             base, pretrained=True, num_classes=model.num_classes, in_chans=model.in_chans
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise FileError(f"timm's pretrained weights of {base} can't be had: {reason}") from error
+        raise FileError(
+            f"timm's pretrained weights of {base} can't be loaded: {reason(error, 300)}"
+        ) from error
     missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
     assert not unexpected, unexpected
     assert all(".se." in key for key in missing), missing

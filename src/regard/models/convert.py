@@ -73,7 +73,7 @@ def convert(
         OSError: the folder can't be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is there already: give --out a new folder")
+        raise UsageError(f"{out} is there already: out must be a new or an empty folder")
     make(model, {"num_classes": 0} if model in list_models() else {})  # an unknown name first
     tensors = read_tensors(source)
     found = {**arguments_of(model, tensors), **arguments}

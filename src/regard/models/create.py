@@ -12,6 +12,7 @@ from torch import nn
 
 from regard.attention import attention_kinds
 from regard.errors import FileError, UsageError
+from regard.files import reason, shortened
 from regard.models import create_model
 from regard.models.cbam import CBAM, SE
 from regard.models.graft import graft as insert
@@ -38,8 +39,8 @@ def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         return create_model(name, **arguments)
     except TypeError as error:
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        reason = str(error).rpartition("__init__() ")[2]
-        raise UsageError(f"{name} with {given}: {reason}") from error
+        fault = str(error).rpartition("__init__() ")[2]
+        raise UsageError(f"{name} with {given}: {fault}") from error
 
 
 def classifier_modules(model: nn.Module) -> list[str]:
@@ -93,8 +94,9 @@ def make_model(
     except (RuntimeError, OSError) as error:
         if not pretrained:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FileError(f"pretrained weights of {name} can't be loaded ({reason})") from error
+        raise FileError(
+            f"pretrained weights of {name} can't be loaded ({reason(error)})"
+        ) from error
     check_size(model, name, input_size)
     source = None if weights is None else Path(weights)
     gated = graft != "none" and source is not None and source.is_dir() and _has_gates(source)
@@ -138,8 +140,9 @@ def check_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) ->
             model.eval()(torch.zeros(1, *input_size))
     except (ValueError, RuntimeError, AssertionError) as error:
         height, width = input_size[1:]
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        told = f"{name} can't take images of {height}x{width} ({reason}): choose another size"
+        told = (
+            f"{name} can't take images of {height}x{width} ({reason(error)}): choose another size"
+        )
         raise UsageError(told) from error
     finally:
         model.train(training)
@@ -191,8 +194,7 @@ def load_weights(model: nn.Module, source: Path, classes: Sequence[str] | None =
     strange |= {k: "it lacks" if k not in found else "another shape of" for k in own}
     wrong = [f"{strange[k]} {k}" for k in strange if k not in fitting and not k.startswith(heads)]
     if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UsageError(f"{source} does not fit: {', '.join(wrong[:5])}{more}")
+        raise UsageError(f"{source} does not fit: {shortened(wrong, 5)}")
     model.load_state_dict(fitting, strict=False)
 
 

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from regard.attention import attention_kinds, evaluating, record
 from regard.errors import UsageError
+from regard.files import reason
 from regard.models._common import IMAGENET_CFG
 from regard.models.cbam import CBAM, SE, start_at_half
 from regard.models.initialization import preserved_rng_state
@@ -140,10 +141,10 @@ def _probe_image(plain: nn.Module) -> Tensor:
             with torch.no_grad(), evaluating(plain):
                 plain(x)
         except (RuntimeError, AssertionError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            fault = reason(error)
             continue
         return x
-    raise UsageError(f"{type(plain).__name__} can't answer an image of {height}x{width}: {reason}")
+    raise UsageError(f"{type(plain).__name__} can't answer an image of {height}x{width}: {fault}")
 
 
 # ---------------------------------------------------------------------------- where gates go

@@ -4,10 +4,11 @@
 and all; what images it takes and what its classes are called is in config.json.
 """
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from regard.compat import save_config_for_hf
 from regard.errors import FileError, UsageError
+from regard.files import reason, shortened
 
 # how a network was made, not what it is: loading a folder must not fetch weights again
 _NOT_SAVED = ("pretrained_plain",)
@@ -56,27 +58,37 @@ def save_model(
     check_loadable(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     config: dict[str, Any] = dict(extra or {})
     if class_names is not None:
         config["label_names"] = list(class_names)
-    made_with: Any = getattr(model, "_model_args", None)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-        weights = Path(scratch, "model.safetensors")
+        weights, path = Path(scratch, "model.safetensors"), Path(scratch, "config.json")
         try:
-            save_file(tensors, weights, metadata={"format": "pt"})
+            _write_weights(model, weights)
         except SafetensorError as error:  # a full disk, say, which is no OSError there
-            raise FileError(f"{folder}: its weights can't be written ({error})") from error
-        try:
-            model._model_args = _arguments(model)  # type: ignore[assignment]
-            path = Path(scratch, "config.json")
+            raise FileError(f"{folder}: its weights can't be written ({reason(error)})") from error
+        with _described_as_it_is(model):
             save_config_for_hf(model, path, model_config=config, data_config=data_config)
-        finally:
-            model._model_args = made_with
         weights.chmod(path.stat().st_mode)  # save_file leaves it to its owner alone
         for name in ("model.safetensors", "config.json"):
             os.replace(Path(scratch, name), folder / name)
     return folder
+
+
+def _write_weights(model: nn.Module, path: Path) -> None:
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def _described_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Within, timm's record of the arguments is what makes the network as it is now."""
+    made_with: Any = getattr(model, "_model_args", None)
+    try:
+        model._model_args = _arguments(model)  # type: ignore[assignment]
+        yield
+    finally:
+        model._model_args = made_with
 
 
 def _arguments(model: nn.Module) -> dict[str, Any]:
@@ -105,10 +117,9 @@ def check_loadable(model: nn.Module) -> None:
         if key not in own or key not in made or own[key].shape != made[key].shape
     )  # fmt: skip
     if odd:
-        shown = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
         raise UsageError(
-            f"this network is no {name} of the arguments it was made with ({shown} differ), so "
-            "the folder could not be loaded again"
+            f"this network is no {name} of the arguments it was made with ({shortened(odd)} "
+            "differ), so the folder could not be loaded again"
         )
 
 
@@ -126,8 +137,7 @@ def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     try:
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # timm raises nearly anything for damaged files
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"{folder}: its network can't be loaded ({reason})") from error
+        raise UsageError(f"{folder}: its network can't be loaded ({reason(error, 300)})") from error
     names = config.get("label_names")
     if names is not None and len(names) != model.num_classes:
         raise UsageError(
@@ -145,8 +155,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{path} can't be read ({reason})") from error
+        raise UsageError(f"{path} can't be read ({reason(error)})") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path}: a JSON object is expected, not {type(config).__name__}")
     names = config.get("label_names")

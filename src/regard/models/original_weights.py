@@ -22,6 +22,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from regard.errors import CheckpointError
+from regard.files import shortened
 from regard.models.residual_attention import AttentionModule, PreActUnit, ResidualAttentionNet
 from regard.models.sononet import AGSonoNet, SonoNet
 
@@ -69,8 +70,9 @@ def load_authors_weights(model: nn.Module, source: Source) -> None:
     if problems:
         raise CheckpointError("the checkpoint does not fit the network; " + "; ".join(problems))
     if broken := [names[ours] for ours, t in found.items() if not bool(t.isfinite().all())]:
-        shown = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if broken[5:] else "")
-        raise CheckpointError(f"{_describe(source)}: NaN or infinite weights in {shown}")
+        raise CheckpointError(
+            f"{_describe(source)}: NaN or infinite weights in {shortened(broken, 5)}"
+        )
     model.load_state_dict(found, strict=False)
 
 

@@ -17,7 +17,7 @@ from regard.evaluation import Predictions, evaluate
 from regard.explanations.explanation import METHODS, Explanation, as_picture, explain_batch
 from regard.explanations.faithfulness import Faithfulness, Scorer, summarize
 from regard.explanations.gradcam import default_layer, gradcam
-from regard.files import plural
+from regard.files import plural, spread
 from regard.predict import Classifier, load
 from regard.report.page import Report, write_report
 from regard.runs import RunFolder
@@ -198,9 +198,9 @@ class _Source:
             return None
         scorer = Scorer(self.classifier.model, methods=self.methods, seed=seed, steps=10, repeats=1)
         each = []
-        for row in np.linspace(0, len(self.table) - 1, min(count, len(self.table))).astype(int):
+        for row in spread(len(self.table), count).tolist():
             try:
-                each.append(scorer.score(self._input(int(row))))
+                each.append(scorer.score(self._input(row)))
             except ImageError:
                 continue
         return summarize(each, seed=seed) if each else None
