@@ -1,9 +1,12 @@
 """The papers' tables as data: complete, made of networks that exist, and refused when wrong."""
 
 import pytest
+import timm
 
 from regard.errors import UsageError
+from regard.models.arguments import arguments
 from regard.papers import PAPERS, load_table, parse_table, tables, train_command
+from regard.training.config import load_recipe
 
 ROW = '[[rows]]\nname = "a"\nnetwork = "cbam_resnet18"\n'
 
@@ -63,3 +66,16 @@ def test_a_wrong_table_is_refused_with_the_reason(text, word):
 def test_an_unknown_table_names_the_nearest():
     with pytest.raises(UsageError, match="cbam-4"):
         load_table("cbm-4")
+
+
+def test_every_row_is_a_recipe_and_a_network_that_can_be_made():
+    """As benchmarks/paper_rows.py starts them, with one step."""
+    for key in tables():
+        table = load_table(key)
+        for row in table.rows:
+            recipe = load_recipe(row.recipe or table.recipe)
+            short = recipe.changed(**row.changes, steps=1, schedule="constant", size=64)
+            assert (short.steps, short.epochs, short.milestones) == (1, None, ())
+            assert short.label_noise == row.changes.get("label_noise", 0)
+            assert timm.is_model(row.network)
+            assert set(row.arguments) <= {a.name for a in arguments(row.network)}
