@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from regard.data.sources import ImageTable, open_data
 from regard.machine import cpu_has_bf16
-from regard.models import create_model
+from regard.models import create_model, list_models
 from regard.models.create import load_weights, make_model
 from regard.models.io import save_model
 from regard.training.config import Recipe, load_recipe
@@ -29,6 +30,7 @@ from regard.training.plan import (
     loss_weights,
     noisy_labels,
     parse_weights,
+    plain_twin,
     use_bf16,
 )
 
@@ -128,8 +130,17 @@ def test_timms_resnets_get_the_small_stem_of_their_twins(name, caplog):
     caplog.clear()
     assert stem(64) == stem(pretrained=True) == stem(weights="runs/x") == (name, {})
     assert stem(given={"stem_type": "deep"}) == (name, {"stem_type": "deep"})
-    assert choose_stem("vgg11", {}, 32, pretrained=False, weights=None) == ("vgg11", {})
     assert not caplog.messages
+
+
+def test_only_timms_resnets_are_replaced_by_their_twins():
+    own = {name for name in list_models() if plain_twin(name)}
+    assert not own
+    assert {n for n in timm.list_models() if plain_twin(n)} == {
+        "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x4d",
+    }  # fmt: skip
+    for name in ("attention56_cifar", "sononet8", "cbam_mobilenet_070", "vgg11"):
+        assert choose_stem(name, {}, 32, pretrained=False, weights=None) == (name, {})
 
 
 def test_one_image_in_color_makes_three_channels():

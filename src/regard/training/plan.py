@@ -125,12 +125,15 @@ def choose_stem(
 def plain_twin(name: str) -> str | None:
     """Regard's plain network that has the layers of timm's network `name`, if there is one.
 
-    >>> plain_twin("resnet18"), plain_twin("resnet18.a1_in1k"), plain_twin("vgg11")
+    >>> plain_twin("resnet18"), plain_twin("resnet18.a1_in1k"), plain_twin("attention56")
     ('plain_resnet18', 'plain_resnet18', None)
     """
     base = name.partition(".")[0]
-    twin = f"plain_{base}"
-    return twin if twins_of(base).get("plain") == twin and timm.is_model(base) else None
+    family = twins_of(base)
+    # the networks of a family are Regard's own, attention56 too
+    if not family or base in family.values() or not timm.is_model(base):
+        return None
+    return family["plain"]
 
 
 def _size(recipe: Recipe, default: tuple[int, ...], sides: list[int]) -> tuple[int, int]:
