@@ -226,9 +226,9 @@ def _residual_attention_rule(model: ResidualAttentionNet, tensors: Mapping[str, 
     short = not preact
     if any("/mask/" in name for name in tensors):
         short = any("/mask/down/" in name for name in tensors)
-    layers = _caffe_layers(
+    layers = _CaffeLayers(
         model, "down" if short else "down_sample", "up" if short else "up_sample"
-    )
+    ).layers
 
     def rename(name: str) -> str:
         module, _, tensor = name.rpartition(".")
@@ -239,76 +239,78 @@ def _residual_attention_rule(model: ResidualAttentionNet, tensors: Mapping[str, 
     return rename
 
 
-def _caffe_layers(model: ResidualAttentionNet, down: str, up: str) -> dict[str, str]:
+class _CaffeLayers:
     """The Caffe layer of every convolution, BN and linear layer, by its name here.
 
     In the pre-activation networks a BN between two units is named after the one before it,
     so each unit is given the name of what feeds it.
     """
-    layers: dict[str, str] = {"conv1": "conv1", "bn1": "conv1/bn", "fc": "classifier"}
 
-    def unit(ours: str, theirs: str, fed_by: str) -> str:
-        preact = isinstance(model.get_submodule(ours), PreActUnit)
+    def __init__(self, model: ResidualAttentionNet, down: str, up: str) -> None:
+        self.model, self.down, self.up = model, down, up
+        self.layers: dict[str, str] = {"conv1": "conv1", "bn1": "conv1/bn", "fc": "classifier"}
+        fed_by = "pool1_3x3_s2"
+        for s in (1, 2, 3):
+            fed_by = self._unit(f"layer{s}.0", f"pre_res_{s}", fed_by)
+            stage = model.get_submodule(f"layer{s}")
+            assert isinstance(stage, nn.Sequential)
+            for n in range(1, len(stage)):
+                there = f"Attention{'_ABC'[s]}_{n}"
+                fed_by = self._module(stage[n], f"layer{s}.{n}", there, fed_by)
+        for i in range(3):
+            fed_by = self._unit(f"layer4.{i}", f"post_res_4_{i + 1}", fed_by)
+        self.layers["norm"] = f"{fed_by}/bn"
+
+    def _unit(self, ours: str, theirs: str, fed_by: str) -> str:
+        preact = isinstance(self.model.get_submodule(ours), PreActUnit)
         convs = [f"{theirs}/branch1/conv{i}" for i in ("1_1x1", "2_3x3", "3_1x1")]
         for i, conv in enumerate(convs, start=1):
-            layers[f"{ours}.conv{i}"] = conv
+            self.layers[f"{ours}.conv{i}"] = conv
             if preact:  # bn i comes before convolution i
-                layers[f"{ours}.bn{i}"] = f"{fed_by}/bn" if i == 1 else f"{convs[i - 2]}/bn"
+                bn = f"{fed_by}/bn" if i == 1 else f"{convs[i - 2]}/bn"
+                self.layers[f"{ours}.bn{i}"] = bn
             else:
-                layers[f"{ours}.bn{i}"] = f"{conv}/bn"
+                self.layers[f"{ours}.bn{i}"] = f"{conv}/bn"
         shortcut = f"{theirs}/branch2/conv1_1x1"
-        layers[f"{ours}.shortcut" if preact else f"{ours}.shortcut.0"] = shortcut
-        layers[f"{ours}.shortcut.1"] = f"{shortcut}/bn"
+        self.layers[f"{ours}.shortcut" if preact else f"{ours}.shortcut.0"] = shortcut
+        self.layers[f"{ours}.shortcut.1"] = f"{shortcut}/bn"
         return theirs
 
-    def units(ours: str, names: list[str], fed_by: str) -> str:
+    def _units(self, ours: str, names: list[str], fed_by: str) -> str:
         for i, name in enumerate(names):
-            fed_by = unit(f"{ours}.{i}", name, fed_by)
+            fed_by = self._unit(f"{ours}.{i}", name, fed_by)
         return fed_by
 
-    fed_by = "pool1_3x3_s2"
-    for s in (1, 2, 3):
-        fed_by = unit(f"layer{s}.0", f"pre_res_{s}", fed_by)
-        stage = model.get_submodule(f"layer{s}")
-        assert isinstance(stage, nn.Sequential)
-        for n in range(1, len(stage)):
-            here = f"layer{s}.{n}"
-            there = f"Attention{'_ABC'[s]}_{n}"
-            module: Any = stage[n]
-            p, t, r = len(module.pre), len(module.trunk), len(module.mask.bottom)
-            depth = len(module.mask.down)
-            names = [f"{there}/trunk/res{i + 1}" for i in range(p + t)]
-            fed_by = units(f"{here}.pre", names[:p], fed_by)
-            units(f"{here}.trunk", names[p:], fed_by)
-            mask = f"{there}/mask"
-            for d in range(1, depth + 1):
-                names = [f"{mask}/{down}/res{d}_{i + 1}" for i in range(2 * r)]
-                bottom = units(
-                    f"{here}.mask.down.{d - 1}", names[:r], f"{mask}/{down}/pool{d}_3x3_s2"
-                )
-            units(f"{here}.mask.bottom", names[r:], bottom)
-            for i, d in enumerate(range(depth - 1, 0, -1)):
-                joined = f"{mask}/{down}/res{d}_{r}"
-                unit(f"{here}.mask.skip.{i}", f"{mask}/skip/res{d}", joined)
-                names = [f"{mask}/{up}/res{d}_{j + 1}" for j in range(r)]
-                units(f"{here}.mask.up.{i}", names, f"{mask}/{up}{d}")
-            linear = [f"{mask}/linear_{i}" for i in (1, 2)]
-            tail = (
-                [f"{mask}/{up}/interp_1/bn", None, linear[0], f"{linear[0]}/bn", None, linear[1]]
-                if isinstance(module.pre[0], PreActUnit)
-                else [linear[0], f"{linear[0]}/bn", None, linear[1]]
-            )
-            layers |= {f"{here}.mask.tail.{i}": name for i, name in enumerate(tail) if name}
-            names = [f"{there}/branch{i + 1}" for i in range(p)]
-            # the units after (1 + M) * T have no name of their own: the module's
-            fed_by = f"{there}/fusion"
-            for i in range(p):
-                unit(f"{here}.post.{i}", there, fed_by)
-                fed_by = there
-    for i in range(3):
-        fed_by = unit(f"layer4.{i}", f"post_res_4_{i + 1}", fed_by)
-    layers["norm"] = f"{fed_by}/bn"
-    return layers
+    def _module(self, module: Any, ours: str, theirs: str, fed_by: str) -> str:
+        p, t = len(module.pre), len(module.trunk)
+        names = [f"{theirs}/trunk/res{i + 1}" for i in range(p + t)]
+        fed_by = self._units(f"{ours}.pre", names[:p], fed_by)
+        self._units(f"{ours}.trunk", names[p:], fed_by)
+        self._mask(module, f"{ours}.mask", f"{theirs}/mask")
+        # the units after (1 + M) * T have no name of their own: the module's
+        fed_by = f"{theirs}/fusion"
+        for i in range(p):
+            fed_by = self._unit(f"{ours}.post.{i}", theirs, fed_by)
+        return fed_by
+
+    def _mask(self, module: Any, ours: str, theirs: str) -> None:
+        down, up = f"{theirs}/{self.down}", f"{theirs}/{self.up}"
+        r, depth = len(module.mask.bottom), len(module.mask.down)
+        for d in range(1, depth + 1):
+            names = [f"{down}/res{d}_{i + 1}" for i in range(2 * r)]
+            bottom = self._units(f"{ours}.down.{d - 1}", names[:r], f"{down}/pool{d}_3x3_s2")
+        self._units(f"{ours}.bottom", names[r:], bottom)
+        for i, d in enumerate(range(depth - 1, 0, -1)):
+            self._unit(f"{ours}.skip.{i}", f"{theirs}/skip/res{d}", f"{down}/res{d}_{r}")
+            names = [f"{up}/res{d}_{j + 1}" for j in range(r)]
+            self._units(f"{ours}.up.{i}", names, f"{up}{d}")
+        linear = [f"{theirs}/linear_{i}" for i in (1, 2)]
+        tail = (
+            [f"{up}/interp_1/bn", None, linear[0], f"{linear[0]}/bn", None, linear[1]]
+            if isinstance(module.pre[0], PreActUnit)
+            else [linear[0], f"{linear[0]}/bn", None, linear[1]]
+        )
+        self.layers |= {f"{ours}.tail.{i}": name for i, name in enumerate(tail) if name}
 
 
 def arguments_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
