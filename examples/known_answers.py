@@ -4,9 +4,10 @@
 
 Two sets of 48x48 gray images are made, with noise:
 
-patch  Each image has one bright patch among seven dim ones, all with bars. The direction of the
-       bars in the bright patch is the class; those of the dim ones are random. What decides is
-       in 3 % of the image, so a network that weighs positions should do better.
+patch  Each image has one bright patch among fifteen dimmer ones, all with bars, at a contrast
+       of its own. The direction of the bars in the bright patch is the class; those of the others
+       are random. What decides is in 3 % of the image, so a network that weighs positions should
+       do better.
 mean   The class is the brightness of the whole image. All positions say the same, so weighing
        them should not help.
 
@@ -43,13 +44,14 @@ def bars(direction: int) -> np.ndarray:
 
 
 def patch_image(label: int, rng: np.random.Generator) -> np.ndarray:
-    """One bright patch, whose bars are the class, among seven dim ones."""
-    image = rng.normal(60, 12, (SIDE, SIDE))
-    cells = rng.permutation((SIDE // PATCH) ** 2)[:8]
+    """One bright patch, whose bars are the class, among fifteen dimmer ones."""
+    image = rng.normal(60, 25, (SIDE, SIDE))
+    cells = rng.permutation((SIDE // PATCH) ** 2)[:16]
+    contrast = rng.uniform(40, 160)  # of this image: no fixed brightness marks the bright patch
     for n, cell in enumerate(cells.tolist()):
         y, x = PATCH * np.array(divmod(cell, SIDE // PATCH))
         direction = label if n == 0 else int(rng.integers(2))
-        image[y : y + PATCH, x : x + PATCH] += (130 if n == 0 else 65) * bars(direction)
+        image[y : y + PATCH, x : x + PATCH] += contrast * (1 if n == 0 else 0.6) * bars(direction)
     return image
 
 
@@ -73,8 +75,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, nargs="?", default=Path("runs/known-answers"))
     parser.add_argument("--seeds", default="3")
-    parser.add_argument("--epochs", default="12")
-    parser.add_argument("--images", type=int, default=500, help="of each class")
+    parser.add_argument("--epochs", default="10")
+    parser.add_argument("--images", type=int, default=400, help="of each class")
     args = parser.parse_args()
     for name, make, what in (
         ("patch", patch_image, "a small patch"),
