@@ -74,7 +74,7 @@ def main() -> None:
     """Makes the images and runs both studies."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, nargs="?", default=Path("runs/known-answers"))
-    parser.add_argument("--seeds", default="3")
+    parser.add_argument("--seeds", default="6")
     parser.add_argument("--epochs", default="10")
     parser.add_argument("--images", type=int, default=400, help="of each class")
     args = parser.parse_args()
