@@ -242,7 +242,7 @@ def pretrained(tmp_path_factory):
 def test_without_pretrained_weights_one_line_says_so(pretrained, case, name):
     kind, message = pretrained[1][case]
     assert kind == "FileError"
-    start = f"timm's pretrained weights of {name} can't be had: "
+    start = f"timm's pretrained weights of {name} can't be loaded: "
     assert message.startswith(start)
     assert "\n" not in message
     assert len(message) > len(start) + 10
