@@ -99,6 +99,14 @@ def test_a_reader_that_has_enough_is_no_fault():
     assert process.wait(60) == 141
 
 
+def test_a_table_whose_reader_has_enough_ends_as_by_sigpipe():
+    process = start("models")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 141
+
+
 def test_the_table_of_networks():
     done = run("models", "cbam_resnet50")
     assert done.returncode == 0

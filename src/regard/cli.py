@@ -81,6 +81,8 @@ def run_command(tokens: Sequence[str]) -> int:
         return 2
     except BrokenPipeError:
         return _unread()
+    except SystemExit as error:  # rich ends so where the reader of a table has enough
+        return _unread() if error.code == 1 else int(error.code or 0)
     except Exception as error:
         if os.environ.get("REGARD_DEBUG") == "1":
             traceback.print_exception(error)
