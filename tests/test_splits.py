@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regard.data.sources import ImageTable, open_data
-from regard.data.splits import assign_folds, assign_splits, check_groups
+from regard.data.splits import assign_folds, assign_splits, check_groups, limit_training
 from regard.data.splits_file import read_splits, write_splits
 from regard.errors import UsageError
 
@@ -335,3 +335,21 @@ def test_folds_that_can_not_be_are_refused():
     divided = replace(few, splits=np.array(["train"] * 9 + ["test"] * 3))
     with pytest.raises(UsageError, match="own"):
         assign_folds(divided, fold=1, folds=3, val=0.1, seed=0)
+
+
+def test_a_limit_keeps_the_classes_in_proportion_and_the_test_whole():
+    done = assign_splits(table([0] * 60 + [1] * 180), val=0.1, test=0.2, seed=0)
+    less = limit_training(done, 40, seed=0)
+    assert (less.splits == "train").sum() == 40
+    assert np.bincount(less.labels[less.splits == "train"]).tolist() == [10, 30]
+    for split in ("val", "test"):
+        assert (less.splits == split).sum() == (done.splits == split).sum()
+    kept = {less.key(i) for i in range(len(less))}
+    order = np.random.default_rng(1).permutation(len(done))
+    again = limit_training(done.select(order), 40, seed=0)
+    assert {again.key(i) for i in range(len(again))} == kept
+    other = limit_training(done, 40, seed=1)
+    assert {other.key(i) for i in range(len(other))} != kept
+    assert len(limit_training(done, 10**6, seed=0)) == len(done)
+    with pytest.raises(UsageError, match="2 classes"):
+        limit_training(done, 1, seed=0)

@@ -55,7 +55,7 @@ def choose_out(
     if not resume:
         return taken[free]
     if free == 0:
-        raise UsageError(f"{base} is not there: no run to resume; name its folder with --out")
+        raise UsageError(f"{base} is not there: no run to resume; name its folder as out")
     return taken[free - 1]
 
 
@@ -86,14 +86,14 @@ class RunFolder:
         """
         if self.exists:
             kind = "a finished run" if self.finished else "a run that has not ended"
-            hint = "" if self.finished else "add --resume to go on with it, or "
-            raise UsageError(f"{self.path} holds {kind}: {hint}give --out another folder")
+            hint = "" if self.finished else "resume it, or "
+            raise UsageError(f"{self.path} holds {kind}: {hint}choose another folder as out")
         if self.path.is_file():
-            raise UsageError(f"{self.path} is a file: give --out a folder")
+            raise UsageError(f"{self.path} is a file: out must be a folder")
         if (self.path / "run.json").is_file() or not self.path.is_dir():
             return
         if any(p.name not in NOBODYS for p in self.path.iterdir()):
-            raise UsageError(f"{self.path} holds something else: give --out a new folder")
+            raise UsageError(f"{self.path} holds something else: choose a new folder as out")
 
     def _run(self) -> dict[str, Any]:
         path = self.path / "run.json"
