@@ -118,7 +118,7 @@ def test_a_signal_saves_and_says_how_to_go_on(whole, scans, tmp_path, number):
     assert code == 128 + number
     (line,) = [text for text in err.splitlines() if text.startswith("regard: ")]
     assert "its state is saved: continue with the same command and --resume" in line
-    assert "holds a run that has not ended: add --resume" in run(*settings(scans, out), code=2)
+    assert "holds a run that has not ended: resume it" in run(*settings(scans, out), code=2)
     assert "resumed after step" in run(*settings(scans, out), "--resume")
     assert same_results(whole, out)
 

@@ -105,7 +105,7 @@ def test_no_file_of_the_data_is_changed(whole, scans, tmp_path):
 def test_a_run_is_never_written_over(whole, scans, tmp_path):
     before = (whole / "model.safetensors").read_bytes()
     said = run(*settings(scans, whole), code=2)
-    assert "holds a finished run: give --out another folder" in said
+    assert "holds a finished run: choose another folder" in said
     assert "nothing is left to do" in run(*settings(scans, whole), "--resume")
     assert "lr=0.5" in run(*settings(scans, whole), "--resume", "--lr", "0.5", code=2)
     assert (whole / "model.safetensors").read_bytes() == before
