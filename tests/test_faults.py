@@ -1,6 +1,8 @@
 """What goes wrong around a training: it always ends, says why, and loses nothing."""
 
 import json
+import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ from regard.data.augment import Augmentation
 from regard.data.loading import Reader, Spans, StreamingLoader
 from regard.data.preprocess import Preprocess
 from regard.data.sources import open_data
-from regard.data.workers import WaitInterrupted, processes_that_fit, read_ahead
+from regard.data.workers import WaitInterrupted, lost_connections, processes_that_fit, read_ahead
 from regard.errors import ResourceError, UsageError
 from regard.machine import memory_errors
 from regard.training.distributed import start_accelerator
@@ -100,6 +102,18 @@ def test_a_script_on_streamed_images_ends_with_its_error(scans, tmp_path):
     assert (failure["step"], len(failure["images"]), failure["state"]) == (2, 8, None)
     assert all(Path(image).is_file() for image in failure["images"])
     assert "state" not in said["nan"].splitlines()[-1]  # none was saved, none is named
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, ConnectionRefusedError, EOFError])
+def test_a_batch_whose_worker_died_meanwhile_is_told_as_such(error):
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    with pytest.raises(error), lost_connections([worker]):  # it lives: something else is wrong
+        raise error
+    os.kill(worker.pid, signal.SIGKILL)
+    killed = pytest.raises(ResourceError, match="that reads images was killed")
+    with killed, lost_connections([worker]):
+        raise error
 
 
 # ------------------------------------------------------------------------ waiting for images

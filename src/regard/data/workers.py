@@ -10,7 +10,7 @@ import contextlib
 import errno
 import logging
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def read_by_processes(
     finished = False
     try:
         for _ in spans:
-            with worker_errors():
+            with worker_errors(), lost_connections(mine):
                 batch = _waited(partial(_poll, source), stop)
             yield batch
         finished = True
@@ -122,10 +123,7 @@ def worker_errors() -> Iterator[None]:
         if "DataLoader worker (pid" in text:
             cause = text.partition("killed by signal: ")[2].split(".")[0]
             how = f"was killed ({cause})" if cause else "ended unexpectedly"
-            raise ResourceError(
-                f"a process that reads images {how}, as the system does where memory runs out: "
-                "lower workers (0 = no processes), batch_size or size"
-            ) from error
+            raise _worker_lost(how) from error
         full = getattr(error, "errno", None) == errno.ENOSPC  # for semaphores, which lie there
         if full or "shared memory" in text or "shm" in text:
             raise ResourceError(
@@ -138,6 +136,31 @@ def worker_errors() -> Iterator[None]:
                 "(0 = no processes), or raise the limit (ulimit -n)"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def lost_connections(workers: Iterable[BaseProcess]) -> Iterator[None]:
+    """Turns the error of a batch whose worker died before handing it over into a ResourceError.
+
+    Its tensors arrive through a socket of the worker's: what fails there depends on the moment.
+    """
+    try:
+        yield
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], POLL)
+        for worker in (worker for worker in workers if worker.sentinel in ended):
+            worker.join(POLL)
+            if worker.exitcode:
+                how = "was killed" if worker.exitcode < 0 else "ended unexpectedly"
+                raise _worker_lost(how) from error
+        raise
+
+
+def _worker_lost(how: str) -> ResourceError:
+    return ResourceError(
+        f"a process that reads images {how}, as the system does where memory runs out: lower "
+        "workers (0 = no processes), batch_size or size"
+    )
 
 
 def _ignore_group_signals(_: int) -> None:
