@@ -33,6 +33,7 @@ from regard.training.plan import (
     plain_twin,
     use_bf16,
 )
+from regard.training.steps import step_plan
 
 CLASSES = ["a", "b", "c=d"]
 
@@ -389,25 +390,58 @@ def fitted(recipe: Recipe, images: int = 1000, processes: int = 1, **changes) ->
     return fit_schedule(recipe.changed(**changes), recipe, changes, images, processes)
 
 
-def test_a_shorter_run_scales_the_milestones_of_its_recipe(caplog):
+def test_another_length_scales_milestones_and_warm_up_in_proportion(caplog):
     caplog.set_level("INFO", "regard")
     steps = load_recipe("cbam-cifar")  # 100 and 150 of 200 epochs
     assert fitted(steps) == steps
-    assert fitted(steps, epochs=160).milestones == (100, 150)
     assert not caplog.messages
-    assert fitted(steps, epochs=12).milestones == pytest.approx((6, 9))
-    assert "milestones" in caplog.text
+    assert fitted(steps, epochs=160).milestones == pytest.approx((80, 120))
+    assert len(caplog.messages) == 1
+    assert "80, 120" in caplog.text
+    assert fitted(steps, epochs=400).milestones == pytest.approx((200, 300))
     # 1000 images in batches of 128: 7.8125 steps an epoch
     assert fitted(steps, steps=100).milestones == pytest.approx((6.4, 9.6))
     cifar = load_recipe("attention-cifar")  # 64,000 and 96,000 of 160,000 steps
-    assert fitted(cifar, steps=1600).milestones == pytest.approx((640, 960))
     assert fitted(cifar, epochs=2, batch_size=10).milestones == pytest.approx((80, 120))
-    warm = load_recipe("finetune")
+    unit = fitted(cifar, schedule_unit="epochs", epochs=10)
+    assert unit.milestones == pytest.approx((4, 6))
+    warm = load_recipe("finetune")  # one epoch of 15
     assert fitted(warm, epochs=0.5).warmup == pytest.approx(1 / 30)
-    assert fitted(warm, epochs=3).warmup == 1
-    for total, recipe in ((94, fitted(steps, epochs=12)), (1600, fitted(cifar, steps=1600))):
-        rates = [rate_factor(recipe, s, total, 1000 / 128) for s in range(total)]
-        assert sorted({round(r, 6) for r in rates}) == [0.01, 0.1, 1]
+    assert fitted(warm, epochs=3).warmup == pytest.approx(0.2)
+    assert fitted(warm, epochs=3, warmup=1).warmup == 1
+    open_end = Recipe(schedule="steps", milestones=(20,))  # its length is chosen by the images
+    assert fitted(open_end, epochs=40).milestones == (20,)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("attention-cifar", {"steps": 100_000}),  # longer than the last milestone
+        ("attention-cifar", {"steps": 500}),
+        ("attention-cifar-fast", {"epochs": 10}),  # its warm-up has more steps than this run
+        ("cbam-imagenet", {"epochs": 10, "batch_size": 50}),
+        ("cbam-imagenet", {"epochs": 80, "batch_size": 50}),
+        ("ag-sononet", {"steps": 300}),
+    ],
+)
+def test_the_rates_of_a_budget_are_those_of_the_recipe_at_the_same_fraction(name, changes):
+    """Step by step, for the whole run."""
+    base, images = load_recipe(name), 2000
+
+    def rates(recipe: Recipe, count: int) -> np.ndarray:
+        total = choose_steps(recipe, images, 1)
+        at = (np.arange(count) + 0.5) / count  # middles: a milestone may fall on a step's edge
+        an_epoch = step_plan(recipe, images, 1).an_epoch
+        return np.array([rate_factor(recipe, int(f * total), total, an_epoch) for f in at])
+
+    recipe = fitted(base, images, **changes)
+    total = choose_steps(recipe, images, 1)
+    ours, theirs = rates(recipe, total), rates(base, total)
+    drops = np.flatnonzero(np.abs(ours - theirs) > 0.1 * theirs)
+    assert len(drops) <= 3 + recipe.warmup  # steps that a milestone divides, and the warm-up's
+    assert ours[-1] == pytest.approx(theirs[-1])
+    assert ours[-1] < 0.02
+    assert ours[total // 4] == pytest.approx(theirs[total // 4])
 
 
 def test_milestones_beyond_the_end_are_refused():
@@ -416,7 +450,7 @@ def test_milestones_beyond_the_end_are_refused():
         {"epochs": 12, "milestones": (5, 100)},
         {"epochs": 12, "milestones": (12,)},
         {"milestones": (200, 300)},
-        {"schedule_unit": "steps", "epochs": 0.1},
+        {"schedule_unit": "steps", "epochs": 0.1, "milestones": (100, 150)},
     ):
         with pytest.raises(ValueError, match=r"milestones=.*: the run ends after"):
             fitted(steps, **changes)

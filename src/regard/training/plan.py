@@ -171,9 +171,10 @@ def choose_steps(recipe: Recipe, images: int, processes: int) -> int:
 def fit_schedule(
     recipe: Recipe, base: Recipe, given: Container[str], images: int, processes: int
 ) -> Recipe:
-    """The recipe with milestones and warm-up that end before the run does.
+    """The recipe with the milestones and the warm-up of `base` in proportion to its own length.
 
-    Those of a base recipe for a longer run are scaled to the length of this one.
+    A run of a tenth of the base recipe's length has its learning rate fall at a tenth of the base
+    recipe's milestones. Values that were given are taken as they are.
 
     Args:
         recipe: with the changes.
@@ -183,30 +184,37 @@ def fit_schedule(
         processes: how many train.
 
     Raises:
-        UsageError: given milestones, a given warm-up, or those of the base recipe in its own
-            length would not end before the run.
+        UsageError: milestones or a warm-up that are not scaled would not end before the run.
     """
-
     end, whole = (_length(r, images, processes) for r in (recipe, base))
+    if base.epochs is None and base.steps is None:
+        whole = end  # no length of its own that its schedule would be a part of
     changes: dict[str, Any] = {}
     for name in ("milestones", "warmup"):
-        values = getattr(recipe, name)
-        last = max(values, default=0.0) if isinstance(values, tuple) else values
-        if last < end:
-            continue
-        inherited = name not in given and recipe.schedule_unit == base.schedule_unit
-        if not inherited or last >= whole:
-            shown = ", ".join(f"{v:g}" for v in values) if isinstance(values, tuple) else values
-            unit = recipe.schedule_unit
-            raise UsageError(f"{name}={shown}: the run ends after {end:.6g} {unit}")
-        scale = end / whole
-        scaled = tuple(v * scale for v in values) if isinstance(values, tuple) else values * scale
-        changes[name] = scaled
+        value = getattr(recipe, name)
+        last = max(value, default=0.0) if isinstance(value, tuple) else value
+        if name not in given and last < whole:
+            changes[name] = _scaled(value, end / whole)
+        elif last >= end:
+            shown = _listed(value)
+            raise UsageError(f"{name}={shown}: the run ends after {end:.6g} {recipe.schedule_unit}")
+    changed = [n for n, value in changes.items() if value != getattr(recipe, n)]
+    if changed:
+        parts = [f"{n} {_listed(getattr(recipe, n))} -> {_listed(changes[n])}" for n in changed]
         log.info(
-            f"{name} scaled from {whole:.6g} to {end:.6g} {recipe.schedule_unit}: "
-            + ", ".join(f"{v:.4g}" for v in (scaled if isinstance(scaled, tuple) else (scaled,)))
+            f"schedule scaled to {end:.6g} {recipe.schedule_unit} (the recipe: {whole:.6g} "
+            f"{base.schedule_unit}): {'; '.join(parts)}"
         )
-    return recipe.changed(**changes)
+    return recipe.changed(**{n: changes[n] for n in changed})
+
+
+def _scaled(value: Any, scale: float) -> Any:
+    """One number, or each of several, times `scale`."""
+    return tuple(v * scale for v in value) if isinstance(value, tuple) else value * scale
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(f"{v:.6g}" for v in (value if isinstance(value, tuple) else (value,)))
 
 
 def _length(recipe: Recipe, images: int, processes: int) -> float:
