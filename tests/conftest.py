@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["REGARD_DEVICE"] = "cpu"  # also where a GPU is; tests marked gpu ask for theirs
 
 from pathlib import Path
 

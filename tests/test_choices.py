@@ -21,6 +21,7 @@ from regard.training.optim import rate_factor
 from regard.training.plan import (
     check_batch,
     choose_model,
+    choose_precision,
     choose_preprocess,
     choose_stem,
     choose_steps,
@@ -31,7 +32,6 @@ from regard.training.plan import (
     noisy_labels,
     parse_weights,
     plain_twin,
-    use_bf16,
 )
 from regard.training.steps import step_plan
 
@@ -374,9 +374,9 @@ def test_no_noise():
 # ---------------------------------------------------------------------------------- precision
 def test_bf16_where_it_is_asked_for_or_computed():
     cpu = torch.device("cpu")
-    assert use_bf16("bf16", cpu)
-    assert not use_bf16("fp32", cpu)
-    assert use_bf16("auto", cpu) == cpu_has_bf16()
+    assert choose_precision("bf16", cpu) == "bf16"
+    assert choose_precision("fp32", cpu) == "fp32"
+    assert choose_precision("auto", cpu) == ("bf16" if cpu_has_bf16() else "fp32")
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells what its CPU can")

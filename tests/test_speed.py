@@ -44,7 +44,8 @@ def trainer_of(model: nn.Module, side: int = 16, bf16: bool = False, **recipe) -
         model=model.train(), recipe=chosen, preprocess=preprocess,
         source=InMemoryLoader(reader, SampleOrder(60, 0), 0, images),
         labels=torch.from_numpy(table.labels),
-        classes=10, count=60, total=chosen.steps, accelerator=Accelerator(cpu=True), bf16=bf16,
+        classes=10, count=60, total=chosen.steps, accelerator=Accelerator(cpu=True),
+        precision="bf16" if bf16 else "fp32",
     )  # fmt: skip
 
 
@@ -431,13 +432,23 @@ def test_a_wrong_choice_names_the_choices():
         Recipe().changed(fit_memory="yes")
 
 
-def test_bf16_that_is_only_imitated_is_told(monkeypatch):
+def test_a_narrow_precision_is_chosen_where_the_hardware_multiplies_in_it(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr("regard.machine.cpu_has_bf16", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert "this CPU emulates bf16" in choices.bf16_note("bf16", cpu)
-    assert "this GPU emulates" in choices.bf16_note("bf16", gpu)
-    assert choices.bf16_note("auto", cpu) is choices.bf16_note("fp32", gpu) is None
-    assert not choices.use_bf16("auto", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert "this CPU emulates bf16" in choices.precision_note("bf16", cpu)
+    assert "this GPU emulates" in choices.precision_note("bf16", gpu)
+    assert choices.precision_note("auto", cpu) is choices.precision_note("fp32", gpu) is None
+    assert choices.choose_precision("auto", gpu) == "fp32"
+    assert "emulates fp16" in choices.precision_note("fp16", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # a T4
+    assert choices.choose_precision("auto", gpu) == "fp16"
+    assert choices.precision_note("fp16", gpu) is None
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert choices.choose_precision("auto", gpu) == "bf16"
+    assert choices.choose_precision("auto", torch.device("mps")) == "fp32"
+    with pytest.raises(ValueError, match="tf32"):
+        choices.choose_precision("tf32", cpu)
     monkeypatch.setattr("regard.machine.cpu_has_bf16", lambda: True)
-    assert choices.bf16_note("bf16", cpu) is None
+    assert choices.precision_note("bf16", cpu) is None

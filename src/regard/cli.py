@@ -28,7 +28,7 @@ COMMANDS = {
     "models": "List the networks: parameters, multiply-adds, and the papers' figures.",
     "recipes": "List the training recipes, or print one.",
     "convert": "Convert an authors' checkpoint into a folder that timm loads.",
-    "bench": "Measure how fast networks predict on this machine, engine by engine.",
+    "bench": "Measure how fast networks predict or train on this machine, engine by engine.",
 }
 """The commands in the order of `regard --help`; each is `command` in a module of its name."""
 

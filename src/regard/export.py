@@ -62,6 +62,7 @@ def export(
     int8: bool = False,
     force: bool = False,
     overwrite: bool = False,
+    device: str = "cpu",
 ) -> Path:
     """Writes a run's network as one file after checking that its answers are the network's.
 
@@ -76,6 +77,8 @@ def export(
         int8: 8-bit weights and activations, calibrated on CALIBRATION training images.
         force: keep an INT8 file that loses more than MAX_LOSS of the accuracy.
         overwrite: replace existing files.
+        device: where the network computes the answers that the file's are compared with, as for
+            `regard.load`; the file's own are computed on the CPU.
 
     Returns:
         The file.
@@ -88,12 +91,14 @@ def export(
     """
     file_format, parts = _check_call(to, Path(out), int8, overwrite)
     out = parts[0]
-    classifier = load(run)
+    classifier = load(run, device)
     shown = spatial_maps(classifier.model) if maps else []
     if maps and not shown:
         raise UsageError(f"maps: the network of {run} has no spatial attention maps")
     images = _images(Path(run), classifier, data, root)
-    deployed = Deployed(fold_batch_norms(classifier.model).float(), classifier.preprocess, shown)
+    deployed = Deployed(
+        fold_batch_norms(classifier.model).cpu().float(), classifier.preprocess, shown
+    )
     facts = metadata(classifier, deployed, "int8" if int8 else "fp32")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

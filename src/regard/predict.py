@@ -17,6 +17,7 @@ from regard.data.images import ImageSource, name_of, read_image
 from regard.data.loading import InMemoryLoader, StreamingLoader, default_workers, read_ahead
 from regard.data.preprocess import Preprocess, to_tensor
 from regard.errors import ImageError, UsageError
+from regard.machine import choose_device
 from regard.models.io import load_model
 
 BATCH = 32
@@ -166,12 +167,19 @@ def _stack(images: list[Tensor]) -> Tensor:
     return torch.stack(images)
 
 
-def load(folder: str | Path) -> Classifier:
+def load(folder: str | Path, device: str = "cpu") -> Classifier:
     """Loads the network of a run's folder, or of any folder in timm's `local-dir` layout.
 
+    Args:
+        folder: of the network.
+        device: where it computes: cpu, cuda, mps, xpu, or auto for this machine's accelerator.
+            Images go there by themselves.
+
     Raises:
-        UsageError: the folder holds no network, or one that can't be loaded.
+        UsageError: the folder holds no network, or one that can't be loaded; or this machine
+            has no such device.
     """
+    where = choose_device(device)
     model, config = load_model(folder)
     own = config.get("regard", {})
     try:
@@ -182,7 +190,7 @@ def load(folder: str | Path) -> Classifier:
     except UsageError as error:
         raise UsageError(f"{Path(folder) / 'config.json'}: {error}") from error
     names = config.get("label_names") or [str(i) for i in range(model.num_classes)]
-    return Classifier(model, names, preprocess, config)
+    return Classifier(model.to(where), names, preprocess, config)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from regard.errors import FileError, UsageError
 from regard.evaluation import Predictions
 from regard.files import plural
 from regard.log import Heartbeat
+from regard.machine import choose_device
 from regard.models.create import check_size, make_model
 from regard.models.original_weights import (
     arguments_of,
@@ -45,6 +46,7 @@ def predictions_of(
     renamed: Mapping[str, str] | None = None,
     size: tuple[int, int] | None = None,
     ten_crop: bool = False,
+    device: str = "cpu",
     prepare: Callable[[Classifier, Reader], None] = lambda classifier, reader: None,
 ) -> tuple[str, Predictions, list[str]]:
     """A network's predictions for labeled images.
@@ -61,6 +63,7 @@ def predictions_of(
         renamed: the network's class for a class of the data; '' leaves its images out.
         size: height and width of the input, where they differ from the network's own.
         ten_crop: the mean of the probabilities of ten crops of each image, see `TenCrop`.
+        device: where the network computes, as for `regard.load`.
         prepare: may give the network an engine; called with what reads the images.
 
     Returns:
@@ -74,7 +77,7 @@ def predictions_of(
     """
     mine = None
     if weights is None and Path(run).is_dir():
-        classifier = load(run)
+        classifier = load(run, device)
         table, mine = _run_table(Path(run), data, root, splits)
     else:
         if data is None:
@@ -84,6 +87,7 @@ def predictions_of(
             )
         table = open_data(data, root=root, splits=splits, min_classes=1)
         classifier = _named(str(run), table, weights)
+        classifier.model.to(choose_device(device))
     if size is not None:
         _resize(classifier, size)
     preprocess = TenCrop.of(classifier.preprocess) if ten_crop else classifier.preprocess

@@ -1,17 +1,20 @@
-"""`regard bench`: how fast networks predict on this machine, engine by engine."""
+"""`regard bench`: how fast networks predict, or train, on this machine, engine by engine."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
+from regard.commands.flags import DeviceFlag
 from regard.errors import UsageError
 from regard.log import info_on_stderr
 
 log = logging.getLogger(__name__)
 NETWORKS = ("cbam_resnet50", "attention56", "ag_sononet8")
 EngineName = Literal["eager", "compiled", "onnxruntime", "openvino"]
-Precision = Literal["auto", "fp32", "bf16", "int8"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"]
 Several = Parameter(negative=(), consume_multiple=True)
 
 
@@ -19,28 +22,37 @@ def command(
     network: Annotated[list[str] | None, Parameter(name="NETWORK", negative=())] = None,
     /,
     *,
+    train: Annotated[bool, Parameter(negative=())] = False,
+    recipe: str = "quick",
     engine: Annotated[list[EngineName] | None, Several] = None,
     precision: Annotated[list[Precision] | None, Several] = None,
     batch_size: Annotated[list[int] | None, Several] = None,
     size: tuple[int, int] | None = None,
     threads: int | None = None,
     rounds: int = 10,
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: DeviceFlag = "auto",
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
-    """Measure how fast networks predict on this machine, engine by engine.
+    """Measure how fast networks predict or train on this machine, engine by engine.
 
-    From a batch of images in memory to probabilities, on noise, with random weights for networks
-    given by name: neither changes the time.
+    Predicting is from a batch of images in memory to probabilities; a training step is forward,
+    backward and optimizer on images that are on the device. Both on noise, with random weights
+    for networks given by name: neither changes the time.
 
     Parameters
     ----------
     network
         Networks' names or runs' folders; default: cbam_resnet50, attention56, ag_sononet8.
+    train
+        Measure training steps. Networks named together are timed in the same rounds, and
+        attention networks are compared with their plain twin if that is named too.
+    recipe
+        Recipe of whose optimizer and loss a training step is.
     engine
-        Engines to measure; default: all that are installed.
+        Engines to measure; default: all that are installed, of which eager and compiled train.
     precision
-        Precisions to measure (int8: OpenVINO only); default: all that the machine computes in.
+        Precisions to measure (int8: OpenVINO only; tf32 and fp16: training on GPUs only);
+        default: fp32, and bf16 and int8 where the machine computes in them.
     batch_size
         Batch sizes; default: 8.
     size
@@ -49,8 +61,6 @@ def command(
         CPU threads; default: all cores.
     rounds
         Timing rounds; more give a tighter estimate.
-    device
-        Device of eager and compiled.
     json
         Print JSON, with the seconds of each round.
     """
@@ -59,48 +69,116 @@ def command(
     for flag, numbers in given.items():
         if any(n is not None and n < 1 for n in numbers):
             raise UsageError(f"--{flag} {' '.join(map(str, numbers))}: at least 1")
-    engines = engine or list(get_args(EngineName))
-    from regard.engines.bench import installed
+    asked = _Asked(
+        list(network or NETWORKS), engine, precision or ["auto"], batches, size, rounds, recipe
+    )
+    from regard.machine import choose_device, describe_machine
 
+    where = choose_device(device)
+    _use_threads(threads)
     with info_on_stderr():
-        pairs = installed(engines, precision or ["auto"], device)
-        machine, results = _measure(
-            network or NETWORKS, pairs, batches, size, threads, device, rounds
-        )
+        results = _training(asked, where) if train else _predicting(asked, where)
+        machine = describe_machine(where)
     if json:
         from json import dumps
 
         print(dumps({"machine": machine, "results": results}, indent=2, default=vars))
     else:
-        from regard.machine import describe
-
-        print(describe(machine))
-        for r in results:
-            print(f"\n{r['network']}, batch {r['batch']}, {'x'.join(map(str, r['size']))}")
-            _print_table(r["engines"], r["batch"])
+        _print(machine, results, train)
     return 0 if any(t.fault is None for r in results for t in r["engines"]) else 1
 
 
-def _measure(
-    names: Any, pairs: Any, batches: Any, size: Any, threads: int | None, device: str, rounds: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The machine, and the timings of each network and batch size."""
+@dataclass(frozen=True)
+class _Asked:
+    networks: list[str]
+    engines: Sequence[str] | None
+    precisions: Sequence[str]
+    batches: Sequence[int]
+    size: tuple[int, int] | None
+    rounds: int
+    recipe: str
+
+
+def _use_threads(threads: int | None) -> None:
+    import torch
+
+    torch.set_num_threads(threads or torch.get_num_threads())
+
+
+def _predicting(asked: _Asked, device: Any) -> list[dict[str, Any]]:
+    """The timings of each network and batch size."""
     import torch
 
     from regard.engines import bench
-    from regard.machine import describe_machine
 
-    torch.set_num_threads(threads or torch.get_num_threads())
+    narrow = {"tf32", "fp16"} & set(asked.precisions)
+    if narrow:
+        raise UsageError(f"--precision {' '.join(sorted(narrow))}: only with --train")
+    engines = asked.engines or list(get_args(EngineName))
+    pairs = bench.installed(engines, asked.precisions, device)
     results = []
-    for name in dict.fromkeys(names):
-        model, preprocess = bench.network(name, size)
-        for batch in dict.fromkeys(batches):
+    for name in dict.fromkeys(asked.networks):
+        model, preprocess = bench.network(name, asked.size)
+        for batch in dict.fromkeys(asked.batches):
             log.info("%s, batch %d", name, batch)
-            timings = bench.bench(model.to(device), preprocess, pairs, batch=batch, rounds=rounds)
+            timings = bench.bench(
+                model.to(device), preprocess, pairs, batch=batch, rounds=asked.rounds
+            )
             shape = list(preprocess.input_size)
             results.append({"network": name, "batch": batch, "size": shape, "engines": timings})
         torch.compiler.reset()  # it gives up on a function that it compiled too often
-    return describe_machine(torch.device(device)), results
+    return results
+
+
+def _training(asked: _Asked, device: Any) -> list[dict[str, Any]]:
+    """The timings of each batch size, of all networks together."""
+    import torch
+
+    from regard.training.bench import ENGINES, bench_training, trainable
+    from regard.training.config import load_recipe
+
+    cases = trainable(asked.engines or ENGINES, asked.precisions, device)
+    results = []
+    for batch in dict.fromkeys(asked.batches):
+        log.info("training, batch %d", batch)
+        timings = bench_training(
+            asked.networks, cases, load_recipe(asked.recipe), device, batch=batch,
+            size=asked.size, rounds=asked.rounds,
+        )  # fmt: skip
+        results.append({"batch": batch, "recipe": asked.recipe, "engines": timings})
+        torch.compiler.reset()
+    return results
+
+
+def _print(machine: dict[str, Any], results: list[dict[str, Any]], train: bool) -> None:
+    from regard.machine import describe
+
+    print(describe(machine))
+    for r in results:
+        if train:
+            print(f"\ntraining steps of recipe {r['recipe']}, batch {r['batch']}")
+            _print_training(r["engines"], r["batch"])
+        else:
+            print(f"\n{r['network']}, batch {r['batch']}, {'x'.join(map(str, r['size']))}")
+            _print_table(r["engines"], r["batch"])
+
+
+def _print_training(timings: Any, batch: int) -> None:
+    """The cases in the order in which they were named; each that failed has had its line."""
+    from regard.training.bench import over_plain
+
+    width = max(7, *(len(t.network) for t in timings))
+    heading = "engine   precision  ms a step        quartiles  images/s  x plain  memory  start s"
+    print(f"{'network':<{width}}  {heading}")
+    for t in (t for t in timings if t.fault is None):
+        low, median, high = (1e3 * q for q in t.quartiles)
+        ratio = over_plain(t, timings)
+        memory = "" if t.memory is None else f"{t.memory / 1e9:.2f} GB"
+        print(
+            f"{t.network:<{width}}  {t.engine:<8} {t.precision:<9} {median:10.1f} "
+            f"{f'{low:.1f}-{high:.1f}':>16} {1e3 * batch / median:9,.1f} "
+            f"{'' if ratio is None else f'{ratio:.2f}':>8} {memory:>7} {t.startup:8.1f}"
+        )
 
 
 def _print_table(timings: Any, batch: int) -> None:

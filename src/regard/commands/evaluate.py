@@ -11,6 +11,7 @@ from cyclopts.validators import Number
 
 from regard.commands.diagnostics import DiagnosticFlags, Study, study
 from regard.commands.flags import (
+    DeviceFlag,
     EngineFlags,
     SplitsFlag,
     naming_flags,
@@ -72,6 +73,7 @@ def command(
     predictions: Path | None = None,
     input: Annotated[InputFlags, Parameter(name="*")] = InputFlags(),
     numbers: Annotated[DiagnosticFlags, Parameter(name="*")] = DiagnosticFlags(),  # noqa: B008
+    device: DeviceFlag = "auto",
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
     json: bool = False,
 ) -> int:
@@ -123,7 +125,8 @@ def command(
         with naming_flags():
             return predictions_of(
                 run, data, split=which, weights=weights, root=root, splits=splits,
-                renamed=_renamed(map or []), size=size, ten_crop=input.ten_crop, prepare=prepare,
+                renamed=_renamed(map or []), size=size, ten_crop=input.ten_crop, device=device,
+                prepare=prepare,
             )  # fmt: skip
 
     def validation() -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from regard.commands.flags import DeviceFlag
 from regard.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def command(
     baseline: Literal["blur", "mean"] = "blur",
     seed: int = 0,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
+    device: DeviceFlag = "auto",
 ) -> int:
     """Show where a network looks, and how far that can be believed.
 
@@ -85,7 +87,7 @@ def command(
         overwrite=overwrite,
     )  # fmt: skip
     with _sources(images) as sources:
-        outcome = Writer(load(run), sources, out, options).run()
+        outcome = Writer(load(run, device), sources, out, options).run()
         list(watch(run, [source.path for source in sources if source.path.is_file()]))
     if outcome.faithfulness is not None:
         _print_scores(outcome.faithfulness)

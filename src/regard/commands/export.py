@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from regard.commands.flags import require_data
+from regard.commands.flags import DeviceFlag, require_data
 from regard.extras import require
 
 
@@ -21,6 +21,7 @@ def command(
     int8: Annotated[bool, Parameter(negative=())] = False,
     force: Annotated[bool, Parameter(negative=())] = False,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
+    device: DeviceFlag = "auto",
 ) -> int:
     """Export a network as one file that runs without Regard.
 
@@ -59,6 +60,6 @@ def command(
 
     write(
         run, to=to, out=out, data=data, root=root, maps=maps, int8=int8, force=force,
-        overwrite=overwrite,
+        overwrite=overwrite, device=device,
     )  # fmt: skip
     return 0

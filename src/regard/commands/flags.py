@@ -26,6 +26,15 @@ def require_data(source: str | None) -> None:
         require("hf", source)
 
 
+DeviceFlag = Annotated[
+    Literal["auto", "cpu", "cuda", "mps", "xpu"],
+    Parameter(
+        help="Device that the network runs on; auto is $REGARD_DEVICE, else this machine's "
+        "accelerator, else the CPU. cuda is a GPU of NVIDIA's or AMD's."
+    ),
+]
+
+
 @dataclass(frozen=True)
 class EngineFlags:
     """How a network is run: the flags that evaluate, predict and serve share."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from regard.commands.flags import EngineFlags, use_engine
+from regard.commands.flags import DeviceFlag, EngineFlags, use_engine
 from regard.commands.predictions_csv import PredictionsCsv, check_output
 from regard.errors import UsageError
 
@@ -34,6 +34,7 @@ def command(
     /,
     *images: Annotated[str, Parameter(name="IMAGES", allow_leading_hyphen=True)],
     top: int = 5,
+    device: DeviceFlag = "auto",
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
     json: bool = False,
     csv: Path | None = None,
@@ -66,7 +67,7 @@ def command(
     from regard.predict import load
     from regard.trained_on import watch
 
-    classifier = load(run)
+    classifier = load(run, device)
     names = _prepared(classifier, engine, images)
     top = min(top, len(classifier.class_names))
     with contextlib.ExitStack() as stack:

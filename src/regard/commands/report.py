@@ -5,8 +5,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from regard.commands.flags import DeviceFlag
 
-def command(run: Annotated[Path, Parameter(name="RUN")], /) -> int:
+
+def command(run: Annotated[Path, Parameter(name="RUN")], /, *, device: DeviceFlag = "auto") -> int:
     """Write the report.html of a finished run again.
 
     Parameters
@@ -16,5 +18,5 @@ def command(run: Annotated[Path, Parameter(name="RUN")], /) -> int:
     """
     from regard.report.build import report_run
 
-    print(report_run(run))
+    print(report_run(run, device))
     return 0

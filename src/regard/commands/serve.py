@@ -5,10 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from regard.commands.flags import (
-    EngineFlags,
-    use_engine,
-)
+from regard.commands.flags import DeviceFlag, EngineFlags, use_engine
 from regard.extras import require
 
 
@@ -22,6 +19,7 @@ def command(
     megapixels: float = 50.0,
     requests: int = 16,
     seconds: float = 60.0,
+    device: DeviceFlag = "auto",
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
 ) -> int:
     """Serve a web page and an HTTP API for a network.
@@ -50,7 +48,7 @@ def command(
     from regard.serve.uploads import Limits
 
     limits = Limits(megabytes, megapixels, requests, seconds)
-    classifier = load(run)
+    classifier = load(run, device)
     use_engine(classifier, engine, [], None, sizes=(1, 4, 16))
     serve(classifier, host=host, port=port, limits=limits, tested=read_test_result(run))
     return 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from regard.commands.flags import DeviceFlag
 from regard.commands.train import RecipeFlags
 from regard.errors import UsageError
 
@@ -37,6 +38,7 @@ def command(
     slurm: int | None = None,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
+    device: DeviceFlag = "auto",
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> int:
     """Compare networks over seeds and folds, with paired differences and their intervals.
@@ -79,7 +81,7 @@ def command(
     from regard.studies.plan import choose_part, choose_rows, open_study, plan_study, slurm_script
 
     table = choose_rows(open_study(study, model), rows or [])
-    words = _flag_words(flags)
+    words = _flag_words(flags) + (["--device", device] if device != "auto" else [])
     data = source or table.data
     if data is None:
         raise UsageError(f"study {study} needs DATA")

@@ -8,7 +8,13 @@ from typing import Annotated, Any, get_type_hints
 
 from cyclopts import Parameter
 
-from regard.commands.flags import SplitsFlag, naming_flags, parse_arguments, require_data
+from regard.commands.flags import (
+    DeviceFlag,
+    SplitsFlag,
+    naming_flags,
+    parse_arguments,
+    require_data,
+)
 from regard.errors import RegardError
 from regard.extras import EXTRAS, require
 from regard.log import show_messages
@@ -55,6 +61,7 @@ def command(
     splits: SplitsFlag = "auto",
     arg: Annotated[list[str] | None, Parameter(negative=())] = None,
     log: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
+    device: DeviceFlag = "auto",
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> int:
     """Train a network on labeled images.
@@ -99,7 +106,8 @@ def command(
         train(
             source, model=model, recipe=recipe, out=out, resume=resume, weights=weights,
             pretrained=pretrained, root=root, splits=splits,
-            model_args=parse_arguments(arg or []), trackers=log or ("tensorboard",), **changes,
+            model_args=parse_arguments(arg or []), trackers=log or ("tensorboard",), device=device,
+            **changes,
         )  # fmt: skip
     return 0
 
@@ -117,6 +125,7 @@ def train(
     splits: str = "auto",
     model_args: Mapping[str, Any] | None = None,
     trackers: Sequence[str] = ("tensorboard",),
+    device: str = "auto",
     **changes: Any,
 ) -> Path:
     """Trains a network on labeled images and writes a run's folder with its report.
@@ -136,6 +145,7 @@ def train(
         splits: whether a folder's top folders are splits: yes, no, or auto.
         model_args: arguments of the network, which override the recipe's.
         trackers: experiment trackers: tensorboard, wandb, mlflow, ...; "none" for none.
+        device: cpu, cuda, mps, xpu, or auto for this machine's accelerator.
         changes: values of the recipe's fields, which override the recipe's.
 
     Returns:
@@ -157,13 +167,12 @@ def train(
         folder = run.train(
             data, model=model, recipe=recipe, out=out, resume=resume, weights=weights,
             pretrained=pretrained, root=root, splits=splits, model_args=model_args,
-            trackers=trackers,
-            **changes,
+            trackers=trackers, device=device, **changes,
         )  # fmt: skip
     except RegardError as error:
         if not is_first_to_tell(error):
             raise SystemExit(error.exit_code) from None  # another process of the run told it
         raise
     if is_main_process() and not (folder / "report.html").is_file():
-        messages.info(f"the report: {report_run(folder)}")
+        messages.info(f"the report: {report_run(folder, device)}")
     return folder

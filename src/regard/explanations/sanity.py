@@ -73,7 +73,7 @@ class Sanity:
 
 def _ranked(values: Tensor) -> tuple[Floats, NDArray[np.bool_]]:
     """Standardized ranks (B, h * w) of maps (B, h, w), zero for constant maps; which are those."""
-    flat = values.flatten(1).double().cpu().numpy()
+    flat = values.flatten(1).cpu().double().numpy()  # some devices have no float64
     finite = np.isfinite(flat).all(axis=1)
     flat = np.where(finite[:, None], flat, 0.0)
     constant = np.ptp(flat, axis=1) <= 1e-6 * abs(flat).max(axis=1)

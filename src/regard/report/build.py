@@ -27,11 +27,15 @@ MOST_WRONG, LEAST_SURE, MOST_CLASSES = 12, 6, 12
 _SIDE = 576  # of the gallery's images, in pixels: twice as large as they are shown
 
 
-def report_run(folder: str | Path) -> Path:
+def report_run(folder: str | Path, device: str = "cpu") -> Path:
     """Writes report.html into a finished run's folder, and returns its path.
 
+    Args:
+        folder: of the run.
+        device: where the network computes, as for `regard.load`.
+
     Raises:
-        UsageError: the folder holds no finished run.
+        UsageError: the folder holds no finished run, or this machine has no such device.
         FileError: the page can't be written.
     """
     run = RunFolder(Path(folder))
@@ -39,7 +43,7 @@ def report_run(folder: str | Path) -> Path:
         raise UsageError(f"{folder} holds no finished run")
     plan, facts, recipe = run.read_plan(), run.read_facts(), run.read_recipe()
     split, predictions = run.read_predictions()
-    source = _Source(run, plan, split, predictions)
+    source = _Source(run, plan, split, predictions, device)
     shown = list(source.gallery())
     inserted = recipe.get("graft", "none")
     network = plan["model"] + (f" + {inserted.upper()}" if inserted != "none" else "")
@@ -140,9 +144,14 @@ class _Source:
     """The network and the images of a run; without images where its data has moved."""
 
     def __init__(
-        self, run: RunFolder, plan: dict[str, Any], split: str, predictions: Predictions
+        self,
+        run: RunFolder,
+        plan: dict[str, Any],
+        split: str,
+        predictions: Predictions,
+        device: str = "cpu",
     ) -> None:
-        self.classifier = load(run.path)
+        self.classifier = load(run.path, device)
         self.predictions = predictions
         self.table: ImageTable | None = None
         try:

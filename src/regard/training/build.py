@@ -10,7 +10,13 @@ from regard.machine import keep_freed_memory
 from regard.models.create import make_model
 from regard.training.activation_checkpointing import set_checkpointing
 from regard.training.loop import Trainer
-from regard.training.plan import choose_steps, image_weights, loss_weights, noisy_labels, use_bf16
+from regard.training.plan import (
+    choose_precision,
+    choose_steps,
+    image_weights,
+    loss_weights,
+    noisy_labels,
+)
 from regard.training.run_plan import Plan
 from regard.training.splits import LoadedSplit
 
@@ -69,5 +75,5 @@ def build_trainer(
         total=choose_steps(recipe, len(table), plan.processes),
         accelerator=accelerator,
         class_weights=None if weights is None else weights.to(device),
-        bf16=use_bf16(recipe.precision, device),
+        precision=choose_precision(recipe.precision, device),
     )

@@ -205,9 +205,11 @@ class Recipe:
     select: Literal["best", "last"] = _field(
         "best", "Run", "Weights to keep: of the best epoch on validation images, or the last."
     )
-    precision: Literal["auto", "fp32", "bf16"] = _field(
-        "auto", "Run", "Precision; auto is bf16 where the hardware computes in it."
-    )
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = _field(
+        "auto", "Run",
+        "Precision; auto is bf16 where the hardware computes in it, else fp16 on GPUs that "
+        "compute in that, else fp32.",
+    )  # fmt: skip
     compile: Literal["no", "yes", "auto"] = _field(
         "no", "Run", "Use torch.compile; auto measures whether it pays."
     )

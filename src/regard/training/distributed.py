@@ -10,34 +10,57 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
 
 from regard.errors import RegardError, UsageError
+from regard.machine import choose_device
 
 ASK_SECONDS = 1.0  # between the processes' asking each other whether to stop or to save
 MOST_STEPS = 50  # and the most steps, as a step may become slower than those before
 
 
-def start_accelerator() -> Accelerator:
+def start_accelerator(device: str = "auto") -> Accelerator:
     """Accelerate's view of devices and processes; `torchrun` without a GPU trains on CPUs.
 
     No variable of Accelerate's changes how a run computes: precision, compiling and the
     accumulation of gradients are the recipe's.
 
+    Args:
+        device: as for `choose_device`; with several processes each has one of the machine's.
+
     Raises:
-        UsageError: `accelerate launch --cpu` was asked for several processes, which it does not
-            start.
+        UsageError: this machine has no such device; `accelerate launch --cpu` was asked for
+            several processes, which it does not start; or Accelerate was configured for
+            DeepSpeed, FSDP or another way of dividing the network.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    _refuse_other_ways()
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if on_cpu and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         raise UsageError(
             "accelerate launch --cpu starts one process, whatever its --num_processes: leave "
             "that out, or use torchrun --nproc_per_node N -m regard train ..."
         )
-    no_device = several and not torch.accelerator.is_available()
+    on_cpu = on_cpu or choose_device(device).type == "cpu"
     return Accelerator(
         mixed_precision="no",
-        cpu=True if on_cpu or no_device else None,
+        cpu=True if on_cpu else None,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+
+
+# variables by which `accelerate launch` says how a network is divided among processes
+OTHER_WAYS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+
+
+def _refuse_other_ways() -> None:
+    for variable, way in OTHER_WAYS.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise UsageError(
+                f"{way} ({variable} is set): every process holds the whole network here, and the "
+                "images are divided (DDP); choose multi-GPU in `accelerate config`, or use torchrun"
+            )
 
 
 def is_main_process() -> bool:

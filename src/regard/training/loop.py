@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather, reduce
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from regard.data.augment import augment, blend, mixup_shares
 from regard.data.loading import Batch
 from regard.data.preprocess import Preprocess
 from regard.errors import FileError, NotFiniteError
+from regard.machine import seed_device
 from regard.training.activation_checkpointing import frozen_statistics
 from regard.training.config import Recipe
 from regard.training.losses import (
@@ -37,8 +37,9 @@ from regard.training.losses import (
     prediction_cross_entropy,
     total_weight,
 )
-from regard.training.optim import make_optimizer, rate_factor, set_rate
+from regard.training.optim import rate_factor, set_rate
 from regard.training.steps import StepSpans, step_plan
+from regard.training.update import Updater
 
 CHECK_EVERY = 20  # steps between reads of the loss on a device, each of which waits for it
 TINY = 1e-12  # the smallest sum of weights that is divided by
@@ -63,7 +64,7 @@ class Trainer:
         count: of training images; an epoch is this many positions.
         total: optimizer steps of the whole run.
         class_weights: (classes,) for the loss, or None.
-        bf16: whether the network runs under autocast.
+        precision: fp32, tf32, bf16 or fp16, as for `Updater`.
         compiled: the network as torch.compile gives it; None: it runs eagerly.
     """
 
@@ -77,7 +78,7 @@ class Trainer:
     total: int
     accelerator: Accelerator
     class_weights: Tensor | None = None
-    bf16: bool = False
+    precision: str = "fp32"
     compiled: Any = None
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -93,8 +94,8 @@ class Trainer:
         self.batch = self.steps.batch
         self.images_a_step = self.steps.images
         self.steps_an_epoch = self.steps.an_epoch
-        self.optimizer = make_optimizer(self.model, recipe)
-        self.ema = ModelEmaV3(self.model, decay=recipe.ema_decay) if recipe.ema_decay else None
+        self.updater = Updater(self.model, recipe, self.accelerator.device, self.precision)
+        self.optimizer, self.ema = self.updater.optimizer, self.updater.ema
         # sums over this epoch: objective, weights, cross entropy, correct, images
         self.tally = torch.zeros(5, dtype=torch.float64)
         self._forward: Any = self.model
@@ -144,6 +145,7 @@ class Trainer:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": None if self.updater.scaler is None else self.updater.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "tally": self.tally.clone(),
             "history": self.history,
@@ -156,6 +158,8 @@ class Trainer:
         """Restores a state saved by `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.updater.scaler is not None:
+            self.updater.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.step, self.history = state["step"], state["history"]
@@ -211,19 +215,14 @@ class Trainer:
                 outputs = self._outputs(self._input(batch))
                 summed = self._summed_loss(outputs, target)
                 with self._recomputing():
-                    (summed * share / whole).backward()
+                    self.updater.backward(summed * share / whole)
             loss += summed.detach() * share / whole
             self._count(outputs.detach(), batch, target, summed.detach(), weight)
         return loss
 
     def update(self) -> None:
         """Moves the weights, and their average, by the gradients."""
-        if self.recipe.clip_grad:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(self.model)
+        self.updater.update()
 
     def check_finite(self) -> None:
         """Refuses weights that the last step broke, before they are tested or saved.
@@ -317,7 +316,7 @@ class Trainer:
 
     def _outputs(self, x: Tensor) -> Tensor:
         """Logits, (B, classes) or (B, heads, classes)."""
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        with self.updater.autocast():
             return self._forward(x).float()
 
     def _summed_loss(self, outputs: Tensor, target: Tensor) -> Tensor:
@@ -336,15 +335,12 @@ class Trainer:
         entropy = prediction_cross_entropy(outputs, target)
         seen = torch.full_like(entropy, len(outputs))
         added = torch.stack([summed, weight.to(summed), entropy, correct.to(summed), seen])
-        self.tally = self.tally.to(added.device) + added.double()
+        # MPS has no float64; float32 is exact for counts up to 2 ** 24
+        dtype = torch.float32 if added.device.type == "mps" else torch.float64
+        self.tally = self.tally.to(dtype=dtype).to(added.device) + added.to(dtype)
 
 
 def _seed(seed: int, step: int, accelerator: Accelerator) -> None:
-    """Of dropout and the like: another for each step and process, the same when resumed.
-
-    torch.manual_seed would do, but for the 0.6 ms that it spends on devices that are not there.
-    """
+    """Of dropout and the like: another for each step and process, the same when resumed."""
     mixed_in = ((seed * 1_000_003 + step) * 4099 + accelerator.process_index) % (2**63 - 1)
-    torch.default_generator.manual_seed(mixed_in)
-    if accelerator.device.type == "cuda":
-        torch.cuda.manual_seed(mixed_in)
+    seed_device(accelerator.device, mixed_in)

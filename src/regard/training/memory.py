@@ -105,6 +105,26 @@ def _two_steps(trainer: Trainer, size: int) -> None:
             trial_step(at_trial, [batch, batch])
 
 
+def peak_of(work: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that `work` takes at most beyond what was held before; None: not measurable here.
+
+    On a CPU that is the whole process's memory (Linux), on a GPU what torch allocates.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu" or not _RESET_PEAK.exists():
+        work()
+        return None
+    peak = PeakOnCPU()
+    _RESET_PEAK.write_text("5")
+    work()
+    return peak.now()
+
+
 # ------------------------------------------------------------------------------- on a GPU
 def _largest_that_runs(trainer: Trainer, sizes: list[int], peak: Peak) -> dict[int, float]:
     """Bytes by batch size, from the largest to the first that runs; infinite where it does not."""
@@ -150,6 +170,10 @@ class PeakOnCPU:
     def __call__(self, trainer: Trainer, size: int) -> int:
         _RESET_PEAK.write_text("5")  # sets the peak to what is held now
         _two_steps(trainer, size)
+        return self.now()
+
+    def now(self) -> int:
+        """The peak since it was reset, beyond what was held at first."""
         status = Path("/proc/self/status").read_text()
         peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
         return max(0, 1024 * int(peak.split()[1]) - self.before)

@@ -16,7 +16,7 @@ from regard.data.sources import ImageTable
 from regard.data.splits import assign_folds, assign_splits, limit_training
 from regard.data.survey import survey
 from regard.errors import UsageError
-from regard.machine import has_bf16
+from regard.machine import has_bf16, has_fp16
 from regard.models.attention_resnet import AttentionResNet
 from regard.models.create import _outline
 from regard.models.zoo import twins_of
@@ -327,19 +327,31 @@ def noisy_labels(
     return noisy
 
 
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run in bf16: where it is asked for; with "auto", where the hardware has it."""
+def choose_precision(precision: str, device: torch.device) -> str:
+    """The precision in which to train: the one that is asked for, or by the hardware.
+
+    "auto" is bf16 where the device multiplies in it, else fp16 on GPUs whose tensor cores do
+    (V100, T4, RTX 20), else fp32.
+
+    Raises:
+        UsageError: the device can't compute in it.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise UsageError(f"precision=tf32: of NVIDIA's GPUs alone, this is {device.type}")
     if precision != "auto":
-        return precision == "bf16"
-    return has_bf16(device)
+        return precision
+    if has_bf16(device):
+        return "bf16"
+    return "fp16" if has_fp16(device) else "fp32"
 
 
-def bf16_note(precision: str, device: torch.device) -> str | None:
-    """A note where bf16 is asked for and the hardware only emulates it."""
-    if precision != "bf16" or use_bf16("auto", device):
+def precision_note(precision: str, device: torch.device) -> str | None:
+    """A note where a narrow precision is asked for that the hardware only emulates."""
+    able = {"bf16": has_bf16, "fp16": has_fp16}
+    if precision not in able or able[precision](device):
         return None
     what = "GPU" if device.type == "cuda" else "CPU" if device.type == "cpu" else device.type
-    return f"note: this {what} emulates bf16: fp32 may be faster"
+    return f"note: this {what} emulates {precision}: fp32 may be faster"
 
 
 def choose_splits(table: ImageTable, recipe: Recipe) -> ImageTable:

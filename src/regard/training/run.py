@@ -36,7 +36,7 @@ from regard.training.finish import finish_run, run_facts, tested_split
 from regard.training.lock import Lock
 from regard.training.loop import Trainer
 from regard.training.memory import fit_memory
-from regard.training.plan import bf16_note, check_batch
+from regard.training.plan import check_batch, precision_note
 from regard.training.progress import Display
 from regard.training.run_plan import Plan, Request, accumulation_now, new_plan, resumed_plan
 from regard.training.scoring import Scorer
@@ -60,10 +60,11 @@ def train(
     splits: str = "auto",
     model_args: Mapping[str, Any] | None = None,
     trackers: Sequence[str] = ("tensorboard",),
+    device: str = "auto",
     **changes: Any,
 ) -> Path:
     """Trains a network on labeled images and writes a run's folder; see `regard.train`."""
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(device)
     if not accelerator.is_main_process:  # the first process speaks for all
         logging.getLogger("regard").setLevel(logging.ERROR)
     trackers = check_trackers(trackers)
@@ -226,11 +227,11 @@ class Run:
         )
         held = "in memory" if self.parts["train"].images is not None else "streamed from files"
         c, h, w = self.plan.preprocess.input_size
-        if note := bf16_note(r.precision, self.accelerator.device):
+        if note := precision_note(r.precision, self.accelerator.device):
             log.info(note)
         log.info(
             f"{t.total:,} steps of {t.images_a_step} images ({t.total / t.steps_an_epoch:.3g} "
-            f"epochs) at {c}x{h}x{w}, {held}, {'bf16' if t.bf16 else 'fp32'}, {r.optimizer} at "
+            f"epochs) at {c}x{h}x{w}, {held}, {t.precision}, {r.optimizer} at "
             f"{r.lr:g}, {self.accelerator.device.type} x {self.world}"
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from regard.data.loading import Batch
+from regard.machine import synchronize
 from regard.training.loop import Trainer
 from regard.training.optim import set_rate
 
@@ -22,7 +23,8 @@ def trial(trainer: Trainer, **changes: Any) -> Iterator[Trainer]:
     model, device, mode = trainer.model, trainer.accelerator.device, trainer.model.training
     tensors = [*model.parameters(), *model.buffers()]
     saved = [t.detach().to("cpu", copy=True) for t in tensors]  # a device may have no room
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    kind = "cuda" if device.type == "cpu" else device.type  # of a CPU nothing more is forked
+    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=kind):
         try:
             model.train()
             yield dataclasses.replace(trainer, history=[], unreadable=[], **changes)
@@ -43,8 +45,7 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch], forward: Any = None) 
     set_rate(trainer.optimizer, 0.0)
     trainer.gradients(iter(batches))
     trainer.update()
-    if trainer.accelerator.device.type == "cuda":
-        torch.cuda.synchronize(trainer.accelerator.device)
+    synchronize(trainer.accelerator.device)
 
 
 def first_batches(trainer: Trainer) -> list[Batch]:

@@ -1,0 +1,195 @@
+"""How fast networks train on this machine: what `regard bench --train` measures.
+
+A step is the network's forward pass, the recipe's loss, the backward pass and the recipe's
+optimizer (with clipping and averaging where the recipe has them), on images and labels that are
+on the device already: no decoding, no augmentation, no loader.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.data.preprocess import Preprocess
+from regard.engines.bench import Clock, Timing, network, noise, time_in_rounds
+from regard.errors import UsageError
+from regard.files import reason
+from regard.log import silence_libraries
+from regard.machine import has_bf16, keep_freed_memory, synchronize
+from regard.models.zoo import twins_of
+from regard.training.config import Recipe
+from regard.training.losses import multi_head_cross_entropy, total_weight
+from regard.training.memory import peak_of
+from regard.training.update import Updater
+
+log = logging.getLogger(__name__)
+
+ENGINES = ("eager", "compiled")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+@dataclass
+class TrainTiming(Timing):
+    """As `Timing`; `memory` is what weights, optimizer and two steps take at most, in bytes."""
+
+    network: str = ""
+    memory: int | None = None
+
+
+@dataclass
+class Case:
+    """One network, engine and precision, ready to do steps of one batch."""
+
+    model: nn.Module
+    timing: TrainTiming
+    images: Tensor
+    labels: Tensor
+    recipe: Recipe
+    updater: Updater = field(init=False)
+    forward: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.updater = Updater(self.model, self.recipe, self.images.device, self.timing.precision)
+        self.forward = self.model
+        if self.timing.engine == "compiled":
+            silence_libraries()
+            self.forward = torch.compile(self.model, dynamic=False)
+
+    def step(self) -> None:
+        """One step, waited for until the device has done it."""
+        with self.updater.autocast():
+            outputs = self.forward(self.images).float()
+        loss = multi_head_cross_entropy(
+            outputs, self.labels, getattr(self.model, "head_weights", None),
+            reduction="sum", label_smoothing=self.recipe.label_smoothing,
+        ) / total_weight(self.labels, None)  # fmt: skip
+        self.updater.backward(loss)
+        self.updater.update()
+        synchronize(self.images.device)
+
+
+def bench_training(
+    names: Sequence[str],
+    cases: Sequence[tuple[str, str]],
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    batch: int,
+    size: tuple[int, int] | None = None,
+    rounds: int = 10,
+    clock: Clock = time.perf_counter,
+) -> list[TrainTiming]:
+    """Times a training step of every network in every (engine, precision), all in each round.
+
+    Args:
+        names: networks' names or runs' folders.
+        cases: of `trainable`.
+        recipe: of whose optimizer and loss the step is.
+        device: where it is done.
+        batch: images in a step.
+        size: height and width of the images (default: each network's own).
+        rounds: timing rounds.
+        clock: seconds.
+
+    Raises:
+        UsageError: there is no such network, or it can't take images of this size.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()
+    timings, steps, ready = [], list[Callable[[], None]](), list[TrainTiming]()
+    for name in dict.fromkeys(names):
+        model, preprocess = network(name, size)
+        for engine, precision in cases:
+            timing = TrainTiming(engine, precision, network=name)
+            timings.append(timing)
+            case = _prepared(model, preprocess, timing, recipe, device, batch)
+            if case is not None:
+                ready.append(timing)
+                steps.append(case.step)
+    for timing, seconds in zip(ready, time_in_rounds(steps, rounds, clock), strict=True):
+        timing.seconds = seconds
+    return timings
+
+
+def _prepared(
+    model: nn.Module, preprocess: Preprocess, timing: TrainTiming, recipe: Recipe,
+    device: torch.device, batch: int,
+) -> Case | None:  # fmt: skip
+    """A case after its first two steps; None where it fails, which its timing then says."""
+    started = time.perf_counter()
+    cases: list[Case] = []
+
+    def start() -> None:
+        own = copy.deepcopy(model).train().to(device)
+        images = preprocess.normalize(noise(batch, preprocess.input_size).to(device))
+        images = images.contiguous(memory_format=torch.channels_last)
+        labels = torch.arange(batch, device=device) % int(getattr(model, "num_classes", 2))
+        cases.append(Case(own, timing, images, labels, recipe))
+        for _ in range(2):  # the second with all that the optimizer holds
+            cases[0].step()
+
+    try:
+        timing.memory = peak_of(start, device)
+    except Exception as error:  # compilers and devices raise nearly anything
+        timing.fault = reason(error, 300)
+        what = f"{timing.network}, {timing.engine}, {timing.precision}"
+        log.warning("%s: %s", what, timing.fault)
+        return None
+    timing.startup = time.perf_counter() - started
+    log.info(
+        "  %s, %s, %s: ready in %.1f s",
+        timing.network, timing.engine, timing.precision, timing.startup,
+    )  # fmt: skip
+    return cases[0]
+
+
+def trainable(
+    engines: Sequence[str], precisions: Sequence[str], device: torch.device
+) -> list[tuple[str, str]]:
+    """The (engine, precision) pairs in which this machine trains; "auto" is fp32, and bf16
+    where the device multiplies in it.
+
+    Raises:
+        UsageError: an engine that does not train, or a precision that the device lacks.
+    """
+    for engine in engines:
+        if engine not in ENGINES:
+            raise UsageError(f"engine {engine!r} only predicts: training is {' or '.join(ENGINES)}")
+    able = {
+        "fp32": True,
+        "tf32": device.type == "cuda",
+        "bf16": has_bf16(device),
+        "fp16": device.type == "cuda",
+    }
+    for precision in precisions:
+        if not able.get(precision, precision == "auto"):
+            where = f"on this machine's {device.type} training"
+            raise UsageError(f"precision {precision!r}: not {where}")
+    usual = ("fp32", "bf16")
+    wanted = [
+        p for p in PRECISIONS
+        if p in precisions or ("auto" in precisions and p in usual and able[p])
+    ]  # fmt: skip
+    return [(engine, p) for engine in dict.fromkeys(engines) for p in wanted]
+
+
+def over_plain(timing: TrainTiming, timings: Sequence[TrainTiming]) -> float | None:
+    """Images a second relative to the plain twin's, in the same engine and precision.
+
+    None where the network is plain, or its plain twin was not measured.
+    """
+    plain = twins_of(timing.network).get("plain")
+    if plain is None or timing.fault is not None:
+        return None
+    for other in timings:
+        if timing.network in (other.network, plain) or other.fault is not None:
+            continue
+        alike = (other.engine, other.precision) == (timing.engine, timing.precision)
+        if alike and plain in (other.network, f"plain_{other.network}"):
+            return other.quartiles[1] / timing.quartiles[1]
+    return None
