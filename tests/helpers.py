@@ -51,7 +51,9 @@ QUICK = [
     "--test",
     "0.2",
 ]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# bytecode is written, or each of the processes would compile the whole package again
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+ENVIRONMENT["OMP_NUM_THREADS"] = "1"
 
 
 def start(

@@ -99,8 +99,8 @@ ORDERS = {
 
 
 def test_looking_for_timm_leaves_the_networks_registered():
-    """In processes of their own, forked from one that has torch: timm is not imported there."""
-    script = "import importlib.util, os, sys, torch\n"
+    """In processes of their own, forked from one that has all of timm's imports but timm."""
+    script = "import importlib.util, os, sys, torch, torchvision\n"
     for name, lines in ORDERS.items():
         body = "; ".join([*lines, CREATE, "os._exit(0)"])
         script += (
