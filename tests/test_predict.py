@@ -148,7 +148,13 @@ def test_a_folder_whose_weights_are_another_networks(network, pictures, tmp_path
 def test_a_csv_has_a_row_for_each_image(predict, pictures, tmp_path):
     predict(pictures, "--csv", tmp_path / "answers.csv", "--top", "1", code=1)
     rows = rows_of(tmp_path / "answers.csv")
-    assert list(rows[0]) == ["path", "class1", "probability1", "error"]
+    assert list(rows[0]) == [
+        "path", "class1", "probability1", *(f"p_{name}" for name in CLASSES), "error",
+    ]  # fmt: skip
+    shares = {name: float(rows[0][f"p_{name}"]) for name in CLASSES}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+    assert shares[rows[0]["class1"]] == max(shares.values()) == float(rows[0]["probability1"])
+    assert {rows[2][f"p_{name}"] for name in CLASSES} == {""}
     assert [Path(row["path"]).name for row in rows] == ["a.png", "b.jpg", "broken.png"]
     assert "truncated" in rows[2]["error"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.csv", "pictures"]
@@ -207,7 +213,7 @@ def test_a_redirected_output_is_appended_to(pictures, tmp_path, network):
     lines = (tmp_path / "log.txt").read_bytes().splitlines()
     assert lines[:1] == [b"before"]
     assert lines[1].startswith(b"path,class1")
-    assert b"\\u2713" in lines[2]
+    assert b"\\u2713" in lines[1]
 
 
 def test_names_that_are_not_utf8_are_written(predict, pictures, tmp_path):

@@ -1,5 +1,6 @@
 from .attention import AttentionMap as AttentionMap
 from .attention import record as record
+from .calibrating import calibrate as calibrate
 from .commands.train import train as train
 from .engines.choose import open_engine as open_engine
 from .errors import CheckpointError as CheckpointError

@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "Check a data set before training: counts, sizes, faults, leakage.",
     "train": "Train a network on labeled images.",
     "evaluate": "Evaluate a network on labeled images, with 95 % intervals.",
+    "calibrate": "Fit a run's temperature and threshold on its validation images.",
     "predict": "Classify images with a trained network.",
     "explain": "Show where a network looks, and measure how far that can be believed.",
     "compare": "Compare finished runs on the same test images.",

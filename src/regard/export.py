@@ -97,8 +97,9 @@ def export(
         raise UsageError(f"maps: the network of {run} has no spatial attention maps")
     images = _images(Path(run), classifier, data, root)
     deployed = Deployed(
-        fold_batch_norms(classifier.model).cpu().float(), classifier.preprocess, shown
-    )
+        fold_batch_norms(classifier.model).cpu().float(), classifier.preprocess, shown,
+        classifier.temperature,
+    )  # fmt: skip
     facts = metadata(classifier, deployed, "int8" if int8 else "fp32")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -200,9 +201,20 @@ def metadata(classifier: Classifier, deployed: Deployed, precision: str) -> dict
         "outputs": deployed.output_names,
         "attention_kinds": {name: kinds[name] for name in deployed.maps},
         "precision": precision,
+        "calibration": _calibration(classifier),
         "network": (getattr(classifier.model, "pretrained_cfg", None) or {}).get("architecture"),
         "made_by": f"regard {__version__}",
     }
+
+
+def _calibration(classifier: Classifier) -> dict[str, Any] | None:
+    """The temperature, which is part of the graph, and the threshold, which is not."""
+    stored = classifier.calibration
+    if stored is None:
+        return None
+    threshold = None if stored.threshold is None else stored.threshold.to_dict()
+    fitted_on = f"{stored.images} {stored.source}"
+    return {"temperature": stored.temperature, "threshold": threshold, "fitted_on": fitted_on}
 
 
 # ------------------------------------------------------------------------------ the checks

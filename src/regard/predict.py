@@ -1,5 +1,6 @@
 """A trained network with all that its folder says: `load` reads it, and it classifies images."""
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,12 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from regard.data.content import file_hash
 from regard.data.images import ImageSource, name_of, read_image
 from regard.data.loading import InMemoryLoader, StreamingLoader, default_workers, read_ahead
 from regard.data.preprocess import Preprocess, to_tensor
 from regard.errors import ImageError, UsageError
+from regard.evaluation.calibration import FILE, Calibration, read_calibration
 from regard.machine import choose_device
 from regard.models.io import load_model
+
+log = logging.getLogger(__name__)
 
 BATCH = 32
 
@@ -31,11 +36,15 @@ class Prediction:
         path: the image's path or name; "image 3" for the third input where it has none.
         classes: (class name, probability), the most probable first; empty where there is an error.
         error: why there is no prediction, or None.
+        probabilities: of all classes, in the network's order; empty where there is an error.
+        decision: of the run's threshold, see `Calibration.decide`; None where it has none.
     """
 
     path: str
     classes: list[tuple[str, float]]
     error: str | None = None
+    probabilities: tuple[float, ...] = ()
+    decision: str | None = None
 
 
 class Classifier:
@@ -47,6 +56,7 @@ class Classifier:
         preprocess: from a decoded image to its input.
         config: the folder's config.json, under "regard" what timm does not know.
         engine: what computes probabilities in place of the model, see `regard.engines`, or None.
+        calibration: the temperature that scales the probabilities, and the threshold; or None.
     """
 
     def __init__(
@@ -62,6 +72,12 @@ class Classifier:
         self.preprocess = preprocess
         self.config = config or {}
         self.engine: Callable[[Tensor], Tensor] | None = None
+        self.calibration: Calibration | None = None
+
+    @property
+    def temperature(self) -> float:
+        """What the logits are divided by."""
+        return 1.0 if self.calibration is None else self.calibration.temperature
 
     def decode(self, image: ImageSource) -> Tensor:
         """One image as (C, H, W) of the input's size, in 0..255.
@@ -84,7 +100,7 @@ class Classifier:
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in 0..255 -> (B, classes), float32.
+        """(B, C, H, W) in 0..255 -> (B, classes), float32, scaled by the temperature.
 
         Several views of each image, (B, views, C, H, W), give the mean of their probabilities.
         """
@@ -92,10 +108,11 @@ class Classifier:
             views = [self.probabilities(images[:, i].contiguous()) for i in range(images.shape[1])]
             return torch.stack(views).mean(dim=0)
         if self.engine is not None:
-            return self.engine(images)
+            return with_temperature(self.engine(images), self.temperature)
         device = next(self.model.parameters()).device
         x = self.preprocess.normalize(images.to(device))
-        return self.model(x.contiguous(memory_format=torch.channels_last)).softmax(dim=1).cpu()
+        logits = self.model(x.contiguous(memory_format=torch.channels_last))
+        return (logits / self.temperature).softmax(dim=1).cpu()
 
     def predict(
         self, images: ImageSource | Iterable[ImageSource], top: int = 5
@@ -126,18 +143,27 @@ class Classifier:
             good = [image for _, image in chunk if isinstance(image, Tensor)]
             answers: Iterator[Any] = iter(())
             if good:
-                best = self.probabilities(_stack(good)).topk(count)
-                answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                answers = iter(self.probabilities(_stack(good)))
             for name, image in chunk:
                 if isinstance(image, str):
                     yield Prediction(name, [], image)
-                    continue
-                indices, values = next(answers)
-                if all(map(math.isfinite, values)):
-                    names = [self.class_names[i] for i in indices]
-                    yield Prediction(name, list(zip(names, values, strict=True)))
                 else:
-                    yield Prediction(name, [], f"{name}: its answer is not finite")
+                    yield self.prediction(name, next(answers), count)
+
+    def prediction(self, name: str, probabilities: Tensor, top: int) -> Prediction:
+        """The prediction for one image from its probabilities, (classes,)."""
+        shares = probabilities.tolist()
+        if not all(map(math.isfinite, shares)):
+            return Prediction(name, [], f"{name}: its answer is not finite")
+        order = probabilities.topk(min(top, len(shares))).indices.tolist()
+        listed = [(self.class_names[i], shares[i]) for i in order]
+        return Prediction(name, listed, None, tuple(shares), self.decision(shares))
+
+    def decision(self, probabilities: Sequence[float]) -> str | None:
+        """The run's decision from the probabilities of all classes, see `Calibration.decide`."""
+        if self.calibration is None:
+            return None
+        return self.calibration.decide(dict(zip(self.class_names, probabilities, strict=True)))
 
     def _decode_or_error(self, numbered: tuple[int, ImageSource]) -> tuple[str, Tensor | str]:
         number, image = numbered
@@ -167,13 +193,21 @@ def _stack(images: list[Tensor]) -> Tensor:
     return torch.stack(images)
 
 
-def load(folder: str | Path, device: str = "cpu") -> Classifier:
+def with_temperature(probabilities: Tensor, temperature: float) -> Tensor:
+    """Probabilities (B, classes) with their logits divided by a temperature."""
+    if temperature == 1.0:
+        return probabilities
+    return (probabilities.double().clamp_min(1e-38).log() / temperature).softmax(dim=1).float()
+
+
+def load(folder: str | Path, device: str = "cpu", *, calibrated: bool = True) -> Classifier:
     """Loads the network of a run's folder, or of any folder in timm's `local-dir` layout.
 
     Args:
         folder: of the network.
         device: where it computes: cpu, cuda, mps, xpu, or auto for this machine's accelerator.
             Images go there by themselves.
+        calibrated: use the temperature and the threshold that `regard.calibrate` stored there.
 
     Raises:
         UsageError: the folder holds no network, or one that can't be loaded; or this machine
@@ -190,7 +224,27 @@ def load(folder: str | Path, device: str = "cpu") -> Classifier:
     except UsageError as error:
         raise UsageError(f"{Path(folder) / 'config.json'}: {error}") from error
     names = config.get("label_names") or [str(i) for i in range(model.num_classes)]
-    return Classifier(model.to(where), names, preprocess, config)
+    classifier = Classifier(model.to(where), names, preprocess, config)
+    if calibrated:
+        classifier.calibration = _calibration(Path(folder), names)
+    return classifier
+
+
+def network_hash(folder: str | Path) -> str:
+    """A content hash of the weights in a run's folder."""
+    return f"{file_hash(Path(folder) / 'model.safetensors'):016x}"
+
+
+def _calibration(folder: Path, classes: Sequence[str]) -> Calibration | None:
+    """The stored calibration, unless it belongs to other weights or classes."""
+    stored = read_calibration(folder)
+    if stored is None:
+        return None
+    known = stored.threshold is None or stored.threshold.positive in classes
+    if known and stored.network in ("", network_hash(folder)):
+        return stored
+    log.warning(f"{folder / FILE} was fitted for another network and is not used")
+    return None
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from regard.runs import RunFolder
 from regard.trained_on import known_images, overlap_line, own_table
 
 logger = logging.getLogger(__name__)
+Choose = Callable[[ImageTable, NDArray[np.str_] | None], tuple[str, ImageTable]]
 
 
 def predictions_of(
@@ -48,6 +49,8 @@ def predictions_of(
     ten_crop: bool = False,
     device: str = "cpu",
     prepare: Callable[[Classifier, Reader], None] = lambda classifier, reader: None,
+    choose: Choose | None = None,
+    calibrated: bool = True,
 ) -> tuple[str, Predictions, list[str]]:
     """A network's predictions for labeled images.
 
@@ -65,6 +68,8 @@ def predictions_of(
         ten_crop: the mean of the probabilities of ten crops of each image, see `TenCrop`.
         device: where the network computes, as for `regard.load`.
         prepare: may give the network an engine; called with what reads the images.
+        choose: as `choose_split`, in place of `split`.
+        calibrated: use the temperature that is stored in the run.
 
     Returns:
         The split ("all" without splits, "new" without the images trained on), the predictions,
@@ -77,7 +82,7 @@ def predictions_of(
     """
     mine = None
     if weights is None and Path(run).is_dir():
-        classifier = load(run, device)
+        classifier = load(run, device, calibrated=calibrated)
         table, mine = _run_table(Path(run), data, root, splits)
     else:
         if data is None:
@@ -91,7 +96,7 @@ def predictions_of(
     if size is not None:
         _resize(classifier, size)
     preprocess = TenCrop.of(classifier.preprocess) if ten_crop else classifier.preprocess
-    named, table = choose_split(table, split, mine)
+    named, table = choose(table, mine) if choose else choose_split(table, split, mine)
     table = as_known(table, classifier.class_names, renamed)
     for line in table.warnings:
         logger.warning(line)

@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 import tomllib
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from regard.files import write_atomically
 from regard.log import Heartbeat
 
 RUNS = Path("runs")
+VALIDATION = "validation.npz"  # probabilities of the validation images, as predictions.npz
 NOBODYS = (
     ".probe",
     ".regard-demo",
@@ -239,13 +241,24 @@ class RunFolder:
         write_predictions(self.path / "predictions.npz", split, said)
 
     def read_predictions(self, name: str = "predictions.npz") -> tuple[str, Predictions]:
-        """The split tested, and what was said of each image of it."""
+        """The split, and the probabilities of each image of it."""
         with np.load(self.path / name) as file:
             groups = file.get("groups")
             return str(file["split"]), Predictions(
                 file["probabilities"], file["labels"],
                 file["classes"].tolist(), groups, file["paths"].tolist(),
             )  # fmt: skip
+
+    def read_validation(self) -> Predictions | None:
+        """The stored probabilities of the validation images; None where there are none."""
+        for name in (VALIDATION, "predictions.npz"):
+            try:
+                split, predictions = self.read_predictions(name)
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # they can be computed
+                continue
+            if split == "val":
+                return predictions
+        return None
 
 
 def write_predictions(path: Path, split: str, said: Predictions) -> None:

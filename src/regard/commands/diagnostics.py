@@ -2,12 +2,15 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from regard.errors import UsageError
+
+if TYPE_CHECKING:
+    from regard.evaluation import Calibration
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +32,17 @@ class DiagnosticFlags:
         Parameter(
             help="Threshold on the probability of --positive, chosen on the validation images: "
             "sensitivity=0.95, specificity=0.9, youden, or cost=5:1 (a false negative costs 5 "
-            "false positives). Default: the top-1 class decides."
+            "false positives). Default: the threshold that `regard calibrate` stored, else the "
+            "top-1 class decides."
         ),
     ] = None
     calibrate: Annotated[
-        bool,
+        bool | None,
         Parameter(
-            help="Scale the probabilities by the temperature that fits the validation images.",
-            negative=(),
+            help="Scale the probabilities by the temperature that fits the validation images; "
+            "--no-calibrate ignores what `regard calibrate` stored. Default: what it stored."
         ),
-    ] = False
+    ] = None
     ordered: Annotated[
         str | None,
         Parameter(help="All classes from lowest to highest, as a,b,c, for the quadratic kappa."),
@@ -101,40 +105,73 @@ class Study:
     lines: list[str]
 
 
-def study(predictions: Any, flags: DiagnosticFlags, validation: Callable[[], Any]) -> Study:
-    """Measures predictions as the flags say; `validation` predicts the validation images."""
-    from regard.evaluation import (
-        choose_threshold,
-        decision_curve,
-        diagnose,
-        fit_temperature,
-        reliability,
-        with_temperature,
-    )
+def study(
+    predictions: Any,
+    flags: DiagnosticFlags,
+    validation: Callable[[], Any],
+    stored: "Calibration | None" = None,
+) -> Study:
+    """Measures predictions as the flags say.
+
+    Args:
+        predictions: unscaled.
+        flags: they go before what is stored.
+        validation: predicts the validation images, unscaled.
+        stored: the run's calibration.
+    """
+    from regard.evaluation import decision_curve, diagnose, reliability
 
     content: dict[str, Any] = {"reliability": [vars(b) for b in reliability(predictions)]}
-    lines, threshold = [], None
-    chosen_on: Any = validation() if flags.calibrate or flags.at is not None else None
-    if flags.calibrate:
-        temperature = fit_temperature(chosen_on)
-        chosen_on = with_temperature(chosen_on, temperature)
-        predictions = with_temperature(predictions, temperature)
-        content["temperature"] = temperature
+    used, lines = _calibration(flags, validation, stored)
+    threshold = None if used is None else used.threshold
+    positive = flags.positive or (threshold.positive if threshold else None)
+    if used is not None and used.temperature != 1.0:
+        predictions = used.apply(predictions)
+        content["temperature"] = used.temperature
         content["reliability_calibrated"] = [vars(b) for b in reliability(predictions)]
-        lines.append(f"temperature {temperature:.4g}, fitted on {len(chosen_on)} validation images")
-    if flags.at is not None and flags.positive is not None:
-        threshold = choose_threshold(chosen_on, flags.positive, flags.at)
+    if used is not None:
+        content["calibrated_on"] = f"{used.images} {used.source}"
+    if threshold is not None:
         content["threshold"] = threshold.to_dict()
-        lines.append(
-            f"threshold {threshold.value:.4g} ({flags.at}), chosen on {threshold.images} "
-            f"validation images, with sensitivity {threshold.sensitivity:.4f} and specificity "
-            f"{threshold.specificity:.4f} there"
-        )
     found = diagnose(
-        predictions, positive=flags.positive, ordered=flags.order, max_fpr=flags.max_fpr,
+        predictions, positive=positive, ordered=flags.order, max_fpr=flags.max_fpr,
         threshold=None if threshold is None else threshold.value,
     )  # fmt: skip
     content |= found.to_dict()
-    if flags.positive is not None:
-        content["decision_curve"] = decision_curve(predictions, flags.positive).to_dict()
+    if positive is not None:
+        content["decision_curve"] = decision_curve(predictions, positive).to_dict()
     return Study(predictions, found, content, lines)
+
+
+def _calibration(
+    flags: DiagnosticFlags, validation: Callable[[], Any], stored: "Calibration | None"
+) -> tuple["Calibration | None", list[str]]:
+    """The calibration to use, made on the spot where a flag asks for it, and what to say of it."""
+    from regard.evaluation import choose_threshold, fit_calibration
+
+    used = stored if flags.calibrate is None else None
+    if used is not None and flags.positive not in (
+        None,
+        used.threshold and used.threshold.positive,
+    ):
+        used = replace(used, threshold=None)  # it is of another class
+    if flags.calibrate or (flags.at is not None and used is None):
+        used = fit_calibration(
+            validation(), positive=flags.positive if flags.at else None, rule=flags.at,
+            temperature=bool(flags.calibrate),
+        )  # fmt: skip
+    elif used is not None and flags.at is not None and flags.positive is not None:
+        chosen = choose_threshold(used.apply(validation()), flags.positive, flags.at)
+        used = replace(used, threshold=chosen)
+    if used is None:
+        return None, []
+    lines = []
+    if used.temperature != 1.0:
+        lines.append(f"temperature {used.temperature:.4g}, fitted on {used.images} {used.source}")
+    if (t := used.threshold) is not None:
+        lines.append(
+            f"threshold {t.value:.4g} on {t.positive} ({t.rule}), chosen on {t.images} validation "
+            f"images, with sensitivity {t.sensitivity:.4f} and specificity {t.specificity:.4f} "
+            "there"
+        )
+    return used, lines

@@ -108,6 +108,7 @@ def command(
     require_data(source)
     size = input.height_and_width
     _check_output(predictions)
+    from regard.calibrating import validation_predictions
     from regard.run_data import predictions_of
     from regard.runs import write_predictions
 
@@ -115,6 +116,7 @@ def command(
 
     def prepare(classifier: Any, reader: Any) -> None:
         numbers.check_classes(classifier.class_names)
+        tested["stored"], classifier.calibration = classifier.calibration, None
         tested.update(size=list(classifier.preprocess.size), ten_crop=input.ten_crop)
         count = len(reader.table)
         rows = range(0, count, max(1, count // 64))
@@ -133,14 +135,19 @@ def command(
         if named in ("val", "all"):
             log.warning("threshold and temperature fit images that are also tested on")
         own = weights is None and Path(run).is_dir()
+        if own and size is None and not input.ten_crop:
+            return validation_predictions(run, root=root)
         return predict(None if own else source, "val")[1]
 
     named, found, unreadable = predict(source, split)
+    stored = tested.pop("stored")
+    if stored is not None and numbers.calibrate is None and named == "val" and source is None:
+        log.warning("the stored temperature and threshold fit the images that are tested on")
     if predictions is not None:
         write_predictions(predictions, named, found)
     if not json:
         print(_heading(run, source, named, size, tested))
-    _print(study(found, numbers, validation), {"split": named, **tested}, unreadable, json)
+    _print(study(found, numbers, validation, stored), {"split": named, **tested}, unreadable, json)
     for line in unreadable:
         log.warning(line)
     return 1 if unreadable else 0

@@ -20,6 +20,7 @@ from cyclopts import Parameter
 from regard.commands.flags import DeviceFlag, EngineFlags, use_engine
 from regard.commands.predictions_csv import PredictionsCsv, check_output
 from regard.errors import UsageError
+from regard.log import info_on_stderr
 
 if TYPE_CHECKING:
     from regard.predict import Classifier, Prediction
@@ -33,7 +34,7 @@ def command(
     run: Annotated[Path, Parameter(name="RUN")],
     /,
     *images: Annotated[str, Parameter(name="IMAGES", allow_leading_hyphen=True)],
-    top: int = 5,
+    top: int | None = None,
     device: DeviceFlag = "auto",
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
     json: bool = False,
@@ -50,16 +51,19 @@ def command(
     images
         Image files and folders of images; - reads one image from standard input.
     top
-        Number of classes to list for each image.
+        Number of classes to list for each image. Default: 5, and 1 with --csv.
     json
         Print one JSON object per line.
     csv
-        Write a CSV file instead of printing. What is done stays there if the command is stopped.
+        Write a CSV file instead of printing: the most probable class, the decision at the run's
+        threshold (`regard calibrate`), and the probability of each class, p_CLASS. What is done
+        stays there if the command is stopped.
     overwrite
         Replace a CSV file that exists.
     resume
         Continue a CSV file that was stopped; give the same images.
     """
+    top = (5 if csv is None else 1) if top is None else top
     _check_arguments(images, top, json, csv, overwrite, resume)
     engine.require()
     if csv is not None:
@@ -70,13 +74,16 @@ def command(
     classifier = load(run, device)
     names = _prepared(classifier, engine, images)
     top = min(top, len(classifier.class_names))
+    if classifier.calibration is not None:
+        with info_on_stderr():
+            log.info(f"{run}: {classifier.calibration.sentence()}")
     with contextlib.ExitStack() as stack:
         write: Callable[[Prediction], None] = _print_json if json else _print_line
         counts = _Counts(csv)
         if csv is not None:
-            table = stack.enter_context(PredictionsCsv(csv, top, resume=resume))
+            table = stack.enter_context(PredictionsCsv(csv, top, classifier, resume=resume))
             write = table.write
-            counts.answered, counts.failed, names = table.skip_done(iter(names), classifier)
+            counts.answered, counts.failed, names = table.skip_done(iter(names))
         return _predict(classifier, watch(run, names), top, write, counts, images)
 
 
@@ -225,6 +232,8 @@ def _print_json(p: "Prediction") -> None:
     else:
         classes = [{"class": name, "probability": share} for name, share in p.classes]
         answer = {"path": p.path, "classes": classes}
+        if p.decision is not None:
+            answer["decision"] = p.decision
     # ASCII: a class or file name may have letters that the reader's encoding lacks
     sys.stdout.write(json.dumps(answer, allow_nan=False) + "\n")
 
@@ -232,4 +241,5 @@ def _print_json(p: "Prediction") -> None:
 def _print_line(p: "Prediction") -> None:
     if p.error is None:
         classes = "  ".join(f"{name} {share:.1%}" for name, share in p.classes)
-        sys.stdout.write(f"{p.path}: {classes}\n")
+        decision = "" if p.decision is None else f"  decision: {p.decision}"
+        sys.stdout.write(f"{p.path}: {classes}{decision}\n")

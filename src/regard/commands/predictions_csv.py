@@ -68,7 +68,8 @@ class PredictionsCsv:
 
     Args:
         path: as `check_output` allows it.
-        top: classes for each image.
+        top: classes for each image, the most probable first.
+        classifier: makes the predictions; the probability of each of its classes has a column.
         resume: append to the rows that are there.
 
     Raises:
@@ -76,9 +77,13 @@ class PredictionsCsv:
         FileError: it can't be opened or written.
     """
 
-    def __init__(self, path: Path, top: int, *, resume: bool) -> None:
+    def __init__(self, path: Path, top: int, classifier: "Classifier", *, resume: bool) -> None:
         ranks = [f"{kind}{k}" for k in range(1, top + 1) for kind in ("class", "probability")]
-        self.path, self.top, self.columns = path, top, ["path", *ranks, "error"]
+        stored = classifier.calibration
+        self.decides = stored is not None and stored.threshold is not None
+        self.path, self.top, self.classifier = path, top, classifier
+        self.columns = ["path", *ranks, *(["decision"] if self.decides else [])]
+        self.columns += [*(f"p_{name}" for name in classifier.class_names), "error"]
         self.rows = 0
         self._flushed = time.monotonic()
         if resume:
@@ -111,6 +116,9 @@ class PredictionsCsv:
         """Appends one row; it is on the disk within a second."""
         cells = [cell for name, share in p.classes for cell in (name, f"{share:.6f}")]
         cells += [""] * (2 * self.top - len(cells))
+        cells += [p.decision or ""] if self.decides else []
+        shares = [f"{share:.6f}" for share in p.probabilities]
+        cells += shares or [""] * len(self.classifier.class_names)
         self._put([p.path, *cells, p.error or ""])
         self.rows += 1
 
@@ -126,9 +134,7 @@ class PredictionsCsv:
             reason = (error.strerror or str(error)).lower()
             raise FileError(f"{self.path}: {reason}, after {self.rows} rows") from error
 
-    def skip_done(
-        self, names: Iterator[str], classifier: "Classifier"
-    ) -> tuple[int, int, Iterator[str]]:
+    def skip_done(self, names: Iterator[str]) -> tuple[int, int, Iterator[str]]:
         """Compares the rows that are there with the images, one by one.
 
         Returns:
@@ -145,8 +151,8 @@ class PredictionsCsv:
             rows = csv.reader(file)
             if next(rows, None) != self.columns:
                 raise UsageError(
-                    f"--resume: {self.path} has other columns; its --top may differ, or it is no "
-                    "file of `regard predict`"
+                    f"--resume: {self.path} has other columns; its --top or classes may differ, or "
+                    "it is no file of `regard predict`"
                 )
             for number, row in enumerate(rows, start=1):
                 name = next(names, None)
@@ -158,16 +164,18 @@ class PredictionsCsv:
                 failed += row[-1] != ""
                 answered += row[-1] == ""
                 last = row if row[-1] == "" else last
-        self._check_network(last, classifier)
+        self._check_network(last)
         self.rows = answered + failed
         return answered, failed, names
 
-    def _check_network(self, row: list[str], classifier: "Classifier") -> None:
+    def _check_network(self, row: list[str]) -> None:
         """Refuses rows of another network, by predicting the last image again."""
         if not row or row[0] == "-":
             return
-        (again,) = classifier.predict_each([row[0]], top=len(classifier.class_names))
-        shares: dict[str, Any] = dict(again.classes)
+        (again,) = self.classifier.predict_each([row[0]], top=1)
+        shares: dict[str, Any] = dict(
+            zip(self.classifier.class_names, again.probabilities, strict=again.error is None)
+        )
         if again.error is None and abs(shares.get(row[1], -1.0) - float(row[2])) > _AGREE:
             raise UsageError(
                 f"--resume: {self.path} is of another network: {row[0]} was {row[1]} at {row[2]}"

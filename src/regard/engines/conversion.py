@@ -35,14 +35,21 @@ class Deployed(nn.Module):
         model: in evaluation mode; its weights are shared, not copied.
         preprocess: how the network's images are normalized.
         maps: names of attention modules whose maps are outputs as well.
+        temperature: the logits are divided by it.
 
     Shapes: (B, C, H, W) in 0..255 -> probabilities (B, classes) in float32; with `maps` a tuple
     of the probabilities and of each map as (B, h, w), the mean over its channels.
     """
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess, maps: list[str] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Preprocess,
+        maps: list[str] | None = None,
+        temperature: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.model, self.preprocess = model, preprocess
+        self.model, self.preprocess, self.temperature = model, preprocess, temperature
         self.maps = maps or []
         self.dtype = next(model.parameters()).dtype
 
@@ -54,7 +61,7 @@ class Deployed(nn.Module):
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         x = self.preprocess.normalize(images).to(self.dtype)
         if not self.maps:
-            return self.model(x).float().softmax(dim=1)
+            return self._softmax(self.model(x))
         outputs: dict[str, Tensor] = {}
         with contextlib.ExitStack() as hooks:  # on the model for the length of this call only
             for name in self.maps:
@@ -63,8 +70,12 @@ class Deployed(nn.Module):
                     lambda module, inputs, output, name=name: outputs.__setitem__(name, output)
                 )
                 hooks.callback(hook.remove)
-            probabilities = self.model(x).float().softmax(dim=1)
+            probabilities = self._softmax(self.model(x))
         return (probabilities, *(outputs[name].float().mean(dim=1) for name in self.maps))
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        logits = logits.float()
+        return (logits if self.temperature == 1.0 else logits / self.temperature).softmax(dim=1)
 
 
 def spatial_maps(model: nn.Module) -> list[str]:

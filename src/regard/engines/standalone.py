@@ -66,7 +66,20 @@ class Network:
                     {"class": self.facts["class_names"][i], "probability": float(shares[i])}
                     for i in order
                 ]
-                yield {"path": path, "classes": classes}
+                yield {"path": path, "classes": classes, **_decision(shares, self.facts)}
+
+
+def _decision(shares: Array, facts: dict[str, Any]) -> dict[str, str]:
+    """The decision at the threshold that the network was exported with, if there is one."""
+    threshold = (facts.get("calibration") or {}).get("threshold")
+    if threshold is None:
+        return {}
+    names, positive = facts["class_names"], threshold["positive"]
+    least = math.inf if threshold["value"] is None else threshold["value"]
+    if float(shares[names.index(positive)]) >= least - 1e-6:
+        return {"decision": positive}
+    others = [name for name in names if name != positive]
+    return {"decision": others[0] if len(others) == 1 else f"not {positive}"}
 
 
 Opened = tuple[dict[str, Any], Callable[[Array], Array]]

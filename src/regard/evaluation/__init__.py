@@ -7,12 +7,18 @@
 
 `predictions.py` holds and checks predictions. `metrics.py` has the metrics of classification,
 `diagnostics.py` those of a diagnostic study, made of `statistics.py`; `thresholds.py` chooses
-decision thresholds; `recalibration.py` measures and improves calibration; `subgroups.py`
-evaluates parts of the images. `comparison.py` and `paired.py` compare two networks on the same
-images, with the tests of `significance.py`; `intervals.py` has the confidence intervals. NumPy
-and SciPy only; torch is not imported.
+decision thresholds; `recalibration.py` measures and improves calibration, and `calibration.py`
+stores both for a run; `subgroups.py` evaluates parts of the images. `comparison.py` and
+`paired.py` compare two networks on the same images, with the tests of `significance.py`;
+`intervals.py` has the confidence intervals. NumPy and SciPy only; torch is not imported.
 """
 
+from regard.evaluation.calibration import (
+    Calibration,
+    fit_calibration,
+    read_calibration,
+    write_calibration,
+)
 from regard.evaluation.comparison import Comparison, compare
 from regard.evaluation.diagnostics import Diagnostics, OneClass, diagnose
 from regard.evaluation.intervals import Estimate
@@ -29,6 +35,7 @@ from regard.evaluation.thresholds import (
 )
 
 __all__ = [
+    "Calibration",
     "ClassResult",
     "Comparison",
     "DecisionCurve",
@@ -48,7 +55,10 @@ __all__ = [
     "diagnose",
     "evaluate",
     "evaluate_subgroups",
+    "fit_calibration",
     "fit_temperature",
+    "read_calibration",
     "reliability",
     "with_temperature",
+    "write_calibration",
 ]

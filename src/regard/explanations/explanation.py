@@ -247,6 +247,7 @@ def explain(
         explanations += explain_batch(
             classifier.model, x, [picture], [box], classes=classifier.class_names, target=target,
             methods=methods, reduce=reduce, layer=layer, paths=[name], keep_channels=keep_channels,
+            temperature=classifier.temperature,
         )  # fmt: skip
     return explanations
 
@@ -287,6 +288,7 @@ def explain_batch(
     paths: Sequence[str] | None = None,
     keep_channels: bool = False,
     batch_size: int = 16,
+    temperature: float = 1.0,
 ) -> Explanations:
     """`explain` for any classifier and inputs that are prepared already.
 
@@ -303,6 +305,7 @@ def explain_batch(
         paths: the images' names.
         keep_channels: keep every channel of the masks too, in `Explanation.raw`.
         batch_size: images at once.
+        temperature: the logits are divided by it in the probabilities.
 
     Raises:
         UsageError: an argument is not among its choices, or counts don't agree.
@@ -315,7 +318,7 @@ def explain_batch(
     for start in range(0, len(x), batch_size):
         part = slice(start, start + batch_size)
         each = target if target is None or isinstance(target, int) else target[part]
-        of = (methods, reduce, layer, keep_channels)
+        of = (methods, reduce, layer, keep_channels, temperature)
         for i, answer in enumerate(_explain_batch(model, x[part], classes, each, *of), start):
             explanations.append(
                 Explanation(path=paths[i], image=np.asarray(images[i]), box=boxes[i], **answer)
@@ -368,6 +371,7 @@ def _explain_batch(
     reduce: Reduce,
     layer: str | None,
     keep_channels: bool,
+    temperature: float,
 ) -> Iterator[dict[str, Any]]:
     """The attributes of an Explanation for each image, apart from path, image and box."""
     maps = AttentionMaps({})
@@ -385,7 +389,7 @@ def _explain_batch(
     if "gradcam" in methods:
         name = layer or default_layer(model, x)
         cams = gradcam(model, x, targets, layer=name).float().cpu().numpy()
-    for i, p in enumerate(logits.float().softmax(dim=1).cpu()):
+    for i, p in enumerate((logits.float() / temperature).softmax(dim=1).cpu()):
         t = int(targets[i])
         modules = module_maps(maps, i, reduce=reduce)
         shown = group_by_stage(modules)

@@ -213,7 +213,7 @@ class Writer:
         (shown,) = explain_batch(
             classifier.model, x, [image], [box], classes=classifier.class_names, target=o.target,
             methods=o.methods, reduce=o.reduce, layer=o.layer, paths=[source.name],
-            keep_channels=o.keep_channels,
+            keep_channels=o.keep_channels, temperature=classifier.temperature,
         )  # fmt: skip
         if not scored or self.scorer is None:
             return Record(shown, None)

@@ -101,6 +101,7 @@ def _add_pages(app: FastAPI, classifier: Classifier, tested: dict[str, Any] | No
 
     @app.get("/api/model", summary="The network: classes, input, attention maps, test result")
     async def model() -> dict[str, Any]:
+        stored = classifier.calibration
         return {
             "name": name_of(classifier),
             "classes": classifier.class_names,
@@ -108,6 +109,13 @@ def _add_pages(app: FastAPI, classifier: Classifier, tested: dict[str, Any] | No
             "parameters": sum(p.numel() for p in classifier.model.parameters()),
             "attention": attention_kinds(classifier.model),
             "tested": tested,
+            "calibration": None
+            if stored is None
+            else {
+                "temperature": stored.temperature,
+                "threshold": None if stored.threshold is None else stored.threshold.to_dict(),
+                "sentence": stored.sentence(),
+            },
             "notice": NOTICE,
         }
 
@@ -124,8 +132,11 @@ def _add_api(app: FastAPI, classifier: Classifier, worker: BatchingWorker, limit
         description=SAME if classifier.engine is None else f"Answered by {classifier.engine!r}.",
     )  # fmt: skip
     async def predict(request: Request, top: int = 5) -> dict[str, Any]:
-        best = await worker.predict(await image_of(request), max(1, min(top, most)))
-        return {"classes": [{"class": name, "probability": p} for name, p in best]}
+        p = await worker.predict(await image_of(request), max(1, min(top, most)))
+        classes = [{"class": name, "probability": share} for name, share in p.classes]
+        return {"classes": classes} if p.decision is None else {
+            "classes": classes, "decision": p.decision,
+        }  # fmt: skip
 
     @app.post("/api/explain", summary="Where the network looked", openapi_extra=IMAGE_BODY)
     async def explain(
@@ -142,7 +153,10 @@ def _add_api(app: FastAPI, classifier: Classifier, worker: BatchingWorker, limit
         if form == "npz":
             arrays = await worker.in_reader(_as_npz, explanation, box)
             return Response(arrays, media_type="application/octet-stream")
-        return JSONResponse(await worker.in_reader(_as_json, explanation, box, top))
+        answer = await worker.in_reader(_as_json, explanation, box, top)
+        shares = dict(explanation.classes)
+        decision = classifier.decision([shares[name] for name in classifier.class_names])
+        return JSONResponse(answer if decision is None else {**answer, "decision": decision})
 
 
 # ---- answers ------------------------------------------------------------------------------

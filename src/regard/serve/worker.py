@@ -25,7 +25,7 @@ from regard.attention import attention_kinds
 from regard.data.images import read_image
 from regard.explanations.explanation import Explanation, as_picture, explain_batch
 from regard.explanations.overlay import Box, Picture
-from regard.predict import Classifier
+from regard.predict import Classifier, Prediction
 from regard.serve.uploads import as_file
 
 BATCH = 16  # images
@@ -81,8 +81,8 @@ class BatchingWorker:
         with self._file_of(upload) as path:
             return self.classifier.decode(path)
 
-    async def predict(self, upload: Upload, top: int) -> list[tuple[str, float]]:
-        """The `top` most probable classes of a checked upload, with their probabilities.
+    async def predict(self, upload: Upload, top: int) -> Prediction:
+        """The prediction for a checked upload, with the `top` most probable classes.
 
         Raises:
             HTTPException: 422 it can't be read.
@@ -92,9 +92,7 @@ class BatchingWorker:
         self.waiting.append(mine)
         if self.task is None or self.task.done():
             self.task = loop.create_task(self._answer())
-        best = (await mine.answer).topk(top)
-        names = [self.classifier.class_names[i] for i in best.indices.tolist()]
-        return list(zip(names, best.values.tolist(), strict=True))
+        return self.classifier.prediction("the image", await mine.answer, top)
 
     async def _answer(self) -> None:
         """Answers all waiting requests, a batch at a time; newcomers form the next batch."""
@@ -148,6 +146,7 @@ class BatchingWorker:
             model, x.to(device).contiguous(memory_format=torch.channels_last), [picture],
             [(box[0] * across, box[1] * down, box[2] * across, box[3] * down)],
             classes=self.classifier.class_names, target=target, methods=(*own, "gradcam"),
+            temperature=self.classifier.temperature,
         )  # fmt: skip
         return explanation, box
 

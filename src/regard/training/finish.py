@@ -9,7 +9,7 @@ import torch
 from regard.data.sources import ImageTable
 from regard.evaluation import Evaluation, Predictions, evaluate
 from regard.models.io import save_model
-from regard.runs import RunFolder
+from regard.runs import VALIDATION, RunFolder, write_predictions
 from regard.training.loop import Trainer
 from regard.training.model_card import write_model_card
 from regard.training.run_plan import Plan
@@ -31,14 +31,19 @@ def finish_run(
     plan: Plan,
     trainer: Trainer,
     parts: dict[str, LoadedSplit],
-    predictions: Predictions,
+    predictions: dict[str, Predictions],
     facts: dict[str, Any],
 ) -> None:
-    """Evaluates the predictions, and writes network, evaluation, model card and run.json."""
+    """Evaluates the predictions, and writes network, evaluation, model card and run.json.
+
+    `predictions` are by split; those for the validation images are stored for calibration.
+    """
     split = facts["tested_on"]
-    evaluation = evaluate(predictions, seed=plan.recipe.seed)
+    evaluation = evaluate(predictions[split], seed=plan.recipe.seed)
     _write_network(folder, plan, trainer, evaluation)
-    folder.write_evaluation(split, evaluation, predictions)
+    folder.write_evaluation(split, evaluation, predictions[split])
+    if split != "val" and "val" in predictions:
+        write_predictions(folder.path / VALIDATION, "val", predictions["val"])
     write_model_card(folder, plan, facts, evaluation)
     folder.finish(facts)
     _report(folder, trainer, split, evaluation)

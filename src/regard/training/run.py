@@ -1,8 +1,8 @@
 """A training run from data to its folder: `train` prepares, trains, tests, and writes it all.
 
 The folder: config.json and model.safetensors (timm's `local-dir`), README.md (the model card),
-recipe.toml, run.json, splits.csv, metrics.csv, evaluation.json, predictions.npz, TensorBoard's
-events, and state/ until the run is finished.
+recipe.toml, run.json, splits.csv, metrics.csv, evaluation.json, predictions.npz,
+validation.npz, TensorBoard's events, and state/ until the run is finished.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from regard.data.loading import StreamingLoader
 from regard.data.sources import ImageTable
 from regard.data.workers import WaitInterrupted, never, worker_errors
 from regard.errors import NotFiniteError, Stopped
+from regard.evaluation import Predictions
 from regard.files import check_space, shortened
 from regard.machine import memory_errors
 from regard.runs import RunFolder, choose_out
@@ -336,18 +337,24 @@ class Run:
         if self.plan.recipe.select == "best" and self.best:
             self.accelerator.wait_for_everyone()
             self.folder.read_best(t.weights)
-        split = tested_split(self.parts)
+        predictions = {tested_split(self.parts): self._predictions(tested_split(self.parts))}
+        if "val" in self.parts and "val" not in predictions:
+            predictions["val"] = self._predictions("val")
+        if self.main:
+            facts = run_facts(self.plan, self.table, t, self.parts, self.best)
+            finish_run(self.folder, self.plan, t, self.parts, predictions, facts)
+            self.states.clear()
+
+    def _predictions(self, split: str) -> Predictions:
+        """The finished network's probabilities for the images of a split."""
         part = self.parts[split]
         loader = self.loaders.get(split) or build_loader(self.plan, "test", part)
         try:
             predictions = self.scorer.predict(loader, part)
         except WaitInterrupted:
-            raise Stopped(t.step, self.signals.stop) from None
+            raise Stopped(self.trainer.step, self.signals.stop) from None
         self._list_unreadable(part, part.lost)
-        if self.main:
-            facts = run_facts(self.plan, self.table, t, self.parts, self.best)
-            finish_run(self.folder, self.plan, t, self.parts, predictions, facts)
-            self.states.clear()
+        return predictions
 
     def _close_loaders(self) -> None:
         """Ends worker processes now, whatever ended the run."""

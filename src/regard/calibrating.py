@@ -1,0 +1,157 @@
+"""Calibrates a run: its temperature and its threshold, from images that don't test it."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regard.data.sources import ImageTable
+from regard.errors import FileError, UsageError
+from regard.evaluation.calibration import FILE, Calibration, fit_calibration, write_calibration
+from regard.evaluation.predictions import Predictions
+from regard.files import plural, reason
+from regard.predict import network_hash
+from regard.run_data import predictions_of
+from regard.runs import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def calibrate(
+    run: str | Path,
+    data: str | Path | None = None,
+    *,
+    positive: str | None = None,
+    rule: str | None = None,
+    temperature: bool = True,
+    split: str | None = None,
+    root: str | Path | None = None,
+    splits: str = "auto",
+) -> Calibration:
+    """Fits a temperature and chooses a threshold, and stores both in a run's folder.
+
+    `regard.load`, and with it prediction, evaluation, serving and export, use them from then on.
+    What was stored before is replaced.
+
+    Args:
+        run: its folder.
+        data: labeled images; default: the run's own validation images.
+        positive: the class of the threshold, together with `rule`.
+        rule: "sensitivity=0.95", "specificity=0.9", "youden" or "cost=5:1"; see
+            `regard.evaluation.choose_threshold`.
+        temperature: whether to fit one.
+        split: of `data`: train, val, test or all; default: its validation images or images
+            without a split. Images that trained or test the run are left out.
+        root: folder of cifar10 and cifar100.
+        splits: whether a folder's top folders are splits, as for `open_data`.
+
+    Raises:
+        UsageError: no such run or class, or no images to calibrate on.
+        FileError: the images can't be read, or the run's folder can't be written.
+    """
+    validation = validation_predictions(run, data, split=split, root=root, splits=splits)
+    source = f"images of {data}" if data is not None else "validation images of the run"
+    calibration = fit_calibration(
+        validation, positive=positive, rule=rule, temperature=temperature, source=source,
+        network=network_hash(run),
+    )  # fmt: skip
+    write_calibration(run, calibration)
+    return calibration
+
+
+def remove_calibration(run: str | Path) -> bool:
+    """Removes what `calibrate` stored; False where there was nothing.
+
+    Raises:
+        UsageError: no such folder.
+        FileError: it can't be removed.
+    """
+    path = Path(run) / FILE
+    if not path.parent.is_dir():
+        raise UsageError(f"{run} is no run's folder")
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise FileError(f"{path} can't be removed ({reason(error)})") from error
+    return True
+
+
+def validation_predictions(
+    run: str | Path,
+    data: str | Path | None = None,
+    *,
+    split: str | None = None,
+    root: str | Path | None = None,
+    splits: str = "auto",
+) -> Predictions:
+    """A run's unscaled predictions for its validation images, or for others that don't test it.
+
+    Raises:
+        as `calibrate`.
+    """
+    if data is None and split is None:
+        _check_has_validation(Path(run))
+        if (stored := RunFolder(Path(run)).read_validation()) is not None:
+            return stored
+        split = "val"
+
+    def choose(table: ImageTable, mine: NDArray[np.str_] | None) -> tuple[str, ImageTable]:
+        return "val", _to_calibrate_on(table, split, mine)
+
+    _, found, unreadable = predictions_of(
+        run, None if data is None else str(data), root=root, splits=splits, choose=choose,
+        calibrated=False,
+    )  # fmt: skip
+    for line in unreadable:
+        log.warning(line)
+    return found
+
+
+def _check_has_validation(run: Path) -> None:
+    folder = RunFolder(run)
+    if not folder.exists:
+        return  # the message of whoever opens it is the better one
+    counts = folder.read_facts().get("counts")
+    if counts is not None and not counts.get("val"):
+        raise UsageError(
+            f"{run} was trained without validation images: give data that neither trained nor "
+            "test it"
+        )
+
+
+def _to_calibrate_on(
+    table: ImageTable, split: str | None, mine: NDArray[np.str_] | None
+) -> ImageTable:
+    """The images of a table that may choose a threshold.
+
+    Args:
+        table: any images.
+        split: as for `calibrate`.
+        mine: (N,) the run's split of each image; '' for images of others; None: not known.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if split not in (None, "all", "train", "val", "test"):
+        raise UsageError(f"split={split}: choose train, val, test or all")
+    if split is None:
+        at = np.isin(table.splits, ("val", "") if not (table.splits == "val").any() else ("val",))
+    else:
+        at = np.ones(len(table), bool) if split == "all" else table.splits == split
+    if not at.any():
+        has = ", ".join(s for s in ("train", "val", "test") if (table.splits == s).any())
+        raise UsageError(f"{table.name} has {has} images and none for validation: choose a split")
+    used = np.zeros(len(table), bool) if mine is None else np.isin(mine, ("train", "test"))
+    if count := int((at & used).sum()):
+        if not (at & ~used).any():
+            raise UsageError(
+                f"{table.name}: all {plural(count, 'image')} trained or test this run; give others"
+            )
+        log.warning(
+            f"{table.name}: left out {plural(count, 'image')} of {int(at.sum()):,} that trained "
+            "or test this run"
+        )
+    return table.select(at & ~used)

@@ -1,0 +1,243 @@
+"""A run's calibration: fitted on validation images, stored, and used wherever the run answers."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import regard
+from regard.cli import run_command
+from regard.errors import UsageError
+from regard.evaluation import (
+    Predictions,
+    choose_threshold,
+    fit_calibration,
+    fit_temperature,
+    read_calibration,
+    with_temperature,
+    write_calibration,
+)
+from regard.explanations.explanation import explain
+from regard.run_data import predictions_of
+from regard.runs import RunFolder
+from tests.helpers import rows_of
+
+
+def call(*arguments: object, code: int = 0, capsys) -> tuple[str, str]:
+    assert run_command([*map(str, arguments)]) == code
+    return capsys.readouterr()
+
+
+@pytest.fixture
+def mine(whole, tmp_path) -> Path:
+    """A copy of the run, to calibrate."""
+    return Path(shutil.copytree(whole, tmp_path / "my rün"))
+
+
+def toy(n=200, classes=("well", "sick"), seed=0) -> Predictions:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(n, len(classes))) * 3
+    labels = (logits + rng.gumbel(size=logits.shape) * 3).argmax(axis=1)
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return Predictions(p / p.sum(axis=1, keepdims=True), labels, list(classes))
+
+
+def test_a_run_keeps_its_validation_probabilities(whole):
+    stored = RunFolder(whole).read_validation()
+    _, again, _ = predictions_of(whole, split="val")
+    assert stored.paths == again.paths
+    assert np.array_equal(stored.labels, again.labels)
+    assert np.allclose(stored.probabilities, again.probabilities, atol=1e-6)
+
+
+def test_what_is_stored_is_what_was_fitted_and_is_read_back(tmp_path):
+    p = toy()
+    c = fit_calibration(p, positive="sick", rule="sensitivity=0.9")
+    assert c.temperature == fit_temperature(p) > 1.5
+    assert c.threshold == choose_threshold(
+        with_temperature(p, c.temperature), "sick", c.threshold.rule
+    )
+    assert c.after["nll"] < c.before["nll"]
+    assert sum(b.images for b in c.reliability) == c.images == 200
+    write_calibration(tmp_path, c)
+    assert read_calibration(tmp_path) == c
+    never = replace(c, threshold=replace(c.threshold, value=np.inf))
+    write_calibration(tmp_path, never)
+    assert read_calibration(tmp_path) == never
+    assert [f.name for f in tmp_path.iterdir()] == ["calibration.json"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "shares", "decision"),
+    [
+        (("well", "sick"), (0.7, 0.3), "sick"),
+        (("well", "sick"), (0.71, 0.29), "well"),
+        (("a", "b", "sick"), (0.6, 0.1, 0.3), "sick"),
+        (("a", "b", "sick"), (0.6, 0.2, 0.2), "not sick"),
+    ],
+)
+def test_the_threshold_decides_not_the_top_class(classes, shares, decision):
+    c = fit_calibration(toy(classes=classes), positive="sick", rule="youden", temperature=False)
+    c = replace(c, threshold=replace(c.threshold, value=0.3))
+    assert c.decide(dict(zip(classes, shares, strict=True))) == decision
+    assert replace(c, threshold=None).decide({}) is None
+
+
+def test_every_door_uses_it(mine, scans, tmp_path, capsys):
+    picture = scans / "1" / "03.png"
+    raw = regard.load(mine)
+    found = regard.calibrate(mine, positive="1", rule="sensitivity=1")
+    classifier = regard.load(mine)
+    assert classifier.calibration == found
+    assert regard.load(mine, calibrated=False).calibration is None
+    x = raw.decode(picture)[None]
+    logits = raw.probabilities(x).log() / found.temperature
+    expected = logits.softmax(dim=1)[0]
+    assert torch.allclose(classifier.probabilities(x)[0], expected, atol=1e-5)
+    classifier.engine = raw.probabilities  # an engine's answers are scaled too
+    assert torch.allclose(classifier.probabilities(x)[0], expected, atol=1e-5)
+    (p,) = classifier.predict(picture)
+    assert p.decision == "1"
+    (shown,) = explain(mine, picture)
+    assert shown.classes[0] == pytest.approx((p.classes[0][0], p.classes[0][1]), abs=1e-5)
+    out, err = call("predict", mine, picture, "--json", capsys=capsys)
+    assert json.loads(out)["decision"] == "1"
+    assert json.loads(out)["classes"][0]["probability"] == pytest.approx(
+        float(expected.max()), abs=1e-5
+    )
+    assert f"{found.temperature:.4g}" in err
+    call("predict", mine, picture, "--csv", tmp_path / "x.csv", capsys=capsys)
+    (row,) = rows_of(tmp_path / "x.csv")
+    assert list(row) == ["path", "class1", "probability1", "decision", "p_0", "p_1", "p_2", "error"]
+    assert row["decision"] == row["class1"] == "1"
+    assert float(row["p_1"]) == pytest.approx(float(expected[1]), abs=1e-5)
+
+
+def test_evaluate_reports_what_is_stored_unless_told_otherwise(mine, capsys):
+    def study(*flags: str) -> dict:
+        out, _ = call("evaluate", mine, "--json", *flags, capsys=capsys)
+        content = json.loads(out)
+        return {**content["diagnostics"], "nll": content["metrics"]["nll"]["value"]}
+
+    before = study()
+    found = regard.calibrate(mine, positive="1", rule="specificity=0.9")
+    stored = study()
+    assert stored["temperature"] == found.temperature
+    assert stored["threshold"] == found.threshold.to_dict()
+    assert stored["one_class"]["positive"] == "1"
+    assert stored["nll"] != before["nll"] == study("--no-calibrate")["nll"]
+    assert "threshold" not in study("--no-calibrate", "--positive", "1")
+    anew = study("--positive", "1", "--at", "youden")  # with the stored temperature
+    assert anew["threshold"]["rule"] == "youden"
+    assert anew["temperature"] == found.temperature
+    other = study("--positive", "2")
+    assert "threshold" not in other
+    assert other["one_class"]["positive"] == "2"
+
+
+def test_older_runs_compute_their_validation_probabilities(mine, capsys):
+    out, _ = call("calibrate", mine, "--json", capsys=capsys)
+    (mine / "validation.npz").unlink()
+    again, _ = call("calibrate", mine, "--json", capsys=capsys)
+    first, second = json.loads(out), json.loads(again)
+    assert second["temperature"] == pytest.approx(first["temperature"], rel=1e-3)
+    assert second["images"] == first["images"] == 24
+    call("calibrate", mine, "--remove", capsys=capsys)
+    assert not (mine / "calibration.json").exists()
+    assert "no calibration" in call("calibrate", mine, "--remove", capsys=capsys)[0]
+
+
+def test_other_images_calibrate_but_never_those_of_training_and_test(mine, scans, tmp_path, capsys):
+    folder = shutil.copytree(scans, tmp_path / "all")
+    Image.new("L", (24, 24), 200).save(folder / "1" / "new.png")
+    out, err = call("calibrate", mine, folder, "--json", capsys=capsys)
+    assert json.loads(out)["images"] == 25  # 72 of training and 24 of the test left out
+    assert "left out 96 images of 121" in err
+    rows = rows_of(mine / "splits.csv")
+    for row in rows:
+        if row["split"] == "val":
+            (folder / row["path"]).unlink()
+    (folder / "1" / "new.png").unlink()
+    _, err = call("calibrate", mine, folder, code=2, capsys=capsys)
+    assert "none for validation" in err
+    _, err = call("calibrate", mine, folder, "--split", "all", code=2, capsys=capsys)
+    assert "96 images trained or test" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--at", "youden"], "--positive CLASS"),
+        (["--positive", "1"], "--at"),
+        (["--positive", "1", "--at", "best"], "--at 'best'"),
+        (["--positive", "x", "--at", "youden"], "--positive 'x': choose one of 0, 1, 2"),
+        (["--no-temperature"], "nothing is left to do"),
+        (["--split", "val"], "only with DATA"),
+        (["no/such/data"], "no such folder"),
+        (["--remove", "--positive", "1"], "RUN alone"),
+    ],
+)
+def test_wrong_calls_are_one_line_and_store_nothing(whole, capsys, flags, message):
+    _, err = call("calibrate", whole, *flags, code=2, capsys=capsys)
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (whole / "calibration.json").exists()
+
+
+def test_a_run_without_validation_images_asks_for_others(mine, capsys):
+    run = json.loads((mine / "run.json").read_text())
+    del run["facts"]["counts"]["val"]
+    (mine / "run.json").write_text(json.dumps(run))
+    assert "without validation images" in call("calibrate", mine, code=2, capsys=capsys)[1]
+
+
+def test_a_damaged_or_foreign_calibration_is_named(mine, scans, capsys):
+    picture = scans / "1" / "03.png"
+    regard.calibrate(mine)
+    stored = json.loads((mine / "calibration.json").read_text())
+    for damaged in ("", "{}", "[]", json.dumps({**stored, "temperature": 0})):
+        (mine / "calibration.json").write_text(damaged)
+        assert "calibration.json" in call("predict", mine, picture, code=2, capsys=capsys)[1]
+        with pytest.raises(UsageError, match=r"calibration\.json"):
+            regard.load(mine)
+    (mine / "calibration.json").write_text(json.dumps({**stored, "network": "0123"}))
+    assert "not used" in call("predict", mine, picture, capsys=capsys)[1]
+    call("calibrate", mine, capsys=capsys)  # replaces it
+    assert regard.load(mine).calibration is not None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_that_cannot_be_written_is_one_line(mine, capsys):
+    mine.chmod(0o500)
+    assert "can't be written" in call("calibrate", mine, code=1, capsys=capsys)[1]
+    mine.chmod(0o700)
+
+
+@pytest.mark.native
+def test_an_export_answers_and_decides_as_predict_does(mine, scans, tmp_path, capsys):
+    found = regard.calibrate(mine, positive="1", rule="sensitivity=1")
+    call("export", mine, "--to", "onnx", "--out", tmp_path / "net.onnx", capsys=capsys)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "net.py", scans / "1"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out, _ = call("predict", mine, scans / "1", "--json", capsys=capsys)
+    pairs = list(zip(done.stdout.splitlines(), out.splitlines(), strict=True))
+    assert len(pairs) == 40
+    for a, b in (map(json.loads, pair) for pair in pairs):
+        assert a["decision"] == b["decision"]
+        assert a["classes"][0]["probability"] == pytest.approx(
+            b["classes"][0]["probability"], abs=1e-4
+        )
+    from regard.engines.formats import FORMATS
+
+    facts = FORMATS["onnx"].metadata(tmp_path / "net.onnx")
+    assert facts["calibration"]["temperature"] == found.temperature
