@@ -99,3 +99,18 @@ def test_what_no_demo_wrote_is_left_alone(tmp_path):
     assert said.strip().count("\n") == 0
     assert "holds something else" in said
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_the_fast_demo_trains_nothing_and_is_a_run_like_the_other(tmp_path):
+    folder = tmp_path / "fast"
+    said = demo(folder, "--fast")
+    assert "epoch" not in said
+    found = re.search(r"the (\d+) test images: ([\d.]+)%", said)
+    assert int(found[1]) == 359
+    assert float(found[2]) >= 98.5
+    rows = rows_of(folder / "splits.csv")
+    assert sum(row["split"] == "test" for row in rows) == 359
+    assert "gate4" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "one image" not in run("evaluate", folder)
+    assert "--seed" in demo(tmp_path / "other", "--fast", "--seed", "1", code=2)
+    assert not (tmp_path / "other").exists()

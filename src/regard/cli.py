@@ -26,7 +26,7 @@ COMMANDS = {
     "report": "Write a run's report.html again.",
     "export": "Export a network as one file that runs without Regard.",
     "serve": "Serve a web page and an HTTP API for a network.",
-    "models": "List the networks: parameters, multiply-adds, and the papers' figures.",
+    "models": "List the networks: parameters, multiply-adds, the papers' figures, weights.",
     "recipes": "List the training recipes, or print one.",
     "convert": "Convert an authors' checkpoint into a folder that timm loads.",
     "bench": "Measure how fast networks predict or train on this machine, engine by engine.",

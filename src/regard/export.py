@@ -27,6 +27,7 @@ from regard.engines.formats import FORMATS, Format, Run
 from regard.engines.program import program, program_name
 from regard.errors import ExportError, FileError, ImageError, UsageError
 from regard.files import reason, spread
+from regard.models.io import network_folder
 from regard.predict import Classifier, load, probabilities_of
 from regard.run_data import run_table
 from regard.version import __version__
@@ -67,7 +68,8 @@ def export(
     """Writes a run's network as one file after checking that its answers are the network's.
 
     Args:
-        run: a run's folder, or any folder in timm's `local-dir` layout (with `data`).
+        run: a run's folder; or, with `data`, any folder in timm's `local-dir` layout or the name
+            of weights that come with Regard.
         to: "onnx" (opset 20), "openvino" (FILE.xml and FILE.bin) or "torch" (torch.export's .pt2).
         out: the file; its suffix must be that of `to`. A program called as it, ending in .py, is
             written to the same folder.
@@ -91,11 +93,12 @@ def export(
     """
     file_format, parts = _check_call(to, Path(out), int8, overwrite)
     out = parts[0]
-    classifier = load(run, device)
+    folder = network_folder(run)
+    classifier = load(folder, device)
     shown = spatial_maps(classifier.model) if maps else []
     if maps and not shown:
         raise UsageError(f"maps: the network of {run} has no spatial attention maps")
-    images = _images(Path(run), classifier, data, root)
+    images = _images(folder, classifier, data, root)
     deployed = Deployed(
         fold_batch_norms(classifier.model).cpu().float(), classifier.preprocess, shown,
         classifier.temperature,

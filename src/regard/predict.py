@@ -21,7 +21,7 @@ from regard.data.preprocess import Preprocess, to_tensor
 from regard.errors import ImageError, UsageError
 from regard.evaluation.calibration import FILE, Calibration, read_calibration
 from regard.machine import choose_device
-from regard.models.io import load_model
+from regard.models.io import load_model, network_folder
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +204,8 @@ def load(folder: str | Path, device: str = "cpu", *, calibrated: bool = True) ->
     """Loads the network of a run's folder, or of any folder in timm's `local-dir` layout.
 
     Args:
-        folder: of the network.
+        folder: the folder, or the name of weights that come with Regard, such as
+            "ag_sononet8.digits".
         device: where it computes: cpu, cuda, mps, xpu, or auto for this machine's accelerator.
             Images go there by themselves.
         calibrated: use the temperature and the threshold that `regard.calibrate` stored there.
@@ -212,8 +213,9 @@ def load(folder: str | Path, device: str = "cpu", *, calibrated: bool = True) ->
     Raises:
         UsageError: the folder holds no network, or one that can't be loaded; or this machine
             has no such device.
+        CheckpointError: weights that come with Regard are not as they were shipped.
     """
-    where = choose_device(device)
+    where, folder = choose_device(device), network_folder(folder)
     model, config = load_model(folder)
     own = config.get("regard", {})
     try:
@@ -222,11 +224,11 @@ def load(folder: str | Path, device: str = "cpu", *, calibrated: bool = True) ->
             own.get("resize_first", False),
         )  # fmt: skip
     except UsageError as error:
-        raise UsageError(f"{Path(folder) / 'config.json'}: {error}") from error
+        raise UsageError(f"{folder / 'config.json'}: {error}") from error
     names = config.get("label_names") or [str(i) for i in range(model.num_classes)]
     classifier = Classifier(model.to(where), names, preprocess, config)
     if calibrated:
-        classifier.calibration = _calibration(Path(folder), names)
+        classifier.calibration = _calibration(folder, names)
     return classifier
 
 

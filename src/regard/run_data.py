@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from regard.data.content import content_hashes
 from regard.data.loading import Reader, StreamingLoader, default_workers
 from regard.data.preprocess import Preprocess, TenCrop
-from regard.data.sources import ImageTable, as_known, open_data
+from regard.data.sources import NAMES, ImageTable, as_known, open_data
 from regard.errors import FileError, UsageError
 from regard.evaluation import Predictions
 from regard.files import plural
 from regard.log import Heartbeat
 from regard.machine import choose_device
 from regard.models.create import check_size, make_model
+from regard.models.io import find_folder
 from regard.models.original_weights import (
     arguments_of,
     authors_normalization,
@@ -55,7 +56,8 @@ def predictions_of(
     """A network's predictions for labeled images.
 
     Args:
-        run: a run's folder, or a network's name together with `weights`.
+        run: a run's folder, the name of weights that come with Regard, or a network's name
+            together with `weights`.
         data: as for training; default: the run's own, with the splits it was trained with, which
             also apply where all images are the run's by their content.
         split: train, val, test or all; default: test, else val, else all; from other data
@@ -81,12 +83,13 @@ def predictions_of(
         FileError: no image can be read.
     """
     mine = None
-    if weights is None and Path(run).is_dir():
-        classifier = load(run, device, calibrated=calibrated)
-        table, mine = _run_table(Path(run), data, root, splits)
+    folder = find_folder(run) if weights is None else None
+    if folder is not None:
+        classifier = load(folder, device, calibrated=calibrated)
+        table, mine = _run_table(folder, data, root, splits)
     else:
         if data is None:
-            missing = "" if os.path.exists(run) else " (no such folder)"
+            missing = "" if os.path.exists(run) else " (no such folder), nor shipped weights"
             raise UsageError(
                 f"{run} is no run's folder{missing}: a network's name needs data and weights"
             )
@@ -145,9 +148,13 @@ def _run_table(
 ) -> tuple[ImageTable, NDArray[np.str_] | None]:
     """The images, and for each the run's split of it, '' where it is not the run's."""
     folder = RunFolder(run)
-    if data is None:
+    if data is None and not (run / "splits.csv").is_file():  # weights that come with Regard
         if not folder.exists:
             raise UsageError(f"{run} does not say what it was trained on: give DATA")
+        data = str(folder.read_plan()["data"])
+        if data not in NAMES:
+            raise UsageError(f"{run.name} comes without the images it was trained on: give DATA")
+    if data is None:
         table = own_table(run, folder.read_plan(), root)
         return table, table.splits
     table = open_data(data, root=root, splits=splits, min_classes=1)

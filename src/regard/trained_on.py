@@ -23,6 +23,7 @@ from regard.files import plural
 logger = logging.getLogger(__name__)
 PathT = TypeVar("PathT", str, Path)
 _NAMES = np.array(SPLITS, "U5")
+KNOWN = "images.npz"  # in the folder of weights that come with Regard, instead of splits.csv
 
 
 class KnownImages:
@@ -32,10 +33,14 @@ class KnownImages:
     validation, else as test.
 
     Args:
-        splits_csv: the run's file of splits.
+        splits_csv: the run's file of splits, or the .npz file that `write` wrote.
     """
 
     def __init__(self, splits_csv: Path) -> None:
+        if splits_csv.suffix == ".npz":
+            with np.load(splits_csv) as file:
+                self.contents, self._codes = file["contents"], file["splits"].astype(np.int64)
+            return
         rows = [(row.content, _code(row.split)) for row in read_rows(splits_csv)]
         known = np.array([row for row in rows if row[0] != UNREADABLE], np.uint64).reshape(-1, 2)
         known = known[np.lexsort((known[:, 1], known[:, 0]))]
@@ -44,6 +49,10 @@ class KnownImages:
 
     def __len__(self) -> int:
         return len(self.contents)
+
+    def write(self, path: Path) -> None:
+        """Writes hashes and splits alone, 9 bytes an image, as an .npz file."""
+        np.savez_compressed(path, contents=self.contents, splits=self._codes.astype(np.uint8))
 
     def splits_of(self, hashes: NDArray[np.uint64]) -> NDArray[np.str_]:
         """(N,) train, val or test for each hash; '' for an image that is not the run's."""
@@ -66,8 +75,9 @@ def _code(split: str) -> int:
 
 def known_images(run: str | os.PathLike[str]) -> KnownImages | None:
     """The images of a run; None where the folder does not say."""
-    path = Path(run) / "splits.csv"
-    if not path.is_file():
+    files = [Path(run, name) for name in ("splits.csv", KNOWN)]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
         return None
     known = KnownImages(path)
     return known if len(known) else None

@@ -82,7 +82,8 @@ def command(
     Parameters
     ----------
     run
-        A run's folder, or the name of a network together with --weights.
+        A run's folder, the name of weights that come with Regard, or the name of a network
+        together with --weights.
     source
         Labeled images, as for training. Default: the run's own data and splits. Images that the
         run was trained on are recognized by their content.
@@ -109,6 +110,7 @@ def command(
     size = input.height_and_width
     _check_output(predictions)
     from regard.calibrating import validation_predictions
+    from regard.models.io import find_folder
     from regard.run_data import predictions_of
     from regard.runs import write_predictions
 
@@ -134,9 +136,10 @@ def command(
     def validation() -> Any:
         if named in ("val", "all"):
             log.warning("threshold and temperature fit images that are also tested on")
-        own = weights is None and Path(run).is_dir()
-        if own and size is None and not input.ten_crop:
-            return validation_predictions(run, root=root)
+        folder = find_folder(run) if weights is None else None
+        own = folder is not None
+        if folder is not None and size is None and not input.ten_crop:
+            return validation_predictions(folder, root=root)
         return predict(None if own else source, "val")[1]
 
     named, found, unreadable = predict(source, split)

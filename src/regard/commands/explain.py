@@ -48,7 +48,8 @@ def command(
     Parameters
     ----------
     run
-        Folder of a run, or any folder in timm's local-dir layout.
+        Folder of a run, or any folder in timm's local-dir layout, or the name of weights that
+        come with Regard.
     images
         Image files, folders of images, or - for standard input.
     out
@@ -78,6 +79,7 @@ def command(
     """
     from regard.explanations.explanation import METHODS
     from regard.explanations.writing import Options, Writer
+    from regard.models.io import network_folder
     from regard.predict import load
     from regard.trained_on import watch
 
@@ -86,6 +88,7 @@ def command(
         keep_channels=channels, score=score, masks=masks, baseline=baseline, seed=seed,
         overwrite=overwrite,
     )  # fmt: skip
+    run = network_folder(run)
     with _sources(images) as sources:
         outcome = Writer(load(run, device), sources, out, options).run()
         list(watch(run, [source.path for source in sources if source.path.is_file()]))

@@ -32,7 +32,8 @@ def command(
     Parameters
     ----------
     run
-        A run's folder, or any folder in timm's local-dir layout with --data.
+        A run's folder; or, with --data, any folder in timm's local-dir layout or the name of
+        weights that come with Regard.
     to
         Format: onnx, openvino (FILE.xml and FILE.bin) or torch (.pt2 of torch.export).
     out

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from json import dumps
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regard.models.zoo import ZooEntry
@@ -13,13 +13,13 @@ log = logging.getLogger(__name__)
 
 
 def command(pattern: str = "*", *, json: bool = False) -> int:
-    """List the networks: parameters, multiply-adds, and the papers' figures.
+    """List the networks: parameters, multiply-adds, the papers' figures, and shipped weights.
 
     Parameters
     ----------
     pattern
-        A name, which lists the network's arguments too, part of a name, or a shell pattern such
-        as 'cbam_*'.
+        A name, which lists the network's arguments and its weights too, part of a name, or a
+        shell pattern such as 'cbam_*'.
     json
         Print JSON with all figures.
     """
@@ -30,7 +30,7 @@ def command(pattern: str = "*", *, json: bool = False) -> int:
     if exact is not None:
         print_network(exact, as_json=json)
     elif json:
-        print(dumps([asdict(row) for row in rows], indent=2))
+        print(dumps([{**asdict(row), "weights": _weights(row.name)} for row in rows], indent=2))
     else:
         print_figures(rows)
     return 0
@@ -44,7 +44,8 @@ def print_network(row: "ZooEntry", *, as_json: bool = False) -> None:
     name, keys = row.name, tables_by_argument(row.paper)
     found = [{**asdict(each), "tables": keys.get(each.name, [])} for each in arguments(name)]
     if as_json:
-        print(dumps({**asdict(row), "arguments": found}, indent=2))
+        content = {**asdict(row), "arguments": found, "weights": _weights(name)}
+        print(dumps(content, indent=2))
         return
     print_figures([row])
     print()
@@ -55,6 +56,27 @@ def print_network(row: "ZooEntry", *, as_json: bool = False) -> None:
         shown = str(default).replace(" ", "") if isinstance(default, tuple) else default
         line = f"  {each['name']:<16} {told} (default: {shown})"
         print(line + (f"; table {', '.join(each['tables'])}" if each["tables"] else ""))
+    for each in _weights(name):
+        print(
+            f"weights {each['name']} ({each['bytes'] / 1e6:.1f} MB): {each['accuracy']:.2%} "
+            f"({each['low']:.2%} to {each['high']:.2%}) on {each['images']:,} images; "
+            f"{each['data']}; {each['card']}"
+        )
+
+
+def _weights(network: str) -> list[dict[str, Any]]:
+    """The weights of a network that come with Regard."""
+    from regard.weights import shipped
+
+    return [
+        {
+            "name": w.name, "tag": w.tag, "data": w.data, "images": w.images,
+            "accuracy": w.accuracy,
+            "low": w.low, "high": w.high, "bytes": w.size, "sha256": w.sha256,
+            "card": str(w.folder / "README.md"),
+        }
+        for w in shipped().values() if w.architecture == network
+    ]  # fmt: skip
 
 
 def print_figures(rows: "Sequence[ZooEntry]") -> None:
@@ -71,6 +93,7 @@ def print_figures(rows: "Sequence[ZooEntry]") -> None:
     for heading in ("params M", "paper", "MACs G", "paper"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("the paper's result")
+    table.add_column("weights here")
     for row in rows:
         mark = "*" if row.paper_gmacs and row.note else ""
         table.add_row(
@@ -78,6 +101,7 @@ def print_figures(rows: "Sequence[ZooEntry]") -> None:
             f"{row.parameters / 1e6:.3f}", row.paper_parameters,
             f"{row.macs / 1e9:.3f}", row.paper_gmacs + mark,
             row.paper_result,
+            ", ".join(f"{w['tag']} {w['accuracy']:.1%}" for w in _weights(row.name)),
         )  # fmt: skip
     console = Console()
     # piped, a table must not be cut to the width of a terminal that is not there

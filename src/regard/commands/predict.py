@@ -47,7 +47,8 @@ def command(
     Parameters
     ----------
     run
-        A run's folder, such as runs/demo.
+        A run's folder, such as runs/demo, or the name of weights that come with Regard
+        (`regard models` shows them), such as ag_sononet8.
     images
         Image files and folders of images; - reads one image from standard input.
     top
@@ -68,9 +69,11 @@ def command(
     engine.require()
     if csv is not None:
         check_output(csv, images, run, overwrite=overwrite, resume=resume)
+    from regard.models.io import network_folder
     from regard.predict import load
     from regard.trained_on import watch
 
+    run = network_folder(run)
     classifier = load(run, device)
     names = _prepared(classifier, engine, images)
     top = min(top, len(classifier.class_names))

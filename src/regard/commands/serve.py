@@ -27,7 +27,8 @@ def command(
     Parameters
     ----------
     run
-        A run's folder, or any folder in timm's local-dir layout.
+        A run's folder, or any folder in timm's local-dir layout, or the name of weights that
+        come with Regard.
     host
         Address to listen on; 127.0.0.1 is reachable from this machine only.
     port
@@ -43,11 +44,13 @@ def command(
     """
     require("serve", "regard serve")  # before anything slow is imported
     engine.require()
+    from regard.models.io import network_folder
     from regard.predict import load
     from regard.serve.server import read_test_result, serve
     from regard.serve.uploads import Limits
 
     limits = Limits(megabytes, megapixels, requests, seconds)
+    run = network_folder(run)
     classifier = load(run, device)
     use_engine(classifier, engine, [], None, sizes=(1, 4, 16))
     serve(classifier, host=host, port=port, limits=limits, tested=read_test_result(run))

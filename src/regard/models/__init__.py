@@ -12,6 +12,7 @@ from regard.models import (
     sononet,
 )
 from regard.models import graft as _graft  # noqa: F401 (registers `grafted`)
+from regard.weights import shipped
 
 FAMILIES = {
     "residual_attention_variants": residual_attention_variants,
@@ -21,7 +22,14 @@ FAMILIES = {
 }
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """The names of Regard's networks that match a shell pattern, sorted by family."""
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+    """The names of Regard's networks that match a shell pattern, sorted by family.
+
+    Args:
+        pattern: of the names.
+        pretrained: the names of the weights that come with Regard, as "ag_sononet8.digits".
+    """
+    if pretrained:
+        return sorted(name for name in shipped() if fnmatch.fnmatch(name, pattern))
     names = [name for module in FAMILIES for name in _timm_list_models(module=module)]
     return [name for name in names if fnmatch.fnmatch(name, pattern)]

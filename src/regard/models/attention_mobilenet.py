@@ -34,16 +34,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import create_classifier
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import build_model_with_cfg, checkpoint_seq
 from torch import Tensor, nn
 
 from regard.errors import UsageError
 from regard.models._common import GATE_ARGUMENTS, IMAGENET_CFG
+from regard.models._shipped import generate_default_cfgs, register_model
 from regard.models._timm_verbs import StagedNetwork
 from regard.models.cbam import CBAM, SE
 from regard.models.initialization import initialize, initialized_by_name

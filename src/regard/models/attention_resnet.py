@@ -18,13 +18,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from regard.errors import FileError, UsageError
 from regard.files import reason
 from regard.models._common import GATE_ARGUMENTS, IMAGENET_CFG, choose, fitted
+from regard.models._shipped import generate_default_cfgs, register_model
 from regard.models.cbam import CBAM, SE, start_neutral
 from regard.models.initialization import initialize, initialized_by_name
 

@@ -21,6 +21,7 @@ from torch import nn
 from regard.compat import save_config_for_hf
 from regard.errors import FileError, UsageError
 from regard.files import reason, shortened
+from regard.weights import find_shipped, shipped
 
 # how a network was made, not what it is: loading a folder must not fetch weights again
 _NOT_SAVED = ("pretrained_plain",)
@@ -123,13 +124,56 @@ def check_loadable(model: nn.Module) -> None:
         )
 
 
+def find_folder(name: str | Path) -> Path | None:
+    """The folder of a network that is named by its folder or by weights that come with Regard.
+
+    Args:
+        name: a folder, with or without timm's prefix `local-dir:`, or the name of shipped
+            weights, such as "ag_sononet8.digits", whose tag may be left out.
+
+    Returns:
+        The folder; None where there is none.
+
+    Raises:
+        CheckpointError: shipped weights are not as they were shipped.
+    """
+    path = Path(str(name).removeprefix("local-dir:")).expanduser()
+    if path.is_dir():
+        return path
+    if (found := find_shipped(str(name))) is None:
+        return None
+    found.verify()
+    return found.folder
+
+
+def network_folder(name: str | Path) -> Path:
+    """As `find_folder`, where there must be one.
+
+    Raises:
+        UsageError: there is none.
+        CheckpointError: shipped weights are not as they were shipped.
+    """
+    if (folder := find_folder(name)) is not None:
+        return folder
+    if timm.is_model(str(name)) and not os.path.exists(name):
+        raise UsageError(
+            f"no weights of {name} come with Regard, only {shortened(shipped(), 8)}; "
+            "train it, or give the folder of a run"
+        )
+    raise UsageError(f"{name} holds no trained network (no config.json)")
+
+
 def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     """The network of a folder in timm's `local-dir` layout, and its config.json.
 
+    Args:
+        folder: see `network_folder`.
+
     Raises:
         UsageError: the folder holds no network, or one that can't be loaded.
+        CheckpointError: shipped weights are not as they were shipped.
     """
-    folder = Path(folder)
+    folder = network_folder(folder)
     if not (folder / "config.json").is_file():
         hint = " yet: its training has not ended" if (folder / "run.json").is_file() else ""
         raise UsageError(f"{folder} holds no trained network{hint} (no config.json)")

@@ -5,9 +5,10 @@ The networks themselves are in residual_attention.py.
 
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg
 
 from regard.models._common import CIFAR_CFG, IMAGENET_CFG
+from regard.models._shipped import generate_default_cfgs, register_model
 from regard.models.residual_attention import ResidualAttentionNet
 
 

@@ -21,17 +21,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-    register_notrace_function,
-)
+from timm.models import build_model_with_cfg, checkpoint_seq, register_notrace_function
 from torch import Tensor, nn
 
 from regard.errors import UsageError
 from regard.models._common import choose, fitted
+from regard.models._shipped import generate_default_cfgs, register_model
 from regard.models._timm_verbs import StagedNetwork
 from regard.models.attention_gate import AttentionGate
 from regard.models.initialization import initialize, initialized_by_name, pytorch_default

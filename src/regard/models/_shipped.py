@@ -1,0 +1,81 @@
+"""Networks of Regard registered with timm together with the weights that come with Regard.
+
+`create_model("ag_sononet8", pretrained=True)` and `"ag_sononet8.digits"` load them, with the
+arguments that they were trained with. Without `pretrained=True` a network is the paper's: its
+number of classes and its input do not depend on which weights were shipped. That is why the
+entry without a tag stays the default, where timm's own networks have the first pretrained one.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from timm.models import PretrainedCfg
+from timm.models import generate_default_cfgs as _generate
+from timm.models import register_model as _register
+from torch import nn
+
+from regard.compat import mark_pretrained
+from regard.errors import UsageError
+from regard.weights import Weights, find_shipped, shipped
+
+_SOURCES = ("file", "url", "hf_hub_id", "state_dict")
+
+
+def generate_default_cfgs(cfgs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """timm's function of this name, with an entry for each of the weights that are shipped."""
+    made: dict[str, Any] = _generate({name: dict(cfg) for name, cfg in cfgs.items()})
+    for each in shipped().values():
+        if (default := made.get(each.architecture)) is not None:
+            default.cfgs[each.tag] = PretrainedCfg(**each.pretrained_cfg())
+            default.tags.append(each.tag)
+            default.is_pretrained = True
+    return made
+
+
+def register_model(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """timm's decorator of this name; `pretrained=True` takes the weights that are shipped."""
+
+    @functools.wraps(make)
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        found = _asked_for(make.__name__, kwargs) if pretrained else None
+        if found is None:
+            return make(pretrained=pretrained, **kwargs)
+        found.verify()
+        trained_with = found.config.get("model_args", {})
+        model = make(pretrained=True, **_arguments(found, trained_with, kwargs))
+        again: Any = dict(trained_with)  # what makes the network again, to save it
+        model._model_args = again
+        return model
+
+    registered: Callable[..., nn.Module] = _register(create)
+    if find_shipped(make.__name__) is not None:
+        mark_pretrained(make.__name__)
+    return registered
+
+
+def _asked_for(name: str, kwargs: Mapping[str, Any]) -> Weights | None:
+    """The shipped weights that a call of create_model means; None: weights from elsewhere."""
+    cfg = kwargs.get("pretrained_cfg")
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    if any(overlay.get(source) for source in _SOURCES) or (cfg and not isinstance(cfg, str)):
+        return None
+    return find_shipped(f"{name}.{cfg}" if cfg else name)
+
+
+def _arguments(
+    found: Weights, trained_with: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What makes the network of these weights.
+
+    Raises:
+        UsageError: an argument is another than the weights were trained with.
+    """
+    free = ("num_classes", "in_chans", "global_pool")  # timm fits the weights to another one
+    own = {k: v for k, v in trained_with.items() if k not in free}
+    for name, value in own.items():
+        if kwargs.get(name, value) != value:
+            raise UsageError(
+                f"{name}={kwargs[name]!r}: the weights {found.name} are of {name}={value!r}"
+            )
+    return {**own, **kwargs, "pretrained_cfg": found.pretrained_cfg()}

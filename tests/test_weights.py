@@ -1,0 +1,193 @@
+"""The weights that come with Regard, and the script that ships them."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import regard
+from regard import weights
+from regard.cli import run_command
+from regard.errors import CheckpointError, UsageError
+from regard.models.io import save_model
+from regard.trained_on import known_images
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted(weights.shipped())
+DIGITS = "ag_sononet8.digits"
+
+spec = importlib.util.spec_from_file_location("ship_weights", ROOT / "scripts/ship_weights.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """A folder of weights in place of the shipped ones, which it holds copies of."""
+    folder = tmp_path / "weights"
+    shutil.copytree(weights.FOLDER, folder)
+    monkeypatch.setattr(weights, "FOLDER", folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_gives_its_stored_answer(name):
+    found = weights.find_shipped(name)
+    classifier = regard.load(name)
+    size = classifier.preprocess.input_size
+    answers = dict(classifier.predict([script.test_image(*size)], top=1000)[0].classes)
+    np.testing.assert_allclose(
+        [answers[c] for c in classifier.class_names], found.answer, atol=2e-3
+    )
+    made = regard.create_model(name, pretrained=True).eval()
+    x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), classifier.model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_card_says_what_it_must(name):
+    found = weights.find_shipped(name)
+    text = (found.folder / "README.md").read_text(encoding="utf-8")
+    facts = script.facts_of(name)
+    for key in script.NEEDED:
+        assert facts[key] in text
+    assert weights.sha256_of(found.folder / "model.safetensors") in text
+    assert f"**{found.accuracy:.2%}**" in text
+    assert found.low <= found.accuracy <= found.high
+    for row in ("command", "seed", "hours", "machine", "license", "origin"):
+        assert row in text
+    own = json.loads((found.folder / "evaluation.json").read_text())
+    assert own["metrics"]["top1"]["value"] == found.accuracy
+
+
+def test_all_together_are_small_and_half_precision():
+    files = [p for p in weights.FOLDER.rglob("*") if p.is_file() and p.suffix != ".py"]
+    assert sum(p.stat().st_size for p in files) <= 12_000_000
+    assert {p.name for p in weights.FOLDER.iterdir() if p.is_dir()} - {"__pycache__"} == {*SHIPPED}
+    for name in SHIPPED:
+        for key, tensor in load_file(weights.FOLDER / name / "model.safetensors").items():
+            assert tensor.ndim < 2 or tensor.dtype == torch.float16, key
+
+
+def test_timm_knows_them_by_name_and_tag_and_the_papers_networks_stay():
+    assert DIGITS in timm.list_models("*sononet*", pretrained=True)
+    assert timm.is_model_pretrained("ag_sononet8")
+    assert regard.list_models("ag_*", pretrained=True) == [n for n in SHIPPED if n[:3] == "ag_"]
+    plain = timm.create_model("ag_sononet8")
+    assert (plain.num_classes, plain.pretrained_cfg["input_size"]) == (14, (1, 208, 272))
+    for name in ("ag_sononet8", DIGITS):
+        model = timm.create_model(name, pretrained=True)
+        assert (model.num_classes, model.pretrained_cfg["input_size"]) == (10, (1, 48, 48))
+
+
+def test_other_classes_get_a_new_classifier_and_other_channels_fit():
+    model = regard.create_model("ag_sononet8", pretrained=True)
+    other = regard.create_model("ag_sononet8", pretrained=True, num_classes=3, in_chans=3)
+    ours, theirs = model.state_dict(), other.state_dict()
+    differ = {k for k in ours if ours[k].shape != theirs[k].shape}
+    assert {k.split(".")[0] for k in differ} == {"heads", "block1"}
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours.keys() - differ if "heads" not in k)
+    first = theirs["block1.0.0.weight"]
+    close = {"atol": 1e-3, "rtol": 1e-3}  # timm sums them in half precision
+    torch.testing.assert_close(first.sum(dim=1), ours["block1.0.0.weight"].sum(dim=1), **close)
+
+
+def add(folder: Path, name: str, **arguments) -> torch.nn.Module:
+    """Random weights among the shipped ones."""
+    architecture = name.partition(".")[0]
+    model = regard.create_model(architecture, **arguments).eval()
+    save_model(model, folder / name)
+    index = json.loads((folder / weights.INDEX).read_text())
+    sums = {f: weights.sha256_of(folder / name / f) for f in ("config.json", "model.safetensors")}
+    index[name] = {**index[DIGITS], "sha256": sums}
+    (folder / weights.INDEX).write_text(json.dumps(index))
+    return model
+
+
+def test_weights_bring_the_arguments_that_they_were_trained_with(elsewhere, tmp_path):
+    arguments = {"stem": "cifar", "channels": [8, 8, 16, 16], "reduction": 4}
+    model = add(elsewhere, "cbam_resnet18.small", num_classes=5, in_chans=1, **arguments)
+    again = regard.create_model("cbam_resnet18", pretrained=True).eval()
+    x = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    few = regard.create_model("cbam_resnet18.small", pretrained=True, num_classes=2)
+    save_model(few, tmp_path / "few")
+    assert regard.load(tmp_path / "few").model.num_classes == 2
+    with pytest.raises(UsageError, match="reduction=16: the weights cbam"):
+        regard.create_model("cbam_resnet18", pretrained=True, reduction=16)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_changed_weights_are_an_error(elsewhere, capsys, file):
+    path = elsewhere / DIGITS / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for call in (regard.load, lambda n: regard.create_model(n, pretrained=True)):
+        with pytest.raises(CheckpointError, match="checksum"):
+            call("ag_sononet8")
+    assert run_command(["predict", "ag_sononet8", "x.png"]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_commands_take_the_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(script.test_image(1, 48, 48)).save("a b.png")
+    assert run_command(["predict", "ag_sononet8", "a b.png", "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["classes"][0]
+    assert best["probability"] == pytest.approx(max(weights.find_shipped(DIGITS).answer), abs=2e-3)
+    assert run_command(["explain", DIGITS, "a b.png", "--out", "e", "--method", "attention"]) == 0
+    assert (tmp_path / "e/a b.png.explained.png").is_file()
+    assert run_command(["models", "ag_sononet8", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out.partition("\n")[2])["weights"]
+    assert [w["name"] for w in shown] == [DIGITS]
+    for name, word in (("ag_sononet8.other", DIGITS), ("resnet18", DIGITS), ("x", "no trained")):
+        assert run_command(["predict", name, "a b.png"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert word in lines[0]
+
+
+def test_images_that_trained_them_are_no_test(capsys):
+    found = weights.find_shipped(DIGITS)
+    for data in ([], ["digits"]):
+        assert run_command(["evaluate", "ag_sononet8", *data, "--json"]) == 0
+        tested = json.loads(capsys.readouterr().out)
+        assert (tested["n"], tested["split"]) == (found.images, "test")
+        assert tested["metrics"]["top1"]["value"] == pytest.approx(found.accuracy)
+    known = known_images(found.folder)
+    assert len(known) > 1700
+
+
+def test_a_run_is_shipped(whole, elsewhere, monkeypatch, capsys):
+    facts = elsewhere / "facts.toml"
+    facts.write_text('[x]\ndata = "d"\norigin = "o"\nlicense = "l"\nnot_for = "n"\n')
+    folder = script.ship(whole, "ag_sononet8.x", root=elsewhere, facts_file=facts)
+    run = json.loads((whole / "evaluation.json").read_text())["metrics"]["top1"]["value"]
+    assert weights.find_shipped("ag_sononet8.x").accuracy == pytest.approx(run, abs=0.05)
+    ours = load_file(folder / "model.safetensors")
+    theirs = load_file(whole / "model.safetensors")
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key].to(tensor.dtype), tensor, atol=1e-4, rtol=1e-3)
+    assert regard.load("ag_sononet8.x").class_names == ["0", "1", "2"]
+    for text in folder.glob("*.[jmt]*[!s]"):
+        if text.suffix in (".json", ".md", ".toml"):
+            assert str(whole.parent) not in text.read_text(), text
+    for name, word in (("ag_sononet8.y", "neither a table"), ("cbam_resnet18.x", "ag_sononet8")):
+        with pytest.raises(UsageError, match=word):
+            script.ship(whole, name, root=elsewhere, facts_file=facts)
+    assert run_command(["evaluate", "ag_sononet8.x"]) == 2  # its images do not come with it
+    assert "give DATA" in capsys.readouterr().err
+    monkeypatch.setattr(weights, "LARGEST", 500_000)
+    with pytest.raises(OSError, match="bytes of weights"):
+        script.ship(whole, "ag_sononet8.x", root=elsewhere, facts_file=facts)
+    assert weights.find_shipped("ag_sononet8.x").verify() is None  # the ones before stay
