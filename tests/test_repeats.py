@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_rel
+from scipy.stats import norm, ttest_rel
 from sklearn.metrics import balanced_accuracy_score, log_loss
 
 from regard.errors import UsageError
@@ -11,6 +11,7 @@ from regard.evaluation.repeats import (
     _estimate,
     contributions,
     repeated_difference,
+    repeated_value,
 )
 
 
@@ -120,3 +121,30 @@ def test_what_does_not_fit_is_refused():
         repeated_difference([said(rng)], [said(rng)], metric="f2")
     with pytest.raises(UsageError, match="images"):
         repeated_difference([said(rng)], [said(rng, n=63)])
+
+
+@pytest.mark.parametrize("design", [(3, 1), (3, 3)])
+def test_the_interval_of_one_network_covers_its_accuracy_over_seeds_and_images(design):
+    """The accuracy of the next training on the next images, in at least 93 % of 400 studies."""
+    seeds, folds = design
+    rng = np.random.default_rng(5)
+    covered = []
+    for _ in range(400):
+        easy = rng.normal(1.0, 1.5, 150)
+        fold = np.arange(150) % folds
+        trained = rng.normal(0, 0.4, (seeds, folds))[:, fold]
+        right = easy + trained + rng.normal(0, 1, (seeds, 150)) > 0
+        said = [
+            Predictions(
+                np.where(r[:, None], [0.9, 0.1], [0.1, 0.9]), np.zeros(150, int), ["a", "b"]
+            )
+            for r in right
+        ]
+        found = repeated_value(said, folds=fold)
+        assert found.value == pytest.approx(right.mean())
+        covered.append(found.low <= TRUE_ACCURACY <= found.high)
+    assert np.mean(covered) >= 0.93
+
+
+# the share of N(1, 1.5² + 0.4² + 1²) above 0
+TRUE_ACCURACY = float(norm.cdf(1 / np.sqrt(1.5**2 + 0.4**2 + 1)))

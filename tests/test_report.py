@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import itertools
+import json
 import os
 import re
 from html.parser import HTMLParser
@@ -436,6 +437,12 @@ def test_gallery_explain_and_scores_show_the_same_maps(tmp_path):
     assert gallery == names
     assert scored == names | {"random", "center blob"}
     assert "epoch" in page.text
+    stored = json.loads((out / "faithfulness.json").read_text())
+    assert stored["images"] == 2
+    assert {n for n, m in stored["maps"].items() if m["kind"] == "attention"} == names - {
+        "Grad-CAM"
+    }
+    assert set(stored["maps"]) == scored
     before = (out / "report.html").read_bytes()
     report_run(out)
     assert (out / "report.html").read_bytes() == before

@@ -1,19 +1,26 @@
 """Studies: planned whole, trained in real processes, and the same after any number of kills."""
 
+import csv
+import functools
+import io
 import itertools
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from regard.cli import run_command
+from regard.commands.study_display import StudyDisplay
 from regard.errors import UsageError
 from regard.papers import parse_table
 from regard.studies.page import write_page
@@ -24,6 +31,7 @@ from regard.studies.plan import (
     plan_study,
     slurm_script,
 )
+from regard.studies.progress import Progress, Running
 from regard.studies.results import gather, to_dict, write_results
 from regard.studies.runner import run_all
 
@@ -56,7 +64,8 @@ out.mkdir(parents=True, exist_ok=True)
 if name == "broken" and seed == 1:
     sys.exit("regard: it can not be trained")
 def say(status):
-    run = {"status": status, "plan": {}, "facts": {"parameters": 10, "steps": 2, "seconds": 0.1}}
+    facts = {"parameters": 10, "steps": 40, "epochs": 2.0, "seconds": 0.1, "counts": {"train": 80}}
+    run = {"status": status, "plan": {}, "facts": facts}
     (out / "run.tmp").write_text(json.dumps(run))
     (out / "run.tmp").replace(out / "run.json")
 if (out / "run.json").exists():
@@ -67,10 +76,18 @@ rng = np.random.default_rng([seed, fold, len(name)])
 labels = np.arange(60) % 3
 p = rng.dirichlet(np.ones(3), 60) + (0.6 if name != "plain" else 0.2) * np.eye(3)[labels]
 p /= p.sum(axis=1, keepdims=True)
+(out / "recipe.toml").write_text('schedule_unit = "steps"\\nmilestones = [20.0]\\n')
+maps = {"Grad-CAM": {"kind": "gradcam", "over_random": {"value": 0.1}}}
+if name != "sononet8":
+    for k, stage in enumerate(("a", "b")):
+        maps[stage] = {"kind": "attention", "over_random": {"value": 0.2 + 0.1 * seed + 0.2 * k}}
+(out / "faithfulness.json").write_text(json.dumps({"images": 3, "maps": maps}))
 (out / "metrics.csv").write_text("epoch,step,accuracy,val_accuracy\\n1,1,0.5,0.4\\n2,2,0.6,0.5\\n")
 np.savez(out / "predictions.npz", probabilities=p, labels=labels, classes=np.array(list("abc")),
          paths=np.array([f"{fold}-{i}" for i in range(60)]), split=np.array("test"))
 say("finished")
+time.sleep(0.05)
+(out / "report.html").write_text("")
 """
 
 
@@ -149,10 +166,11 @@ def test_a_study_is_trained_once_and_its_failures_are_listed(tmp_path, trainer, 
     again = run_all(runs, python=trainer)
     assert again.done == 5  # the five are not trained again
     assert len(again.seconds) == 0
-    result = to_dict(gather(table, runs, again.failed))
+    result = to_dict(gather(table, runs))
     assert [len(row["seeds"]) for row in result["rows"]] == [2, 2, 1]
-    write_results(gather(table, runs, again.failed), tmp_path)
-    write_page(gather(table, runs, again.failed), tmp_path)
+    assert list(result["failed"].values()) == ["it can not be trained"]
+    write_results(gather(table, runs), tmp_path)
+    write_page(gather(table, runs), tmp_path)
     page = (tmp_path / "study.html").read_text()
     assert "it can not be trained" in page
     assert page.count("<polygon") == 3
@@ -257,6 +275,258 @@ def test_the_command_plans_and_refuses(tmp_path, capsys):
     assert "DATA" in capsys.readouterr().err
 
 
+@pytest.fixture
+def command(tmp_path, trainer, monkeypatch):
+    """`regard study` on a file in a folder of its own, with the stand-in for `regard train`."""
+    from regard.studies import runner
+
+    monkeypatch.setattr(runner, "run_all", functools.partial(run_all, python=trainer))
+    path = tmp_path / "gates.toml"
+    path.write_text(TABLE)
+
+    def call(*words: str, out: str = "s") -> tuple[int, dict]:
+        code = run_command(
+            ["study", str(path), "digits", "--seeds", "2", "--out", str(tmp_path / out), *words]
+        )
+        file = tmp_path / out / "study.json"
+        text = file.read_text().replace(str(tmp_path / out), "OUT") if file.is_file() else "{}"
+        return code, json.loads(text)
+
+    return call
+
+
+def test_parts_of_an_array_of_jobs_end_in_one_result(command, tmp_path, capsys):
+    """As SLURM runs the printed script; the last to end has what all have trained."""
+    with (tmp_path / "gates.toml").open("a") as file:
+        file.write('[[rows]]\nname = "broken"\nnetwork = "sononet16"\n')
+    trainer = tmp_path / "trainer.py"
+    trainer.write_text(trainer.read_text().replace('"broken"', '"sononet16"'))
+    assert command(out="whole")[0] == 1
+    script = slurm_script(["study", "x"], 2)
+    parts = [re.search(r"--only (\S+)", script)[1].replace("$SLURM_ARRAY_TASK_ID", str(i))
+             for i in (1, 2)]  # fmt: skip
+    results = [command("--only", part) for part in parts]
+    whole = json.loads((tmp_path / "whole" / "study.json").read_text().replace(
+        str(tmp_path / "whole"), "OUT"))  # fmt: skip
+    assert results[-1][1] == whole
+    assert results[0][1] != whole
+    assert len(whole["failed"]) == 1  # also where another part trained it
+    assert "can not be trained" in capsys.readouterr().out
+
+
+def test_the_slurm_script_has_the_command_without_its_own_flag(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "my study.toml"
+    path.write_text(TABLE)
+    words = ["study", str(path), "digits", "--seeds", "3"]
+    for own in (["--slurm", "3"], ["--slurm=3"]):
+        monkeypatch.setattr(sys, "argv", ["regard", *words[:3], *own, *words[3:]])
+        assert run_command(sys.argv[1:]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert shlex.split(last)[:-1] == ["exec", "regard", *words, "--only"]
+
+
+def test_a_recipe_of_ones_own_trains_all_rows(command, tmp_path, capsys):
+    code, _ = command("--recipe", "attention-cifar", "--epochs", "10", "--dry-run")
+    lines = capsys.readouterr().out.splitlines()
+    assert (code, len(lines)) == (0, 4)
+    for line in lines:
+        words = shlex.split(line)
+        assert words.count("--recipe") == 1
+        assert words[words.index("--recipe") + 1] == "attention-cifar"
+        assert "--epochs 10" in line
+    with (tmp_path / "gates.toml").open("a") as file:
+        file.write('recipe = "demo"\nchanges = { lr = 0.02, nesterov = false }\n')
+    command("--recipe", "attention-cifar", "--dry-run", "--root", "d", "--pretrained")
+    line = capsys.readouterr().out.splitlines()[1]
+    assert "--recipe attention-cifar" in line
+    assert "--lr 0.02 --no-nesterov --pretrained --root d" in line
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "word"),
+    [
+        ("", ["--recipe", "quik"], "quick"),
+        ("changes = { lrr = 1 }", [], "lrr"),
+        ("changes = { lr = 'x' }", [], "lr"),
+        ("changes = { lr = 0.1 }", ["--lr", "0.2"], "gated"),
+        ("changes = { milestones = [5] }", [], "onecycle"),
+        ("changes = { epochs = 20, schedule = 'steps', milestones = [5] }",
+         ["--schedule", "cosine"], "sets schedule"),
+        ("arguments = { gates = 3 }", [], "gates"),
+        ("", ["--epochs", "0"], "epochs"),
+        ("", ["--jobs", "2", "--ray", "auto"], "--ray"),
+        ("", ["--only", "5/4"], "5/4"),
+        ("", ["--slurm", "0"], "slurm"),
+    ],
+)  # fmt: skip
+def test_what_no_run_could_do_is_refused_before_the_first(command, tmp_path, capsys, row, flags,
+                                                          word):  # fmt: skip
+    with (tmp_path / "gates.toml").open("a") as file:
+        file.write(f"{row}\n")
+    assert command(*flags)[0] == 2
+    err = capsys.readouterr().err
+    assert word in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_rows_of_several_data_sets_are_not_compared(capsys):
+    assert run_command(["study", "ran-6", "--dry-run"]) == 2
+    err = capsys.readouterr().err
+    rows = re.search(r"cifar100: rows ([\d ]+)", err)[1].split()
+    assert run_command(["study", "ran-6", "--dry-run", "--seeds", "1", "--rows", *rows]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rows)
+    assert all(line.split()[2] == "cifar100" for line in lines)
+    assert run_command(["study", "ran-6", "digits", "--dry-run", "--seeds", "1"]) == 0
+    out = capsys.readouterr().out
+    commands = [line for line in out.splitlines() if line.startswith("regard train")]
+    assert len({line.partition(" --out ")[0] for line in commands}) == len(commands)  # none twice
+    assert run_command(["study", "ag-main", "--dry-run"]) == 2
+    assert "DATA" in capsys.readouterr().err
+
+
+def test_results_have_paper_and_ours_faithfulness_length_and_intervals(tmp_path, trainer):
+    text = TABLE.replace('"ag_sononet8"', '"ag_sononet8"\npaper = { top1_error = 5.52 }')
+    table, runs = planned(tmp_path, text)
+    run_all(runs, python=trainer)
+    base = {"name": "long", "steps": 400, "epochs": None}
+    result = gather(table, runs, {row.name: base for row in table.rows})
+    plain, gated = result.rows
+    # the mean over the stages of each seed, and none for a network without maps
+    assert gated.faithfulness["attention"] == pytest.approx([0.3, 0.4])
+    assert gated.sd("attention") == pytest.approx(np.std([0.3, 0.4], ddof=1))
+    assert "attention" not in plain.faithfulness
+    assert plain.faithfulness["Grad-CAM"] == pytest.approx([0.1, 0.1])
+    error = 100 * (1 - np.array(gated.values["accuracy"]))
+    assert gated.printed["top1_error"] == pytest.approx(error)
+    low, high = gated.intervals["accuracy"].low, gated.intervals["accuracy"].high
+    assert low < np.mean(gated.values["accuracy"]) < high
+    assert np.mean(list(gated.recalls.values()), axis=0) == pytest.approx(
+        gated.values["balanced accuracy"]
+    )
+    assert gated.length.milestones == (1.0,)  # step 20 of 40 in 2 epochs
+    assert "400 steps" in gated.length.sentence()
+    write_results(result, tmp_path)
+    write_page(result, tmp_path)
+    with (tmp_path / "study.csv").open(newline="") as file:
+        head = next(csv.reader(file))
+        file.seek(0)
+        one, two = csv.DictReader(file)
+    assert len(head) == len(set(head))
+    assert one["attention faithfulness"] == ""
+    assert float(two["attention faithfulness"]) == pytest.approx(0.35)
+    assert float(two["attention faithfulness sd"]) == pytest.approx(0.0707, abs=1e-4)
+    assert float(two["accuracy low"]) == pytest.approx(low, rel=1e-4)
+    row = to_dict(result)["rows"][1]
+    assert row["faithfulness"]["attention"]["mean"] == pytest.approx(0.35)
+    assert row["length"]["recipe_length"] == "400 steps"
+    page = (tmp_path / "study.html").read_text()
+    assert "+0.350 ± 0.071" in page
+    assert "+0.100 ± 0.000" in page
+    assert "5.52" in page
+    assert f"{error.mean():.2f} ± " in page
+
+
+# ------------------------------------------------------------------------- how far it is
+def test_time_left_is_of_finished_runs_and_of_those_under_way(tmp_path, monkeypatch):
+    from regard.studies import progress as module
+
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    _, runs = planned(tmp_path, seeds=3)  # plain, gated, plain, gated, plain, gated
+    state = Progress(6, jobs=1, waiting=list(runs[1:]), running={runs[0]: Running(runs[0], 1000.0)})
+    state.look()
+    assert state.left() is None  # nothing is known yet
+    assert state.running[runs[0]].phase == "starting"
+    runs[0].progress_file.parent.mkdir(parents=True)
+    for seconds, step in ((10, 0), (20, 25)):
+        now[0] = 1000.0 + seconds
+        runs[0].progress_file.write_text(f"{step} 100\n")
+        state.look()
+    # 25 steps in 10 s: 30 s left; a whole run takes 50 s, and five wait
+    assert state.left() == pytest.approx(30 + 5 * 50)
+    del state.running[runs[0]]
+    state.seconds[runs[0]], state.earlier[runs[1]] = 40.0, 100.0
+    state.waiting = runs[2:]
+    assert state.left() == pytest.approx(2 * 40 + 2 * 100)  # each row by its own
+    state.jobs = 2
+    assert state.left() == pytest.approx((2 * 40 + 2 * 100) / 2)
+    state.waiting = []
+    assert state.left() == 0
+
+
+def test_a_training_says_how_far_it_is_to_who_started_it(tmp_path, monkeypatch):
+    from regard.runs import PROGRESS, read_progress
+    from regard.training.progress import Display
+
+    path = tmp_path / "a run.progress"
+    monkeypatch.setenv(PROGRESS, str(path))
+    trainer = SimpleNamespace(
+        step=3, total=30, steps_an_epoch=10, seconds=1.0, waited=0.0, images_a_step=4
+    )
+    with Display(trainer, SimpleNamespace(close=lambda: None)) as display:
+        assert read_progress(path) == (3, 30)
+        trainer.step = 30
+        display.step(0.5)
+    assert read_progress(path) == (30, 30)
+    path.write_text("damaged")
+    assert read_progress(path) is None
+    monkeypatch.setenv(PROGRESS, str(tmp_path / "nowhere" / "x"))
+    display.step(0.5)  # a file that can't be written ends no training
+
+
+def test_the_display_has_runs_failures_time_left_and_the_table(tmp_path, trainer, caplog):
+    from rich.console import Console
+
+    caplog.set_level("INFO", "regard")
+    table, runs = planned(tmp_path, seeds=1)
+    run_all(runs, python=trainer)
+    _, more = planned(tmp_path, seeds=2)
+    under_way = Running(more[2], step=40, total=100)
+    state = Progress(
+        4, waiting=[], running={more[2]: under_way}, done=2, failed={more[3]: "no [memory]"}
+    )
+    state.earlier = {more[0]: 600.0}
+    display = StudyDisplay()
+    display.results(gather(table, more))
+    screen = Console(record=True, width=100, file=io.StringIO())
+    screen.print(display._frame(state))
+    text = screen.export_text()
+    assert "2 of 4 runs done, 1 failed, 1 running; about 10 min" in text
+    assert "step 40/100" in text
+    assert "no [memory]" in text
+    assert re.search(r"gated\s+1/2\s+[\d.]+ %\s+[+-][\d.]+ \(", text)
+    caplog.clear()
+    display.show(state, now=True)  # without a terminal
+    display.show(state)  # within a minute: not again
+    assert len(caplog.messages) == 1
+    assert "40/100 steps" in caplog.text
+
+
+def test_a_study_in_a_pipe_says_what_ended_and_json_stays_alone(command, capsys):
+    code, content = command("--json")
+    out, err = capsys.readouterr()
+    assert code == 0
+    assert json.loads(out)["done"] == content["done"] == 4
+    assert "gated, seed-1: done" in err
+    assert "gated: 2 of 2 seeds, accuracy" in err
+    assert command()[0] == 0
+    assert "4 of 4 runs are finished already" in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_before_its_report_is_finished_first(tmp_path, trainer):
+    """Its report writes the scores of its maps last: without them the results would differ."""
+    table, runs = planned(tmp_path, seeds=1)
+    run_all(runs, python=trainer)
+    whole = to_dict(gather(table, runs))
+    for name in ("report.html", "faithfulness.json"):
+        (runs[1].folder / name).unlink()
+    assert to_dict(gather(table, runs))["done"] == 1
+    run_all(runs, python=trainer)
+    assert to_dict(gather(table, runs)) == whole
+
+
 def test_compare_pairs_images_and_refuses_others(tmp_path, trainer, capsys, monkeypatch):
     _, runs = planned(tmp_path, seeds=1)
     run_all(runs, python=trainer)
@@ -266,6 +536,7 @@ def test_compare_pairs_images_and_refuses_others(tmp_path, trainer, capsys, monk
     fixed = cost.Cost(parameters=10, macs=20, ms_an_image=1.0, ms_a_step=None)
     monkeypatch.setattr(cost, "measure_costs", lambda folders: [fixed] * len(folders))
     page = tmp_path / "c.html"
+    capsys.readouterr()
     call = ["compare", plain, gated, "--metric", "top1", "nll", "--json", "--html", str(page)]
     assert run_command(call) == 0
     content = json.loads(capsys.readouterr().out)

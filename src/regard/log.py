@@ -79,6 +79,16 @@ def show_messages(*, force: bool = False) -> None:
     logger.setLevel(logging.INFO)
 
 
+def clock(seconds: float) -> str:
+    """42 s, 3 min 20 s, 5 h 12 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
 class Heartbeat:
     """Progress as a line every half minute, for those who look at no progress bar.
 

@@ -27,6 +27,7 @@ from regard.log import Heartbeat
 
 RUNS = Path("runs")
 VALIDATION = "validation.npz"  # probabilities of the validation images, as predictions.npz
+PROGRESS = "REGARD_PROGRESS"  # the environment variable with the path of `note_progress`
 NOBODYS = (
     ".probe",
     ".regard-demo",
@@ -59,6 +60,25 @@ def choose_out(
     if free == 0:
         raise UsageError(f"{base} is not there: no run to resume; name its folder as out")
     return taken[free - 1]
+
+
+def note_progress(step: int, total: int) -> None:
+    """Writes how far a run is to the file that the environment names, for who started it."""
+    path = os.environ.get(PROGRESS)
+    if path:
+        beside = f"{path}.writing"
+        with contextlib.suppress(OSError):  # a full disk ends no training before its checkpoint
+            Path(beside).write_text(f"{step} {total}\n", encoding="utf-8")
+            os.replace(beside, path)
+
+
+def read_progress(path: Path) -> tuple[int, int] | None:
+    """The steps done and the steps of the run, as `note_progress` wrote them; else None."""
+    try:
+        step, total = map(int, path.read_text(encoding="utf-8").split())
+    except (OSError, ValueError):
+        return None
+    return step, total
 
 
 class RunFolder:
@@ -239,6 +259,22 @@ class RunFolder:
         content = {"split": split, **evaluation.to_dict()}
         self.write_text("evaluation.json", json.dumps(content, indent=1) + "\n")
         write_predictions(self.path / "predictions.npz", split, said)
+
+    def write_faithfulness(self, content: dict[str, Any] | None) -> None:
+        """faithfulness.json: how faithful the network's maps are; removed for None."""
+        if content is None:
+            (self.path / "faithfulness.json").unlink(missing_ok=True)
+        else:
+            self.write_text("faithfulness.json", json.dumps(content, indent=1) + "\n")
+
+    def read_faithfulness(self) -> dict[str, Any]:
+        """faithfulness.json; without any maps where the file is missing or damaged."""
+        try:
+            content = json.loads((self.path / "faithfulness.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = None
+        valid = isinstance(content, dict) and isinstance(content.get("maps"), dict)
+        return content if valid else {"images": 0, "maps": {}}
 
     def read_predictions(self, name: str = "predictions.npz") -> tuple[str, Predictions]:
         """The split, and the probabilities of each image of it."""

@@ -1,12 +1,14 @@
 """`regard compare`: finished runs on the same test images, with what is shown and what is not."""
 
 import json as json_module
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from regard.errors import UsageError
+from regard.files import plural
 
 if TYPE_CHECKING:
     from regard.evaluation.paired import MetricComparison
@@ -138,23 +140,31 @@ def _content(
     compared: "list[tuple[Path, MetricComparison]]",
 ) -> dict[str, Any]:
     first = predictions[0]
+    names = _names(runs)
     return {
         "reference": str(runs[0]),
         "split": split,
         "images": len(first),
         "groups": None if first.groups is None else len(set(first.groups.tolist())),
         "runs": [
-            {"run": str(run), "cost": cost.to_dict()}
+            {"run": str(run), "name": names[run], "cost": cost.to_dict()}
             for run, cost in zip(runs, costs, strict=True)
         ],
         "comparisons": [
             {
-                "run": str(run), **one.to_dict(),
-                "sentence": one.sentence(str(run), str(runs[0])),
+                "run": str(run), "name": names[run], **one.to_dict(),
+                "sentence": one.sentence(names[run], names[runs[0]]),
             }
             for run, one in compared
         ],
     }  # fmt: skip
+
+
+def _names(runs: list[Path]) -> dict[Path, str]:
+    """The paths without the folders that all of them are in."""
+    whole = {run: run.resolve() for run in runs}
+    common = Path(os.path.commonpath([path.parent for path in whole.values()]))
+    return {run: str(path.relative_to(common)) for run, path in whole.items()}
 
 
 def _print(content: dict[str, Any]) -> None:
@@ -162,7 +172,8 @@ def _print(content: dict[str, Any]) -> None:
     from rich.table import Table
 
     groups = f" in {content['groups']} groups" if content["groups"] else ""
-    print(f"{content['images']} {content['split']} images{groups}; against {content['reference']}")
+    images = plural(content["images"], f"{content['split']} image")
+    print(f"{images}{groups}; against {content['reference']}")
     console = Console()
     wide = Console(width=None if console.is_terminal else 140)
     costs = Table(box=None, pad_edge=False, header_style="bold")
@@ -172,7 +183,7 @@ def _print(content: dict[str, Any]) -> None:
         c = run["cost"]
         step = "" if c["ms_a_step"] is None else f"{c['ms_a_step']:.0f}"
         costs.add_row(
-            run["run"], f"{c['parameters'] / 1e6:.3f}", f"{c['macs'] / 1e9:.3f}",
+            run["name"], f"{c['parameters'] / 1e6:.3f}", f"{c['macs'] / 1e9:.3f}",
             f"{c['ms_an_image']:.2f}", step,
         )  # fmt: skip
     wide.print(costs)
@@ -184,7 +195,7 @@ def _print(content: dict[str, Any]) -> None:
         d = one["difference"]
         interval = "" if d["low"] is None else f" ({d['low']:+.4f} to {d['high']:+.4f})"
         table.add_row(
-            one["run"], one["metric"].replace("_", " "), _number(one["a"]), _number(one["b"]),
+            one["name"], one["metric"].replace("_", " "), _number(one["a"]), _number(one["b"]),
             "–" if d["value"] is None else f"{d['value']:+.4f}{interval}",
             _p_value(one["adjusted"]), one["shown"], _number(one["detectable"]),
         )  # fmt: skip

@@ -4,22 +4,59 @@ import json as json_module
 import logging
 import shlex
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag
+from regard.commands.flags import DeviceFlag, SplitsFlag
 from regard.commands.train import RecipeFlags
 from regard.errors import UsageError
+from regard.log import info_on_stderr
 
 if TYPE_CHECKING:
     from regard.papers import Table
     from regard.studies.plan import PlannedRun
-    from regard.studies.runner import Progress
+    from regard.studies.progress import Progress
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """The flags of `regard train` that belong to no recipe, for all rows."""
+
+    recipe: Annotated[
+        str | None,
+        Parameter(
+            help="Name or path of a recipe for all rows, instead of the study's; what a row "
+            "changes stays. Flags override its values."
+        ),
+    ] = None
+    weights: Annotated[
+        Path | None,
+        Parameter(help="Start from the network of a run's folder, or from an authors' checkpoint."),
+    ] = None
+    pretrained: Annotated[
+        bool, Parameter(negative=(), help="Start from timm's pretrained weights.")
+    ] = False
+    root: Annotated[Path | None, Parameter(help="Folder of cifar10 and cifar100.")] = None
+    splits: SplitsFlag = "auto"
+    log: Annotated[
+        list[str] | None,
+        Parameter(
+            negative=(), consume_multiple=True, help="Experiment trackers of the runs, or none."
+        ),
+    ] = None
+
+    def words(self) -> list[str]:
+        """For `regard train`; the recipe stands in each row's command."""
+        words = [] if self.weights is None else ["--weights", str(self.weights)]
+        words += ["--pretrained"] * self.pretrained
+        words += [] if self.root is None else ["--root", str(self.root)]
+        words += [] if self.splits == "auto" else ["--splits", self.splits]
+        return words + (["--log", *self.log] if self.log else [])
 
 
 def command(
@@ -39,6 +76,7 @@ def command(
     dry_run: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     device: DeviceFlag = "auto",
+    train: Annotated[TrainFlags, Parameter(name="*")] = TrainFlags(),
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> int:
     """Compare networks over seeds and folds, with paired differences and their intervals.
@@ -78,65 +116,170 @@ def command(
     json
         Print study.json at the end.
     """
-    from regard.studies.plan import choose_part, choose_rows, open_study, plan_study, slurm_script
+    from regard.studies.plan import choose_part, choose_rows, on_one_data_set, open_study
 
+    if ray is not None and jobs != 1:
+        raise UsageError(f"--jobs {jobs}: not used with --ray, whose cluster deals out the runs")
     table = choose_rows(open_study(study, model), rows or [])
-    words = _flag_words(flags) + (["--device", device] if device != "auto" else [])
-    data = source or table.data
-    if data is None:
-        raise UsageError(f"study {study} needs DATA")
+    table = on_one_data_set(table, source)
+    recipes, table = _recipes(table, train.recipe, flags)
+    data = source or table.rows[0].data or table.data
+    _check_data(study, source, str(data))
     if out is None:
-        out = Path("runs") / f"study-{table.key}-{Path(data).stem}"
-    runs = plan_study(table, source, out, seeds=seeds, folds=folds, flags=words)
+        out = Path("runs") / f"study-{table.key}-{Path(str(data)).stem}"
+    words = [*train.words(), *(["--device", device] if device != "auto" else [])]
+    runs = _plan(table, source, out, seeds, folds, [*words, *_flag_words(flags)])
+    part = choose_part(runs, only)
     if slurm is not None:
-        print(slurm_script([w for w in sys.argv[1:] if w not in ("--slurm", str(slurm))], slurm))
-        return 0
+        return _print_script(slurm)
     if dry_run:
-        for run in runs:
+        for run in part:
             print(run)
             if run.test:
                 print(shlex.join(["regard", *run.test]))
         return 0
-    done = _train(table, runs, choose_part(runs, only), out, jobs, ray)
+    study_now = _Study(table, runs, recipes, out)
     if json:
+        with info_on_stderr():
+            failed = study_now.train(part, jobs, ray).failed
         print((out / "study.json").read_text(encoding="utf-8"), end="")
-    return 1 if done.failed else 0
+        return 1 if failed else 0
+    failed = study_now.train(part, jobs, ray).failed
+    study_now.print_results()
+    return 1 if failed else 0
 
 
-def _train(
-    table: "Table",
-    runs: "list[PlannedRun]",
-    part: "list[PlannedRun]",
-    out: Path,
-    jobs: int,
-    ray: str | None,
-) -> "Progress":
-    """Trains a part of the runs and writes the results of all after each."""
-    from regard.studies.page import write_page
-    from regard.studies.results import gather, write_results
-    from regard.studies.runner import run_all
+def _plan(
+    table: "Table", source: str | None, out: Path, seeds: int, folds: int, words: list[str]
+) -> "list[PlannedRun]":
+    from regard.studies.plan import plan_study
 
-    _check_same_study(out, runs)
+    return plan_study(table, source, out, seeds=seeds, folds=folds, flags=words)
 
-    def write(progress: "Progress") -> None:
-        result = gather(table, runs, progress.failed)
-        write_results(result, out)
-        write_page(result, out)
-        show(progress, result)
 
-    with _display(jobs) as show:
-        if ray is not None:
-            from regard.studies.on_ray import run_on_ray
+def _recipes(
+    table: "Table", name: str | None, flags: Any
+) -> tuple[dict[str, dict[str, Any]], "Table"]:
+    """By row, the values of its recipe without changes; and the table with the recipe `name`.
 
-            done = run_on_ray(part, address=ray, after_each=write)
-        else:
-            done = run_all(part, jobs=jobs, after_each=write)
-        write(done)
-    for row in gather(table, runs, done.failed).rows:
-        if row.verdict:
-            print(row.verdict)
-    print(f"the study: {out / 'study.html'}")
-    return done
+    Raises:
+        UsageError: a recipe, a row's changes of it, or its network can't be had, before anything
+            is trained; or a flag is given for what a row sets.
+    """
+    from dataclasses import asdict
+
+    from regard.studies.plan import with_recipe
+    from regard.training.config import load_recipe
+    from regard.training.plan import choose_model
+
+    table = table if name is None else with_recipe(table, name)
+    given = {k: v for k, v in vars(flags).items() if v is not None}
+    found = {}
+    for row in table.rows:
+        if twice := sorted(given.keys() & row.changes.keys()):
+            flag = twice[0].replace("_", "-")
+            raise UsageError(f"--{flag}: row {row.name!r} sets {twice[0]} itself; change it there")
+        used = row.recipe or table.recipe
+        base = load_recipe(used)
+        try:
+            recipe = base.changed(**row.changes, **given)
+            choose_model(row.network, recipe, row.arguments)
+        except UsageError as error:
+            raise UsageError(f"row {row.name!r}: {error}") from error
+        found[row.name] = {**asdict(base), "name": used}
+    return found, table
+
+
+def _check_data(study: str, source: str | None, data: str) -> None:
+    """Refuses a table's data set that is not one of those which are known by name.
+
+    Raises:
+        UsageError: DATA has to be given.
+    """
+    from regard.data.sources import NAMES
+
+    if source is None and data not in NAMES and not Path(data).exists():
+        raise UsageError(f"study {study} needs DATA: the {data} images, or others")
+
+
+def _print_script(parts: int) -> int:
+    """Prints the SLURM script of this command line.
+
+    Raises:
+        UsageError: fewer than one part.
+    """
+    from regard.studies.plan import slurm_script
+
+    if parts < 1:
+        raise UsageError(f"--slurm {parts}: at least 1 job")
+    words = sys.argv[1:]
+    for place in reversed([i for i, w in enumerate(words) if w.partition("=")[0] == "--slurm"]):
+        del words[place : place + (1 if "=" in words[place] else 2)]
+    print(slurm_script(words, parts), end="")
+    return 0
+
+
+class _Study:
+    """A study that is trained: its results are written after each run, and shown meanwhile."""
+
+    def __init__(
+        self,
+        table: "Table",
+        runs: "list[PlannedRun]",
+        recipes: dict[str, dict[str, Any]],
+        out: Path,
+    ) -> None:
+        self.table, self.runs, self.recipes, self.out = table, runs, recipes, out
+
+    def train(self, part: "list[PlannedRun]", jobs: int, ray: str | None) -> "Progress":
+        """Trains a part of the runs and writes the results of all after each.
+
+        Raises:
+            UsageError: the folder holds another study, or what `run_all` raises.
+            StateError: the folder can't be written.
+        """
+        from regard.commands.study_display import StudyDisplay
+        from regard.files import check_space
+        from regard.studies.runner import run_all
+
+        check_space(self.out, 0)
+        _check_same_study(self.out, self.runs)
+        with StudyDisplay() as display:
+
+            def after_each(progress: "Progress") -> None:
+                display.results(self._write())
+                display.show(progress, now=True)
+
+            if ray is not None:
+                from regard.studies.on_ray import run_on_ray
+
+                done = run_on_ray(part, address=ray, after_each=after_each, meanwhile=display.show)
+            else:
+                done = run_all(part, jobs=jobs, after_each=after_each, meanwhile=display.show)
+            self._write()  # of all parts, where another one has just ended too
+        return done
+
+    def print_results(self) -> None:
+        """What was shown, and where it is written."""
+        from regard.studies.results import gather
+
+        result = gather(self.table, self.runs, self.recipes)
+        for row in result.rows:
+            if row.verdict:
+                print(row.verdict)
+        for run, why in result.failed.items():
+            print(f"failed: {run.row}, {run.folder.name}: {why}")
+        print(f"the study: {self.out / 'study.html'}")
+
+    def _write(self) -> Any:
+        from regard.studies.page import write_page
+        from regard.studies.results import gather, results_lock, write_results
+
+        with results_lock(self.out):
+            result = gather(self.table, self.runs, self.recipes)
+            write_results(result, self.out)
+            write_page(result, self.out)
+        return result
 
 
 def _check_same_study(out: Path, runs: "list[PlannedRun]") -> None:
@@ -149,84 +292,33 @@ def _check_same_study(out: Path, runs: "list[PlannedRun]") -> None:
     if not path.is_file():
         return
     try:
-        before = set(json_module.loads(path.read_text(encoding="utf-8"))["commands"])
-    except (ValueError, KeyError, TypeError) as error:
+        before = json_module.loads(path.read_text(encoding="utf-8"))["commands"]
+        by_folder_before = {_folder_of(words): words for words in before}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a study's: give --out another folder") from error
-    by_folder = {str(run.folder): str(run) for run in runs}
-    for command_before in before:
-        folder = command_before.rpartition(" --out ")[2].strip("'")
-        now = by_folder.get(folder)
-        if now is not None and now != command_before:
+    for run in runs:
+        command_before = by_folder_before.get(str(run.folder), str(run))
+        if command_before != str(run):
             raise UsageError(
                 f"{out} holds a study with other settings ({command_before}); give --out another "
                 "folder"
             )
 
 
+def _folder_of(command: str) -> str:
+    words = shlex.split(command)
+    return words[len(words) - 1 - words[::-1].index("--out") + 1]
+
+
 def _flag_words(flags: Any) -> list[str]:
     """The recipe's flags that were given, as words for `regard train`."""
+    from regard.papers import flag_words
+
     words: list[str] = []
     for name, value in vars(flags).items():
-        if value is None or name in ("seed", "fold"):
-            if value is not None:
-                raise UsageError(f"--{name}: a study sets it; give --{name}s")
+        if value is None:
             continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list | tuple):
-            words += [f"--{flag}", *map(str, value)]
-        else:
-            words += [f"--{flag}", str(value)]
+        if name in ("seed", "fold"):
+            raise UsageError(f"--{name}: a study sets it; give --{name}s")
+        words += flag_words(name, value)
     return words
-
-
-class _display:  # noqa: N801
-    """Shows what runs, what is done, the time left, and the table as it grows."""
-
-    def __init__(self, jobs: int) -> None:
-        self.jobs = jobs
-        self.live: Any = None
-
-    def __enter__(self) -> "Callable[[Progress, Any], None]":
-        from rich.console import Console
-        from rich.live import Live
-
-        console = Console(stderr=True)
-        if console.is_terminal:
-            self.live = Live(console=console, auto_refresh=False, transient=True)
-            self.live.start()
-        return self.show
-
-    def __exit__(self, *_: object) -> None:
-        if self.live is not None:
-            self.live.stop()
-
-    def show(self, progress: "Progress", result: Any) -> None:
-        """One line, or the table in a terminal."""
-        left = progress.left(self.jobs)
-        names = ", ".join(f"{run.row} {run.folder.name}" for run in progress.running)
-        line = f"{progress.done} of {progress.total} runs done"
-        line += f", {len(progress.failed)} failed" if progress.failed else ""
-        line += f"; running: {names}" if names else ""
-        line += f"; about {_clock(left)} left" if left else ""
-        if self.live is None:
-            log.info(line)
-            return
-        from rich.console import Group
-        from rich.table import Table as RichTable
-
-        shown = RichTable(box=None, pad_edge=False, header_style="bold")
-        for heading in ("network", "seeds", "accuracy", "difference, points"):
-            shown.add_column(heading, justify="left" if heading == "network" else "right")
-        for row in result.rows:
-            d = row.differences.get("accuracy")
-            cell = f"{100 * d.value:+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f})" if d else ""
-            mean = f"{row.mean('accuracy'):.2%}" if row.seeds else ""
-            shown.add_row(row.row.name, f"{len(row.seeds)}/{result.seeds}", mean, cell)
-        self.live.update(Group(line, shown), refresh=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from regard.errors import UsageError
-from regard.evaluation.intervals import NAN, finite_or_none
+from regard.evaluation.intervals import NAN, Estimate, finite_or_none
 from regard.evaluation.predictions import Floats, Ints, Predictions, outcomes
 
 METRICS = ("accuracy", "balanced accuracy", "log loss")
@@ -134,23 +134,64 @@ def repeated_difference(
     Raises:
         UsageError: an unknown metric, other numbers of seeds, or other images.
     """
-    if metric not in METRICS:
-        raise UsageError(f"metric={metric!r}: choose one of {', '.join(METRICS)}")
+    _check_metric(metric)
     if len(a) != len(b) or not a:
         raise UsageError(f"{len(a)} seeds against {len(b)}: the same seeds are needed")
-    for p in [*a, *b]:
-        if not np.array_equal(p.labels, a[0].labels) or p.paths != a[0].paths:
-            raise UsageError("the images of the seeds differ: the same test images are needed")
-    fold = np.zeros(len(a[0]), dtype=np.int64) if folds is None else np.asarray(folds)
-    unit, n_units = _units(a[0], fold)
+    _check_images([*a, *b])
     pairs = zip(a, b, strict=True)
     parts = np.stack([contributions(p, metric) - contributions(q, metric) for p, q in pairs])
-    per_unit = np.zeros((len(a), n_units))  # (S, N) -> (S, G)
+    return _estimate(*_by_unit(parts, a[0], folds), metric, confidence)
+
+
+def repeated_value(
+    seeds: Sequence[Predictions],
+    *,
+    metric: str = "accuracy",
+    folds: Ints | None = None,
+    confidence: float = 0.95,
+) -> Estimate:
+    """The mean of a metric over seeds, with its interval over seeds and images together.
+
+    With one seed (and no folds) the interval is over images alone.
+
+    Args:
+        seeds: predictions of each, as for `repeated_difference`.
+        metric, folds, confidence: as for `repeated_difference`.
+
+    Raises:
+        UsageError: an unknown metric, no seed, or other images.
+    """
+    _check_metric(metric)
+    if not seeds:
+        raise UsageError("no seed: at least one is needed")
+    _check_images(seeds)
+    parts = np.stack([contributions(p, metric) for p in seeds])
+    found = _estimate(*_by_unit(parts, seeds[0], folds), metric, confidence)
+    return Estimate(found.value, max(found.low, 0.0), found.high)
+
+
+def _check_metric(metric: str) -> None:
+    if metric not in METRICS:
+        raise UsageError(f"metric={metric!r}: choose one of {', '.join(METRICS)}")
+
+
+def _check_images(predictions: Sequence[Predictions]) -> None:
+    first = predictions[0]
+    for p in predictions:
+        if not np.array_equal(p.labels, first.labels) or p.paths != first.paths:
+            raise UsageError("the images of the seeds differ: the same test images are needed")
+
+
+def _by_unit(parts: Floats, like: Predictions, folds: Ints | None) -> tuple[Floats, Ints]:
+    """(S, N) -> (S, G) each unit's part, whose mean is that of the images; and its fold."""
+    fold = np.zeros(len(like), dtype=np.int64) if folds is None else np.asarray(folds)
+    unit, n_units = _units(like, fold)
+    per_unit = np.zeros((len(parts), n_units))
     for s, row in enumerate(parts):
         per_unit[s] = np.bincount(unit, row, n_units) * n_units / len(fold)
     fold_of_unit = np.zeros(n_units, dtype=np.int64)
     fold_of_unit[unit] = np.unique(fold, return_inverse=True)[1]
-    return _estimate(per_unit, fold_of_unit, metric, confidence)
+    return per_unit, fold_of_unit
 
 
 def _units(predictions: Predictions, fold: Ints) -> tuple[Ints, int]:

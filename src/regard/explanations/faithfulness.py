@@ -89,6 +89,18 @@ class Faithfulness:
         verdicts = [s.verdict() for s in self.scores.values() if s.over_random is not None]
         return [*self.warnings, *verdicts, *(c.verdict() for c in self.checks)]
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the numbers of each map, and its kind: attention, gradcam or control."""
+        kinds = {GRADCAM: "gradcam", **dict.fromkeys(deletion.CONTROLS, "control")}
+        return {
+            "images": self.images,
+            "maps": {
+                name: {"kind": kinds.get(name, "attention"), **each}
+                for name, each in numbers(self.scores).items()
+            },
+            "sentences": self.sentences(),
+        }
+
 
 class Scorer:
     """Scores the maps of one image at a time.

@@ -189,8 +189,20 @@ def train_command(table: Table, row: Row, data: str | None = None) -> list[str]:
     for name, value in row.arguments.items():
         words += ["--arg", f"{name}={value}"]
     for name, value in row.changes.items():
-        words += [f"--{name.replace('_', '-')}", *_words(value)]
+        words += flag_words(name, value)
     return words
+
+
+def flag_words(name: str, value: Any) -> list[str]:
+    """A value of a recipe's field as words for the command line.
+
+    >>> flag_words("batch_size", 32), flag_words("nesterov", False), flag_words("size", [32, 48])
+    (['--batch-size', '32'], ['--no-nesterov'], ['--size', '32', '48'])
+    """
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *_words(value)]
 
 
 def evaluate_words(row: Row) -> list[str]:

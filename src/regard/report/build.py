@@ -30,6 +30,8 @@ _SIDE = 576  # of the gallery's images, in pixels: twice as large as they are sh
 def report_run(folder: str | Path, device: str = "cpu") -> Path:
     """Writes report.html into a finished run's folder, and returns its path.
 
+    The scores of the maps are written before it, as faithfulness.json.
+
     Args:
         folder: of the run.
         device: where the network computes, as for `regard.load`.
@@ -45,6 +47,8 @@ def report_run(folder: str | Path, device: str = "cpu") -> Path:
     split, predictions = run.read_predictions()
     source = _Source(run, plan, split, predictions, device)
     shown = list(source.gallery())
+    faithfulness = source.faithfulness(recipe["faithfulness_images"], recipe["seed"])
+    run.write_faithfulness(None if faithfulness is None else faithfulness.to_dict())
     inserted = recipe.get("graft", "none")
     network = plan["model"] + (f" + {inserted.upper()}" if inserted != "none" else "")
     write_report(
@@ -60,7 +64,7 @@ def report_run(folder: str | Path, device: str = "cpu") -> Path:
             versions=facts["versions"],
             command=_command(run.path),
             notes=_notes(split, facts, predictions, len(choose(predictions)) - len(shown)),
-            faithfulness=source.faithfulness(recipe["faithfulness_images"], recipe["seed"]),
+            faithfulness=faithfulness,
         ),
         run.path / "report.html",
     )

@@ -16,7 +16,21 @@ def write_comparison(content: dict[str, Any], path: Path) -> None:
         StateError: it can't be written.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["n"] = lambda value: "–" if value is None else f"{value:.4f}"
+    environment.filters.update(n=_number, signed=_signed, p=_p_value)
     text = resources.files("regard.studies").joinpath("compare.html").read_text(encoding="utf-8")
     page = environment.from_string(text).render(c=content)
     write_atomically(path, lambda beside: beside.write_text(page, encoding="utf-8"))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.4f}"
+
+
+def _p_value(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,19 +1,38 @@
 """The runs of a study as tasks of an existing Ray cluster (extra: ray).
 
 The study's folder must be one that all nodes see; each task trains one run as `regard train`
-does, and is started again on another node if its node dies.
+does. A task whose worker or node dies is started again by Ray, and resumes its run.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from regard.errors import UsageError
+from regard.errors import Stopped, UsageError
 from regard.extras import require
+from regard.files import reason
+from regard.runs import PROGRESS
 from regard.studies.plan import PlannedRun
-from regard.studies.runner import Progress, is_finished, is_trained, next_command
+from regard.studies.progress import Progress, Running
+from regard.studies.runner import (
+    StopSignals,
+    begin,
+    die_with,
+    failure_in,
+    is_finished,
+    is_trained,
+    next_command,
+    note_end,
+)
+
+RETRIES = 3  # of a run whose worker died
+_POLL = 0.5  # seconds between looks at the tasks
+_ELSEWHERE = "its results are not in a folder that this machine sees"
 
 
 def run_on_ray(
@@ -22,60 +41,91 @@ def run_on_ray(
     address: str = "auto",
     cpus: float = 1,
     after_each: Callable[[Progress], None] = lambda progress: None,
+    meanwhile: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Trains what is not finished on a Ray cluster.
 
     Args:
         runs: in the order in which they are submitted.
         address: of the cluster, or "auto" for the one of this machine.
-        cpus: of each task.
-        after_each: called whenever a run ends or fails.
+        cpus: of each task, which gets a GPU too where the cluster has any.
+        after_each, meanwhile: as for `run_all`.
 
     Raises:
+        Stopped: SIGINT or SIGTERM; the tasks are ended, and resume from their last states.
         UsageError: Ray is not installed, or no cluster is there.
     """
     require("ray", "a study on Ray")
     import ray
 
+    _connect(address)
+    progress = begin(runs, jobs=1)
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0  # with 0 a task sees none
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(_train)
+    folder = str(Path.cwd())
+    for run in progress.waiting:
+        run.failure_file.unlink(missing_ok=True)
+        run.progress_file.unlink(missing_ok=True)
+    pending = {task.remote(run, folder): run for run in progress.waiting}
+    with StopSignals() as stop:
+        after_each(progress)
+        while pending and not stop.number:
+            for ready in ray.wait(list(pending), timeout=_POLL)[0]:
+                run = pending.pop(ready)
+                _started(progress, run)
+                note_end(progress, run, _failure(ray, ready, run))
+                after_each(progress)
+            for run in [r for r in progress.waiting if r.progress_file.is_file()]:
+                _started(progress, run)
+            progress.jobs = max(progress.jobs, len(progress.running))
+            progress.look()
+            meanwhile(progress)
+        if stop.number:
+            for each in pending:
+                ray.cancel(each, force=True)
+            raise Stopped(progress.done, stop.number)
+    return progress
+
+
+def _connect(address: str) -> None:
+    import ray
+
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-    except (ConnectionError, ValueError) as error:
-        raise UsageError(f"no Ray cluster at {address!r} ({error})") from error
-    waiting = [run for run in runs if not is_finished(run)]
-    progress = Progress(len(runs), done=len(runs) - len(waiting), running=list(waiting))
-    task = ray.remote(num_cpus=cpus, max_retries=3)(_train)
-    folder = str(Path.cwd())
-    pending = {task.remote(r, folder): r for r in waiting}
-    after_each(progress)
-    while pending:
-        (ready,), _ = ray.wait(list(pending), num_returns=1)
-        run = pending.pop(ready)
-        progress.running.remove(run)
-        try:
-            reason = ray.get(ready)
-        except ray.exceptions.RayError as error:
-            reason = f"its worker died ({type(error).__name__})"
-        if reason is None and is_finished(run):
-            progress.done += 1
-        else:
-            progress.failed[run] = (
-                reason or "its results are not in a folder that this machine sees"
-            )
-        after_each(progress)
-    return progress
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UsageError(f"no Ray cluster at {address!r} ({reason(error)})") from error
+
+
+def _started(progress: Progress, run: PlannedRun) -> None:
+    if run in progress.waiting:
+        progress.waiting.remove(run)
+        progress.running[run] = Running(run)
+
+
+def _failure(ray: Any, ready: Any, run: PlannedRun) -> str | None:
+    """Why a task failed that has ended; None: its run is finished."""
+    try:
+        failure: str | None = ray.get(ready)
+    except ray.exceptions.RayError as error:
+        return f"its worker died, also after {RETRIES} retries ({type(error).__name__})"
+    return failure or (None if is_finished(run) else _ELSEWHERE)
 
 
 def _train(run: PlannedRun, working_directory: str) -> str | None:
     """In a worker: trains and tests one run; returns why it failed, or None."""
     os.chdir(working_directory)
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        run.progress_file.touch()  # says that it has begun
+    environment = {**os.environ, PROGRESS: str(run.progress_file.absolute())}
     while not is_finished(run):
         tests = is_trained(run)
-        done = subprocess.run(
-            [sys.executable, "-m", "regard", *next_command(run)], capture_output=True, text=True
-        )
-        if done.returncode and not (tests and is_finished(run)):
-            lines = done.stderr.splitlines()
-            return lines[-1].removeprefix("regard: ") if lines else f"exit code {done.returncode}"
-        if not (is_trained(run) if not tests else is_finished(run)):
-            return "its results are not in a folder that this machine sees"
+        with run.log.open("ab") as log:
+            done = subprocess.run(
+                [sys.executable, "-m", "regard", *next_command(run)], stdout=log,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+                preexec_fn=partial(die_with, os.getpid()) if sys.platform == "linux" else None,
+            )  # fmt: skip
+        if failure := failure_in(run, done.returncode, tests):
+            return failure
     return None

@@ -15,13 +15,17 @@ import numpy as np
 from regard.evaluation.repeats import METRICS
 from regard.files import write_atomically
 from regard.papers import PAPERS
+from regard.studies.facts import FAITHFULNESS, MAPS
 from regard.studies.results import RowResult, StudyResult
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#a6761d")
-"""Okabe and Ito's, which people with any color vision can tell apart; they repeat after eight."""
+COLORS = (  # on a light and on a dark page
+    ("#0072b2", "#56b4e9"), ("#d55e00", "#ff8f45"), ("#009e73", "#2cc79b"), ("#cc79a7", "#e6a3c8"),
+    ("#a87400", "#f0b93a"), ("#2b83ba", "#9bd5f5"), ("#6b6b6b", "#b5b5b5"), ("#8a5a10", "#d6a15a"),
+)  # fmt: skip
+"""After Okabe and Ito's, which people with any color vision can tell apart; they repeat after
+eight."""
 
-_WIDTH, _LEFT, _RIGHT, _ROW = 640.0, 190.0, 620.0, 26.0  # of the forest plot
-_CURVE = (46.0, 470.0, 10.0, 220.0)  # left, right, top, bottom of the learning curves
+_CURVE = (34.0, 404.0, 10.0, 210.0)  # left, right, top, bottom of the learning curves
 
 
 def write_page(result: StudyResult, out: Path) -> None:
@@ -33,7 +37,7 @@ def write_page(result: StudyResult, out: Path) -> None:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=_percent, p=_p)
+    environment.filters.update(percent=_percent, p=_p, spread=_spread)
     text = resources.files("regard.studies").joinpath("page.html").read_text(encoding="utf-8")
     page = environment.from_string(text).render(
         study=result,
@@ -41,16 +45,27 @@ def write_page(result: StudyResult, out: Path) -> None:
         paper=PAPERS.get(result.table.paper or ""),
         rows=[_row(row, result) for row in result.rows],
         columns=_paper_columns(result),
+        measured={name for row in result.rows for name in row.printed},
         forest=forest(result.rows),
         curves=learning_curves(result.rows),
         colors=COLORS,
         classes=_classes(result.rows),
+        lengths=_lengths(result.rows),
+        faithful=any(row.faithfulness for row in result.rows),
+        about_faithfulness=FAITHFULNESS,
     )
     write_atomically(out / "study.html", lambda path: path.write_text(page, encoding="utf-8"))
 
 
 def _percent(value: float, digits: int = 1) -> str:
     return "–" if not math.isfinite(value) else f"{100 * value:.{digits}f}"
+
+
+def _spread(numbers: tuple[float, float, int]) -> str:
+    """Mean ± deviation with so many digits; the mean alone for one seed."""
+    mean, deviation, digits = numbers
+    shown = f"{mean:.{digits}f}"
+    return shown if math.isnan(deviation) else f"{shown} ± {deviation:.{digits}f}"
 
 
 def _p(value: float) -> str:
@@ -67,25 +82,48 @@ def _paper_columns(result: StudyResult) -> list[str]:
 
 
 def _row(row: RowResult, result: StudyResult) -> dict[str, Any]:
-    difference = row.differences.get("accuracy")
     return {
         "name": row.row.name,
         "network": row.row.network,
         "note": row.row.note,
         "paper": row.row.paper,
+        "printed": {
+            name: (row.mean(name), row.sd(name), 2 if name.endswith("error") else 3)
+            for name in row.printed
+        },
         "seeds": len(row.seeds),
         "planned": result.seeds,
         "mean": {m: row.mean(m) for m in METRICS},
         "sd": {m: row.sd(m) for m in METRICS},
-        "difference": difference,
+        "interval": row.intervals.get("accuracy"),
+        "difference": row.differences.get("accuracy"),
         "p": row.p_values.get("accuracy", math.nan),
         "verdict": row.verdict,
         "facts": row.facts,
+        "faithfulness": [
+            (row.mean(name), row.sd(name)) if name in row.faithfulness else None for name in MAPS
+        ],
     }
 
 
+def _lengths(rows: Sequence[RowResult]) -> list[tuple[str, str]]:
+    """How long rows were trained, once for all rows of which the same is true."""
+    by_sentence: dict[str, list[str]] = {}
+    for row in rows:
+        if row.length is not None:
+            by_sentence.setdefault(row.length.sentence(), []).append(row.row.name)
+    trained = sum(map(len, by_sentence.values()))
+    return [
+        ("Every network" if len(names) == trained else ", ".join(names), sentence)
+        for sentence, names in by_sentence.items()
+    ]
+
+
 def forest(rows: Sequence[RowResult]) -> dict[str, Any] | None:
-    """Positions of the forest plot: each row's difference of accuracy to the first, in points."""
+    """The forest plot: each row's difference of accuracy to the first, in points.
+
+    Positions are in percent of the width.
+    """
     drawn = [(r, r.differences["accuracy"]) for r in rows if "accuracy" in r.differences]
     drawn = [(r, d) for r, d in drawn if math.isfinite(d.low)]
     if not drawn:
@@ -97,23 +135,21 @@ def forest(rows: Sequence[RowResult]) -> dict[str, Any] | None:
     high = max(step * math.ceil(high / step), low + step)  # also where nothing differs
 
     def at(x: float) -> float:
-        return _LEFT + (_RIGHT - _LEFT) * (x - low) / (high - low)
+        return round(100 * (min(max(x, low), high) - low) / (high - low), 2)
 
     ticks = [low + step * i for i in range(round((high - low) / step) + 1)]
     lines = [
         {
-            "name": r.row.name, "y": 20 + _ROW * i, "x": at(100 * d.value),
+            "name": r.row.name, "at": at(100 * d.value),
             "low": at(100 * d.low), "high": at(100 * d.high),
             "words": f"{100 * d.value:+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f})",
-            "each": [at(min(max(100 * e, low), high)) for e in d.each] if len(d.each) > 1 else [],
+            "each": [at(100 * e) for e in d.each] if len(d.each) > 1 else [],
         }
-        for i, (r, d) in enumerate(drawn)
+        for r, d in drawn
     ]  # fmt: skip
-    bottom = 20 + _ROW * len(drawn)
     return {
-        "width": _WIDTH, "height": bottom + 34, "bottom": bottom, "zero": at(0.0),
-        "left": _LEFT, "right": _RIGHT, "lines": lines,
-        "ticks": [(at(t), f"{t:+g}" if t else "0") for t in ticks],
+        "zero": at(0.0), "lines": lines,
+        "ticks": [(at(t), f"{t:+g}" if abs(t) > step / 2 else "0") for t in ticks],
     }  # fmt: skip
 
 
@@ -140,8 +176,11 @@ def learning_curves(rows: Sequence[RowResult]) -> dict[str, Any] | None:
     if not drawn:
         return None
     last = max(epochs[-1] for _, _, epochs, _ in drawn)
-    low = min(float(v.min()) for *_, v in drawn)
-    low, high = 0.1 * math.floor(10 * low), 1.0
+    values_of_all = np.concatenate([v.ravel() for *_, v in drawn])
+    low, high = float(values_of_all.min()), float(values_of_all.max())
+    step = _step(100 * (high - low)) / 100
+    low, high = step * math.floor(low / step), step * math.ceil(high / step + 1e-9)
+    high = max(high, low + step)
     left, right, top, bottom = _CURVE
 
     def x(epoch: float) -> float:
@@ -156,27 +195,31 @@ def learning_curves(rows: Sequence[RowResult]) -> dict[str, Any] | None:
         upper = [f"{x(e):.1f},{y(v):.1f}" for e, v in zip(epochs, most, strict=True)]
         lower = [f"{x(e):.1f},{y(v):.1f}" for e, v in zip(epochs, least, strict=True)]
         lines.append({
-            "name": name, "color": COLORS[n % len(COLORS)],
+            "name": name, "color": n % len(COLORS), "runs": len(values),
             "mean": " ".join(f"{x(e):.1f},{y(v):.1f}" for e, v in zip(epochs, mean, strict=True)),
             "band": " ".join([*upper, *reversed(lower)]), "last": _percent(float(mean[-1])),
+            "points": [(x(e), y(v)) for e, v in zip(epochs, mean, strict=True)][:1]
+            if len(epochs) == 1 else [],
         })  # fmt: skip
-    step = _step(100 * (high - low)) / 100
     marks = [low + step * i for i in range(round((high - low) / step) + 1)]
+    apart = _step(last)
     return {
         "title": "Validation accuracy" if key == "val_accuracy" else "Training accuracy",
         "lines": lines, "left": left, "right": right, "top": top, "bottom": bottom,
-        "y": [(y(m), f"{100 * m:g}") for m in marks if m <= 1 + 1e-9],
-        "x": [(x(last * f), f"{last * f:.3g}") for f in (0, 0.25, 0.5, 0.75, 1)],
+        "y": [(y(m), f"{100 * m:.6g}") for m in marks],
+        "x": [(x(apart * i), f"{apart * i:g}") for i in range(math.floor(last / apart + 1e-6) + 1)],
     }  # fmt: skip
 
 
 def _classes(rows: Sequence[RowResult]) -> dict[str, Any] | None:
-    """Recall of every class by row, for the first seed; None for more than 30 classes."""
-    with_results = [r for r in rows if r.evaluation is not None]
-    if not with_results or len(with_results[0].evaluation.classes) > 30:  # type: ignore[union-attr]
+    """Mean recall of every class by row; None for more than 30 classes."""
+    tested = [row for row in rows if row.recalls]
+    if not tested or len(tested[0].recalls) > 30:
         return None
-    found: dict[str, list[float]] = {}
-    for row in with_results:
-        for each in row.evaluation.per_class:  # type: ignore[union-attr]
-            found.setdefault(each.name, []).append(each.recall.value)
-    return {"names": [r.row.name for r in with_results], "recalls": found}
+    return {
+        "names": [row.row.name for row in tested],
+        "recalls": {
+            name: [float(np.mean(row.recalls.get(name, [math.nan]))) for row in tested]
+            for name in tested[0].recalls
+        },
+    }

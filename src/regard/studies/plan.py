@@ -1,5 +1,6 @@
 """What a study trains: its rows, from the papers' tables, from twins, or from a file."""
 
+import logging
 import re
 import shlex
 from collections.abc import Sequence
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from regard.errors import UsageError
 from regard.papers import Row, Table, evaluate_words, load_table, tables, train_command
+
+log = logging.getLogger(__name__)
 
 SHIPPED = ("twins", "insert")
 DEFAULT_MODEL = "cbam_resnet18"
@@ -37,6 +40,21 @@ class PlannedRun:
 
     def __str__(self) -> str:
         return shlex.join(["regard", *self.command])
+
+    @property
+    def log(self) -> Path:
+        """The file with what the run printed."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def progress_file(self) -> Path:
+        """The file in which the run under way says how far it is."""
+        return self.folder.with_name(f"{self.folder.name}.progress")
+
+    @property
+    def failure_file(self) -> Path:
+        """The file with the reason why the run failed, which all parts of a study read."""
+        return self.folder.with_name(f"{self.folder.name}.failed")
 
 
 def open_study(study: str, model: str | None = None) -> Table:
@@ -102,6 +120,51 @@ def choose_rows(table: Table, wanted: Sequence[str]) -> Table:
     return replace(table, rows=tuple(table.rows[i] for i in sorted(set(chosen))))
 
 
+def with_recipe(table: Table, recipe: str) -> Table:
+    """The table with another recipe for all rows, whose own changes of it stay."""
+    rows = tuple(replace(row, recipe=None) for row in table.rows)
+    return replace(table, recipe=recipe, rows=rows)
+
+
+def on_one_data_set(table: Table, data: str | None) -> Table:
+    """The table, whose rows can be compared: all of them are tested on the same data set.
+
+    With `data`, rows that differ from an earlier one only in their data set are left out.
+
+    Raises:
+        UsageError: the rows' own data sets differ, or there is none.
+    """
+    if data is None:
+        sets = {row.data or table.data for row in table.rows}
+        if None in sets:
+            raise UsageError(f"study {table.key} needs DATA")
+        if len(sets) > 1:
+            parts = "; ".join(f"{name}: {_rows_of(table, name)}" for name in sorted(map(str, sets)))
+            raise UsageError(
+                f"study {table.key} has rows of several data sets, whose images can't be paired: "
+                f"name DATA, or the rows of one set ({parts})"
+            )
+        return table
+    kept: list[Row] = []
+    for row in table.rows:
+        one = _network_of(row)
+        if row.data is not None and any(one == _network_of(earlier) for earlier in kept):
+            log.info(f"{row.name!r} is left out: on {data} it is the same as an earlier row")
+        else:
+            kept.append(row)
+    return replace(table, rows=tuple(kept))
+
+
+def _network_of(row: Row) -> Row:
+    """What is trained and tested in a row, without its data set and its words."""
+    return replace(row, data=None, name="", paper={}, note="")
+
+
+def _rows_of(table: Table, data: str) -> str:
+    numbers = [n for n, r in enumerate(table.rows, start=1) if (r.data or table.data) == data]
+    return f"rows {' '.join(map(str, numbers))}"
+
+
 def plan_study(
     table: Table, data: str | None, out: Path, *, seeds: int, folds: int, flags: Sequence[str] = ()
 ) -> list[PlannedRun]:
@@ -147,8 +210,8 @@ def _test_of(row: Row, folder: Path) -> tuple[tuple[str, ...], str]:
     words = evaluate_words(row)
     if not words:
         return (), "predictions.npz"
-    told = "x".join(w for w in words if w.isdecimal())
-    parts = ["predictions", told, "ten-crop" if "--ten-crop" in words else ""]
+    size = "x".join(w for w in words if w.isdecimal())
+    parts = ["predictions", size, "ten-crop" if "--ten-crop" in words else ""]
     name = "-".join(filter(None, parts)) + ".npz"
     return ("evaluate", str(folder), *words, "--predictions", str(folder / name)), name
 

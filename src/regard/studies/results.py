@@ -4,32 +4,45 @@ study.json holds what the same runs always give again; what depends on the machi
 (times) is in study.csv and on the page.
 """
 
+import contextlib
 import csv
 import io
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from regard.errors import UsageError
-from regard.evaluation import Evaluation, Predictions, evaluate
+from regard.evaluation import Estimate, Predictions
 from regard.evaluation.repeats import (
     LOWER_IS_BETTER,
     METRICS,
     RepeatedDifference,
     contributions,
     repeated_difference,
+    repeated_value,
 )
 from regard.evaluation.significance import holm
 from regard.files import write_atomically
 from regard.papers import Row, Table
 from regard.runs import RunFolder
+from regard.studies.facts import (
+    MAPS,
+    Length,
+    as_printed,
+    by_map,
+    faithfulness_of,
+    length_of,
+    medians,
+    recalls_of,
+)
 from regard.studies.plan import PlannedRun
-from regard.studies.runner import is_finished
+from regard.studies.runner import failure_of, is_finished
 
 ALPHA = 0.05
 
@@ -42,32 +55,44 @@ class RowResult:
         row: the row, with the paper's numbers.
         seeds: the seeds of which all folds are finished.
         values: by metric, the value of each seed, over all folds together.
-        evaluation: the first seed's, for the table by class; None: nothing is finished.
+        intervals: by metric, the mean over seeds with its interval over seeds and images.
+        printed: by the paper's metric, in the paper's unit, the value of each seed.
+        recalls: by class, the recall of each seed.
         differences: to the reference, by metric; empty for the reference itself.
         p_values: Holm's, by metric, over the rows that are compared.
         verdict: what follows for accuracy, in one sentence.
         facts: parameters, and medians of measured times, of the finished runs.
         curves: metrics.csv of each finished run.
+        faithfulness: of each seed, by map: see `facts.faithfulness_of`.
+        length: how long it was trained, and how long its recipe is; None: nothing is finished.
     """
 
     row: Row
     seeds: tuple[int, ...]
     values: dict[str, list[float]]
-    evaluation: Evaluation | None = None
+    intervals: dict[str, Estimate] = field(default_factory=dict)
+    printed: dict[str, list[float]] = field(default_factory=dict)
+    recalls: dict[str, list[float]] = field(default_factory=dict)
     differences: dict[str, RepeatedDifference] = field(default_factory=dict)
     p_values: dict[str, float] = field(default_factory=dict)
     verdict: str = ""
     facts: dict[str, float] = field(default_factory=dict)
     curves: list[list[dict[str, float]]] = field(default_factory=list)
+    faithfulness: dict[str, list[float]] = field(default_factory=dict)
+    length: Length | None = None
+
+    @property
+    def _all(self) -> dict[str, list[float]]:
+        return self.values | self.printed | self.faithfulness
 
     def mean(self, metric: str) -> float:
-        """Over seeds; NaN where none is finished."""
-        values = self.values.get(metric, [])
+        """Over seeds, of a metric or of a map's faithfulness; NaN where none is finished."""
+        values = self._all.get(metric, [])
         return float(np.mean(values)) if values else math.nan
 
     def sd(self, metric: str) -> float:
         """The standard deviation over seeds; NaN for fewer than two."""
-        values = self.values.get(metric, [])
+        values = self._all.get(metric, [])
         return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
@@ -99,9 +124,16 @@ class StudyResult:
 
 
 def gather(
-    table: Table, runs: Sequence[PlannedRun], failed: dict[PlannedRun, str] | None = None
+    table: Table,
+    runs: Sequence[PlannedRun],
+    recipes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> StudyResult:
     """Reads the finished runs and compares each row with the first.
+
+    Args:
+        table: the study.
+        runs: all of its runs, in whatever process or machine they were trained.
+        recipes: by row, the values of its recipe without changes, to say what was shortened.
 
     Raises:
         UsageError: the runs were tested on different images.
@@ -125,15 +157,19 @@ def gather(
         for metric in METRICS
     }
     rows = [
-        _row_result(row, read[row.name], differences.get(row.name, {}), p_values)
+        _row_result(
+            row, read[row.name], differences.get(row.name, {}), p_values,
+            (recipes or {}).get(row.name, {}),
+        )
         for row in table.rows
-    ]
+    ]  # fmt: skip
     first = next((p for each in read.values() for p in each.predictions.values()), None)
     groups = None if first is None or first.groups is None else len(np.unique(first.groups))
     return StudyResult(
         table=table, rows=rows, seeds=len(seeds), folds=folds,
         done=sum(is_finished(run) for run in runs), total=len(runs), runs=list(runs),
-        images=0 if first is None else len(first), groups=groups, failed=failed or {},
+        images=0 if first is None else len(first), groups=groups,
+        failed={run: why for run in runs if (why := failure_of(run)) and not is_finished(run)},
     )  # fmt: skip
 
 
@@ -145,6 +181,8 @@ class _Read:
     fold: Any = None
     facts: list[dict[str, Any]] = field(default_factory=list)
     curves: list[list[dict[str, float]]] = field(default_factory=list)
+    faithfulness: dict[int, dict[str, float]] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 def _read_row(row: Row, runs: Sequence[PlannedRun], seeds: list[int], folds: int) -> _Read:
@@ -156,9 +194,11 @@ def _read_row(row: Row, runs: Sequence[PlannedRun], seeds: list[int], folds: int
             folder = RunFolder(run.folder)
             read.facts.append(folder.read_facts())
             read.curves.append(folder.read_metrics())
+            read.recipe = folder.read_recipe()
         if len(finished) == len(mine) == folds:
             parts = [RunFolder(r.folder).read_predictions(r.predictions)[1] for r in finished]
             read.predictions[seed], read.fold = _joined(parts)
+            read.faithfulness[seed] = faithfulness_of([r.folder for r in finished])
     return read
 
 
@@ -204,43 +244,36 @@ def _row_result(
     read: _Read,
     differences: dict[str, RepeatedDifference],
     p_values: dict[str, dict[str, float]],
+    base: Mapping[str, Any],
 ) -> RowResult:
     seeds = tuple(sorted(read.predictions))
-    values = {
-        m: [float(contributions(read.predictions[s], m).mean()) for s in seeds] for m in METRICS
-    }
+    said = [read.predictions[s] for s in seeds]
+    values = {m: [float(contributions(p, m).mean()) for p in said] for m in METRICS}
     mine = {m: p[row.name] for m, p in p_values.items() if row.name in p}
     verdict = ""
     if differences:
         verdict = sentence(row.name, differences["accuracy"], mine["accuracy"])
     return RowResult(
         row=row, seeds=seeds, values=values, differences=differences, p_values=mine,
-        verdict=verdict, facts=_facts(read.facts), curves=read.curves,
-        evaluation=evaluate(read.predictions[seeds[0]]) if seeds else None,
+        verdict=verdict, facts=medians(read.facts), curves=read.curves,
+        intervals={m: repeated_value(said, metric=m, folds=read.fold) for m in METRICS if said},
+        printed=as_printed(said, row.paper), recalls=recalls_of(said),
+        faithfulness=by_map([read.faithfulness[s] for s in seeds]),
+        length=length_of(row, read.facts, read.recipe, base) if read.facts else None,
     )  # fmt: skip
-
-
-def _facts(facts: list[dict[str, Any]]) -> dict[str, float]:
-    """Parameters, and the medians of what was measured, over runs."""
-    found: dict[str, float] = {}
-    for key in ("parameters", "seconds", "images_a_second"):
-        values = [float(f[key]) for f in facts if key in f]
-        if values:
-            found[key] = float(np.median(values))
-    return found
 
 
 def sentence(name: str, d: RepeatedDifference, p_value: float) -> str:
     """What a difference of accuracy shows, and how large a one this study could have shown."""
-    told = f"{100 * d.value:+.1f} points (95 % interval {100 * d.low:+.1f} to {100 * d.high:+.1f})"
+    shown = f"{100 * d.value:+.1f} points (95 % interval {100 * d.low:+.1f} to {100 * d.high:+.1f})"
     better = d.value > 0 if d.metric not in LOWER_IS_BETTER else d.value < 0
     if not d.claims:
         return (
-            f"{name}: {told} with one training of each: another seed may well say otherwise, so "
+            f"{name}: {shown} with one training of each: another seed may well say otherwise, so "
             "nothing is shown."
         )
     if p_value <= ALPHA:
-        return f"{name} is shown to be {'better' if better else 'worse'}: {told}."
+        return f"{name} is shown to be {'better' if better else 'worse'}: {shown}."
     needed = d.seeds_needed()
     more = (
         f"about {needed} seeds would settle a difference of this size"
@@ -248,7 +281,7 @@ def sentence(name: str, d: RepeatedDifference, p_value: float) -> str:
         else "more seeds would not settle it, more test images might"
     )
     return (
-        f"{name} is not shown to be better or worse: {told}; this study could have shown a "
+        f"{name} is not shown to be better or worse: {shown}; this study could have shown a "
         f"difference of {100 * d.minimal_effect:.1f} points, and {more}."
     )
 
@@ -277,8 +310,16 @@ def _row_dict(row: RowResult) -> dict[str, Any]:
         "evaluation": dict(row.row.evaluation),
         "paper": dict(row.row.paper),
         "parameters": row.facts.get("parameters"),
+        "length": None if row.length is None else asdict(row.length),
         "seeds": list(row.seeds),
         "values": row.values,
+        "intervals": {m: e.to_dict() for m, e in row.intervals.items()},
+        "printed": row.printed,
+        "recall": row.recalls,
+        "faithfulness": {
+            name: {"mean": row.mean(name), "sd": _finite(row.sd(name)), "values": values}
+            for name, values in row.faithfulness.items()
+        },
         "differences": {
             m: {**d.to_dict(), "p_value_holm": _finite(row.p_values[m])}
             for m, d in row.differences.items()
@@ -291,6 +332,24 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+@contextlib.contextmanager
+def results_lock(out: Path) -> Iterator[None]:
+    """While it is held, no other part of the study reads its runs and writes its results.
+
+    So the last part to end writes what all of them have trained.
+    """
+    lock = FileLock(out / ".study.lock")
+    try:
+        lock.acquire(timeout=60)
+    except (Timeout, NotImplementedError, OSError):  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def write_results(result: StudyResult, out: Path) -> None:
     """Writes study.json and study.csv, a line per row.
 
@@ -301,22 +360,38 @@ def write_results(result: StudyResult, out: Path) -> None:
     write_atomically(out / "study.json", lambda path: path.write_text(text, encoding="utf-8"))
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    head = ["row", "network", "seeds", "parameters", "training seconds", "training images/s"]
-    for metric in METRICS:
-        head += [metric, f"{metric} sd", f"{metric} difference", "low", "high", "p (Holm)"]
-    writer.writerow([*head, "verdict"])
-    for row in result.rows:
-        cells: list[Any] = [row.row.name, row.row.network, len(row.seeds)]
-        cells += [_cell(row.facts.get(k)) for k in ("parameters", "seconds", "images_a_second")]
-        for metric in METRICS:
-            d = row.differences.get(metric)
-            numbers = [row.mean(metric), row.sd(metric)]
-            numbers += [d.value, d.low, d.high, row.p_values[metric]] if d else [math.nan] * 4
-            cells += [_cell(n) for n in numbers]
-        writer.writerow([*cells, row.verdict])
+    writer.writerow(_HEAD)
+    writer.writerows(_line(row) for row in result.rows)
     write_atomically(
         out / "study.csv", lambda path: path.write_text(buffer.getvalue(), encoding="utf-8")
     )
+
+
+_FACTS = {
+    "parameters": "parameters",
+    "training seconds": "seconds",
+    "training images/s": "images_a_second",
+}
+_OF_A_METRIC = ("{}", "{} low", "{} high", "{} sd")
+_OF_A_DIFFERENCE = ("{} difference", "{} difference low", "{} difference high", "{} p (Holm)")
+_HEAD = [
+    "row", "network", "seeds", *_FACTS,
+    *(name.format(m) for m in METRICS for name in (*_OF_A_METRIC, *_OF_A_DIFFERENCE)),
+    *(name.format(f"{m} faithfulness") for m in MAPS for name in ("{}", "{} sd")), "verdict",
+]  # fmt: skip
+
+
+def _line(row: RowResult) -> list[Any]:
+    """A row of study.csv, in the order of _HEAD."""
+    numbers: list[float | None] = [row.facts.get(key) for key in _FACTS.values()]
+    for metric in METRICS:
+        own, d = row.intervals.get(metric), row.differences.get(metric)
+        numbers += [own.value, own.low, own.high] if own else [None] * 3
+        numbers += [row.sd(metric)]
+        numbers += [d.value, d.low, d.high, row.p_values[metric]] if d else [None] * 4
+    numbers += [number for name in MAPS for number in (row.mean(name), row.sd(name))]
+    cells = [_cell(number) for number in numbers]
+    return [row.row.name, row.row.network, len(row.seeds), *cells, row.verdict]
 
 
 def _cell(number: float | None) -> str:

@@ -13,13 +13,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from regard.errors import Stopped, UsageError
+from regard.files import plural
+from regard.log import clock
+from regard.runs import PROGRESS
 from regard.studies.plan import PlannedRun
+from regard.studies.progress import Progress, Running, earlier_seconds
 
 log = logging.getLogger(__name__)
 
@@ -28,40 +32,18 @@ _PATIENCE = 30.0  # seconds that a stopped run has to save its state
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
-@dataclass
-class Progress:
-    """Where a study stands.
-
-    Attributes:
-        total: runs of this part of the study.
-        done: runs that are finished, also those of earlier calls.
-        running: runs under way.
-        failed: why each failed run did.
-        seconds: how long each run took that was finished by this call.
-    """
-
-    total: int
-    done: int = 0
-    running: list[PlannedRun] = field(default_factory=list)
-    failed: dict[PlannedRun, str] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
-
-    def left(self, jobs: int) -> float | None:
-        """Estimated seconds until the end; None where no run has been finished yet."""
-        if not self.seconds:
-            return None
-        mean = sum(self.seconds) / len(self.seconds)
-        return mean * (self.total - self.done - len(self.failed)) / jobs
-
-
 def is_finished(run: PlannedRun) -> bool:
     """Whether a run has ended with its network and the predictions of its test written."""
     return is_trained(run) and (run.folder / run.predictions).is_file()
 
 
 def is_trained(run: PlannedRun) -> bool:
-    """Whether a run has ended with its network and its own predictions written."""
-    return _status(run) == "finished" and (run.folder / "predictions.npz").is_file()
+    """Whether a run has ended with its network, its own predictions and its report written.
+
+    The report is what a training writes last, after the scores of the network's maps.
+    """
+    files = ("predictions.npz", "report.html")
+    return _status(run) == "finished" and all((run.folder / f).is_file() for f in files)
 
 
 def next_command(run: PlannedRun) -> list[str]:
@@ -87,6 +69,7 @@ def run_all(
     jobs: int = 1,
     python: Sequence[str] = (sys.executable, "-m", "regard"),
     after_each: Callable[[Progress], None] = lambda progress: None,
+    meanwhile: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Trains what is not finished, `jobs` at a time, with the cores (or GPUs) dealt out.
 
@@ -94,7 +77,8 @@ def run_all(
         runs: in the order in which they are started.
         jobs: processes at a time.
         python: what runs `regard`.
-        after_each: called whenever a run starts, ends or fails.
+        after_each: called at the beginning, and whenever a run ends or fails.
+        meanwhile: called several times a second, with how far the runs under way are.
 
     Raises:
         Stopped: SIGINT or SIGTERM; the runs under way have saved their states.
@@ -102,36 +86,91 @@ def run_all(
     """
     if jobs < 1:
         raise UsageError(f"jobs={jobs}: at least 1")
-    waiting = [run for run in runs if not is_finished(run)]
-    progress = Progress(len(runs), done=len(runs) - len(waiting))
+    progress = begin(runs, jobs)
     slots: dict[int, _Process] = {}
-    stop = _StopSignals()
+    stop = StopSignals()
     with stop:
-        while (waiting or slots) and not stop.number:
-            for slot in [s for s in range(jobs) if s not in slots][: len(waiting)]:
-                run = waiting.pop(0)
+        after_each(progress)
+        while (progress.waiting or slots) and not stop.number:
+            for slot in [s for s in range(jobs) if s not in slots][: len(progress.waiting)]:
+                run = progress.waiting.pop(0)
                 slots[slot] = _Process(run, slot, jobs, python)
-                progress.running.append(run)
-                after_each(progress)
+                progress.running[run] = Running(run)
             for slot, process in list(slots.items()):
                 if process.poll():
                     del slots[slot]
-                    process.note(progress)
+                    note_end(progress, process.run, process.failure())
                     after_each(progress)
+            progress.look()
+            meanwhile(progress)
             time.sleep(_POLL)
         if stop.number:
             for process in slots.values():
                 process.stop()
+                process.run.progress_file.unlink(missing_ok=True)
             raise Stopped(progress.done, stop.number)
     return progress
 
 
-class _StopSignals:
+def begin(runs: Sequence[PlannedRun], jobs: int) -> Progress:
+    """The progress before anything is started."""
+    done = [run for run in runs if is_finished(run)]
+    waiting = [run for run in runs if run not in done]
+    if done:
+        log.info(f"{len(done)} of {plural(len(runs), 'run')} are finished already")
+    return Progress(len(runs), jobs, waiting, done=len(done), earlier=earlier_seconds(done))
+
+
+def note_end(progress: Progress, run: PlannedRun, failure: str | None) -> None:
+    """Counts a run as done or as failed, and says so."""
+    one = progress.running.pop(run)
+    run.progress_file.unlink(missing_ok=True)
+    seconds = time.monotonic() - one.started
+    name = f"{run.row}, {run.folder.name}"
+    if failure is None:
+        progress.done += 1
+        progress.seconds[run] = seconds
+        log.info(f"{name}: done in {clock(seconds)}")
+        return
+    progress.failed[run] = failure
+    run.failure_file.parent.mkdir(parents=True, exist_ok=True)
+    run.failure_file.write_text(failure + "\n", encoding="utf-8")
+    log.warning("%s failed: %s (%s)", name, failure, run.log)
+
+
+def failure_of(run: PlannedRun) -> str | None:
+    """Why a run failed that is not finished, in whatever part of the study; else None."""
+    try:
+        return run.failure_file.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def failure_in(run: PlannedRun, code: int, tests: bool) -> str | None:
+    """Why a process failed, in the last line that it printed; None: it did its part.
+
+    Args:
+        run: the run.
+        code: the exit code of its process.
+        tests: whether the process tested a network that had been trained.
+    """
+    # a test has exit code 1 where an image can't be read; its file is written whole or not
+    if (is_finished(run) if tests else is_trained(run)) and (tests or code == 0):
+        return None
+    if code < 0:
+        return f"its process was ended by signal {-code}"
+    if code == 0:
+        return "its results are not in a folder that this machine sees"
+    lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return lines[-1].removeprefix("regard: ") if lines else f"exit code {code}"
+
+
+class StopSignals:
     """Notes a SIGINT or SIGTERM instead of dying of it."""
 
     number = 0
 
-    def __enter__(self) -> "_StopSignals":
+    def __enter__(self) -> "StopSignals":
         def note(number: int, _: FrameType | None) -> None:
             self.number = number
 
@@ -152,19 +191,21 @@ class _Process:
     """One run, in a process for its training and one for a test of its own."""
 
     def __init__(self, run: PlannedRun, slot: int, jobs: int, python: Sequence[str]) -> None:
-        self.run, self.started = run, time.monotonic()
-        self.log = run.folder.with_name(f"{run.folder.name}.log")
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.python, self.environment = list(python), _environment(slot, jobs)
+        self.run = run
+        run.log.parent.mkdir(parents=True, exist_ok=True)
+        for left in (run.failure_file, run.progress_file):  # of an earlier attempt
+            left.unlink(missing_ok=True)
+        environment = {**_environment(slot, jobs), PROGRESS: str(run.progress_file.absolute())}
+        self.python, self.environment = list(python), environment
         self.process = self._start()
 
     def _start(self) -> "subprocess.Popen[bytes]":
         self.tests = is_trained(self.run)
-        with self.log.open("ab") as file:
+        with self.run.log.open("ab") as file:
             return subprocess.Popen(
                 [*self.python, *next_command(self.run)], stdout=file, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, env=self.environment,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=partial(die_with, os.getpid()) if sys.platform == "linux" else None,
                 start_new_session=True,
             )  # fmt: skip
 
@@ -178,18 +219,9 @@ class _Process:
             return False
         return True
 
-    def note(self, progress: Progress) -> None:
-        """Counts the run as done or failed."""
-        progress.running.remove(self.run)
-        # a test has exit code 1 where an image can't be read; its file is written whole or not
-        if is_finished(self.run) and (self.tests or self.process.returncode == 0):
-            progress.done += 1
-            progress.seconds.append(time.monotonic() - self.started)
-            return
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        reason = lines[-1] if lines else f"exit code {self.process.returncode}"
-        progress.failed[self.run] = reason.removeprefix("regard: ")
-        log.warning("%s failed: %s (%s)", self.run.folder.name, reason, self.log)
+    def failure(self) -> str | None:
+        """Why the run failed; None: it is finished."""
+        return failure_in(self.run, self.process.returncode, self.tests)
 
     def stop(self) -> None:
         """Lets the run save its state, and waits."""
@@ -201,9 +233,11 @@ class _Process:
             self.process.wait()
 
 
-def _die_with_parent() -> None:
+def die_with(parent: int) -> None:
     """A killed study leaves no run behind that would go on beside its resumed twin."""
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:

@@ -6,12 +6,15 @@ import time
 from types import TracebackType
 from typing import Any
 
+from regard.log import clock
+from regard.runs import note_progress
 from regard.training.loop import Trainer
 from regard.training.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
 PLAIN_EVERY = 30.0  # seconds between plain lines within an epoch
+NOTE_EVERY = 1.0  # seconds between notes for who started the run
 
 
 class Display:
@@ -33,6 +36,8 @@ class Display:
         self.first = self.trainer.step
         if self.trackers is None:
             return self
+        self.noted = self.started
+        note_progress(self.first, self.trainer.total)
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -83,6 +88,9 @@ class Display:
         if math.isfinite(loss):
             self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
         now = time.monotonic()
+        if now - self.noted >= NOTE_EVERY or self.trainer.step == self.trainer.total:
+            self.noted = now
+            note_progress(self.trainer.step, self.trainer.total)
         if self.bar is None and now - self.shown < PLAIN_EVERY:
             return
         t = self.trainer
@@ -113,13 +121,3 @@ class Display:
             self.bar.console.print(line, highlight=False, soft_wrap=True)
         else:
             log.info(line)
-
-
-def clock(seconds: float) -> str:
-    """42 s, 3 min 20 s, 5 h 12 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"

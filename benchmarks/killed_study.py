@@ -1,0 +1,139 @@
+"""A study that is killed again and again ends with the study.json of one that was not.
+
+    python benchmarks/killed_study.py [OUT] [--kills 20] [--seed 0]
+
+`regard study` trains two small networks on `digits` with four seeds, twice: once undisturbed, and
+once killed with SIGKILL at random moments and started again with the same command. The moments
+are drawn from the seed: a phase (the start, a training, its evaluation and report, a test of its
+own, or the pause between two runs, in which the results are written) and a delay within it. The
+phase of each kill is read from the study's processes and printed. In the end study.json and the
+weights and predictions of all runs must be the same, byte by byte.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+STUDY = """\
+title = "Gates on digits"
+recipe = "demo"
+
+[[rows]]
+name = "SonoNet-8"
+network = "sononet8"
+
+[[rows]]
+name = "AG-SonoNet-8"
+network = "ag_sononet8"
+evaluation = { size = 24 }
+"""
+SEEDS = 4
+FLAGS = [
+    "--seeds", str(SEEDS), "--size", "16", "--limit", "600", "--epochs", "6", "--workers", "0",
+    "--lr", "0.02", "--faithfulness-images", "4", "--log", "none",
+]  # fmt: skip
+PHASES = {  # what is waited for, and the longest delay after its beginning, in seconds
+    "start": 4.0, "training": 2.0, "evaluation": 2.5, "test": 2.5, "between runs": 0.1,
+}  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(out: Path) -> list[str]:
+    """The study's command, the same each time."""
+    words = ["study", str(out.parent / "gates.toml"), "digits", "--out", str(out), *FLAGS]
+    return [sys.executable, "-m", "regard", *words]
+
+
+def phase_of(study: psutil.Process, out: Path) -> str:
+    """What the study does now."""
+    for child in study.children():
+        try:
+            words = child.cmdline()
+        except psutil.Error:
+            continue
+        if "evaluate" in words:
+            return "test"
+        if "train" in words:
+            note = Path(f"{words[words.index('--out') + 1]}.progress")
+            try:
+                step, total = map(int, note.read_text().split())
+            except (OSError, ValueError):
+                return "start"
+            return "training" if step < total else "evaluation"
+    return "between runs" if list(out.rglob("report.html")) else "start"
+
+
+def kill_in(phase: str, delay: float, out: Path) -> str | None:
+    """Starts the study and kills it in a phase; returns where it fell, None: the study ended."""
+    log = out.with_suffix(".log").open("ab")
+    process = subprocess.Popen(command(out), env=ENVIRONMENT, stdout=log, stderr=log)
+    study = psutil.Process(process.pid)
+    has_run = False
+    while process.poll() is None:
+        now = phase_of(study, out)
+        has_run = has_run or now not in ("start", "between runs")
+        if now == phase and (has_run or phase != "between runs"):
+            time.sleep(delay)
+            fell = phase_of(study, out) if process.poll() is None else None
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return fell
+        time.sleep(0.01)
+    return None
+
+
+def bytes_of(out: Path) -> dict[str, bytes]:
+    """The results, and what they come from, by path; OUT stands for the study's folder."""
+    names = ("study.json", "model.safetensors", "predictions*.npz", "faithfulness.json")
+    files = sorted(path for name in names for path in out.rglob(name))
+    return {
+        str(path.relative_to(out)): path.read_bytes().replace(str(out).encode(), b"OUT")
+        for path in files
+    }
+
+
+def main() -> int:
+    """Runs both studies and compares them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, nargs="?", default=Path("runs/killed-study"))
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
+    (args.out / "gates.toml").write_text(STUDY, encoding="utf-8")
+    whole, killed = args.out / "whole", args.out / "killed"
+    started = time.monotonic()
+    subprocess.run(command(whole), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
+    rng = random.Random(args.seed)
+    phases = [list(PHASES)[i % len(PHASES)] for i in range(args.kills)]
+    rng.shuffle(phases)
+    fell: list[str] = []
+    for n, phase in enumerate(phases, start=1):
+        where = kill_in(phase, rng.uniform(0, PHASES[phase]), killed)
+        if where is None:
+            break
+        fell.append(where)
+        done = len(list(killed.rglob("report.html")))
+        print(f"kill {n}: {where}; {done} of {2 * SEEDS} runs trained", flush=True)
+    subprocess.run(command(killed), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    a, b = bytes_of(whole), bytes_of(killed)
+    differ = sorted(path for path in a.keys() | b.keys() if a.get(path) != b.get(path))
+    counts = {phase: fell.count(phase) for phase in PHASES}
+    print(f"{len(fell)} kills: {json.dumps(counts)}; {time.monotonic() - started:.0f} s in all")
+    print(f"{len(a)} files compared, " + (f"these differ: {differ}" if differ else "all the same"))
+    return 1 if differ or len(fell) < args.kills else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
