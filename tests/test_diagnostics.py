@@ -1,6 +1,8 @@
 """The numbers of a diagnostic study against scikit-learn, scipy and values known by hand."""
 
+import csv
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
@@ -20,9 +22,13 @@ from regard.evaluation import (
     evaluate_subgroups,
     fit_temperature,
     reliability,
+    subgroup_columns,
+    subgroups_csv,
     with_temperature,
 )
 from regard.evaluation.statistics import OneClassStatistics, RankStatistics
+from regard.runs import RunFolder
+from tests.helpers import rows_of
 from tests.test_evaluation import ends, hard, make
 
 
@@ -283,18 +289,27 @@ def test_each_part_is_evaluated_by_itself():
     p = make(200, 3, groups=np.arange(200) // 2)
     sites = np.where(np.arange(200) < 150, "a", "b").astype(object)
     sites[:10] = None
-    s = evaluate_subgroups(p, "site", sites, resamples=20)
-    assert [(name, e.n) for name, e in s.evaluations.items()] == [
-        ("a", 140), ("b", 50), ("(missing)", 10),
+    s = evaluate_subgroups(p, "site", sites, resamples=20, positive="c1", threshold=0.3)
+    assert [(name, part.n, part.n_groups) for name, part in s.parts.items()] == [
+        ("a", 140, 70), ("b", 50, 25), ("(missing)", 10, 5),
     ]  # fmt: skip
+    assert [name for name, part in s.parts.items() if part.too_small] == ["(missing)"]
     rows = np.arange(150, 200)
     alone = Predictions(p.probabilities[rows], p.labels[rows], p.classes, p.groups[rows])
-    assert s.evaluations["b"].to_dict() == evaluate(alone, resamples=20).to_dict()
+    assert s.parts["b"].evaluation.to_dict() == evaluate(alone, resamples=20).to_dict()
+    one = diagnose(alone, positive="c1", threshold=0.3, resamples=20).one_class
+    assert s.parts["b"].metrics["sensitivity"] == one.metrics["sensitivity"]
     high, low, gap = s.gap()
-    top1 = {name: e.metrics["top1"].value for name, e in s.evaluations.items()}
+    top1 = {n: part.metrics["top1"].value for n, part in s.parts.items() if not part.too_small}
     assert (top1[high], top1[low]) == (max(top1.values()), min(top1.values()))
     assert gap == pytest.approx(max(top1.values()) - min(top1.values()))
-    assert s.gap(at_least=60) is None
+    assert {"top1", "macro_f1", "sensitivity", "roc_auc"} <= s.gaps().keys()
+    assert evaluate_subgroups(p, "site", sites, resamples=20, at_least=26).gap() is None
+    rows = list(csv.DictReader(io.StringIO(subgroups_csv([s]))))
+    assert [r["images"] for r in rows if r["metric"] == "too small"] == ["10"]
+    assert {r["value"] for r in rows if (r["part"], r["metric"]) == ("b", "top1")} == {
+        f"{top1['b']:.6g}"
+    }
     json.dumps(s.to_dict(), allow_nan=False)
 
 
@@ -302,17 +317,80 @@ def test_bands_of_numbers():
     p = make(6, 2)
     ages = [39.9, "40", 59, 60, math.nan, ""]
     s = evaluate_subgroups(p, "age", ages, bands=[40, 60], resamples=5)
-    counts = {name: e.n for name, e in s.evaluations.items()}
+    counts = {name: part.n for name, part in s.parts.items()}
     assert counts == {"40 to <60": 2, "(missing)": 2, "<40": 1, ">=60": 1}
     for values, bands, message in (
         (ages, [60, 40], "increasing"), (["old"] * 6, [40], "'old' is no number"),
-        (ages[:3], None, "3 values for 6"),
+        (ages[:3], None, "3 values for 6"), (None, None, "no further column 'age'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             evaluate_subgroups(p, "age", values, bands=bands)
 
 
+def test_sensible_columns_are_evaluated_unasked(tmp_path):
+    p = make(90, 3)
+    columns = {
+        "site": np.array(["a", "b", "c"] * 30, object), "age": np.arange(90).astype(str),
+        "note": np.array([f"text {i}" for i in range(90)], object), "one": np.full(90, "same"),
+    }  # fmt: skip
+    p = dataclasses.replace(p, columns=columns)
+    chosen = subgroup_columns(p)
+    assert chosen.keys() == {"site", "age"}
+    assert chosen["site"] is None
+    assert chosen["age"] == pytest.approx([89 / 3, 178 / 3])
+    assert (
+        p.select(p.labels == 1).columns["age"].tolist()
+        == np.arange(90)[p.labels == 1].astype(str).tolist()
+    )
+    run = RunFolder(tmp_path)
+    run.write_evaluation("test", evaluate(p, resamples=2), dataclasses.replace(p, paths=["x"] * 90))
+    written = json.loads((tmp_path / "evaluation.json").read_text())["subgroups"]
+    assert [(s["column"], len(s["parts"])) for s in written] == [("site", 3), ("age", 3)]
+
+
 # ---- the command ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(scans, tmp_path) -> Path:
+    """The scans as a CSV with sites (in capitals) and ages."""
+    path = tmp_path / "scans.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "Site", "age", "comment"])
+        for i, image in enumerate(sorted(scans.rglob("*.png"))):
+            site = "Bern, Insel" if i % 4 else "Zürich"
+            writer.writerow([image, image.parent.name, site, 30 + i % 50, f"no {i}"])
+    return path
+
+
+def test_subgroups_of_a_table_have_rows_of_their_own(whole, table, tmp_path, capsys):
+    flags = ["--subgroups", "site", "age", "--bands", "age=40,60", "--positive", "1"]
+    out = tmp_path / "parts.csv"
+    call = ["evaluate", str(whole), str(table), *flags, "--smallest", "8"]
+    assert run_command([*call, "--json", "--subgroups-csv", str(out)]) == 0
+    site, age = json.loads(capsys.readouterr().out)["subgroups"]
+    assert (site["column"], age["column"]) == ("site", "age")
+    assert site["parts"].keys() == {"Bern, Insel", "Zürich"}
+    assert sum(part["n"] for part in site["parts"].values()) == 24
+    assert age["parts"].keys() == {"<40", "40 to <60", ">=60"}
+    small = [name for name, part in site["parts"].items() if part["n"] < 8]
+    assert [n for n, part in site["parts"].items() if part["too_small"]] == small
+    assert "sensitivity" in site["parts"]["Bern, Insel"]["metrics"]
+    assert "Bern, Insel" in {row["part"] for row in rows_of(out)}
+    assert run_command(call) == 0
+    printed = capsys.readouterr().out
+    assert "By site" in printed
+    assert "By age" in printed
+    assert all(f"{name}" in printed for name in small)
+    for wrong, message in (
+        (["--subgroups", "sex"], "choose of site, age, comment"),
+        (["--bands", "site=1,2"], "is no number"), (["--bands", "age=2,1"], "increasing"),
+        (["--bands", "age"], "COLUMN=A,B,C"), (["--subgroups-csv", "x.csv"], "--subgroups"),
+        (["--subgroups", "site", "--subgroups-csv", "no/x.csv"], "folder that exists"),
+    ):  # fmt: skip
+        assert run_command(["evaluate", str(whole), str(table), *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_evaluate_chooses_on_validation_and_reports_on_the_test(whole, capsys):

@@ -130,7 +130,9 @@ def _predictions(
         raise FileError(f"{table.name}: none of its {plural(len(table), 'image')} can be read")
     read = table.select(rows)
     paths = [read.path(i) for i in range(len(read))]
-    predictions = Predictions(probabilities, read.labels, read.classes, read.groups, paths)
+    predictions = Predictions(
+        probabilities, read.labels, read.classes, read.groups, paths, read.columns
+    )
     return predictions, [reason for _, reason in unreadable]
 
 

@@ -21,7 +21,7 @@ from regard.data.content import content_hashes
 from regard.data.sources import ImageTable
 from regard.data.splits_file import write_splits
 from regard.errors import FileError, UsageError
-from regard.evaluation import Evaluation, Predictions
+from regard.evaluation import Evaluation, Predictions, evaluate_subgroups, subgroup_columns
 from regard.files import write_atomically
 from regard.log import Heartbeat
 
@@ -255,8 +255,13 @@ class RunFolder:
         model.load_state_dict(load_file(self.path / "best.safetensors"))
 
     def write_evaluation(self, split: str, evaluation: Evaluation, said: Predictions) -> None:
-        """evaluation.json, and predictions.npz with what was said of each image."""
+        """evaluation.json with the subgroups, and predictions.npz."""
         content = {"split": split, **evaluation.to_dict()}
+        if columns := subgroup_columns(said):
+            content["subgroups"] = [
+                evaluate_subgroups(said, name, bands=bands).to_dict()
+                for name, bands in columns.items()
+            ]
         self.write_text("evaluation.json", json.dumps(content, indent=1) + "\n")
         write_predictions(self.path / "predictions.npz", split, said)
 

@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -18,7 +18,11 @@ from regard.commands.flags import (
     require_data,
     use_engine,
 )
+from regard.commands.subgroups import SubgroupFlags, evaluated, print_subgroups
 from regard.errors import UsageError
+
+if TYPE_CHECKING:
+    from regard.evaluation import Subgroups
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +79,7 @@ def command(
     numbers: Annotated[DiagnosticFlags, Parameter(name="*")] = DiagnosticFlags(),  # noqa: B008
     device: DeviceFlag = "auto",
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
+    parts: Annotated[SubgroupFlags, Parameter(name="*")] = SubgroupFlags(),  # noqa: B008
     json: bool = False,
 ) -> int:
     """Evaluate a network on labeled images, with 95 % intervals.
@@ -105,6 +110,7 @@ def command(
         Print JSON.
     """
     numbers.check()
+    parts.check()
     engine.require()
     require_data(source)
     size = input.height_and_width
@@ -118,6 +124,7 @@ def command(
 
     def prepare(classifier: Any, reader: Any) -> None:
         numbers.check_classes(classifier.class_names)
+        parts.check_columns(list(reader.table.columns))
         tested["stored"], classifier.calibration = classifier.calibration, None
         tested.update(size=list(classifier.preprocess.size), ten_crop=input.ten_crop)
         count = len(reader.table)
@@ -150,7 +157,9 @@ def command(
         write_predictions(predictions, named, found)
     if not json:
         print(_heading(run, source, named, size, tested))
-    _print(study(found, numbers, validation, stored), {"split": named, **tested}, unreadable, json)
+    result = study(found, numbers, validation, stored)
+    columns = evaluated(result.predictions, parts, result.diagnostics.one_class)
+    _print(result, columns, {"split": named, **tested}, unreadable, json)
     for line in unreadable:
         log.warning(line)
     return 1 if unreadable else 0
@@ -183,19 +192,27 @@ def _heading(
     return line + (", the mean of ten crops" if tested["ten_crop"] else "")
 
 
-def _print(result: Study, tested: dict[str, Any], unreadable: list[str], as_json: bool) -> None:
+def _print(
+    result: Study,
+    columns: "list[Subgroups]",
+    tested: dict[str, Any],
+    unreadable: list[str],
+    as_json: bool,
+) -> None:
     from regard.commands.tables import print_diagnostics, print_evaluation
     from regard.evaluation import evaluate
 
     found = evaluate(result.predictions)
     if as_json:
         content = {**tested, **found.to_dict(), "diagnostics": result.content}
+        content["subgroups"] = [each.to_dict() for each in columns]
         print(dumps({**content, "unreadable": unreadable}, indent=2))
         return
     for line in result.lines:
         print(line)
     print_evaluation(found)
     print_diagnostics(result.diagnostics)
+    print_subgroups(columns)
 
 
 def _renamed(pairs: list[str]) -> dict[str, str]:

@@ -54,15 +54,15 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
     place of the confusion matrix; so also where the console is too narrow for the matrix.
     """
     console = console or Console()
-    _print(console, *_metrics(evaluation))
-    _print(console, *_classes(evaluation))
+    print_table(console, *_metrics(evaluation))
+    print_table(console, *_classes(evaluation))
     if len(evaluation.classes) <= _MOST:
         title, matrix = _matrix(evaluation)
         unbounded = console.options.update(width=10_000)  # else it measures the console's width
         if console.measure(matrix, options=unbounded).maximum <= console.width:
-            _print(console, title, matrix)
+            print_table(console, title, matrix)
             return
-    _print(console, *_confusions(evaluation))
+    print_table(console, *_confusions(evaluation))
 
 
 def print_comparison(
@@ -70,12 +70,14 @@ def print_comparison(
 ) -> None:
     """Prints both accuracies, their difference and the p-value; a and b name the networks."""
     console = console or Console()
-    table = _table("network")
+    table = plain_table("network")
     table.add_column("top 1", justify="right")
     table.add_column("only it is right", justify="right")
     table.add_row(Text(a), _percent(comparison.top1_a), str(comparison.only_a))
     table.add_row(Text(b), _percent(comparison.top1_b), str(comparison.only_b))
-    _print(console, f"Accuracy on the same {_images(comparison.n, comparison.n_groups)}", table)
+    print_table(
+        console, f"Accuracy on the same {_images(comparison.n, comparison.n_groups)}", table
+    )
     d = comparison.difference
     low, high = ("–" if math.isnan(end) else f"{100 * end:+.2f}" for end in (d.low, d.high))
     test = "exact McNemar test" if comparison.n_groups is None else "exact sign test of groups"
@@ -92,18 +94,18 @@ def print_diagnostics(diagnostics: Diagnostics, console: Console | None = None) 
     """Prints the numbers of a diagnostic study: of all classes, and of the positive one."""
     console = console or Console()
     title = "Ranking, agreement and probabilities"
-    _print(console, title, _estimates(diagnostics.metrics, diagnostics.confidence))
+    print_table(console, title, _estimates(diagnostics.metrics, diagnostics.confidence))
     one = diagnostics.one_class
     if one is None:
         return
     rule = "the top-1 class" if one.threshold is None else f"probability of {one.threshold:.4g} up"
     counts = ", ".join(f"{n} {kind.upper()}" for kind, n in one.counts.items())
     title = f"{one.positive} against the rest, positive: {rule} ({counts})"
-    _print(console, title, _estimates(one.metrics, diagnostics.confidence))
+    print_table(console, title, _estimates(one.metrics, diagnostics.confidence))
 
 
 def _estimates(metrics: dict[str, Estimate], confidence: float) -> Table:
-    table = _table("metric")
+    table = plain_table("metric")
     table.add_column("value", justify="right")
     table.add_column(f"{100 * confidence:g} % interval", justify="right")
     for name, title in DIAGNOSTIC_NAMES.items():
@@ -114,18 +116,24 @@ def _estimates(metrics: dict[str, Estimate], confidence: float) -> Table:
     return table
 
 
+def estimate_cells(estimate: Estimate | None) -> tuple[str, str]:
+    """A share and its interval, in percent."""
+    return ("", "") if estimate is None else (_percent(estimate.value), _range(estimate))
+
+
 def _images(n: int, n_groups: int | None) -> str:
     images = f"{n} image{'s' if n != 1 else ''}"
     return images if n_groups is None else f"{images} of {n_groups} group{'s' * (n_groups != 1)}"
 
 
-def _table(first_column: str) -> Table:
+def plain_table(first_column: str) -> Table:
+    """An empty table without lines."""
     table = Table(box=None, pad_edge=False)
     table.add_column(first_column)
     return table
 
 
-def _print(console: Console, title: str, table: Table) -> None:
+def print_table(console: Console, title: str, table: Table) -> None:
     """A table below its title, which may be wider than it (rich would wrap its own titles)."""
     console.print(Text(title, style="bold"))
     if table.row_count:
@@ -157,7 +165,7 @@ def _range(estimate: Estimate, *, percent: bool = True) -> str:
 
 
 def _metrics(evaluation: Evaluation) -> tuple[str, Table]:
-    table = _table("metric")
+    table = plain_table("metric")
     table.add_column("value", justify="right")
     table.add_column(f"{100 * evaluation.confidence:g} % interval", justify="right")
     for key, name in NAMES.items():
@@ -174,7 +182,7 @@ def _classes(evaluation: Evaluation) -> tuple[str, Table]:
         present = [row for row in rows if row.count]
         rows = sorted(present, key=lambda row: row.recall.value)[:_MOST]
         title = f"The {len(rows)} classes of lowest recall, of {len(evaluation.classes)}"
-    table = _table("class")
+    table = plain_table("class")
     for heading in ("images", "recall", "interval", "precision", "F1"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -186,7 +194,7 @@ def _classes(evaluation: Evaluation) -> tuple[str, Table]:
 
 def _matrix(evaluation: Evaluation) -> tuple[str, Table]:
     """The confusion matrix; columns are numbered as the rows are."""
-    table = _table("")
+    table = plain_table("")
     for i in range(len(evaluation.classes)):
         table.add_column(str(i), justify="right", no_wrap=True)
     for i, (name, row) in enumerate(
@@ -199,7 +207,7 @@ def _matrix(evaluation: Evaluation) -> tuple[str, Table]:
 
 def _confusions(evaluation: Evaluation) -> tuple[str, Table]:
     """The most frequent mistakes."""
-    table = _table("true")
+    table = plain_table("true")
     table.add_column("predicted")
     for heading in ("images", "of"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -19,6 +19,7 @@ SUFFIXES = (".csv", ".tsv")
 _USED = ("path", "label", "split", "group")
 _SPLITS = ("", *SPLITS)
 _SPLIT_CELLS = {"": "", "training": "train", "testing": "test", **SPLIT_WORDS}
+_MOST_VALUES = 100_000  # of a further column; one with more, such as a text, is not read
 _CONTENT = "content"  # a further column of the splits.csv that a run writes
 
 
@@ -61,6 +62,8 @@ class _Manifest:
         self.groups = array("q")
         self.label_index: dict[str, int] = {}
         self.group_index: dict[str, int] = {}
+        names = [c for c in self.columns if c not in (*_USED, _CONTENT, "")]
+        self.further = {c: _Cells(self.columns.index(c)) for c in dict.fromkeys(names)}
 
     def fault(self, what: str, line: int | None = None) -> NoReturn:
         """Ends the reading with an error that names the line."""
@@ -94,6 +97,8 @@ class _Manifest:
                 )
             fields += [""] * (len(self.columns) - len(fields))
             self._add({c: fields[i].strip() for c, i in at.items()})
+            for cells in self.further.values():
+                cells.add(fields[cells.place].strip())
             yield os.path.normpath(os.path.join(self.base, fields[at["path"]].strip()))
 
     def _add(self, row: dict[str, str]) -> None:
@@ -144,7 +149,6 @@ class _Manifest:
                 f"{self.name} line {self.lines[0]}: {self.paths[0]} does not exist; "
                 f"paths are relative to {self.base}"
             )
-        unused = [c for c in self.columns if c not in (*_USED, _CONTENT)]
         classes, labels = _sorted(list(self.label_index), self.labels)
         groups, group = _sorted(list(self.group_index), self.groups)
         return ImageTable(
@@ -156,8 +160,35 @@ class _Manifest:
             files=self.paths,
             base=self.base,
             location=os.path.abspath(path),
-            warnings=(f"columns that are not used: {shortened(unused, 6)}",) if unused else (),
+            warnings=_further_line(list(self.further)),
+            columns={c: cells.array() for c, cells in self.further.items() if cells.usable},
         )
+
+
+class _Cells:
+    """A further column: each distinct value once, and a number for each row."""
+
+    def __init__(self, place: int) -> None:
+        self.place, self.codes = place, array("q")
+        self.index: dict[str, int] = {}
+
+    @property
+    def usable(self) -> bool:
+        return len(self.index) <= _MOST_VALUES
+
+    def add(self, cell: str) -> None:
+        if self.usable:
+            self.codes.append(self.index.setdefault(cell, len(self.index)))
+
+    def array(self) -> NDArray[np.object_]:
+        """(N,) strings, of which equal ones are one object."""
+        return np.array(list(self.index), dtype=object)[np.asarray(self.codes)]
+
+
+def _further_line(columns: list[str]) -> tuple[str, ...]:
+    if not columns:
+        return ()
+    return (f"columns that are used for subgroups only: {shortened(columns, 6)}",)
 
 
 def _from_windows(path: str) -> str:

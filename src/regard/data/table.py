@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import numpy as np
@@ -107,6 +107,7 @@ class ImageTable:
         reading: the argument `splits` of `open_data`.
         location: absolute path of the folder or file that DATA names; '' where it names none.
         warnings: what the user should know about how the table was made, one line each.
+        columns: (N,) further cells of each image as strings, by column, such as its site.
     """
 
     name: str
@@ -121,6 +122,7 @@ class ImageTable:
     reading: str = "auto"
     location: str = ""
     warnings: tuple[str, ...] = ()
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.files is not None and not isinstance(self.files, PathList):
@@ -189,6 +191,7 @@ class ImageTable:
             groups=None if self.groups is None else self.groups[at],
             files=files,
             rows=rows,
+            columns={name: values[at] for name, values in self.columns.items()},
         )
 
 

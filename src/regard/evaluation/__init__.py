@@ -20,13 +20,18 @@ from regard.evaluation.calibration import (
     write_calibration,
 )
 from regard.evaluation.comparison import Comparison, compare
-from regard.evaluation.diagnostics import Diagnostics, OneClass, diagnose
+from regard.evaluation.diagnostics import Diagnostics, OneClass, diagnose, diagnose_class
 from regard.evaluation.intervals import Estimate
 from regard.evaluation.metrics import ClassResult, Evaluation, evaluate
 from regard.evaluation.paired import MetricComparison, adjust, compare_metrics
 from regard.evaluation.predictions import Predictions
 from regard.evaluation.recalibration import fit_temperature, reliability, with_temperature
-from regard.evaluation.subgroups import Subgroups, evaluate_subgroups
+from regard.evaluation.subgroups import (
+    Subgroups,
+    evaluate_subgroups,
+    subgroup_columns,
+    subgroups_csv,
+)
 from regard.evaluation.thresholds import (
     DecisionCurve,
     Threshold,
@@ -53,12 +58,15 @@ __all__ = [
     "compare_metrics",
     "decision_curve",
     "diagnose",
+    "diagnose_class",
     "evaluate",
     "evaluate_subgroups",
     "fit_calibration",
     "fit_temperature",
     "read_calibration",
     "reliability",
+    "subgroup_columns",
+    "subgroups_csv",
     "with_temperature",
     "write_calibration",
 ]

@@ -139,6 +139,26 @@ def diagnose(
     return Diagnostics(overall, per_class, one, confidence)
 
 
+def diagnose_class(
+    predictions: Predictions,
+    positive: str,
+    *,
+    threshold: float | None = None,
+    max_fpr: float | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> OneClass:
+    """The part of `diagnose` that is about the positive class.
+
+    Raises:
+        UsageError: no such class, or an argument out of range.
+    """
+    check_settings(resamples, confidence)
+    bootstrap = _Bootstrap(predictions, resamples, seed, confidence)
+    return _one_class(predictions, positive, threshold, max_fpr, bootstrap)
+
+
 def _one_class(
     predictions: Predictions,
     positive: str,

@@ -1,6 +1,7 @@
 """A network's predictions for a set of images, validated, and per-image statistics of them."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ class Predictions:
     groups: (N,) names of what images have in common, such as the patient; None where images are
         independent. Images of one group are never counted as independent.
     paths: N of them, or None.
+    columns: (N,) further values of each image by name, such as its site; or None.
 
     Raises:
         UsageError: shapes that do not fit, no image, probabilities that are not finite, are
@@ -40,6 +42,7 @@ class Predictions:
     classes: list[str]
     groups: NDArray[Any] | None = None
     paths: list[str] | None = None
+    columns: Mapping[str, NDArray[Any]] | None = None
 
     def __post_init__(self) -> None:
         probabilities = np.asarray(self.probabilities)
@@ -51,6 +54,9 @@ class Predictions:
         groups = None if self.groups is None else _as_groups(self.groups, len(labels))
         if self.paths is not None and len(self.paths) != len(labels):
             raise UsageError(f"{len(self.paths)} paths for {len(labels)} images")
+        for name, values in (self.columns or {}).items():
+            if len(values) != len(labels):
+                raise UsageError(f"{name}: {len(values)} values for {len(labels)} images")
         object.__setattr__(self, "probabilities", probabilities)
         object.__setattr__(self, "labels", labels.astype(np.int64))
         object.__setattr__(self, "classes", [str(name) for name in self.classes])
@@ -58,6 +64,16 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def select(self, indices: Ints | NDArray[np.bool_]) -> "Predictions":
+        """The predictions for these images, in this order."""
+        rows = np.arange(len(self))[indices]
+        return Predictions(
+            self.probabilities[rows], self.labels[rows], self.classes,
+            None if self.groups is None else self.groups[rows],
+            None if self.paths is None else [self.paths[i] for i in rows.tolist()],
+            self.columns and {name: np.asarray(v)[rows] for name, v in self.columns.items()},
+        )  # fmt: skip
 
 
 def _check_probabilities(probabilities: NDArray[Any], classes: list[str]) -> None:

@@ -1,17 +1,51 @@
-"""The same metrics in parts of the images, such as each site or device."""
+"""The same metrics in parts of the images, such as each site, device or age band."""
 
-from collections.abc import Sequence
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from regard.errors import UsageError
-from regard.evaluation.intervals import finite_or_none
+from regard.evaluation.diagnostics import diagnose_class
+from regard.evaluation.intervals import Estimate, finite_or_none
 from regard.evaluation.metrics import Evaluation, evaluate
 from regard.evaluation.predictions import Predictions
 
 MISSING = "(missing)"
+SMALLEST = 10  # images, or groups where there are groups, below which a part has no metrics
+MOST_PARTS = 12  # of a column that is evaluated unasked
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One part of the images.
+
+    n, n_groups: its images and groups; n_groups is None where images are independent.
+    evaluation: None where the part is too small.
+    metrics: of `evaluate`, and of the positive class where one was named; empty where it is too
+        small.
+    """
+
+    n: int
+    n_groups: int | None
+    evaluation: Evaluation | None
+    metrics: dict[str, Estimate]
+
+    @property
+    def too_small(self) -> bool:
+        return self.evaluation is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "n": self.n, "n_groups": self.n_groups, "too_small": self.too_small,
+            "metrics": {name: estimate.to_dict() for name, estimate in self.metrics.items()},
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,50 +53,54 @@ class Subgroups:
     """The evaluation of each part of the images.
 
     column: what the images are split by.
-    evaluations: by value, the most images first.
+    parts: by value, the most images first; those that are too small have counts only.
+    at_least: images or groups of a part with metrics.
     """
 
     column: str
-    evaluations: dict[str, Evaluation]
+    parts: dict[str, Part]
+    at_least: int
 
-    def gap(self, metric: str = "top1", *, at_least: int = 2) -> tuple[str, str, float] | None:
+    def gap(self, metric: str = "top1") -> tuple[str, str, float] | None:
         """The values with the highest and the lowest metric, and their difference.
 
-        None with fewer than 2 parts of `at_least` images. The gap of many small parts is large
-        by chance alone: read it with their intervals.
+        None where fewer than 2 parts have the metric. The gap of many small parts is large by
+        chance alone: read it with their intervals.
         """
-        values = {
-            name: e.metrics[metric].value for name, e in self.evaluations.items() if e.n >= at_least
-        }
-        values = {name: value for name, value in values.items() if not np.isnan(value)}
+        values = {n: p.metrics[metric].value for n, p in self.parts.items() if metric in p.metrics}
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         if len(values) < 2:
             return None
         high, low = max(values, key=values.__getitem__), min(values, key=values.__getitem__)
         return high, low, values[high] - values[low]
 
+    def gaps(self) -> dict[str, tuple[str, str, float]]:
+        """`gap` of each metric that has one."""
+        names = dict.fromkeys(name for part in self.parts.values() for name in part.metrics)
+        return {name: gap for name in names if (gap := self.gap(name)) is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: counts, and each metric with its interval."""
-        gap = self.gap()
         return {
             "column": self.column,
-            "parts": {
-                name: {
-                    "n": e.n,
-                    "n_groups": e.n_groups,
-                    "metrics": {m: estimate.to_dict() for m, estimate in e.metrics.items()},
-                }
-                for name, e in self.evaluations.items()
+            "at_least": self.at_least,
+            "parts": {name: part.to_dict() for name, part in self.parts.items()},
+            "largest_gaps": {
+                name: {"high": high, "low": low, "difference": finite_or_none(difference)}
+                for name, (high, low, difference) in self.gaps().items()
             },
-            "largest_gap": None if gap is None else [gap[0], gap[1], finite_or_none(gap[2])],
         }
 
 
 def evaluate_subgroups(
     predictions: Predictions,
     column: str,
-    values: Sequence[Any],
+    values: Sequence[Any] | NDArray[Any] | None = None,
     *,
     bands: Sequence[float] | None = None,
+    positive: str | None = None,
+    threshold: float | None = None,
+    at_least: int = SMALLEST,
     resamples: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
@@ -72,40 +110,112 @@ def evaluate_subgroups(
     Args:
         predictions: of all images.
         column: name of what the images are split by, such as "site".
-        values: one for each image; None, NaN and "" are a part of their own.
+        values: one for each image; None, NaN and "" are a part of their own. Default: the
+            predictions' column of that name.
         bands: for numbers: increasing limits; 40, 60 makes "<40", "40 to <60" and ">=60".
+        positive, threshold: as for `diagnose`: adds that class's metrics.
+        at_least: images (groups, where there are groups) of a part that is evaluated; smaller
+            ones are counted.
         resamples, seed, confidence: as in `evaluate`.
 
     Raises:
-        UsageError: not one value per image, or values that are no numbers with bands.
+        UsageError: no such column, not one value per image, or values that are no numbers with
+            bands.
     """
+    if values is None:
+        values = _column(predictions, column)
     if len(values) != len(predictions):
         raise UsageError(f"{column}: {len(values)} values for {len(predictions)} images")
-    names = np.array([_name(column, value, bands) for value in values], dtype=object)
+    limits = _limits(column, bands)
+    names = np.array([_name(column, value, limits) for value in values], dtype=object)
     counts = {name: int((names == name).sum()) for name in dict.fromkeys(names.tolist())}
-    evaluations = {}
+    settings = {"resamples": resamples, "seed": seed, "confidence": confidence}
+    parts = {}
     for name in sorted(counts, key=lambda n: (-counts[n], n)):
         rows = np.flatnonzero(names == name)
-        part = Predictions(
-            predictions.probabilities[rows], predictions.labels[rows], predictions.classes,
-            None if predictions.groups is None else predictions.groups[rows],
-        )  # fmt: skip
-        evaluations[name] = evaluate(part, resamples=resamples, seed=seed, confidence=confidence)
-    return Subgroups(column, evaluations)
+        part = predictions.select(rows)
+        n_groups = None if part.groups is None else len(np.unique(part.groups))
+        if (len(rows) if n_groups is None else n_groups) < at_least:
+            parts[name] = Part(len(rows), n_groups, None, {})
+            continue
+        found = evaluate(part, **settings)  # type: ignore[arg-type]
+        metrics = dict(found.metrics)
+        if positive is not None:
+            one = diagnose_class(part, positive, threshold=threshold, **settings)  # type: ignore[arg-type]
+            metrics |= one.metrics
+        parts[name] = Part(len(rows), n_groups, found, metrics)
+    return Subgroups(column, parts, at_least)
 
 
-def _name(column: str, value: Any, bands: Sequence[float] | None) -> str:
+def subgroup_columns(predictions: Predictions) -> dict[str, list[float] | None]:
+    """The columns that make sensible parts, each with bands or None.
+
+    Those with 2 to MOST_PARTS values, and numbers with more in three bands of equal size.
+    """
+    found: dict[str, list[float] | None] = {}
+    for name, values in (predictions.columns or {}).items():
+        present = [v for v in values.tolist() if str(v).strip()]
+        distinct = set(present)
+        if 2 <= len(distinct) <= MOST_PARTS:
+            found[name] = None
+        elif len(distinct) > MOST_PARTS:
+            try:
+                numbers = np.array([float(v) for v in present])
+            except ValueError:
+                continue
+            if np.isfinite(numbers).all():
+                limits = sorted({float(q) for q in np.quantile(numbers, (1 / 3, 2 / 3))})
+                found[name] = limits
+    return found
+
+
+def subgroups_csv(subgroups: Sequence[Subgroups]) -> str:
+    """A CSV table: column, part, images, groups, metric, value, low, high.
+
+    A part that is too small has one line, with "too small" in place of the metric.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["column", "part", "images", "groups", "metric", "value", "low", "high"])
+    for each in subgroups:
+        for name, part in each.parts.items():
+            head = [each.column, name, part.n, "" if part.n_groups is None else part.n_groups]
+            if part.too_small:
+                writer.writerow([*head, "too small", "", "", ""])
+            for metric, e in part.metrics.items():
+                ends = ["" if math.isnan(v) else f"{v:.6g}" for v in (e.value, e.low, e.high)]
+                writer.writerow([*head, metric, *ends])
+    return text.getvalue()
+
+
+def _column(predictions: Predictions, column: str) -> NDArray[Any]:
+    columns: Mapping[str, NDArray[Any]] = predictions.columns or {}
+    if column not in columns:
+        has = f"choose one of {', '.join(columns)}" if columns else "the data has none"
+        raise UsageError(f"no further column {column!r} of the images: {has}")
+    return columns[column]
+
+
+def _limits(column: str, bands: Sequence[float] | None) -> list[float] | None:
+    if bands is None:
+        return None
+    limits = list(bands)
+    if not limits or limits != sorted(set(limits)) or not all(map(math.isfinite, limits)):
+        raise UsageError(f"bands={limits} of {column}: give increasing limits")
+    return limits
+
+
+def _name(column: str, value: Any, limits: list[float] | None) -> str:
     if value is None or value != value or str(value).strip() == "":
         return MISSING
-    if bands is None:
+    if limits is None:
         return str(value)
     try:
         number = float(value)
     except ValueError:
         raise UsageError(f"{column}: {value!r} is no number, as bands need") from None
-    limits = list(bands)
-    if not limits or limits != sorted(set(limits)):
-        raise UsageError(f"bands={limits}: give increasing limits")
+    if math.isnan(number):
+        return MISSING
     above = [limit for limit in limits if number >= limit]
     if not above:
         return f"<{limits[0]:g}"

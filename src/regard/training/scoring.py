@@ -89,7 +89,7 @@ class Scorer:
             table, answers = table.select(answered), answers[answered]
         paths = [table.path(i) for i in range(len(table))]
         halves: Any = answers  # float32 takes half the memory of float64
-        return Predictions(halves, table.labels, table.classes, table.groups, paths)
+        return Predictions(halves, table.labels, table.classes, table.groups, paths, table.columns)
 
     def _batches(
         self, loader: InMemoryLoader | StreamingLoader, part: LoadedSplit

@@ -1,0 +1,169 @@
+"""The subgroups of `regard evaluate`: flags, tables and the CSV file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from regard.errors import UsageError
+
+if TYPE_CHECKING:
+    from regard.evaluation import OneClass, Predictions, Subgroups
+
+_SHOWN = ("top1", "balanced_accuracy", "macro_f1", "roc_auc", "sensitivity", "specificity")
+
+
+@dataclass(frozen=True)
+class SubgroupFlags:
+    """Which parts of the images get rows of their own."""
+
+    subgroups: Annotated[
+        list[str] | None,
+        Parameter(
+            help="Further columns of a CSV source, such as site sex age: the images of each value "
+            "are evaluated by themselves.",
+            consume_multiple=True,
+            negative=(),
+        ),
+    ] = None
+    bands: Annotated[
+        list[str] | None,
+        Parameter(
+            help="COLUMN=A,B,C: a number's values in bands: below A, A to below B, ..., C and up.",
+            consume_multiple=True,
+            negative=(),
+        ),
+    ] = None
+    smallest: Annotated[
+        int,
+        Parameter(
+            help="Images (groups, where there are groups) of a subgroup below which it is counted "
+            "but has no metrics."
+        ),
+    ] = 10
+    subgroups_csv: Annotated[
+        Path | None, Parameter(help="Write the subgroups to this CSV file, which is replaced.")
+    ] = None
+
+    @property
+    def limits(self) -> dict[str, list[float]]:
+        """The bands by column.
+
+        Raises:
+            UsageError: they are not COLUMN=A,B,C.
+        """
+        found = {}
+        for each in self.bands or ():
+            column, _, numbers = each.partition("=")
+            try:
+                found[column.strip().lower()] = [float(n) for n in numbers.split(",")]
+            except ValueError:
+                raise UsageError(f"--bands {each}: give COLUMN=A,B,C, as age=40,60") from None
+        return found
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of --subgroups, and those that only --bands names."""
+        named = [name.strip().lower() for name in self.subgroups or ()]
+        return list(dict.fromkeys([*named, *self.limits]))
+
+    def check(self) -> None:
+        """Checks what can be checked before anything is loaded.
+
+        Raises:
+            UsageError: a value that can't be, or a file that can't be written.
+        """
+        for column, limits in self.limits.items():
+            if limits != sorted(set(limits)):
+                shown = ",".join(f"{n:g}" for n in limits)
+                raise UsageError(f"--bands {column}={shown}: give increasing limits")
+        if self.smallest < 2:
+            raise UsageError(f"--smallest {self.smallest}: at least 2")
+        path = self.subgroups_csv
+        if path is None:
+            return
+        if not self.columns:
+            raise UsageError(f"--subgroups-csv {path}: name the columns with --subgroups")
+        if path.suffix.lower() != ".csv" or path.is_dir() or not path.absolute().parent.is_dir():
+            raise UsageError(f"--subgroups-csv {path}: give a .csv file in a folder that exists")
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Checks the columns before the images are classified.
+
+        Raises:
+            UsageError: the data has no such column.
+        """
+        for name in self.columns:
+            if name not in columns:
+                has = f"choose of {', '.join(columns)}" if columns else "the data has none"
+                raise UsageError(f"--subgroups {name}: no further column of the data; {has}")
+
+
+def evaluated(
+    predictions: "Predictions", flags: SubgroupFlags, one: "OneClass | None"
+) -> list["Subgroups"]:
+    """The subgroups that were asked for, and their CSV file.
+
+    Raises:
+        UsageError: a value is no number where bands need one.
+        StateError: the file can't be written.
+    """
+    from regard.evaluation import evaluate_subgroups, subgroups_csv
+    from regard.files import write_text
+
+    found = [
+        evaluate_subgroups(
+            predictions, column, bands=flags.limits.get(column), at_least=flags.smallest,
+            positive=None if one is None else one.positive,
+            threshold=None if one is None else one.threshold,
+        )
+        for column in flags.columns
+    ]  # fmt: skip
+    if flags.subgroups_csv is not None:
+        write_text(flags.subgroups_csv, subgroups_csv(found))
+    return found
+
+
+def print_subgroups(found: Sequence["Subgroups"]) -> None:
+    """Prints a table for each column, with the largest gaps."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from regard.commands.tables import (
+        DIAGNOSTIC_NAMES,
+        NAMES,
+        estimate_cells,
+        plain_table,
+        print_table,
+    )
+
+    console = Console()
+    for each in found:
+        names = {**DIAGNOSTIC_NAMES, **NAMES}
+        metrics = [m for m in _SHOWN if any(m in p.metrics for p in each.parts.values())]
+        table = plain_table(each.column)
+        for heading in ("images", "groups"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for metric in metrics:
+            table.add_column(names[metric].partition(" (")[0], justify="right", no_wrap=True)
+            table.add_column("interval", justify="right", no_wrap=True)
+        for name, part in each.parts.items():
+            groups = "" if part.n_groups is None else str(part.n_groups)
+            cells = [c for m in metrics for c in estimate_cells(part.metrics.get(m))]
+            if part.too_small:
+                cells = ["too small", *cells[1:]]
+            table.add_row(Text(name), str(part.n), groups, *cells)
+        print_table(console, f"By {each.column}", table)
+        for metric in metrics:
+            if (gap := each.gap(metric)) is not None:
+                high, low, difference = gap
+                line = f"{names[metric].partition(' (')[0]}: {100 * difference:.1f} points"
+                console.print(Text(f"largest gap in {line}, {high} over {low}"))
+        small = [name for name, part in each.parts.items() if part.too_small]
+        if small:
+            kind = "groups" if next(iter(each.parts.values())).n_groups is not None else "images"
+            line = f"too small (fewer than {each.at_least} {kind}): {', '.join(small)}"
+            console.print(Text(line))
+        console.print()
