@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +28,8 @@ def command(
     workers: int | None = None,
     splits: SplitsFlag = "auto",
     root: Path | None = None,
+    near_duplicates: bool = True,
+    keep_together: Annotated[bool, Parameter(negative=())] = False,
     json: bool = False,
 ) -> int:
     """Check a data set before training: counts, sizes, faults, leakage.
@@ -51,17 +53,31 @@ def command(
         Whether the top folders of DATA are splits rather than classes.
     root
         Folder of cifar10 and cifar100.
+    near_duplicates
+        Look for near-duplicates: the same picture scaled, saved again, cropped a little,
+        brightened, mirrored, or with other burnt-in text.
+    keep_together
+        Put near-duplicates into the same split, where splits are made.
     json
         Print JSON.
     """
     require_data(source)
     from regard.data import assign_splits, check_data, open_data
+    from regard.data.near_duplicates import grouped_by_content
 
     with naming_flags():
         table = open_data(source, root=root, splits=splits)
+        groups = table.groups
+        if keep_together:
+            with progress_bar("comparing the images") as progress:
+                table = grouped_by_content(table, progress)
         table = assign_splits(table, val=val, test=test, seed=seed)
+        table = replace(table, groups=groups)
         with progress_bar("looking at the images") as progress:
-            check = check_data(table, progress=progress, workers=workers, limit=limit)
+            check = check_data(
+                table, progress=progress, workers=workers, limit=limit,
+                near_duplicates=near_duplicates,
+            )  # fmt: skip
     print_check(check, as_json=json)
     return 0
 
@@ -130,12 +146,25 @@ def _lines(check: "DataCheck") -> Iterator[str]:
     yield from _listed("can't be read", [f"{p}: {reason}" for p, reason in check.unreadable])
     for title, groups in (("in several splits", check.leaks), ("twice", check.duplicates)):
         yield from _listed(title, [" = ".join(f"{p} ({s or '-'})" for p, s in g) for g in groups])
+    for title, reason in (
+        ("near-duplicates with different labels", "labels"),
+        ("near-duplicates in different splits", "splits"),
+        ("near-duplicates", "copies"),
+    ):
+        pairs = [pair for pair in check.near_duplicates if pair["reason"] == reason]
+        yield from _listed(title, list(map(_pair, pairs)))
     yield ""
     for line in check.warnings:
         yield f"warning: {line}"
     advice = check.suggestion
     shown = ", ".join(f"{key} {advice[key]}" for key in ("size", "channels", "resize"))
     yield f"suggestion: {shown}"
+
+
+def _pair(pair: dict[str, Any]) -> str:
+    both = zip(pair["paths"], pair["labels"], pair["splits"], strict=True)
+    shown = " ~ ".join(f"{path} ({label}, {split or '-'})" for path, label, split in both)
+    return shown + " mirrored" * pair["mirrored"]
 
 
 def _listed(title: str, rows: list[str]) -> Iterator[str]:

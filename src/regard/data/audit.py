@@ -1,9 +1,11 @@
 """Checks every image of a table before anything is trained on it; writes nothing.
 
-Each image is decoded once and leaves a 16-byte hash and a few sums: the memory needed does not
-depend on the images' size.
+Each image is decoded once and leaves a 16-byte hash, a thumbnail of 1 KB and a few sums: the
+memory needed does not depend on the images' size. Images that may be near-duplicates are read
+once more.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +23,16 @@ from regard.data.advice import (
     warn_of_counts,
 )
 from regard.data.inspection import Inspection, inspect_images
+from regard.data.near_duplicates import (
+    Thumbnails,
+    describe_pair,
+    find_near_duplicates,
+    near_duplicate_lines,
+)
 from regard.data.sources import ImageTable, class_counts
 from regard.errors import UsageError
 from regard.files import plural, spread
+from regard.log import Heartbeat
 
 _DEPTHS = {
     "uint8": "8 bit", "uint16": "16 bit", "float32": "float",
@@ -46,6 +55,10 @@ class DataCheck:
         unreadable: (path, reason).
         leaks: the same picture in more than one split: for each its (path, split)s.
         duplicates: the same picture several times in one split.
+        near_duplicates: pairs of images that show the same picture without having the same
+            pixels, first those of two labels, then those in two splits, then the rest. Each
+            has paths, labels and splits (of both), reason ("labels", "splits" or "copies"),
+            similarity (0 to 1) and mirrored.
         mean, std: over all pixels of the training images (of all, where there are no splits),
             values of 0 to 1, for each of the suggested channels.
         value_range: lowest and highest value of signed, 32-bit and float images among those, which
@@ -68,6 +81,7 @@ class DataCheck:
     unreadable: list[tuple[str, str]]
     leaks: list[list[tuple[str, str]]]
     duplicates: list[list[tuple[str, str]]]
+    near_duplicates: list[dict[str, Any]]
     mean: list[float]
     std: list[float]
     value_range: tuple[float, float] | None
@@ -82,6 +96,7 @@ def check_data(
     progress: Callable[[int, int], None] | None = None,
     workers: int | None = None,
     limit: int | None = None,
+    near_duplicates: bool = True,
 ) -> DataCheck:
     """Decodes the images and reports what they are and what is wrong with them.
 
@@ -94,6 +109,7 @@ def check_data(
         workers: processes; default: one per core where there are many files. A script that
             asks for more than one needs `if __name__ == "__main__":`.
         limit: inspect only this many images, evenly spread over the table.
+        near_duplicates: whether to look for them.
 
     Raises:
         UsageError: limit or workers is less than 1.
@@ -108,17 +124,18 @@ def check_data(
         totals.add(done - 1, i, image)
         if progress is not None:
             progress(done, len(indices))
-    return totals.result()
+    return totals.result(near_duplicates)
 
 
 class _Totals:
-    """Sums over the images; 16 bytes are stored per image."""
+    """Sums over the images; about 1 KB is stored per image."""
 
     def __init__(self, table: ImageTable, indices: NDArray[np.int64]) -> None:
         self.table = table
         self.indices = indices
         self.digests = np.zeros((len(indices), 2), np.uint64)
         self.readable = np.zeros(len(indices), bool)
+        self.thumbnails = Thumbnails(len(table))
         self.sizes: Counter[tuple[int, int]] = Counter()
         self.channels: Counter[int] = Counter()
         self.depths: Counter[str] = Counter()
@@ -141,6 +158,7 @@ class _Totals:
         self.readable[place] = True
         self.digests[place] = np.frombuffer(image.digest, np.uint64)
         height, width, channels = image.shape
+        self.thumbnails.add(i, image.thumbnail, min(height, width))
         self.sizes[height, width] += 1
         self.channels[channels] += 1
         self.depths[_DEPTHS.get(image.dtype, image.dtype)] += 1
@@ -172,9 +190,11 @@ class _Totals:
         scaled = [(values - low * self.measured) / (high - low), shifted / (high - low) ** 2]
         return self.sums + np.stack(scaled, axis=1)
 
-    def result(self) -> DataCheck:
+    def result(self, near_duplicates: bool) -> DataCheck:
         """Everything, once all are added."""
-        leaks, duplicates, conflicts = self._same_pictures()
+        same = self._same_pictures()
+        leaks, duplicates, conflicts = self._described(same)
+        near = self._near_duplicates(same) if near_duplicates else []
         channels = 3 if self.colored else 1
         mean, squares = (self._all_sums()[:channels] / max(self.pixels, 1)).T
         groups = group_sizes(self.table)
@@ -191,6 +211,7 @@ class _Totals:
             unreadable=self.unreadable,
             leaks=leaks,
             duplicates=duplicates,
+            near_duplicates=near,
             mean=mean.tolist(),
             std=np.sqrt(np.maximum(squares - mean**2, 0)).tolist(),
             value_range=self.training_range,
@@ -200,6 +221,7 @@ class _Totals:
                     [
                         *self.table.warnings,
                         *self._warnings(leaks, duplicates, conflicts),
+                        *near_duplicate_lines(near),
                         *warn_of_counts(counts, groups),
                     ]
                 )
@@ -212,24 +234,35 @@ class _Totals:
             },
         )
 
-    def _same_pictures(self) -> tuple[list[Any], list[Any], int]:
-        """Leaks, duplicates, and how many of both carry different labels."""
+    def _same_pictures(self) -> list[NDArray[np.int64]]:
+        """Groups of images with identical pixels, in the table's order."""
         at = np.flatnonzero(self.readable)
         if not len(at):
-            return [], [], 0
+            return []
         order = at[np.lexsort(self.digests[at].T)]  # stable: equal ones in the table's order
         keys = self.digests[order]
         starts = np.flatnonzero(np.r_[True, np.any(keys[1:] != keys[:-1], axis=1)])
         ends = np.r_[starts[1:], len(keys)]
         groups = [self.indices[order[a:b]] for a, b in zip(starts, ends, strict=True) if b > a + 1]
+        return sorted(groups, key=lambda g: int(g[0]))
+
+    def _described(self, groups: list[NDArray[np.int64]]) -> tuple[list[Any], list[Any], int]:
+        """Leaks, duplicates, and how many of both carry different labels."""
         leaks: list[Any] = []
         duplicates: list[Any] = []
         conflicts = 0
-        for same in sorted(groups, key=lambda g: int(g[0])):
+        for same in groups:
             places = [(self.table.path(int(i)), str(self.table.splits[i])) for i in same]
             (leaks if len({s for _, s in places}) > 1 else duplicates).append(places)
             conflicts += len(set(self.table.labels[same].tolist())) > 1
         return leaks, duplicates, conflicts
+
+    def _near_duplicates(self, same: list[NDArray[np.int64]]) -> list[dict[str, Any]]:
+        compared = Heartbeat("images compared", level=logging.WARNING)  # stdout is for results
+        pairs = find_near_duplicates(
+            self.table, self.thumbnails, same=[g.tolist() for g in same], progress=compared
+        )
+        return [describe_pair(self.table, pair) for pair in pairs]
 
     def _warnings(self, leaks: list[Any], duplicates: list[Any], conflicts: int) -> list[str]:
         lines = []

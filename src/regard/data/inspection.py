@@ -15,6 +15,7 @@ from PIL import Image
 
 from regard.data.images import Stored, is_gray, read_stored
 from regard.data.sources import ImageTable
+from regard.data.thumbnails import thumbnail
 from regard.errors import FileError, ImageError
 
 _CHUNK = 32  # images a worker is given at a time
@@ -29,6 +30,7 @@ class Inspection(NamedTuple):
         finite: number of finite values per channel.
         digest: hash of shape and pixels, 16 bytes.
         sums: (channels, 2) of values from 0 to 1 and of their squares; of measurements as stored.
+        thumbnail: see `regard.data.thumbnails`.
     """
 
     shape: tuple[int, int, int]
@@ -39,6 +41,7 @@ class Inspection(NamedTuple):
     finite: int
     digest: bytes
     sums: NDArray[np.float64]
+    thumbnail: NDArray[np.uint8]
 
 
 def _inspect(stored: Stored) -> Inspection:
@@ -56,6 +59,7 @@ def _inspect(stored: Stored) -> Inspection:
         known.size // channels,
         hashed.digest(),
         np.array([_sums(pixels[..., c]) for c in range(channels)]),
+        thumbnail(pixels),
     )
 
 

@@ -137,6 +137,11 @@ class Recipe:
     fold: str | None = _field(
         None, "Sampling", "Cross-validation: K/N tests fold K of N, instead of a test fraction."
     )
+    keep_together: bool = _field(
+        False,
+        "Sampling",
+        "Put near-duplicates (the same picture cropped, saved again, ...) into the same split.",
+    )
 
     size: Annotated[tuple[int, ...], _limits(gte=4, lte=8192)] | None = _field(
         None,

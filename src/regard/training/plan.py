@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from regard.data.near_duplicates import grouped_by_content
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable
 from regard.data.splits import assign_folds, assign_splits, limit_training
 from regard.data.survey import survey
 from regard.errors import UsageError
+from regard.log import Heartbeat
 from regard.machine import has_bf16, has_fp16
 from regard.models.attention_resnet import AttentionResNet
 from regard.models.create import _outline
@@ -362,9 +365,13 @@ def choose_splits(table: ImageTable, recipe: Recipe) -> ImageTable:
     Raises:
         UsageError: see `assign_splits` and `assign_folds`; or a limit below the classes' number.
     """
+    groups = table.groups
+    if recipe.keep_together:
+        table = grouped_by_content(table, Heartbeat("images compared"))
     if recipe.fold_of is None:
         table = assign_splits(table, val=recipe.val, test=recipe.test, seed=recipe.split_seed)
     else:
         fold, folds = recipe.fold_of
         table = assign_folds(table, fold=fold, folds=folds, val=recipe.val, seed=recipe.split_seed)
+    table = replace(table, groups=groups)
     return table if recipe.limit is None else limit_training(table, recipe.limit, recipe.split_seed)

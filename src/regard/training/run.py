@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from regard.data.loading import StreamingLoader
+from regard.data.near_duplicates import leak_line
 from regard.data.sources import ImageTable
 from regard.data.workers import WaitInterrupted, never, worker_errors
 from regard.errors import NotFiniteError, Stopped
@@ -146,6 +147,8 @@ class Run:
             self.table, self.plan.preprocess, self.plan.recipe, left_out=left_out, show=self.main
         )
         self._write_left_out()
+        if self.main and not self.resumed and (line := leak_line(self.table)):
+            log.warning(line)
         if self.plan.recipe.normalization == "data" and not self.resumed:
             preprocess = measured(self.parts["train"], self.plan.preprocess)
             self.plan = dataclasses.replace(self.plan, preprocess=preprocess)
