@@ -2,16 +2,19 @@
 
     python benchmarks/killed_study.py [OUT] [--kills 20] [--seed 0]
 
-`regard study` trains two small networks on `digits` with four seeds, twice: once undisturbed, and
-once killed with SIGKILL at random moments and started again with the same command. The moments
-are drawn from the seed: a phase (the start, a training, its evaluation and report, a test of its
-own, or the pause between two runs, in which the results are written) and a delay within it. The
-phase of each kill is read from the study's processes and printed. In the end study.json and the
-weights and predictions of all runs must be the same, byte by byte.
+`regard study` trains two small networks on `digits` with several seeds, twice: once undisturbed,
+and once killed with SIGKILL at random moments and started again with the same command. For each
+seed of the study it is killed five times: in the start of a run, in its training, in its evaluation
+and report, in the test of a row that has one of its own, and between two runs, while the results
+are written. The delay of each kill after the beginning of its phase is drawn from --seed; where it
+fell is read from the study's processes and printed. In the end study.json and the weights,
+predictions and scores of all runs must be the same, byte by byte.
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -36,9 +39,8 @@ name = "AG-SonoNet-8"
 network = "ag_sononet8"
 evaluation = { size = 24 }
 """
-SEEDS = 4
 FLAGS = [
-    "--seeds", str(SEEDS), "--size", "16", "--limit", "600", "--epochs", "6", "--workers", "0",
+    "--size", "16", "--limit", "600", "--epochs", "6", "--workers", "0",
     "--lr", "0.02", "--faithfulness-images", "4", "--log", "none",
 ]  # fmt: skip
 PHASES = {  # what is waited for, and the longest delay after its beginning, in seconds
@@ -47,10 +49,10 @@ PHASES = {  # what is waited for, and the longest delay after its beginning, in 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def command(out: Path) -> list[str]:
+def command(out: Path, seeds: int) -> list[str]:
     """The study's command, the same each time."""
     words = ["study", str(out.parent / "gates.toml"), "digits", "--out", str(out), *FLAGS]
-    return [sys.executable, "-m", "regard", *words]
+    return [sys.executable, "-m", "regard", *words, "--seeds", str(seeds)]
 
 
 def phase_of(study: psutil.Process, out: Path) -> str:
@@ -72,10 +74,10 @@ def phase_of(study: psutil.Process, out: Path) -> str:
     return "between runs" if list(out.rglob("report.html")) else "start"
 
 
-def kill_in(phase: str, delay: float, out: Path) -> str | None:
+def kill_in(phase: str, delay: float, out: Path, seeds: int) -> str | None:
     """Starts the study and kills it in a phase; returns where it fell, None: the study ended."""
-    log = out.with_suffix(".log").open("ab")
-    process = subprocess.Popen(command(out), env=ENVIRONMENT, stdout=log, stderr=log)
+    with out.with_suffix(".log").open("ab") as log:
+        process = subprocess.Popen(command(out, seeds), env=ENVIRONMENT, stdout=log, stderr=log)
     study = psutil.Process(process.pid)
     has_run = False
     while process.poll() is None:
@@ -112,21 +114,20 @@ def main() -> int:
     args.out.mkdir(parents=True)
     (args.out / "gates.toml").write_text(STUDY, encoding="utf-8")
     whole, killed = args.out / "whole", args.out / "killed"
+    seeds = math.ceil(args.kills / len(PHASES))
     started = time.monotonic()
-    subprocess.run(command(whole), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(whole, seeds), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
     rng = random.Random(args.seed)
-    phases = [list(PHASES)[i % len(PHASES)] for i in range(args.kills)]
-    rng.shuffle(phases)
     fell: list[str] = []
-    for n, phase in enumerate(phases, start=1):
-        where = kill_in(phase, rng.uniform(0, PHASES[phase]), killed)
+    for n, phase in zip(range(1, args.kills + 1), itertools.cycle(PHASES), strict=False):
+        where = kill_in(phase, rng.uniform(0, PHASES[phase]), killed, seeds)
         if where is None:
             break
         fell.append(where)
         done = len(list(killed.rglob("report.html")))
-        print(f"kill {n}: {where}; {done} of {2 * SEEDS} runs trained", flush=True)
-    subprocess.run(command(killed), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+        print(f"kill {n}: {where}; {done} of {2 * seeds} runs trained", flush=True)
+    subprocess.run(command(killed, seeds), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     a, b = bytes_of(whole), bytes_of(killed)
     differ = sorted(path for path in a.keys() | b.keys() if a.get(path) != b.get(path))
     counts = {phase: fell.count(phase) for phase in PHASES}

@@ -13,15 +13,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from regard.cli import run_command
+from regard.cli import _explained, run_command
 from regard.commands.study_display import StudyDisplay
-from regard.errors import UsageError
+from regard.errors import StudyStopped, UsageError
 from regard.papers import parse_table
 from regard.studies.page import write_page
 from regard.studies.plan import (
@@ -245,7 +247,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_results(tmp_path, traine
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
 
 
-def test_a_stopped_study_says_so_and_leaves_no_process(tmp_path, trainer):
+def test_a_stopped_study_says_so_and_leaves_no_process(tmp_path, trainer, capsys):
     process = subprocess.Popen(
         [sys.executable, "-c", PROCESS, tmp_path / "s", "30", *trainer],
         stderr=subprocess.PIPE,
@@ -256,7 +258,12 @@ def test_a_stopped_study_says_so_and_leaves_no_process(tmp_path, trainer):
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "Stopped" in err
+    assert "StudyStopped" in err
+    assert not list((tmp_path / "s").rglob("*.progress"))
+    assert _explained(StudyStopped(3, 6, signal.SIGTERM)) == 128 + signal.SIGTERM
+    line = capsys.readouterr().err
+    assert "3 of 6" in line
+    assert "--resume" not in line  # which no study takes
 
 
 def test_the_command_plans_and_refuses(tmp_path, capsys):
@@ -273,6 +280,53 @@ def test_the_command_plans_and_refuses(tmp_path, capsys):
     assert "--seeds" in capsys.readouterr().err
     assert run_command(["study", str(path)]) == 2
     assert "DATA" in capsys.readouterr().err
+
+
+RAY = """
+import json, pathlib, sys
+from ray.cluster_utils import Cluster
+from tests.test_studies import planned
+from regard.studies.on_ray import run_on_ray
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+cluster.add_node(num_cpus=1)
+_, runs = planned(pathlib.Path(sys.argv[1]), sys.argv[2])
+most = []
+done = run_on_ray(
+    runs, address=cluster.address, python=sys.argv[3:],
+    meanwhile=lambda progress: most.append(len(progress.running)),
+)
+print(json.dumps([done.done, list(done.failed.values()), max(most)]))
+cluster.shutdown()
+"""
+
+
+def test_on_a_ray_cluster_of_two_nodes_it_has_the_same_results(tmp_path, trainer):
+    """The first run kills its Ray worker once, and is trained again; a failed run is listed."""
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    text = TABLE + '[[rows]]\nname = "broken"\nnetwork = "broken"\n'
+    table, runs = planned(tmp_path / "whole", text)
+    run_all(runs, jobs=2, python=trainer)
+    path = tmp_path / "killing.py"
+    path.write_text(TRAINER.replace('say("running")', f"""say("running")
+import os
+mark = pathlib.Path({str(tmp_path / "killed")!r})
+if not mark.exists():
+    mark.touch()
+    os.kill(os.getppid(), 9)
+"""))  # fmt: skip
+    words = [sys.executable, "-c", RAY, str(tmp_path / "ray"), text, sys.executable, str(path)]
+    cwd = Path(__file__).parents[1]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=cwd, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    finished, failed, most = json.loads(done.stdout.splitlines()[-1])
+    assert (tmp_path / "killed").exists()
+    assert (finished, failed, most) == (5, ["it can not be trained"], 2)
+    _, others = planned(tmp_path / "ray", text)
+    results = [
+        json.dumps(to_dict(gather(table, each))).replace(str(tmp_path / name), "OUT")
+        for name, each in (("whole", runs), ("ray", others))
+    ]
+    assert results[0] == results[1]
 
 
 @pytest.fixture
@@ -303,15 +357,21 @@ def test_parts_of_an_array_of_jobs_end_in_one_result(command, tmp_path, capsys):
     trainer.write_text(trainer.read_text().replace('"broken"', '"sononet16"'))
     assert command(out="whole")[0] == 1
     script = slurm_script(["study", "x"], 2)
-    parts = [re.search(r"--only (\S+)", script)[1].replace("$SLURM_ARRAY_TASK_ID", str(i))
-             for i in (1, 2)]  # fmt: skip
-    results = [command("--only", part) for part in parts]
-    whole = json.loads((tmp_path / "whole" / "study.json").read_text().replace(
-        str(tmp_path / "whole"), "OUT"))  # fmt: skip
-    assert results[-1][1] == whole
-    assert results[0][1] != whole
-    assert len(whole["failed"]) == 1  # also where another part trained it
-    assert "can not be trained" in capsys.readouterr().out
+    part = re.search(r"--only (\S+)", script)[1]
+    jobs = [
+        threading.Thread(target=command, args=("--only", part.replace("$SLURM_ARRAY_TASK_ID", i)))
+        for i in ("1", "2")
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    whole, parts = (
+        json.loads((tmp_path / out / "study.json").read_text().replace(str(tmp_path / out), "OUT"))
+        for out in ("whole", "s")
+    )
+    assert parts == whole
+    assert (whole["done"], len(whole["failed"])) == (5, 1)
 
 
 def test_the_slurm_script_has_the_command_without_its_own_flag(monkeypatch, capsys, tmp_path):
@@ -382,6 +442,8 @@ def test_rows_of_several_data_sets_are_not_compared(capsys):
     out = capsys.readouterr().out
     commands = [line for line in out.splitlines() if line.startswith("regard train")]
     assert len({line.partition(" --out ")[0] for line in commands}) == len(commands)  # none twice
+    assert run_command(["study", "twins", "no/such/folder", "--dry-run"]) == 2
+    assert "no/such/folder" in capsys.readouterr().err
     assert run_command(["study", "ag-main", "--dry-run"]) == 2
     assert "DATA" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import cyclopts
 
-from regard.errors import RegardError, Stopped, is_out_of_memory
+from regard.errors import RegardError, Stopped, StudyStopped, is_out_of_memory
 from regard.log import show_messages
 from regard.version import __version__
 
@@ -95,7 +95,7 @@ def run_command(tokens: Sequence[str]) -> int:
 
 def _explained(error: Exception) -> int:
     """Says in one line what went wrong, and returns the exit code."""
-    if isinstance(error, Stopped):
+    if isinstance(error, Stopped) and not isinstance(error, StudyStopped):
         _complain(f"{error}; its state is saved: continue with the same command and --resume")
         return error.exit_code
     if isinstance(error, RegardError):

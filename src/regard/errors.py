@@ -76,6 +76,18 @@ class Stopped(RegardError):  # noqa: N818 (no error: somebody asked for it)
         self.exit_code = 128 + signal_number
 
 
+class StudyStopped(Stopped):
+    """A signal asked a study to stop; its runs under way have saved their states.
+
+    Attributes:
+        step: the runs that are done.
+    """
+
+    def __init__(self, done: int, total: int, signal_number: int) -> None:
+        super().__init__(done, signal_number)
+        self.args = (f"stopped with {done} of {total} runs done; the same command continues",)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on the CPU or on an accelerator."""
     text = str(error)

@@ -124,7 +124,7 @@ def command(
     table = on_one_data_set(table, source)
     recipes, table = _recipes(table, train.recipe, flags)
     data = source or table.rows[0].data or table.data
-    _check_data(study, source, str(data))
+    _check_data(study, source, str(data), train.root)
     if out is None:
         out = Path("runs") / f"study-{table.key}-{Path(str(data)).stem}"
     words = [*train.words(), *(["--device", device] if device != "auto" else [])]
@@ -133,11 +133,7 @@ def command(
     if slurm is not None:
         return _print_script(slurm)
     if dry_run:
-        for run in part:
-            print(run)
-            if run.test:
-                print(shlex.join(["regard", *run.test]))
-        return 0
+        return _print_commands(part)
     study_now = _Study(table, runs, recipes, out)
     if json:
         with info_on_stderr():
@@ -190,16 +186,27 @@ def _recipes(
     return found, table
 
 
-def _check_data(study: str, source: str | None, data: str) -> None:
-    """Refuses a table's data set that is not one of those which are known by name.
+def _check_data(study: str, source: str | None, data: str, root: Path | None) -> None:
+    """Refuses data that is not there, before each run does.
 
     Raises:
-        UsageError: DATA has to be given.
+        UsageError: there is no such data, or DATA has to be given for a paper's table.
     """
-    from regard.data.sources import NAMES
+    from regard.data.sources import NAMES, open_data
 
-    if source is None and data not in NAMES and not Path(data).exists():
+    if data in NAMES or ":" in data or Path(data).expanduser().exists():
+        return
+    if source is None:
         raise UsageError(f"study {study} needs DATA: the {data} images, or others")
+    open_data(data, root=None if root is None else str(root))  # says what is wrong
+
+
+def _print_commands(runs: "list[PlannedRun]") -> int:
+    for run in runs:
+        print(run)
+        if run.test:
+            print(shlex.join(["regard", *run.test]))
+    return 0
 
 
 def _print_script(parts: int) -> int:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from regard.errors import Stopped, UsageError
+from regard.errors import StudyStopped, UsageError
 from regard.extras import require
 from regard.files import reason
 from regard.runs import PROGRESS
@@ -32,7 +32,7 @@ from regard.studies.runner import (
 
 RETRIES = 3  # of a run whose worker died
 _POLL = 0.5  # seconds between looks at the tasks
-_ELSEWHERE = "its results are not in a folder that this machine sees"
+_ELSEWHERE = "its folder lacks its results, or this machine does not see it"
 
 
 def run_on_ray(
@@ -40,6 +40,7 @@ def run_on_ray(
     *,
     address: str = "auto",
     cpus: float = 1,
+    python: Sequence[str] = (sys.executable, "-m", "regard"),
     after_each: Callable[[Progress], None] = lambda progress: None,
     meanwhile: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
@@ -49,10 +50,11 @@ def run_on_ray(
         runs: in the order in which they are submitted.
         address: of the cluster, or "auto" for the one of this machine.
         cpus: of each task, which gets a GPU too where the cluster has any.
+        python: what runs `regard` on the nodes.
         after_each, meanwhile: as for `run_all`.
 
     Raises:
-        Stopped: SIGINT or SIGTERM; the tasks are ended, and resume from their last states.
+        StudyStopped: SIGINT or SIGTERM; the tasks are ended, and resume from their last states.
         UsageError: Ray is not installed, or no cluster is there.
     """
     require("ray", "a study on Ray")
@@ -66,7 +68,7 @@ def run_on_ray(
     for run in progress.waiting:
         run.failure_file.unlink(missing_ok=True)
         run.progress_file.unlink(missing_ok=True)
-    pending = {task.remote(run, folder): run for run in progress.waiting}
+    pending = {task.remote(run, folder, list(python)): run for run in progress.waiting}
     with StopSignals() as stop:
         after_each(progress)
         while pending and not stop.number:
@@ -83,7 +85,7 @@ def run_on_ray(
         if stop.number:
             for each in pending:
                 ray.cancel(each, force=True)
-            raise Stopped(progress.done, stop.number)
+            raise StudyStopped(progress.done, progress.total, stop.number)
     return progress
 
 
@@ -111,7 +113,7 @@ def _failure(ray: Any, ready: Any, run: PlannedRun) -> str | None:
     return failure or (None if is_finished(run) else _ELSEWHERE)
 
 
-def _train(run: PlannedRun, working_directory: str) -> str | None:
+def _train(run: PlannedRun, working_directory: str, python: Sequence[str]) -> str | None:
     """In a worker: trains and tests one run; returns why it failed, or None."""
     os.chdir(working_directory)
     run.log.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +124,7 @@ def _train(run: PlannedRun, working_directory: str) -> str | None:
         tests = is_trained(run)
         with run.log.open("ab") as log:
             done = subprocess.run(
-                [sys.executable, "-m", "regard", *next_command(run)], stdout=log,
+                [*python, *next_command(run)], stdout=log,
                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
                 preexec_fn=partial(die_with, os.getpid()) if sys.platform == "linux" else None,
             )  # fmt: skip

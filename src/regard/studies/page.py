@@ -4,7 +4,7 @@ One self-contained file without scripts; it follows the reader's light or dark m
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from regard.evaluation.predictions import Floats
 from regard.evaluation.repeats import METRICS
 from regard.files import write_atomically
 from regard.papers import PAPERS
@@ -167,20 +168,19 @@ def learning_curves(rows: Sequence[RowResult]) -> dict[str, Any] | None:
     drawn = []
     for n, row in enumerate(rows):
         curves = [c for c in row.curves if c and key in c[0]]
-        if not curves:
-            continue
-        length = min(map(len, curves))
-        values = np.array([[point[key] for point in c[:length]] for c in curves])
-        epochs = [point["epoch"] for point in curves[0][:length]]
-        drawn.append((n, row.row.name, epochs, values))
+        if curves:
+            length = min(map(len, curves))
+            values = np.array([[point[key] for point in c[:length]] for c in curves])
+            drawn.append(
+                (n, row.row.name, [point["epoch"] for point in curves[0][:length]], values)
+            )
     if not drawn:
         return None
     last = max(epochs[-1] for _, _, epochs, _ in drawn)
-    values_of_all = np.concatenate([v.ravel() for *_, v in drawn])
-    low, high = float(values_of_all.min()), float(values_of_all.max())
-    step = _step(100 * (high - low)) / 100
-    low, high = step * math.floor(low / step), step * math.ceil(high / step + 1e-9)
-    high = max(high, low + step)
+    every = np.concatenate([values.ravel() for *_, values in drawn])
+    step = _step(100 * float(every.max() - every.min())) / 100
+    low = step * math.floor(every.min() / step)
+    high = max(step * math.ceil(every.max() / step - 1e-9), low + step)
     left, right, top, bottom = _CURVE
 
     def x(epoch: float) -> float:
@@ -189,25 +189,36 @@ def learning_curves(rows: Sequence[RowResult]) -> dict[str, Any] | None:
     def y(value: float) -> float:
         return bottom - (bottom - top) * (value - low) / (high - low)
 
-    lines = []
-    for n, name, epochs, values in drawn:
-        mean, least, most = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
-        upper = [f"{x(e):.1f},{y(v):.1f}" for e, v in zip(epochs, most, strict=True)]
-        lower = [f"{x(e):.1f},{y(v):.1f}" for e, v in zip(epochs, least, strict=True)]
-        lines.append({
-            "name": name, "color": n % len(COLORS), "runs": len(values),
-            "mean": " ".join(f"{x(e):.1f},{y(v):.1f}" for e, v in zip(epochs, mean, strict=True)),
-            "band": " ".join([*upper, *reversed(lower)]), "last": _percent(float(mean[-1])),
-            "points": [(x(e), y(v)) for e, v in zip(epochs, mean, strict=True)][:1]
-            if len(epochs) == 1 else [],
-        })  # fmt: skip
     marks = [low + step * i for i in range(round((high - low) / step) + 1)]
     apart = _step(last)
     return {
         "title": "Validation accuracy" if key == "val_accuracy" else "Training accuracy",
-        "lines": lines, "left": left, "right": right, "top": top, "bottom": bottom,
+        "lines": [_curve(*one, x, y) for one in drawn],
+        "left": left, "right": right, "top": top, "bottom": bottom,
         "y": [(y(m), f"{100 * m:.6g}") for m in marks],
         "x": [(x(apart * i), f"{apart * i:g}") for i in range(math.floor(last / apart + 1e-6) + 1)],
+    }  # fmt: skip
+
+
+def _curve(
+    n: int,
+    name: str,
+    epochs: list[float],
+    values: Floats,
+    x: Callable[[float], float],
+    y: Callable[[float], float],
+) -> dict[str, Any]:
+    """One row's mean and band, from its values (runs, epochs) and the axes."""
+
+    def points(heights: Floats) -> list[str]:
+        return [f"{x(e):.1f},{y(v):.1f}" for e, v in zip(epochs, heights, strict=True)]
+
+    mean = values.mean(axis=0)
+    return {
+        "name": name, "color": n % len(COLORS), "mean": " ".join(points(mean)),
+        "band": " ".join([*points(values.max(axis=0)), *reversed(points(values.min(axis=0)))]),
+        "last": _percent(float(mean[-1])),
+        "points": [(x(epochs[0]), y(mean[0]))] if len(epochs) == 1 else [],
     }  # fmt: skip
 
 

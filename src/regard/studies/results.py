@@ -309,7 +309,7 @@ def _row_dict(row: RowResult) -> dict[str, Any]:
         "network": row.row.network,
         "evaluation": dict(row.row.evaluation),
         "paper": dict(row.row.paper),
-        "parameters": row.facts.get("parameters"),
+        "parameters": int(row.facts["parameters"]) if "parameters" in row.facts else None,
         "length": None if row.length is None else asdict(row.length),
         "seeds": list(row.seeds),
         "values": row.values,

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from regard.errors import Stopped, UsageError
+from regard.errors import StudyStopped, UsageError
 from regard.files import plural
 from regard.log import clock
 from regard.runs import PROGRESS
@@ -81,7 +81,7 @@ def run_all(
         meanwhile: called several times a second, with how far the runs under way are.
 
     Raises:
-        Stopped: SIGINT or SIGTERM; the runs under way have saved their states.
+        StudyStopped: SIGINT or SIGTERM; the runs under way have saved their states.
         UsageError: fewer than one job.
     """
     if jobs < 1:
@@ -108,7 +108,7 @@ def run_all(
             for process in slots.values():
                 process.stop()
                 process.run.progress_file.unlink(missing_ok=True)
-            raise Stopped(progress.done, stop.number)
+            raise StudyStopped(progress.done, progress.total, stop.number)
     return progress
 
 
@@ -160,7 +160,7 @@ def failure_in(run: PlannedRun, code: int, tests: bool) -> str | None:
     if code < 0:
         return f"its process was ended by signal {-code}"
     if code == 0:
-        return "its results are not in a folder that this machine sees"
+        return "its folder lacks its results, or this machine does not see it"
     lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
     return lines[-1].removeprefix("regard: ") if lines else f"exit code {code}"
 
