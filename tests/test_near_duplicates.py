@@ -203,3 +203,35 @@ def test_the_same_answer_each_time(tmp_path):
     first = check_data(table).near_duplicates
     assert first == check_data(table, workers=2).near_duplicates
     assert len(first) == 3
+
+
+# ---- the page
+
+
+def test_the_page_shows_classes_pairs_and_odd_ones(tmp_path, capsys):
+    data = leaking(tmp_path / "data")
+    Image.new("RGB", (64, 64), (2, 2, 2)).save(data / "train/a/black <b>\udcff.png")
+    (data / "train/a/broken.png").write_bytes(b"no image")
+    page = tmp_path / "page.html"
+    regard("data", data, "--html", page)
+    regard("data", data, "--html", page)  # its own page is replaced
+    text = page.read_text(encoding="utf-8")
+    assert "http" not in text.replace("http-equiv", "")
+    assert text.count("data:image/jpeg") > 40
+    assert "black &lt;b&gt;\\udcff.png" in text
+    for part in ("different labels", "different splits", "Darkest", "Nearly empty", "broken.png"):
+        assert part in text
+    odd = text[text.index("Nearly empty") :]
+    assert odd.index("black") < odd.index(".png")  # the emptiest is first
+
+
+@pytest.mark.parametrize("name", ["a folder", "missing/page.html", "notes.txt"])
+def test_a_page_replaces_nothing_else(tmp_path, name, capsys):
+    data = leaking(tmp_path / "data")
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        main(["data", str(data), "--html", str(tmp_path / name)])
+    assert ended.value.code == 2
+    assert name in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "mine"

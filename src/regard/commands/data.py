@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from regard.commands.flags import SplitsFlag, naming_flags, progress_bar, require_data
+from regard.errors import UsageError
 
 if TYPE_CHECKING:
     from regard.data.audit import DataCheck
@@ -30,6 +31,7 @@ def command(
     root: Path | None = None,
     near_duplicates: bool = True,
     keep_together: Annotated[bool, Parameter(negative=())] = False,
+    html: Path | None = None,
     json: bool = False,
 ) -> int:
     """Check a data set before training: counts, sizes, faults, leakage.
@@ -58,10 +60,14 @@ def command(
         brightened, mirrored, or with other burnt-in text.
     keep_together
         Put near-duplicates into the same split, where splits are made.
+    html
+        Write the check as a page with pictures to this file.
     json
         Print JSON.
     """
     require_data(source)
+    if html is not None:
+        _check_page(html)
     from regard.data import assign_splits, check_data, open_data
     from regard.data.near_duplicates import grouped_by_content
 
@@ -79,7 +85,24 @@ def command(
                 near_duplicates=near_duplicates,
             )  # fmt: skip
     print_check(check, as_json=json)
+    if html is not None:
+        from regard.report.data_page import write_data_page
+
+        write_data_page(table, check, html)
+        if not json:
+            print(f"the page: {html}")
     return 0
+
+
+def _check_page(path: Path) -> None:
+    """Refuses a page that can't be written, or that would replace something else, at once."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        kind = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise UsageError(f"--html {path}: {kind}")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(15).lower() != b"<!doctype html>":
+                raise UsageError(f"--html {path}: this file is no page; it is not replaced")
 
 
 # ---- showing it

@@ -19,7 +19,7 @@ def thumbnail(pixels: NDArray[Any], side: int = SIDE) -> NDArray[np.uint8]:
     highest finite value.
     """
     if pixels.dtype != np.uint8:
-        pixels = _as_8_bit(pixels, side)
+        pixels = as_8_bit(pixels, max(1, min(pixels.shape[:2]) // (4 * side)))
     image = Image.fromarray(
         np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     )
@@ -28,8 +28,8 @@ def thumbnail(pixels: NDArray[Any], side: int = SIDE) -> NDArray[np.uint8]:
     return np.asarray(small)
 
 
-def _as_8_bit(pixels: NDArray[Any], side: int) -> NDArray[np.uint8]:
-    step = max(1, min(pixels.shape[:2]) // (4 * side))  # large images: every step-th pixel
+def as_8_bit(pixels: NDArray[Any], step: int = 1) -> NDArray[np.uint8]:
+    """Values stretched from the lowest to the highest finite one; every step-th pixel."""
     values = pixels[::step, ::step].astype(np.float64)
     finite = np.isfinite(values)
     if not finite.any():
