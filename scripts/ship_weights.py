@@ -210,7 +210,7 @@ def update_index(root: Path, name: str, found: Evaluation, facts: dict[str, Any]
         "size": (folder / "model.safetensors").stat().st_size,
         "data": facts["data"], "images": found.n,
         "accuracy": top1.value, "low": top1.low, "high": top1.high,
-        "answer": answer(folder),
+        "answer": answer(folder), "start": bool(facts.get("start")),
     }  # fmt: skip
     write_text(path, json.dumps(index, indent=1) + "\n")
 

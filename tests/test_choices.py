@@ -48,7 +48,7 @@ def arrays(height: int, width: int, channels: int = 1, labels=(0, 0, 0, 1, 1, 2)
 
 
 def chosen(name: str, recipe: Recipe, table: ImageTable, pretrained: bool = False):
-    preprocess, arguments = choose_preprocess(name, {}, recipe, table, pretrained)
+    preprocess, arguments = choose_preprocess(name, {}, recipe, table, lambda height: pretrained)
     _, arguments = choose_stem(
         name, arguments, preprocess.input_size[1], pretrained=pretrained, weights=None
     )
@@ -158,7 +158,7 @@ def test_preprocessing_is_the_recipes():
     table = arrays(64, 64, 3)
 
     def made(**values):
-        return choose_preprocess("cbam_resnet18", {}, Recipe(**values), table, False)[0]
+        return choose_preprocess("cbam_resnet18", {}, Recipe(**values), table, lambda _: False)[0]
 
     assert (made(crop_pct=0.9).resize, made(crop_pct=0.9).crop_pct) == ("crop", 0.9)
     for resize in ("squash", "pad"):  # the whole image
@@ -277,7 +277,7 @@ def test_trying_the_size_changes_nothing():
 def test_pretrained_weights_without_a_network_are_one_line(tmp_path):
     process = subprocess.run(
         [sys.executable, "-m", "regard", "train", "digits", "--model", "cbam_resnet18",
-         "--pretrained", "--size", "32", "--out", str(tmp_path / "run")],
+         "--pretrained", "yes", "--size", "32", "--out", str(tmp_path / "run")],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip

@@ -4,7 +4,7 @@ import json as json_module
 import logging
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,6 +122,11 @@ def command(
         raise UsageError(f"--jobs {jobs}: not used with --ray, whose cluster deals out the runs")
     table = choose_rows(open_study(study, model), rows or [])
     table = on_one_data_set(table, source)
+    start_alike = flags.pretrained is None and all(
+        "pretrained" not in r.changes for r in table.rows
+    )
+    if start_alike:
+        flags = replace(flags, pretrained="no")
     recipes, table = _recipes(table, train.recipe, flags)
     data = source or table.rows[0].data or table.data
     _check_data(study, source, str(data), train.root)
@@ -134,6 +139,9 @@ def command(
         return _print_script(slurm)
     if dry_run:
         return _print_commands(part)
+    if start_alike:
+        with info_on_stderr():
+            log.info("all runs start from random weights, alike; --pretrained yes changes that")
     study_now = _Study(table, runs, recipes, out)
     if json:
         with info_on_stderr():

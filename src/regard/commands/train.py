@@ -56,7 +56,6 @@ def command(
     out: Path | None = None,
     resume: Annotated[bool, Parameter(negative=())] = False,
     weights: Path | None = None,
-    pretrained: Annotated[bool, Parameter(negative=())] = False,
     root: Path | None = None,
     splits: SplitsFlag = "auto",
     arg: Annotated[list[str] | None, Parameter(negative=())] = None,
@@ -85,8 +84,6 @@ def command(
         Continue the run in that folder from its last saved state.
     weights
         Start from the network of a run's folder, or from an authors' checkpoint.
-    pretrained
-        Start from timm's pretrained weights; CBAM and SE networks are grafted onto them.
     root
         Folder of cifar10 and cifar100.
     splits
@@ -104,8 +101,8 @@ def command(
     changes = {k: v for k, v in vars(flags).items() if v is not None}
     with naming_flags():
         train(
-            source, model=model, recipe=recipe, out=out, resume=resume, weights=weights,
-            pretrained=pretrained, root=root, splits=splits,
+            source, model=model, recipe=recipe, out=out, resume=resume, weights=weights, root=root,
+            splits=splits,
             model_args=parse_arguments(arg or []), trackers=log or ("tensorboard",), device=device,
             **changes,
         )  # fmt: skip
@@ -120,7 +117,6 @@ def train(
     out: str | Path | None = None,
     resume: bool = False,
     weights: str | Path | None = None,
-    pretrained: bool = False,
     root: str | Path | None = None,
     splits: str = "auto",
     model_args: Mapping[str, Any] | None = None,
@@ -139,14 +135,13 @@ def train(
         out: the run's folder (default: runs/DATA-MODEL).
         resume: resume the run in that folder from its last saved state.
         weights: a run's folder or an authors' checkpoint to start from.
-        pretrained: start from timm's pretrained weights; for a CBAM or SE ResNet those of the
-            plain network.
         root: the folder that holds cifar10 and cifar100.
         splits: whether a folder's top folders are splits: yes, no, or auto.
         model_args: arguments of the network, which override the recipe's.
         trackers: experiment trackers: tensorboard, wandb, mlflow, ...; "none" for none.
         device: cpu, cuda, mps, xpu, or auto for this machine's accelerator.
-        changes: values of the recipe's fields, which override the recipe's.
+        changes: values of the recipe's fields, which override the recipe's, such as
+            pretrained="no".
 
     Returns:
         The run's folder.
@@ -166,7 +161,7 @@ def train(
     try:
         folder = run.train(
             data, model=model, recipe=recipe, out=out, resume=resume, weights=weights,
-            pretrained=pretrained, root=root, splits=splits, model_args=model_args,
+            root=root, splits=splits, model_args=model_args,
             trackers=trackers, device=device, **changes,
         )  # fmt: skip
     except RegardError as error:

@@ -27,6 +27,7 @@ from regard.files import reason
 from regard.models._common import GATE_ARGUMENTS, IMAGENET_CFG, choose, fitted
 from regard.models._shipped import generate_default_cfgs, register_model
 from regard.models.cbam import CBAM, SE, start_neutral
+from regard.models.hub import cached_weights
 from regard.models.initialization import initialize, initialized_by_name
 
 
@@ -152,9 +153,11 @@ def _create(
 def _load_pretrained_plain(model: ResNet, base: str) -> None:
     """Loads timm's pretrained weights of the plain network and starts the gates neutral."""
     try:
+        file = cached_weights(base)  # then the hub need not be asked
         source = timm.create_model(
-            base, pretrained=True, num_classes=model.num_classes, in_chans=model.in_chans
-        )
+            base, pretrained=True, num_classes=model.num_classes, in_chans=model.in_chans,
+            pretrained_cfg_overlay=None if file is None else {"file": str(file)},
+        )  # fmt: skip
     except Exception as error:
         raise FileError(
             f"timm's pretrained weights of {base} can't be loaded: {reason(error, 300)}"

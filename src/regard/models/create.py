@@ -13,11 +13,12 @@ from torch import nn
 from regard.attention import attention_kinds
 from regard.errors import FileError, UsageError
 from regard.files import reason, shortened
-from regard.models import create_model
+from regard.models import create_model, list_models
 from regard.models.cbam import CBAM, SE
 from regard.models.graft import graft as insert
+from regard.models.hub import cached_weights
 from regard.models.initialization import preserved_rng_state
-from regard.models.io import check_loadable, load_model
+from regard.models.io import check_loadable, find_folder, load_model
 from regard.models.original_weights import load_authors_weights
 from regard.models.zoo import twins_of
 
@@ -76,7 +77,7 @@ def make_model(
         classes: their number.
         input_size: (C, H, W).
         pretrained: start from timm's pretrained weights, of the plain network where it has one.
-        weights: a run's folder or an authors' checkpoint to start from.
+        weights: a run's folder, shipped weights or an authors' checkpoint to start from.
         class_names: of the classes, for a folder that has others.
         graft: "se" or "cbam": the attention that is inserted into the network of these weights.
 
@@ -89,6 +90,8 @@ def make_model(
     takes_plain = timm.is_model(name) and _has_plain(name)
     if pretrained:
         asked["pretrained_plain" if takes_plain else "pretrained"] = True
+        if not takes_plain and (file := cached_weights(name)) is not None:
+            asked["pretrained_cfg_overlay"] = {"file": str(file)}  # the hub need not be asked
     try:
         model = make(name, asked)
     except (RuntimeError, OSError) as error:
@@ -98,7 +101,7 @@ def make_model(
             f"pretrained weights of {name} can't be loaded ({reason(error)})"
         ) from error
     check_size(model, name, input_size)
-    source = None if weights is None else Path(weights)
+    source = None if weights is None else find_folder(weights) or Path(weights)
     gated = graft != "none" and source is not None and source.is_dir() and _has_gates(source)
     if gated:  # weights of a network into which attention was inserted before
         model = _grafted(model, graft)
@@ -146,6 +149,20 @@ def check_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) ->
         raise UsageError(told) from error
     finally:
         model.train(training)
+
+
+def plain_source(name: str) -> str | None:
+    """The network of timm's whose pretrained weights `name` starts from; None: there is none.
+
+    >>> plain_source("cbam_resnet50"), plain_source("resnet18"), plain_source("attention56")
+    ('resnet50', 'resnet18', None)
+    """
+    if not timm.is_model(name):
+        return None
+    if _has_plain(name):
+        return twins_of(name)["plain"].removeprefix("plain_")
+    ours = name.partition(".")[0] in list_models()
+    return name if timm.is_model_pretrained(name) and not ours else None
 
 
 def _has_plain(name: str) -> bool:

@@ -83,6 +83,7 @@ def _summary(plan: dict[str, Any], facts: dict[str, Any], recipe: dict[str, Any]
     return {
         "Network": f"{plan['model']}, {facts['parameters']:,} parameters, input {c}x{h}x{w}",
         "Images": f"{plan['data']}: {counts}",
+        "Starting weights": plan.get("start", ""),
         "Training": f"{plural(facts['steps'], 'step')}, batch size {recipe['batch_size']} "
         f"({facts['epochs']:.3g} epochs) in {facts['seconds']:.0f} s on {facts['device']}, "
         f"{plural(facts['threads'], 'thread')}, seed {recipe['seed']}",

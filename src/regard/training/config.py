@@ -207,6 +207,11 @@ class Recipe:
         "network's answers stay the same.",
     )  # fmt: skip
 
+    pretrained: Literal["auto", "yes", "no"] = _field(
+        "no", "Run",
+        "Start from pretrained weights; auto: timm's weights of the plain network (from the local "
+        "cache or the hub), else Regard's own where they fit, else random ones.",
+    )  # fmt: skip
     select: Literal["best", "last"] = _field(
         "best", "Run", "Weights to keep: of the best epoch on validation images, or the last."
     )

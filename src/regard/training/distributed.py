@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +12,7 @@ from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, 
 from regard.errors import RegardError, UsageError
 from regard.machine import choose_device
 
+T = TypeVar("T")
 ASK_SECONDS = 1.0  # between the processes' asking each other whether to stop or to save
 MOST_STEPS = 50  # and the most steps, as a step may become slower than those before
 
@@ -85,6 +86,24 @@ def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> None:
         error = broadcast_object_list([error], from_process=0)[0]
     if error is not None:
         raise error
+
+
+def decided_on_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """What `decide` returns in the first process, for all of them.
+
+    Raises:
+        RegardError: as `decide` does.
+    """
+    decided: list[Any] = [None]
+
+    def work() -> None:
+        decided[0] = decide()
+
+    on_main(accelerator, work)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(decided, from_process=0)
+    result: T = decided[0]
+    return result
 
 
 def gathered(accelerator: Accelerator, value: Any) -> list[Any]:

@@ -46,13 +46,10 @@ def write_model_card(
 
 def _network(plan: Plan, facts: dict[str, Any]) -> str:
     c, h, w = plan.preprocess.input_size
-    start = "timm's pretrained weights" if plan.pretrained else "random weights"
-    if plan.weights is not None:
-        start = f"the weights of `{plan.weights}`"
     return (
         f"An image classification network with {facts['parameters']:,} parameters, for images of "
-        f"{c} x {h} x {w} (channels, height, width). Training started from {start} and took "
-        f"{facts['steps']:,} steps ({facts['epochs']:.3g} epochs). The weights are those of "
+        f"{c} x {h} x {w} (channels, height, width). Training started from {plan.start} and "
+        f"took {facts['steps']:,} steps ({facts['epochs']:.3g} epochs). The weights are those of "
         f"epoch {facts['selected']['epoch']:.4g} (selected: {facts['selected']['by']})."
     )
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "cbam_resnet18"
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
+CIFAR_STEM_UP_TO = 48  # pixels; timm's weights are for larger images
 CPU_SIZE = 128  # the largest that is chosen without a GPU; --size takes any
-CIFAR_STEM_UP_TO = 48  # pixels
 
 
 def choose_model(
@@ -63,15 +63,20 @@ def choose_preprocess(
     arguments: Mapping[str, Any],
     recipe: Recipe,
     table: ImageTable,
-    pretrained: bool,
+    starts_pretrained: Callable[[int], bool],
 ) -> tuple[Preprocess, dict[str, Any]]:
     """The preprocessing by recipe, network and data, and the network's arguments.
+
+    Args:
+        name, arguments: the network.
+        recipe: of the run.
+        table: its images.
+        starts_pretrained: whether images of this height are for weights of color images.
 
     Raises:
         UsageError: no image of a sample can be read.
     """
     seen = survey(table)
-    channels = recipe.channels or (3 if pretrained else seen.channels)
     cfg = timm.models.get_pretrained_cfg(name)
     default = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
     arguments = dict(arguments)
@@ -81,6 +86,8 @@ def choose_preprocess(
             arguments.setdefault("img_size", height if height == width else (height, width))
     else:
         height, width = _size(recipe, default, seen.shorter_sides)
+    wanted = 3 if starts_pretrained(height) else seen.channels
+    channels = recipe.channels or wanted
     in_chans = int(arguments.pop("in_chans", channels))
     mean, std = (0.5,) * in_chans, (0.25,) * in_chans
     if cfg is not None and len(cfg.mean) == in_chans:

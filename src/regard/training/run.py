@@ -33,7 +33,7 @@ from regard.training.build import build_loader, build_model, build_trainer
 from regard.training.checkpoint import Checkpoints
 from regard.training.compile import choose_compiled
 from regard.training.config import Recipe, load_recipe, recipe_toml
-from regard.training.distributed import Requests, on_main, start_accelerator
+from regard.training.distributed import Requests, decided_on_main, on_main, start_accelerator
 from regard.training.finish import finish_run, run_facts, tested_split
 from regard.training.lock import Lock
 from regard.training.loop import Trainer
@@ -57,7 +57,6 @@ def train(
     out: str | Path | None = None,
     resume: bool = False,
     weights: str | Path | None = None,
-    pretrained: bool = False,
     root: str | Path | None = None,
     splits: str = "auto",
     model_args: Mapping[str, Any] | None = None,
@@ -71,9 +70,11 @@ def train(
         logging.getLogger("regard").setLevel(logging.ERROR)
     trackers = check_trackers(trackers)
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if isinstance(changes.get("pretrained"), bool):  # as timm's functions take it
+        changes["pretrained"] = "yes" if changes["pretrained"] else "no"
     chosen = base.changed(**changes)
     asked = Request(
-        data=str(data), model=model, recipe=chosen, pretrained=pretrained,
+        data=str(data), model=model, recipe=chosen,
         weights=None if weights is None else str(weights),
         root=None if root is None else str(root), splits=splits,
         model_args=dict(model_args or {}), base=base,
@@ -92,7 +93,7 @@ def train(
             return folder.path
     else:
         folder.refuse_others()
-        plan, table = new_plan(asked, world)
+        plan, table = new_plan(asked, world, lambda decide: decided_on_main(accelerator, decide))
     for warning in table.warnings:
         log.info(f"note: {warning}")
     Run(plan, table, folder, accelerator, trackers).go()

@@ -1,8 +1,10 @@
 """What a run is: decided from arguments and data for a new one, read from its folder to resume."""
 
 import dataclasses
+import logging
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,9 @@ from regard.training.plan import (
     own_recipe,
     plain_twin,
 )
+from regard.training.start import Start, choose_start
+
+log = logging.getLogger(__name__)
 
 # fields of a recipe that may differ when a run is resumed: they change no result
 OPERATIONAL = ("workers", "save_minutes")
@@ -36,7 +41,6 @@ class Request:
     model: str | None
     recipe: Recipe
     weights: str | None
-    pretrained: bool
     root: str | None
     splits: str  # as for `open_data`
     model_args: dict[str, Any]
@@ -52,11 +56,12 @@ class Plan:
     Attributes:
         data, root: where the images are.
         model, model_args: the network.
-        weights, pretrained: what its weights start from.
+        weights, pretrained: what its weights start from, as decided when the run was started.
         recipe: how it is trained; `accumulate` fits the processes that train now.
         classes: names, in the order of the outputs.
         preprocess: from an image to the network's input.
         processes: how many trained when the run was started.
+        start: what its weights start from, in words.
     """
 
     data: str
@@ -69,6 +74,7 @@ class Plan:
     classes: list[str]
     preprocess: Preprocess
     processes: int = 1
+    start: str = "random weights"
 
     @property
     def network(self) -> str:
@@ -80,15 +86,22 @@ class Plan:
         """The comment at the top of the run's recipe.toml: what it is, and the command."""
         command = " ".join(shlex.quote(a) for a in sys.argv[1:])
         first = f"The recipe of this run, every value resolved: {self.network} on {self.data}"
-        start = " --pretrained" * self.pretrained
-        if self.weights is not None:
-            start += f" --weights {shlex.quote(self.weights)}"
+        start = "" if self.weights is None else f" --weights {shlex.quote(self.weights)}"
         again = f"regard train {shlex.quote(self.data)} --recipe THIS_FILE{start}"
         return f"{first}\nregard {command}\nThe same run again: {again}"
 
 
-def new_plan(asked: Request, processes: int) -> tuple[Plan, ImageTable]:
+def new_plan(
+    asked: Request,
+    processes: int,
+    agreed: Callable[[Callable[[], Start]], Start] = lambda decide: decide(),
+) -> tuple[Plan, ImageTable]:
     """The plan of a new run, and its images with their splits.
+
+    Args:
+        asked: for what.
+        processes: how many train it.
+        agreed: has one of them decide what the run starts from, for all.
 
     Raises:
         UsageError: the data can't be used, or there is no such network.
@@ -96,17 +109,28 @@ def new_plan(asked: Request, processes: int) -> tuple[Plan, ImageTable]:
     recipe = asked.recipe
     table = choose_splits(open_data(asked.data, root=asked.root, splits=asked.splits), recipe)
     name, arguments = choose_model(asked.model, recipe, asked.model_args)
-    preprocess, arguments = choose_preprocess(name, arguments, recipe, table, asked.pretrained)
-    height = preprocess.input_size[1]
+    decided: list[Start] = []
+
+    def starts_pretrained(height: int) -> bool:
+        decided.append(
+            agreed(lambda: choose_start(name, arguments, recipe, height, table, asked.weights))
+        )
+        return decided[0].pretrained
+
+    preprocess, arguments = choose_preprocess(name, arguments, recipe, table, starts_pretrained)
+    start = decided[0]
+    log.info(f"starts from {start.words}")
     name, arguments = choose_stem(
-        name, arguments, height, pretrained=asked.pretrained, weights=asked.weights
-    )
+        name, arguments, preprocess.input_size[1], pretrained=start.pretrained,
+        weights=asked.weights,
+    )  # fmt: skip
+    recipe = recipe.changed(pretrained="yes" if start.pretrained else "no")
     images = int(np.count_nonzero(table.splits == "train"))
     recipe = own_recipe(recipe, name, arguments, preprocess)
     recipe = fit_schedule(recipe, asked.base, asked.changes, images, processes)
     plan = Plan(
-        asked.data, asked.root, name, arguments, asked.weights, asked.pretrained, recipe,
-        table.classes, preprocess, processes,
+        asked.data, asked.root, name, arguments, start.weights, start.pretrained, recipe,
+        table.classes, preprocess, processes, start.words,
     )  # fmt: skip
     return plan, table
 
@@ -129,8 +153,9 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
         "data": (stored["data"], same_place(stored, asked.data)),
         "model": (stored["model"], model),
         "weights": (stored["weights"], asked.weights or stored["weights"]),
-        "pretrained": (stored["pretrained"], asked.pretrained or stored["pretrained"]),
     }
+    if given.pop("pretrained", "auto") == "yes":  # auto was decided when the run was started
+        now["pretrained"] = ("yes" if stored["pretrained"] else "no", "yes")
     now |= {
         name: (getattr(recipe, name), value)
         for name, value in given.items()
@@ -151,7 +176,7 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
     return Plan(
         asked.data, stored["root"], stored["model"], stored["model_args"], stored["weights"],
         stored["pretrained"], recipe, stored["classes"], Preprocess(**values),
-        stored.get("processes", processes),
+        stored.get("processes", processes), stored.get("start", "random weights"),
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ class Weights:
         data: the images that they were trained on, in words.
         images, accuracy, low, high: images tested, top-1 accuracy and its 95 % interval.
         answer: probabilities for `scripts/ship_weights.py`'s test image.
+        start: whether trainings on other images may start from them unasked.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Weights:
     low: float
     high: float
     answer: tuple[float, ...]
+    start: bool = False
 
     @property
     def architecture(self) -> str:

@@ -1,0 +1,117 @@
+"""The weights that a run starts from, decided once, when it is started.
+
+With `pretrained="auto"`: timm's weights of the plain network, from the local cache or the hub;
+else weights that come with Regard, where they fit; else random ones.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+
+from regard.data.content import content_hashes
+from regard.data.table import ImageTable
+from regard.errors import FileError
+from regard.models._common import GATE_ARGUMENTS
+from regard.models.create import plain_source
+from regard.models.hub import fetch_weights
+from regard.trained_on import known_images
+from regard.training.config import Recipe
+from regard.training.plan import CIFAR_STEM_UP_TO, choose_stem
+from regard.weights import Weights, shipped
+
+log = logging.getLogger(__name__)
+
+_NEUTRAL = ("drop_rate", "drop_path_rate", "zero_init_last", "img_size", "global_pool", "in_chans")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        pretrained: whether the network is made with pretrained weights.
+        weights: a run's folder, an authors' checkpoint or shipped weights, or None.
+        words: what it is, for people.
+    """
+
+    pretrained: bool
+    weights: str | None
+    words: str
+
+
+def choose_start(
+    name: str,
+    arguments: Mapping[str, Any],
+    recipe: Recipe,
+    height: int,
+    table: ImageTable,
+    weights: str | None = None,
+) -> Start:
+    """What a new run starts from; with "auto" it is looked for.
+
+    Args:
+        name, arguments: the network.
+        recipe: its `pretrained` is yes, no or auto.
+        height: of the images, in pixels.
+        table: the run's images, with their splits.
+        weights: a run's folder or an authors' checkpoint to start from, or None.
+    """
+    if weights is not None:
+        return Start(recipe.pretrained == "yes", weights, f"the weights of {weights}")
+    if recipe.pretrained == "yes":
+        return Start(True, None, f"the pretrained weights of {plain_source(name) or name}")
+    if recipe.pretrained == "no":
+        return Start(False, None, "random weights")
+    reasons = []
+    if (base := plain_source(name)) is not None:
+        why = _unfit(name, arguments, height)
+        if why is None:
+            try:
+                origin = fetch_weights(base)
+                tag = timm.models.get_pretrained_cfg(base).tag
+                return Start(True, None, f"timm's weights {base}.{tag}, from {origin}")
+            except FileError as error:
+                why = str(error)
+        reasons.append(f"timm's weights of {base}: {why}")
+    for each in (w for w in shipped().values() if w.architecture == name and w.start):
+        _, own = choose_stem(name, arguments, height, pretrained=False, weights=None)
+        if (why := _unfit_shipped(each, own, height, table)) is None:
+            return Start(False, each.name, f"Regard's own weights {each.name}")
+        reasons.append(f"{each.name}: {why}")
+    return Start(False, None, f"random weights ({'; '.join(reasons) or 'there are none to take'})")
+
+
+def _unfit(name: str, arguments: Mapping[str, Any], height: int) -> str | None:
+    """Why timm's weights are not taken, or None."""
+    if height <= CIFAR_STEM_UP_TO:
+        return f"they are for images larger than {CIFAR_STEM_UP_TO} pixels"
+    neutral = {*_NEUTRAL, *GATE_ARGUMENTS}
+    changed = [
+        k for k, v in arguments.items() if k not in neutral and (k, v) != ("stem", "imagenet")
+    ]
+    return f"they do not fit {', '.join(changed)}" if changed else None
+
+
+def _unfit_shipped(
+    found: Weights, arguments: Mapping[str, Any], height: int, table: ImageTable
+) -> str | None:
+    """Why shipped weights are not taken, or None."""
+    free = ("num_classes", "in_chans", "global_pool")
+    trained = {k: v for k, v in found.config.get("model_args", {}).items() if k not in free}
+    asked = {k: v for k, v in arguments.items() if k not in free}
+    if {k: _plain(v) for k, v in trained.items()} != {k: _plain(v) for k, v in asked.items()}:
+        return "they are of other arguments"
+    size = found.pretrained_cfg()["input_size"][1]
+    if not size / 2 <= height <= 2 * size:
+        return f"they are for images of {size} pixels"
+    known = known_images(found.folder)
+    if known is not None and (known.splits_of(content_hashes(table)) != "").any():
+        return "they were trained or tested with images of this data"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,183 @@
+"""What trainings start from: the hub, the cache, Regard's own weights, or random ones."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save
+
+import regard
+from regard import weights
+from regard.cli import run_command
+from regard.data.sources import open_data
+from regard.data.splits import assign_splits
+from regard.models import hub
+from regard.models.create import make_model
+from regard.training.config import Recipe, load_recipe
+from regard.training.start import choose_start
+from tests.helpers import QUICK, messages
+from tests.hub import Hub, point_at, seconds_of
+from tests.test_weights import add, elsewhere  # noqa: F401 (a fixture)
+
+AUTO = Recipe(pretrained="auto")
+FILE = "timm/resnet18.a1_in1k/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def table():
+    return assign_splits(open_data("digits"), val=0.1, test=0.1, seed=0)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A hub that has random weights of timm's resnet18."""
+    running = Hub()
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet18")
+    running.files[FILE] = save(plain.state_dict())
+    running.plain = plain.eval()
+    point_at(running.url, tmp_path / "cache", monkeypatch)
+    yield running
+    if not running.stopped.is_set():
+        running.close()
+
+
+def started(name, table, height=64, recipe=AUTO, **arguments):
+    return choose_start(name, arguments, recipe, height, table)
+
+
+def test_a_hub_is_asked_once_and_its_weights_are_grafted(served, table):
+    start = started("cbam_resnet18", table)
+    assert (start.pretrained, start.weights) == (True, None)
+    assert "resnet18.a1_in1k" in start.words
+    assert "hub" in start.words
+    asked = len(served.asked)
+    served.close()
+    for name in ("cbam_resnet18", "plain_resnet18", "resnet18"):
+        start = started(name, table)
+        assert start.pretrained
+        assert "cache" in start.words
+        model = make_model(name, {}, 1000, (3, 64, 64), True, None).eval()
+        x = torch.rand(2, 3, 64, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), served.plain(x))
+    assert len(served.asked) == asked
+
+
+def test_a_slow_hub_a_dead_one_and_none_cost_no_time(served, table, monkeypatch):
+    monkeypatch.setattr(hub, "SECONDS", 0.5)
+    served.delay = 60
+    took, start = seconds_of(lambda: started("cbam_resnet18", table))
+    assert not start.pretrained
+    assert start.words.startswith("random")
+    assert 0.4 < took < 5
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{free.getsockname()[1]}"
+    point_at(dead, Path("/nowhere"), monkeypatch)
+    took, start = seconds_of(lambda: started("cbam_resnet18", table))
+    assert "can't be reached" in start.words
+    assert took < 5
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in started("cbam_resnet18", table).words
+
+
+@pytest.mark.parametrize(
+    ("name", "height", "arguments"),
+    [("cbam_resnet18", 32, {}), ("cbam_resnet18", 64, {"channels": [8, 8, 8, 8]}),
+     ("attention56", 224, {}), ("wide_resnet18_2", 224, {})],
+)  # fmt: skip
+def test_where_timms_weights_do_not_fit_the_hub_is_not_asked(
+    served, table, name, height, arguments
+):
+    start = choose_start(name, arguments, AUTO, height, table)
+    assert (start.pretrained, start.weights) == (False, None)
+    assert served.asked == []
+
+
+def test_only_quick_and_finetune_look_for_weights_unasked():
+    chosen = {name: load_recipe(name).pretrained for name in ("quick", "finetune")}
+    assert set(chosen.values()) == {"auto"}
+    for name in ("attention-cifar", "cbam-imagenet", "ag-sononet", "demo", "cbam-cifar"):
+        assert load_recipe(name).pretrained == "no"
+
+
+def mark(folder: Path, name: str) -> None:
+    """Lets trainings start from these weights."""
+    path = folder / weights.INDEX
+    index = json.loads(path.read_text())
+    index[name]["start"] = True
+    path.write_text(json.dumps(index))
+
+
+def test_own_weights_are_taken_where_they_fit(elsewhere, table):  # noqa: F811
+    arguments = {"channels": [8, 8, 8, 16, 16]}
+    name = "attention56_cifar.small"
+    model = add(elsewhere, name, **arguments)
+    assert started("attention56_cifar", table, 32, **arguments).weights is None  # not marked
+    mark(elsewhere, name)
+    start = started("attention56_cifar", table, 32, **arguments)
+    assert (start.pretrained, start.weights) == (False, name)
+    made = make_model("attention56_cifar", arguments, 3, (3, 32, 32), False, name)
+    assert torch.equal(made.conv1.weight, model.conv1.weight)
+    assert made.num_classes == 3
+    assert started("attention56_cifar", table, 32).weights is None  # other arguments
+    assert started("attention56_cifar", table, 96, **arguments).weights is None  # larger images
+    assert started("attention56_cifar", table, 32, Recipe(), **arguments).weights is None
+
+
+def test_own_weights_that_saw_the_images_are_not_taken(elsewhere, table):  # noqa: F811
+    mark(elsewhere, "ag_sononet8.digits")
+    start = started("ag_sononet8", table, 48)
+    assert start.weights is None
+    assert "images of this data" in start.words
+
+
+def test_a_run_decides_once_and_says_what_it_took(elsewhere, scans, tmp_path):  # noqa: F811
+    add(elsewhere, "ag_sononet8.small", num_classes=3)
+    config = elsewhere / "ag_sononet8.small/config.json"
+    content = json.loads(config.read_text())
+    content["pretrained_cfg"]["input_size"] = [1, 16, 16]
+    config.write_text(json.dumps(content))
+    index = json.loads((elsewhere / weights.INDEX).read_text())
+    index["ag_sononet8.small"]["sha256"]["config.json"] = weights.sha256_of(config)
+    (elsewhere / weights.INDEX).write_text(json.dumps(index))
+    mark(elsewhere, "ag_sononet8.small")
+    out = tmp_path / "run"
+    call = ["train", str(scans), *QUICK, "--out", str(out), "--epochs", "1"]
+    with messages() as said:
+        assert run_command(call) == 0
+    assert sum("starts from Regard's own weights ag_sononet8.small" in line for line in said) == 1
+    plan = json.loads((out / "run.json").read_text())["plan"]
+    assert (plan["weights"], plan["pretrained"]) == ("ag_sononet8.small", False)
+    for file in ("README.md", "report.html"):
+        assert "ag_sononet8.small" in (out / file).read_text(encoding="utf-8")
+    assert 'pretrained = "no"' in (out / "recipe.toml").read_text()
+    assert "--weights ag_sononet8.small" in (out / "recipe.toml").read_text()
+    with messages() as said:
+        assert run_command([*call, "--resume", "--pretrained", "auto"]) == 0
+    assert not any("starts from" in line for line in said)
+    assert run_command([*call, "--resume", "--pretrained", "yes"]) == 2
+
+
+def test_a_study_starts_all_its_runs_alike(capsys):
+    call = ["study", "twins", "digits", "--dry-run", "--seeds", "1", "--size", "32"]
+    assert run_command(call) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all("--pretrained no" in line for line in lines)
+    assert run_command([*call, "--pretrained", "auto"]) == 0
+    assert all("--pretrained auto" in line for line in capsys.readouterr().out.splitlines())
+
+
+def test_python_takes_true_and_words(scans, tmp_path):
+    options = {"out": tmp_path / "r", "model": "ag_sononet8", "size": 16, "epochs": 0.2}
+    options["channels"] = 1
+    with pytest.raises(ValueError, match="pretrained='maybe'"):
+        regard.train(scans, pretrained="maybe", **options)
+    with messages() as said:
+        regard.train(scans, pretrained=False, faithfulness_images=0, **options)
+    assert any("starts from random weights" in line for line in said)
