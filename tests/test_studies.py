@@ -396,10 +396,11 @@ def test_a_recipe_of_ones_own_trains_all_rows(command, tmp_path, capsys):
         assert "--epochs 10" in line
     with (tmp_path / "gates.toml").open("a") as file:
         file.write('recipe = "demo"\nchanges = { lr = 0.02, nesterov = false }\n')
-    command("--recipe", "attention-cifar", "--dry-run", "--root", "d", "--pretrained")
+    command("--recipe", "attention-cifar", "--dry-run", "--root", "d", "--pretrained", "yes")
     line = capsys.readouterr().out.splitlines()[1]
     assert "--recipe attention-cifar" in line
-    assert "--lr 0.02 --no-nesterov --pretrained --root d" in line
+    assert "--lr 0.02 --no-nesterov --root d" in line
+    assert "--pretrained yes" in line
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,6 @@ class TrainFlags:
         Path | None,
         Parameter(help="Start from the network of a run's folder, or from an authors' checkpoint."),
     ] = None
-    pretrained: Annotated[
-        bool, Parameter(negative=(), help="Start from timm's pretrained weights.")
-    ] = False
     root: Annotated[Path | None, Parameter(help="Folder of cifar10 and cifar100.")] = None
     splits: SplitsFlag = "auto"
     log: Annotated[
@@ -53,7 +50,6 @@ class TrainFlags:
     def words(self) -> list[str]:
         """For `regard train`; the recipe stands in each row's command."""
         words = [] if self.weights is None else ["--weights", str(self.weights)]
-        words += ["--pretrained"] * self.pretrained
         words += [] if self.root is None else ["--root", str(self.root)]
         words += [] if self.splits == "auto" else ["--splits", self.splits]
         return words + (["--log", *self.log] if self.log else [])
@@ -122,7 +118,7 @@ def command(
         raise UsageError(f"--jobs {jobs}: not used with --ray, whose cluster deals out the runs")
     table = choose_rows(open_study(study, model), rows or [])
     table = on_one_data_set(table, source)
-    start_alike = flags.pretrained is None and all(
+    start_alike = flags.pretrained is None and all(  # type: ignore[attr-defined]
         "pretrained" not in r.changes for r in table.rows
     )
     if start_alike:
@@ -139,7 +135,9 @@ def command(
         return _print_script(slurm)
     if dry_run:
         return _print_commands(part)
-    if start_alike:
+    if start_alike and train.weights is None:
+        with info_on_stderr():
+            log.info("all runs start from random weights, alike; --pretrained yes changes that")
         with info_on_stderr():
             log.info("all runs start from random weights, alike; --pretrained yes changes that")
     study_now = _Study(table, runs, recipes, out)
