@@ -23,6 +23,7 @@ COMMANDS = {
     "explain": "Show where a network looks, and measure how far that can be believed.",
     "compare": "Compare finished runs on the same test images.",
     "study": "Compare networks over seeds and folds: does attention help on these images?",
+    "errors": "Rank the images whose labels may be wrong.",
     "report": "Write a run's report.html again.",
     "export": "Export a network as one file that runs without Regard.",
     "serve": "Serve a web page and an HTTP API for a network.",

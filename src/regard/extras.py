@@ -12,6 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "dicom": ("pydicom",),
     "tiff": ("tifffile", "imagecodecs"),
     "hf": ("datasets",),
+    "cleanlab": ("cleanlab",),
     "ray": ("ray",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),

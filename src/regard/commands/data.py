@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from regard.commands.flags import SplitsFlag, naming_flags, progress_bar, require_data
 from regard.errors import UsageError
+from regard.files import write_text
 
 if TYPE_CHECKING:
     from regard.data.audit import DataCheck
@@ -32,6 +33,7 @@ def command(
     near_duplicates: bool = True,
     keep_together: Annotated[bool, Parameter(negative=())] = False,
     html: Path | None = None,
+    table1: Path | None = None,
     json: bool = False,
 ) -> int:
     """Check a data set before training: counts, sizes, faults, leakage.
@@ -62,12 +64,17 @@ def command(
         Put near-duplicates into the same split, where splits are made.
     html
         Write the check as a page with pictures to this file.
+    table1
+        Write the paper's Table 1 to this .csv or .md file: images, groups, classes and further
+        columns of a CSV file, by split.
     json
         Print JSON.
     """
     require_data(source)
     if html is not None:
-        _check_page(html)
+        check_page(html)
+    if table1 is not None:
+        _check_table(table1)
     from regard.data import assign_splits, check_data, open_data
     from regard.data.near_duplicates import grouped_by_content
 
@@ -85,6 +92,11 @@ def command(
                 near_duplicates=near_duplicates,
             )  # fmt: skip
     print_check(check, as_json=json)
+    if table1 is not None:
+        from regard.data.table_one import as_csv, as_markdown, table_one
+
+        written = as_csv if table1.suffix.lower() == ".csv" else as_markdown
+        write_text(table1, written(table_one(table)))
     if html is not None:
         from regard.report.data_page import write_data_page
 
@@ -94,7 +106,7 @@ def command(
     return 0
 
 
-def _check_page(path: Path) -> None:
+def check_page(path: Path) -> None:
     """Refuses a page that can't be written, or that would replace something else, at once."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         kind = "is a folder" if path.is_dir() else "is in a folder that does not exist"
@@ -103,6 +115,14 @@ def _check_page(path: Path) -> None:
         with path.open("rb") as file:
             if file.read(15).lower() != b"<!doctype html>":
                 raise UsageError(f"--html {path}: this file is no page; it is not replaced")
+
+
+def _check_table(path: Path) -> None:
+    if path.suffix.lower() not in (".csv", ".md"):
+        raise UsageError(f"--table1 {path}: choose a name that ends in .csv or .md")
+    if path.exists() or not path.absolute().parent.is_dir():
+        why = "exists; it is not replaced" if path.exists() else "its folder does not exist"
+        raise UsageError(f"--table1 {path}: {why}")
 
 
 # ---- showing it

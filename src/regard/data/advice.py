@@ -1,5 +1,7 @@
 """What the numbers of a data set suggest: input size, resizing, class weights, warnings."""
 
+import os
+import re
 from collections import Counter
 from typing import Any
 
@@ -8,6 +10,8 @@ from numpy.typing import NDArray
 
 from regard.data.sources import ImageTable
 from regard.files import plural, shortened
+
+_PREFIX = re.compile(r"([A-Za-z]*[ _-]?\d+)[ _.(-]+[^.]*\w.*\.\w+$")  # P0012_1.png, case 7-b.jpg
 
 
 def summary(sizes: Counter[tuple[int, int]]) -> dict[str, Any]:
@@ -46,6 +50,43 @@ def group_sizes(table: ImageTable) -> dict[str, Any] | None:
         "largest": int(counts.max()),
         "divided": names[divided].tolist(),
     }
+
+
+def group_risk(table: ImageTable) -> str | None:
+    """What is risked where images seem to come from patients, but no group says so; or None.
+
+    They seem to where they are DICOM files, or where many file names begin alike, with a number,
+    as P0012_1.png and P0012_2.png do.
+    """
+    if table.groups is not None or table.files is None:
+        return None
+    names = [os.path.basename(path) for path in table.files]
+    dicom = sum(name.lower().endswith((".dcm", ".dicom")) for name in names)
+    if 2 * dicom > len(names):
+        sign = "DICOM files: several may be of one patient"
+    else:
+        shared = _shared_prefix(names, table.labels)
+        if shared is None:
+            return None
+        sign = f"file names that begin alike, such as {shared}: several may be of one patient"
+    return (
+        f"{sign}, who is then in training and in the test, and scores would be too good; list the "
+        "images in a CSV file with a column group"
+    )
+
+
+def _shared_prefix(names: list[str], labels: NDArray[np.int64]) -> str | None:
+    """Two names with the prefix of a patient, if most images share theirs with a few others."""
+    groups: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        if match := _PREFIX.match(name):
+            groups.setdefault(match[1].lower(), []).append(i)
+    shared = [rows for rows in groups.values() if 2 <= len(rows) <= 200]
+    classes = len(np.unique(labels))
+    # a prefix for each class, as ImageNet's n02102040_782, is a class and no patient
+    if sum(map(len, shared)) * 2 < len(names) or len(shared) < max(5, 2 * classes):
+        return None
+    return f"{names[shared[0][0]]} and {names[shared[0][1]]}"
 
 
 def warn_of_counts(counts: dict[str, dict[str, int]], groups: dict[str, Any] | None) -> list[str]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from regard.data.advice import (
     class_weights,
+    group_risk,
     group_sizes,
     input_size,
     resize_mode,
@@ -223,6 +224,7 @@ class _Totals:
                         *self._warnings(leaks, duplicates, conflicts),
                         *near_duplicate_lines(near),
                         *warn_of_counts(counts, groups),
+                        *filter(None, [group_risk(self.table)]),
                     ]
                 )
             ),

@@ -59,7 +59,7 @@ def write_data_page(table: ImageTable, check: DataCheck, path: str | os.PathLike
     )
     folder = resources.files("regard.report")
     template = environment.from_string(folder.joinpath("data_page.html").read_text("utf-8"))
-    pictures = _Pictures(table)
+    pictures = Pictures(table)
     rows = spread(len(table), SAMPLE)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         seen = [s for s in pool.map(lambda i: _look(table, i), rows.tolist()) if s is not None]
@@ -115,7 +115,7 @@ def _pixels(table: ImageTable, i: int) -> NDArray[Any]:
     return pixels if pixels.dtype == np.uint8 else as_8_bit(pixels)
 
 
-class _Pictures:
+class Pictures:
     """Small JPEG pictures of images as data URIs, each read once."""
 
     def __init__(self, table: ImageTable) -> None:
@@ -202,7 +202,7 @@ def _bars(values: NDArray[np.float64], low: float | None, high: float | None) ->
 
 
 # ---- pairs
-def _pair_sections(check: DataCheck, pictures: _Pictures) -> list[tuple[str, str, list[Any], int]]:
+def _pair_sections(check: DataCheck, pictures: Pictures) -> list[tuple[str, str, list[Any], int]]:
     sections = []
     same = [*check.leaks, *check.duplicates]
     exact = [_exact(group, pictures) for group in same[:_PAIRS]]
@@ -224,14 +224,14 @@ def _pair_sections(check: DataCheck, pictures: _Pictures) -> list[tuple[str, str
     return sections
 
 
-def _exact(group: list[tuple[str, str]], pictures: _Pictures) -> dict[str, Any]:
+def _exact(group: list[tuple[str, str]], pictures: Pictures) -> dict[str, Any]:
     shown = [pictures.one(pictures.row(path)) for path, _ in group[:2]]
     more = f"and {len(group) - 2} more copies" if len(group) > 2 else ""
     labels = {pictures.table.labels[pictures.row(path)] for path, _ in group}
     return {"pictures": shown, "conflict": len(labels) > 1, "words": more}
 
 
-def _near(pair: dict[str, Any], pictures: _Pictures) -> dict[str, Any]:
+def _near(pair: dict[str, Any], pictures: Pictures) -> dict[str, Any]:
     words = f"similarity {pair['similarity']:.2f}" + ", mirrored" * pair["mirrored"]
     shown = [pictures.one(pictures.row(path)) for path in pair["paths"]]
     return {"pictures": shown, "conflict": pair["reason"] == "labels", "words": words}
@@ -239,7 +239,7 @@ def _near(pair: dict[str, Any], pictures: _Pictures) -> dict[str, Any]:
 
 # ---- odd ones out
 def _odd(
-    table: ImageTable, seen: list[_Seen], pictures: _Pictures
+    table: ImageTable, seen: list[_Seen], pictures: Pictures
 ) -> list[tuple[str, list[dict[str, str]]]]:
     if not seen:
         return []

@@ -1,0 +1,106 @@
+"""Table 1 of a paper: images, groups, classes and further columns, overall and by split."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regard.data.table import SPLITS, ImageTable
+
+_MOST_VALUES = 20  # of a column of words; of more, only their number is given
+_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
+
+
+def table_one(table: ImageTable) -> list[list[str]]:
+    """Rows of cells, the header first: what, overall, and each split.
+
+    Classes and words are counts with percentages of the column's images; numbers are medians
+    with quartiles. Groups in several splits count in each of them.
+    """
+    parts = [np.ones(len(table), bool)]
+    splits = [s for s in SPLITS if np.any(table.splits == s)]
+    parts += [table.splits == s for s in splits]
+    rows = [["", "Overall", *(_NAMES[s] for s in splits)]]
+    rows.append(["Images, n", *(str(int(part.sum())) for part in parts)])
+    if table.groups is not None:
+        rows.append(["Groups, n", *(str(len(np.unique(table.groups[p]))) for p in parts)])
+        sizes = [np.unique(table.groups[p], return_counts=True)[1] for p in parts]
+        rows.append(["Images per group, median (range)", *map(_range, sizes)])
+    names = np.array(table.classes)[table.labels]
+    rows += _shares("Class", names, table.classes, parts)
+    for column, values in table.columns.items():
+        rows += _column(column, np.asarray(values).astype(str), parts)
+    return rows
+
+
+def _range(sizes: NDArray[np.int64]) -> str:
+    return f"{np.median(sizes):g} ({sizes.min()} to {sizes.max()})" if len(sizes) else "–"
+
+
+def _shares(
+    title: str, values: NDArray[np.str_], names: Sequence[str], parts: list[NDArray[np.bool_]]
+) -> list[list[str]]:
+    rows = [[f"{title}, n (%)", *("" for _ in parts)]]
+    for name in names:
+        counts = [int((values[part] == name).sum()) for part in parts]
+        cells = [
+            f"{n} ({100 * n / max(int(part.sum()), 1):.1f})"
+            for n, part in zip(counts, parts, strict=True)
+        ]
+        rows.append([f"  {name or '(missing)'}", *cells])
+    return rows
+
+
+def _column(
+    title: str, values: NDArray[np.str_], parts: list[NDArray[np.bool_]]
+) -> list[list[str]]:
+    """A column of numbers, or of words."""
+    numbers = _numbers(values)
+    names = np.unique(values).tolist()
+    if numbers is not None and len(names) > 5:
+        cells = [_quartiles(numbers[part]) for part in parts]
+        rows = [[f"{title}, median (quartiles)", *cells]]
+        missing = [int(np.isnan(numbers[part]).sum()) for part in parts]
+        return [*rows, ["  (missing), n", *map(str, missing)]] if missing[0] else rows
+    if len(names) > _MOST_VALUES:
+        return [[f"{title}, different values", *(str(len(np.unique(values[p]))) for p in parts)]]
+    return _shares(title, values, [*(n for n in names if n), *(n for n in names if not n)], parts)
+
+
+def _numbers(values: NDArray[np.str_]) -> NDArray[np.float64] | None:
+    """The values as numbers, NaN where missing; None where there is a word."""
+    try:
+        numbers = np.array([float(v) if v.strip() else np.nan for v in values.tolist()])
+    except ValueError:
+        return None
+    return numbers if np.isfinite(numbers).any() else None
+
+
+def _quartiles(numbers: NDArray[np.float64]) -> str:
+    some = numbers[np.isfinite(numbers)]
+    if not len(some):
+        return "–"
+    low, middle, high = np.percentile(some, [25, 50, 75])
+    return f"{middle:.4g} ({low:.4g} to {high:.4g})"
+
+
+def as_csv(rows: list[list[str]]) -> str:
+    """The rows as CSV."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue()
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    """The rows as a Markdown table, numbers on the right."""
+    escaped = [[_cell(cell) for cell in row] for row in rows]
+    head, *body = [f"| {' | '.join(row)} |" for row in escaped]
+    return "\n".join([head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body]) + "\n"
+
+
+def _cell(text: str) -> str:
+    spaces = len(text) - len(text.lstrip(" "))
+    words = text.strip(" ").replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return "&nbsp;" * (2 * spaces) + words

@@ -1,0 +1,224 @@
+"""Which labels may be wrong: images ranked by the loss of networks that were not trained on them.
+
+A run's test and validation images are out of its sample. Where the folds of a cross-validation
+are given together, every image is. Images that trained every run given are ranked by a loss that
+the training lowered, so that many of their errors are missed; they say so.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+
+from regard.data.sources import open_data
+from regard.data.table import ImageTable
+from regard.errors import UsageError
+from regard.extras import is_installed
+from regard.files import plural, write_text
+from regard.report.data_page import Pictures
+from regard.run_data import predictions_of
+from regard.runs import RunFolder
+from regard.trained_on import own_table
+
+_SMALLEST = 1e-12  # a probability
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An image and what the networks say of its label.
+
+    Attributes:
+        rank: from 1; the highest loss first.
+        path, label: of the image.
+        predicted: the most probable class.
+        probability, predicted_probability: of the label and of that class, mean over the runs.
+        loss: cross entropy of the label, natural logarithm.
+        out_of_sample: whether none of those runs was trained on the image.
+        runs: how many runs' probabilities were averaged.
+        cleanlab: whether confident learning takes the label for wrong; None: cleanlab is not
+            installed, or the image is not out of sample.
+    """
+
+    rank: int
+    path: str
+    label: str
+    predicted: str
+    probability: float
+    predicted_probability: float
+    loss: float
+    out_of_sample: bool
+    runs: int
+    cleanlab: bool | None
+
+
+class _Sums:
+    """Probabilities by path, summed over runs, out of sample and in it."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = list(classes)
+        self.labels: dict[str, int] = {}
+        self.sums: dict[bool, dict[str, tuple[NDArray[np.float64], int]]] = {True: {}, False: {}}
+
+    def add(self, paths: Iterable[str], labels: Any, probabilities: Any, held_out: bool) -> None:
+        """Adds the probabilities of one run for images in its sample or out of it."""
+        sums = self.sums[held_out]
+        for path, label, row in zip(paths, labels.tolist(), probabilities, strict=True):
+            self.labels[path] = label
+            total, count = sums.get(path, (np.zeros(len(self.classes)), 0))
+            sums[path] = total + row, count + 1
+
+    def of(self, path: str) -> tuple[NDArray[np.float64], int, bool]:
+        """Mean probabilities, from how many runs, and whether out of sample."""
+        held_out = path in self.sums[True]
+        total, count = self.sums[held_out][path]
+        return total / count, count, held_out
+
+
+def runs_below(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The finished runs that these folders are or hold.
+
+    Raises:
+        UsageError: one is and holds none.
+    """
+    runs: list[Path] = []
+    for folder in map(Path, folders):
+        below = [folder] if (folder / "run.json").is_file() else sorted(
+            path.parent for path in folder.rglob("run.json")
+        )  # fmt: skip
+        finished = [path for path in below if RunFolder(path).finished]
+        if not finished:
+            raise UsageError(f"{folder} holds no finished run")
+        runs += [path for path in finished if path not in runs]
+    return runs
+
+
+def find_label_errors(
+    folders: Sequence[str | os.PathLike[str]],
+    *,
+    data: str | None = None,
+    root: str | Path | None = None,
+) -> tuple[list[Suspect], ImageTable]:
+    """All images of the runs' data, those whose label is least probable first.
+
+    Args:
+        folders: runs on the same data, such as the folds of a cross-validation, or folders that
+            hold them.
+        data: where the data is now; default: where it was.
+        root: folder of cifar10 and cifar100.
+
+    Returns:
+        The images, and the table of the first run.
+
+    Raises:
+        UsageError: no finished run, or runs on different data or classes.
+        FileError: no image can be read.
+    """
+    runs = runs_below(folders)
+    plan = RunFolder(runs[0]).read_plan()
+    sums = _Sums(plan["classes"])
+    for run in runs:
+        other = RunFolder(run).read_plan()
+        if other["classes"] != plan["classes"] or other["data"] != plan["data"]:
+            raise UsageError(f"{run} and {runs[0]} were trained on different data")
+        for split in RunFolder(run).read_facts()["counts"]:
+            _, said, _ = predictions_of(run, data, split=split, root=root)
+            held_out = split in ("val", "test")
+            sums.add(said.paths or [], said.labels, said.probabilities, held_out)
+    table = own_table(runs[0], plan, root) if data is None else open_data(data, root=root)
+    return _ranked(sums), table
+
+
+def _ranked(sums: _Sums) -> list[Suspect]:
+    paths = list(sums.labels)
+    labels = np.array([sums.labels[path] for path in paths], np.int64)
+    means = [sums.of(path) for path in paths]
+    probabilities = np.array([mean for mean, _, _ in means])
+    held_out = np.array([out for _, _, out in means], bool)
+    own = probabilities[np.arange(len(paths)), labels]
+    losses = -np.log(np.maximum(own, _SMALLEST))
+    confident = _confident(labels, probabilities, held_out)
+    suspects = []
+    for rank, i in enumerate(np.lexsort((np.arange(len(paths)), -losses)).tolist(), start=1):
+        best = int(probabilities[i].argmax())
+        suspects.append(Suspect(
+            rank, paths[i], sums.classes[labels[i]], sums.classes[best], float(own[i]),
+            float(probabilities[i, best]), float(losses[i]), bool(held_out[i]), means[i][1],
+            confident.get(i),
+        ))  # fmt: skip
+    return suspects
+
+
+def _confident(
+    labels: NDArray[np.int64], probabilities: NDArray[np.float64], held_out: NDArray[np.bool_]
+) -> dict[int, bool]:
+    """What cleanlab's confident learning says of each image that is out of sample.
+
+    Northcutt, Jiang and Chuang, Confident Learning, JAIR 2021 (arXiv 1911.00068).
+    """
+    at = np.flatnonzero(held_out)
+    present = np.unique(labels[at])
+    if not is_installed("cleanlab") or len(present) < 2:
+        return {}
+    from cleanlab.filter import find_label_issues
+
+    chosen = probabilities[np.ix_(at, present)]  # cleanlab needs every class among the labels
+    chosen = np.maximum(chosen, _SMALLEST)
+    chosen /= chosen.sum(axis=1, keepdims=True)
+    issues = find_label_issues(np.searchsorted(present, labels[at]), chosen, n_jobs=1)
+    return dict(zip(at.tolist(), map(bool, issues.tolist()), strict=True))
+
+
+# ---- as files
+
+
+def to_csv(suspects: Sequence[Suspect]) -> str:
+    """A line for each image."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    columns = list(Suspect.__dataclass_fields__)
+    writer.writerow(columns)
+    for s in suspects:
+        row = [getattr(s, c) for c in columns]
+        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
+    return file.getvalue()
+
+
+def write_errors_page(
+    suspects: Sequence[Suspect], table: ImageTable, path: str | os.PathLike[str]
+) -> None:
+    """Writes a self-contained page with the pictures of these images.
+
+    Raises:
+        StateError: it can't be written.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    folder = resources.files("regard.report")
+    template = environment.from_string(folder.joinpath("errors_page.html").read_text("utf-8"))
+    pictures = Pictures(table)
+    items = [{"s": s, "picture": pictures.one(pictures.row(s.path))} for s in suspects]
+    page = template.render(
+        css=folder.joinpath("base.css").read_text("utf-8"), name=table.name, items=items,
+        note=sample_note(suspects),
+    )  # fmt: skip
+    write_text(Path(path), page.encode("utf-8", "backslashreplace").decode())
+
+
+def sample_note(suspects: Sequence[Suspect]) -> str:
+    """How many of the images no run was trained on, and what that means for the others."""
+    inside = sum(not s.out_of_sample for s in suspects)
+    if not inside:
+        return "No network given was trained on any of these images."
+    return (
+        f"{plural(inside, 'image')} of {len(suspects):,} trained every network given, which may "
+        "have learned their labels by heart: give the folds of a cross-validation together"
+    )

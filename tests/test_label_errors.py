@@ -1,0 +1,107 @@
+"""Labels that may be wrong: ranked by networks that were not trained on them."""
+
+import csv
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from regard.cli import run_command
+from regard.data.sources import open_data
+from regard.extras import is_installed
+from regard.report import label_errors
+
+COUNT = 120
+
+
+@pytest.fixture
+def folds(tmp_path, monkeypatch):
+    """Three runs of a cross-validation, whose networks know the truth; 12 labels are wrong."""
+    rng = np.random.default_rng(0)
+    truth = np.arange(COUNT) % 3
+    given = truth.copy()
+    wrong = rng.choice(COUNT, 12, replace=False)
+    given[wrong] = (truth[wrong] + 1) % 3
+    for i in range(COUNT):
+        path = tmp_path / "data" / "abc"[given[i]] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i).save(path)
+    table = open_data(str(tmp_path / "data"))
+    number = np.array([int(path.rpartition("/")[2][:-4]) for path in table.files])
+    for k in range(3):
+        run = tmp_path / "runs" / f"fold {k}"
+        run.mkdir(parents=True)
+        plan = {"data": str(tmp_path / "data"), "classes": ["a", "b", "c"]}
+        facts = {"counts": {"train": 80, "test": 40}}
+        content = {"status": "finished", "plan": plan, "facts": facts}
+        (run / "run.json").write_text(json.dumps(content))
+
+    def predictions_of(run, data, *, split, root):
+        in_test = number % 3 == int(run.name[-1])
+        rows = np.flatnonzero(in_test if split == "test" else ~in_test)
+        says = truth if split == "test" else given  # what it was trained on it knows by heart
+        probabilities = 0.8 * np.eye(3)[says[number[rows]]] + 0.2 / 3
+        paths = [table.path(i) for i in rows]
+        return split, SimpleNamespace(
+            paths=paths, labels=table.labels[rows], probabilities=probabilities
+        ), []  # fmt: skip
+
+    monkeypatch.setattr(label_errors, "predictions_of", predictions_of)
+    monkeypatch.setattr(label_errors, "own_table", lambda *_: table)
+    return tmp_path / "runs", set(wrong.tolist())
+
+
+def numbers(rows):
+    return {int(row["path"].rpartition("/")[2][:-4]) for row in rows}
+
+
+def test_the_folds_together_rank_all_wrong_labels_first(folds, tmp_path, capsys):
+    runs, wrong = folds
+    page, table = tmp_path / "page.html", tmp_path / "all.csv"
+    code = run_command(["errors", str(runs), "--top", "12", "--json", "--html", str(page),
+                        "--csv", str(table)])  # fmt: skip
+    assert code == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert numbers(shown) == wrong
+    assert all(row["out_of_sample"] and row["runs"] == 1 for row in shown)
+    assert shown[0]["probability"] == pytest.approx(0.2 / 3)
+    assert shown[0]["loss"] == pytest.approx(-np.log(0.2 / 3))
+    assert {row["cleanlab"] for row in shown} == {True if is_installed("cleanlab") else None}
+    assert len(list(csv.DictReader(io.StringIO(table.read_text())))) == COUNT
+    text = page.read_text()
+    assert text.count("data:image/jpeg") == 12
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def test_one_run_says_which_images_trained_it(folds, capsys):
+    runs, wrong = folds
+    assert run_command(["errors", str(runs / "fold 1"), "--json", "--top", "999"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    held_out = [row for row in shown if row["out_of_sample"]]
+    assert len(shown) == COUNT
+    assert len(held_out) == 40
+    hits = {n for n in wrong if n % 3 == 1}
+    assert numbers(shown[: len(hits)]) == hits
+    assert run_command(["errors", str(runs / "fold 1"), "--top", "1"]) == 0
+    assert "80 images of 120" in capsys.readouterr().err
+
+
+def test_wrong_calls_end_in_a_line(folds, tmp_path, capsys):
+    runs, _ = folds
+    (tmp_path / "notes.csv").write_text("mine")
+    calls = (
+        [tmp_path / "nothing"], [runs, "--top", "0"], [runs, "--html", tmp_path],
+        [runs, "--csv", tmp_path / "notes.csv"],
+    )  # fmt: skip
+    for arguments in calls:
+        assert run_command(["errors", *map(str, arguments)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert (tmp_path / "notes.csv").read_text() == "mine"
+    plan = json.loads((runs / "fold 2/run.json").read_text())
+    plan["plan"]["classes"] = ["x", "y"]
+    (runs / "fold 2/run.json").write_text(json.dumps(plan))
+    assert run_command(["errors", str(runs)]) == 2
+    assert "different data" in capsys.readouterr().err
