@@ -1,6 +1,7 @@
 """One thread a process: two test processes share two cores, and sums come out the same."""
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,12 @@ import pytest
 from PIL import Image
 
 from tests.helpers import Server, jpeg, run, settings
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 
 # The same cases each time, whatever the machine; none of them against a clock.
 hypothesis.settings.register_profile("regard", derandomize=True, deadline=None)
@@ -54,3 +61,15 @@ def server(whole):
 @pytest.fixture(scope="module")
 def photo() -> bytes:
     return jpeg((640, 427))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no chromium here: the page was not tried in a browser")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield found
+        found.close()

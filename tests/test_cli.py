@@ -22,6 +22,7 @@ COMMANDS = (
     "evaluate",
     "explain",
     "export",
+    "figures",
     "models",
     "predict",
     "recipes",

@@ -1,16 +1,9 @@
 """The page of `regard serve`, used by a person in a real browser."""
 
-import shutil
-
 import numpy as np
 import pytest
 from PIL import Image
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 DROP = """([kind, bytes]) => {
   const data = new DataTransfer();
   data.items.add(new File([new Uint8Array(bytes)], "given.jpg", {type: "image/jpeg"}));
@@ -19,18 +12,6 @@ DROP = """([kind, bytes]) => {
     : new ClipboardEvent("paste", {clipboardData: data, bubbles: true});
   document.body.dispatchEvent(event);
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium here: the page was not tried in a browser")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield found
-        found.close()
 
 
 @pytest.mark.parametrize("size", [(1280, 900), (390, 844)])

@@ -25,6 +25,7 @@ COMMANDS = {
     "study": "Compare networks over seeds and folds: does attention help on these images?",
     "errors": "Rank the images whose labels may be wrong.",
     "report": "Write a run's report.html again.",
+    "figures": "Write a run's figures as files for print.",
     "export": "Export a network as one file that runs without Regard.",
     "serve": "Serve a web page and an HTTP API for a network.",
     "models": "List the networks: parameters, multiply-adds, the papers' figures, weights.",

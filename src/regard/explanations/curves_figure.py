@@ -1,41 +1,67 @@
 """The figure of deletion and insertion curves."""
 
 from collections.abc import Mapping
+from typing import Any
 
-import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
-from regard.explanations.deletion import CONTROLS, MapScore
+from regard.explanations.deletion import CONTROLS, Floats, MapScore
+from regard.explanations.print_style import (
+    LINE,
+    MUTED,
+    SMALL,
+    for_print,
+    line_style,
+    new_figure,
+    short,
+)
 
-_SMALL, _NORMAL = 6.5, 8.0  # points
+_TITLES = ("Deletion: low is good", "Insertion: high is good")
 
 
-def curves_figure(scores: Mapping[str, MapScore]) -> Figure:
-    """Mean deletion and insertion curves of each map; the controls are gray and dashed.
+def curves_figure(scores: Mapping[str, MapScore], *, width: float = 7.16, seed: int = 0) -> Figure:
+    """Mean deletion and insertion curves of each map with their 95 % intervals over images.
+
+    The controls are gray and dashed, without intervals.
 
     Args:
         scores: by map, of `regard.explanations.faithfulness`.
+        width: in inches; below 5 the panels stand one above the other.
+        seed: of the bootstrap.
     """
-    fig = Figure(figsize=(7.16, 2.9), facecolor="white", layout="constrained")
-    colors = matplotlib.colormaps["viridis"]
-    own = [name for name in scores if name not in CONTROLS]
-    for k, title in enumerate(("deletion: low is good", "insertion: high is good")):
-        axes = fig.add_subplot(1, 2, k + 1)
-        for name, score in scores.items():
-            mean = score.curves[k].mean(axis=0)
-            x = [i / (len(mean) - 1) for i in range(len(mean))]
-            if name in CONTROLS:
-                style = "--" if name == CONTROLS[0] else ":"
-                axes.plot(x, mean, color="#777777", linestyle=style, linewidth=1.2, label=name)
-            else:
-                color = colors(0.85 * own.index(name) / max(1, len(own) - 1))
-                axes.plot(x, mean, color=color, linewidth=1.4, label=name)
-        axes.set_title(title, fontsize=_NORMAL, loc="left", weight="bold")
-        axes.set_xlabel("share of the pixels", fontsize=_SMALL)
-        axes.set_ylabel("probability of the class" if k == 0 else "", fontsize=_SMALL)
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1.02)
-        axes.tick_params(labelsize=_SMALL, width=0.5, length=2)
-        axes.spines[["top", "right"]].set_visible(False)
-    fig.axes[1].legend(fontsize=_SMALL, frameon=False, loc="lower right")
-    return fig
+    with for_print():
+        narrow = width < 5
+        figure, _ = new_figure(width, width * (1.5 if narrow else 0.42), 0)
+        panels = figure.subplots(*((2, 1) if narrow else (1, 2)))
+        own = [name for name in scores if name not in CONTROLS]
+        for k, axes in enumerate(panels):
+            for name, score in scores.items():
+                style = _style(name, own)
+                mean, low, high = _band(score.curves[k], seed)
+                x = np.linspace(0, 1, len(mean))
+                if name in own and len(score.curves[k]) > 1:
+                    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+                axes.plot(x, mean, label=short(name, 24), **style)
+            axes.set_title(_TITLES[k])
+            axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="share of the pixels")
+            axes.grid(color=LINE, linewidth=0.4)
+            if k == 0 or narrow:
+                axes.set_ylabel("probability of the class")
+        panels[1].legend(fontsize=SMALL, loc="lower right", handlelength=2.4)
+    return figure
+
+
+def _style(name: str, own: list[str]) -> dict[str, Any]:
+    if name in own:
+        return line_style(own.index(name))
+    return {"color": MUTED, "linestyle": "--" if name == CONTROLS[0] else ":", "linewidth": 1.0}
+
+
+def _band(curves: Floats, seed: int, resamples: int = 500) -> tuple[Floats, Floats, Floats]:
+    """(images, steps) -> the mean and its 95 % percentile interval over images."""
+    mean = curves.mean(axis=0)
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(len(curves), np.full(len(curves), 1 / len(curves)), resamples)
+    low, high = np.quantile(counts @ curves / len(curves), (0.025, 0.975), axis=0)
+    return mean, np.minimum(low, mean), np.maximum(high, mean)

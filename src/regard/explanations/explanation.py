@@ -37,14 +37,12 @@ from regard.errors import UsageError
 from regard.explanations.figure import contact_sheet, explanation_figure
 from regard.explanations.gradcam import check_targets, default_layer, gradcam
 from regard.explanations.overlay import Box, Picture, overlay
+from regard.explanations.print_style import SOFTWARE, for_print, save
 from regard.files import write_atomically
 from regard.predict import Classifier, as_several, load
-from regard.version import __version__
 
 METHODS = ("attention", "gradcam")
 GRADCAM = "Grad-CAM"
-SOFTWARE = f"Regard {__version__}"
-"""Written into every picture, so that Regard's own files are known from the user's."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -61,6 +59,7 @@ class Explanation:
         modules: the ungrouped maps, one per module; "channel" ones hold a weight per channel.
         raw: masks with all their channels, (C, h, w), by module, if they were asked for.
         true: the true class, where it is known.
+        mask: (H, W), what people marked in the image, where there is such a mask.
     """
 
     path: str
@@ -72,6 +71,7 @@ class Explanation:
     modules: list[StageMap] = field(default_factory=list)
     raw: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     true: str | None = None
+    mask: NDArray[np.bool_] | None = None
 
     @property
     def predicted(self) -> str:
@@ -102,36 +102,29 @@ class Explanation:
         """The same with an image of at most `side` pixels a side, and without module maps."""
         height, width = self.image.shape[:2]
         factor = min(1.0, side / max(height, width))
-        image = self.image
+        image, mask = self.image, self.mask
         if factor < 1:
             size = max(1, round(width * factor)), max(1, round(height * factor))
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+            if mask is not None:
+                mask = np.asarray(Image.fromarray(mask).resize(size))
         across, down = image.shape[1] / width, image.shape[0] / height
         left, top, right, bottom = self.box
         box = (left * across, top * down, right * across, bottom * down)
-        return replace(self, image=image, box=box, modules=[], raw={})
+        return replace(self, image=image, mask=mask, box=box, modules=[], raw={})
 
     def figure(self, *, width: float = 7.16) -> Figure:
         """A figure for a paper, `width` inches wide (two columns by default)."""
         return explanation_figure(self, width=width)
 
-    def save_figure(self, path: str | Path, *, dpi: int = 200) -> None:
-        """Writes the figure; the suffix is the format: .png, .pdf, .svg.
+    def save_figure(self, path: str | Path, *, dpi: int = 200, width: float = 7.16) -> None:
+        """Writes the figure; the suffix is the format: .pdf, .svg, .png, .tiff.
 
         Raises:
-            UsageError: the suffix is no format.
+            UsageError: the suffix is no format, or `width` is too small.
             FileError: the file can't be written.
         """
-        path = Path(path)
-        figure = self.figure()
-        kind = path.suffix.lower().removeprefix(".")
-        formats = figure.canvas.get_supported_filetypes()
-        if kind not in formats:
-            raise UsageError(f"{path}: the suffix must be one of {', '.join(sorted(formats))}")
-        about = {"Software": SOFTWARE} if kind == "png" else {}
-        write_atomically(
-            path, lambda part: figure.savefig(part, format=kind, dpi=dpi, metadata=about)
-        )
+        save(self.figure(width=width), Path(path), dpi=dpi)
 
     def save_npz(
         self,
@@ -172,7 +165,8 @@ class Explanation:
     def _repr_png_(self) -> bytes:
         """Shows the figure in a notebook."""
         buffer = io.BytesIO()
-        self.figure().savefig(buffer, format="png", dpi=120)
+        with for_print():
+            self.figure().savefig(buffer, format="png", dpi=120)
         return buffer.getvalue()
 
 

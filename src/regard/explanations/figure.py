@@ -1,16 +1,18 @@
 """Figures: one explanation for a paper, and a contact sheet of many.
 
-Every map has its own scale with its true range below it, its size, and how channels or blocks
-became one map. The colors are those of `regard.explanations.overlay`.
+Every map has its own scale with its name and its true range below it, its size, and how channels
+or blocks became one map. What people marked is outlined in every panel. The colors are those of
+`regard.explanations.overlay`.
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -26,7 +28,9 @@ from regard.explanations.overlay import (
     overlay,
     resize_image,
     spread,
+    sums_to_one,
 )
+from regard.explanations.print_style import MUTED, SMALL, for_print, printable
 
 if TYPE_CHECKING:
     from regard.explanations.explanation import Explanation
@@ -34,36 +38,20 @@ if TYPE_CHECKING:
 # in inches
 _GAP = 0.14  # between panels
 _TITLE = 0.32  # two lines above a panel
-_BAR = 0.28  # the scale below it, with its numbers
+_BAR = 0.38  # the scale below it, with its numbers and its name
 _CHART = 0.95  # a channel chart's axes
 _CHART_FOOT = 0.34
-_HEAD = 0.42
+_LINE, _MORE = 0.135, 0.04  # a line above the panels, and more for a line of large type
 _LEAST = 0.02  # a panel's height and width, whatever the image's shape
-_SMALL, _NORMAL = 6.5, 8.0  # points
-_GRAY = "#555555"
+_NORMAL, _LARGE = 8.0, 9.5  # points
 _PIXELS = 480  # of a panel's longer side, at most twice: sharp at 300 dpi
 _TALLEST = 1.6  # a taller image is drawn narrower than its column
+_NARROWEST = 1.55  # of a column, for its numbers and names to be read
+_LEAST_WIDTH = 50 / 25.4
 
 
 def _short(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-@lru_cache(maxsize=4)
-def _glyphs(family: str) -> frozenset[int]:
-    file = font_manager.findfont(font_manager.FontProperties())
-    return frozenset(font_manager.get_font(file).get_charmap())
-
-
-def printable(text: str) -> str:
-    """The text with U+FFFD for what the font lacks, such as undecodable bytes of a file name."""
-    glyphs = _glyphs(str(matplotlib.rcParams["font.family"]))
-    return "".join(c if ord(c) in glyphs else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _write(figure: Figure, x: float, y: float, text: str, **kwargs: Any) -> None:
-    """Text that is shown as it is: a $ in a file's name is no formula."""
-    figure.text(x, y, printable(text), parse_math=False, **kwargs)
 
 
 def _label(m: StageMap) -> tuple[str, str]:
@@ -91,10 +79,11 @@ def _display_size(image: Picture) -> tuple[int, int]:
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def _columns(image: Picture) -> int:
+def _columns(image: Picture, width: float) -> int:
     """Panels in a row: fewer of them for wide images, which would be too low."""
     aspect = image.shape[0] / image.shape[1]
-    return 2 if aspect < 0.35 else 3 if aspect < 0.6 else 4
+    most = 2 if aspect < 0.35 else 3 if aspect < 0.6 else 4
+    return max(1, min(most, int(width / _NARROWEST)))
 
 
 @dataclass(frozen=True)
@@ -112,19 +101,19 @@ class _Grid:
         )
 
 
-def _title(axes: Axes, first: str, second: str, left: float = 0.0) -> None:
-    at: dict[str, Any] = {
-        "xycoords": "axes fraction",
-        "textcoords": "offset points",
-        "parse_math": False,
-    }
-    first, second = printable(first), printable(second)
-    axes.annotate(
-        _short(first, 30), (left, 1), (0, 12), fontsize=_NORMAL, weight="bold", va="bottom", **at
-    )
-    axes.annotate(
-        _short(second, 38), (left, 1), (0, 3), fontsize=_SMALL, color=_GRAY, va="bottom", **at
-    )
+def _fitting(text: str, inches: float, points: float) -> str:
+    """The text, cut where it would be wider; a letter is about 0.55 of its size wide."""
+    return _short(printable(text), max(8, int(inches * 72 / (0.55 * points))))
+
+
+def _title(axes: Axes, first: str, second: str, width: float) -> None:
+    at: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    lines: list[tuple[str, int, float, dict[str, Any]]] = [
+        (first, 12, _NORMAL, {"weight": "bold"}), (second, 3, SMALL, {"color": MUTED}),
+    ]  # fmt: skip
+    for text, above, points, style in lines:
+        text = _fitting(text, width, points)
+        axes.annotate(text, (0, 1), (0, above), fontsize=points, va="bottom", **style, **at)
 
 
 def _bare(axes: Axes, picture: Picture) -> None:
@@ -134,25 +123,36 @@ def _bare(axes: Axes, picture: Picture) -> None:
         side.set_linewidth(0.4)
 
 
+def _scale_name(m: StageMap) -> str:
+    if m.kind == "gradcam":
+        return "Grad-CAM"
+    if sums_to_one(m.values):
+        return "attention (sums to 1)"
+    return "attention"
+
+
 def _scale(grid: _Grid, m: StageMap, left: float, top: float, width: float) -> None:
-    """The colors with the true numbers at their ends, and the mean between."""
+    """The colors with the true numbers at their ends, the mean between, and the scale's name."""
     axes = grid.axes(left, top + 0.05, width, 0.07)
     numbers = spread(m.values)
     if numbers is None:
         axes.set_axis_off()
         words = describe(m.values).removeprefix("attention ")
-        axes.text(0, 0.5, words, fontsize=_SMALL, va="center", transform=axes.transAxes)
+        words = f"{_scale_name(m)}: {words}"
+        axes.text(0, 0.5, words, fontsize=SMALL, va="center", transform=axes.transAxes)
         return
     _bare(axes, color_key(200, 16))
-    for x, text, align in ((0.0, numbers[0], "left"), (0.5, numbers[2], "center"),
-                           (1.0, numbers[1], "right")):  # fmt: skip
+    for x, y, text, align in (
+        (0.0, -0.35, numbers[0], "left"), (0.5, -0.35, numbers[2], "center"),
+        (1.0, -0.35, numbers[1], "right"), (0.5, -1.75, _scale_name(m), "center"),
+    ):  # fmt: skip
         axes.text(
-            x, -0.35, text, fontsize=_SMALL, ha=align, va="top", transform=axes.transAxes,
-            color=_GRAY if align == "center" else "black",
+            x, y, text, fontsize=SMALL, ha=align, va="top", transform=axes.transAxes,
+            color=MUTED if align == "center" else "black",
         )  # fmt: skip
 
 
-def _chart(axes: Axes, stage: str, gates: Sequence[StageMap]) -> None:
+def _chart(axes: Axes, stage: str, gates: Sequence[StageMap], width: float) -> None:
     """Channel weights of a stage's gates, each sorted, so that their spread can be compared."""
     colors = matplotlib.colormaps["viridis"]
     for i, gate in enumerate(gates):
@@ -163,32 +163,39 @@ def _chart(axes: Axes, stage: str, gates: Sequence[StageMap]) -> None:
             color=color, linewidth=1.0, label=label,
         )  # fmt: skip
     count = gates[0].values.size
-    _title(axes, stage, f"{count} channel weights, sorted")
+    _title(axes, stage, f"{count} channel weights, sorted", width)
     axes.set_ylim(0, max(1.0, *(float(g.values.max()) for g in gates)) * 1.03)
     axes.set_xlim(1, count)
     axes.set_xticks([1, count])
-    axes.set_yticks([0, 0.5, 1])
-    axes.tick_params(labelsize=_SMALL, width=0.5, length=2, pad=1.5)
+    axes.set_yticks([0, 0.5, 1], ["0.0", "0.5", "1.0"])
+    axes.tick_params(labelsize=SMALL, width=0.5, length=2, pad=1.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.axhline(0.5, color="#bbbbbb", linewidth=0.5, zorder=0)
     if len(gates) > 1:
-        axes.legend(fontsize=_SMALL - 0.5, frameon=False, loc="best", handlelength=1, borderpad=0.1)
+        axes.legend(fontsize=SMALL - 0.5, frameon=False, loc="best", handlelength=1, borderpad=0.1)
 
 
-def _heading(fig: Figure, shown: "Explanation", height: float) -> None:
+def _heading(shown: "Explanation", width: float) -> list[tuple[str, float]]:
+    """The lines above the panels, with their size in points."""
     name, p = shown.classes[0]
     others = ", ".join(f"{_short(c, 24)} ({_percent(q)})" for c, q in shown.classes[1:3])
-    first = f"{_short(shown.path, 44)}: {_short(name, 36)} ({_percent(p)})"
+    path = shown.path if len(shown.path) <= 44 else f"…{shown.path[-43:]}"  # the end tells more
+    first = f"{path}: {_short(name, 36)} ({_percent(p)})"
     parts = [f"then {others}"] if others else []
     if shown.true is not None:
-        parts.append("right" if shown.true == name else f"wrong: is {_short(shown.true, 30)}")
+        verdict = "right" if shown.true == name else "wrong"
+        parts.append(f"true class {_short(shown.true, 30)} ({verdict})")
     if shown.target[0] != name:
         target, share = shown.target
         parts.append(f"Grad-CAM explains {_short(target, 30)} ({_percent(share)})")
-    second = "   ·   ".join(parts)
-    x = _GAP / fig.get_figwidth()
-    _write(fig, x, 1 - 0.07 / height, first, fontsize=9.5, weight="bold", va="top")
-    _write(fig, x, 1 - 0.25 / height, second, fontsize=_NORMAL - 0.5, color=_GRAY, va="top")
+    if shown.mask is not None:
+        parts.append("outlined: what people marked")
+    lines = []
+    for text, points in ((first, _LARGE), ("   ·   ".join(parts), _NORMAL - 0.5)):
+        letters = max(20, int((width - 2 * _GAP) * 72 / (0.53 * points)))
+        wrapped = textwrap.wrap(printable(text), letters, replace_whitespace=False)
+        lines += [(line, points) for line in wrapped]
+    return lines
 
 
 def _percent(p: float) -> str:
@@ -202,56 +209,95 @@ def explanation_figure(shown: "Explanation", *, width: float = 7.16) -> Figure:
 
     Args:
         shown: of `regard.explain`.
-        width: of the figure, in inches; type is 6.5 to 9.5 points at any width.
+        width: of the figure, in inches; type is 6.5 to 9.5 points at any width, and narrow
+            figures have fewer panels in a row.
 
     Returns:
         A matplotlib figure, to be saved in any of its formats.
 
     Raises:
-        UsageError: a width under 4 inches.
+        UsageError: a width under 50 mm.
     """
-    if width < 4:
-        raise UsageError(f"width={width}: at least 4 inches, for the numbers to be read")
+    if width < _LEAST_WIDTH - 1e-9:
+        raise UsageError(f"width={width}: at least 1.97 inches (50 mm), for the numbers to be read")
+    with for_print():
+        return _explanation_figure(shown, width)
+
+
+def _explanation_figure(shown: "Explanation", width: float) -> Figure:
     charts: dict[str, list[StageMap]] = {}
     for m in shown.modules:
         if m.kind == "channel":
             charts.setdefault(m.stage, []).append(m)
-    panels = shown.spatial()
-    columns = _columns(shown.image)
+    panels: list[StageMap | None] = [None, *shown.spatial()]
+    columns = _columns(shown.image, width)
     cell = (width - _GAP) / columns - _GAP
     aspect = shown.image.shape[0] / shown.image.shape[1]
     drawn = cell if aspect <= _TALLEST else max(cell * _TALLEST / aspect, _LEAST)
     tall = min(max(drawn * aspect, _LEAST), cell * _TALLEST)
+    lines = _heading(shown, width)
+    head = sum(_LINE + _MORE * (points == _LARGE) for _, points in lines) + 0.1
     row = _TITLE + tall + _BAR + _GAP
-    rows = math.ceil((1 + len(panels)) / columns)
+    rows = math.ceil(len(panels) / columns)
     chart_row = _TITLE + _CHART + _CHART_FOOT
-    height = _HEAD + rows * row + math.ceil(len(charts) / columns) * chart_row
-    fig = Figure(figsize=(width, height), facecolor="white")
-    grid = _Grid(fig, width, height)
-    _heading(fig, shown, height)
-    size = _display_size(shown.image)
-    for i in range(1 + len(panels)):
+    height = head + rows * row + math.ceil(len(charts) / columns) * chart_row
+    grid = _Grid(Figure(figsize=(width, height), facecolor="white"), width, height)
+    down = 0.07
+    for line, points in lines:
+        style: dict[str, Any] = {"weight": "bold"} if points == _LARGE else {"color": MUTED}
+        grid.fig.text(_GAP / width, 1 - down / height, line, fontsize=points, va="top", **style)
+        down += _LINE + _MORE * (points == _LARGE)
+    for i, panel in enumerate(panels):
         left = _GAP + (i % columns) * (cell + _GAP)
-        top = _HEAD + (i // columns) * row + _TITLE
-        axes = grid.axes(left, top, drawn, tall)
-        if i == 0:
-            _bare(axes, resize_image(shown.image, size))
-            _title(axes, "image", f"{shown.image.shape[1]}×{shown.image.shape[0]} pixels")
-            _frame(axes, shown, size)
-            continue
-        m = panels[i - 1]
+        top = head + (i // columns) * row + _TITLE
+        _panel(grid, shown, panel, (left, top, drawn, tall), cell)
+    for i, (stage, gates) in enumerate(charts.items()):
+        left, above = _GAP + (i % columns) * (cell + _GAP), (i // columns) * chart_row + _TITLE
+        axes = grid.axes(left + 0.16, head + rows * row + above, cell - 0.22, _CHART)
+        _chart(axes, stage, gates, cell - 0.16)
+    return grid.fig
+
+
+def _panel(
+    grid: _Grid,
+    shown: "Explanation",
+    m: StageMap | None,
+    at: tuple[float, float, float, float],
+    column: float,
+) -> None:
+    """The image, or a map over it with its scale, at left, top, width and height in inches."""
+    axes, size = grid.axes(*at), _display_size(shown.image)
+    if m is None:
+        _bare(axes, resize_image(shown.image, size))
+        pixels = f"{shown.image.shape[1]}×{shown.image.shape[0]} pixels"
+        _title(axes, "image", pixels, column)
+        _frame(axes, shown, size)
+    else:
         _bare(axes, overlay(shown.image, m.values, size=size, box=shown.box))
         first, second = _label(m)
         if m.kind == "gradcam":
             first = f"{first}: {shown.target[0]}"
-        _title(axes, first, second)
+        _title(axes, first, second, column)
         # as wide as the column: a narrow image leaves no room for the numbers
-        _scale(grid, m, left, top + tall, cell)
-    for i, (stage, gates) in enumerate(charts.items()):
-        left, above = _GAP + (i % columns) * (cell + _GAP), (i // columns) * chart_row + _TITLE
-        axes = grid.axes(left + 0.16, _HEAD + rows * row + above, cell - 0.22, _CHART)
-        _chart(axes, stage, gates)
-    return fig
+        _scale(grid, m, at[0], at[1] + at[3], column)
+    if shown.mask is not None:
+        _outline(axes, shown.mask, size)
+
+
+def _outline(axes: Axes, mask: Any, size: tuple[int, int]) -> None:
+    """The border of what people marked, white on black."""
+    most = 320 / max(mask.shape)
+    if most < 1:
+        side = max(1, round(mask.shape[1] * most)), max(1, round(mask.shape[0] * most))
+        mask = np.asarray(Image.fromarray(mask).resize(side))
+    padded = np.pad(mask.astype(np.float32), 1)  # a mask at the image's border is closed there
+    height, width = mask.shape
+    x = (np.arange(-1, width + 1) + 0.5) * size[1] / width - 0.5
+    y = (np.arange(-1, height + 1) + 0.5) * size[0] / height - 0.5
+    x, y = x.clip(-0.5, size[1] - 0.5), y.clip(-0.5, size[0] - 0.5)
+    for color, line in (("black", 1.5), ("white", 0.7)):
+        axes.contour(x, y, padded, levels=[0.5], colors=color, linewidths=line)
+    axes.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
 
 
 def _frame(axes: Axes, shown: "Explanation", size: tuple[int, int]) -> None:

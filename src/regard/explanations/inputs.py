@@ -22,6 +22,7 @@ from regard.files import plural, shortened
 PICTURE, NUMBERS = ".explained.png", ".explained.npz"
 SHEET, CURVES = "contact-sheet.explained.png", "curves.explained.png"
 AREAS_HEADER = ["path", "map", "deletion", "insertion"]
+CSV_HEADERS = (",".join(AREAS_HEADER),)  # of files that `explain` writes
 
 
 @dataclass(frozen=True)
@@ -78,22 +79,27 @@ def refuse_to_replace(
         exists = "exists and was" if len(foreign) == 1 else "exist and were"
         raise UsageError(
             f"{plural(len(foreign), 'file')} ({shortened(foreign)}) {exists} not written by "
-            "`regard explain`: choose another folder, or overwrite"
+            "Regard: choose another folder, or overwrite"
         )
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file was written by `explain`, by a mark inside it."""
+    """Whether a file was written by `explain` or `figures`, by a mark inside it."""
+    kind = path.suffix.lower()
     try:
-        if path.suffix == ".png":
+        if kind in (".png", ".tiff", ".tif"):
             with Image.open(path) as image:
-                return str(image.info.get("Software", "")).startswith("Regard")
-        if path.suffix == ".npz":
+                software = image.info.get("Software") or getattr(image, "tag_v2", {}).get(305, "")
+                return str(software).startswith("Regard")
+        if kind == ".npz":
             with np.load(path) as arrays:
                 return "about" in arrays and "software" in json.loads(str(arrays["about"]))
-        if path.suffix == ".csv":
+        if kind == ".csv":
             with path.open(encoding="utf-8") as file:
-                return file.readline().strip() == ",".join(AREAS_HEADER)
+                return file.readline().strip() in CSV_HEADERS
+        if kind in (".pdf", ".svg", ".md"):
+            marks = {".pdf": b"/Creator (Regard ", ".svg": b"Regard ", ".md": b"<!-- Regard "}
+            return marks[kind] in path.read_bytes()
         return "Regard" in json.loads(path.read_text(encoding="utf-8"))["software"]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return False

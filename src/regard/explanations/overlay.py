@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 _GRAY = (0.10, 0.80)  # black and white of the image, of 0..1: color must show on both
 _OPACITY = 0.75  # of the strongest attention: a quarter of the image is always seen
-_VIRIDIS_FROM = 0.30  # below is a violet too dark to tell from a dark image
+VIRIDIS_FROM = 0.30  # below is a violet too dark to tell from a dark image
 _FADED = 0.5  # towards white, of what the network did not see
 FEW_CELLS = 16  # a map of at most so many is drawn as cells, not smoothly
 _ROUNDING = 1e-6  # a spread below this part of the values is float32 rounding, not attention
@@ -152,7 +152,7 @@ def _colors(gray: Floats, strength: Floats) -> Floats:
     """
     low, high = _GRAY
     viridis = matplotlib.colormaps["viridis"]
-    color = viridis(_VIRIDIS_FROM + (1.0 - _VIRIDIS_FROM) * strength)[..., :3]
+    color = viridis(VIRIDIS_FROM + (1.0 - VIRIDIS_FROM) * strength)[..., :3]
     weight = (_OPACITY * strength)[..., None]
     return (1.0 - weight) * (low + (high - low) * gray)[..., None] + weight * color
 
@@ -230,13 +230,13 @@ def _decimals(value: float) -> int:
 
 
 def _numbers(low: float, high: float, between: float) -> list[str]:
-    """Three numbers, with as many digits as it takes to tell `low` from `high`."""
+    """Three numbers of equal precision, enough to tell `low` from `high`."""
     decimals = _decimals(high - low)
     if decimals > 7:
         digits = 2 + math.floor(math.log10(max(abs(low), abs(high)) / (high - low)))
         return [f"{value:.{max(digits, 2)}g}" for value in (low, high, between)]
-    finer = min(max(decimals, _decimals(between)), 7)
-    return [f"{low:.{decimals}f}", f"{high:.{decimals}f}", f"{between:.{finer}f}"]
+    decimals = min(max(decimals, min(_decimals(between), decimals + 1)), 7)
+    return [f"{value:.{decimals}f}" for value in (low, high, between)]
 
 
 def describe(attention: ArrayLike) -> str:
@@ -258,8 +258,9 @@ def describe(attention: ArrayLike) -> str:
     return f"attention {low}–{high}; {third.replace('uniform', 'uniform would be')}"
 
 
-def _is_share(array: Floats) -> bool:
-    """Whether a map sums to 1, to within 1 % for half precision."""
+def sums_to_one(attention: ArrayLike) -> bool:
+    """Whether a map of finite numbers sums to 1, to within 1 % for half precision."""
+    array = np.asarray(attention, np.float64)
     return bool(array.min() >= 0 and abs(array.sum() - 1.0) < 0.01)
 
 
@@ -274,7 +275,7 @@ def spread(attention: ArrayLike) -> tuple[str, str, str] | None:
     array = _as_map(attention)
     if _is_flat(array):
         return None
-    a_share = _is_share(array)
+    a_share = sums_to_one(array)
     third = 1.0 / array.size if a_share else float(array.mean())
     low, high, other = _numbers(float(array.min()), float(array.max()), third)
     return low, high, f"{'uniform' if a_share else 'mean'} {other}"

@@ -21,7 +21,6 @@ from regard.explanations.curves_figure import curves_figure
 from regard.explanations.deletion import BASELINES
 from regard.explanations.explanation import (
     METHODS,
-    SOFTWARE,
     Explanation,
     as_picture,
     class_number,
@@ -43,6 +42,7 @@ from regard.explanations.inputs import (
 from regard.explanations.masks import Masks, open_masks
 from regard.explanations.overlay import Picture
 from regard.explanations.pointing import Pointing, PointingScore, point
+from regard.explanations.print_style import SOFTWARE, save
 from regard.explanations.records import Record, file_id, network_id, read_record, write_record
 from regard.files import plural, spread, write_atomically
 from regard.predict import Classifier
@@ -302,13 +302,7 @@ class Writer:
         arrays: dict[str, Any] = {name: s.curves for name, s in found.scores.items()}
         paths = np.array(list(self.scores))
         save_arrays(self.out / "curves.npz", {"paths": paths, "about": np.array(about)} | arrays)
-        figure = curves_figure(found.scores)
-        write_atomically(
-            self.out / CURVES,
-            lambda part: figure.savefig(
-                part, format="png", dpi=200, metadata={"Software": SOFTWARE}
-            ),
-        )
+        save(curves_figure(found.scores), self.out / CURVES, dpi=200)
 
 
 def _checks(found: Faithfulness) -> dict[str, Any]:

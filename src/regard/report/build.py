@@ -1,33 +1,28 @@
 """The report of a run, made from its folder: `regard report RUN`, and the end of every training."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from regard.attention import attention_kinds
-from regard.data.loading import Reader
-from regard.data.table import ImageTable
-from regard.errors import ImageError, UsageError
-from regard.evaluation import Predictions, evaluate
-from regard.explanations.explanation import METHODS, Explanation, as_picture, explain_batch
-from regard.explanations.faithfulness import Faithfulness, Scorer, summarize
-from regard.explanations.gradcam import default_layer, gradcam
-from regard.files import plural, spread
-from regard.predict import Classifier, load
+from regard.errors import UsageError
+from regard.evaluation import Predictions
+from regard.files import plural
+from regard.report.browse import browser_of
+from regard.report.figures import charts, measure
 from regard.report.page import Report, write_report
-from regard.runs import RunFolder
-from regard.trained_on import own_table
+from regard.report.source import LEAST_SURE, MOST_CLASSES, MOST_WRONG, RunSource, choose
 
-MOST_WRONG, LEAST_SURE, MOST_CLASSES = 12, 6, 12
-_SIDE = 576  # of the gallery's images, in pixels: twice as large as they are shown
+_SIDE = 576  # of the cards' images, in pixels: twice as large as they are shown
+EXPLAINED = 48  # images with maps, unless more are asked for
 
 
-def report_run(folder: str | Path, device: str = "cpu") -> Path:
+def report_run(
+    folder: str | Path,
+    device: str = "cpu",
+    *,
+    masks: str | Path | None = None,
+    positive: str | None = None,
+    explained: int = EXPLAINED,
+) -> Path:
     """Writes report.html into a finished run's folder, and returns its path.
 
     The scores of the maps are written before it, as faithfulness.json.
@@ -35,40 +30,53 @@ def report_run(folder: str | Path, device: str = "cpu") -> Path:
     Args:
         folder: of the run.
         device: where the network computes, as for `regard.load`.
+        masks: what people marked, to be drawn into the images; see `open_masks`.
+        positive: class of ROC, precision-recall and decision curves; see `positive_class`.
+        explained: images whose maps are computed.
 
     Raises:
-        UsageError: the folder holds no finished run, or this machine has no such device.
+        UsageError: the folder holds no finished run, or an argument does not fit it, or this
+            machine has no such device.
         FileError: the page can't be written.
     """
-    run = RunFolder(Path(folder))
-    if not run.finished:
-        raise UsageError(f"{folder} holds no finished run")
-    plan, facts, recipe = run.read_plan(), run.read_facts(), run.read_recipe()
-    split, predictions = run.read_predictions()
-    source = _Source(run, plan, split, predictions, device)
-    shown = list(source.gallery())
-    faithfulness = source.faithfulness(recipe["faithfulness_images"], recipe["seed"])
-    run.write_faithfulness(None if faithfulness is None else faithfulness.to_dict())
+    if explained < 0:
+        raise UsageError(f"explained={explained}: at least 0")
+    source = RunSource(Path(folder), None if masks is None else Path(masks), device)
+    plan, facts, recipe = source.plan, source.facts, source.recipe
+    measured = measure(source, positive, recipe["faithfulness_images"])
+    faithful = measured.faithfulness
+    source.run.write_faithfulness(None if faithful is None else faithful.to_dict())
+    rule = choose(source.predictions)
+    order = choose(source.predictions, max(explained, len(rule)))
+    browser, cards = browser_of(source), []
+    for i, shown in source.explain_all(order):  # one at a time: the images may be large
+        browser.add(i, shown)
+        if i in rule:
+            cards.append(shown.reduced(_SIDE))
     inserted = recipe.get("graft", "none")
     network = plan["model"] + (f" + {inserted.upper()}" if inserted != "none" else "")
+    path = source.run.path / "report.html"
     write_report(
         Report(
             title=f"{network} on {Path(plan['data']).name}: how well, and where it looks",
             model=network,
             summary=_summary(plan, facts, recipe),
-            evaluation=evaluate(predictions, seed=recipe["seed"]),
-            split=split,
-            explanations=shown,
-            history=run.read_metrics(),
+            evaluation=source.evaluation,
+            split=source.split,
+            explanations=cards,
+            history=source.run.read_metrics(),
+            charts=charts(source, measured),
+            diagnostics=measured.diagnostics,
+            browser=browser,
             chosen=_chosen(facts, recipe),
             versions=facts["versions"],
-            command=_command(run.path),
-            notes=_notes(split, facts, predictions, len(choose(predictions)) - len(shown)),
-            faithfulness=faithfulness,
+            command=_command(source.run.path),
+            notes=_notes(source.split, facts, source.predictions, len(rule) - len(cards)),
+            faithfulness=faithful,
         ),
-        run.path / "report.html",
+        path,
     )
-    return run.path / "report.html"
+    return path
 
 
 def _command(folder: Path) -> str:
@@ -91,17 +99,15 @@ def _summary(plan: dict[str, Any], facts: dict[str, Any], recipe: dict[str, Any]
     }
 
 
-def _chosen(facts: dict[str, Any], recipe: dict[str, Any]) -> tuple[float, str] | None:
-    """The epoch whose weights were evaluated, and how it was chosen."""
+def _chosen(facts: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """How the epoch was chosen whose weights were evaluated."""
     best = facts.get("best") or {}
     if recipe.get("select") == "best" and best:
-        return best["epoch"], (
+        return (
             f"The weights are those of epoch {best['epoch']:g}, which has the highest validation "
             f"accuracy ({best['val_accuracy']:.1%}; ties go to the lower validation loss)."
         )
-    return facts[
-        "epochs"
-    ], "The weights are those of the last epoch; none was chosen by validation."
+    return "The weights are those of the last epoch; none was chosen by validation."
 
 
 def _notes(split: str, facts: dict[str, Any], said: Predictions, left_out: int) -> list[str]:
@@ -130,109 +136,3 @@ def _notes(split: str, facts: dict[str, Any], said: Predictions, left_out: int) 
     if said.groups is not None:
         notes.append(f"Intervals are over groups: the images come in {len(set(said.groups))}.")
     return notes
-
-
-def choose(predictions: Predictions) -> list[int]:
-    """The images of the gallery, by the rule that the report's notes state."""
-    predicted = predictions.probabilities.argmax(axis=1)
-    top = predictions.probabilities.max(axis=1)
-    wrong = np.flatnonzero(predicted != predictions.labels)
-    right = np.flatnonzero(predicted == predictions.labels)
-    surest = wrong[np.argsort(-top[wrong], kind="stable")][:MOST_WRONG]
-    unsure = right[np.argsort(top[right], kind="stable")][:LEAST_SURE]
-    classes = range(min(len(predictions.classes), MOST_CLASSES))
-    first = [right[predictions.labels[right] == c][:1] for c in classes]
-    return list(dict.fromkeys(np.concatenate([surest, unsure, *first]).tolist()))
-
-
-class _Source:
-    """The network and the images of a run; without images where its data has moved."""
-
-    def __init__(
-        self,
-        run: RunFolder,
-        plan: dict[str, Any],
-        split: str,
-        predictions: Predictions,
-        device: str = "cpu",
-    ) -> None:
-        self.classifier = load(run.path, device)
-        self.predictions = predictions
-        self.table: ImageTable | None = None
-        try:
-            table = own_table(run.path, plan)
-        except (ValueError, OSError):  # the numbers still stand
-            return
-        self.table = table.select(table.splits == split)
-        self.reader = Reader(self.table, self.classifier.preprocess)
-        self.methods = usable_methods(self.classifier)
-
-    def gallery(self) -> Iterator[Explanation]:
-        """The chosen images that can still be read, as `regard explain` explains them."""
-        table, predictions = self.table, self.predictions
-        if table is None or predictions.paths is None:
-            return
-        rows = {table.path(i): i for i in range(len(table))}
-        for i in choose(predictions):
-            row = rows.get(predictions.paths[i], i if len(table) == len(predictions) else None)
-            if row is None:
-                continue
-            try:
-                shown = self._explained(row, int(predictions.probabilities[i].argmax()))
-            except ImageError:
-                continue
-            yield replace(
-                shown, true=predictions.classes[predictions.labels[i]],
-                classes=_ranked(predictions, i),  # as they were evaluated
-            )  # fmt: skip
-
-    def _explained(self, row: int, target: int) -> Explanation:
-        assert self.table is not None
-        pixels = self.table.read(row, value_range=self.classifier.preprocess.value_range)
-        box = self.classifier.preprocess.seen(*pixels.shape[:2])
-        x, picture = self._input(row), as_picture(pixels)
-        if not self.methods:
-            return Explanation(
-                path=self.table.path(row), image=picture, box=box, classes=[], target=("", 0.0),
-                maps=[],
-            ).reduced(_SIDE)  # fmt: skip
-        (shown,) = explain_batch(
-            self.classifier.model, x, [picture], [box], classes=self.classifier.class_names,
-            target=target, methods=self.methods, paths=[self.table.path(row)],
-        )  # fmt: skip
-        return shown.reduced(_SIDE)
-
-    def _input(self, row: int) -> Tensor:
-        preprocess, device = self.classifier.preprocess, next(self.classifier.model.parameters())
-        return preprocess.normalize(preprocess.fit(self.reader.decode(row))[None].to(device.device))
-
-    def faithfulness(self, count: int, seed: int) -> Faithfulness | None:
-        """Scores on `count` images, evenly spread; None without images or maps."""
-        if self.table is None or count == 0 or not self.methods:
-            return None
-        scorer = Scorer(self.classifier.model, methods=self.methods, seed=seed, steps=10, repeats=1)
-        each = []
-        for row in spread(len(self.table), count).tolist():
-            try:
-                each.append(scorer.score(self._input(row)))
-            except ImageError:
-                continue
-        return summarize(each, seed=seed) if each else None
-
-
-def _ranked(predictions: Predictions, i: int) -> list[tuple[str, float]]:
-    p = predictions.probabilities[i]
-    order = np.argsort(-p, kind="stable")[:5].tolist()
-    return [(predictions.classes[k], float(p[k])) for k in order]
-
-
-def usable_methods(classifier: Classifier) -> Sequence[str]:
-    """The methods that work on this network: not every network has a layer for Grad-CAM."""
-    methods = ["attention"] if attention_kinds(classifier.model) else []
-    x = torch.zeros(1, *classifier.preprocess.input_size)
-    x = x.to(next(classifier.model.parameters()).device)
-    try:
-        gradcam(classifier.model, x, layer=default_layer(classifier.model, x))
-    except UsageError:
-        return methods
-    return [m for m in METHODS if m in (*methods, "gradcam")]

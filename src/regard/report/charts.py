@@ -1,119 +1,180 @@
-"""The training curves of the report, as coordinates for its SVG drawings."""
+"""The confusion matrix, the training curves and faithfulness as figures."""
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
-from matplotlib.ticker import MaxNLocator
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from regard.evaluation import Evaluation
+from regard.explanations.curves_figure import curves_figure
+from regard.explanations.faithfulness import Faithfulness, interval
+from regard.explanations.print_style import LINE, MAIN, MUTED, SECOND, SMALL, new_figure, short
+from regard.report.curves import Chart
 from regard.report.words import percent
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 352.0, 10.0, 178.0  # of the curves, in a 360 x 216 drawing
-
 History = list[dict[str, float]]
+MOST_NUMBERED = 12  # classes whose cells hold numbers
+MOST_NAMED = 40
+MOST_CLASSES = 200  # of more, a matrix can't be read
 
 
-def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    ticks = MaxNLocator(nbins=5, integer=whole, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    return [float(t) for t in ticks]
-
-
-def _limits(values: Iterable[float], *, from_zero: bool = True) -> tuple[float, float]:
-    """Lowest and highest; from 0 where the lowest is less than half of the highest."""
-    finite = list(values)
-    low, high = min(finite), max(finite)
-    if from_zero and 0 < low < high / 2:
-        low = 0.0
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-def _runs(points: Iterable[tuple[float, float] | None]) -> Iterator[list[tuple[float, float]]]:
-    for some, run in itertools.groupby(points, key=lambda p: p is not None):
-        if some:
-            yield [p for p in run if p is not None]
-
-
-def _words(y: float, as_percent: bool) -> str:
-    if not math.isfinite(y):
-        return "not finite"
-    return percent(y) if as_percent else f"{y:.3g}"
-
-
-def chart(
-    history: History,
-    title: str,
-    keys: dict[str, str],
-    *,
-    as_percent: bool = False,
-    chosen: float | None = None,
-) -> dict[str, Any] | None:
-    """A quantity by epoch; None where the history has none of it.
-
-    Args:
-        keys: history's columns by the line's name; all of one quantity, on one axis.
-        as_percent: shares are shown as percentages.
-        chosen: the epoch that is marked.
-    """
-    lines = {
-        name: [(row["epoch"], row[key]) for row in history if key in row]
-        for name, key in keys.items()
-    }
-    lines = {n: v for n, v in lines.items() if any(math.isfinite(y) for _, y in v)}
-    if not lines:
+def confusion(evaluation: Evaluation, width: float) -> Chart | None:
+    """The confusion matrix: shade and share of the true class, and the count below it."""
+    classes = evaluation.classes
+    if len(classes) > MOST_CLASSES:
         return None
-    x_low, x_high = _limits((row["epoch"] for row in history), from_zero=False)
-    y_ticks = _ticks(*_limits(y for v in lines.values() for _, y in v if math.isfinite(y)))
-    if as_percent:
-        y_ticks = [t for t in y_ticks if -1e-9 <= t <= 1 + 1e-9] or [0.0, 1.0]
-    y_low, y_high = y_ticks[0], y_ticks[-1]
+    counts = evaluation.confusion.toarray()
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
+    longest = max(map(len, classes)) if len(classes) <= MOST_NAMED else 0
+    figure, (axes,) = new_figure(width, width * (0.86 if longest < 4 else 1.0))
+    shades = matplotlib.colormaps["Blues"]
+    picture = axes.imshow(shares, cmap=shades, vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.spines[:].set_visible(False)
+    if len(classes) <= MOST_NAMED:
+        names = [short(name, 16) for name in classes]
+        flat = longest * len(classes) * 0.6 * SMALL < 72 * width * 0.65  # room for all names
+        places = range(len(classes))
+        axes.set_xticks(places, names, rotation=0 if flat else 45, ha="center" if flat else "right",
+                        rotation_mode="anchor", parse_math=False)  # fmt: skip
+        axes.set_yticks(places, names, parse_math=False)
+    axes.tick_params(length=0, labelsize=SMALL if len(classes) <= 20 else SMALL - 1.5)
+    if len(classes) <= MOST_NUMBERED:
+        _cells(axes, counts, shares, width)
+    bar = figure.colorbar(picture, ax=axes, fraction=0.045, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label("share of the true class")
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    hits = int(np.trace(counts))
+    words = f"Confusion matrix of {len(classes)} classes: {hits} of {counts.sum()} images right"
+    caption = "A row per true class. Shade and percentages: share of the true class" + (
+        "; below, the number of images." if len(classes) <= MOST_NUMBERED else "."
+    )
+    return Chart("confusion", "Confusion matrix", figure, words, caption)
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        across, down = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
-        return _LEFT + (_RIGHT - _LEFT) * across, _BOTTOM - (_BOTTOM - _TOP) * down
 
-    def drawn(name: str, values: list[tuple[float, float]]) -> dict[str, Any]:
-        runs = list(_runs(at(x, y) if math.isfinite(y) else None for x, y in values))
-        first, last = (_words(values[i][1], as_percent) for i in (0, -1))
-        return {
-            "name": name,
-            "runs": [" ".join(f"{x:.1f},{y:.1f}" for x, y in run) for run in runs],
-            "dots": [p for run in runs for p in run if len(values) <= 15 or len(run) == 1],
-            "last": last,
-            "words": f"{name} from {first} to {last}",
-        }
-
-    return {
-        "title": title,
-        "lines": [drawn(name, values) for name, values in lines.items()],
-        "x": [(at(t, 0)[0], f"{t:g}") for t in _ticks(x_low, x_high, True) if x_low <= t <= x_high],
-        "y": [(at(0, t)[1], f"{100 * t:g}\u00a0%" if as_percent else f"{t:g}") for t in y_ticks],
-        "chosen": None if chosen is None or len(history) < 2 else at(chosen, 0)[0],
-    }
+def _cells(axes: Axes, counts: np.ndarray, shares: np.ndarray, width: float) -> None:
+    """Share and count of each cell, in the size that fits."""
+    size = min(SMALL, 72 * width * 0.7 / len(counts) / 3.4)
+    for (i, j), count in np.ndenumerate(counts):
+        if not count:
+            continue
+        text = f"{100 * shares[i, j]:.0f} %\n{count:,}" if size > 3.6 else f"{count:,}"
+        color = "white" if shares[i, j] > 0.5 else "#1b2024"
+        axes.text(j, i, text, ha="center", va="center", fontsize=size, color=color)
 
 
-def charts(history: History, chosen: float | None) -> list[dict[str, Any]]:
-    """Loss, accuracy and learning rate.
+# ---- training ----------------------------------------------------------------------------
+_Lines = dict[str, str]
 
-    Training and validation loss share an axis only where they are the same quantity: where the
-    history has the minimized objective in a column of its own, `loss` is the cross entropy of
-    the prediction, as `val_loss` is.
+
+def _quantities(history: History) -> list[tuple[str, _Lines]]:
+    """What is drawn: training and validation loss together only where they are one quantity.
+
+    Where the history has the minimized objective in a column of its own, `loss` is the cross
+    entropy of the prediction, as `val_loss` is.
     """
-    both = {"training": "loss", "validation": "val_loss"}
-    accuracies = {"training": "accuracy", "validation": "val_accuracy"}
     rows = history[0] if history else {}
-    if "objective" in rows:
-        losses = [chart(history, "Loss", both, chosen=chosen)]
-        if any(not math.isclose(r["objective"], r["loss"], rel_tol=1e-3) for r in history):
-            title = "Training objective"
-            losses.append(chart(history, title, {"training": "objective"}, chosen=chosen))
+    accuracy = ("Accuracy", {"training": "accuracy", "validation": "val_accuracy"})
+    rate = ("Learning rate", {"learning rate": "learning_rate"})
+    if "objective" not in rows:
+        losses = [("Training loss", {"training": "loss"}),
+                  ("Validation loss", {"validation": "val_loss"})]  # fmt: skip
+        return [*losses, accuracy, rate]
+    losses = [("Loss", {"training": "loss", "validation": "val_loss"})]
+    if any(not math.isclose(r["objective"], r["loss"], rel_tol=1e-3) for r in history):
+        losses.append(("Training objective", {"training": "objective"}))
+    return [*losses, accuracy, rate]
+
+
+def _points(history: History, key: str) -> list[tuple[float, float]]:
+    return [(row["epoch"], row[key]) for row in history if key in row]
+
+
+def _ends(name: str, values: list[tuple[float, float]], share: bool) -> str:
+    def word(y: float) -> str:
+        if not math.isfinite(y):
+            return "not finite"
+        return percent(y) if share else f"{y:.3g}"
+
+    return f"{name} from {word(values[0][1])} to {word(values[-1][1])}"
+
+
+def learning(history: History, chosen: float | None, width: float) -> Chart | None:
+    """Loss, accuracy and learning rate by epoch, in one row of panels or two."""
+    shown = []
+    for title, keys in _quantities(history):
+        lines = {name: _points(history, key) for name, key in keys.items()}
+        lines = {n: v for n, v in lines.items() if any(math.isfinite(y) for _, y in v)}
+        if lines:
+            shown.append((title, lines))
+    if not shown:
+        return None
+    columns = len(shown) if width > 5 else min(2, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure, _ = new_figure(width, rows * width / columns * 0.85, 0)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    words = []
+    for axes, (title, lines) in zip(panels, shown, strict=False):
+        _panel(axes, title, lines, chosen if len(history) > 1 else None)
+        each = "; ".join(_ends(n, v, title == "Accuracy") for n, v in lines.items())
+        words.append(f"{title} by epoch: {each}")
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    caption = "" if chosen is None or len(history) < 2 else (
+        f"The dashed line marks epoch {chosen:g}, whose weights were evaluated."
+    )  # fmt: skip
+    return Chart("learning-curves", "Learning curves", figure, ". ".join(words), caption)
+
+
+def _panel(
+    axes: Axes, title: str, lines: dict[str, list[tuple[float, float]]], chosen: float | None
+) -> None:
+    few = max(len(v) for v in lines.values()) <= 15
+    for name, values in lines.items():
+        second = name == "validation"
+        y = [v if math.isfinite(v) else math.nan for _, v in values]
+        axes.plot(
+            [x for x, _ in values], y, color=SECOND if second else MAIN, label=name,
+            linestyle="--" if second else "-", marker="o" if few else None, markersize=2.4,
+        )  # fmt: skip
+    finite = [y for v in lines.values() for _, y in v if math.isfinite(y)]
+    if title == "Accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+        axes.set_ylim(top=min(1.005, max(finite) + 0.1) if max(finite) > 0.9 else None)
     else:
-        losses = [
-            chart(history, "Training loss", {"training": "loss"}, chosen=chosen),
-            chart(history, "Validation loss", {"validation": "val_loss"}, chosen=chosen),
-        ]
-    more = [
-        chart(history, "Accuracy", accuracies, as_percent=True, chosen=chosen),
-        chart(history, "Learning rate", {"learning rate": "learning_rate"}, chosen=chosen),
-    ]
-    return [each for each in [*losses, *more] if each]
+        axes.set_ylim(bottom=_bottom(finite))
+    if chosen is not None:
+        axes.axvline(chosen, color=MUTED, linewidth=0.8, linestyle=(0, (4, 2)), zorder=0)
+    axes.set_title(title)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.grid(color=LINE, linewidth=0.4)
+    if len(lines) > 1:
+        axes.legend(handlelength=2.0, loc="best")
+
+
+def _bottom(values: Iterable[float]) -> float | None:
+    """0 where the lowest value is less than half of the highest."""
+    finite = list(values)
+    return 0.0 if 0 <= min(finite) < max(finite) / 2 else None
+
+
+# ---- maps --------------------------------------------------------------------------------
+def faithfulness(found: Faithfulness, width: float) -> Chart:
+    """Deletion and insertion curves of each map, with their bands over images."""
+    figure = curves_figure(found.scores, width=width)
+    words = "; ".join(
+        f"{s.name}: deletion {interval(s.deletion, 2)}, insertion {interval(s.insertion, 2)}"
+        for s in found.scores.values()
+    )
+    caption = f"Mean over {found.images} images" + (
+        "; shaded: 95 % interval over images." if found.images > 1 else "."
+    )
+    title = "Deletion and insertion"
+    return Chart("faithfulness", title, figure, f"Deletion and insertion: {words}", caption)

@@ -1,10 +1,12 @@
 """`Report` and its page."""
 
 import base64
+import hashlib
 import io
 import itertools
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -12,27 +14,52 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
 import numpy as np
+from markupsafe import Markup, escape
 from numpy.typing import NDArray
 from PIL import Image
 
 from regard.errors import UsageError
-from regard.evaluation import ClassResult, Evaluation
+from regard.evaluation import ClassResult, Diagnostics, Evaluation
 from regard.explanations.explanation import Explanation
 from regard.explanations.faithfulness import Faithfulness, interval
 from regard.explanations.figure import size_of
-from regard.explanations.overlay import color_key, describe, has_few_cells, overlay, resize_image
+from regard.explanations.overlay import (
+    VIRIDIS_FROM,
+    color_key,
+    describe,
+    has_few_cells,
+    overlay,
+    resize_image,
+)
+from regard.explanations.print_style import INK, LINE, MAIN, MUTED, SECOND, SOFTWARE, for_print
 from regard.files import plural, write_atomically
-from regard.report.charts import History, charts
-from regard.report.words import percent, percent_range, probability
+from regard.report.browse import Browser
+from regard.report.charts import History
+from regard.report.curves import Chart
+from regard.report.words import diagnostic_rows, percent, percent_range, probability
 
-MAX_BYTES = 5_000_000  # of the page
-_PICTURE_BYTES = 3_500_000  # of the gallery
+MAX_BYTES = 10_000_000  # of the page
+_PICTURE_BYTES = 2_000_000  # of the cards
 _MAX_CELLS_A_SIDE = 30  # a larger confusion matrix is shown as its most frequent mistakes
 _MAX_MISTAKES = 30
 _MAX_CLASS_ROWS = 100  # of more classes, those of lowest recall are drawn, and all are listed
 _OUTLINE = 0.5  # of the attention's range
 _SPLITS = {"test": "test", "val": "validation", "train": "training"}
+
+
+@dataclass(frozen=True)
+class Methods:
+    """What a paper must say, as far as a run knows it; see `regard.report.methods`.
+
+    Attributes:
+        text: the methods paragraph.
+        checklists: by name: its source, and (item, topic, answer or None) each.
+    """
+
+    text: str
+    checklists: dict[str, tuple[str, list[tuple[str, str, str | None]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +76,11 @@ class Report:
         explanations: images to show, with their true classes; wrong ones come first.
         history: one row per evaluation during training: epoch, loss, accuracy (of training, 0
             to 1), learning_rate, and with a validation split val_loss and val_accuracy.
-        chosen: the epoch of the weights, and how it was chosen, in words; None: not known.
+        charts: the figures to show; each can be downloaded as SVG.
+        diagnostics: the numbers of a diagnostic study, if they were measured.
+        browser: all images, to be leafed through.
+        methods: a paragraph for a paper, and checklists.
+        chosen: how the weights' epoch was chosen, in words.
         versions: of the packages that were used.
         command: the shell command that runs it again.
         notes: further sentences on what the run does and does not say.
@@ -63,7 +94,11 @@ class Report:
     split: str = "test"
     explanations: Sequence[Explanation] = ()
     history: History = field(default_factory=list)
-    chosen: tuple[float, str] | None = None
+    charts: Sequence[Chart] = ()
+    diagnostics: Diagnostics | None = None
+    browser: Browser | None = None
+    methods: Methods | None = None
+    chosen: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     command: str = ""
     notes: list[str] = field(default_factory=list)
@@ -104,6 +139,8 @@ def _card(shown: Explanation) -> dict[str, Any]:
         for m in shown.spatial()
     ]
     return {
+        "name": Path(shown.path).name,
+        "path": shown.path,
         "true": shown.true,
         "predicted": shown.predicted,
         "right": shown.true == shown.predicted,
@@ -131,6 +168,41 @@ def _gallery(all_of: Sequence[Explanation]) -> tuple[list[dict[str, Any]], list[
             break
         cards[card["right"]].append(card)
     return cards[False], cards[True]
+
+
+# ---- figures ----------------------------------------------------------------------------
+_COLORS = {INK: "--ink", MUTED: "--muted", LINE: "--line", MAIN: "--good", SECOND: "--bad"}
+
+
+def _svg(chart: Chart) -> tuple[str, str]:
+    """A figure as an SVG element that follows the page's colors, and as a file to download."""
+    buffer = io.BytesIO()
+    with for_print():
+        chart.figure.savefig(buffer, format="svg", metadata={"Creator": SOFTWARE, "Date": None})
+    content = buffer.getvalue().decode()
+    file = base64.b64encode(content.encode()).decode()
+    element = content[content.index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    head, _, body = element.partition(">")
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None
+    # the white background would be a white box on a dark page
+    body = re.sub(r'<g id="patch_1">.*?</g>', "", body, count=1, flags=re.DOTALL)
+    body = re.sub(r'(id="|href="#|url\(#)', rf"\1{chart.name}-", body)
+    for color, name in _COLORS.items():
+        body = body.replace(color, f"var({name})")
+    return f'<svg {box[0]} role="img" aria-label="{escape(chart.words)}">{body}', file
+
+
+def _charts(charts: Sequence[Chart]) -> list[dict[str, Any]]:
+    drawn = []
+    for chart in charts:
+        element, file = _svg(chart)
+        drawn.append({
+            "name": chart.name, "title": chart.title, "caption": chart.caption,
+            "svg": Markup(element), "file": file,
+        })  # fmt: skip
+    return drawn
 
 
 # ---- tables -----------------------------------------------------------------------------
@@ -193,6 +265,21 @@ def _faithfulness(found: Faithfulness | None) -> dict[str, Any] | None:
     }
 
 
+def _resource(name: str) -> str:
+    return resources.files("regard.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    """The source of a script as a content security policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _viridis() -> str:
+    """65 colors from no attention to the strongest, as the overlay has them."""
+    colors = matplotlib.colormaps["viridis"](np.linspace(VIRIDIS_FROM, 1.0, 65))
+    return " ".join("".join(f"{round(255 * c):02x}" for c in color[:3]) for color in colors)
+
+
 def _render(report: Report) -> str:
     _check(report)
     environment = jinja2.Environment(
@@ -200,22 +287,20 @@ def _render(report: Report) -> str:
     )
     environment.filters.update(percent=percent, percent_range=percent_range)
     environment.tests.update(nan=math.isnan)
-    template = environment.from_string(
-        resources.files("regard.report").joinpath("page.html").read_text(encoding="utf-8")
-    )
     evaluation = report.evaluation
     wrong, right = _gallery(report.explanations)
     drawn, listed = _class_tables(evaluation.per_class)
     matrix = _matrix(evaluation)
-    top1 = evaluation.metrics["top1"]
-    epoch, how = report.chosen or (None, "")
-    return template.render(
+    browser = report.browser
+    scripts = [_resource(name) for name in ("scroll.js", *(["browse.js"] if browser else []))]
+    places = {row[0]: k for k, row in enumerate(browser.listed)} if browser else {}
+    return environment.from_string(_resource("page.html")).render(
         report=report,
         data=next((v for k, v in report.summary.items() if k.lower() == "data"), None),
         images=f"{_SPLITS[report.split]} image{'s' * (evaluation.n != 1)}",
         n=evaluation.n,
         classes=evaluation.classes,
-        top1=top1,
+        top1=evaluation.metrics["top1"],
         hits=evaluation.n - sum(n for _, _, n in evaluation.confusions()),
         groups=evaluation.n_groups,
         commonest=max(evaluation.per_class, key=lambda c: c.count),
@@ -223,8 +308,7 @@ def _render(report: Report) -> str:
         right=right,
         left_out=len(report.explanations) - len(wrong) - len(right),
         key=_data_uri(color_key(160, 24), "png"),
-        charts=charts(report.history, epoch),
-        chosen=how,
+        charts=_charts(report.charts),
         history_keys=list(dict.fromkeys(key for row in report.history for key in row)),
         rows=matrix,
         drawn=drawn,
@@ -232,18 +316,24 @@ def _render(report: Report) -> str:
         mean_recall=evaluation.metrics["balanced_accuracy"].value,
         mistakes=_mistakes(evaluation, 6 if matrix else _MAX_MISTAKES),
         belief=_faithfulness(report.faithfulness),
+        numbers=diagnostic_rows(report.diagnostics),
+        places=places,
+        viridis=_viridis(),
+        browse=None if browser is None else Markup(browser.to_json()),
+        scripts=[Markup(script) for script in scripts],
+        policy=" ".join(map(_hash, scripts)),
     )
 
 
 def write_report(report: Report, path: str | os.PathLike[str]) -> None:
-    """Writes the page to `path`: one file, under 5 MB, atomically.
+    """Writes the page to `path`: one file, under 10 MB, atomically.
 
     Images are left out of a gallery that would make the page too large, and the page says how
     many.
 
     Raises:
         UsageError: an unknown split, a history or explanations that lack something, images or
-            maps that can't be drawn (see `regard.explanations.overlay`), or a page over 5 MB.
+            maps that can't be drawn (see `regard.explanations.overlay`), or a page over 10 MB.
         FileError: the file can't be written.
     """
     page = _render(report).encode(errors="replace")

@@ -2,7 +2,7 @@
 
 import math
 
-from regard.evaluation import Estimate
+from regard.evaluation import Diagnostics, Estimate
 
 
 def percent(share: float, decimals: int = 1) -> str:
@@ -26,3 +26,41 @@ def percent_range(estimate: Estimate) -> str:
     if math.isnan(estimate.low):
         return "–"
     return f"{percent(estimate.low)[:-2]}–{percent(estimate.high)}"
+
+
+_NAMES = {
+    "roc_auc_macro": "ROC AUC, each class against the rest (macro)",
+    "roc_auc_weighted": "ROC AUC, weighted by images",
+    "roc_auc_hand_till": "ROC AUC, pairs of classes (Hand and Till)",
+    "average_precision_macro": "average precision (macro)",
+    "average_precision_weighted": "average precision, weighted by images",
+    "mcc": "Matthews correlation (MCC)", "kappa": "Cohen’s kappa", "brier": "Brier score",
+    "roc_auc": "ROC AUC", "average_precision": "average precision",
+    "ppv": "positive predictive value", "npv": "negative predictive value",
+    "lr_positive": "positive likelihood ratio", "lr_negative": "negative likelihood ratio",
+    "f1": "F1", "calibration_slope": "calibration slope (ideal 1)",
+    "calibration_intercept": "calibration intercept (ideal 0)",
+}  # fmt: skip
+
+
+def diagnostic_rows(found: Diagnostics | None) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """The numbers of a diagnostic study by table: its title, and (name, value, interval) each."""
+    if found is None:
+        return []
+    tables = [("All classes", found.metrics)]
+    if (one := found.one_class) is not None:
+        decided = "the top-1 class decides" if one.threshold is None else (
+            f"positive from a probability of {one.threshold:.4g} on"
+        )  # fmt: skip
+        tables.insert(0, (f"{one.positive} against the rest: {decided}", one.metrics))
+    return [(title, [_row(name, e) for name, e in each.items()]) for title, each in tables]
+
+
+def _row(name: str, estimate: Estimate) -> tuple[str, str, str]:
+    name = _NAMES.get(name, name.replace("_", " "))
+    if math.isnan(estimate.value):
+        return name, "–", "–"
+    value = f"{estimate.value:.3f}"
+    if not estimate.has_interval:
+        return name, value, "–"
+    return name, value, f"{estimate.low:.3f}–{estimate.high:.3f}"

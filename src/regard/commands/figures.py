@@ -1,0 +1,75 @@
+"""`regard figures`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from regard.commands.flags import DeviceFlag
+from regard.errors import UsageError
+
+
+def command(
+    run: Annotated[Path, Parameter(name="RUN")],
+    /,
+    *,
+    out: Path | None = None,
+    format: Annotated[
+        list[Literal["pdf", "svg", "png", "tiff"]] | None,
+        Parameter(negative=(), consume_multiple=True),
+    ] = None,
+    dpi: int = 300,
+    width: str = "85mm",
+    images: int = 12,
+    masks: Path | None = None,
+    positive: str | None = None,
+    scored: int | None = None,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    device: DeviceFlag = "auto",
+) -> int:
+    """Write every figure of a finished run as files for print.
+
+    ROC, precision-recall, reliability, confusion matrix, decision curve, learning curves,
+    faithfulness, and explanations of the images that the report shows; vector graphics with
+    embedded fonts where the format has them.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+    out
+        Output folder (default: figures in the run's folder).
+    format
+        pdf, svg, png or tiff; several are written side by side (default: pdf).
+    dpi
+        Resolution of png and tiff, and of pictures within pdf and svg.
+    width
+        Width of each figure, in mm, cm, in or pt.
+    images
+        Number of images to explain; 0: none.
+    masks
+        Masks to outline in the explanations: a CSV file (path, x0, y0, x1, y1 in pixels) or a
+        folder of mask images.
+    positive
+        Class of the ROC, precision-recall and decision curves (default: of two classes the rarer;
+        of more, each against the rest).
+    scored
+        Number of images on which the maps' faithfulness is measured (default: the run's).
+    overwrite
+        Replace files in the output folder that Regard did not write.
+    """
+    from regard.explanations.print_style import width_in_inches
+    from regard.report.figures import FigureOptions, write_figures
+    from regard.report.source import RunSource
+
+    try:
+        options = FigureOptions(
+            formats=tuple(dict.fromkeys(format or ["pdf"])), dpi=dpi, images=images,
+            width=width_in_inches(width), positive=positive, scored=scored, overwrite=overwrite,
+        )  # fmt: skip
+    except UsageError as error:
+        raise UsageError(f"--{str(error).replace('=', ' ', 1)}") from error
+    source = RunSource(run, masks, device)
+    for path in write_figures(source, out or run / "figures", options):
+        print(path)
+    return 0

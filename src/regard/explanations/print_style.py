@@ -1,0 +1,149 @@
+"""How figures are drawn and saved for print: sizes, type, colors and files.
+
+Every figure of Regard is made within `for_print()` and written by `save`: type of 6 to 8 points
+in one sans-serif font, embedded as TrueType (type 42) in PDF and left as text in SVG, and the
+same bytes for the same content. The colors of `CYCLE` are Okabe and Ito's without their yellow
+and black, which one of a white and a dark page would hide: they differ for color-blind readers,
+and each line also has a style of its own.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from regard.errors import UsageError
+from regard.files import write_atomically
+from regard.version import __version__
+
+SOFTWARE = f"Regard {__version__}"
+"""Written into every picture, so that Regard's own files can be recognized."""
+FORMATS = ("pdf", "svg", "png", "tiff")
+SMALL, NORMAL = 6.5, 7.5  # points
+INK, MUTED, LINE = "#1b2024", "#5a636b", "#d9dbd5"
+MAIN, SECOND = "#17697d", "#b04a12"
+CYCLE = (MAIN, SECOND, "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a5195")
+STYLES = ("-", "--", "-.", ":")
+COLUMN = 85 / 25.4  # inches: a journal's column of 85 mm
+_LEAST, _MOST = 50.0, 400.0  # mm
+_LENGTH = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(mm|cm|in|pt)\s*")
+_INCHES = {"mm": 1 / 25.4, "cm": 1 / 2.54, "in": 1.0, "pt": 1 / 72}
+
+
+def width_in_inches(text: str) -> float:
+    """The width of a figure from a length such as "85mm", "8.5 cm", "3.3in" or "240pt".
+
+    Raises:
+        UsageError: it is no such length, or not between 50 and 400 mm.
+    """
+    match = _LENGTH.fullmatch(text)
+    if match is None:
+        raise UsageError(f"width={text!r}: give a number with mm, cm, in or pt, such as 85mm")
+    inches = float(match[1]) * _INCHES[match[2]]
+    if not _LEAST <= inches * 25.4 <= _MOST:
+        raise UsageError(f"width={text!r}: between {_LEAST:.0f} and {_MOST:.0f} mm")
+    return inches
+
+
+@lru_cache(maxsize=1)
+def _fonts() -> list[str]:
+    """Fonts that journals ask for, as far as they are installed; matplotlib's own is the last."""
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    wanted = ("Arial", "Helvetica", "Liberation Sans", "Noto Sans CJK SC", "Noto Sans CJK JP")
+    return [name for name in wanted if name in known] + ["DejaVu Sans"]
+
+
+@contextlib.contextmanager
+def for_print() -> Iterator[None]:
+    """The settings that figures are made and saved with."""
+    settings: Any = {
+        "font.family": _fonts(), "font.size": SMALL, "pdf.fonttype": 42, "ps.fonttype": 42,
+        "svg.fonttype": "none", "svg.hashsalt": "regard", "text.usetex": False,
+        "text.parse_math": False,
+        "axes.facecolor": "none", "axes.edgecolor": MUTED, "axes.labelcolor": INK,
+        "text.color": INK,
+        "axes.titlecolor": INK, "axes.titlesize": NORMAL, "axes.labelsize": SMALL,
+        "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.linewidth": 0.6,
+        "axes.unicode_minus": False, "axes.spines.top": False, "axes.spines.right": False,
+        "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": SMALL,
+        "ytick.labelsize": SMALL, "xtick.major.width": 0.5, "ytick.major.width": 0.5,
+        "xtick.major.size": 2.0, "ytick.major.size": 2.0, "legend.fontsize": SMALL,
+        "legend.frameon": False, "lines.linewidth": 1.2, "figure.dpi": 100,
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A white figure of this size in inches, with axes side by side."""
+    figure = Figure(
+        figsize=(width, height),
+        facecolor="white",
+        layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03),
+    )
+    return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+
+
+def line_style(i: int) -> dict[str, Any]:
+    """Color and line style of the i-th of several lines."""
+    return {"color": CYCLE[i % len(CYCLE)], "linestyle": STYLES[i // len(CYCLE) % len(STYLES)]}
+
+
+@lru_cache(maxsize=1)
+def _glyphs() -> frozenset[int]:
+    found: set[int] = set()
+    for name in _fonts():
+        file = font_manager.findfont(font_manager.FontProperties(family=name))
+        found |= set(font_manager.get_font(file).get_charmap())
+    return frozenset(found)
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD for what the fonts lack, such as undecodable bytes of a file name."""
+    glyphs = _glyphs()
+    return "".join(c if ord(c) in glyphs else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def short(text: str, length: int) -> str:
+    """The text, cut with … after `length` characters, and printable.
+
+    A space goes before an underscore: matplotlib leaves labels that begin with one out of legends.
+    """
+    text = printable(text if len(text) <= length else f"{text[: length - 1]}…")
+    return f" {text}" if text.startswith("_") else text
+
+
+def save(figure: Figure, path: Path, *, dpi: int = 300) -> None:
+    """Writes a figure atomically, in the format of the file's suffix.
+
+    Args:
+        figure: made within `for_print`.
+        path: ends in .pdf, .svg, .png, .tiff (or .tif).
+        dpi: of PNG and TIFF, and of pictures within PDF and SVG.
+
+    Raises:
+        UsageError: no such format.
+        FileError: it can't be written.
+    """
+    kind = path.suffix.lower().removeprefix(".")
+    kind = "tiff" if kind == "tif" else kind
+    if kind not in FORMATS:
+        raise UsageError(f"{path}: the suffix must be one of {', '.join(FORMATS)}")
+    options: dict[str, dict[str, Any]] = {
+        "pdf": {"metadata": {"Creator": SOFTWARE, "Producer": SOFTWARE, "CreationDate": None}},
+        "svg": {"metadata": {"Creator": SOFTWARE, "Date": None}},
+        "png": {"metadata": {"Software": SOFTWARE}},
+        "tiff": {"pil_kwargs": {"compression": "tiff_lzw", "software": SOFTWARE}},
+    }
+    with for_print():
+        write_atomically(
+            path, lambda part: figure.savefig(part, format=kind, dpi=dpi, **options[kind])
+        )

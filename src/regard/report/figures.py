@@ -1,0 +1,196 @@
+"""Every figure of a run: for its report, and as files for print (`regard figures`)."""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from regard.errors import UsageError
+from regard.evaluation import Diagnostics, Predictions, diagnose
+from regard.explanations.faithfulness import Faithfulness
+from regard.explanations.inputs import refuse_to_replace
+from regard.explanations.print_style import COLUMN, FORMATS, for_print, save
+from regard.files import plural, write_text
+from regard.report.charts import confusion, faithfulness, learning
+from regard.report.curves import Chart, decision_chart, precision_recall, reliability_chart, roc
+from regard.report.source import RunSource, choose
+
+log = logging.getLogger(__name__)
+
+PICTURES = "images"  # the folder of the explanation pictures
+_UNSAFE = re.compile(r"[^\w.-]+")
+
+
+def chosen_epoch(facts: dict[str, Any], recipe: dict[str, Any]) -> float:
+    """The epoch whose weights were evaluated."""
+    best = facts.get("best") or {}
+    if recipe.get("select") == "best" and best:
+        return float(best["epoch"])
+    return float(facts["epochs"])
+
+
+def positive_class(predictions: Predictions, wanted: str | None) -> str | None:
+    """The positive class of the curves: as asked for, or of two classes the rarer.
+
+    Of equally frequent ones it is the second. None for more classes: each against the rest.
+
+    Raises:
+        UsageError: there is no such class.
+    """
+    classes = predictions.classes
+    if wanted is not None:
+        if wanted not in classes:
+            some = ", ".join(classes[:20])
+            raise UsageError(f"positive={wanted!r}: choose one of {some}")
+        return wanted
+    if len(classes) != 2:
+        return None
+    counts = np.bincount(predictions.labels, minlength=2)
+    return classes[0] if counts[0] < counts[1] else classes[1]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the figures of a run are drawn from, beside its `RunSource`."""
+
+    positive: str | None
+    diagnostics: Diagnostics
+    faithfulness: Faithfulness | None
+
+
+def measure(source: RunSource, positive: str | None, scored: int) -> Measured:
+    """Measures what the figures show.
+
+    Args:
+        source: the run.
+        positive: see `positive_class`; the class of the run's threshold goes first.
+        scored: images on which the maps' faithfulness is measured; 0: on none.
+
+    Raises:
+        UsageError: there is no such class.
+    """
+    stored = None if source.calibration is None else source.calibration.threshold
+    if positive is None and stored is not None:
+        positive = stored.positive
+    name = positive_class(source.predictions, positive)
+    threshold = stored.value if stored is not None and stored.positive == name else None
+    found = diagnose(
+        source.calibrated, positive=name, threshold=threshold, seed=source.recipe["seed"]
+    )
+    return Measured(name, found, source.faithfulness(scored))
+
+
+def charts(source: RunSource, measured: Measured, width: float = COLUMN) -> list[Chart]:
+    """The figures of a run, `width` inches wide."""
+    predictions, positive = source.calibrated, measured.positive
+    epoch = chosen_epoch(source.facts, source.recipe)
+    with for_print():
+        drawn = [
+            roc(predictions, measured.diagnostics, positive, width),
+            precision_recall(predictions, measured.diagnostics, positive, width),
+            reliability_chart(source.predictions, predictions, width),
+            confusion(source.evaluation, width),
+            None if positive is None else decision_chart(predictions, positive, width),
+            learning(source.run.read_metrics(), epoch, width),
+            None if measured.faithfulness is None else faithfulness(measured.faithfulness, width),
+        ]
+    return [chart for chart in drawn if chart is not None]
+
+
+def file_name(name: str) -> str:
+    """A name of a file, without suffix, for an image: its own and its folder's, and a short hash.
+
+    The hash, of the whole path, keeps images of the same name apart.
+    """
+    parts = Path(name).parts[-2:]
+    safe = _UNSAFE.sub("-", "_".join([*parts[:-1], Path(name).stem])).strip("-.") or "image"
+    return f"{safe[-80:]}-{hashlib.blake2b(os.fsencode(name), digest_size=3).hexdigest()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureOptions:
+    """How figures are written.
+
+    Attributes:
+        formats: of `FORMATS`.
+        dpi: of PNG and TIFF, and of pictures within PDF and SVG.
+        width: of a figure, in inches.
+        images: how many images are explained; 0: none.
+        positive: the class of ROC, precision-recall and decision curves, see `positive_class`.
+        scored: images on which faithfulness is measured; None: as in the run's recipe.
+        overwrite: replace files that Regard did not write.
+    """
+
+    formats: Sequence[str] = ("pdf",)
+    dpi: int = 300
+    width: float = COLUMN
+    images: int = 12
+    positive: str | None = None
+    scored: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if unknown := [f for f in self.formats if f not in FORMATS]:
+            raise UsageError(f"format={unknown[0]}: choose {', '.join(FORMATS)}")
+        if not 50 <= self.dpi <= 2400:
+            raise UsageError(f"dpi={self.dpi}: between 50 and 2400")
+        for name, value in (("images", self.images), ("scored", self.scored or 0)):
+            if value < 0:
+                raise UsageError(f"{name}={value}: at least 0")
+
+
+def write_figures(
+    source: RunSource, out: Path, options: FigureOptions, texts: dict[str, str] | None = None
+) -> Iterator[Path]:
+    """Writes every figure of a run, and the explanations of the images that `choose` names.
+
+    Args:
+        source: the run.
+        out: the folder, made where it is missing.
+        options: formats and sizes.
+        texts: further files of text by name.
+
+    Yields:
+        Each file, once it is written.
+
+    Raises:
+        UsageError: no such class, or a file in the way that Regard did not write.
+        FileError: a file can't be written.
+    """
+    chosen = choose(source.predictions, options.images) if source.can_read else []
+    pictures = {i: Path(PICTURES, file_name(source.name(i))) for i in chosen}
+    names = ["roc", "precision-recall", "reliability", "confusion", "decision-curve",
+             "learning-curves", "faithfulness", *map(str, pictures.values())]  # fmt: skip
+    planned = [out / f"{name}.{kind}" for name in names for kind in options.formats]
+    planned += [out / name for name in texts or {}]
+    refuse_to_replace(planned, [], overwrite=options.overwrite)
+    if not source.can_read:
+        log.warning("no image is explained: %s", source.problem or "the run's images are not there")
+    scored = source.recipe["faithfulness_images"] if options.scored is None else options.scored
+    measured = measure(source, options.positive, scored)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (texts or {}).items():
+        write_text(out / name, text)
+        yield out / name
+    for chart in charts(source, measured, options.width):
+        yield from _save(chart.figure, out / chart.name, options)
+    if pictures:
+        (out / PICTURES).mkdir(exist_ok=True)
+    for i, shown in source.explain_all(chosen):
+        yield from _save(shown.figure(width=options.width), out / pictures[i], options)
+    if pictures:
+        log.info("%s explained, by the rule of the report", plural(len(pictures), "image"))
+
+
+def _save(figure: Figure, path: Path, options: FigureOptions) -> Iterator[Path]:
+    for kind in options.formats:
+        file = path.with_name(f"{path.name}.{kind}")
+        save(figure, file, dpi=options.dpi)
+        yield file

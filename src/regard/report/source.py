@@ -1,0 +1,237 @@
+"""A run's network, its images and what was said of them: what its report and figures show."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regard.attention import attention_kinds
+from regard.data.loading import Reader
+from regard.data.table import ImageTable
+from regard.errors import ImageError, UsageError
+from regard.evaluation import Evaluation, Predictions, evaluate, read_calibration, with_temperature
+from regard.explanations.explanation import METHODS, Explanation, as_picture, explain_batch
+from regard.explanations.faithfulness import Faithfulness, Scorer, summarize
+from regard.explanations.gradcam import default_layer, gradcam
+from regard.explanations.inputs import Source
+from regard.explanations.masks import Masks, open_masks
+from regard.explanations.pointing import Mask
+from regard.files import spread
+from regard.predict import Classifier, load
+from regard.runs import RunFolder
+from regard.trained_on import own_table
+
+log = logging.getLogger(__name__)
+
+MOST_WRONG, LEAST_SURE, MOST_CLASSES = 12, 6, 12
+
+
+def choose(predictions: Predictions, count: int | None = None) -> list[int]:
+    """The images to show, by the rule that the report's notes state.
+
+    The wrong ones of highest probability (at most 12), the 6 right ones of lowest probability,
+    and the first right one of each of the first 12 classes.
+
+    Args:
+        predictions: of all images.
+        count: where so many are wanted: further wrong ones, then further unsure ones follow.
+    """
+    predicted = predictions.probabilities.argmax(axis=1)
+    top = predictions.probabilities.max(axis=1)
+    wrong = np.flatnonzero(predicted != predictions.labels)
+    right = np.flatnonzero(predicted == predictions.labels)
+    wrong = wrong[np.argsort(-top[wrong], kind="stable")]
+    unsure = right[np.argsort(top[right], kind="stable")]
+    classes = range(min(len(predictions.classes), MOST_CLASSES))
+    first = [right[predictions.labels[right] == c][:1] for c in classes]
+    rule = np.concatenate([wrong[:MOST_WRONG], unsure[:LEAST_SURE], *first])
+    chosen = list(dict.fromkeys(rule.tolist()))
+    if count is None:
+        return chosen
+    more = np.concatenate([rule, wrong[MOST_WRONG:], unsure[LEAST_SURE:]])
+    return list(dict.fromkeys(more.tolist()))[:count]
+
+
+def ranked(predictions: Predictions, i: int) -> list[tuple[str, float]]:
+    """The 5 most probable classes of an image as it was evaluated, with their probabilities."""
+    p = predictions.probabilities[i]
+    order = np.argsort(-p, kind="stable")[:5].tolist()
+    return [(predictions.classes[k], float(p[k])) for k in order]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The evaluated images as they can be read now: row of the table for each prediction."""
+
+    table: ImageTable
+    reader: Reader
+    rows: dict[int, int]
+
+
+class RunSource:
+    """The network and the images of a finished run; without images where its data has moved.
+
+    Raises:
+        UsageError: the folder holds no finished run, or the masks don't fit its images.
+    """
+
+    def __init__(self, folder: Path, masks: Path | None = None, device: str = "cpu") -> None:
+        self.run = RunFolder(folder)
+        if not self.run.finished:
+            raise UsageError(f"{folder} holds no finished run")
+        self.plan, self.facts = self.run.read_plan(), self.run.read_facts()
+        self.recipe = self.run.read_recipe()
+        self.split, self.predictions = self.run.read_predictions()
+        self.classifier = load(folder, device, calibrated=False)  # as it was evaluated
+        self.calibration = read_calibration(folder)
+        self.problem = ""
+        self.found = self._open()
+        self.masks = Masks() if masks is None else self._open_masks(masks)
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The result, as it was evaluated at the end of the training."""
+        return evaluate(self.predictions, seed=self.recipe["seed"])
+
+    @cached_property
+    def calibrated(self) -> Predictions:
+        """The predictions at the temperature that is stored in the run, 1 without one."""
+        stored = self.calibration
+        if stored is None or stored.temperature == 1:
+            return self.predictions
+        return with_temperature(self.predictions, stored.temperature)
+
+    @cached_property
+    def methods(self) -> Sequence[str]:
+        """The explanation methods that work on this network."""
+        return usable_methods(self.classifier)
+
+    def _open(self) -> _Found | None:
+        try:
+            table = own_table(self.run.path, self.plan)
+        except (ValueError, OSError) as error:  # the numbers still stand
+            self.problem = str(error)
+            return None
+        table = table.select(table.splits == self.split)
+        paths = self.predictions.paths
+        if paths is None:
+            return None
+        places = {table.path(i): i for i in range(len(table))}
+        same = len(table) == len(paths)
+        rows = {i: places.get(path, i if same else -1) for i, path in enumerate(paths)}
+        rows = {i: row for i, row in rows.items() if row >= 0}
+        return _Found(table, Reader(table, self.classifier.preprocess), rows)
+
+    def _open_masks(self, masks: Path) -> Masks:
+        if self.found is None or self.found.table.files is None:
+            why = self.problem or "its images are no files"
+            raise UsageError(f"masks {masks}: {self.run.path} has no image files ({why})")
+        files = self.found.table.files
+        return open_masks(masks, [Source(Path(path), path) for path in files])
+
+    @property
+    def can_read(self) -> bool:
+        """Whether there are images to read."""
+        return self.found is not None and bool(self.found.rows)
+
+    # ---- single images -------------------------------------------------------------------
+    def name(self, i: int) -> str:
+        """The name of an evaluated image: its path below the folder of the data."""
+        if self.found is not None and i in self.found.rows:
+            return self.found.table.key(self.found.rows[i])
+        return (self.predictions.paths or [f"image {k}" for k in range(len(self.predictions))])[i]
+
+    def pixels(self, i: int) -> Any:
+        """An evaluated image as it was decoded, (H, W, C).
+
+        Raises:
+            ImageError: it can't be read.
+        """
+        if self.found is None or i not in self.found.rows:
+            raise ImageError(f"{self.name(i)}: not where it was")
+        row, value_range = self.found.rows[i], self.classifier.preprocess.value_range
+        return self.found.table.read(row, value_range=value_range)
+
+    def explained(self, i: int) -> Explanation:
+        """An evaluated image as `regard explain` explains it, with its true class and its mask.
+
+        Raises:
+            ImageError: it can't be read.
+        """
+        pixels = self.pixels(i)
+        assert self.found is not None
+        picture, box = as_picture(pixels), self.classifier.preprocess.seen(*pixels.shape[:2])
+        name = self.name(i)
+        if self.methods:
+            (shown,) = explain_batch(
+                self.classifier.model, self._input(self.found.rows[i]), [picture], [box],
+                classes=self.classifier.class_names, methods=self.methods, paths=[name],
+                target=int(self.predictions.probabilities[i].argmax()),
+            )  # fmt: skip
+        else:
+            shown = Explanation(
+                path=name, image=picture, box=box, classes=[], target=("", 0.0), maps=[]
+            )
+        true = self.predictions.classes[self.predictions.labels[i]]
+        mask = self._mask(i, (pixels.shape[0], pixels.shape[1]))
+        # the classes as they were evaluated
+        return replace(shown, true=true, classes=ranked(self.predictions, i), mask=mask)
+
+    def _mask(self, i: int, size: tuple[int, int]) -> Mask | None:
+        assert self.found is not None
+        name = self.found.table.path(self.found.rows[i])
+        if name not in self.masks.boxes and name not in self.masks.files:
+            return None
+        try:
+            return self.masks.read(name, size)
+        except (UsageError, ImageError) as error:
+            log.warning("%s: no mask is drawn (%s)", name, error)
+            return None
+
+    def _input(self, row: int) -> Tensor:
+        assert self.found is not None
+        preprocess = self.classifier.preprocess
+        device = next(self.classifier.model.parameters()).device
+        return preprocess.normalize(preprocess.fit(self.found.reader.decode(row))[None].to(device))
+
+    def explain_all(self, chosen: Sequence[int]) -> Iterator[tuple[int, Explanation]]:
+        """Those of the images that can still be read, explained."""
+        if not self.can_read:
+            return
+        for i in chosen:
+            try:
+                yield i, self.explained(i)
+            except ImageError as error:
+                log.warning("%s", error)
+
+    def faithfulness(self, count: int) -> Faithfulness | None:
+        """Scores on `count` images, evenly spread; None without images or maps."""
+        if self.found is None or count == 0 or not self.methods or not self.can_read:
+            return None
+        seed = self.recipe["seed"]
+        scorer = Scorer(self.classifier.model, methods=self.methods, seed=seed, steps=10, repeats=1)
+        each = []
+        for row in spread(len(self.found.table), count).tolist():
+            try:
+                each.append(scorer.score(self._input(row)))
+            except ImageError:
+                continue
+        return summarize(each, seed=seed) if each else None
+
+
+def usable_methods(classifier: Classifier) -> Sequence[str]:
+    """The methods that work on this network: not every network has a layer for Grad-CAM."""
+    methods = ["attention"] if attention_kinds(classifier.model) else []
+    x = torch.zeros(1, *classifier.preprocess.input_size)
+    x = x.to(next(classifier.model.parameters()).device)
+    try:
+        gradcam(classifier.model, x, layer=default_layer(classifier.model, x))
+    except UsageError:
+        return methods
+    return [m for m in METHODS if m in (*methods, "gradcam")]

@@ -1,0 +1,264 @@
+"""`regard figures`: what is drawn is what was measured, and the files are fit for print."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from matplotlib.collections import FillBetweenPolyCollection
+from PIL import Image
+from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_curve
+
+from regard.attention import StageMap
+from regard.cli import run_command
+from regard.evaluation import Predictions, diagnose, evaluate
+from regard.explanations.explanation import Explanation
+from regard.explanations.print_style import for_print, width_in_inches
+from regard.report.bands import GRID, precision_recall_of, roc_of
+from regard.report.charts import confusion, learning
+from regard.report.curves import decision_chart, precision_recall, reliability_chart, roc
+from regard.report.figures import file_name, positive_class
+
+NAMES = ["roc", "precision-recall", "reliability", "confusion", "learning-curves", "faithfulness"]
+
+
+def two_classes(n=120, groups=None):
+    rng = np.random.default_rng(3)
+    labels = (rng.random(n) < 0.3).astype(int)
+    score = np.clip(0.2 * labels + 0.8 * rng.random(n), 0, 1).round(2)  # with ties
+    both = np.stack([1 - score, score], axis=1)
+    return Predictions(both, labels, ["benign", "malignant"], groups)
+
+
+def lines_of(axes):
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+# ---- files -------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def written(whole, tmp_path_factory):
+    out = tmp_path_factory.mktemp("print") / "my figures"
+    command = ["figures", str(whole), "--out", str(out), "--images", "2", "--scored", "2",
+               "--format", "pdf", "svg", "png", "tiff"]  # fmt: skip
+    assert run_command(command) == 0
+    return command, out
+
+
+def test_every_figure_is_there_in_every_format(written):
+    _, out = written
+    kinds = ("pdf", "svg", "png", "tiff")
+    assert {p.name for p in out.iterdir() if p.is_file()} == {
+        f"{name}.{kind}" for name in NAMES for kind in kinds
+    }
+    pictures = list((out / "images").iterdir())
+    assert len(pictures) == 8
+    assert {p.suffix[1:] for p in pictures} == set(kinds)
+
+
+def test_files_have_the_width_the_resolution_and_the_fonts_of_print(written):
+    _, out = written
+    for path in [*out.rglob("*.png"), *out.rglob("*.tiff")]:
+        with Image.open(path) as image:
+            assert abs(image.width - 85 / 25.4 * 300) <= 1
+            assert float(image.info["dpi"][0]) == pytest.approx(300, abs=0.1)
+    for path in out.rglob("*.pdf"):
+        content = path.read_bytes()
+        assert b"/FontFile2" in content  # TrueType: type 42
+        assert b"/Type3" not in content
+        box = re.search(rb"/MediaBox \[ 0 0 ([0-9.]+) ", content)
+        assert float(box[1]) == pytest.approx(85 / 25.4 * 72, abs=0.1)
+    assert ">sensitivity</text>" in (out / "roc.svg").read_text()  # text, not outlines
+
+
+def test_a_second_call_writes_the_same_bytes_and_replaces_nobodys_file(written, capsys):
+    command, out = written
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert run_command(command) == 0
+    assert {p: p.read_bytes() for p in before} == before
+    (out / "roc.svg").write_text("<svg>mine</svg>")
+    try:
+        assert run_command(command) == 2
+        assert "roc.svg" in capsys.readouterr().err
+        assert (out / "roc.svg").read_text() == "<svg>mine</svg>"
+    finally:
+        (out / "roc.svg").write_bytes(before[out / "roc.svg"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--width", "wide"], "--width 'wide'"), (["--width", "5mm"], "50 and 400"),
+        (["--dpi", "5"], "--dpi 5"), (["--images", "-1"], "--images -1"),
+        (["--positive", "x"], "'x'"), (["--masks", "nowhere.csv"], "nowhere.csv"),
+    ],
+)  # fmt: skip
+def test_a_wrong_call_is_one_line_and_writes_nothing(flags, says, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run_command(["figures", str(whole), "--out", str(out), *flags]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert len(err.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_widths_have_units():
+    assert width_in_inches("85mm") == pytest.approx(3.346, abs=1e-3)
+    assert width_in_inches(" 8.5 cm ") == width_in_inches("85mm")
+    assert width_in_inches("3.5in") == 3.5
+
+
+def test_names_of_files_are_safe_and_differ():
+    names = ["a b/ü x.png", "c/a b/ü x.png", "../é/1.png", "x" * 300 + ".png", "digits[3]", "…"]
+    safe = [file_name(n) for n in names]
+    assert len(set(safe)) == len(names)
+    assert all(re.fullmatch(r"[\w.-]{1,90}", s) for s in safe)
+
+
+# ---- what is drawn -----------------------------------------------------------------------
+def test_curves_are_scikit_learns_and_lie_within_their_bands():
+    found = two_classes()
+    score, truth = found.probabilities[:, 1], found.labels == 1
+    band = roc_of(found, "malignant")
+    fpr, tpr, _ = roc_curve(truth, score, drop_intermediate=False)
+    np.testing.assert_allclose(np.stack([band.x, band.y]), np.stack([fpr, tpr]))
+    inside = np.interp(GRID, band.x, band.y)
+    assert ((band.low - 0.05 <= inside) & (inside <= band.high + 0.05)).all()
+    assert 0.1 < (band.high - band.low).mean() < 0.4
+    band = precision_recall_of(found, "malignant")
+    precision, *_ = precision_recall_curve(truth, score)
+    assert set(np.round(band.y, 9)) <= set(np.round(precision, 9))
+    steps = (np.diff(band.x) * band.y[1:]).sum()
+    assert steps == pytest.approx(average_precision_score(truth, score))
+    assert band.x[-1] == 1.0
+
+
+def test_bands_of_groups_are_wider():
+    plain, groups = two_classes(), [f"patient {i // 3}" for i in range(120)]
+    same = np.repeat(np.arange(0, 120, 3), 3)  # three times the same image of each patient
+    copies = Predictions(plain.probabilities[same], plain.labels[same], plain.classes)
+    grouped = Predictions(plain.probabilities[same], plain.labels[same], plain.classes, groups)
+    width = [np.ptp(np.stack([b.low, b.high]), axis=0).mean()
+             for b in (roc_of(copies, "malignant"), roc_of(grouped, "malignant"))]  # fmt: skip
+    assert width[1] > 1.3 * width[0]
+
+
+def test_the_legend_has_the_areas_of_evaluate_and_the_point_is_the_decision():
+    found = two_classes()
+    numbers = diagnose(found, positive="malignant")
+    with for_print():
+        (axes,) = roc(found, numbers, "malignant", 3.3).figure.axes
+        (other,) = precision_recall(found, numbers, "malignant", 3.3).figure.axes
+    label = axes.get_legend().get_texts()[0].get_text()
+    area = numbers.per_class["malignant"]["roc_auc"]
+    assert label == f"malignant: AUC {area.value:.2f} ({area.low:.2f}–{area.high:.2f})"
+    line = lines_of(axes)[label]
+    assert auc(*line.get_data()) == pytest.approx(area.value)
+    point = next(x for x in axes.get_lines() if x.get_marker() == "o").get_data()
+    one = numbers.one_class.metrics
+    assert np.ravel(point).tolist() == [1 - one["specificity"].value, one["sensitivity"].value]
+    assert any(isinstance(c, FillBetweenPolyCollection) for c in axes.collections)
+    assert "AP" in other.get_legend().get_texts()[0].get_text()
+
+
+def test_many_classes_are_each_against_the_rest_and_the_worst_of_many_are_drawn():
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(30), 400)
+    names = [f"_class ${i}$" for i in range(30)]  # neither hidden nor a formula
+    found = Predictions(p, rng.integers(0, 30, 400), names)
+    chart = roc(found, diagnose(found, resamples=20), None, 3.3)
+    (axes,) = chart.figure.axes
+    texts = [t.get_text() for t in axes.get_legend().get_texts()]
+    assert len(texts) == 12
+    assert "$" in texts[0]
+    assert "12 of 30" in chart.caption
+    chart.figure.draw_without_rendering()
+
+
+def test_the_positive_class_is_the_rarer_of_two():
+    found = two_classes()
+    assert positive_class(found, None) == "malignant"
+    flipped = Predictions(found.probabilities, 1 - found.labels, found.classes)
+    assert positive_class(flipped, None) == "benign"
+    assert positive_class(flipped, "malignant") == "malignant"
+    three = Predictions(np.eye(3), np.arange(3), list("abc"))
+    assert positive_class(three, None) is None
+
+
+def test_one_image_or_one_class_is_drawn_too():
+    one = Predictions(np.array([[0.2, 0.8]]), np.array([1]), ["a", "b"])
+    numbers = diagnose(one, positive="b")
+    assert roc(one, numbers, "b", 3.3) is None
+    reliability_chart(one, one, 3.3).figure.draw_without_rendering()
+    confusion(evaluate(one), 3.3).figure.draw_without_rendering()
+    decision_chart(one, "b", 3.3).figure.draw_without_rendering()
+
+
+def test_the_confusion_matrix_has_counts_and_shares():
+    found = two_classes()
+    matrix = evaluate(found).confusion.toarray()
+    axes = confusion(evaluate(found), 3.3).figure.axes[0]
+    for (i, j), count in np.ndenumerate(matrix):
+        share = 100 * count / matrix[i].sum()
+        text = next(t for t in axes.texts if t.get_position() == (j, i))
+        assert text.get_text() == f"{share:.0f} %\n{count}"
+
+
+def test_learning_curves_mark_the_chosen_epoch_and_break_where_a_loss_is_not_finite():
+    history = [
+        {"epoch": n, "loss": 2 / n, "objective": 3 / n, "accuracy": 1 - 0.5 / n,
+         "learning_rate": 0.1, "val_loss": 3 / n, "val_accuracy": 0.8}
+        for n in range(1, 7)
+    ]  # fmt: skip
+    history[2]["loss"] = float("nan")
+    with for_print():
+        chart = learning(history, 5.0, 3.3)
+    titles = [axes.get_title(loc="left") for axes in chart.figure.axes]
+    assert titles == ["Loss", "Training objective", "Accuracy", "Learning rate"]
+    for axes in chart.figure.axes:
+        marks = [x for x in axes.get_lines() if list(x.get_xdata()) == [5.0, 5.0]]
+        assert len(marks) == 1
+    y = lines_of(chart.figure.axes[0])["training"].get_ydata()
+    assert np.isnan(y).tolist() == [False, False, True, False, False, False]
+    assert "validation from 3 to 0.5" in chart.words
+    history[-1]["loss"] = float("inf")
+    assert "training from 2 to not finite" in learning(history, 5.0, 3.3).words
+    # where loss and validation loss are not one quantity, they do not share axes
+    older = [{k: v for k, v in row.items() if k != "objective"} for row in history]
+    with for_print():
+        titles = [axes.get_title(loc="left") for axes in learning(older, 5.0, 3.3).figure.axes]
+    assert titles[:2] == ["Training loss", "Validation loss"]
+    assert learning([], None, 3.3) is None
+
+
+# ---- explanations ------------------------------------------------------------------------
+def test_an_explanation_fits_a_column_with_its_true_class_its_mask_and_named_scales():
+    rng = np.random.default_rng(0)
+    values = rng.random((7, 7)).astype(np.float32)
+    maps = [StageMap("gate3", "spatial", values / values.sum(), "", "gate3"),
+            StageMap("Grad-CAM", "gradcam", 12 * values, "at block5", "block5")]  # fmt: skip
+    mask = np.zeros((120, 90), bool)
+    mask[40:80, 30:60] = True
+    shown = Explanation(
+        path="a/" * 40 + "scan 7.png", image=np.zeros((120, 90), np.uint8), box=(0, 0, 90, 120),
+        classes=[("benign", 0.8), ("malignant", 0.2)], target=("benign", 0.8), maps=maps,
+        true="malignant", mask=mask,
+    )  # fmt: skip
+    figure = shown.figure(width=85 / 25.4)
+    figure.draw_without_rendering()
+    heading = " ".join(t.get_text() for t in figure.texts)
+    assert "scan 7.png: benign (80.0 %)" in heading
+    assert "true class malignant (wrong)" in heading
+    right = figure.get_figwidth() * figure.dpi
+    assert all(t.get_window_extent().x1 <= right for t in figure.texts)
+    panels = [axes for axes in figure.axes if axes.collections]  # the outlines
+    assert len(panels) == 3
+    scales = [[t.get_text() for t in axes.texts] for axes in figure.axes]
+    scales = [texts for texts in scales if len(texts) == 4]
+    assert [texts[3] for texts in scales] == ["attention (sums to 1)", "Grad-CAM"]
+    for low, middle, high, _ in scales:
+        decimals = {len(n.split()[-1].partition(".")[2]) for n in (low, middle, high)}
+        assert len(decimals) == 1
+    for axes in figure.axes:
+        boxes = sorted((t.get_window_extent() for t in axes.texts[:3]), key=lambda b: b.x0)
+        if len(axes.texts) == 4:
+            assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
