@@ -31,7 +31,8 @@ def command(
 
     ROC, precision-recall, reliability, confusion matrix, decision curve, learning curves,
     faithfulness, and explanations of the images that the report shows; vector graphics with
-    embedded fonts where the format has them.
+    embedded fonts where the format has them. methods.md drafts the methods paragraph of a paper,
+    checklists.md answers CLAIM, STARD-AI and TRIPOD+AI as far as the run knows.
 
     Parameters
     ----------
@@ -60,6 +61,7 @@ def command(
     """
     from regard.explanations.print_style import width_in_inches
     from regard.report.figures import FigureOptions, write_figures
+    from regard.report.methods import as_markdown, methods_of
     from regard.report.source import RunSource
 
     try:
@@ -70,6 +72,11 @@ def command(
     except UsageError as error:
         raise UsageError(f"--{str(error).replace('=', ' ', 1)}") from error
     source = RunSource(run, masks, device)
-    for path in write_figures(source, out or run / "figures", options):
+    written = write_figures(
+        source, out or run / "figures", options,
+        lambda measured: as_markdown(methods_of(source, measured, source.command)),
+        ("methods.md", "checklists.md"),
+    )  # fmt: skip
+    for path in written:
         print(path)
     return 0

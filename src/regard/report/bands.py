@@ -32,14 +32,18 @@ class Band:
     high: Floats
 
 
-def roc_of(predictions: Predictions, name: str, *, seed: int = 0) -> Band | None:
+def roc_of(
+    predictions: Predictions, name: str, *, seed: int = 0, interval: bool = True
+) -> Band | None:
     """The ROC curve of a class against the rest; None without images of both kinds."""
-    return _band(predictions, name, seed, _roc, "right")
+    return _band(predictions, name, seed if interval else None, _roc, "right")
 
 
-def precision_recall_of(predictions: Predictions, name: str, *, seed: int = 0) -> Band | None:
+def precision_recall_of(
+    predictions: Predictions, name: str, *, seed: int = 0, interval: bool = True
+) -> Band | None:
     """Precision over recall of a class; None without images of both kinds."""
-    return _band(predictions, name, seed, _precision_recall, "left")
+    return _band(predictions, name, seed if interval else None, _precision_recall, "left")
 
 
 def _roc(curve: Curve) -> tuple[Floats, Floats]:
@@ -61,7 +65,7 @@ def _precision_recall(curve: Curve) -> tuple[Floats, Floats]:
 def _band(
     predictions: Predictions,
     name: str,
-    seed: int,
+    seed: int | None,
     points: Callable[[Curve], tuple[Floats, Floats]],
     side: Literal["left", "right"],
 ) -> Band | None:
@@ -73,7 +77,7 @@ def _band(
     x, y = points(ranking.curve(np.ones(len(predictions))))
     unit, n_units = units_of(predictions)
     drawn = []
-    if n_units > 1 and len(predictions) * RESAMPLES <= MOST_WORK:
+    if seed is not None and n_units > 1 and len(predictions) * RESAMPLES <= MOST_WORK:
         for times in draws(n_units, RESAMPLES, seed):
             sample = ranking.curve(times[unit])
             if sample.tp[-1] and sample.fp[-1]:

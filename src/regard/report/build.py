@@ -8,11 +8,11 @@ from regard.evaluation import Predictions
 from regard.files import plural
 from regard.report.browse import browser_of
 from regard.report.figures import charts, measure
+from regard.report.methods import methods_of
 from regard.report.page import Report, write_report
 from regard.report.source import LEAST_SURE, MOST_CLASSES, MOST_WRONG, RunSource, choose
 
 _SIDE = 576  # of the cards' images, in pixels: twice as large as they are shown
-EXPLAINED = 48  # images with maps, unless more are asked for
 
 
 def report_run(
@@ -21,7 +21,7 @@ def report_run(
     *,
     masks: str | Path | None = None,
     positive: str | None = None,
-    explained: int = EXPLAINED,
+    explained: int = 0,
 ) -> Path:
     """Writes report.html into a finished run's folder, and returns its path.
 
@@ -32,7 +32,7 @@ def report_run(
         device: where the network computes, as for `regard.load`.
         masks: what people marked, to be drawn into the images; see `open_masks`.
         positive: class of ROC, precision-recall and decision curves; see `positive_class`.
-        explained: images whose maps are computed.
+        explained: images whose maps are computed; those of the gallery are in any case.
 
     Raises:
         UsageError: the folder holds no finished run, or an argument does not fit it, or this
@@ -68,21 +68,16 @@ def report_run(
             charts=charts(source, measured),
             diagnostics=measured.diagnostics,
             browser=browser,
+            methods=methods_of(source, measured, source.command),
             chosen=_chosen(facts, recipe),
             versions=facts["versions"],
-            command=_command(source.run.path),
+            command=source.command,
             notes=_notes(source.split, facts, source.predictions, len(rule) - len(cards)),
             faithfulness=faithful,
         ),
         path,
     )
     return path
-
-
-def _command(folder: Path) -> str:
-    """The command of the run, from the header of its recipe."""
-    lines = (folder / "recipe.toml").read_text(encoding="utf-8").splitlines()
-    return lines[1].removeprefix("# ") if len(lines) > 1 and lines[1].startswith("# ") else ""
 
 
 def _summary(plan: dict[str, Any], facts: dict[str, Any], recipe: dict[str, Any]) -> dict[str, str]:

@@ -114,7 +114,7 @@ def precision_recall(
     return Chart("precision-recall", title, figure, f"Precision over recall: {words}", caption)
 
 
-_BAND = "Shaded: pointwise 95 % interval by bootstrap; in brackets the 95 % interval of the area."
+_BAND = "Shaded, of up to 3 curves: pointwise 95 % interval; in brackets that of the area."
 _Maker = Callable[..., Band | None]
 
 
@@ -135,11 +135,11 @@ def _curves(
     figure, (axes,) = new_figure(width, width * 0.95)
     shown = names[:MOST_CURVES]
     for i, name in enumerate(shown):
-        band = make(predictions, name)
+        band = make(predictions, name, interval=len(shown) <= 3)
         if band is None:
             continue
         style = line_style(i)
-        if len(band.grid) and len(shown) <= 3:
+        if len(band.grid):
             axes.fill_between(
                 band.grid, band.low, band.high, color=style["color"], alpha=0.18, linewidth=0
             )

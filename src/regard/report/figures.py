@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,11 @@ class FigureOptions:
 
 
 def write_figures(
-    source: RunSource, out: Path, options: FigureOptions, texts: dict[str, str] | None = None
+    source: RunSource,
+    out: Path,
+    options: FigureOptions,
+    texts: Callable[[Measured], dict[str, str]] = lambda measured: {},
+    text_names: Sequence[str] = (),
 ) -> Iterator[Path]:
     """Writes every figure of a run, and the explanations of the images that `choose` names.
 
@@ -155,7 +159,8 @@ def write_figures(
         source: the run.
         out: the folder, made where it is missing.
         options: formats and sizes.
-        texts: further files of text by name.
+        texts: makes further files of text by name, of `text_names`.
+        text_names: their names.
 
     Yields:
         Each file, once it is written.
@@ -169,14 +174,14 @@ def write_figures(
     names = ["roc", "precision-recall", "reliability", "confusion", "decision-curve",
              "learning-curves", "faithfulness", *map(str, pictures.values())]  # fmt: skip
     planned = [out / f"{name}.{kind}" for name in names for kind in options.formats]
-    planned += [out / name for name in texts or {}]
+    planned += [out / name for name in text_names]
     refuse_to_replace(planned, [], overwrite=options.overwrite)
     if not source.can_read:
         log.warning("no image is explained: %s", source.problem or "the run's images are not there")
     scored = source.recipe["faithfulness_images"] if options.scored is None else options.scored
     measured = measure(source, options.positive, scored)
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in (texts or {}).items():
+    for name, text in texts(measured).items():
         write_text(out / name, text)
         yield out / name
     for chart in charts(source, measured, options.width):

@@ -100,6 +100,12 @@ class RunSource:
         return evaluate(self.predictions, seed=self.recipe["seed"])
 
     @cached_property
+    def command(self) -> str:
+        """The command of the run, from the header of its recipe."""
+        lines = (self.run.path / "recipe.toml").read_text(encoding="utf-8").splitlines()
+        return lines[1].removeprefix("# ") if len(lines) > 1 and lines[1].startswith("# ") else ""
+
+    @cached_property
     def calibrated(self) -> Predictions:
         """The predictions at the temperature that is stored in the run, 1 without one."""
         stored = self.calibration

@@ -1,0 +1,73 @@
+"""The methods paragraph and the checklists: published items, answered from the run alone."""
+
+import csv
+import re
+from collections import Counter
+
+import pytest
+
+from regard.report.checklists import CHECKLISTS
+from regard.report.figures import measure
+from regard.report.methods import MUST, as_markdown, methods_of
+from regard.report.source import RunSource
+
+
+@pytest.fixture(scope="module")
+def methods(whole):
+    source = RunSource(whole)
+    return methods_of(source, measure(source, "1", 0), source.command)
+
+
+def test_the_checklists_have_the_published_numbers():
+    numbers = {name: [n for n, *_ in items] for name, items in CHECKLISTS.items()}
+    assert numbers["CLAIM 2024"] == [str(n) for n in range(1, 45)]
+    for name, last, letters in (
+        ("STARD-AI", 40, {"15": "abcd", "16": "abc", "17": "ab", "26": "ab", "40": "ab"}),
+        ("TRIPOD+AI", 27, {"3": "abc", "5": "ab", "6": "abc", "8": "abc", "9": "abc",
+                           "12": "abcdefg", "18": "abcdef", "20": "abc", "23": "ab", "27": "abc"}),
+    ):  # fmt: skip
+        expected = [f"{n}{x}" for n in range(1, last + 1) for x in letters.get(str(n), [""])]
+        assert numbers[name] == expected
+
+
+def test_the_paragraph_says_what_the_runs_files_say(methods, whole, scans):
+    with (whole / "splits.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    counts = Counter(row["split"] for row in rows)
+    assert f"{len(rows)} images of 3 classes from {scans}" in methods.text
+    for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
+        assert f"{name} {counts[split]} images" in methods.text
+    assert "drawn at random (seed 0), stratified by class, validation 0.2 and test 0.2" in (
+        methods.text
+    )
+    assert "disjoint by image only" in methods.text
+    assert re.search(r"content hash [0-9a-f]{16};", methods.text)
+    assert "ag_sononet8" in methods.text
+    assert "regard train" in methods.text
+    assert "Wilson" in methods.text
+
+
+def test_items_are_answered_or_the_author_must(methods):
+    for name, (origin, items) in methods.checklists.items():
+        assert "doi 10." in origin
+        answered = [n for n, _, answer in items if answer]
+        assert 8 <= len(answered) < len(items) * 0.6, name
+        by_number = {n: answer for n, _, answer in items}
+        ethics = {"STARD-AI": "6", "TRIPOD+AI": "17", "CLAIM 2024": "14"}[name]
+        assert by_number[ethics] is None
+    stard = {n: answer for n, _, answer in methods.checklists["STARD-AI"][1]}
+    assert stard["30"].startswith("1: ")
+    assert sum(map(int, re.findall(r"(\d+) (?:true|false)", stard["30"]))) == 24
+
+
+def test_markdown_has_a_row_for_each_item(methods):
+    files = as_markdown(methods)
+    rows = [line for line in files["checklists.md"].splitlines() if re.match(r"\| \d", line)]
+    assert len(rows) == sum(map(len, CHECKLISTS.values()))
+    assert all(len(re.split(r"(?<!\\)\|", row)) == 5 for row in rows)
+    missing = sum(
+        answer is None for _, items in methods.checklists.values() for *_, answer in items
+    )
+    assert files["checklists.md"].count(f"**{MUST}**") == missing
+    assert files["methods.md"].startswith("<!-- Regard ")
+    assert "**Data.**" in files["methods.md"]
