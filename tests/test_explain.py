@@ -91,7 +91,19 @@ def test_scores_masks_and_choices(tmp_path, photos):
     for name in ("layer1.1.mask", "Grad-CAM"):
         assert found["scores"][name]["verdict"] in said
         assert 0 <= found["pointing"][name]["energy"]["value"] <= 1
-    assert len(rows_of(out / "scores.csv")) == 12
+    rows = rows_of(out / "scores.csv")
+    assert len(rows) == 12
+    assert {row["class"] for row in rows} == {"cat"}
+    for row in rows:
+        marked = row["map"] in found["pointing"]
+        assert (row["iou"] != "") == marked
+        if marked:
+            assert 0 <= float(row["iou"]) <= float(row["dice"]) <= 1
+            assert 0 <= int(row["x0"]) < int(row["x1"]) <= 640
+    for name, score in found["pointing"].items():
+        mean = np.mean([float(row["iou"]) for row in rows if row["map"] == name])
+        assert score["iou"]["value"] == pytest.approx(mean, abs=1e-5)
+        assert found["pointing_by_class"]["cat"][name] == score
     with np.load(out / "curves.npz") as curves:
         deletion, insertion = curves["Grad-CAM"]
         assert deletion.shape == insertion.shape == (2, 21)
@@ -358,6 +370,9 @@ def test_masks_are_matched_by_relative_paths(small, scene, capsys):
     assert command(small, "a", "b", "--masks", "k", "--method", "attention") == 0
     found = chances("explained")["gate3.map"]
     assert found["images"] == 2
+    assert [row["path"] for row in rows_of(Path("explained/scores.csv"))][::2] == [
+        "a/x.png", "b/x.png",
+    ]  # fmt: skip
     assert found["chance"] == pytest.approx((0.5 + 0.25) / 2)
     # one mask for two images: which of them is meant?
     mark("j/x.png", (0, 0, 6, 10))

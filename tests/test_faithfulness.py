@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from regard.attention import own_maps
+from regard.evaluation.intervals import wilson_interval
 from regard.explanations.deletion import (
     CENTER,
     RANDOM,
@@ -345,3 +346,46 @@ def test_pointing_scores_have_intervals_over_images():
     assert 0.5 < score.hits.low < 0.75 < score.hits.high < 1
     assert score.chance == 0.25
     assert np.isnan(PointingScore.of([hit]).hits.low)
+
+
+def test_overlap_and_box_are_of_the_map_above_half_of_its_range():
+    attention = np.full((4, 4), 0.1)
+    attention[0, 2:] = 1.0
+    mask = np.zeros((40, 40), dtype=bool)
+    mask[:10, 20:] = True
+    # 16 cells are drawn as pixels of their own only when asked for: bilinear, half at the border
+    found = point(attention, mask)
+    left, top, right, bottom = found.map_box
+    assert (top, right) == (0, 40)
+    assert abs(left - 20) <= 1
+    assert abs(bottom - 10) <= 1
+    assert found.mask_box == (20, 0, 40, 10)
+    assert found.iou > 0.85
+    assert found.dice == pytest.approx(2 * found.iou / (1 + found.iou))
+    other = point(attention[::-1], mask)
+    assert other.iou == other.dice == 0.0
+    # only what the network saw can be marked
+    half = point(np.ones((2, 2)), mask, box=(0, 0, 20, 40))
+    assert half.map_box == (0, 0, 20, 40)
+
+
+def test_hits_have_wilsons_interval_and_groups_widen_every_interval():
+    rng = np.random.default_rng(0)
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[:4] = True
+    each = [point(rng.random((8, 8)) + np.eye(8)[0, 0], mask) for _ in range(40)]
+    plain = PointingScore.of(each)
+    hits = sum(p.hit for p in each)
+    low, high = wilson_interval(hits, 40)
+    assert (plain.hits.low, plain.hits.high) == pytest.approx((low, high))
+    assert plain.groups is None
+    copies = [p for p in each[:10] for _ in range(4)]
+    names = [f"patient {i // 4}" for i in range(40)]
+    grouped, alone = PointingScore.of(copies, groups=names), PointingScore.of(copies)
+    assert grouped.groups == 10
+    for name in ("hits", "energy", "iou", "dice"):
+        a, b = getattr(grouped, name), getattr(alone, name)
+        assert a.value == b.value
+        assert a.high - a.low > 1.3 * (b.high - b.low)
+    one = PointingScore.of(each[:3], groups=["a"] * 3)
+    assert np.isnan(one.iou.low)

@@ -68,8 +68,8 @@ def command(
         Measure deletion and insertion against random maps and the image's center, and whether
         the maps depend on the weights and on the image.
     masks
-        Masks to compare with: a CSV file (path, x0, y0, x1, y1 in pixels) or a folder of mask
-        images.
+        Masks to compare with: a CSV file (path, x0, y0, x1, y1 in pixels, and group for
+        intervals over groups) or a folder of mask images.
     baseline
         Replacement of deleted pixels: blur or mean.
     seed
@@ -178,8 +178,10 @@ def _pointing_line(name: str, score: "PointingScore") -> str:
     from regard.explanations.faithfulness import interval
     from regard.files import plural
 
+    groups = "" if score.groups is None else f" in {plural(score.groups, 'group')}"
     return (
         f"{name}: its maximum lies inside the mask in {interval(score.hits, 2)} of "
-        f"{plural(score.images, 'image')}; {interval(score.energy, 2)} of its sum does, where "
-        f"{score.chance:.2f} of the image is marked"
+        f"{plural(score.images, 'image')}{groups}; {interval(score.energy, 2)} of its sum does, "
+        f"where {score.chance:.2f} of the image is marked; above half of its range it overlaps the "
+        f"mask with IoU {interval(score.iou, 2)}, Dice {interval(score.dice, 2)}"
     )

@@ -17,12 +17,13 @@ from PIL import Image
 
 from regard.data.walk import images_below
 from regard.errors import UsageError
+from regard.explanations.pointing import COLUMNS
 from regard.files import plural, shortened
 
 PICTURE, NUMBERS = ".explained.png", ".explained.npz"
 SHEET, CURVES = "contact-sheet.explained.png", "curves.explained.png"
-AREAS_HEADER = ["path", "map", "deletion", "insertion"]
-CSV_HEADERS = (",".join(AREAS_HEADER),)  # of files that `explain` writes
+SCORES_HEADER = ["path", "class", "map", "deletion", "insertion", *COLUMNS]
+CSV_HEADERS = ("path,map,deletion,insertion", ",".join(SCORES_HEADER))  # of `explain`, old and new
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,13 @@ class Masks:
         boxes: left, top, right, bottom in the original's pixels; several make one mask.
         files: mask images, marked where brighter than half of their maximum; several are united.
         problems: why an image has no usable mask.
+        groups: of images, such as their patients, where the table has a column group.
     """
 
     boxes: dict[str, list[Corners]] = field(default_factory=dict)
     files: dict[str, list[Path]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
 
     def read(self, name: str, size: tuple[int, int]) -> Mask:
         """The mask (H, W) of an image of this size.
@@ -69,9 +71,9 @@ def open_masks(source: Path, images: Sequence[Source]) -> Masks:
 
     Args:
         source: a CSV file with the columns path, x0, y0, x1, y1 (pixels of the original, any
-            number of rows per image), or a folder with a mask image per image: of the same
-            relative path with any image suffix, or with _mask, _seg, _gt or _label before it.
-            The end of a path is enough where it names one image only.
+            number of rows per image) and optionally group, or a folder with a mask image per
+            image: of the same relative path with any image suffix, or with _mask, _seg, _gt or
+            _label before it. The end of a path is enough where it names one image only.
         images: the images.
 
     Raises:
@@ -126,9 +128,9 @@ class _Names:
 def _from_csv(source: Path, images: Sequence[Source]) -> Masks:
     rows = _rows(source)
     names = _Names(images, suffixes=True)
-    fractions = all(0 <= v <= 1 for _, _, corners in rows for v in corners)
+    fractions = all(0 <= v <= 1 for _, _, corners, _ in rows for v in corners)
     masks = Masks()
-    for line, path, corners in rows:
+    for line, path, corners, group in rows:
         name = names.of(path, f"{source}, line {line}")
         if name is None:
             continue
@@ -136,13 +138,15 @@ def _from_csv(source: Path, images: Sequence[Source]) -> Masks:
         if problem:
             masks.problems.setdefault(name, f"{source}, line {line}: {problem}")
         masks.boxes.setdefault(name, []).append(corners)
+        if group:
+            masks.groups[name] = group
     for image in images:
         if image.name not in masks.boxes:
             masks.problems[image.name] = f"{source} has no box for it"
     return masks
 
 
-def _rows(source: Path) -> list[tuple[int, str, Corners]]:
+def _rows(source: Path) -> list[tuple[int, str, Corners, str]]:
     rows = []
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:
@@ -159,7 +163,7 @@ def _rows(source: Path) -> list[tuple[int, str, Corners]]:
                     raise UsageError(
                         f"{source}, line {line}: x0, y0, x1, y1 must be numbers"
                     ) from None
-                rows.append((line, row["path"], (x0, y0, x1, y1)))
+                rows.append((line, row["path"], (x0, y0, x1, y1), row.get("group") or ""))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{source} is no CSV file in UTF-8 ({error})") from error
     except OSError as error:

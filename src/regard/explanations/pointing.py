@@ -1,17 +1,19 @@
-"""Whether a map points at what people marked: the pointing game, and the energy inside a mask."""
+"""Whether a map points at what people marked: pointing game, energy, and overlap with a mask."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from regard.errors import UsageError
 from regard.evaluation import Estimate
-from regard.explanations.deletion import bootstrap
+from regard.evaluation.intervals import draws, percentile, wilson
 from regard.explanations.overlay import Box, place
 
 Mask = NDArray[np.bool_]
+LEVEL = 0.5  # of a map's range: what is above is taken for what it marks
 
 
 @dataclass(frozen=True)
@@ -22,34 +24,76 @@ class Pointing:
         hit: whether the map's highest value lies inside the mask.
         energy: the share of the map's sum that lies inside the mask.
         chance: the share of the image that is marked: the energy of a uniform map.
+        iou, dice: overlap of the mask with what the map marks, the pixels above half of its range.
+        map_box: left, top, right, bottom of what the map marks, in the image's pixels.
+        mask_box: of the mask.
     """
 
     hit: bool
     energy: float
     chance: float
+    iou: float
+    dice: float
+    map_box: tuple[int, int, int, int]
+    mask_box: tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class PointingScore:
-    """The means over images of `Pointing`, with 95 % intervals."""
+    """The means over images of `Pointing`, with 95 % intervals.
+
+    The share of hits has Wilson's interval, the others the bootstrap's; where images come in
+    groups, all are of whole groups. One image or group has no interval.
+    """
 
     images: int
+    groups: int | None
     hits: Estimate
     energy: Estimate
+    iou: Estimate
+    dice: Estimate
     chance: float
 
     @classmethod
-    def of(cls, each: Sequence[Pointing], seed: int = 0) -> "PointingScore":
-        """From at least one image."""
-        hits, energy = (
-            bootstrap(np.array([float(v) for v in values]), seed)
-            for values in ([p.hit for p in each], [p.energy for p in each])
-        )
-        return cls(len(each), hits, energy, float(np.mean([p.chance for p in each])))
+    def of(
+        cls, each: Sequence[Pointing], seed: int = 0, groups: Sequence[str] | None = None
+    ) -> "PointingScore":
+        """From at least one image.
+
+        Args:
+            each: of the images.
+            seed: of the bootstrap.
+            groups: one for each image, such as its patient; default: images are independent.
+        """
+        unit, count = np.arange(len(each)), len(each)
+        if groups is not None:
+            names, unit = np.unique(np.array(groups), return_inverse=True)
+            count = len(names)
+
+        def mean(name: str) -> Estimate:
+            values = np.array([float(getattr(p, name)) for p in each])
+            value = float(values.mean())
+            if count < 2:
+                return Estimate(value, float("nan"), float("nan"))
+            if name == "hit" and (groups is None or value in (0.0, 1.0)):
+                return wilson(value, count, 0.95)
+            drawn = [w[unit] @ values / w[unit].sum() for w in draws(count, 1000, seed)]
+            return percentile(value, np.array(drawn), 0.95, count)
+
+        chance = float(np.mean([p.chance for p in each]))
+        named = None if groups is None else count
+        return cls(len(each), named, mean("hit"), mean("energy"), mean("iou"), mean("dice"), chance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        shares = {n: getattr(self, n).to_dict() for n in ("hits", "energy", "iou", "dice")}
+        return {"images": self.images, "groups": self.groups, **shares, "chance": self.chance}
 
 
 def point(attention: ArrayLike, mask: Mask, *, box: Box | None = None) -> Pointing:
     """The pointing game (Zhang et al., IJCV 2018) and the energy (Wang et al., Score-CAM, 2020).
+
+    Also the overlap of the map, thresholded at half of its range, with the mask.
 
     Args:
         attention: (h, w), at least 0.
@@ -65,4 +109,34 @@ def point(attention: ArrayLike, mask: Mask, *, box: Box | None = None) -> Pointi
     top = np.flatnonzero(grown == grown.max())
     total = float(grown.sum())
     energy = float(grown[mask].sum()) / total if total > 0 else 0.0
-    return Pointing(bool(mask.flat[top].mean() > 0.5), energy, float(mask.mean()))
+    values = np.asarray(attention)
+    low, high = float(values.min()), float(values.max())
+    seen = place(np.ones((1, 1)), (mask.shape[0], mask.shape[1]), box=box, outside=0.0) > 0
+    marked = (grown >= low + LEVEL * (high - low)) & seen
+    both, either = int((marked & mask).sum()), int((marked | mask).sum())
+    return Pointing(
+        hit=bool(mask.flat[top].mean() > 0.5), energy=energy, chance=float(mask.mean()),
+        iou=both / either, dice=2 * both / (both + either), map_box=_box(marked),
+        mask_box=_box(mask),
+    )  # fmt: skip
+
+
+def _box(mask: Mask) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what is marked; zeros where nothing is."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return 0, 0, 0, 0
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+SHARES = ("hit", "energy", "chance", "iou", "dice")
+COLUMNS = (*SHARES, "x0", "y0", "x1", "y1")
+
+
+def cells(pointing: Pointing | None) -> list[str]:
+    """The cells of `COLUMNS` for a CSV file; empty ones for None."""
+    if pointing is None:
+        return [""] * len(COLUMNS)
+    values = asdict(pointing)
+    shares = [str(int(pointing.hit)), *(f"{values[name]:.6f}" for name in SHARES[1:])]
+    return [*shares, *map(str, pointing.map_box)]

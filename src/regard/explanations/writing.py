@@ -31,17 +31,17 @@ from regard.explanations.explanation import (
 from regard.explanations.faithfulness import Faithfulness, ImageScore, Scorer, numbers, summarize
 from regard.explanations.figure import contact_sheet
 from regard.explanations.inputs import (
-    AREAS_HEADER,
     CURVES,
     NUMBERS,
     PICTURE,
+    SCORES_HEADER,
     SHEET,
     Source,
     refuse_to_replace,
 )
 from regard.explanations.masks import Masks, open_masks
 from regard.explanations.overlay import Picture
-from regard.explanations.pointing import Pointing, PointingScore, point
+from regard.explanations.pointing import Pointing, PointingScore, cells, point
 from regard.explanations.print_style import SOFTWARE, save
 from regard.explanations.records import Record, file_id, network_id, read_record, write_record
 from regard.files import plural, spread, write_atomically
@@ -104,6 +104,7 @@ class Outcome:
         skipped_masks: why an image was left out of the pointing game.
         faithfulness: the scores, if they were asked for.
         pointing: by map, if there are masks.
+        pointing_by_class: by class that the maps explain, then by map.
     """
 
     explained: int = 0
@@ -112,6 +113,7 @@ class Outcome:
     skipped_masks: dict[str, str] = field(default_factory=dict)
     faithfulness: Faithfulness | None = None
     pointing: dict[str, PointingScore] = field(default_factory=dict)
+    pointing_by_class: dict[str, dict[str, PointingScore]] = field(default_factory=dict)
 
 
 class Writer:
@@ -137,7 +139,8 @@ class Writer:
         self.network = network_id(classifier)
         self.sheet: list[Explanation] = []
         self.scores: dict[str, ImageScore] = {}
-        self.points: dict[str, list[Pointing]] = {}
+        self.points: dict[str, dict[str, Pointing]] = {}  # by map, then by image
+        self.targets: dict[str, str] = {}
         self.scorer = self._scorer() if options.score else None
 
     def _outputs(self) -> list[Path]:
@@ -145,9 +148,9 @@ class Writer:
         if len(self.sources) > 1:
             names.append(SHEET)
         if self.options.score:
-            names += [CURVES, "curves.npz", "scores.csv"]
+            names += [CURVES, "curves.npz"]
         if self.options.score or self.options.masks is not None:
-            names.append("scores.json")
+            names += ["scores.json", "scores.csv"]
         return [self.out / name for name in names]
 
     def _scorer(self) -> Scorer:
@@ -227,6 +230,7 @@ class Writer:
             "%s: %s %.1f%%; maps: %s", picture, shown.predicted, 100 * shown.probability, names
         )
         self.outcome.explained += 1
+        self.targets[source.name] = shown.target[0]
         if len(self.sheet) < ON_A_SHEET:
             self.sheet.append(shown.reduced(360))
         if record.score is not None:
@@ -240,7 +244,8 @@ class Writer:
             self.outcome.skipped_masks[source.name] = str(error)
             return
         for m in shown.spatial():
-            self.points.setdefault(m.name, []).append(point(m.values, mask, box=shown.box))
+            points = self.points.setdefault(m.name, {})
+            points[source.name] = point(m.values, mask, box=shown.box)
 
     # ---- all images ----------------------------------------------------------------------
     def _finish(self) -> None:
@@ -260,13 +265,22 @@ class Writer:
             content |= options.score_settings()
             content |= {"scored": found.images, "scores": numbers(found.scores)}
             content |= {"sanity": _checks(found), "warnings": found.warnings}
-            self._write_areas(found)
             self._write_curves(found)
-        outcome.pointing = {
-            name: PointingScore.of(each, options.seed) for name, each in self.points.items()
-        }
+        self._write_scores(outcome.faithfulness)
+        outcome.pointing = {name: self._pointing(each) for name, each in self.points.items()}
+        for label in dict.fromkeys(self.targets.values()):
+            of = {
+                name: {p: v for p, v in each.items() if self.targets[p] == label}
+                for name, each in self.points.items()
+            }
+            if any(of.values()):
+                outcome.pointing_by_class[label] = {n: self._pointing(v) for n, v in of.items()}
         if options.masks is not None:
-            content["pointing"] = {name: _pointing(s) for name, s in outcome.pointing.items()}
+            content["pointing"] = {name: s.to_dict() for name, s in outcome.pointing.items()}
+            content["pointing_by_class"] = {
+                label: {name: s.to_dict() for name, s in each.items()}
+                for label, each in outcome.pointing_by_class.items()
+            }
             content["skipped_masks"] = outcome.skipped_masks
         text = json.dumps(content, indent=2) + "\n"
         path = self.out / "scores.json"
@@ -283,16 +297,28 @@ class Writer:
         first = "the first " * (self.outcome.explained > len(self.sheet))
         log.info("%s: %s%d images on one sheet", path, first, len(self.sheet))
 
-    def _write_areas(self, found: Faithfulness) -> None:
-        """scores.csv: the areas of each image."""
+    def _pointing(self, each: dict[str, Pointing]) -> PointingScore:
+        groups = [self.masks.groups.get(path, "") for path in each]
+        return PointingScore.of(
+            list(each.values()), self.options.seed, groups if all(groups) else None
+        )
+
+    def _write_scores(self, found: Faithfulness | None) -> None:
+        """scores.csv: the areas and the pointing of each image and map."""
+        areas: dict[tuple[str, str], list[str]] = {}
+        for name, score in found.scores.items() if found is not None else ():
+            for path, each in zip(self.scores, score.each, strict=True):
+                areas[path, name] = [f"{a:.6f}" for a in each]
+        keys = dict.fromkeys([*areas, *((p, n) for n, each in self.points.items() for p in each)])
 
         def write(part: Path) -> None:
             with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.writer(file)
-                writer.writerow(AREAS_HEADER)
-                for name, score in found.scores.items():
-                    for path, areas in zip(self.scores, score.each, strict=True):
-                        writer.writerow([path, name, *(f"{a:.6f}" for a in areas)])
+                writer.writerow(SCORES_HEADER)
+                for path, name in keys:
+                    pointing = self.points.get(name, {}).get(path)
+                    scored = areas.get((path, name), ["", ""])
+                    writer.writerow([path, self.targets[path], name, *scored, *cells(pointing)])
 
         write_atomically(self.out / "scores.csv", write)
 
@@ -317,8 +343,3 @@ def _checks(found: Faithfulness) -> dict[str, Any]:
         }
         for c in found.checks
     }
-
-
-def _pointing(score: PointingScore) -> dict[str, Any]:
-    hits, energy = score.hits.to_dict(), score.energy.to_dict()
-    return {"images": score.images, "hits": hits, "energy": energy, "chance": score.chance}
