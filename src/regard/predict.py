@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,27 @@ class Classifier:
             if prediction.error is not None:
                 raise ImageError(prediction.error)
         return predictions
+
+    def explain(self, image: ImageSource, **options: Any) -> Any:
+        """One image's answer, the network's own attention, Grad-CAM and channel weights.
+
+        >>> classifier.explain("scan.png", target="malignant")  # a notebook shows the figure
+
+        Args:
+            image: whatever `decode` takes.
+            options: those of `regard.explain`: target, methods, reduce, layer, keep_channels.
+
+        Returns:
+            A `regard.Explanation`: classes, maps, figure(), overlay(name), save_figure, save_npz.
+
+        Raises:
+            ImageError: it can't be read.
+            UsageError: an option is not among its choices.
+        """
+        # explanations are built on this module and loaded only where they are asked for
+        explanations = import_module("regard.explanations.explanation")
+        (shown,) = explanations.explain(self, [image], **options)
+        return shown
 
     def predict_each(
         self, images: Iterable[ImageSource], top: int = 5, batch: int = BATCH

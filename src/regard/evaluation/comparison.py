@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from regard.errors import UsageError
+from regard.evaluation import display
 from regard.evaluation.intervals import (
     NAN,
     Estimate,
@@ -52,6 +53,18 @@ class Comparison:
     only_b: int
     p_value: float
     confidence: float = 0.95
+
+    def _repr_html_(self) -> str:
+        """The comparison as a table, for notebooks."""
+        groups = "" if self.n_groups is None else f" in {self.n_groups:,} groups"
+        value, interval = display.cell(self.difference)
+        rows = [
+            ("accuracy of a", f"{self.top1_a:.3f}", f"{self.only_a:,} right by a alone"),
+            ("accuracy of b", f"{self.top1_b:.3f}", f"{self.only_b:,} right by b alone"),
+            ("a - b", value, f"{100 * self.confidence:g} % interval {interval}"),
+            ("p-value", f"{self.p_value:.3g}", ""),
+        ]
+        return display.table(f"{self.n:,} images{groups}", ("", "", ""), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: None where a number is NaN."""

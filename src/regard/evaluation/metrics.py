@@ -37,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from regard.evaluation import display
 from regard.evaluation.intervals import (
     NAN,
     Estimate,
@@ -97,6 +98,25 @@ class Evaluation:
         """The mistakes as (true class, predicted class, images), the most frequent first."""
         cells = [(i, j, n) for i, j, n in self.cells() if i != j]
         return sorted(cells, key=lambda cell: -cell[2])[:most]
+
+    def _repr_html_(self) -> str:
+        """The metrics and the classes as tables, for notebooks; of many classes the worst 20."""
+        groups = "" if self.n_groups is None else f" in {self.n_groups:,} groups"
+        percent = f"{100 * self.confidence:g} % interval"
+        metrics = [(name.replace("_", " "), *display.cell(e)) for name, e in self.metrics.items()]
+        present = sorted((c for c in self.per_class if c.count), key=lambda c: c.recall.value)
+        shown = present[:20] if len(present) > 20 else [c for c in self.per_class if c.count]
+        classes = [
+            (c.name, f"{c.count:,}", *display.cell(c.recall), display.cell(c.precision)[0])
+            for c in shown
+        ]
+        of = f", the {len(shown)} of {len(present)} with the lowest recall"
+        return display.table(
+            f"{self.n:,} images{groups}", ("metric", "value", percent), metrics
+        ) + display.table(
+            f"Classes{of if len(shown) < len(present) else ''}",
+            ("class", "images", "recall", percent, "precision"), classes,
+        )  # fmt: skip
 
     def cells(self) -> list[tuple[int, int, int]]:
         """The cells of the confusion matrix that are not zero: (true, predicted, images)."""
