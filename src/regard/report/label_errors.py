@@ -217,7 +217,7 @@ def sample_note(suspects: Sequence[Suspect]) -> str:
     """How many of the images no run was trained on, and what that means for the others."""
     inside = sum(not s.out_of_sample for s in suspects)
     if not inside:
-        return "No network given was trained on any of these images."
+        return "Each image is ranked by networks that were not trained on it."
     return (
         f"{plural(inside, 'image')} of {len(suspects):,} trained every network given, which may "
         "have learned their labels by heart: give the folds of a cross-validation together"
