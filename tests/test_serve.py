@@ -452,6 +452,9 @@ def test_it_says_that_it_is_no_diagnosis_and_how_well_it_did(server, whole, tmp_
     assert "not a diagnosis" in about["notice"]
     assert about["notice"] in server.ask("GET", "/")[2].decode()
     evaluation = json.loads((whole / "evaluation.json").read_text())
+    classes = about["tested"].pop("classes")
+    assert sum(c["images"] for c in classes) == about["tested"]["images"]
+    assert all(0 <= c["recall"] <= 1 for c in classes)
     assert about["tested"] == {
         "split": "test", "images": 24, "accuracy": evaluation["metrics"]["top1"],
     }  # fmt: skip

@@ -111,7 +111,7 @@ def test_it_can_be_read_and_worked_by_keyboard(browser, server, scans, tmp_path,
     page.set_input_files("#file", next(scans.rglob("2/*.png")))
     page.wait_for_selector("#result:visible")
     reached = set()
-    for _ in range(8):
+    for _ in range(14):
         page.keyboard.press("Tab")
         reached.add(
             page.evaluate(
@@ -126,4 +126,35 @@ def test_it_can_be_read_and_worked_by_keyboard(browser, server, scans, tmp_path,
     page.set_input_files("#file", tmp_path / "bad.jpg")
     page.wait_for_selector("#status.bad")
     assert contrast(page, "#status") >= 4.5
+    page.close()
+
+
+def test_several_images_are_answered_in_turn_and_pictures_can_be_enlarged(
+    browser, server, scans, tmp_path
+):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(server.url)
+    page.wait_for_selector("#about:has-text('classes')")
+    (tmp_path / "bad.png").write_text("no image")
+    digits = [next(scans.rglob(f"{d}/*.png")) for d in (0, 1, 2)]
+    page.set_input_files("#file", [*digits, tmp_path / "bad.png"])
+    page.wait_for_selector("#files li:nth-child(4) button.bad")
+    assert page.locator("#files button").count() == 4
+    page.wait_for_selector("#result:visible")
+    page.locator("#files button").nth(2).click()
+    page.wait_for_selector("#result[aria-busy=false]")
+    chosen = page.inner_text("#files button[aria-pressed=true]")
+    best = page.locator("#classes .name").first.inner_text()
+    assert chosen.startswith(f"{digits[2].name}: {best} ")
+    # the run's own test beside the answer
+    assert "of these answers" in page.locator("#classes .known").first.inner_text()
+    page.locator(".maps .zoom").first.click()
+    natural = page.evaluate("document.getElementById('enlarged').naturalWidth")
+    page.select_option("#times", "2")
+    assert page.evaluate("document.getElementById('enlarged').width") == 2 * natural
+    page.click("#close")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert problems == []
     page.close()

@@ -67,6 +67,7 @@ class _Server(uvicorn.Server):
 def read_test_result(run: Path) -> dict[str, Any] | None:
     """How well the network of a run's folder did: split, images, and accuracy with its interval.
 
+    Also "classes": name, images, recall and precision of each.
     None where the folder has no evaluation.json; a damaged one is a warning.
     """
     path = run / "evaluation.json"
@@ -79,7 +80,14 @@ def read_test_result(run: Path) -> dict[str, Any] | None:
             "split": str(content["split"]),
             "images": int(content["n"]),
             "accuracy": {k: None if top1[k] is None else float(top1[k]) for k in top1},
-        }
+            "classes": [
+                {
+                    "name": str(c["name"]), "images": int(c["count"]),
+                    "recall": c["recall"]["value"], "precision": c["precision"]["value"],
+                }
+                for c in content.get("per_class", [])
+            ],
+        }  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         log.warning("%s can't be read: the page does not say how well the network did", path)
         return None
