@@ -1,14 +1,15 @@
-# Two commands do everything on a machine that has only Python (3.11 or newer) and make:
+# These commands do everything on a machine that has only Python (3.11 or newer) and make:
 #   make demo   trains an attention network on real digits and shows where it looks
 #   make test   runs every check and test
 #   make check  runs the linters, the types and a quick subset of the tests, in under 90 s
+#   make docs   builds the documentation's site into build/site; a broken link or reference fails
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 QUICK := tests/test_house.py tests/test_import.py tests/test_recipes.py tests/test_losses.py \
 	tests/test_evaluation.py tests/test_splits.py tests/test_overlay.py tests/test_preprocess.py
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 demo: $(VENV)/.installed
 	$(BIN)/regard demo
 
@@ -26,6 +27,9 @@ check: $(VENV)/.installed-test
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/pytest $(QUICK)
+
+docs: $(VENV)/.installed-test
+	$(BIN)/python scripts/make_docs.py
 
 # A stamp file tells what is installed, so that the second time nothing is.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -38,11 +38,19 @@ def test_the_readmes_commands_files_and_picture_are_there():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, re.M):
         assert f"\n{target}:" in makefile
-    names = re.findall(r"\]\(([^):]+)\)", README)
+    # links are absolute, as the package index shows the README too
+    assert re.findall(r"\]\((?!https://)[^)]*\)", README) == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    site, home = project["urls"]["Documentation"], project["urls"]["Homepage"]
+    names = [f"docs/{page}.md" for page in re.findall(rf"\]\({site}([\w/]+)\.html\)", README)]
+    names += re.findall(rf"\]\({home}/blob/main/([\w/.]+)\)", README)
+    raw = home.replace("github.com", "raw.githubusercontent.com")
+    names += re.findall(rf"\]\({raw}/main/([\w/.]+)\)", README)
     names += re.findall(r"`((?:scripts|tests|src)/[\w/.]+)`", README)
     assert "docs/images/digits.png" in names
+    names = [re.sub(r"^docs/(notebooks/\w+)\.md$", r"\1.ipynb", name) for name in names]
     for name in names:
-        assert (ROOT / name).is_file(), name
+        assert name.startswith("docs/reference/") or (ROOT / name).is_file(), name
     for name in re.findall(r"`regard\.(\w+)", README):
         assert callable(getattr(regard, name)), name
     assert (ROOT / "docs/images/digits.png").stat().st_size < 150_000
@@ -131,3 +139,26 @@ def test_a_spawned_process_has_the_networks(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.strip("[]\n")) > 50
+
+
+def test_the_version_stands_in_the_package_and_agrees_elsewhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "version" not in project
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {regard.__version__}\n" in citation
+    for number in ("1704.06904", "1807.06521", "1808.08114"):
+        assert number in citation
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## {regard.__version__}" in changes
+
+
+def test_no_file_names_a_package_registry():
+    hosts = ("pypi" + ".org", "files.python" + "hosted", "registry.npm" + "js", "/whl" + "/cpu")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split("\0")
+    if tracked == [""]:
+        pytest.skip("not a git repository")
+    for name in filter(None, tracked):
+        text = (ROOT / name).read_bytes()
+        assert not [host for host in hosts if host.encode() in text], name

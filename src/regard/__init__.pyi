@@ -10,12 +10,12 @@ from .explanations.explanation import explain as explain
 from .models import create_model as create_model
 from .models import list_models as list_models
 from .models.ag_wrap import ag_wrap as ag_wrap
+from .models.attention_gate import AttentionGate as AttentionGate
 from .models.cbam import CBAM as CBAM
 from .models.cbam import SE as SE
 from .models.graft import graft as graft
 from .models.io import save_model as save_model
 from .models.original_weights import load_authors_weights as load_authors_weights
-from .models.sononet import AttentionGate as AttentionGate
 from .models.zoo import twins as twins
 from .predict import Classifier as Classifier
 from .predict import load as load

@@ -62,7 +62,7 @@ def _attend(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return gated
 
 
-def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> Any:
+def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
     """A copy of a network of timm's with attention in every residual branch.
 
     The copy's outputs equal those of `plain` bit for bit, in evaluation and in training, and
