@@ -109,3 +109,28 @@ def test_every_kind_of_device_is_seeded_and_waited_for(kind, monkeypatch):
     assert torch.default_generator.initial_seed() == 7
     machine.synchronize(torch.device("cpu"))
     assert len(called) == 2
+
+
+def test_batch_norm_is_synchronized_on_gpus_only():
+    import regard
+    from regard.training.build import with_synchronized_norms
+
+    model = regard.create_model("cbam_resnet18", num_classes=3)
+    norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    with pytest.raises(UsageError, match="sync_bn"):
+        with_synchronized_norms(model, torch.device("cpu"))
+    synchronized = with_synchronized_norms(model, torch.device("cuda"))
+    found = [m for m in synchronized.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    assert len(found) == norms > 20
+    assert synchronized.state_dict().keys() == model.state_dict().keys()
+
+
+def test_cores_are_divided_among_the_processes_of_a_machine(monkeypatch):
+    from regard.data.workers import default_workers
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(32)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_workers() == 8
+    for processes, workers in ((8, 4), (2, 8), (64, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert default_workers() == workers

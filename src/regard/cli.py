@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import cyclopts
 
-from regard.errors import RegardError, Stopped, StudyStopped, is_out_of_memory
+from regard.errors import RegardError, Stopped, StudyStopped, ToldElsewhere, is_out_of_memory
 from regard.log import show_messages
 from regard.version import __version__
 
@@ -78,12 +78,14 @@ def run_command(tokens: Sequence[str]) -> int:
     """Runs one command; a person's mistake becomes one line on standard error."""
     show_messages(force=True)
     try:
-        return app(tokens, exit_on_error=False, print_error=False) or 0
+        return app(_with_resume_auto(tokens), exit_on_error=False, print_error=False) or 0
     except cyclopts.CycloptsError as error:
         _complain(f"{' '.join(str(error).split())} (see `regard --help`)")
         return 2
     except BrokenPipeError:
         return _unread()
+    except ToldElsewhere as error:
+        return int(error.code or 0)
     except SystemExit as error:  # rich ends so where the reader of a table has enough
         return _unread() if error.code == 1 else int(error.code or 0)
     except Exception as error:
@@ -93,6 +95,21 @@ def run_command(tokens: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
+
+
+def _with_resume_auto(tokens: Sequence[str]) -> list[str]:
+    """`train ... --resume auto` as --resume-auto: --resume alone takes no value.
+
+    A flag whose value may be left out would take DATA for it in `train --resume DATA`.
+    """
+    words = list(tokens)
+    if words[:1] != ["train"]:
+        return words
+    words = ["--resume-auto" if word == "--resume=auto" else word for word in words]
+    for k in range(len(words) - 1, 0, -1):
+        if words[k - 1 : k + 1] == ["--resume", "auto"]:
+            words[k - 1 : k + 1] = ["--resume-auto"]
+    return words
 
 
 def _explained(error: Exception) -> int:

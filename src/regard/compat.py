@@ -60,6 +60,20 @@ def default_store() -> Any:
     return _get_default_store()
 
 
+def without_buffer_exchange() -> dict[str, Any]:
+    """The argument by which DistributedDataParallel leaves buffers alone in the forward pass.
+
+    It was broadcast_buffers until another name came with a warning about the old one (2.14).
+    """
+    import inspect
+
+    from torch.nn.parallel import DistributedDataParallel
+
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {name: False}
+
+
 def feature_take_indices(count: int, indices: int | list[int] | None) -> tuple[list[int], int]:
     """The maps that `indices` asks for among `count`, and the last of them (timm 1.0.31).
 

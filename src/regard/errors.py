@@ -88,6 +88,10 @@ class StudyStopped(Stopped):
         self.args = (f"stopped with {done} of {total} runs done; the same command continues",)
 
 
+class ToldElsewhere(SystemExit):
+    """Ends one process of a run in silence: another one has told what went wrong."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on the CPU or on an accelerator."""
     text = str(error)

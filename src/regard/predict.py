@@ -110,10 +110,15 @@ class Classifier:
             return torch.stack(views).mean(dim=0)
         if self.engine is not None:
             return with_temperature(self.engine(images), self.temperature)
+        return self.answers(images).cpu()
+
+    @torch.no_grad()
+    def answers(self, images: Tensor) -> Tensor:
+        """As `probabilities`, of the network itself, and on its device: nothing waits for it."""
         device = next(self.model.parameters()).device
-        x = self.preprocess.normalize(images.to(device))
+        x = self.preprocess.normalize(images.to(device, non_blocking=True))
         logits = self.model(x.contiguous(memory_format=torch.channels_last))
-        return (logits / self.temperature).softmax(dim=1).cpu()
+        return (logits / self.temperature).softmax(dim=1)
 
     def predict(
         self, images: ImageSource | Iterable[ImageSource], top: int = 5

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Parameter
 
@@ -15,7 +15,7 @@ from regard.commands.flags import (
     parse_arguments,
     require_data,
 )
-from regard.errors import RegardError
+from regard.errors import RegardError, ToldElsewhere
 from regard.extras import EXTRAS, require
 from regard.log import show_messages
 from regard.training.config import Recipe, fields_of
@@ -55,6 +55,7 @@ def command(
     recipe: str = "quick",
     out: Path | None = None,
     resume: Annotated[bool, Parameter(negative=())] = False,
+    resume_auto: Annotated[bool, Parameter(negative=())] = False,
     weights: Path | None = None,
     root: Path | None = None,
     splits: SplitsFlag = "auto",
@@ -82,6 +83,9 @@ def command(
         Folder of the run. Default: runs/DATA-MODEL.
     resume
         Continue the run in that folder from its last saved state.
+    resume_auto
+        Continue the run in that folder if there is one, else start it: for jobs that are started
+        again by themselves (SLURM's requeue, torchrun --max-restarts). Also --resume auto.
     weights
         Start from the network of a run's folder, or from an authors' checkpoint.
     root
@@ -101,8 +105,8 @@ def command(
     changes = {k: v for k, v in vars(flags).items() if v is not None}
     with naming_flags():
         train(
-            source, model=model, recipe=recipe, out=out, resume=resume, weights=weights, root=root,
-            splits=splits,
+            source, model=model, recipe=recipe, out=out,
+            resume="auto" if resume_auto else resume, weights=weights, root=root, splits=splits,
             model_args=parse_arguments(arg or []), trackers=log or ("tensorboard",), device=device,
             **changes,
         )  # fmt: skip
@@ -115,7 +119,7 @@ def train(
     model: str | None = None,
     recipe: str | Path | Recipe = "quick",
     out: str | Path | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     weights: str | Path | None = None,
     root: str | Path | None = None,
     splits: str = "auto",
@@ -133,7 +137,8 @@ def train(
         model: a network's name (default: the recipe's).
         recipe: a shipped recipe's name, a TOML file, or a Recipe.
         out: the run's folder (default: runs/DATA-MODEL).
-        resume: resume the run in that folder from its last saved state.
+        resume: resume the run in that folder from its last saved state; "auto": if there is one,
+            else start it.
         weights: a run's folder or an authors' checkpoint to start from.
         root: the folder that holds cifar10 and cifar100.
         splits: whether a folder's top folders are splits: yes, no, or auto.
@@ -164,9 +169,10 @@ def train(
             root=root, splits=splits, model_args=model_args,
             trackers=trackers, device=device, **changes,
         )  # fmt: skip
-    except RegardError as error:
-        if not is_first_to_tell(error):
-            raise SystemExit(error.exit_code) from None  # another process of the run told it
+    except Exception as error:
+        if not is_first_to_tell(error):  # another process of the run told what it comes from
+            code = error.exit_code if isinstance(error, RegardError) else 1
+            raise ToldElsewhere(code) from None
         raise
     if is_main_process() and not (folder / "report.html").is_file():
         messages.info(f"the report: {report_run(folder, device)}")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.data.preprocess import Preprocess, resample
+from regard.data.preprocess import Preprocess, constant, resample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ def _color_jitter(x: Tensor, u: Tensor, amount: float) -> Tensor:
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
     x = mean + (x - mean) * factor(CONTRAST)
     if x.shape[1] == 3:
-        luma = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
+        luma = constant((0.299, 0.587, 0.114), x.device).view(1, 3, 1, 1)
         gray = (x * luma).sum(dim=1, keepdim=True)
         x = gray + (x - gray) * factor(SATURATION)
     return x.clamp(0, 255)
@@ -183,8 +183,8 @@ def _lighting(u: Tensor, deviation: float) -> Tensor:
     """(B, WIDTH) -> (B, 3, 1, 1): what AlexNet's PCA color augmentation adds, in 0..255."""
     # (B, 3): normal numbers by the inverse of their distribution
     alphas = deviation * torch.special.ndtri(u[:, LIGHT : LIGHT + 3].clamp(min=2**-24))
-    values = alphas * torch.tensor(_EIGENVALUES, device=u.device)
-    return (255 * values @ torch.tensor(_EIGENVECTORS, device=u.device).T).view(-1, 3, 1, 1)
+    values = alphas * constant(_EIGENVALUES, u.device)
+    return (255 * values @ constant(_EIGENVECTORS, u.device).T).view(-1, 3, 1, 1)
 
 
 def _erase(x: Tensor, u: Tensor, probability: float) -> Tensor:
@@ -226,7 +226,13 @@ def blend(values: Tensor, shares: Tensor) -> Tensor:
     In pairs, so that batches of any even size mix the same images. The last of an odd number
     is mixed with the first.
     """
-    partner = torch.arange(len(values), device=values.device) ^ 1
-    partner[partner == len(values)] = 0
     share = shares.to(values).view(-1, *[1] * (values.ndim - 1))
-    return values * share + values[partner] * (1 - share)
+    return values * share + values[neighbors(len(values), values.device)] * (1 - share)
+
+
+def neighbors(count: int, device: torch.device | None = None) -> Tensor:
+    """(count,) the row that `blend` mixes with each row."""
+    partner = torch.arange(count, device=device) ^ 1
+    if count % 2:
+        partner[-1] = 0
+    return partner

@@ -114,6 +114,12 @@ class Batch:
     unreadable: list[tuple[int, str]] = field(default_factory=list)
 
 
+def repeated(batch: Batch, size: int) -> Batch:
+    """A batch of `size` images made of those of another one."""
+    rows = torch.arange(size) % len(batch.indices)
+    return Batch(batch.images[rows], batch.indices[rows], batch.random_numbers[rows])
+
+
 @dataclass
 class Reader:
     """Reads images of a table in the network's input size, before normalization."""

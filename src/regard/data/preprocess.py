@@ -24,6 +24,18 @@ LONGEST = 16  # times the shorter side, beyond which `resize_first` would take m
 Box = tuple[float, float, float, float]
 
 
+_CONSTANTS: dict[Any, Tensor] = {}
+
+
+def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """Numbers as a tensor on a device, made once for each accelerator: making one waits for it."""
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return torch.tensor(values, device=device)
+    if (values, device) not in _CONSTANTS:
+        _CONSTANTS[values, device] = torch.tensor(values, device=device)
+    return _CONSTANTS[values, device]
+
+
 def to_tensor(image: NDArray[Any]) -> Tensor:
     """(H, W, C) uint8, uint16 or float in 0..1 -> (C, H, W) in 0..255: uint8, else float32."""
     if image.dtype == np.uint8:
@@ -189,8 +201,8 @@ class Preprocess:
         x = images.float()
         if self.normalization == "image":
             return normalize_each(x)
-        mean = torch.tensor(self.mean, device=x.device).view(1, -1, 1, 1) * 255
-        std = torch.tensor(self.std, device=x.device).view(1, -1, 1, 1) * 255
+        mean = constant(self.mean, x.device).view(1, -1, 1, 1) * 255
+        std = constant(self.std, x.device).view(1, -1, 1, 1) * 255
         return (x - mean) / std
 
     def __call__(self, image: NDArray[Any]) -> Tensor:

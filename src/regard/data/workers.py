@@ -52,8 +52,12 @@ def never() -> bool:
 
 
 def default_workers() -> int:
-    """One for each core that this process may use, eight at most."""
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8)
+    """One for each core that this process may use, eight at most.
+
+    The processes of a run on one machine share its cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8))
 
 
 # ------------------------------------------------------------------------------ processes
@@ -189,8 +193,11 @@ _abandoned: list[Any] = []  # loaders whose workers were killed; torch must not 
 
 
 @atexit.register  # before multiprocessing's own, which would wait for workers without end
-def _kill_workers() -> None:
-    """An uncaught error keeps the batches referenced, and so their workers alive, until here."""
+def kill_workers() -> None:
+    """Ends every reading process of this one.
+
+    An uncaught error keeps the batches referenced, and so their workers alive, until the exit.
+    """
     _kill(_alive)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,11 +161,13 @@ def as_file(body: bytes) -> Iterator[Path]:
     Raises:
         HTTPException: 422 for an ImageError in the block.
     """
-    with tempfile.NamedTemporaryFile(prefix="regard-") as file:
-        file.write(body)
-        file.flush()
-        try:
-            yield Path(file.name)
-        except ImageError as error:
-            reason = str(error).replace(file.name, "the image")
-            raise HTTPException(422, reason) from None
+    number, name = tempfile.mkstemp(prefix="regard-")
+    try:
+        with os.fdopen(number, "wb") as file:  # closed before it is read: Windows opens none twice
+            file.write(body)
+        yield Path(name)
+    except ImageError as error:
+        reason = str(error).replace(name, "the image")
+        raise HTTPException(422, reason) from None
+    finally:
+        os.unlink(name)

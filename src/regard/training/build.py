@@ -2,10 +2,12 @@
 
 import torch
 from accelerate import Accelerator
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from regard.data.loading import InMemoryLoader, SampleOrder, StreamingLoader
 from regard.data.workers import default_workers
+from regard.errors import UsageError
 from regard.machine import keep_freed_memory
 from regard.models.create import make_model
 from regard.training.activation_checkpointing import set_checkpointing
@@ -62,6 +64,8 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of the plan's network on the training split."""
     recipe, table, device = plan.recipe, part.table, accelerator.device
+    if recipe.sync_bn and accelerator.num_processes > 1:
+        model = with_synchronized_norms(model, device)
     labels = noisy_labels(table.labels, len(plan.classes), recipe.label_noise, recipe.seed)
     weights = loss_weights(table, recipe)
     return Trainer(
@@ -69,7 +73,7 @@ def build_trainer(
         recipe=recipe,
         preprocess=plan.preprocess,
         source=build_loader(plan, "train", part),
-        labels=torch.from_numpy(labels).to(device),
+        labels=torch.from_numpy(labels),
         classes=len(plan.classes),
         count=len(table),
         total=choose_steps(recipe, len(table), plan.processes),
@@ -77,3 +81,17 @@ def build_trainer(
         class_weights=None if weights is None else weights.to(device),
         precision=choose_precision(recipe.precision, device),
     )
+
+
+def with_synchronized_norms(model: nn.Module, device: torch.device) -> nn.Module:
+    """The network with its batch norms over the batches of all processes.
+
+    Raises:
+        UsageError: on CPUs, for which torch has none.
+    """
+    if device.type == "cpu":
+        raise UsageError(
+            "sync_bn: torch synchronizes batch norm on GPUs only; leave it out, or raise batch_size"
+        )
+    synchronized: nn.Module = convert_sync_batchnorm(model)
+    return synchronized.to(memory_format=torch.channels_last)

@@ -223,6 +223,10 @@ class Recipe:
     compile: Literal["no", "yes", "auto"] = _field(
         "no", "Run", "Use torch.compile; auto measures whether it pays."
     )
+    sync_bn: bool = _field(
+        False, "Run",
+        "Batch norm over the batches of all processes together (several GPUs only).",
+    )  # fmt: skip
     grad_checkpointing: bool = _field(
         False, "Run", "Gradient checkpointing: less memory, more time."
     )
@@ -235,7 +239,10 @@ class Recipe:
         "auto", "Run", "Hold decoded images in memory, or stream them."
     )
     workers: Annotated[int, _limits(gte=0, lte=256)] | None = _field(
-        None, "Run", "Data loading processes (default: one per core, at most 8)."
+        None,
+        "Run",
+        "Data loading processes of each training process (default: its share of the cores, at most "
+        "8).",
     )
     eval_every: _Positive = _field(1.0, "Run", "Epochs between evaluations.")
     save_minutes: _NotNegative = _field(

@@ -1,20 +1,22 @@
 """One run in many processes: starting them, deciding together, and telling an error once."""
 
+import contextlib
 import os
+import threading
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
+from torch import Tensor
 
-from regard.errors import RegardError, UsageError
+from regard.compat import default_store
+from regard.data.workers import kill_workers
+from regard.errors import FileError, RegardError, UsageError
+from regard.files import reason
 from regard.machine import choose_device
-
-T = TypeVar("T")
-ASK_SECONDS = 1.0  # between the processes' asking each other whether to stop or to save
-MOST_STEPS = 50  # and the most steps, as a step may become slower than those before
 
 
 def start_accelerator(device: str = "auto") -> Accelerator:
@@ -70,39 +72,23 @@ def is_main_process() -> bool:
     return not ready or torch.distributed.get_rank() == 0
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> None:
-    """Does `work` in the first process; all processes wait for it, and raise what it raised.
+def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
+    """Does `work` in the first process; all processes wait for it, and have what it returned.
 
     Raises:
         RegardError: as `work` does.
     """
     error: RegardError | None = None
+    result = None
     if accelerator.is_main_process:
         try:
-            work()
+            result = work()
         except RegardError as raised:
             error = raised
     if accelerator.num_processes > 1:
-        error = broadcast_object_list([error], from_process=0)[0]
+        error, result = broadcast_object_list([error, result], from_process=0)
     if error is not None:
         raise error
-
-
-def decided_on_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
-    """What `decide` returns in the first process, for all of them.
-
-    Raises:
-        RegardError: as `decide` does.
-    """
-    decided: list[Any] = [None]
-
-    def work() -> None:
-        decided[0] = decide()
-
-    on_main(accelerator, work)
-    if accelerator.num_processes > 1:
-        broadcast_object_list(decided, from_process=0)
-    result: T = decided[0]
     return result
 
 
@@ -111,29 +97,141 @@ def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
     return [value] if accelerator.num_processes == 1 else gather_object([value])
 
 
+def gathered_first(accelerator: Accelerator, value: Any) -> list[Any]:
+    """The values of all processes, in the first one; in the others an empty list."""
+    if accelerator.num_processes == 1:
+        return [value]
+    values = [None] * accelerator.num_processes if accelerator.is_main_process else None
+    torch.distributed.gather_object(value, values, dst=0)
+    return values or []
+
+
+class Ranks:
+    """This process's place among all of the run, to divide work and to put results together."""
+
+    def __init__(self, accelerator: Accelerator | None = None) -> None:
+        self._accelerator = accelerator
+        several = accelerator is not None
+        self.rank: int = accelerator.process_index if several else 0  # type: ignore[union-attr]
+        self.count: int = accelerator.num_processes if several else 1  # type: ignore[union-attr]
+        self.local = int(os.environ.get("LOCAL_WORLD_SIZE", self.count)) if self.count > 1 else 1
+
+    def all(self, value: Any) -> list[Any]:
+        """The values of all processes."""
+        return [value] if self._accelerator is None else gathered(self._accelerator, value)
+
+
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
+    """Gives all processes the first one's tensors; those of a kind travel together."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor.detach())
+    for alike in kinds.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+        torch.distributed.broadcast(flat, 0)
+        for tensor, value in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
+            tensor.copy_(value.view(tensor.shape))
+
+
+# ------------------------------------------------------------------------- errors, told once
+FAILED = "regard/failed"  # in the store: how many processes have failed
+GRACE = 10.0  # seconds that a process has to end by itself once another has failed
+LOST = ("closed by peer", "reset by peer", "Connection refused", "NCCL", "Broken pipe")
+
+
 def is_first_to_tell(error: BaseException) -> bool:
-    """Whether no other process of this run has told the same error."""
+    """Whether no other process of this run has failed before, whose error is the one to tell.
+
+    What follows from it in the others, such as a lost connection, is no news.
+    """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return True
     try:
-        from regard.compat import default_store
-
-        return default_store().add(f"regard: {type(error).__name__}: {error}", 1) == 1
+        return default_store().add(FAILED, 1) == 1
     except Exception:  # the process that holds the store has ended: of an error that it told
         return torch.distributed.get_rank() == 0
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in LOST)
+
+
+@contextlib.contextmanager
+def lost_processes(count: int) -> Iterator[None]:
+    """Says what it means that another of `count` processes can't be reached.
+
+    Raises:
+        FileError: it can't.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if count == 1 or not lost_process(error):
+            raise
+        raise FileError(
+            f"another of the run's {count} processes has ended, or can't be reached any more "
+            f"({reason(error, 120)}): its own machine may say why; resume the run"
+        ) from error
+
+
+class Watch:
+    """Ends this process some seconds after another one has failed, if it does not end itself.
+
+    It may be waiting in an exchange that the other one will never join.
+
+    Args:
+        end: ends the process (default: at once, its reading processes with it).
+        grace: seconds until then.
+    """
+
+    def __init__(self, end: Callable[[], object] | None = None, grace: float = GRACE) -> None:
+        self._end, self._grace = end or _end, grace
+        self._done = threading.Event()
+        self._store = default_store()
+        threading.Thread(target=self._look, name="regard-watch", daemon=True).start()
+
+    def close(self) -> None:
+        """This process ends by itself."""
+        self._done.set()
+
+    def _look(self) -> None:
+        while not self._done.wait(1.0):
+            try:
+                failed = self._store.add(FAILED, 0) > 0
+            except Exception:  # the process that holds the store has ended
+                failed = True
+            if failed:
+                if not self._done.wait(self._grace):
+                    self._end()
+                return
+
+
+def _end() -> None:
+    kill_workers()
+    os._exit(1)
+
+
+# --------------------------------------------------------------------------------- requests
+ASKED = "regard/stop"  # in the store: the signal that asked any process to stop
 
 
 class Requests:
     """What the processes of a run were asked for by signals and clocks, agreed among them.
 
-    They ask each other about once a second: after how many steps is agreed on each time, from
-    how long the steps took.
+    They tell each other after every step, and hear it after the next one, so that nobody waits:
+    a request is met by all processes after the same step, at most two steps after it came.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.steps, self.countdown = 1, 1
-        self.asked_at = time.monotonic()
+        self.several = accelerator.num_processes > 1
+        self._group: Any = None
+        self._pending: tuple[Any, Tensor] | None = None
+        self._looked_at, self._heard, self._told = 0.0, 0, False
 
     def agree(self, stop: int, save: bool, *, now: bool = False) -> tuple[int, bool]:
         """The signal to stop for (0: none), and whether to save, as any process was asked.
@@ -141,17 +239,48 @@ class Requests:
         Args:
             stop: the signal that this process got.
             save: whether this process has reason to save.
-            now: ask even if it is not time; must be the same in all processes.
+            now: hear what is asked now; must be the same in all processes.
         """
-        if self.accelerator.num_processes == 1:
+        if not self.several:
             return stop, save
-        self.countdown -= 1
-        if self.countdown > 0 and not now:
-            return 0, False
-        taken = (time.monotonic() - self.asked_at) / (self.steps - max(self.countdown, 0))
-        mine = torch.tensor([[stop, save, taken]], device=self.accelerator.device)
-        number, saving, seconds = self.accelerator.gather(mine).amax(dim=0).tolist()
-        most = min(2 * self.steps, MOST_STEPS)
-        self.steps = self.countdown = max(1, min(most, int(ASK_SECONDS / max(seconds, 1e-6))))
-        self.asked_at = time.monotonic()
-        return int(number), bool(saving)
+        number, saving = self._answer()
+        self._ask(stop, save)
+        if now:
+            others = self._answer()
+            number, saving = max(number, others[0]), max(saving, others[1])
+        return number, bool(saving)
+
+    def _ask(self, stop: int, save: bool) -> None:
+        if self._group is None:  # on CPUs: nothing waits for a GPU
+            self._group = torch.distributed.new_group(backend="gloo")
+        mine = torch.tensor([stop, int(save)])
+        work = torch.distributed.all_reduce(
+            mine, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        self._pending = work, mine
+
+    def _answer(self) -> tuple[int, int]:
+        if self._pending is None:
+            return 0, 0
+        work, found = self._pending
+        self._pending = None
+        work.wait()
+        stop, save = found.tolist()
+        return stop, save
+
+    def heard(self, stop: int) -> int:
+        """The signal that any process got, asked at most once a second; 0: none yet.
+
+        For stretches without steps: processes hear it at different moments.
+        """
+        if stop or not self.several:
+            if stop and self.several and not self._told:
+                self._told = True
+                default_store().set(ASKED, str(stop))
+            return stop
+        now = time.monotonic()
+        if not self._heard and now - self._looked_at >= 1:
+            self._looked_at = now
+            if default_store().check([ASKED]):
+                self._heard = int(default_store().get(ASKED))
+        return self._heard

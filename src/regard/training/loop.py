@@ -24,13 +24,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 
-from regard.data.augment import augment, blend, mixup_shares
-from regard.data.loading import Batch
+from regard.compat import without_buffer_exchange
+from regard.data.augment import augment, blend, mixup_shares, neighbors
+from regard.data.loading import Batch, repeated
 from regard.data.preprocess import Preprocess
 from regard.errors import FileError, NotFiniteError
 from regard.machine import seed_device
 from regard.training.activation_checkpointing import frozen_statistics
 from regard.training.config import Recipe
+from regard.training.distributed import broadcast_tensors
+from regard.training.feed import Mover, Placed, feed
 from regard.training.losses import (
     joined_heads,
     multi_head_cross_entropy,
@@ -59,7 +62,7 @@ class Trainer:
         model: the network, on the device.
         recipe, preprocess: how to train, and how images become input.
         source: of the training images.
-        labels: (N,) of the training images, on the device.
+        labels: (N,) of the training images, on the CPU.
         classes: how many.
         count: of training images; an epoch is this many positions.
         total: optimizer steps of the whole run.
@@ -88,13 +91,16 @@ class Trainer:
 
     def __post_init__(self) -> None:
         recipe = self.recipe
+        self.device = self.accelerator.device
+        self.look_every = 1 if self.device.type == "cpu" else CHECK_EVERY
+        self._bad = torch.full((), -1, device=self.device)  # first step whose loss was not finite
         self.augmentation = recipe.augmentation
         self.head_weights = getattr(self.model, "head_weights", None)
         self.steps = step_plan(recipe, self.count, self.accelerator.num_processes)
         self.batch = self.steps.batch
         self.images_a_step = self.steps.images
         self.steps_an_epoch = self.steps.an_epoch
-        self.updater = Updater(self.model, recipe, self.accelerator.device, self.precision)
+        self.updater = Updater(self.model, recipe, self.device, self.precision)
         self.optimizer, self.ema = self.updater.optimizer, self.updater.ema
         # sums over this epoch: objective, weights, cross entropy, correct, images
         self.tally = torch.zeros(5, dtype=torch.float64)
@@ -176,28 +182,33 @@ class Trainer:
                 step; on a device up to CHECK_EVERY steps were done since.
         """
         self._prepare()
-        device = self.accelerator.device
-        bad = torch.full((), -1, device=device)  # the first step whose loss was not finite
-        batches = iter(self.source.batches(self.spans(self.step)))
-        while self.step < self.total:
-            started = time.perf_counter()
-            set_rate(self.optimizer, self.rate(self.step))
-            _seed(self.recipe.seed, self.step, self.accelerator)
-            loss = self.gradients(batches, started)
-            is_read = device.type == "cpu" or (self.step + 1) % CHECK_EVERY == 0
-            bad = torch.where((bad < 0) & ~loss.isfinite(), self.step, bad)
-            if (is_read or self.step + 1 == self.total) and (first := self._agreed(bad)) >= 0:
-                raise self._error(first, "the loss")
-            self.update()
-            self.step += 1
-            self.seconds += time.perf_counter() - started
-            after_step(self, float(loss) if is_read else math.nan)
+        batches = feed(self.source.batches(self.spans(self.step)), self.place, self.device)
+        try:
+            while self.step < self.total:
+                started = time.perf_counter()
+                set_rate(self.optimizer, self.rate(self.step))
+                _seed(self.recipe.seed, self.step, self.accelerator)
+                loss = self.gradients(batches, started)
+                is_read = (self.step + 1) % self.look_every == 0
+                self._bad = torch.where((self._bad < 0) & ~loss.isfinite(), self.step, self._bad)
+                if is_read or self.step + 1 == self.total:
+                    self.check_loss()
+                self.update()
+                self.step += 1
+                self.seconds += time.perf_counter() - started
+                after_step(self, float(loss) if is_read else math.nan)
+        finally:
+            getattr(batches, "close", lambda: None)()
 
-    def gradients(self, batches: Iterator[Batch], started: float | None = None) -> Tensor:
+    def gradients(self, batches: Iterator[Any], started: float | None = None) -> Tensor:
         """Computes the gradients of a step's loss; returns this process's share of it.
 
         The shares of all processes have the step's loss as their mean. The time since
         `started`, until the batches are there, counts as waiting.
+
+        Args:
+            batches: of the step, as the source gives them or as `place` does.
+            started: when the step began.
         """
         step = [self._readable(next(batches)) for _ in range(self.recipe.accumulate)]
         if started is not None:
@@ -209,16 +220,32 @@ class Trainer:
         if self._parallel is not None:  # which averages the gradients of the processes
             share, whole = float(self.accelerator.num_processes), reduce(whole, "sum")
         whole = whole.clamp_min(TINY)  # of a step whose images all have weight 0
-        loss = torch.zeros((), device=self.accelerator.device)
+        loss = torch.zeros((), device=self.device)
         for part, (batch, target, weight) in enumerate(zip(step, targets, weights, strict=True)):
             with self._synchronized(part == len(step) - 1):
-                outputs = self._outputs(self._input(batch))
+                outputs = self._outputs(self._input(batch))[: batch.count]
                 summed = self._summed_loss(outputs, target)
                 with self._recomputing():
                     self.updater.backward(summed * share / whole)
             loss += summed.detach() * share / whole
             self._count(outputs.detach(), batch, target, summed.detach(), weight)
         return loss
+
+    def place(self, batch: Batch) -> Placed:
+        """A batch with its labels and its shares of mixup, still where the source made it.
+
+        The places of unreadable images are filled by others of the batch, which do not count:
+        a network that is compiled or normalizes by batch sees batches of one size.
+        """
+        count, unreadable = len(batch.indices), batch.unreadable
+        if count and unreadable:
+            batch = repeated(batch, count + len(unreadable))
+        labels, u = self.labels[batch.indices], batch.random_numbers
+        shares, partners = None, None
+        if self.recipe.mixup and len(labels) > 1:
+            shares = mixup_shares(u, self.recipe.mixup)
+            partners = labels[neighbors(len(labels))][:count]
+        return Placed(batch.images, u, labels[:count], shares, partners, count, unreadable)
 
     def update(self) -> None:
         """Moves the weights, and their average, by the gradients."""
@@ -228,12 +255,23 @@ class Trainer:
         """Refuses weights that the last step broke, before they are tested or saved.
 
         Raises:
-            NotFiniteError: some are infinite or NaN, of the network or of its average.
+            NotFiniteError: some are infinite or NaN, of the network or of its average; or the
+                loss of a step since the last look was, which then is the one that is named.
         """
+        self.check_loss()
         tensors = [*self.model.state_dict().values(), *self.weights.state_dict().values()]
         finite = torch.stack([t.isfinite().all() for t in tensors if t.is_floating_point()])
         if not bool(finite.all()):
             raise self.not_finite("a weight")
+
+    def check_loss(self) -> None:
+        """Looks whether the loss of a step was not finite, which waits for the device.
+
+        Raises:
+            NotFiniteError: of the first such step in any process.
+        """
+        if (first := self._agreed(self._bad)) >= 0:
+            raise self._error(first, "the loss")
 
     def not_finite(self, what: str) -> NotFiniteError:
         """The error of the step that was done last."""
@@ -243,8 +281,10 @@ class Trainer:
         """Gives all processes the first one's running means of BN; each counts its own."""
         if self.accelerator.num_processes == 1:
             return
-        for buffer in [*self.model.buffers(), *self.weights.buffers()]:
-            torch.distributed.broadcast(buffer, 0)
+        buffers = [*self.model.buffers()]
+        if self.ema is not None:
+            buffers += self.ema.module.buffers()
+        broadcast_tensors(buffers)
 
     # ------------------------------------------------------------------------ its parts
     def _error(self, step: int, what: str) -> NotFiniteError:
@@ -263,15 +303,22 @@ class Trainer:
 
     def _prepare(self) -> None:
         self.model.train()
+        self._bad = torch.full((), -1, device=self.device)
+        if (
+            self.device.type == "cuda"
+        ):  # batches are of one size: the fastest kernels are found once
+            torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+        self._forward = self.model if self.compiled is None else self.compiled
         if self.accelerator.num_processes > 1:
-            device = self.accelerator.device
+            torch.compiler.reset()  # what the trial compiled was not cut for several processes
+            # around the compiled network, not the other way: then no_sync and the hooks that
+            # exchange gradients are PyTorch's own, and dynamo cuts the graph where they are
             self._forward = self._parallel = nn.parallel.DistributedDataParallel(
-                self.model, device_ids=None if device.type == "cpu" else [device.index]
+                self._forward,
+                device_ids=None if self.device.type == "cpu" else [self.device.index],
+                gradient_as_bucket_view=True,
+                **without_buffer_exchange(),  # `share_buffers` does it where they are used
             )
-            if self.compiled is not None:  # again: it is cut where gradients are exchanged
-                self._forward = torch.compile(self._forward)
-        elif self.compiled is not None:
-            self._forward = self.compiled
 
     def _synchronized(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Processes exchange gradients with the last batch of a step only."""
@@ -284,34 +331,30 @@ class Trainer:
         checkpoints = self.recipe.grad_checkpointing
         return frozen_statistics(self.model) if checkpoints else contextlib.nullcontext()
 
-    def _readable(self, batch: Batch) -> Batch:
-        """The batch, with its unreadable images noted."""
+    def _readable(self, batch: Batch | Placed) -> Placed:
+        """The batch on the device, with its unreadable images noted."""
         self.unreadable += batch.unreadable
-        if len(batch.indices) == 0:
+        if isinstance(batch, Batch):
+            batch = self.place(batch).moved(Mover(self.device))
+        if batch.count == 0:
             reason = batch.unreadable[0][1]
             raise FileError(f"no image of step {self.step + 1} can be read: {reason}")
         return batch
 
-    def _shares(self, batch: Batch) -> Tensor | None:
-        """Each image's share in its mixup, (B,); None where nothing is mixed."""
-        if not self.recipe.mixup or len(batch.indices) == 1:
-            return None
-        return mixup_shares(batch.random_numbers.to(self.accelerator.device), self.recipe.mixup)
+    def _target(self, batch: Placed) -> Tensor:
+        """(count,) labels, or with mixup (count, classes) probabilities."""
+        if batch.shares is None or batch.partners is None:
+            return batch.labels
+        own, other = (
+            F.one_hot(labels, self.classes).float() for labels in (batch.labels, batch.partners)
+        )
+        share = batch.shares[: batch.count, None]
+        return own * share + other * (1 - share)
 
-    def _labels(self, batch: Batch) -> Tensor:
-        return self.labels[batch.indices.to(self.accelerator.device)]
-
-    def _target(self, batch: Batch) -> Tensor:
-        """(B,) labels, or with mixup (B, classes) probabilities."""
-        labels, shares = self._labels(batch), self._shares(batch)
-        return labels if shares is None else blend(F.one_hot(labels, self.classes).float(), shares)
-
-    def _input(self, batch: Batch) -> Tensor:
+    def _input(self, batch: Placed) -> Tensor:
         """The network's input, (B, C, H, W): augmented, standardized, mixed."""
-        device, shares = self.accelerator.device, self._shares(batch)
-        images = batch.images.to(device, non_blocking=True)
-        x = augment(images, batch.random_numbers.to(device), self.augmentation, self.preprocess)
-        x = x if shares is None else blend(x, shares)
+        x = augment(batch.images, batch.random_numbers, self.augmentation, self.preprocess)
+        x = x if batch.shares is None else blend(x, batch.shares)
         return x.contiguous(memory_format=torch.channels_last)
 
     def _outputs(self, x: Tensor) -> Tensor:
@@ -327,11 +370,11 @@ class Trainer:
         )  # fmt: skip
 
     def _count(
-        self, outputs: Tensor, batch: Batch, target: Tensor, summed: Tensor, weight: Tensor
+        self, outputs: Tensor, batch: Placed, target: Tensor, summed: Tensor, weight: Tensor
     ) -> None:
         """Adds a batch to the epoch's sums."""
         outputs = joined_heads(self.model, outputs)
-        correct = (outputs.argmax(dim=1) == self._labels(batch)).sum()
+        correct = (outputs.argmax(dim=1) == batch.labels).sum()
         entropy = prediction_cross_entropy(outputs, target)
         seen = torch.full_like(entropy, len(outputs))
         added = torch.stack([summed, weight.to(summed), entropy, correct.to(summed), seen])

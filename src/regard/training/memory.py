@@ -17,11 +17,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 
+from regard.data.loading import repeated
 from regard.errors import UsageError
 from regard.machine import free_memory, is_out_of_memory, trim_memory
 from regard.training.distributed import gathered
 from regard.training.loop import Trainer
-from regard.training.trial import first_batches, repeated, trial, trial_step
+from regard.training.trial import first_batches, trial, trial_step
 
 log = logging.getLogger(__name__)
 

@@ -21,26 +21,34 @@ from torch import nn
 
 from regard.data.loading import StreamingLoader
 from regard.data.near_duplicates import leak_line
-from regard.data.sources import ImageTable
-from regard.data.workers import WaitInterrupted, never, worker_errors
+from regard.data.workers import WaitInterrupted, worker_errors
 from regard.errors import NotFiniteError, Stopped
 from regard.evaluation import Predictions
 from regard.files import check_space, shortened
 from regard.machine import memory_errors
-from regard.runs import RunFolder, choose_out
-from regard.trained_on import moved_table
+from regard.runs import RunFolder
 from regard.training.build import build_loader, build_model, build_trainer
 from regard.training.checkpoint import Checkpoints
 from regard.training.compile import choose_compiled
 from regard.training.config import Recipe, load_recipe, recipe_toml
-from regard.training.distributed import Requests, decided_on_main, on_main, start_accelerator
+from regard.training.distributed import (
+    Ranks,
+    Requests,
+    Watch,
+    broadcast_tensors,
+    gathered,
+    lost_processes,
+    on_main,
+    start_accelerator,
+)
 from regard.training.finish import finish_run, run_facts, tested_split
 from regard.training.lock import Lock
 from regard.training.loop import Trainer
 from regard.training.memory import fit_memory
+from regard.training.opening import Opened, Resume, open_run
 from regard.training.plan import check_batch, precision_note
 from regard.training.progress import Display
-from regard.training.run_plan import Plan, Request, accumulation_now, new_plan, resumed_plan
+from regard.training.run_plan import Request, accumulation_now
 from regard.training.scoring import Scorer
 from regard.training.signals import Signals
 from regard.training.splits import LoadedSplit, load_splits, measured
@@ -55,7 +63,7 @@ def train(
     model: str | None = None,
     recipe: str | Path | Recipe = "quick",
     out: str | Path | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     weights: str | Path | None = None,
     root: str | Path | None = None,
     splits: str = "auto",
@@ -69,7 +77,9 @@ def train(
     if not accelerator.is_main_process:  # the first process speaks for all
         logging.getLogger("regard").setLevel(logging.ERROR)
     trackers = check_trackers(trackers)
-    base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    base = on_main(  # which alone may have the file
+        accelerator, lambda: recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    )
     if isinstance(changes.get("pretrained"), bool):  # as timm's functions take it
         changes["pretrained"] = "yes" if changes["pretrained"] else "no"
     chosen = base.changed(**changes)
@@ -81,44 +91,31 @@ def train(
         changes={name: getattr(chosen, name) for name in changes},  # as the recipe has them
         has_recipe=not (isinstance(recipe, str) and recipe == "quick"),
     )  # fmt: skip
-    folder = RunFolder(choose_out(out, str(data), model or chosen.model, resume))
-    world = accelerator.num_processes
-    if resume and folder.exists:
-        plan = resumed_plan(folder, asked, world)
-        table = moved_table(folder.path, folder.read_plan(), asked.data, plan.root)
-        on_main(accelerator, lambda: folder.attach(table))
-        if folder.finished:
-            on_main(accelerator, Checkpoints(folder.path / "state").clear)
-            log.info(f"{folder.path} is finished: nothing is left to do")
-            return folder.path
-    else:
-        folder.refuse_others()
-        plan, table = new_plan(asked, world, lambda decide: decided_on_main(accelerator, decide))
-    for warning in table.warnings:
-        log.info(f"note: {warning}")
-    Run(plan, table, folder, accelerator, trackers).go()
-    return folder.path
+    several = accelerator.num_processes > 1
+    with contextlib.closing(Watch()) if several else contextlib.nullcontext():
+        opened = open_run(accelerator, asked, out, resume)
+        if not opened.finished:
+            for warning in opened.table.warnings:
+                log.info(f"note: {warning}")
+            Run(opened, accelerator, trackers).go()
+    return opened.path
 
 
 class Run:
     """One run under way, in one of its processes."""
 
     def __init__(
-        self,
-        plan: Plan,
-        table: ImageTable,
-        folder: RunFolder,
-        accelerator: Accelerator,
-        trackers: Sequence[str] = (),
+        self, opened: Opened, accelerator: Accelerator, trackers: Sequence[str] = ()
     ) -> None:
-        self.plan, self.table, self.folder = plan, table, folder
+        self.plan, self.table, self.stored = opened.plan, opened.table, opened.stored
+        self.folder = RunFolder(opened.path)  # of which only the first process knows anything
         self.accelerator, self.tracker_names = accelerator, trackers
         self.main, self.world = accelerator.is_main_process, accelerator.num_processes
         self.signals, self.requests = Signals(), Requests(accelerator)
-        self.states = Checkpoints(folder.path / "state")
+        self.states = Checkpoints(self.folder.path / "state")
         self.saved_at = time.monotonic()
         self.best: dict[str, float] = {}
-        self.resumed = folder.exists
+        self.resumed, self.has_state = opened.resumed, opened.has_state
         self.unscored = False  # the saved state awaits the evaluation of its epoch
 
     def go(self) -> None:
@@ -137,27 +134,27 @@ class Run:
     # -------------------------------------------------------------------- preparation
     def _prepare(self, lock: Lock) -> None:
         torch.manual_seed(self.plan.recipe.seed)
-        start = not (self.resumed and self.states.any())
-        model = build_model(self.plan, self.accelerator.device, start=start)
+        model = self._model()
         check_batch(model, self.plan.recipe, int(np.count_nonzero(self.table.splits == "train")))
-        self.accelerator.wait_for_everyone()  # all have seen the folder as it was
         on_main(self.accelerator, lambda: self._claim(lock, model))
-        stored = self.folder.read_measured() if self.resumed else {}
-        left_out = stored.get("left_out")
         self.parts = load_splits(
-            self.table, self.plan.preprocess, self.plan.recipe, left_out=left_out, show=self.main
-        )
+            self.table, self.plan.preprocess, self.plan.recipe,
+            left_out=self.stored.get("left_out") if self.resumed else None, show=self.main,
+            ranks=Ranks(self.accelerator),
+        )  # fmt: skip
         self._write_left_out()
         if self.main and not self.resumed and (line := leak_line(self.table)):
             log.warning(line)
         if self.plan.recipe.normalization == "data" and not self.resumed:
-            preprocess = measured(self.parts["train"], self.plan.preprocess)
+            preprocess = on_main(
+                self.accelerator, lambda: measured(self.parts["train"], self.plan.preprocess)
+            )
             self.plan = dataclasses.replace(self.plan, preprocess=preprocess)
         self.loaders = {
             s: build_loader(self.plan, s, p) for s, p in self.parts.items() if s != "train"
         }
         trainer = build_trainer(self.plan, model, self.parts["train"], self.accelerator)
-        self.trainer, chosen = self._fitted(trainer, stored)
+        self.trainer, chosen = self._fitted(trainer, self.stored)
         chosen["left_out"] = {
             self.table.key_of(path): why
             for part in self.parts.values() for path, why in part.left_out
@@ -165,6 +162,19 @@ class Run:
         on_main(self.accelerator, lambda: self._start(chosen))
         self._load_state()
         self._announce()
+
+    def _model(self) -> nn.Module:
+        """The network with the weights that the first process reads or downloads."""
+        made: list[nn.Module] = []
+
+        def build(start: bool) -> None:
+            made.append(build_model(self.plan, self.accelerator.device, start=start))
+
+        on_main(self.accelerator, lambda: build(not self.has_state))
+        if not made:
+            build(start=False)
+        broadcast_tensors([*made[0].parameters(), *made[0].buffers()])
+        return made[0]
 
     def _claim(self, lock: Lock, model: nn.Module) -> None:
         size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -210,7 +220,7 @@ class Run:
         self.folder.start(dataclasses.asdict(self.plan), text, self.table, chosen)
 
     def _load_state(self) -> None:
-        state, broken = self.states.load()
+        state, broken = on_main(self.accelerator, self.states.load)
         for line in broken:
             log.info(f"note: {line}; the state before it is used")
         if state is None:
@@ -243,8 +253,7 @@ class Run:
     # ----------------------------------------------------------------- while it trains
     def _train(self) -> None:
         trackers = None
-        stop = self._stop_asked if self.world == 1 else never
-        self.scorer = Scorer(self.trainer, self.plan.classes, stop)
+        self.scorer = Scorer(self.trainer, self.plan.classes, self._stop_asked)
         if self.main:
             config = {**dataclasses.asdict(self.plan.recipe), "model": self.plan.model}
             trackers = Trackers(self.tracker_names, self.folder.path, config, self.trainer.step)
@@ -261,13 +270,13 @@ class Run:
                 self._stop_while_waiting()
 
     def _stop_asked(self) -> bool:
-        return self.signals.stop != 0
+        return self.requests.heard(self.signals.stop) != 0
 
     def _stop_while_waiting(self) -> None:
         """Stops a run whose next images did not come; a step begins when all of its are there."""
         if self.world == 1:
             self._save()
-        raise Stopped(self.states.newest(), self.signals.stop)
+        raise Stopped(self.states.newest() if self.main else 0, self.signals.stop)
 
     def _after_step(self, trainer: Trainer, loss: float) -> None:
         self.display.step(loss)
@@ -339,24 +348,26 @@ class Run:
         """Takes the selected weights, tests them, and writes the network."""
         t = self.trainer
         if self.plan.recipe.select == "best" and self.best:
-            self.accelerator.wait_for_everyone()
-            self.folder.read_best(t.weights)
-        predictions = {tested_split(self.parts): self._predictions(tested_split(self.parts))}
-        if "val" in self.parts and "val" not in predictions:
-            predictions["val"] = self._predictions("val")
+            on_main(self.accelerator, lambda: self.folder.read_best(t.weights))
+            broadcast_tensors([*t.weights.parameters(), *t.weights.buffers()])
+        predictions = {}
+        for split in dict.fromkeys((tested_split(self.parts), "val")):
+            if split in self.parts and (said := self._predictions(split)) is not None:
+                predictions[split] = said
         if self.main:
             facts = run_facts(self.plan, self.table, t, self.parts, self.best)
             finish_run(self.folder, self.plan, t, self.parts, predictions, facts)
             self.states.clear()
 
-    def _predictions(self, split: str) -> Predictions:
-        """The finished network's probabilities for the images of a split."""
+    def _predictions(self, split: str) -> Predictions | None:
+        """The finished network's probabilities for the images of a split, in the first process."""
         part = self.parts[split]
         loader = self.loaders.get(split) or build_loader(self.plan, "test", part)
         try:
             predictions = self.scorer.predict(loader, part)
         except WaitInterrupted:
-            raise Stopped(self.trainer.step, self.signals.stop) from None
+            number = max(gathered(self.accelerator, self.signals.stop))
+            raise Stopped(self.trainer.step, number) from None
         self._list_unreadable(part, part.lost)
         return predictions
 
@@ -374,7 +385,7 @@ class Run:
         batch = self.plan.recipe.batch_size
         advice = f"lower batch_size ({batch}) or size, or set fit_memory or grad_checkpointing"
         try:
-            with memory_errors("training", advice), worker_errors():
+            with memory_errors("training", advice), worker_errors(), lost_processes(self.world):
                 yield
         except NotFiniteError as error:
             raise self._with_images(error) from error
@@ -384,7 +395,8 @@ class Run:
         table = self.parts["train"].table
         files = [table.path(row) for row in error.rows]
         named = NotFiniteError(error.step, error.rate, error.rows)
-        state = f"The last good state is in {self.states.folder}; " if self.states.any() else ""
+        saved = self.main and self.states.any()
+        state = f"The last good state is in {self.states.folder}; " if saved else ""
         images = f"; its images: {shortened(files, 8)}" if files else ""
         named.args = (f"{error}{images}. {state}try a lower lr, or clip_grad=1",)
         if self.main:

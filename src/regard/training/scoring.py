@@ -1,19 +1,22 @@
 """A split's images under the network: a few sums for validation, all probabilities for the test."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from regard.data.loading import Batch, InMemoryLoader, Spans, StreamingLoader
 from regard.data.workers import WaitInterrupted, never
-from regard.errors import FileError
+from regard.errors import FileError, NotFiniteError
 from regard.evaluation import Predictions
 from regard.predict import Classifier
-from regard.training.distributed import gathered
+from regard.training.distributed import gathered, gathered_first
+from regard.training.feed import feed
 from regard.training.loop import Trainer
 from regard.training.splits import LoadedSplit
 
@@ -53,36 +56,48 @@ class Scorer:
             WaitInterrupted: `stop` answered True.
         """
         labels = torch.from_numpy(part.table.labels)
-        sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, images
-        for batch in self._batches(loader, part):
-            probabilities = self._answers(batch)
-            target = labels[batch.indices]
-            true = probabilities.gather(1, target[:, None]).double().clamp_min(SMALLEST)
-            correct = (probabilities.argmax(dim=1) == target).sum()
-            sums += torch.stack([-true.log().sum(), correct.double(), sums.new_tensor(len(target))])
-        loss, correct, seen = sum(gathered(self.trainer.accelerator, sums)).tolist()
+        device = self.trainer.device
+        precise = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
+        sums = torch.zeros(3, dtype=precise, device=device)  # loss, correct, images
+        for batch in self._batches(loader, part, labels):
+            probabilities = self.classifier.answers(batch.images)
+            true = probabilities.gather(1, batch.labels[:, None]).to(precise).clamp_min(SMALLEST)
+            correct = (probabilities.argmax(dim=1) == batch.labels).sum()
+            # infinite or NaN as soon as an answer is
+            finite = (probabilities - probabilities).sum().to(precise)
+            loss = finite - true.log().sum()
+            sums += torch.stack([loss, correct.to(precise), torch.ones_like(true).sum()])
+        gathered_sums = gathered(self.trainer.accelerator, sums.cpu().double())
+        loss, correct, seen = sum(gathered_sums).tolist()
+        if not math.isfinite(loss):
+            raise self._not_finite()
         self._check_readable(part, seen)
         return Scores(loss / seen, correct / seen)
 
-    def predict(self, loader: InMemoryLoader | StreamingLoader, part: LoadedSplit) -> Predictions:
+    def predict(
+        self, loader: InMemoryLoader | StreamingLoader, part: LoadedSplit
+    ) -> Predictions | None:
         """The probabilities of all images that can be read, in the table's order.
+
+        Only the first process has them; None in the others.
 
         Raises:
             as `validate`.
         """
-        count = len(part.table)
+        count, classes = len(part.table), len(self.classifier.class_names)
         answered = np.zeros(count, dtype=bool)
-        answers = np.empty((count, len(self.classifier.class_names)), dtype=np.float32)
-        mine = []
-        for batch in self._batches(loader, part):
-            rows = batch.indices.numpy()
-            answers[rows] = self._answers(batch).numpy()
-            answered[rows] = True
-            mine.append(rows)
-        if self.trainer.accelerator.num_processes > 1:
-            rows = np.concatenate([np.zeros(0, np.int64), *mine])
-            for others, found in gathered(self.trainer.accelerator, (rows, answers[rows])):
-                answers[others], answered[others] = found, True
+        answers = np.empty((count, classes), dtype=np.float32)
+        rows, found = [np.zeros(0, np.int64)], [torch.zeros(0, classes, device=self.trainer.device)]
+        for batch in self._batches(loader, part, torch.from_numpy(part.table.labels)):
+            found.append(self.classifier.answers(batch.images).float())
+            rows.append(batch.rows)
+        mine = np.concatenate(rows), torch.cat(found).cpu().numpy()
+        if not all(gathered(self.trainer.accelerator, bool(np.isfinite(mine[1]).all()))):
+            raise self._not_finite()
+        for at, values in gathered_first(self.trainer.accelerator, mine):
+            answers[at], answered[at] = values, True
+        if not self.trainer.accelerator.is_main_process:
+            return None
         self._check_readable(part, int(answered.sum()))
         table = part.table
         if not answered.all():
@@ -92,35 +107,58 @@ class Scorer:
         return Predictions(halves, table.labels, table.classes, table.groups, paths, table.columns)
 
     def _batches(
-        self, loader: InMemoryLoader | StreamingLoader, part: LoadedSplit
-    ) -> Iterator[Batch]:
-        """This process's batches; what can't be read is noted in `part.lost`."""
+        self, loader: InMemoryLoader | StreamingLoader, part: LoadedSplit, labels: Tensor
+    ) -> Iterator["_Labeled"]:
+        """This process's batches on the device; what can't be read is noted in `part.lost`."""
         trainer = self.trainer
         trainer.share_buffers()
         size, count = max(LEAST_BATCH, trainer.batch), len(part.table)
         world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         lost: list[tuple[int, str]] = []
+        stopped = False
         if isinstance(loader, StreamingLoader):
             loader.stop = self.stop
         self.classifier.model.eval()
+
+        def labeled(batch: Batch) -> _Labeled:
+            rows = batch.indices.numpy()
+            return _Labeled(batch.images, labels[batch.indices], rows, batch.unreadable)
+
+        spans = Spans(range(rank * size, count, world * size), size, count)
+        batches = feed(loader.batches(spans), labeled, trainer.device)
         try:
-            spans = Spans(range(rank * size, count, world * size), size, count)
-            for batch in loader.batches(spans):
+            for batch in batches:
                 if self.stop():
                     raise WaitInterrupted("stopped while images were evaluated")
                 lost += batch.unreadable
-                if len(batch.indices):
+                if len(batch.rows):
                     yield batch
+        except WaitInterrupted:
+            stopped = True
         finally:
+            getattr(batches, "close", lambda: None)()
             loader.close()
-        part.lost = [entry for entries in gathered(trainer.accelerator, lost) for entry in entries]
+        each = gathered(trainer.accelerator, (stopped, lost))
+        if any(stopped for stopped, _ in each):
+            raise WaitInterrupted("stopped while images were evaluated")
+        part.lost = [entry for _, entries in each for entry in entries]
 
-    def _answers(self, batch: Batch) -> Tensor:
-        probabilities = self.classifier.probabilities(batch.images)
-        if not bool(probabilities.isfinite().all()):
-            raise self.trainer.not_finite("what the network answers after the update")
-        return probabilities
+    def _not_finite(self) -> NotFiniteError:
+        return self.trainer.not_finite("what the network answers after the update")
 
     def _check_readable(self, part: LoadedSplit, seen: float) -> None:
         if not seen:
             raise FileError(f"no image of a split can be read: {part.lost[0][1]}")
+
+
+@dataclass
+class _Labeled:
+    """Images (B, C, H, W) with their labels (B,) and rows of the table; the rows stay here."""
+
+    images: Tensor
+    labels: Tensor
+    rows: NDArray[np.int64]
+    unreadable: list[tuple[int, str]]
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "_Labeled":
+        return _Labeled(move(self.images), move(self.labels), self.rows, self.unreadable)

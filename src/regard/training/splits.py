@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from regard.data.loading import (
@@ -26,6 +27,7 @@ from regard.files import spread
 from regard.log import counting
 from regard.machine import free_memory
 from regard.training.config import Recipe
+from regard.training.distributed import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ def load_splits(
     *,
     left_out: dict[str, str] | None = None,
     show: bool = True,
+    ranks: Ranks | None = None,
 ) -> dict[str, LoadedSplit]:
     """Every split of the table that has images.
 
@@ -85,12 +88,14 @@ def load_splits(
         left_out: reasons by key, of images that a resumed run left out when it was started
             (default: a new run; those that can't be read now are left out).
         show: whether to show how far it is.
+        ranks: the processes that train: what one of them can't read is left out by all.
 
     Raises:
         UsageError: more images can't be read than recipe.max_unreadable allows, or no training
             image can be.
     """
-    limit = min(MEMORY_LIMIT, free_memory() / 2)
+    ranks = ranks or Ranks()
+    limit = min(MEMORY_LIMIT, free_memory() / 2 / ranks.local)
     parts: dict[str, LoadedSplit] = {}
     for split in SPLITS:
         rows = np.flatnonzero(table.splits == split)
@@ -98,7 +103,9 @@ def load_splits(
             continue
         augmentation = recipe.augmentation if split == "train" else None
         reader = Reader(table.select(rows), preprocess, augmentation)
-        parts[split] = load_split(reader, recipe, split, limit=limit, left_out=left_out, show=show)
+        parts[split] = load_split(
+            reader, recipe, split, limit=limit, left_out=left_out, show=show, ranks=ranks
+        )
         limit -= parts[split].nbytes
     _check_unreadable(table, recipe, parts, new=left_out is None)
     for split, part in parts.items():
@@ -136,6 +143,7 @@ def load_split(
     limit: float = MEMORY_LIMIT,
     left_out: dict[str, str] | None = None,
     show: bool = True,
+    ranks: Ranks | None = None,
 ) -> LoadedSplit:
     """Decodes a split into memory where it fits, or checks which of its images can be read.
 
@@ -146,20 +154,27 @@ def load_split(
         limit: bytes that memory="auto" may hold.
         left_out: as for `load_splits`.
         show: whether to show how far it is.
+        ranks: as for `load_splits`.
     """
+    ranks = ranks or Ranks()
     known = left_out or {}
     table = reader.table
     paths = [table.key(i) for i in range(len(table))] if known else []
     skip = {i for i, path in enumerate(paths) if path in known}
     images, bad = None, None
-    if recipe.memory == "yes" or (recipe.memory == "auto" and fits_in_memory(reader, limit)):
+    fits = recipe.memory == "auto" and all(ranks.all(fits_in_memory(reader, limit)))
+    if recipe.memory == "yes" or fits:
         most = limit if recipe.memory == "auto" else float("inf")
         with counting(f"reading {split} images", len(table), show=show) as on_image:
             images, bad = decode_all(reader, skip=skip, limit=most, on_image=on_image)
+        if any(ranks.all(images is None)):
+            images = None
     if images is None:
-        with counting(f"checking {split} images", min(len(table), CHECKED), show=show) as on_image:
-            bad = _unreadable(reader, skip, on_image)
+        rows = spread(len(table), CHECKED)[ranks.rank :: ranks.count]
+        with counting(f"checking {split} images", len(rows), show=show) as on_image:
+            bad = _unreadable(reader, rows, skip, on_image)
     assert bad is not None
+    bad = sorted({row: (row, why) for found in ranks.all(bad) for row, why in found}.values())
     if left_out is None:
         return _without(reader, images, bad)
     part = _without(reader, images, [(i, known[paths[i]]) for i in sorted(skip)])
@@ -185,9 +200,9 @@ def _without(
 
 
 def _unreadable(
-    reader: Reader, skip: set[int], on_image: Callable[[int], None]
+    reader: Reader, rows: NDArray[np.int64], skip: set[int], on_image: Callable[[int], None]
 ) -> list[tuple[int, str]]:
-    """(row, reason) of unreadable images among CHECKED of them, evenly spread."""
+    """(row, reason) of the unreadable images among these rows."""
     table, value_range = reader.table, reader.preprocess.value_range
 
     def check(row: int) -> tuple[int, str] | None:
@@ -201,7 +216,7 @@ def _unreadable(
 
     bad = []
     threads = default_workers()
-    for result in read_ahead(spread(len(table), CHECKED).tolist(), check, threads, 64 * threads):
+    for result in read_ahead(rows.tolist(), check, threads, 64 * threads):
         on_image(1)
         if result is not None:
             bad.append(result)

@@ -52,9 +52,3 @@ def first_batches(trainer: Trainer) -> list[Batch]:
     """The batches of this process's next step."""
     spans = trainer.spans(trainer.step)[: trainer.recipe.accumulate]
     return list(trainer.source.batches(spans))
-
-
-def repeated(batch: Batch, size: int) -> Batch:
-    """A batch of `size` images made of those of another one."""
-    rows = torch.arange(size) % len(batch.indices)
-    return Batch(batch.images[rows], batch.indices[rows], batch.random_numbers[rows])

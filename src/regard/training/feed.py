@@ -1,0 +1,138 @@
+"""Batches on the way to the device: made ahead by a thread, copied while the device computes."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+AHEAD = 2  # batches on the device besides the one in use
+POLL = 0.2  # seconds between looks at whether the reader has given up
+
+
+@dataclass
+class Placed:
+    """A training batch as the loop takes it.
+
+    Attributes:
+        images: (B, C, H, W) in 0..255.
+        random_numbers: (B, WIDTH) for the augmentation.
+        labels: (count,) class indices.
+        shares: (B,) shares of mixup, or None where nothing is mixed.
+        partners: (count,) labels of the images that are mixed in, or None.
+        count: images that count; those after them fill the places of unreadable ones.
+        unreadable: (row, reason) of the images left out.
+    """
+
+    images: Tensor
+    random_numbers: Tensor
+    labels: Tensor
+    shares: Tensor | None
+    partners: Tensor | None
+    count: int
+    unreadable: list[tuple[int, str]]
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Placed":
+        """The batch with each of its tensors moved."""
+        shares = None if self.shares is None else move(self.shares)
+        partners = None if self.partners is None else move(self.partners)
+        return Placed(
+            move(self.images), move(self.random_numbers), move(self.labels), shares, partners,
+            self.count, self.unreadable,
+        )  # fmt: skip
+
+
+class Mover:
+    """Copies tensors to a device, from pinned memory on a stream of its own where there are any.
+
+    Streams are of GPUs; Apple's copies in the order of the work that it was given.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream: Any = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device, in the stream of `copying` where that is entered."""
+        if self.device.type == "cpu":
+            return tensor
+        if self.device.type not in ("cuda", "xpu"):
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def copy(self, batch: Any) -> tuple[Any, Any]:
+        """A batch with a method `moved`, on the device, and the event of its arrival."""
+        if self.device.type not in ("cuda", "xpu"):
+            return batch.moved(self), None
+        if self._stream is None:
+            self._stream = torch.Stream(device=self.device)
+        with self._stream:
+            return batch.moved(self), self._stream.record_event()
+
+    def receive(self, batch: Any, arrival: Any) -> Any:
+        """The batch, for work that is given to the device from now on."""
+        if arrival is not None:
+            current = torch.accelerator.current_stream(self.device)
+            current.wait_event(arrival)
+            batch.moved(lambda tensor: _in_use(tensor, current))
+        return batch
+
+
+def _in_use(tensor: Tensor, stream: Any) -> Tensor:
+    tensor.record_stream(stream)  # its memory is not given away before the stream is done with it
+    return tensor
+
+
+def feed(batches: Iterator[Any], make: Callable[[Any], Any], device: torch.device) -> Iterator[Any]:
+    """make(batch) for each batch, on the device.
+
+    On a CPU this is done when it is asked for; otherwise a thread is up to AHEAD batches ahead, so
+    that the device never waits for a copy. What the thread raises is raised here.
+    """
+    if device.type == "cpu":
+        return map(make, batches)
+    mover = Mover(device)
+    placed = _by_thread(batches, lambda batch: mover.copy(make(batch)))
+    return (mover.receive(*each) for each in placed)
+
+
+def _by_thread(batches: Iterator[Any], work: Callable[[Any], Any]) -> Iterator[Any]:
+    """work(batch) for each batch, by a thread that is up to AHEAD ahead."""
+    done: queue.Queue[tuple[str, Any]] = queue.Queue(AHEAD)
+    given_up = threading.Event()
+
+    def put(kind: str, value: Any) -> bool:
+        while not given_up.is_set():
+            try:
+                done.put((kind, value), timeout=POLL)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def run() -> None:
+        try:
+            for batch in batches:
+                if not put("batch", work(batch)):
+                    return
+        except BaseException as error:  # whatever it is, it is the reader's
+            put("error", error)
+        else:
+            put("end", None)
+
+    thread = threading.Thread(target=run, name="regard-feed", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = done.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    finally:
+        given_up.set()
+        thread.join()

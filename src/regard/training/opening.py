@@ -1,0 +1,109 @@
+"""What a run is, found out by its first process and told to all: they may share no disk."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+
+from regard.data.sources import ImageTable, open_data
+from regard.errors import FileError, UsageError
+from regard.runs import RunFolder, choose_out
+from regard.trained_on import moved_table
+from regard.training.checkpoint import Checkpoints
+from regard.training.distributed import on_main
+from regard.training.run_plan import Plan, Request, new_plan, resumed_plan
+
+log = logging.getLogger(__name__)
+
+Resume = bool | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that is started or resumed.
+
+    Attributes:
+        path: of its folder, which is there for the first process alone.
+        plan: what it is.
+        table: its images with their splits.
+        stored: what was measured when it was started.
+        resumed: whether it is resumed.
+        has_state: whether a state was saved.
+        finished: whether nothing is left to do.
+    """
+
+    path: Path
+    plan: Plan
+    table: ImageTable
+    stored: dict[str, Any]
+    resumed: bool
+    has_state: bool
+    finished: bool
+
+
+def open_run(
+    accelerator: Accelerator, asked: Request, out: str | Path | None, resume: Resume
+) -> Opened:
+    """The run that is asked for, the same in all processes.
+
+    Args:
+        accelerator: of this process.
+        asked: the arguments.
+        out: its folder, or None.
+        resume: whether to go on with the run in it; "auto": if there is one.
+
+    Raises:
+        UsageError: there is no run to resume, or another one is in the folder; the data can't be
+            used; there is no such network; or what is asked for is not what the run was started
+            with.
+    """
+    opened: Opened = on_main(
+        accelerator, lambda: _open(asked, out, resume, accelerator.num_processes)
+    )
+    _fetch_images(accelerator, asked, opened.table)
+    return opened
+
+
+def _open(asked: Request, out: str | Path | None, resume: Resume, world: int) -> Opened:
+    model = asked.model or asked.recipe.model
+    if resume == "auto":
+        resume = _holds_run(out, asked.data, model)
+    folder = RunFolder(choose_out(out, asked.data, model, resume))
+    if not (resume and folder.exists):
+        folder.refuse_others()
+        plan, table = new_plan(asked, world)
+        return Opened(folder.path, plan, table, {}, False, False, False)
+    plan, states = resumed_plan(folder, asked, world), Checkpoints(folder.path / "state")
+    table = moved_table(folder.path, folder.read_plan(), asked.data, plan.root)
+    folder.attach(table)
+    if folder.finished:
+        states.clear()
+        log.info(f"{folder.path} is finished: nothing is left to do")
+    return Opened(
+        folder.path, plan, table, folder.read_measured(), True, states.any(), folder.finished
+    )
+
+
+def _holds_run(out: str | Path | None, data: str, model: str | None) -> bool:
+    try:
+        return RunFolder(choose_out(out, data, model, True)).exists
+    except UsageError:
+        return False
+
+
+def _fetch_images(accelerator: Accelerator, asked: Request, table: ImageTable) -> None:
+    """Downloads the images once more on machines that don't see the first one's disk."""
+    if accelerator.num_processes == 1:
+        return
+    if accelerator.is_local_main_process and table.files is not None and len(table.files):
+        if asked.data.startswith("hf:") and not os.path.exists(table.files[0]):
+            open_data(asked.data, root=asked.root)
+        if not os.path.exists(table.files[0]):
+            raise FileError(
+                f"{table.files[0]} is not on this machine: every machine needs the images, under "
+                "the same absolute path"
+            )
+    accelerator.wait_for_everyone()

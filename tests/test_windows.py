@@ -1,0 +1,43 @@
+"""What Windows and macOS lack: a training without these names, in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+from tests.helpers import ENVIRONMENT
+
+SCRIPT = """
+import os, psutil, signal, sys
+for name in ("pthread_sigmask", "SIGHUP", "SIGUSR1"):
+    delattr(signal, name)
+del os.sched_getaffinity
+sys.modules["resource"] = sys.modules["fcntl"] = None
+import regard
+regard.train(
+    sys.argv[1], model="ag_sononet8", size=16, val=0.2, test=0.2, flip=0.0, batch_size=16, steps=3,
+    faithfulness_images=0, memory="no", workers=1, out=sys.argv[2], trackers=["none"],
+)
+from regard.commands.bench import command
+command(["ag_sononet8"], size=(32, 32), rounds=1, train=True, engine=["eager"])
+"""
+
+
+def test_streamed_training_and_bench_need_no_name_of_posix_alone(scans, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT,
+         str(scans), str(tmp_path / "run")],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/report.html").is_file()
+
+
+def test_an_upload_is_closed_before_it_is_opened_to_be_read():
+    """Windows opens no temporary file a second time."""
+    from regard.serve.uploads import as_file
+
+    with as_file(b"an image") as path:
+        opened = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+        assert str(path) not in opened
+        assert path.read_bytes() == b"an image"
+    assert not path.exists()
