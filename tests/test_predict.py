@@ -291,3 +291,23 @@ def test_progress_goes_to_standard_error(network, pictures, monkeypatch, capsys)
     out, err = capsys.readouterr()
     assert "2 images in" in err
     assert len([json.loads(line) for line in out.splitlines()]) == 2
+
+
+def test_shards_share_the_images_and_each_goes_on_where_it_stopped(whole, scans, tmp_path, capsys):
+    answered = []
+    for i in (1, 2, 3):
+        file = tmp_path / f"{i}.csv"
+        call = ["predict", str(whole), str(scans), "--shard", f"{i}/3", "--csv", str(file)]
+        assert run_command(call) == 0
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[:7]))  # as if it had been stopped
+        assert run_command([*call, "--resume"]) == 0
+        assert file.read_text().splitlines(keepends=True) == lines
+        answered += [row["path"] for row in rows_of(file)]
+    assert len(answered) == len(set(answered)) == 120
+    few = sorted(map(str, (scans / "0").iterdir()))[:2]
+    assert run_command(["predict", str(whole), *few, "--shard", "3/3"]) == 0
+    capsys.readouterr()
+    for wrong in ("0/3", "4/3", "1", "a/b", "1/0"):
+        assert run_command(["predict", str(whole), *few, "--shard", wrong]) == 2
+        assert wrong in capsys.readouterr().err

@@ -191,3 +191,21 @@ def test_a_run_is_shipped(whole, elsewhere, monkeypatch, capsys):
     with pytest.raises(OSError, match="bytes of weights"):
         script.ship(whole, "ag_sononet8.x", root=elsewhere, facts_file=facts)
     assert weights.find_shipped("ag_sononet8.x").verify() is None  # the ones before stay
+
+
+def test_the_results_are_checked_against_the_cards(elsewhere, capsys):
+    path = ROOT / "benchmarks/check_results.py"
+    checker_spec = importlib.util.spec_from_file_location("check_results", path)
+    checker = importlib.util.module_from_spec(checker_spec)
+    checker_spec.loader.exec_module(checker)
+    assert checker.main([DIGITS]) == 0
+    index = json.loads((elsewhere / weights.INDEX).read_text())
+    index[DIGITS]["accuracy"] -= 0.002
+    (elsewhere / weights.INDEX).write_text(json.dumps(index))
+    assert checker.main([DIGITS]) == 1
+    assert "99." in capsys.readouterr().out
+    shutil.copytree(elsewhere / DIGITS, elsewhere / "ag_sononet8.cifar10")
+    index["ag_sononet8.cifar10"] = index[DIGITS]
+    (elsewhere / weights.INDEX).write_text(json.dumps(index))
+    assert checker.main(["ag_sononet8.cifar10"]) == 1
+    assert "its images are not in" in capsys.readouterr().out

@@ -41,6 +41,7 @@ def command(
     csv: Path | None = None,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     resume: Annotated[bool, Parameter(negative=())] = False,
+    shard: str | None = None,
 ) -> int:
     """Classify images with a trained network.
 
@@ -63,7 +64,11 @@ def command(
         Replace a CSV file that exists.
     resume
         Continue a CSV file that was stopped; give the same images.
+    shard
+        I/N: only every N-th image, beginning with the I-th, so that N machines share the images;
+        each writes a file of its own.
     """
+    share = None if shard is None else _share(shard)
     top = (5 if csv is None else 1) if top is None else top
     _check_arguments(images, top, json, csv, overwrite, resume)
     engine.require()
@@ -75,7 +80,7 @@ def command(
 
     run = network_folder(run)
     classifier = load(run, device)
-    names = _prepared(classifier, engine, images)
+    names = _prepared(classifier, engine, images, share)
     top = min(top, len(classifier.class_names))
     if classifier.calibration is not None:
         with info_on_stderr():
@@ -87,21 +92,42 @@ def command(
             table = stack.enter_context(PredictionsCsv(csv, top, classifier, resume=resume))
             write = table.write
             counts.answered, counts.failed, names = table.skip_done(iter(names))
-        return _predict(classifier, watch(run, names), top, write, counts, images)
+        code = _predict(classifier, watch(run, names), top, write, counts)
+    if counts.done == 0 and code == 0 and (share is None or next(_names(images), None) is None):
+        raise UsageError(f"no image below {', '.join(images)}")
+    return code
 
 
 def _prepared(
-    classifier: "Classifier", engine: EngineFlags, images: Sequence[str]
+    classifier: "Classifier",
+    engine: EngineFlags,
+    images: Sequence[str],
+    share: tuple[int, int] | None = None,
 ) -> Iterable[str]:
     """The images' names, once the engine that was asked for is in place."""
+    listed: Iterable[str] = _names(images)
+    if share is not None:
+        listed = islice(listed, share[0] - 1, None, share[1])
     if engine.is_default:
-        return _names(images)
+        return listed
     from regard.data.table import PathList
 
-    names = PathList.of(_names(images))
+    names = PathList.of(listed)
     reads = [lambda p=p: classifier.decode(p) for p in islice(names, 64) if p != "-"]
     use_engine(classifier, engine, reads, len(names))
     return names
+
+
+def _share(text: str) -> tuple[int, int]:
+    """I/N as two numbers.
+
+    Raises:
+        UsageError: it is not I/N with I from 1 to N.
+    """
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise UsageError(f"--shard {text}: I/N with I from 1 to N, such as 1/8")
+    return int(i), int(n)
 
 
 def _check_arguments(
@@ -163,7 +189,6 @@ def _predict(
     top: int,
     write: Callable[["Prediction"], None],
     counts: _Counts,
-    images: Sequence[str],
 ) -> int:
     """Writes all predictions and returns the exit code."""
     try:
@@ -176,8 +201,6 @@ def _predict(
     except _Signal as stopped:
         log.warning(counts.stopped())
         return 128 + stopped.number
-    if counts.done == 0:
-        raise UsageError(f"no image below {', '.join(images)}")
     return 0 if counts.failed == 0 else 1 if counts.answered else 2
 
 

@@ -138,8 +138,6 @@ def command(
     if start_alike and train.weights is None:
         with info_on_stderr():
             log.info("all runs start from random weights, alike; --pretrained yes changes that")
-        with info_on_stderr():
-            log.info("all runs start from random weights, alike; --pretrained yes changes that")
     study_now = _Study(table, runs, recipes, out)
     if json:
         with info_on_stderr():
