@@ -1,5 +1,6 @@
 """A stand-in for the Hugging Face hub on loopback, and `huggingface_hub` pointed at it."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -38,6 +39,17 @@ class Hub:
             def do_GET(self) -> None:
                 self.answer(body=True)
 
+            def do_POST(self) -> None:
+                hub.asked.append(f"POST {self.path}")
+                size = int(self.headers.get("Content-Length") or 0)
+                status, content = hub.take(self.path, self.rfile.read(size), self.headers)
+                answer = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
             def answer(self, body: bool) -> None:
                 hub.asked.append(f"{self.command} {self.path}")
                 if hub.stopped.wait(hub.delay):
@@ -58,6 +70,28 @@ class Hub:
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def take(self, path: str, body: bytes, headers: Any) -> tuple[int, Any]:
+        """The status and the answer of an upload; only the token "good" may."""
+        if headers.get("Authorization") != "Bearer good":
+            return 401, {"error": "Invalid username or password."}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if path == "/api/repos/create":
+            name = json.loads(body)
+            return 200, {"url": f"{self.url}/{name.get('organization')}/{name['name']}"}
+        if "/preupload/" in path:
+            files = [f["path"] for f in json.loads(body)["files"]]
+            rows = [{"path": f, "uploadMode": "regular", "shouldIgnore": False} for f in files]
+            return 200, {"files": rows}
+        repository = path.removeprefix("/api/models/").partition("/commit/")[0]
+        for line in body.splitlines():
+            row = json.loads(line)
+            if row["key"] == "file":
+                content = base64.b64decode(row["value"]["content"])
+                self.files[f"{repository}/{row['value']['path']}"] = content
+        return 200, {"commitUrl": f"{self.url}/{repository}/commit/{COMMIT}", "commitOid": COMMIT,
+                     "success": True}  # fmt: skip
 
     def find(self, path: str) -> tuple[bytes | None, dict[str, str]]:
         """The content and the headers of an answer."""

@@ -30,6 +30,7 @@ COMMANDS = {
     "serve": "Serve a web page and an HTTP API for a network.",
     "models": "List the networks: parameters, multiply-adds, the papers' figures, weights.",
     "recipes": "List the training recipes, or print one.",
+    "push": "Upload a run with its model card to the Hugging Face hub.",
     "convert": "Convert an authors' checkpoint into a folder that timm loads.",
     "bench": "Measure how fast networks predict or train on this machine, engine by engine.",
 }

@@ -21,6 +21,7 @@ from torch import nn
 from regard.compat import save_config_for_hf
 from regard.errors import FileError, UsageError
 from regard.files import reason, shortened
+from regard.models.hub import PREFIX, snapshot
 from regard.weights import find_shipped, shipped
 
 # how a network was made, not what it is: loading a folder must not fetch weights again
@@ -129,14 +130,18 @@ def find_folder(name: str | Path) -> Path | None:
 
     Args:
         name: a folder, with or without timm's prefix `local-dir:`, or the name of shipped
-            weights, such as "ag_sononet8.digits", whose tag may be left out.
+            weights, such as "ag_sononet8.digits", whose tag may be left out, or
+            `hf-hub:OWNER/NAME` for a repository of the Hugging Face hub.
 
     Returns:
         The folder; None where there is none.
 
     Raises:
         CheckpointError: shipped weights are not as they were shipped.
+        FileError: a repository of the hub can't be loaded.
     """
+    if str(name).startswith(PREFIX):
+        return snapshot(str(name))
     path = Path(str(name).removeprefix("local-dir:")).expanduser()
     if path.is_dir():
         return path
