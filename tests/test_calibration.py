@@ -116,7 +116,10 @@ def test_every_door_uses_it(mine, scans, tmp_path, capsys):
     assert f"{found.temperature:.4g}" in err
     call("predict", mine, picture, "--csv", tmp_path / "x.csv", capsys=capsys)
     (row,) = rows_of(tmp_path / "x.csv")
-    assert list(row) == ["path", "class1", "probability1", "decision", "p_0", "p_1", "p_2", "error"]
+    assert list(row) == [
+        "path", "class1", "probability1", "decision", "distance", "unlike_training",
+        "p_0", "p_1", "p_2", "error",
+    ]  # fmt: skip
     assert row["decision"] == row["class1"] == "1"
     assert float(row["p_1"]) == pytest.approx(float(expected[1]), abs=1e-5)
 

@@ -90,7 +90,7 @@ def test_what_waits_is_one_batch_and_a_client_that_goes_spoils_no_other(whole, s
     assert [w.answer.cancelled() for w in found] == [True] * 2 + [False] * 22
     for path, w in zip(paths[2:], found[2:], strict=True):
         alone = classifier.probabilities(classifier.decode(path)[None])[0]
-        assert w.answer.result().numpy() == pytest.approx(alone.numpy(), abs=1e-6)
+        assert w.answer.result()[0].numpy() == pytest.approx(alone.numpy(), abs=1e-6)
 
 
 def test_explaining_gives_every_map_and_the_class_asked_for(server, photo):

@@ -9,10 +9,13 @@ from numpy.typing import NDArray
 from regard.data.sources import ImageTable
 from regard.errors import FileError, UsageError
 from regard.evaluation.calibration import FILE, Calibration, fit_calibration, write_calibration
+from regard.evaluation.familiarity import FILE as FAMILIARITY
+from regard.evaluation.familiarity import write_familiarity
 from regard.evaluation.predictions import Predictions
+from regard.familiarity import measure_familiarity
 from regard.files import plural, reason
-from regard.predict import network_hash
-from regard.run_data import predictions_of
+from regard.predict import load, network_hash
+from regard.run_data import predictions_of, run_table
 from regard.runs import RunFolder
 
 log = logging.getLogger(__name__)
@@ -57,7 +60,20 @@ def calibrate(
         network=network_hash(run),
     )  # fmt: skip
     write_calibration(run, calibration)
+    if not (Path(run) / FAMILIARITY).exists():
+        _measure(Path(run), root)
     return calibration
+
+
+def _measure(run: Path, root: str | Path | None) -> None:
+    """Stores the familiarity of a run that has none, if its images are still there."""
+    try:
+        table = run_table(run, None, root)
+        parts = [table.select(table.splits == split) for split in ("train", "val")]
+        classifier = load(run, calibrated=False)
+        write_familiarity(run, measure_familiarity(classifier, parts[0], parts[1], run))
+    except (UsageError, FileError) as error:
+        log.warning(f"no sign of images unlike the training images: {error}")
 
 
 def remove_calibration(run: str | Path) -> bool:

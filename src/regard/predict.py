@@ -1,5 +1,6 @@
 """A trained network with all that its folder says: `load` reads it, and it classifies images."""
 
+import contextlib
 import logging
 import math
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -20,7 +22,9 @@ from regard.data.images import ImageSource, name_of, read_image
 from regard.data.loading import InMemoryLoader, StreamingLoader, default_workers, read_ahead
 from regard.data.preprocess import Preprocess, to_tensor
 from regard.errors import ImageError, UsageError
+from regard.evaluation import familiarity
 from regard.evaluation.calibration import FILE, Calibration, read_calibration
+from regard.evaluation.familiarity import Familiarity, read_familiarity
 from regard.machine import choose_device
 from regard.models.io import load_model, network_folder
 
@@ -39,6 +43,8 @@ class Prediction:
         error: why there is no prediction, or None.
         probabilities: of all classes, in the network's order; empty where there is an error.
         decision: of the run's threshold, see `Calibration.decide`; None where it has none.
+        distance: from the training images, see `Familiarity`; None where it is not known.
+        unlike_training: whether it is beyond the run's threshold; None where it is not known.
     """
 
     path: str
@@ -46,6 +52,8 @@ class Prediction:
     error: str | None = None
     probabilities: tuple[float, ...] = ()
     decision: str | None = None
+    distance: float | None = None
+    unlike_training: bool | None = None
 
 
 class Classifier:
@@ -58,6 +66,7 @@ class Classifier:
         config: the folder's config.json, under "regard" what timm does not know.
         engine: what computes probabilities in place of the model, see `regard.engines`, or None.
         calibration: the temperature that scales the probabilities, and the threshold; or None.
+        familiarity: what tells images that are unlike the training images; or None.
     """
 
     def __init__(
@@ -74,6 +83,7 @@ class Classifier:
         self.config = config or {}
         self.engine: Callable[[Tensor], Tensor] | None = None
         self.calibration: Calibration | None = None
+        self.familiarity: Familiarity | None = None
 
     @property
     def temperature(self) -> float:
@@ -119,6 +129,41 @@ class Classifier:
         x = self.preprocess.normalize(images.to(device, non_blocking=True))
         logits = self.model(x.contiguous(memory_format=torch.channels_last))
         return (logits / self.temperature).softmax(dim=1)
+
+    def with_distances(self, images: Tensor) -> tuple[Tensor, list[float | None]]:
+        """`probabilities`, and each image's distance from the training images.
+
+        The distance is None without `familiarity`, and with an engine, which gives no features.
+        Of several views it is the mean.
+        """
+        if self.familiarity is None or self.engine is not None:
+            return self.probabilities(images), [None] * len(images)
+        layers = _last_layers(self.model)
+        with _inputs_of(layers) as recorded:
+            probabilities = self.probabilities(images)
+        passes = [recorded[i : i + len(layers)] for i in range(0, len(recorded), len(layers))]
+        views = images.unbind(dim=1) if images.ndim == 5 else [images]
+        each = [
+            self.familiarity.distances([_joined(inputs), appearance(view)])
+            for inputs, view in zip(passes, views, strict=True)
+        ]
+        return probabilities, np.mean(each, axis=0).tolist()
+
+    def features(self, images: Tensor) -> list[NDArray[np.float32]]:
+        """(B, C, H, W) in 0..255 -> what the last layer is given, and `appearance`; each (B, D).
+
+        Raises:
+            UsageError: the network has none.
+        """
+        engine, self.engine = self.engine, None
+        try:
+            with _inputs_of(_last_layers(self.model)) as recorded:
+                self.probabilities(images)
+        finally:
+            self.engine = engine
+        if not recorded:
+            raise UsageError("this network's classifier is given no features")
+        return [_joined(recorded), appearance(images)]
 
     def predict(
         self, images: ImageSource | Iterable[ImageSource], top: int = 5
@@ -170,21 +215,33 @@ class Classifier:
             good = [image for _, image in chunk if isinstance(image, Tensor)]
             answers: Iterator[Any] = iter(())
             if good:
-                answers = iter(self.probabilities(_stack(good)))
+                found, distances = self.with_distances(_stack(good))
+                answers = zip(found, distances, strict=True)
             for name, image in chunk:
                 if isinstance(image, str):
                     yield Prediction(name, [], image)
                 else:
-                    yield self.prediction(name, next(answers), count)
+                    probabilities, distance = next(answers)
+                    yield self.prediction(name, probabilities, distance, count)
 
-    def prediction(self, name: str, probabilities: Tensor, top: int) -> Prediction:
-        """The prediction for one image from its probabilities, (classes,)."""
+    def prediction(
+        self, name: str, probabilities: Tensor, distance: float | None, top: int
+    ) -> Prediction:
+        """The prediction for one image from its probabilities, (classes,), and its distance."""
         shares = probabilities.tolist()
         if not all(map(math.isfinite, shares)):
             return Prediction(name, [], f"{name}: its answer is not finite")
         order = probabilities.topk(min(top, len(shares))).indices.tolist()
         listed = [(self.class_names[i], shares[i]) for i in order]
-        return Prediction(name, listed, None, tuple(shares), self.decision(shares))
+        unlike = self.is_unlike(distance)
+        decision = self.decision(shares)
+        return Prediction(name, listed, None, tuple(shares), decision, distance, unlike)
+
+    def is_unlike(self, distance: float | None) -> bool | None:
+        """Whether an image at this distance is unlike the training images; None: not known."""
+        if self.familiarity is None or distance is None:
+            return None
+        return not distance <= self.familiarity.threshold  # NaN is
 
     def decision(self, probabilities: Sequence[float]) -> str | None:
         """The run's decision from the probabilities of all classes, see `Calibration.decide`."""
@@ -220,6 +277,48 @@ def _stack(images: list[Tensor]) -> Tensor:
     return torch.stack(images)
 
 
+def _last_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules that make up a network's classifier."""
+    get: Any = getattr(model, "get_classifier", None)
+    last = None if get is None else get()
+    if isinstance(last, nn.ModuleList | tuple | list):
+        return list(last)
+    return [last] if isinstance(last, nn.Module) else []
+
+
+@contextlib.contextmanager
+def _inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """What the modules are given meanwhile, in the order of their calls."""
+    recorded: list[Tensor] = []
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            hook = module.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0]))
+            hooks.callback(hook.remove)
+        yield recorded
+
+
+def _joined(features: Sequence[Tensor]) -> NDArray[np.float32]:
+    """Vectors (B, d), or maps (B, d, h, w) that are averaged, as one (B, D) array."""
+    vectors = [f.flatten(2).mean(dim=2) if f.ndim > 2 else f for f in features]
+    return torch.cat(vectors, dim=1).float().cpu().numpy()
+
+
+def appearance(images: Tensor) -> NDArray[np.float32]:
+    """Statistics of pixels: (B, C, H, W) in 0..255 -> (B, 2 C + 4).
+
+    Each channel's mean and logarithmic deviation, and the logarithmic mean differences of
+    neighbors along the rows and the columns, in the image and in one 4 times smaller.
+    """
+    x = images.detach().float().cpu() / 255
+    found = [x.mean(dim=(2, 3)), (x.std(dim=(2, 3), correction=0) + 1e-3).log()]
+    small = F.adaptive_avg_pool2d(x, (max(2, x.shape[2] // 4), max(2, x.shape[3] // 4)))
+    for pixels in (x, small):
+        for axis in (2, 3):
+            difference = pixels.diff(dim=axis).abs().mean(dim=(1, 2, 3))
+            found.append((difference + 1e-3).log()[:, None])
+    return torch.cat(found, dim=1).numpy()
+
+
 def with_temperature(probabilities: Tensor, temperature: float) -> Tensor:
     """Probabilities (B, classes) with their logits divided by a temperature."""
     if temperature == 1.0:
@@ -235,7 +334,8 @@ def load(folder: str | Path, device: str = "cpu", *, calibrated: bool = True) ->
             "ag_sononet8.digits".
         device: where it computes: cpu, cuda, mps, xpu, or auto for this machine's accelerator.
             Images go there by themselves.
-        calibrated: use the temperature and the threshold that `regard.calibrate` stored there.
+        calibrated: use the temperature and the threshold that `regard.calibrate` stored there,
+            and tell images that are unlike the training images.
 
     Raises:
         UsageError: the folder holds no network, or one that can't be loaded; or this machine
@@ -256,6 +356,7 @@ def load(folder: str | Path, device: str = "cpu", *, calibrated: bool = True) ->
     classifier = Classifier(model.to(where), names, preprocess, config)
     if calibrated:
         classifier.calibration = _calibration(folder, names)
+        classifier.familiarity = _familiarity(folder)
     return classifier
 
 
@@ -273,6 +374,15 @@ def _calibration(folder: Path, classes: Sequence[str]) -> Calibration | None:
     if known and stored.network in ("", network_hash(folder)):
         return stored
     log.warning(f"{folder / FILE} was fitted for another network and is not used")
+    return None
+
+
+def _familiarity(folder: Path) -> Familiarity | None:
+    """What is stored, unless it belongs to other weights."""
+    stored = read_familiarity(folder)
+    if stored is None or stored.network in ("", network_hash(folder)):
+        return stored
+    log.warning(f"{folder / familiarity.FILE} was measured for another network and is not used")
     return None
 
 

@@ -58,8 +58,10 @@ def command(
         Print one JSON object per line.
     csv
         Write a CSV file instead of printing: the most probable class, the decision at the run's
-        threshold (`regard calibrate`), and the probability of each class, p_CLASS. What is done
-        stays there if the command is stopped.
+        threshold (`regard calibrate`), the distance from the training images and whether it is
+        beyond that of 99 % of the validation images (unlike_training: a false alarm rate of 1 %),
+        and the probability of each class, p_CLASS. What is done stays there if the command is
+        stopped.
     overwrite
         Replace a CSV file that exists.
     resume
@@ -85,6 +87,14 @@ def command(
     if classifier.calibration is not None:
         with info_on_stderr():
             log.info(f"{run}: {classifier.calibration.sentence()}")
+    if classifier.familiarity is not None and csv is not None:
+        with info_on_stderr():
+            known = classifier.engine is None
+            log.info(
+                classifier.familiarity.sentence()
+                if known
+                else "unlike_training: not known, since the engine gives no features"
+            )
     with contextlib.ExitStack() as stack:
         write: Callable[[Prediction], None] = _print_json if json else _print_line
         counts = _Counts(csv)
@@ -260,6 +270,8 @@ def _print_json(p: "Prediction") -> None:
         answer = {"path": p.path, "classes": classes}
         if p.decision is not None:
             answer["decision"] = p.decision
+        if p.distance is not None:
+            answer |= {"distance": p.distance, "unlike_training": p.unlike_training}
     # ASCII: a class or file name may have letters that the reader's encoding lacks
     sys.stdout.write(json.dumps(answer, allow_nan=False) + "\n")
 
@@ -268,4 +280,5 @@ def _print_line(p: "Prediction") -> None:
     if p.error is None:
         classes = "  ".join(f"{name} {share:.1%}" for name, share in p.classes)
         decision = "" if p.decision is None else f"  decision: {p.decision}"
-        sys.stdout.write(f"{p.path}: {classes}{decision}\n")
+        unlike = "  (unlike the training images)" if p.unlike_training else ""
+        sys.stdout.write(f"{p.path}: {classes}{decision}{unlike}\n")

@@ -82,7 +82,9 @@ class PredictionsCsv:
         stored = classifier.calibration
         self.decides = stored is not None and stored.threshold is not None
         self.path, self.top, self.classifier = path, top, classifier
+        self.measures = classifier.familiarity is not None and classifier.engine is None
         self.columns = ["path", *ranks, *(["decision"] if self.decides else [])]
+        self.columns += ["distance", "unlike_training"] if self.measures else []
         self.columns += [*(f"p_{name}" for name in classifier.class_names), "error"]
         self.rows = 0
         self._flushed = time.monotonic()
@@ -117,6 +119,11 @@ class PredictionsCsv:
         cells = [cell for name, share in p.classes for cell in (name, f"{share:.6f}")]
         cells += [""] * (2 * self.top - len(cells))
         cells += [p.decision or ""] if self.decides else []
+        if self.measures:
+            known = p.distance is not None
+            cells += (
+                [f"{p.distance:.4g}", "yes" if p.unlike_training else "no"] if known else ["", ""]
+            )
         shares = [f"{share:.6f}" for share in p.probabilities]
         cells += shares or [""] * len(self.classifier.class_names)
         self._put([p.path, *cells, p.error or ""])

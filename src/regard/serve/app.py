@@ -134,9 +134,7 @@ def _add_api(app: FastAPI, classifier: Classifier, worker: BatchingWorker, limit
     async def predict(request: Request, top: int = 5) -> dict[str, Any]:
         p = await worker.predict(await image_of(request), max(1, min(top, most)))
         classes = [{"class": name, "probability": share} for name, share in p.classes]
-        return {"classes": classes} if p.decision is None else {
-            "classes": classes, "decision": p.decision,
-        }  # fmt: skip
+        return {"classes": classes, **_signs(p.decision, p.distance, p.unlike_training)}
 
     @app.post("/api/explain", summary="Where the network looked", openapi_extra=IMAGE_BODY)
     async def explain(
@@ -147,7 +145,7 @@ def _add_api(app: FastAPI, classifier: Classifier, worker: BatchingWorker, limit
             raise HTTPException(422, f"target={target!r}: choose one of {names}")
         if form not in ("json", "png", "npz"):
             raise HTTPException(422, f"form={form!r}: choose one of json, png, npz")
-        explanation, box = await worker.explain(await image_of(request), target)
+        explanation, box, distance = await worker.explain(await image_of(request), target)
         if form == "png":
             return Response(await worker.in_reader(_as_png, explanation), media_type="image/png")
         if form == "npz":
@@ -156,10 +154,22 @@ def _add_api(app: FastAPI, classifier: Classifier, worker: BatchingWorker, limit
         answer = await worker.in_reader(_as_json, explanation, box, top)
         shares = dict(explanation.classes)
         decision = classifier.decision([shares[name] for name in classifier.class_names])
-        return JSONResponse(answer if decision is None else {**answer, "decision": decision})
+        return JSONResponse(answer | _signs(decision, distance, classifier.is_unlike(distance)))
 
 
 # ---- answers ------------------------------------------------------------------------------
+def _signs(
+    decision: str | None, distance: float | None, unlike: bool | None
+) -> dict[str, str | float | bool | None]:
+    """The decision, and whether the image is unlike the training images, where they are known."""
+    known: dict[str, str | float | bool | None] = {}
+    if decision is not None:
+        known["decision"] = decision
+    if distance is not None:
+        known |= {"distance": distance, "unlike_training": unlike}
+    return known
+
+
 def _as_png(explanation: Explanation) -> bytes:
     """The figure, as `regard explain` draws it."""
     buffer = io.BytesIO()

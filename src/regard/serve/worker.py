@@ -47,7 +47,7 @@ class Upload:
 @dataclass
 class _Waiting:
     image: Tensor
-    answer: "asyncio.Future[Tensor]"
+    answer: "asyncio.Future[tuple[Tensor, float | None]]"
 
 
 class BatchingWorker:
@@ -92,7 +92,7 @@ class BatchingWorker:
         self.waiting.append(mine)
         if self.task is None or self.task.done():
             self.task = loop.create_task(self._answer())
-        return self.classifier.prediction("the image", await mine.answer, top)
+        return self.classifier.prediction("the image", *await mine.answer, top)
 
     async def _answer(self) -> None:
         """Answers all waiting requests, a batch at a time; newcomers form the next batch."""
@@ -106,25 +106,27 @@ class BatchingWorker:
             if len({i.dtype for i in images}) > 1:
                 images = [i.float() for i in images]
             try:
-                probabilities = await loop.run_in_executor(self.thread, self._run, images)
+                answers = await loop.run_in_executor(self.thread, self._run, images)
             except Exception as error:
                 for w in batch:
                     if not w.answer.done():
                         w.answer.set_exception(error)
                 continue
-            for w, p in zip(batch, probabilities, strict=True):
+            for w, answer in zip(batch, answers, strict=True):
                 if not w.answer.done():
-                    w.answer.set_result(p)
+                    w.answer.set_result(answer)
 
-    def _run(self, images: list[Tensor]) -> Tensor:
-        return self.classifier.probabilities(torch.stack(images))
+    def _run(self, images: list[Tensor]) -> list[tuple[Tensor, float | None]]:
+        return list(zip(*self.classifier.with_distances(torch.stack(images)), strict=True))
 
-    async def explain(self, upload: Upload, target: str | None) -> tuple[Explanation, Box]:
+    async def explain(
+        self, upload: Upload, target: str | None
+    ) -> tuple[Explanation, Box, float | None]:
         """Where the network looked at a checked upload, and Grad-CAM for a class.
 
         Returns:
-            The explanation, whose image has at most SHOWN pixels a side, and the box that the
-            network saw in pixels of the upload.
+            The explanation, whose image has at most SHOWN pixels a side, the box that the
+            network saw in pixels of the upload, and the distance from the training images.
 
         Raises:
             HTTPException: 422 it can't be read.
@@ -132,10 +134,11 @@ class BatchingWorker:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.thread, self._explain, upload, target)
 
-    def _explain(self, upload: Upload, target: str | None) -> tuple[Explanation, Box]:
+    def _explain(self, upload: Upload, target: str | None) -> tuple[Explanation, Box, float | None]:
         preprocess, model = self.classifier.preprocess, self.classifier.model
         with self._file_of(upload) as path:
-            x = preprocess.normalize(self.classifier.decode(path)[None])
+            decoded = self.classifier.decode(path)[None]
+            x = preprocess.normalize(decoded)
             pixels = read_image(path, value_range=preprocess.value_range)
             picture = _shown(pixels)
         box = preprocess.seen(*pixels.shape[:2])
@@ -148,7 +151,9 @@ class BatchingWorker:
             classes=self.classifier.class_names, target=target, methods=(*own, "gradcam"),
             temperature=self.classifier.temperature,
         )  # fmt: skip
-        return explanation, box
+        known = self.classifier.familiarity is not None
+        (distance,) = self.classifier.with_distances(decoded)[1] if known else [None]
+        return explanation, box, distance
 
     def close(self) -> None:
         """Waits for the work in progress; work that has not started is dropped."""

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 
 from regard.data.sources import ImageTable
+from regard.errors import UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate
+from regard.evaluation.familiarity import write_familiarity
+from regard.familiarity import measure_familiarity
 from regard.models.io import save_model
+from regard.predict import Classifier
 from regard.runs import VALIDATION, RunFolder, write_predictions
 from regard.training.loop import Trainer
 from regard.training.model_card import write_model_card
@@ -44,6 +48,7 @@ def finish_run(
     folder.write_evaluation(split, evaluation, predictions[split])
     if split != "val" and "val" in predictions:
         write_predictions(folder.path / VALIDATION, "val", predictions["val"])
+    _write_familiarity(folder, plan, trainer, parts)
     write_model_card(folder, plan, facts, evaluation)
     folder.finish(facts)
     _report(folder, trainer, split, evaluation)
@@ -56,6 +61,20 @@ def _write_network(folder: RunFolder, plan: Plan, trainer: Trainer, evaluation: 
         data_config=plan.preprocess.data_config(),
         extra={"regard": {**plan.preprocess.regard_config(), "top1": top1}},
     )  # fmt: skip
+
+
+def _write_familiarity(
+    folder: RunFolder, plan: Plan, trainer: Trainer, parts: dict[str, LoadedSplit]
+) -> None:
+    """What tells images that are unlike the training images; needs some for validation."""
+    if "val" not in parts:
+        return
+    classifier = Classifier(trainer.weights, plan.classes, plan.preprocess)
+    tables = (parts["train"].table, parts["val"].table)
+    try:
+        write_familiarity(folder.path, measure_familiarity(classifier, *tables, folder.path))
+    except UsageError as error:
+        log.debug("familiarity: %s", error)
 
 
 def run_facts(

@@ -1,0 +1,185 @@
+"""How far an image is from all that a network was trained on, by features of it.
+
+The features are those that the network's last layer is given, and simple statistics of the pixels
+(`regard.predict.appearance`), which tell blank images and noise that the network may not. Of each
+the distance is Mahalanobis', to the nearest class mean, with one covariance for all classes (Lee
+et al., NeurIPS 2018, arXiv 1807.03888), shrunk as Ledoit and Wolf do; the larger one counts, each
+relative to what validation images have. benchmarks/familiarity.csv compares it with the energy
+(Liu et al., NeurIPS 2020) and the top-1 probability.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from regard.errors import UsageError
+from regard.files import reason, write_atomically
+
+FILE = "familiarity.safetensors"
+FALSE_ALARMS = 0.01
+LEAST = 20  # validation images
+
+Features = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """One kind of features: (K, D) class means, (D, D) whitening, and the scale of distances.
+
+    Of the whitening's product with a difference of features the length is the distance.
+    """
+
+    means: Features
+    whitening: Features
+    scale: float
+
+    def distances(self, features: Features) -> NDArray[np.float64]:
+        """(N, D) features -> (N,) distances, about 1 for the farthest of validation images."""
+        return _distances(features, self.means, self.whitening) / self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class Familiarity:
+    """What training images look like, and the distance beyond which an image is unlike them.
+
+    Attributes:
+        kinds: of features, in the order of `Classifier.features`.
+        threshold: an image at a larger distance is unlike the training images.
+        false_alarms: the expected share of images like the validation images beyond it.
+        images: training images and validation images that it was made of.
+        network: content hash of the weights.
+    """
+
+    kinds: tuple[Kind, ...]
+    threshold: float
+    false_alarms: float
+    images: tuple[int, int]
+    network: str = ""
+
+    def distances(self, features: Sequence[Features]) -> NDArray[np.float64]:
+        """(N, D) features of each kind -> (N,) distances."""
+        pairs = zip(self.kinds, features, strict=True)
+        return np.max([kind.distances(each) for kind, each in pairs], axis=0)
+
+    def sentence(self) -> str:
+        """What the sign means, in one line."""
+        return (
+            f"unlike_training: distance above {self.threshold:.4g}, false alarm rate "
+            f"{self.false_alarms:.2g} by {self.images[1]:,} validation images"
+        )
+
+
+def fit_familiarity(
+    training: Sequence[Features],
+    labels: NDArray[np.int64],
+    validation: Sequence[Features],
+    *,
+    network: str = "",
+) -> Familiarity:
+    """Measures class means and covariances, and sets the threshold by the validation images.
+
+    Args:
+        training: (N, D) features of training images, of each kind.
+        labels: (N,) their classes.
+        validation: (M, D) features of images that did not train the network, of each kind.
+        network: content hash of the weights.
+
+    Raises:
+        UsageError: fewer than LEAST images, or features that are not finite.
+    """
+    counts = len(training[0]), len(validation[0])
+    if min(counts) < LEAST:
+        raise UsageError(f"{min(counts)} images: at least {LEAST} are needed")
+    if not all(np.isfinite(each).all() for each in (*training, *validation)):
+        raise UsageError("features that are not finite")
+    pairs = zip(training, validation, strict=True)
+    kinds = tuple(_kind(each, labels, others) for each, others in pairs)
+    both = zip(kinds, validation, strict=True)
+    distances = np.max([kind.distances(each) for kind, each in both], axis=0)
+    threshold, false_alarms = _quantile(distances)
+    return Familiarity(kinds, threshold, false_alarms, counts, network)
+
+
+def _kind(training: Features, labels: NDArray[np.int64], validation: Features) -> Kind:
+    from sklearn.covariance import ledoit_wolf
+
+    classes, index = np.unique(labels, return_inverse=True)
+    values = training.astype(np.float64)
+    means = np.stack([values[index == k].mean(axis=0) for k in range(len(classes))])
+    covariance, _ = ledoit_wolf(values - means[index], assume_centered=True)
+    lengths, vectors = np.linalg.eigh(covariance)
+    lengths = np.maximum(lengths, max(lengths.max(), 1e-12) * 1e-6)  # constant features
+    whitening = (vectors / np.sqrt(lengths)).astype(np.float32)
+    means = means.astype(np.float32)
+    scale, _ = _quantile(_distances(validation, means, whitening))
+    return Kind(means, whitening, max(scale, 1e-6))
+
+
+def _quantile(distances: NDArray[np.float64]) -> tuple[float, float]:
+    """The distance that few validation images exceed, and the expected share of others that do.
+
+    Of M + 1 exchangeable images one exceeds the largest of the other M.
+    """
+    place = min(math.ceil((len(distances) + 1) * (1 - FALSE_ALARMS)), len(distances))
+    return float(np.sort(distances)[place - 1]), 1 - place / (len(distances) + 1)
+
+
+def _distances(features: Features, means: Features, whitening: Features) -> NDArray[np.float64]:
+    white, centers = features @ whitening, means @ whitening  # (N, D) and (K, D)
+    nearest = np.full(len(white), np.inf)
+    for center in centers:
+        nearest = np.minimum(nearest, np.square(white - center, dtype=np.float64).sum(axis=1))
+    return np.sqrt(nearest / white.shape[1])
+
+
+def write_familiarity(folder: str | Path, familiarity: Familiarity) -> None:
+    """Stores it in a run's folder, atomically.
+
+    Raises:
+        StateError: it can't be written.
+    """
+    f = familiarity
+    tensors = {f"means.{i}": kind.means for i, kind in enumerate(f.kinds)}
+    tensors |= {
+        f"whitening.{i}": np.ascontiguousarray(kind.whitening) for i, kind in enumerate(f.kinds)
+    }
+    facts = {
+        "scales": [kind.scale for kind in f.kinds],
+        "threshold": f.threshold, "false_alarms": f.false_alarms, "images": list(f.images),
+        "network": f.network,
+    }  # fmt: skip
+    content = {"regard": json.dumps(facts)}
+    write_atomically(Path(folder) / FILE, lambda beside: save_file(tensors, beside, content))
+
+
+def read_familiarity(folder: str | Path) -> Familiarity | None:
+    """What is stored in a run's folder; None where there is nothing.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            facts = json.loads((file.metadata() or {})["regard"])
+            kinds = tuple(
+                Kind(file.get_tensor(f"means.{i}"), file.get_tensor(f"whitening.{i}"), float(scale))
+                for i, scale in enumerate(facts["scales"])
+            )
+        return Familiarity(
+            kinds, float(facts["threshold"]), float(facts["false_alarms"]),
+            (int(facts["images"][0]), int(facts["images"][1])), str(facts["network"]),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        raise UsageError(
+            f"{path} can't be read ({reason(error)}): calibrate the run again, or remove the file"
+        ) from error

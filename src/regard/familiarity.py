@@ -1,0 +1,51 @@
+"""Measures what a network's training images look like to it; see `evaluation.familiarity`."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regard.data.loading import Reader, StreamingLoader, default_workers
+from regard.data.table import ImageTable
+from regard.evaluation.familiarity import Familiarity, fit_familiarity
+from regard.files import spread
+from regard.predict import BATCH, Classifier, network_hash
+
+MOST_TRAINING, MOST_VALIDATION = 2000, 1000  # images
+
+
+def measure_familiarity(
+    classifier: Classifier, training: ImageTable, validation: ImageTable, run: str | Path
+) -> Familiarity:
+    """Fits it on at most 2,000 training and 1,000 validation images, evenly spread.
+
+    Raises:
+        UsageError: too few images, or a network whose classifier has no features.
+    """
+    features, rows = features_of(classifier, training, MOST_TRAINING)
+    others, _ = features_of(classifier, validation, MOST_VALIDATION)
+    return fit_familiarity(features, training.labels[rows], others, network=network_hash(run))
+
+
+def features_of(
+    classifier: Classifier, table: ImageTable, most: int
+) -> tuple[list[NDArray[np.float32]], NDArray[np.int64]]:
+    """Features (n, D) of each kind of at most `most` images that can be read, and their rows."""
+    chosen = spread(len(table), most) if len(table) else np.zeros(0, np.int64)
+    some = table.select(chosen)
+    source = StreamingLoader(Reader(some, classifier.preprocess), None, 0, default_workers())
+    spans = [(start, min(BATCH, len(some) - start)) for start in range(0, len(some), BATCH)]
+    found: list[Any] = []
+    rows: list[Any] = []
+    try:
+        for batch in source.batches(spans):
+            if len(batch.indices):
+                found.append(classifier.features(batch.images))
+                rows.append(batch.indices.numpy())
+    finally:
+        source.close()
+    if not found:
+        return [np.zeros((0, 1), np.float32)], np.zeros(0, np.int64)
+    kinds = [np.concatenate(each) for each in zip(*found, strict=True)]
+    return kinds, chosen[np.concatenate(rows)]
