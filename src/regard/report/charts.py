@@ -64,7 +64,9 @@ def _cells(axes: Axes, counts: np.ndarray, shares: np.ndarray, width: float) -> 
         if not count:
             continue
         text = f"{100 * shares[i, j]:.0f} %\n{count:,}" if size > 3.6 else f"{count:,}"
-        color = "white" if shares[i, j] > 0.5 else "#1b2024"
+        color = (
+            "white" if shares[i, j] > 0.5 else "black"
+        )  # not INK: cells stay light on dark pages
         axes.text(j, i, text, ha="center", va="center", fontsize=size, color=color)
 
 
