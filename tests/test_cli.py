@@ -25,6 +25,7 @@ COMMANDS = (
     "figures",
     "models",
     "predict",
+    "push",
     "recipes",
     "report",
     "serve",
