@@ -3,6 +3,7 @@ from .attention import record as record
 from .calibrating import calibrate as calibrate
 from .commands.train import train as train
 from .engines.choose import open_engine as open_engine
+from .ensemble import Ensemble as Ensemble
 from .errors import CheckpointError as CheckpointError
 from .errors import RegardError as RegardError
 from .explanations.explanation import Explanation as Explanation

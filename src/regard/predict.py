@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from regard.data.content import file_hash
 from regard.data.images import ImageSource, name_of, read_image
 from regard.data.loading import InMemoryLoader, StreamingLoader, default_workers, read_ahead
-from regard.data.preprocess import Preprocess, to_tensor
+from regard.data.preprocess import Flips, Preprocess, to_tensor
 from regard.errors import ImageError, UsageError
 from regard.evaluation import familiarity
 from regard.evaluation.calibration import FILE, Calibration, read_calibration
@@ -45,6 +45,8 @@ class Prediction:
         decision: of the run's threshold, see `Calibration.decide`; None where it has none.
         distance: from the training images, see `Familiarity`; None where it is not known.
         unlike_training: whether it is beyond the run's threshold; None where it is not known.
+        sd: of an ensemble, the members' standard deviation of each class's probability.
+        disagreement: of an ensemble, the share of members with another top-1 class.
     """
 
     path: str
@@ -54,6 +56,8 @@ class Prediction:
     decision: str | None = None
     distance: float | None = None
     unlike_training: bool | None = None
+    sd: Mapping[str, float] | None = None
+    disagreement: float | None = None
 
 
 class Classifier:
@@ -84,6 +88,15 @@ class Classifier:
         self.engine: Callable[[Tensor], Tensor] | None = None
         self.calibration: Calibration | None = None
         self.familiarity: Familiarity | None = None
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether its probabilities are those of each image and its mirror image."""
+        return isinstance(self.preprocess, Flips)
+
+    def use_flips(self) -> None:
+        """From now on averages the probabilities of each image and its mirror image."""
+        self.preprocess = Flips.of(self.preprocess)
 
     @property
     def temperature(self) -> float:
@@ -215,7 +228,7 @@ class Classifier:
             good = [image for _, image in chunk if isinstance(image, Tensor)]
             answers: Iterator[Any] = iter(())
             if good:
-                found, distances = self.with_distances(_stack(good))
+                found, distances = self.with_distances(stacked(good))
                 answers = zip(found, distances, strict=True)
             for name, image in chunk:
                 if isinstance(image, str):
@@ -271,7 +284,8 @@ def as_several(images: Any) -> Iterable[ImageSource]:
     return images
 
 
-def _stack(images: list[Tensor]) -> Tensor:
+def stacked(images: list[Tensor]) -> Tensor:
+    """Images of one shape as a batch; of different types as float32."""
     if len({i.dtype for i in images}) > 1:
         images = [i.float() for i in images]
     return torch.stack(images)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from regard.data.content import content_hashes
 from regard.data.loading import Reader, StreamingLoader, default_workers
-from regard.data.preprocess import Preprocess, TenCrop
+from regard.data.preprocess import Flips, Preprocess, TenCrop
 from regard.data.sources import NAMES, ImageTable, as_known, open_data
 from regard.errors import FileError, UsageError
 from regard.evaluation import Predictions
@@ -48,6 +48,7 @@ def predictions_of(
     renamed: Mapping[str, str] | None = None,
     size: tuple[int, int] | None = None,
     ten_crop: bool = False,
+    flips: bool = False,
     device: str = "cpu",
     prepare: Callable[[Classifier, Reader], None] = lambda classifier, reader: None,
     choose: Choose | None = None,
@@ -68,6 +69,7 @@ def predictions_of(
         renamed: the network's class for a class of the data; '' leaves its images out.
         size: height and width of the input, where they differ from the network's own.
         ten_crop: the mean of the probabilities of ten crops of each image, see `TenCrop`.
+        flips: the mean of the probabilities of each image and its mirror image, see `Flips`.
         device: where the network computes, as for `regard.load`.
         prepare: may give the network an engine; called with what reads the images.
         choose: as `choose_split`, in place of `split`.
@@ -98,7 +100,10 @@ def predictions_of(
         classifier.model.to(choose_device(device))
     if size is not None:
         _resize(classifier, size)
+    if flips and ten_crop:
+        raise UsageError("ten_crop and flips: ten crops are mirrored already; give one of them")
     preprocess = TenCrop.of(classifier.preprocess) if ten_crop else classifier.preprocess
+    preprocess = Flips.of(preprocess) if flips else preprocess
     named, table = choose(table, mine) if choose else choose_split(table, split, mine)
     table = as_known(table, classifier.class_names, renamed)
     for line in table.warnings:

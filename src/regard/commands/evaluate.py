@@ -1,6 +1,7 @@
 """`regard evaluate`."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
@@ -14,6 +15,7 @@ from regard.commands.flags import (
     DeviceFlag,
     EngineFlags,
     SplitsFlag,
+    TtaFlag,
     naming_flags,
     require_data,
     use_engine,
@@ -22,7 +24,7 @@ from regard.commands.subgroups import SubgroupFlags, evaluated, print_subgroups
 from regard.errors import UsageError
 
 if TYPE_CHECKING:
-    from regard.evaluation import Subgroups
+    from regard.evaluation import Predictions, Subgroups
 
 log = logging.getLogger(__name__)
 
@@ -66,15 +68,15 @@ class InputFlags:
 
 def command(
     run: Annotated[str, Parameter(name="RUN")],
-    source: Annotated[str | None, Parameter(name="DATA")] = None,
     /,
-    *,
+    *more: Annotated[str, Parameter(name="[RUN...] [DATA]", allow_leading_hyphen=False)],
     split: str | None = None,
     splits: SplitsFlag = "auto",
     map: Annotated[list[str] | None, Parameter(negative=())] = None,
     weights: Path | None = None,
     root: Path | None = None,
     predictions: Path | None = None,
+    tta: TtaFlag = None,
     input: Annotated[InputFlags, Parameter(name="*")] = InputFlags(),
     numbers: Annotated[DiagnosticFlags, Parameter(name="*")] = DiagnosticFlags(),  # noqa: B008
     device: DeviceFlag = "auto",
@@ -89,9 +91,11 @@ def command(
     run
         A run's folder, the name of weights that come with Regard, or the name of a network
         together with --weights.
-    source
-        Labeled images, as for training. Default: the run's own data and splits. Images that the
-        run was trained on are recognized by their content.
+    more
+        Further runs' folders make an ensemble: the mean of the networks' probabilities, with
+        their spread; an image is predicted by the members that were not trained on it, as in
+        cross-validation. Last, labeled images, as for training. Default: the run's own data and
+        splits. Images that the run was trained on are recognized by their content.
     split
         train, val, test or all. Default: test, else val, else all; from other data without the
         images that the run was trained on.
@@ -109,7 +113,10 @@ def command(
     json
         Print JSON.
     """
+    runs, source = _runs_and_data(run, more)
     numbers.check()
+    if len(runs) > 1 and (numbers.at or numbers.calibrate or weights):
+        raise UsageError("several runs: --at, --calibrate and --weights are for one")
     parts.check()
     engine.require()
     require_data(source)
@@ -125,19 +132,25 @@ def command(
     def prepare(classifier: Any, reader: Any) -> None:
         numbers.check_classes(classifier.class_names)
         parts.check_columns(list(reader.table.columns))
-        tested["stored"], classifier.calibration = classifier.calibration, None
-        tested.update(size=list(classifier.preprocess.size), ten_crop=input.ten_crop)
+        tested["stored"] = None
+        if len(runs) == 1:  # scaled afterwards
+            tested["stored"], classifier.calibration = classifier.calibration, None
+        elif numbers.calibrate is False:
+            classifier.calibration = None
+        tested.update(size=list(classifier.preprocess.size), ten_crop=input.ten_crop, tta=tta)
         count = len(reader.table)
         rows = range(0, count, max(1, count // 64))
         reads = [lambda i=i: classifier.preprocess.fit(reader.decode(i)) for i in rows]
         use_engine(classifier, engine, reads, count)
 
-    def predict(data: str | None, which: str | None) -> tuple[str, Any, list[str]]:
+    def predict(
+        data: str | None, which: str | None, network: str = run
+    ) -> tuple[str, Any, list[str]]:
         with naming_flags():
             return predictions_of(
-                run, data, split=which, weights=weights, root=root, splits=splits,
+                network, data, split=which, weights=weights, root=root, splits=splits,
                 renamed=_renamed(map or []), size=size, ten_crop=input.ten_crop, device=device,
-                prepare=prepare,
+                flips=tta == "flips", prepare=prepare,
             )  # fmt: skip
 
     def validation() -> Any:
@@ -145,24 +158,60 @@ def command(
             log.warning("threshold and temperature fit images that are also tested on")
         folder = find_folder(run) if weights is None else None
         own = folder is not None
-        if folder is not None and size is None and not input.ten_crop:
+        if folder is not None and size is None and not input.ten_crop and tta is None:
             return validation_predictions(folder, root=root)
         return predict(None if own else source, "val")[1]
 
-    named, found, unreadable = predict(source, split)
+    if len(runs) == 1:
+        named, found, unreadable = predict(source, split)
+    else:
+        each = [predict(source, split, network) for network in runs]
+        named, found, unreadable = _averaged(each, runs, tested)
     stored = tested.pop("stored")
     if stored is not None and numbers.calibrate is None and named == "val" and source is None:
         log.warning("the stored temperature and threshold fit the images that are tested on")
     if predictions is not None:
         write_predictions(predictions, named, found)
     if not json:
-        print(_heading(run, source, named, size, tested))
+        print(_heading(" + ".join(runs), source, named, size, tested))
     result = study(found, numbers, validation, stored)
     columns = evaluated(result.predictions, parts, result.diagnostics.one_class)
     _print(result, columns, {"split": named, **tested}, unreadable, json)
     for line in unreadable:
         log.warning(line)
     return 1 if unreadable else 0
+
+
+def _runs_and_data(run: str, more: Sequence[str]) -> tuple[list[str], str | None]:
+    """The networks, and the data behind them if there is any.
+
+    Raises:
+        UsageError: more than one DATA, or a run named twice.
+    """
+    count = 0
+    while count < len(more) and Path(more[count], "config.json").is_file():
+        count += 1
+    runs, rest = [run, *more[:count]], more[count:]
+    if len(rest) > 1:
+        raise UsageError(f"{rest[1]}: give the runs, and then one DATA")
+    resolved = [Path(each).resolve() for each in runs]
+    for i, path in enumerate(resolved):
+        if path in resolved[:i]:
+            raise UsageError(f"{runs[i]} is named twice")
+    return runs, rest[0] if rest else None
+
+
+def _averaged(
+    each: "Sequence[tuple[str, Predictions, list[str]]]", runs: list[str], tested: dict[str, Any]
+) -> "tuple[str, Predictions, list[str]]":
+    """The ensemble's split, predictions and unreadable images; `tested` gets its spread."""
+    from regard.evaluation import average
+
+    averaged = average([predictions for _, predictions, _ in each], runs)
+    tested["ensemble"] = averaged.to_dict()
+    named = "/".join(dict.fromkeys(name for name, _, _ in each))
+    unreadable = list(dict.fromkeys(line for _, _, lines in each for line in lines))
+    return named, averaged.predictions, unreadable
 
 
 def _check_output(path: Path | None) -> None:
@@ -189,7 +238,31 @@ def _heading(
     line = f"{run} on {which} images of {source or 'its own data'}"
     if size is not None:
         line += " at {}x{}".format(*tested["size"])
-    return line + (", the mean of ten crops" if tested["ten_crop"] else "")
+    line += ", the mean of ten crops" if tested["ten_crop"] else ""
+    line += ", the mean of each image and its mirror image" if tested["tta"] else ""
+    return line + _spread(tested.get("ensemble"))
+
+
+def _spread(ensemble: dict[str, Any] | None) -> str:
+    """The members of an ensemble, and how far they differ."""
+    if ensemble is None:
+        return ""
+    lines = [
+        f"{member['run']}: accuracy {member['top1']:.2%} on {member['images']:,} images"
+        for member in ensemble["members"]
+    ]
+    lines += [
+        f"{n:,} images are predicted by {k} of {len(ensemble['members'])} networks, those that "
+        "were not trained on them"
+        for k, n in ensemble["members_per_image"].items()
+        if int(k) < len(ensemble["members"])
+    ]
+    if ensemble["disagreement"] is not None:
+        lines.append(
+            f"the networks differ in the top-1 class of {ensemble['disagreement']:.2%} of the "
+            f"images; standard deviation of the true class's probability {ensemble['sd']:.4f}"
+        )
+    return "".join(f"\n{line}" for line in lines)
 
 
 def _print(

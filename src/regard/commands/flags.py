@@ -111,6 +111,15 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+TtaFlag = Annotated[
+    Literal["flips"] | None,
+    Parameter(
+        help="Test-time augmentation: the mean of the probabilities of each image and its mirror "
+        "image. Default: off."
+    ),
+]
+
+
 SplitsFlag = Annotated[
     Literal["auto", "yes", "no"],
     Parameter(

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag, EngineFlags, use_engine
+from regard.commands.flags import DeviceFlag, EngineFlags, TtaFlag, use_engine
 from regard.commands.predictions_csv import PredictionsCsv, check_output
 from regard.errors import UsageError
 from regard.log import info_on_stderr
@@ -36,6 +37,7 @@ def command(
     *images: Annotated[str, Parameter(name="IMAGES", allow_leading_hyphen=True)],
     top: int | None = None,
     device: DeviceFlag = "auto",
+    tta: TtaFlag = None,
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
     json: bool = False,
     csv: Path | None = None,
@@ -51,7 +53,8 @@ def command(
         A run's folder, such as runs/demo, or the name of weights that come with Regard
         (`regard models` shows them), such as ag_sononet8.
     images
-        Image files and folders of images; - reads one image from standard input.
+        Image files and folders of images; - reads one image from standard input. Further runs'
+        folders before them make an ensemble: the mean of the networks' probabilities.
     top
         Number of classes to list for each image. Default: 5, and 1 with --csv.
     json
@@ -72,21 +75,24 @@ def command(
     """
     share = None if shard is None else _share(shard)
     top = (5 if csv is None else 1) if top is None else top
+    more, images = _further_networks(images)
     _check_arguments(images, top, json, csv, overwrite, resume)
     engine.require()
     if csv is not None:
         check_output(csv, images, run, overwrite=overwrite, resume=resume)
+    from regard.ensemble import load_all
     from regard.models.io import network_folder
-    from regard.predict import load
     from regard.trained_on import watch
 
-    run = network_folder(run)
-    classifier = load(run, device)
+    runs = [network_folder(run), *more]
+    classifier = load_all(runs, device)
+    if tta == "flips":
+        classifier.use_flips()
     names = _prepared(classifier, engine, images, share)
     top = min(top, len(classifier.class_names))
     if classifier.calibration is not None:
         with info_on_stderr():
-            log.info(f"{run}: {classifier.calibration.sentence()}")
+            log.info(f"{runs[0]}: {classifier.calibration.sentence()}")
     if classifier.familiarity is not None and csv is not None:
         with info_on_stderr():
             known = classifier.engine is None
@@ -95,17 +101,32 @@ def command(
                 if known
                 else "unlike_training: not known, since the engine gives no features"
             )
+    with info_on_stderr():
+        if more:
+            log.info(f"the mean of {len(runs)} networks: {', '.join(map(str, runs))}")
+        if tta is not None:
+            log.info("the mean of each image and its mirror image")
     with contextlib.ExitStack() as stack:
-        write: Callable[[Prediction], None] = _print_json if json else _print_line
+        write: Callable[[Prediction], None] = partial(_print_json, tta) if json else _print_line
         counts = _Counts(csv)
         if csv is not None:
             table = stack.enter_context(PredictionsCsv(csv, top, classifier, resume=resume))
             write = table.write
             counts.answered, counts.failed, names = table.skip_done(iter(names))
-        code = _predict(classifier, watch(run, names), top, write, counts)
+        for each in runs:
+            names = watch(each, names)
+        code = _predict(classifier, names, top, write, counts)
     if counts.done == 0 and code == 0 and (share is None or next(_names(images), None) is None):
         raise UsageError(f"no image below {', '.join(images)}")
     return code
+
+
+def _further_networks(images: Sequence[str]) -> tuple[list[Path], tuple[str, ...]]:
+    """The networks' folders that come first, and the images."""
+    count = 0
+    while count < len(images) and os.path.isfile(os.path.join(images[count], "config.json")):
+        count += 1
+    return [Path(name) for name in images[:count]], tuple(images[count:])
 
 
 def _prepared(
@@ -122,9 +143,10 @@ def _prepared(
         return listed
     from regard.data.table import PathList
 
-    names = PathList.of(listed)
-    reads = [lambda p=p: classifier.decode(p) for p in islice(names, 64) if p != "-"]
-    use_engine(classifier, engine, reads, len(names))
+    names = PathList.of(_names(images))
+    for member in getattr(classifier, "members", [classifier]):
+        reads = [lambda p=p, m=member: m.decode(p) for p in islice(names, 64) if p != "-"]
+        use_engine(member, engine, reads, len(names))
     return names
 
 
@@ -262,7 +284,7 @@ def _source(name: str) -> Any:
 
 
 # ------------------------------------------------------------------------------ the output
-def _print_json(p: "Prediction") -> None:
+def _print_json(tta: str | None, p: "Prediction") -> None:
     if p.error is not None:
         answer: dict[str, Any] = {"path": p.path, "error": p.error}
     else:
@@ -272,6 +294,11 @@ def _print_json(p: "Prediction") -> None:
             answer["decision"] = p.decision
         if p.distance is not None:
             answer |= {"distance": p.distance, "unlike_training": p.unlike_training}
+        if p.sd is not None:
+            answer["classes"] = [{**c, "sd": p.sd[str(c["class"])]} for c in classes]
+            answer["disagreement"] = p.disagreement
+        if tta is not None:
+            answer["tta"] = tta
     # ASCII: a class or file name may have letters that the reader's encoding lacks
     sys.stdout.write(json.dumps(answer, allow_nan=False) + "\n")
 

@@ -85,6 +85,10 @@ class PredictionsCsv:
         self.measures = classifier.familiarity is not None and classifier.engine is None
         self.columns = ["path", *ranks, *(["decision"] if self.decides else [])]
         self.columns += ["distance", "unlike_training"] if self.measures else []
+        self.averages = hasattr(classifier, "members")
+        self.columns += ["sd1", "disagreement"] if self.averages else []
+        self.flips = classifier.mirrors
+        self.columns += ["tta"] if self.flips else []
         self.columns += [*(f"p_{name}" for name in classifier.class_names), "error"]
         self.rows = 0
         self._flushed = time.monotonic()
@@ -124,6 +128,11 @@ class PredictionsCsv:
             cells += (
                 [f"{p.distance:.4g}", "yes" if p.unlike_training else "no"] if known else ["", ""]
             )
+        if self.averages:
+            sd = p.sd or {}
+            known = bool(sd) and p.disagreement is not None
+            cells += [f"{sd[p.classes[0][0]]:.6f}", f"{p.disagreement:.4g}"] if known else ["", ""]
+        cells += ["flips"] if self.flips else []
         shares = [f"{share:.6f}" for share in p.probabilities]
         cells += shares or [""] * len(self.classifier.class_names)
         self._put([p.path, *cells, p.error or ""])

@@ -309,6 +309,25 @@ class TenCrop(Preprocess):
         return torch.stack([*views, *(view.flip(-1) for view in views)])
 
 
+class Flips(Preprocess):
+    """Two views of each image: as it is, and mirrored left to right."""
+
+    @classmethod
+    def of(cls, preprocess: Preprocess) -> "Flips":
+        """The views of the images that `preprocess` prepares."""
+        return cls(**{f.name: getattr(preprocess, f.name) for f in fields(preprocess)})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what `fit` returns."""
+        return (2, *self.input_size)
+
+    def fit(self, image: Tensor) -> Tensor:
+        """(C, H, W) of any size in 0..255 -> (2, C, *size), the same type."""
+        fitted = super().fit(image)
+        return torch.stack([fitted, fitted.flip(-1)])
+
+
 def _numbers(
     name: str, config: Mapping[str, Any], count: int, *, least: float = -math.inf
 ) -> tuple[float, ...]:

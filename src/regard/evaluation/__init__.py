@@ -21,6 +21,7 @@ from regard.evaluation.calibration import (
 )
 from regard.evaluation.comparison import Comparison, compare
 from regard.evaluation.diagnostics import Diagnostics, OneClass, diagnose, diagnose_class
+from regard.evaluation.ensembles import Averaged, average
 from regard.evaluation.intervals import Estimate
 from regard.evaluation.metrics import ClassResult, Evaluation, evaluate
 from regard.evaluation.paired import MetricComparison, adjust, compare_metrics
@@ -40,6 +41,7 @@ from regard.evaluation.thresholds import (
 )
 
 __all__ = [
+    "Averaged",
     "Calibration",
     "ClassResult",
     "Comparison",
@@ -53,6 +55,7 @@ __all__ = [
     "Subgroups",
     "Threshold",
     "adjust",
+    "average",
     "choose_threshold",
     "compare",
     "compare_metrics",

@@ -1,0 +1,162 @@
+"""Ensembles and test-time augmentation: the mean of several answers, and how far they differ."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import regard
+from regard.cli import run_command
+from regard.data.preprocess import Flips, Preprocess
+from regard.ensemble import Ensemble
+from regard.evaluation import Predictions, average
+from regard.evaluation.familiarity import FILE
+from tests.helpers import rows_of
+
+
+def predictions(p, labels, paths, classes=("a", "b")):
+    return Predictions(np.array(p), np.array(labels), list(classes), None, list(paths))
+
+
+def test_members_answer_for_the_images_that_they_have():
+    one = predictions([[0.8, 0.2], [0.4, 0.6]], [0, 1], ["x", "y"])
+    two = predictions([[0.7, 0.3], [0.1, 0.9]], [0, 0], ["z", "y"], ("b", "a"))  # another order
+    found = average([one, two], ["one", "two"])
+    assert found.predictions.paths == ["x", "y", "z"]
+    assert found.predictions.probabilities == pytest.approx(
+        np.array([[0.8, 0.2], [0.65, 0.35], [0.3, 0.7]])
+    )
+    assert found.predictions.labels.tolist() == [0, 1, 1]
+    assert found.answered == {1: 2, 2: 1}
+
+
+def test_the_spread_is_that_of_numpy():
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet([1, 1, 1], size=(4, 50))
+    labels, paths = rng.integers(0, 3, 50), [str(i) for i in range(50)]
+    each = [Predictions(p, labels, ["a", "b", "c"], None, paths) for p in shares]
+    found = average(each, list("wxyz"))
+    assert found.predictions.probabilities == pytest.approx(shares.mean(axis=0))
+    assert found.sd == pytest.approx(
+        shares.std(axis=0, ddof=1)[np.arange(50), labels].mean(), rel=1e-9
+    )
+    votes = shares.argmax(axis=2)
+    assert found.disagreement == pytest.approx((votes != votes[0]).any(axis=0).mean())
+    wrong = Predictions(shares[1], (labels + 1) % 3, ["a", "b", "c"], None, paths)
+    with pytest.raises(ValueError, match="another label"):
+        average([each[0], wrong], ["w", "x"])
+    with pytest.raises(ValueError, match="x has other classes than w: c, d"):
+        average([each[0], Predictions(shares[1], labels, ["a", "b", "d"], None, paths)], ["w", "x"])
+
+
+@pytest.fixture(scope="module")
+def folds(whole, tmp_path_factory) -> list[Path]:
+    """Two runs that differ in their weights, and whose test images the other validated with."""
+    found = []
+    for k in range(2):
+        run = Path(shutil.copytree(whole, tmp_path_factory.mktemp("folds") / f"fold {k}"))
+        (run / FILE).unlink()
+        weights = load_file(run / "model.safetensors")
+        generator = torch.Generator().manual_seed(k)
+        for name, tensor in weights.items():
+            if tensor.is_floating_point() and name.endswith("weight"):
+                tensor += 0.05 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        save_file(weights, run / "model.safetensors")
+        found.append(run)
+    rows = rows_of(found[1] / "splits.csv")
+    with (found[1] / "splits.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        swapped = {"train": "train", "val": "test", "test": "val"}
+        writer.writerows({**row, "split": swapped[row["split"]]} for row in rows)
+    return found
+
+
+def test_predict_averages_networks_and_says_how_far_they_differ(folds, scans, tmp_path, capsys):
+    a, b = folds
+    picture = scans / "1" / "03.png"
+    shares = []
+    for run in folds:
+        classifier = regard.load(run)
+        shares.append(classifier.probabilities(classifier.decode(picture)[None])[0])
+    expected = torch.stack(shares)
+    assert run_command(["predict", str(a), str(b), str(picture), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    k = int(answer["classes"][0]["class"])
+    assert answer["classes"][0]["probability"] == pytest.approx(
+        float(expected.mean(0)[k]), abs=1e-5
+    )
+    assert answer["classes"][0]["sd"] == pytest.approx(float(expected.std(0)[k]), abs=1e-5)
+    assert answer["disagreement"] in (0.0, 0.5)
+    out = tmp_path / "x.csv"
+    call = ["predict", str(a), str(b), str(picture), "--csv", str(out)]
+    assert run_command([*call, "--tta", "flips"]) == 0
+    (row,) = rows_of(out)
+    assert row["tta"] == "flips"
+    assert float(row["sd1"]) >= 0
+    assert run_command(["predict", str(a), str(a), str(picture)]) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
+def test_networks_of_different_sizes_are_averaged_and_other_classes_refused(scans):
+    torch.manual_seed(0)
+
+    def network(name, size, classes):
+        model = regard.create_model(name, num_classes=3, in_chans=1)
+        preprocess = Preprocess((1, size, size), (0.5,), (0.25,), "squash")
+        return regard.Classifier(model, classes, preprocess)
+
+    one, two = network("ag_sononet8", 16, ["0", "1", "2"]), network("sononet8", 32, ["2", "0", "1"])
+    both = Ensemble([one, two], ["one", "two"])
+    pictures = sorted((scans / "2").iterdir())[:5]
+    found = both.predict(pictures, top=3)
+    for path, p in zip(pictures, found, strict=True):
+        each = [dict(m.predict(path, top=3)[0].classes) for m in (one, two)]
+        for name, share in p.classes:
+            assert share == pytest.approx((each[0][name] + each[1][name]) / 2, abs=1e-5)
+    with pytest.raises(ValueError, match="three has other classes than one: 2, cat"):
+        Ensemble([one, network("sononet8", 32, ["0", "1", "cat"])], ["one", "three"])
+
+
+def test_evaluate_pools_folds_so_that_no_network_tests_its_own_images(folds, capsys):
+    a, b = map(str, folds)
+    assert run_command(["evaluate", a, b, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["n"] == 48  # 24 that each one was neither trained nor validated on
+    assert content["ensemble"]["members_per_image"] == {"1": 48}
+    assert content["ensemble"]["disagreement"] is None
+    assert [m["images"] for m in content["ensemble"]["members"]] == [24, 24]
+    assert run_command(["evaluate", a, b, "--split", "all"]) == 0
+    out, err = capsys.readouterr()
+    assert "120 images" in out
+    assert "differ in the top-1 class" in out
+    assert "trained this network" in err
+    assert run_command(["evaluate", a, b, "--positive", "1", "--at", "youden"]) == 2
+    assert "--at" in capsys.readouterr().err
+    assert run_command(["evaluate", a, b, "digits", "digits"]) == 2
+    assert "one DATA" in capsys.readouterr().err
+
+
+def test_flips_average_each_image_and_its_mirror_image(whole, scans, capsys):
+    picture = scans / "2" / "05.png"
+    plain, flipped = regard.load(whole), regard.load(whole)
+    flipped.use_flips()
+    x = plain.decode(picture)
+    assert flipped.decode(picture).shape == Flips.of(plain.preprocess).shape == (2, 1, 16, 16)
+    expected = plain.probabilities(torch.stack([x, x.flip(-1)])).mean(dim=0)
+    (p,) = flipped.predict(picture, top=3)
+    assert p.probabilities == pytest.approx(expected.tolist(), abs=1e-6)
+    assert run_command(["predict", str(whole), str(picture), "--json", "--tta", "flips"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["tta"] == "flips"
+    assert answer["classes"][0]["probability"] == pytest.approx(float(expected.max()), abs=1e-5)
+    assert run_command(["evaluate", str(whole), "--tta", "flips", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (content["tta"], content["n"]) == ("flips", 24)
+    assert run_command(["evaluate", str(whole), "--tta", "flips", "--ten-crop"]) == 2
+    assert "ten crops" in capsys.readouterr().err
