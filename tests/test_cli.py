@@ -10,27 +10,9 @@ import timm
 import torch
 
 import regard
-from regard.cli import run_command
+from regard.cli import COMMANDS, run_command
 from tests.golden import authors_networks, fill
 from tests.helpers import start
-
-COMMANDS = (
-    "bench",
-    "convert",
-    "data",
-    "demo",
-    "evaluate",
-    "explain",
-    "export",
-    "figures",
-    "models",
-    "predict",
-    "push",
-    "recipes",
-    "report",
-    "serve",
-    "train",
-)
 
 
 def run(*arguments: object, **options):

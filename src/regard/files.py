@@ -5,13 +5,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from regard.errors import StateError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -94,6 +96,8 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + "s" * (count != 1)
 
 
-def spread(count: int, most: int) -> NDArray[np.int64]:
+def spread(count: int, most: int) -> "NDArray[np.int64]":
     """At most `most` of the indices 0 to count - 1, evenly spread, the first and last included."""
+    import numpy as np  # here, so that help and messages need no NumPy
+
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
