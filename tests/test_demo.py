@@ -1,5 +1,7 @@
 """`regard demo`: the first thing that a person runs, as a process of its own."""
 
+import base64
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -75,7 +77,11 @@ def test_the_split_is_stratified_and_disjoint(whole):
 def test_the_report_stands_alone_and_shows_every_gate(whole):
     html = (whole[0] / "report.html").read_text(encoding="utf-8")
     assert len(html) < 5_000_000
-    assert "<script" not in html
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', html)[1].replace("&#39;", "'")
+    for script in re.findall(r"<script>(.*?)</script>", html, re.S):  # only the page's own run
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'")
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", html)
     assert html.count("<figure") >= 10
     text = html.replace("&nbsp;", " ").replace("\u00a0", " ")

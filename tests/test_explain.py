@@ -370,9 +370,10 @@ def test_masks_are_matched_by_relative_paths(small, scene, capsys):
     assert command(small, "a", "b", "--masks", "k", "--method", "attention") == 0
     found = chances("explained")["gate3.map"]
     assert found["images"] == 2
-    assert [row["path"] for row in rows_of(Path("explained/scores.csv"))][::2] == [
-        "a/x.png", "b/x.png",
-    ]  # fmt: skip
+    scores = rows_of(Path("explained/scores.csv"))  # a row for each image and map
+    assert sorted((row["path"], row["map"]) for row in scores) == [
+        (path, f"{gate}.map") for path in ("a/x.png", "b/x.png") for gate in ("gate3", "gate4")
+    ]
     assert found["chance"] == pytest.approx((0.5 + 0.25) / 2)
     # one mask for two images: which of them is meant?
     mark("j/x.png", (0, 0, 6, 10))

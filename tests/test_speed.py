@@ -406,7 +406,7 @@ def test_measuring_and_checkpointing_learn_the_same_bits(scans, tmp_path):
     with messages() as said:
         train(str(scans), **TINY, out=tmp_path / "measured", compile="auto",
               grad_checkpointing=True)  # fmt: skip
-    assert said[0].startswith("not compiled: 3 steps take about 0 s")
+    assert any(line.startswith("not compiled: 3 steps take about 0 s") for line in said)
     assert same_network(tmp_path / "plain", tmp_path / "measured")
 
 

@@ -90,7 +90,10 @@ def check_reachable(repository: str, file: str, revision: str | None = None) -> 
 # ------------------------------------------------------------------------------ whole runs
 PREFIX = "hf-hub:"
 # no images and no names of files: report.html, splits.csv and predictions.npz stay
-FILES = ("config.json", WEIGHTS, "README.md", "recipe.toml", "metrics.csv", "evaluation.json")
+FILES = (
+    "config.json", WEIGHTS, "README.md", "recipe.toml", "metrics.csv", "evaluation.json",
+    "calibration.json", "familiarity.safetensors",  # without which it would answer otherwise
+)  # fmt: skip
 KNOWN = "images.npz"  # hashes of the training images, instead of splits.csv
 
 

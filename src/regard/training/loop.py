@@ -93,7 +93,7 @@ class Trainer:
         recipe = self.recipe
         self.device = self.accelerator.device
         self.look_every = 1 if self.device.type == "cpu" else CHECK_EVERY
-        self._bad = torch.full((), -1, device=self.device)  # first step whose loss was not finite
+        self._bad = torch.full((), -1)  # first step whose loss was not finite
         self.augmentation = recipe.augmentation
         self.head_weights = getattr(self.model, "head_weights", None)
         self.steps = step_plan(recipe, self.count, self.accelerator.num_processes)
@@ -303,10 +303,8 @@ class Trainer:
 
     def _prepare(self) -> None:
         self.model.train()
-        self._bad = torch.full((), -1, device=self.device)
-        if (
-            self.device.type == "cuda"
-        ):  # batches are of one size: the fastest kernels are found once
+        self._bad = self._bad.to(self.device)
+        if self.device.type == "cuda":  # batches of one size: the fastest kernels are searched once
             torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         self._forward = self.model if self.compiled is None else self.compiled
         if self.accelerator.num_processes > 1:
