@@ -1,6 +1,7 @@
 # These commands do everything on a machine that has only Python (3.11 or newer) and make:
 #   make demo   trains an attention network on real digits and shows where it looks
-#   make test   runs every check and test
+#   make test   runs the checks and the tests, in under 10 minutes on two cores
+#   make test-all   also runs the slow tests
 #   make check  runs the linters, the types and a quick subset of the tests, in under 90 s
 #   make docs   builds the documentation's site into build/site; a broken link or reference fails
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 QUICK := tests/test_house.py tests/test_import.py tests/test_recipes.py tests/test_losses.py \
 	tests/test_evaluation.py tests/test_splits.py tests/test_overlay.py tests/test_preprocess.py
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-all check docs clean
 demo: $(VENV)/.installed
 	$(BIN)/regard demo
 
@@ -19,7 +20,11 @@ test: $(VENV)/.installed-test
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/pytest
-	$(BIN)/pytest -m native
+	$(BIN)/pytest -m "native and not slow"
+
+test-all: test
+	$(BIN)/pytest -m "slow and not native"
+	$(BIN)/pytest -m "slow and native"
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -85,8 +85,8 @@ def plan(
     """
     absent = missing_engines(engines or ENGINES)
     notes = [f"{name}: not installed ({how})" for name, how in absent.items()]
-    ways = [(AUTHORS, "fp32"), *installed(engines or list(ENGINES), ["auto"], device)]
-    floats = {p for _, p in installed(["eager"], ["auto"], device)}
+    ways = [(AUTHORS, "fp32"), *installed(engines or list(ENGINES), ["auto"], torch.device(device))]
+    floats = {p for _, p in installed(["eager"], ["auto"], torch.device(device))}
     training = [("bf16" if "bf16" in floats else "fp32", e) for e in TRAIN_ENGINES]
     count = threads or torch.get_num_threads()
     groups = []

@@ -27,6 +27,14 @@ hypothesis.settings.register_profile("regard", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("regard")
 
 
+# files that take longest come first, so that no process is left with one at the end
+LONGEST = ("test_demo", "test_distributed", "test_resume", "test_report", "test_training")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def scans(tmp_path_factory) -> Path:
     """120 of the digits 0, 1 and 2 as PNG files in a folder of class folders."""

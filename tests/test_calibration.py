@@ -124,6 +124,7 @@ def test_every_door_uses_it(mine, scans, tmp_path, capsys):
     assert float(row["p_1"]) == pytest.approx(float(expected[1]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluate_reports_what_is_stored_unless_told_otherwise(mine, capsys):
     def study(*flags: str) -> dict:
         out, _ = call("evaluate", mine, "--json", *flags, capsys=capsys)

@@ -274,6 +274,7 @@ def test_trying_the_size_changes_nothing():
     assert tried.training
 
 
+@pytest.mark.slow
 def test_pretrained_weights_without_a_network_are_one_line(tmp_path):
     process = subprocess.run(
         [sys.executable, "-m", "regard", "train", "digits", "--model", "cbam_resnet18",

@@ -49,6 +49,7 @@ def test_importing_regard_or_asking_for_help_does_not_import_torch():
         assert not imported_after(ask.format(command)) & heavy, command
 
 
+@pytest.mark.slow
 def test_networks_are_registered_whichever_is_imported_first():
     for first, second in (("regard", "timm"), ("timm", "regard")):
         done = subprocess.run(

@@ -89,6 +89,7 @@ def test_the_report_stands_alone_and_shows_every_gate(whole):
         assert words in text
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(tmp_path):
     for name in ("a", "b"):
         demo(tmp_path / name, "--epochs", "1", "--seed", "3")

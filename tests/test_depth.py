@@ -189,6 +189,7 @@ def test_the_range_is_that_of_the_training_images(tmp_path):
     assert check.std == pytest.approx([scaled.std()])
 
 
+@pytest.mark.slow
 def test_brightness_alone_can_be_learned_and_the_run_keeps_the_range(tmp_path):
     classes = {"air": (-900, -700), "bone": (-500, -300)}
     kind = np.int16
@@ -265,6 +266,7 @@ def test_a_pgm_of_sixteen_bits(tmp_path):
 
 
 # -------------------------------------------------------------------------- what is too much
+@pytest.mark.slow
 def test_an_image_of_one_column_costs_no_more_than_its_pixels(tmp_path):
     """A PNG of 12,000,000 x 1 is refused by its header; one of 90,000 x 1 is shrunk in place."""
     with pytest.raises(ImageError, match=f"too large .* at most {MAX_SIDE}"):

@@ -364,6 +364,7 @@ def table(scans, tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_subgroups_of_a_table_have_rows_of_their_own(whole, table, tmp_path, capsys):
     flags = ["--subgroups", "site", "age", "--bands", "age=40,60", "--positive", "1"]
     out = tmp_path / "parts.csv"

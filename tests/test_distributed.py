@@ -119,6 +119,7 @@ def test_two_processes_test_as_one_does(pair):
     assert dense(confusion, 10).tolist() == counted.tolist()
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_and_they_go_on_to_the_same_end(pair, tmp_path):
     out = tmp_path / "run"
     stopped = in_two(tmp_path, *SETTINGS, "--out", out, SIGNAL="13")
@@ -134,6 +135,7 @@ def test_a_signal_to_one_stops_both_and_they_go_on_to_the_same_end(pair, tmp_pat
     assert same_results(pair / "run", out)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_told_once(tmp_path):
     done = in_two(
         tmp_path, *SETTINGS[:-4], "--out", tmp_path / "run", "--schedule", "constant",
@@ -181,6 +183,7 @@ def apart(folders: list[Path], *arguments: object, **environment: str) -> list[t
     return [(process.returncode, out) for process, out in zip(processes, told, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_only_the_first_machine_has_the_folder_the_recipe_and_the_weights(tmp_path, whole):
     """Whose run an error in the other one ends, told once, and --resume auto goes on with."""

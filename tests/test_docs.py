@@ -80,6 +80,7 @@ def world(tmp_path_factory, scans) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES)
 def test_the_code_of_a_guide_runs(guide, world, monkeypatch):
     monkeypatch.chdir(world)
@@ -103,6 +104,7 @@ def test_the_code_of_a_guide_runs(guide, world, monkeypatch):
                     assert told.rpartition(": ")[2] in said.getvalue()
 
 
+@pytest.mark.slow
 def test_the_site_is_built_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "scripts/make_docs.py"], cwd=ROOT, capture_output=True, text=True

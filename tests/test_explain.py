@@ -48,6 +48,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_command_on_photographs(tmp_path, photos, name):
     network = saved(tmp_path / "net", name, 64)

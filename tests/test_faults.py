@@ -84,6 +84,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 def test_a_script_on_streamed_images_ends_with_its_error(scans, tmp_path):
     mounting = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
     kinds = [kind for kind in KINDS if kind != "shm" or mounting]
@@ -231,6 +232,7 @@ def test_a_resumed_run_needs_no_starting_weights(scans, tmp_path):
     assert "resumed after step" in run(*settings(scans, out), "--resume")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["yes", "no"])
 def test_an_image_that_became_readable_changes_nothing(scans, tmp_path, memory):
     data, whole, out = tmp_path / "data", tmp_path / "whole", tmp_path / "run"

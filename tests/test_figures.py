@@ -65,6 +65,7 @@ def tables():
     return module
 
 
+@pytest.mark.slow
 def test_the_figures_are_what_is_counted_and_the_readme_shows_them(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["make_tables.py", "--check"])
     assert tables().main() == 0, capsys.readouterr().out

@@ -106,6 +106,7 @@ ORDERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_looking_for_timm_leaves_the_networks_registered():
     """In processes of their own, forked from one that has all of timm's imports but timm."""
     script = "import importlib.util, os, sys, torch, torchvision\n"

@@ -22,6 +22,7 @@ def made(name="resnet10t", weights=None, graft="none", channels=1):
     return make_model(name, {}, 10, (channels, 32, 32), False, weights, graft=graft)
 
 
+@pytest.mark.slow
 def test_the_shipped_study_trains_saves_and_compares(tmp_path, monkeypatch, capsys):
     def in_process(runs, after_each, **_):
         for run in runs:

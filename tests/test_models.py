@@ -145,6 +145,7 @@ def test_bfloat16_autocast_trains_without_nan(name):
 
 
 # the others are made of the same modules, and compiling takes seconds each
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [("attention56_cifar", {}), ("cbam_resnet50", {"layers": (1, 1, 1, 1)}), ("ag_sononet8", {})],

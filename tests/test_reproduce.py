@@ -36,12 +36,14 @@ def test_the_recipe_of_a_run_trains_the_same_network_again(scans, tmp_path):
     assert float(rows[0]["objective"]) > float(rows[0]["loss"])  # four heads against one
 
 
+@pytest.mark.slow
 def test_a_small_network_takes_its_stem_along(scans, tmp_path):
     regard.train(str(scans), model="se_resnet18", out=tmp_path / "first", steps=2, size=16,
                  **{k: v for k, v in SHORT.items() if k != "epochs"})  # fmt: skip
     assert load_recipe(tmp_path / "first/recipe.toml").model_args == {"stem": "cifar"}
 
 
+@pytest.mark.slow
 def test_timms_resnet_on_small_images_is_its_twin_also_when_resumed(scans, tmp_path, capsys):
     call = ["train", str(scans), "--model", "resnet18", "--out", str(tmp_path / "run"),
             "--size", "16", "--steps", "2", "--faithfulness-images", "0"]  # fmt: skip

@@ -28,6 +28,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_killed_at_random_moments_it_ends_with_the_same_bits(scans, tmp_path, variant):
     chosen = [*settings(scans, "OUT"), *VARIANTS[variant]]
@@ -79,6 +80,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_writing_a_state(whole, scans, tmp_path):
     out = tmp_path / "run"
     driver = [sys.executable, "-c", DRIVER, *map(str, settings(scans, out)), "--save-minutes", "0"]
@@ -173,6 +175,7 @@ def interrupt(step: int, times: int = 1):
     return at_step
 
 
+@pytest.mark.slow
 def test_dropout_and_parts_of_epochs_go_on_as_they_were(dropping):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     whole = dropping("whole")
@@ -184,6 +187,7 @@ def test_dropout_and_parts_of_epochs_go_on_as_they_were(dropping):
     assert same_results(whole, dropping("stopped", resume=True))
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(dropping, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         dropping("ended", interrupt(11, times=2))

@@ -279,6 +279,7 @@ def test_large_photographs_at_once_are_all_explained_in_bounded_memory(server):
     assert 0 < peak[0] - before < 450e6
 
 
+@pytest.mark.slow
 def test_a_client_that_stalls_is_hung_up_on(server):
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as stalled:
         stalled.sendall(b"GET /healthz HTTP/1.1\r\nHost: local")
@@ -504,6 +505,7 @@ def test_a_client_that_leaves_is_no_error(server, photo):
     assert server.json("POST", "/api/predict", photo)[0] == 200  # its log is checked at the end
 
 
+@pytest.mark.slow
 def test_sigterm_ends_it_though_an_upload_stalls(whole, photo):
     server = Server(whole)
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:

@@ -126,6 +126,7 @@ def test_links_are_followed_once(tmp_path):
     assert table.labels.tolist() == [0, 0, 1, 2]
 
 
+@pytest.mark.slow
 def test_many_files_in_little_time_and_memory(tmp_path):
     for c in range(20):
         (tmp_path / f"c{c:02d}").mkdir()

@@ -90,6 +90,7 @@ def test_checkpointing_changes_neither_gradients_nor_what_bn_counts(name, side, 
     assert_alike(plain, again, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_compiling_go_together():
     plain = gradients("ag_sononet8", 16, False, False)
     both = gradients("ag_sononet8", 16, False, True, "aot_eager")

@@ -169,6 +169,7 @@ def killed(scans, tmp_path_factory) -> tuple[Path, int]:
     return folder, int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow
 def test_killed_at_any_rename_it_ends_as_if_undisturbed(killed):
     folder, count = killed
     # run.json 3, recipe, splits, 6 states, 2 metrics, best, network 2, evaluation 2, report
@@ -181,6 +182,7 @@ def test_killed_at_any_rename_it_ends_as_if_undisturbed(killed):
         assert json.loads((out / "run.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_every_epoch_of_a_resumed_run_once(killed):
     folder, count = killed
     steps = [int(float(r["step"])) for r in rows_of(folder / "whole/metrics.csv")]

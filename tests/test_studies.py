@@ -220,6 +220,7 @@ def test_networks_that_never_differ_have_a_page_too(tmp_path, trainer):
     assert "not shown" in (tmp_path / "study.html").read_text()
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_results(tmp_path, trainer):
     def results(out):
         table, runs = planned(out, seeds=3)
@@ -349,6 +350,7 @@ def command(tmp_path, trainer, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_parts_of_an_array_of_jobs_end_in_one_result(command, tmp_path, capsys):
     """As SLURM runs the printed script; the last to end has what all have trained."""
     with (tmp_path / "gates.toml").open("a") as file:

@@ -134,6 +134,7 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_files(scans, tmp_path):
     assert not (out / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_one_unreadable_image_is_left_out_and_listed(scans, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(scans, data)
@@ -278,6 +279,7 @@ print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 def test_predicting_ten_times_as_many_images_takes_no_more_memory(whole, scans, tmp_path):
     peaks = []
     for count in (300, 3000):

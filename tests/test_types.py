@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_a_program_that_uses_the_public_names_passes_strictly():
     # the same cache as `mypy` of the whole, which is checked before
     done = subprocess.run(
