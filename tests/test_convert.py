@@ -143,6 +143,7 @@ def test_an_out_that_can_not_be(tmp_path, capsys, checkpoint):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_told_and_leaves_nothing(tmp_path, checkpoint):
     """A process that may write no more than 100 kB a file; the weights are 700 kB."""
     done = subprocess.run(

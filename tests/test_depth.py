@@ -225,6 +225,7 @@ def test_some_color_is_color(tmp_path):
     assert survey(open_data(str(tmp_path))).channels == 1
 
 
+@pytest.mark.slow
 def test_a_split_without_contrast_ends_the_run_before_it_starts(tmp_path):
     for label in "ab":
         (tmp_path / "data" / label).mkdir(parents=True)

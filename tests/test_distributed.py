@@ -89,12 +89,14 @@ def told_by(pair: Path) -> list[dict]:
     return [json.loads((pair / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_both_hold_the_same_weights_and_prepare_images_alike(pair):
     first, second = told_by(pair)
     assert first["weights"] == second["weights"]
     assert first["mean"] == second["mean"] != [0.5]
 
 
+@pytest.mark.slow
 def test_the_balanced_order_is_dealt_out_each_place_once(pair):
     first, second = told_by(pair)
     dealt = [row for both in zip(first["places"], second["places"], strict=True) for row in both]
@@ -105,6 +107,7 @@ def test_the_balanced_order_is_dealt_out_each_place_once(pair):
     assert np.concatenate(dealt).tolist() == order.at(0, 24 * 16).tolist()
 
 
+@pytest.mark.slow
 def test_two_processes_test_as_one_does(pair):
     """Every test image once, and with one set of weights and of BN's running means."""
     run = pair / "run"

@@ -99,7 +99,10 @@ def test_a_convolution_that_is_needed_by_itself_is_left_alone():
 
 
 @pytest.mark.parametrize(("engine", "precision"), QUICK)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if "cifar" in n else n for n in NETWORKS],
+)
 def test_answers_are_those_of_the_network(name, engine, precision):
     if precision == "bf16" and not has_bf16():
         pytest.skip("this machine has no bf16")

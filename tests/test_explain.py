@@ -75,6 +75,7 @@ def test_the_command_on_photographs(tmp_path, photos, name):
             assert np.ptp(np.asarray(image.convert("L"))) > 200
 
 
+@pytest.mark.slow
 def test_scores_masks_and_choices(tmp_path, photos):
     network = saved(tmp_path / "net", "attention56_cifar", 32)
     out = tmp_path / "out"
@@ -318,6 +319,7 @@ def test_a_file_that_is_not_ours_is_replaced_only_when_asked(small, scene, capsy
     assert contents(scene) == before
 
 
+@pytest.mark.slow
 def test_a_second_call_goes_on_where_the_first_was_stopped(small, scene, capsys):
     images = ["a/x.png", "b/x.png", "x.bmp"]
     assert command(small, *images, "--out", "all", "--score") == 0

@@ -45,6 +45,7 @@ def test_a_file_answers_as_the_network_and_shows_its_maps(whole, tmp_path, to):
     assert len(modes) == 1  # as any file that this user writes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["onnx", "openvino"])
 def test_eight_bits_say_what_they_cost(whole, tmp_path, to, caplog):
     caplog.set_level("INFO", "regard")
@@ -56,6 +57,7 @@ def test_eight_bits_say_what_they_cost(whole, tmp_path, to, caplog):
     assert torch.allclose(answer, regard.load(whole).probabilities(images), atol=0.2)
 
 
+@pytest.mark.slow
 def test_eight_bits_that_lose_too_much_are_not_kept(whole, tmp_path, monkeypatch):
     right = iter([np.ones(100), np.arange(100) >= 2] * 2)  # 2 points
     monkeypatch.setattr("regard.export._correct", lambda classifier, table: next(right))

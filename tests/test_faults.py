@@ -191,6 +191,7 @@ def until(condition, process) -> None:
     assert condition(), process.communicate(timeout=60)
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_training_at_a_time(whole, scans, tmp_path):
     out = tmp_path / "run"
     process = start(*settings(scans, out), "--save-minutes", "0")
@@ -219,6 +220,7 @@ def test_usr1_saves_and_goes_on_and_hup_saves_and_stops(whole, scans, tmp_path):
     assert "its state is saved" in err
 
 
+@pytest.mark.slow
 def test_a_resumed_run_needs_no_starting_weights(scans, tmp_path):
     first, out = tmp_path / "first", tmp_path / "run"
     run("train", scans, *QUICK, "--steps", "2", "--out", first)

@@ -124,6 +124,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_leaves_the_network_that_was_there(tmp_path):
     """A process that may write no more than 100 kB a file, over a folder that is there."""
     regard.save_model(network("sononet8"), tmp_path)

@@ -100,6 +100,7 @@ def test_a_fault_of_ours_is_a_traceback_and_no_users_mistake():
     assert rest[-1].startswith("ValueError: too many values")
 
 
+@pytest.mark.slow
 def test_debugging_shows_the_traceback_of_a_users_mistake_too(monkeypatch):
     monkeypatch.setenv("REGARD_DEBUG", "1")
     done = subprocess.run(

@@ -75,6 +75,7 @@ def test_every_public_name_is_there_and_another_is_refused():
         regard.creat_model  # noqa: B018
 
 
+@pytest.mark.slow
 def test_timms_import_is_left_as_it_was():
     """regard watches for timm's import; afterwards nothing of that is left in timm's way."""
     said = python(

@@ -201,6 +201,7 @@ def test_links_are_followed_and_pipes_are_written_to(predict, pictures, tmp_path
     assert out.splitlines() == expected.decode().splitlines()
 
 
+@pytest.mark.slow
 def test_a_redirected_output_is_appended_to(pictures, tmp_path, network):
     (tmp_path / "log.txt").write_bytes(b"before\n")
     with (tmp_path / "log.txt").open("ab") as file:

@@ -15,6 +15,7 @@ from tests.helpers import same_network
 SHORT = {"faithfulness_images": 0, "batch_size": 16, "epochs": 2, "val": 0.2, "test": 0.2}
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_run_trains_the_same_network_again(scans, tmp_path):
     """Another network than the base recipe's, its argument, a shorter schedule, a rectangle."""
     regard.train(

@@ -195,6 +195,7 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(dropping, tmp_path):
     assert same_results(dropping("whole"), dropping("ended", resume=True))
 
 
+@pytest.mark.slow
 def test_in_a_thread_signals_are_left_alone(dropping):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     seen, paths = [], []
@@ -210,6 +211,7 @@ def test_in_a_thread_signals_are_left_alone(dropping):
     assert set(seen) == {handlers}
 
 
+@pytest.mark.slow
 def test_what_a_run_was_started_with_is_not_changed(scans, tmp_path, whole, capsys):
     out = tmp_path / "run"
     stopped_by(signal.SIGTERM, scans, out)

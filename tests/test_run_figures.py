@@ -70,6 +70,7 @@ def test_files_have_the_width_the_resolution_and_the_fonts_of_print(written):
     assert ">sensitivity</text>" in (out / "roc.svg").read_text()  # text, not outlines
 
 
+@pytest.mark.slow
 def test_a_second_call_writes_the_same_bytes_and_replaces_nobodys_file(written, capsys):
     command, out = written
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}

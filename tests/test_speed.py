@@ -367,6 +367,7 @@ TINY = {"model": "ag_sononet8", "recipe": Recipe(
     val=0.2, test=0.2)}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_as_was_decided_and_the_same_is_learnt(scans, tmp_path, monkeypatch):
     seen = []
 
@@ -402,6 +403,7 @@ def test_a_resumed_run_does_as_was_decided_and_the_same_is_learnt(scans, tmp_pat
     assert same_network(out, tmp_path / "by-hand")
 
 
+@pytest.mark.slow
 def test_measuring_and_checkpointing_learn_the_same_bits(scans, tmp_path):
     train(str(scans), **TINY, out=tmp_path / "plain")
     with messages() as said:

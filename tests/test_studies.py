@@ -248,6 +248,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_results(tmp_path, traine
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_stopped_study_says_so_and_leaves_no_process(tmp_path, trainer, capsys):
     process = subprocess.Popen(
         [sys.executable, "-c", PROCESS, tmp_path / "s", "30", *trainer],

@@ -279,6 +279,7 @@ def test_a_run_is_resumed_where_its_data_is_now(moved, scans, tmp_path, monkeypa
     assert "1 image not as the run was trained with, such as 0/00.png" in said
 
 
+@pytest.mark.slow
 def test_results_in_the_data_and_a_split_that_cannot_be_read(scans, tmp_path, monkeypatch):
     data = tmp_path / "data"
     for split in ("train", "test"):

@@ -114,6 +114,7 @@ def test_a_run_is_never_written_over(whole, scans, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_runs_are_named_after_data_and_model(scans, tmp_path):
     for _ in range(2):
         run("train", scans, *QUICK, "--steps", "2", cwd=tmp_path)
