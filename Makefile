@@ -20,11 +20,11 @@ test: $(VENV)/.installed-test
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/pytest
-	$(BIN)/pytest -m "native and not slow"
+	$(BIN)/pytest -n 2 -m "native and not slow"
 
 test-all: test
 	$(BIN)/pytest -m "slow and not native"
-	$(BIN)/pytest -m "slow and native"
+	$(BIN)/pytest -n 2 -m "slow and native"
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ from results import (  # noqa: E402
 )
 from subprocesses import SecondProcess, measure_alone  # noqa: E402
 
-pytestmark = pytest.mark.native
+pytestmark = [pytest.mark.native, pytest.mark.slow]
 
 MACHINE = {
     "processor": "Test (R) CPU", "extensions": ["avx2"], "threads": 2, "accelerator": None,
@@ -252,7 +252,6 @@ def test_int8_is_near_the_network_and_not_the_network():
     assert 1e-6 < (found - expected).abs().max() < 0.05
 
 
-@pytest.mark.slow
 def test_the_authors_way_runs_in_a_process_whose_memory_is_as_usual():
     second = SecondProcess()
     try:
@@ -280,7 +279,6 @@ def test_training_steps_of_all_ways_lower_the_same_loss():
     assert theirs[2] < theirs[0]
 
 
-@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
     good, bad = measure_alone([a_case(batch=1), a_case("tensorrt")], rounds=1)
     assert good.fault is None

@@ -124,6 +124,7 @@ def test_groups_widen_and_several_networks_are_corrected():
     assert max(adjusted) <= 1
 
 
+@pytest.mark.slow
 def test_equal_networks_are_rarely_shown_to_differ():
     wrong = 0
     for seed in range(60):

@@ -394,6 +394,7 @@ def test_subgroups_of_a_table_have_rows_of_their_own(whole, table, tmp_path, cap
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluate_chooses_on_validation_and_reports_on_the_test(whole, capsys):
     from regard.run_data import predictions_of
 

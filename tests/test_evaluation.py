@@ -208,6 +208,7 @@ def coverage(simulate, truth, name, resamples):
     return held / 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "truth"), [("top1", 0.84), ("balanced_accuracy", 0.75)])
 def test_intervals_of_single_images_cover(name, truth):
     def simulate(rng):
@@ -218,6 +219,7 @@ def test_intervals_of_single_images_cover(name, truth):
     assert 0.90 <= coverage(simulate, truth, name, 2 if name == "top1" else 200) <= 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [True, False])
 def test_interval_of_groups_covers_where_that_of_images_would_not(groups):
     def simulate(rng):
@@ -230,6 +232,7 @@ def test_interval_of_groups_covers_where_that_of_images_would_not(groups):
     assert 0.90 <= share <= 0.99 if groups else share < 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("too_sure", [0.0, 0.02, 0.1])
 def test_calibration_interval_covers(too_sure):
     def simulate(rng):

@@ -142,6 +142,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_and_the_gradients_of_one_batch(tmp_path):
     """Real processes; each with three batches of two images of a step of twelve."""
     environment = {

@@ -92,6 +92,7 @@ def test_killed_in_the_middle_of_writing_a_state(whole, scans, tmp_path):
     assert same_results(whole, out)
 
 
+@pytest.mark.slow
 def test_a_broken_state_gives_way_to_the_one_before(whole, scans, tmp_path):
     out = tmp_path / "run"
     stopped_by(signal.SIGKILL, scans, out)

@@ -237,6 +237,7 @@ def test_a_run_that_could_not_start_leaves_its_folder_free(scans, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_images_lost_on_the_way_are_left_out_and_listed(scans, tmp_path, monkeypatch):
     monkeypatch.setattr("regard.training.splits.CHECKED", 2)  # of a split, its first and last
     data, out = tmp_path / "data", tmp_path / "run"
