@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from regard import create_model
+from regard.models.counting import count_multiply_adds, count_parameters
 from regard.papers import PAPERS, evaluate_words, load_table, tables, train_command
 from regard.papers.figures import printed_result, printed_size
 
@@ -67,13 +67,10 @@ TARGET_BATCH = "8"
 
 def count(name: str) -> tuple[str, int, int]:
     """Input size, parameters and multiply-adds (half of torch's flops) of one image."""
-    with torch.device("meta"), torch.no_grad():
-        model = create_model(name).eval()
-        size = model.default_cfg["input_size"]
-        with FlopCounterMode(display=False) as flops:
-            model(torch.zeros(1, *size))
-    parameters = sum(p.numel() for p in model.parameters())
-    return "x".join(map(str, size)), parameters, flops.get_total_flops() // 2
+    with torch.device("meta"):
+        model = create_model(name)
+    size = model.default_cfg["input_size"]
+    return "x".join(map(str, size)), count_parameters(model), count_multiply_adds(model, size)
 
 
 def counted_csv(text: str) -> str:

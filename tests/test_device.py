@@ -134,3 +134,7 @@ def test_cores_are_divided_among_the_processes_of_a_machine(monkeypatch):
     for processes, workers in ((8, 4), (2, 8), (64, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert default_workers() == workers
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for share, workers in (("6", 3), ("1", 1), ("100", 8), ("no number", 8)):
+        monkeypatch.setenv("REGARD_CORES", share)
+        assert default_workers() == workers

@@ -23,6 +23,7 @@ import pytest
 
 from regard.cli import _explained, run_command
 from regard.commands.study_display import StudyDisplay
+from regard.cores import cores
 from regard.errors import StudyStopped, UsageError
 from regard.papers import parse_table
 from regard.studies.page import write_page
@@ -35,7 +36,7 @@ from regard.studies.plan import (
 )
 from regard.studies.progress import Progress, Running
 from regard.studies.results import gather, to_dict, write_results
-from regard.studies.runner import run_all
+from regard.studies.runner import is_finished, run_all
 
 TABLE = """
 title = "Gates on digits"
@@ -49,7 +50,7 @@ network = "ag_sononet8"
 
 # stands in for `regard train`: a run of a quarter second that can be killed at any moment
 TRAINER = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 import numpy as np
 words = sys.argv[1:]
 if words[0] == "evaluate":
@@ -66,7 +67,8 @@ out.mkdir(parents=True, exist_ok=True)
 if name == "broken" and seed == 1:
     sys.exit("regard: it can not be trained")
 def say(status):
-    facts = {"parameters": 10, "steps": 40, "epochs": 2.0, "seconds": 0.1, "counts": {"train": 80}}
+    facts = {"parameters": 10, "multiply_adds": 2_500_000, "steps": 40, "epochs": 2.0}
+    facts |= {"seconds": 0.1, "counts": {"train": 80}}
     run = {"status": status, "plan": {}, "facts": facts}
     (out / "run.tmp").write_text(json.dumps(run))
     (out / "run.tmp").replace(out / "run.json")
@@ -89,6 +91,7 @@ np.savez(out / "predictions.npz", probabilities=p, labels=labels, classes=np.arr
          paths=np.array([f"{fold}-{i}" for i in range(60)]), split=np.array("test"))
 say("finished")
 time.sleep(0.05)
+(out / "cores").write_text(os.environ.get("REGARD_CORES", "all"))
 (out / "report.html").write_text("")
 """
 
@@ -170,11 +173,15 @@ def test_a_study_is_trained_once_and_its_failures_are_listed(tmp_path, trainer, 
     assert len(again.seconds) == 0
     result = to_dict(gather(table, runs))
     assert [len(row["seeds"]) for row in result["rows"]] == [2, 2, 1]
+    assert {row["multiply_adds"] for row in result["rows"]} == {2_500_000}
+    shares = {(run.folder / "cores").read_text() for run in runs if is_finished(run)}
+    assert shares == {str(max(1, cores() // 2))}  # of two runs at a time
     assert list(result["failed"].values()) == ["it can not be trained"]
     write_results(gather(table, runs), tmp_path)
     write_page(gather(table, runs), tmp_path)
     page = (tmp_path / "study.html").read_text()
     assert "it can not be trained" in page
+    assert page.count("<td>0.003</td>") == 3  # billion multiply-adds
     assert page.count("<polygon") == 3
 
 

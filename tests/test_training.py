@@ -16,6 +16,7 @@ import torch
 
 import regard
 from regard.errors import NotFiniteError
+from regard.models.counting import count_multiply_adds
 from tests.helpers import (
     ENVIRONMENT,
     QUICK,
@@ -39,6 +40,9 @@ def test_the_folder_explains_itself(whole, scans):
     assert not (whole / "best.safetensors").exists()
     model = timm.create_model(f"local-dir:{whole}", pretrained=True).eval()
     assert model.num_classes == 3
+    facts, size = run_json["facts"], model.default_cfg["input_size"]
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert facts["multiply_adds"] == count_multiply_adds(model, size) > facts["parameters"]
     rows = rows_of(whole / "metrics.csv")
     assert len(rows) == 6
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])

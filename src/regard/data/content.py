@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from regard.cores import cores
 from regard.data.table import ImageTable
 
 UNREADABLE = 0  # instead of the hash of a file that can't be read
@@ -58,7 +59,7 @@ def content_hashes(
         return stop - start
 
     done = 0
-    with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(min(8, 2 * cores())) as pool:
         for count in pool.map(fill, range(0, len(table), _CHUNK)):
             done += count
             if progress is not None:

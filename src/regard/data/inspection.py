@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from regard.cores import cores
 from regard.data.images import Stored, is_gray, read_stored
 from regard.data.sources import ImageTable
 from regard.data.thumbnails import thumbnail
@@ -95,7 +95,7 @@ def inspect_images(
         yield from ((int(i), _inspect(Stored(table.read(int(i))))) for i in indices)
         return
     if workers is None:
-        workers = _cores() if len(indices) > _SEQUENTIAL else 1
+        workers = cores() if len(indices) > _SEQUENTIAL else 1
     files = table.files
     chunks = (indices[at : at + _CHUNK].tolist() for at in range(0, len(indices), _CHUNK))
     if workers == 1:
@@ -119,7 +119,3 @@ def inspect_images(
         raise FileError("a process that read images died (memory?); try one worker") from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

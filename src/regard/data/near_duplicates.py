@@ -7,7 +7,6 @@ recall and precision.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from regard.cores import cores
 from regard.data.registration import Agreement, agreement, correlation, register
 from regard.data.similar import Candidates, View, find_candidates, views_for
 from regard.data.table import ImageTable
@@ -92,10 +92,6 @@ class Thumbnails:
         self.pixels[i], self.sides[i] = pixels, side
 
 
-def _threads() -> int:
-    return min(8, os.cpu_count() or 1)
-
-
 def read_thumbnails(
     table: ImageTable,
     rows: NDArray[np.int64] | None = None,
@@ -115,7 +111,7 @@ def read_thumbnails(
         return len(part)
 
     done = 0
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(min(8, cores())) as pool:
         parts = [rows[at : at + _CHUNK] for at in range(0, len(rows), _CHUNK)]
         for count in pool.map(look, parts):
             done += count
@@ -200,7 +196,7 @@ def _decided(
             similarity = _look_closer(table, i, j, turned, windows[k], int(close[k]))
         return None if similarity is None else _pair(table, i, j, similarity, turned)
 
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(min(8, cores())) as pool:
         return [pair for pair in pool.map(decide, np.flatnonzero(good).tolist()) if pair]
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from regard.cores import cores
 from regard.errors import RegardError, ResourceError
 
 log = logging.getLogger(__name__)
@@ -52,12 +53,8 @@ def never() -> bool:
 
 
 def default_workers() -> int:
-    """One for each core that this process may use, eight at most.
-
-    The processes of a run on one machine share its cores.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-    return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8))
+    """One for each core that this process may use, eight at most."""
+    return min(cores(), 8)
 
 
 # ------------------------------------------------------------------------------ processes

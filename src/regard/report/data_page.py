@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from regard.cores import cores
 from regard.data.audit import DataCheck
 from regard.data.images import read_stored, scaled
 from regard.data.table import SPLITS, ImageTable
@@ -61,7 +62,7 @@ def write_data_page(table: ImageTable, check: DataCheck, path: str | os.PathLike
     template = environment.from_string(folder.joinpath("data_page.html").read_text("utf-8"))
     pictures = Pictures(table)
     rows = spread(len(table), SAMPLE)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cores())) as pool:
         seen = [s for s in pool.map(lambda i: _look(table, i), rows.tolist()) if s is not None]
     splits = [s for s in (*SPLITS, "") if s in check.counts]
     page = template.render(

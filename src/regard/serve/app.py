@@ -18,6 +18,7 @@ from PIL import Image
 from regard.attention import StageMap, attention_kinds
 from regard.explanations.explanation import Explanation
 from regard.explanations.overlay import Box, describe, overlay
+from regard.models.counting import count_parameters
 from regard.predict import Classifier
 from regard.serve.safety import add_safety, is_loopback
 from regard.serve.uploads import Limits, check, read_image_bytes
@@ -106,7 +107,7 @@ def _add_pages(app: FastAPI, classifier: Classifier, tested: dict[str, Any] | No
             "name": name_of(classifier),
             "classes": classifier.class_names,
             "input_size": classifier.preprocess.input_size,
-            "parameters": sum(p.numel() for p in classifier.model.parameters()),
+            "parameters": count_parameters(classifier.model),
             "attention": attention_kinds(classifier.model),
             "tested": tested,
             "calibration": None

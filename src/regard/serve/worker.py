@@ -6,7 +6,6 @@ differ by less than 1e-6, as they do within `regard predict` of several files.
 """
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from regard.attention import attention_kinds
+from regard.cores import cores
 from regard.data.images import read_image
 from regard.explanations.explanation import Explanation, as_picture, explain_batch
 from regard.explanations.overlay import Box, Picture
@@ -60,7 +60,7 @@ class BatchingWorker:
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="network")
-        readers = min(READERS, os.cpu_count() or 1)
+        readers = min(READERS, cores())
         self.readers = ThreadPoolExecutor(readers, thread_name_prefix="reader")
         self.one_large = threading.Lock()
         self.waiting: list[_Waiting] = []

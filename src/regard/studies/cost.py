@@ -8,10 +8,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from regard.predict import Classifier, load
+from regard.models.counting import count_multiply_adds, count_parameters
+from regard.predict import load
 from regard.runs import RunFolder
 
 BATCH = 8
@@ -52,21 +51,13 @@ def measure_costs(folders: Sequence[Path]) -> list[Cost]:
                 found.append(time.perf_counter() - started)
     return [
         Cost(
-            parameters=sum(p.numel() for p in classifier.model.parameters()),
-            macs=_macs(classifier, images[:1]),
+            parameters=count_parameters(classifier.model),
+            macs=count_multiply_adds(classifier.model, classifier.preprocess.input_size),
             ms_an_image=1000 * median(found) / BATCH,
             ms_a_step=_step(folder),
         )
-        for folder, classifier, images, found in zip(
-            folders, classifiers, inputs, times, strict=True
-        )
+        for folder, classifier, found in zip(folders, classifiers, times, strict=True)
     ]
-
-
-def _macs(classifier: Classifier, image: Tensor) -> int:
-    with FlopCounterMode(display=False) as flops, torch.no_grad():
-        classifier.model(image)
-    return flops.get_total_flops() // 2
 
 
 def _step(folder: Path) -> float | None:

@@ -26,9 +26,9 @@ FAITHFULNESS = (
 
 
 def medians(facts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Parameters, and the medians of what was measured, over runs."""
+    """Parameters, multiply-adds, and the medians of what was measured, over runs."""
     found: dict[str, float] = {}
-    for key in ("parameters", "seconds", "images_a_second"):
+    for key in ("parameters", "multiply_adds", "seconds", "images_a_second"):
         values = [float(f[key]) for f in facts if key in f]
         if values:
             found[key] = float(np.median(values))

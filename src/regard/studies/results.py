@@ -45,6 +45,7 @@ from regard.studies.plan import PlannedRun
 from regard.studies.runner import failure_of, is_finished
 
 ALPHA = 0.05
+_SIZES = ("parameters", "multiply_adds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class RowResult:
         differences: to the reference, by metric; empty for the reference itself.
         p_values: Holm's, by metric, over the rows that are compared.
         verdict: what follows for accuracy, in one sentence.
-        facts: parameters, and medians of measured times, of the finished runs.
+        facts: parameters, multiply-adds, and medians of measured times, of the finished runs.
         curves: metrics.csv of each finished run.
         faithfulness: of each seed, by map: see `facts.faithfulness_of`.
         length: how long it was trained, and how long its recipe is; None: nothing is finished.
@@ -309,7 +310,7 @@ def _row_dict(row: RowResult) -> dict[str, Any]:
         "network": row.row.network,
         "evaluation": dict(row.row.evaluation),
         "paper": dict(row.row.paper),
-        "parameters": int(row.facts["parameters"]) if "parameters" in row.facts else None,
+        **{k: int(row.facts[k]) if k in row.facts else None for k in _SIZES},
         "length": None if row.length is None else asdict(row.length),
         "seeds": list(row.seeds),
         "values": row.values,
@@ -369,6 +370,7 @@ def write_results(result: StudyResult, out: Path) -> None:
 
 _FACTS = {
     "parameters": "parameters",
+    "multiply-adds": "multiply_adds",
     "training seconds": "seconds",
     "training images/s": "images_a_second",
 }

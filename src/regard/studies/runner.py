@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from regard.cores import SHARE, cores
 from regard.errors import StudyStopped, UsageError
 from regard.files import plural
 from regard.log import clock
@@ -244,8 +245,7 @@ def _environment(slot: int, jobs: int) -> dict[str, str]:
     """The environment of a job: its share of the cores, and one GPU of those there are."""
     environment = dict(os.environ)
     if jobs > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        environment["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // jobs))
+        environment[SHARE] = environment["OMP_NUM_THREADS"] = str(max(1, cores() // jobs))
         visible = environment.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else _gpus()
         if devices:

@@ -11,6 +11,7 @@ from regard.errors import UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate
 from regard.evaluation.familiarity import write_familiarity
 from regard.familiarity import measure_familiarity
+from regard.models.counting import count_multiply_adds, count_parameters
 from regard.models.io import save_model
 from regard.predict import Classifier
 from regard.runs import VALIDATION, RunFolder, write_predictions
@@ -93,7 +94,8 @@ def run_facts(
     return {
         "tested_on": tested_split(parts),
         "counts": {split: len(p.table) for split, p in parts.items()},
-        "parameters": sum(p.numel() for p in t.model.parameters()),
+        "parameters": count_parameters(t.model),
+        "multiply_adds": count_multiply_adds(t.weights, plan.preprocess.input_size),
         "steps": t.total,
         "epochs": t.total / t.steps_an_epoch,
         "seconds": t.seconds,

@@ -26,6 +26,7 @@ from regard.errors import NotFiniteError, Stopped
 from regard.evaluation import Predictions
 from regard.files import check_space, shortened
 from regard.machine import memory_errors
+from regard.models.counting import count_parameters
 from regard.runs import RunFolder
 from regard.training.build import build_loader, build_model, build_trainer
 from regard.training.checkpoint import Checkpoints
@@ -235,7 +236,7 @@ class Run:
     def _announce(self) -> None:
         t, r = self.trainer, self.plan.recipe
         counts = ", ".join(f"{len(p.table):,} {s}" for s, p in self.parts.items())
-        parameters = sum(p.numel() for p in t.model.parameters())
+        parameters = count_parameters(t.model)
         log.info(
             f"{self.plan.network}, {parameters:,} parameters, {len(self.plan.classes)} classes; "
             f"images: {counts}"

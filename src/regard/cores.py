@@ -1,0 +1,22 @@
+"""How many of this machine's cores are this process's."""
+
+import os
+
+SHARE = "REGARD_CORES"  # set for the runs of a study that are trained at the same time
+
+
+def cores() -> int:
+    """Cores that this process may use, at least 1.
+
+    The processes of one distributed run on a machine (LOCAL_WORLD_SIZE) share its cores, and so do
+    runs of a study that are trained at the same time (REGARD_CORES is each one's share).
+    """
+    if hasattr(os, "sched_getaffinity"):
+        available = len(os.sched_getaffinity(0))
+    else:
+        available = os.cpu_count() or 1
+    share = os.environ.get(SHARE, "")
+    if share.isdecimal():
+        available = min(available, int(share))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, available // max(1, int(processes) if processes.isdecimal() else 1))
