@@ -45,7 +45,7 @@ class AttentionMaps(Mapping[str, AttentionMap]):
     """The recorded maps by name, in the order in which the network has them."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
-        self.kinds = dict(names)
+        self.kinds: dict[str, str] = dict(names)
         self._maps: dict[str, AttentionMap] = {}
 
     def __getitem__(self, name: str) -> AttentionMap:

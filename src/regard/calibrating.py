@@ -18,7 +18,7 @@ from regard.predict import load, network_hash
 from regard.run_data import predictions_of, run_table
 from regard.runs import RunFolder
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def calibrate(

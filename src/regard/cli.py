@@ -36,7 +36,7 @@ COMMANDS = {
 }
 """The commands in the order of `regard --help`; each is `command` in a module of its name."""
 
-app = cyclopts.App(
+app: cyclopts.App = cyclopts.App(
     name="regard",
     version=__version__,
     help="Attention networks for image classification that show where they look.",

@@ -36,7 +36,7 @@ class Ensemble(Classifier):
         check_same_classes([m.class_names for m in members], names)
         first = members[0]
         super().__init__(first.model, first.class_names, first.preprocess, first.config)
-        self.members = list(members)
+        self.members: list[Classifier] = list(members)
         self._orders = [[m.class_names.index(c) for c in self.class_names] for m in members]
         if all(m.familiarity is not None for m in members):
             self.familiarity = first.familiarity

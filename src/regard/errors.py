@@ -59,7 +59,9 @@ class NotFiniteError(RegardError, ArithmeticError):
 
     def __init__(self, step: int, rate: float, rows: Sequence[int], what: str = "the loss") -> None:
         super().__init__(f"{what} of step {step} is not finite (learning rate {rate:.3g})")
-        self.step, self.rate, self.rows = step, rate, list(rows)
+        self.step: int = step
+        self.rate: float = rate
+        self.rows: list[int] = list(rows)
 
 
 class Stopped(RegardError):  # noqa: N818 (no error: somebody asked for it)
@@ -72,8 +74,9 @@ class Stopped(RegardError):  # noqa: N818 (no error: somebody asked for it)
 
     def __init__(self, step: int, signal_number: int) -> None:
         super().__init__(f"stopped after step {step}")
-        self.step, self.signal_number = step, signal_number
-        self.exit_code = 128 + signal_number
+        self.step: int = step
+        self.signal_number: int = signal_number
+        self.exit_code: int = 128 + signal_number
 
 
 class StudyStopped(Stopped):

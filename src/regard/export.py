@@ -32,7 +32,7 @@ from regard.predict import Classifier, load, probabilities_of
 from regard.run_data import run_table
 from regard.version import __version__
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 """The largest difference of a probability from the network's; for maps, relative to the map's

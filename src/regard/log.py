@@ -96,7 +96,9 @@ class Heartbeat:
     """
 
     def __init__(self, what: str, *, seconds: float = 30, level: int = logging.INFO) -> None:
-        self.what, self.seconds, self.level = what, seconds, level
+        self.what: str = what
+        self.seconds: float = seconds
+        self.level: int = level
         self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:

@@ -28,7 +28,7 @@ from regard.evaluation.familiarity import Familiarity, read_familiarity
 from regard.machine import choose_device
 from regard.models.io import load_model, network_folder
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 BATCH = 32
 
@@ -81,10 +81,10 @@ class Classifier:
         config: dict[str, Any] | None = None,
     ) -> None:
         # a one-channel input is contiguous in both layouts, so the weights decide
-        self.model = model.eval().to(memory_format=torch.channels_last)
-        self.class_names = list(class_names)
-        self.preprocess = preprocess
-        self.config = config or {}
+        self.model: nn.Module = model.eval().to(memory_format=torch.channels_last)
+        self.class_names: list[str] = list(class_names)
+        self.preprocess: Preprocess = preprocess
+        self.config: dict[str, Any] = config or {}
         self.engine: Callable[[Tensor], Tensor] | None = None
         self.calibration: Calibration | None = None
         self.familiarity: Familiarity | None = None

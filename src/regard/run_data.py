@@ -33,7 +33,7 @@ from regard.predict import Classifier, load, probabilities_of
 from regard.runs import RunFolder
 from regard.trained_on import known_images, overlap_line, own_table
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 Choose = Callable[[ImageTable, NDArray[np.str_] | None], tuple[str, ImageTable]]
 
 

@@ -20,7 +20,7 @@ from regard.data.splits_file import Row, read_rows, read_splits
 from regard.errors import UsageError
 from regard.files import plural
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 PathT = TypeVar("PathT", str, Path)
 _NAMES = np.array(SPLITS, "U5")
 KNOWN = "images.npz"  # in the folder of weights that come with Regard, instead of splits.csv
@@ -37,6 +37,7 @@ class KnownImages:
     """
 
     def __init__(self, splits_csv: Path) -> None:
+        self.contents: NDArray[np.uint64]
         if splits_csv.suffix == ".npz":
             with np.load(splits_csv) as file:
                 self.contents, self._codes = file["contents"], file["splits"].astype(np.int64)

@@ -11,11 +11,11 @@ from regard.commands.flags import DeviceFlag
 from regard.errors import UsageError
 from regard.log import info_on_stderr
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 NETWORKS = ("cbam_resnet50", "attention56", "ag_sononet8")
 EngineName = Literal["eager", "compiled", "onnxruntime", "openvino"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"]
-Several = Parameter(negative=(), consume_multiple=True)
+Several: Parameter = Parameter(negative=(), consume_multiple=True)
 
 
 def command(

@@ -10,7 +10,7 @@ from regard.commands.flags import (
     parse_arguments,
 )
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def command(

@@ -16,7 +16,7 @@ from regard.files import write_text
 if TYPE_CHECKING:
     from regard.data.audit import DataCheck
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def command(

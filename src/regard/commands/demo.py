@@ -51,7 +51,7 @@ def command(
     return 0
 
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 MARK = ".regard-demo"  # in a folder that a demo may replace
 
 

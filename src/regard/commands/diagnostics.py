@@ -12,7 +12,7 @@ from regard.errors import UsageError
 if TYPE_CHECKING:
     from regard.evaluation import Calibration
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from regard.errors import UsageError
 if TYPE_CHECKING:
     from regard.evaluation import Predictions, Subgroups
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

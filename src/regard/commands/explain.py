@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from regard.explanations.pointing import PointingScore
     from regard.explanations.writing import Outcome
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def command(

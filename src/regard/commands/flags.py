@@ -13,7 +13,7 @@ from regard.errors import UsageError
 from regard.extras import require
 from regard.log import Heartbeat, info_on_stderr
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def require_data(source: str | None) -> None:

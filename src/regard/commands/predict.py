@@ -26,7 +26,7 @@ from regard.log import info_on_stderr
 if TYPE_CHECKING:
     from regard.predict import Classifier, Prediction
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY = 30.0  # seconds between progress messages, where predictions are not on a screen
 

@@ -80,17 +80,19 @@ class PredictionsCsv:
     def __init__(self, path: Path, top: int, classifier: "Classifier", *, resume: bool) -> None:
         ranks = [f"{kind}{k}" for k in range(1, top + 1) for kind in ("class", "probability")]
         stored = classifier.calibration
-        self.decides = stored is not None and stored.threshold is not None
-        self.path, self.top, self.classifier = path, top, classifier
-        self.measures = classifier.familiarity is not None and classifier.engine is None
-        self.columns = ["path", *ranks, *(["decision"] if self.decides else [])]
+        self.decides: bool = stored is not None and stored.threshold is not None
+        self.path: Path = path
+        self.top: int = top
+        self.classifier: Classifier = classifier
+        self.measures: bool = classifier.familiarity is not None and classifier.engine is None
+        self.columns: list[str] = ["path", *ranks, *(["decision"] if self.decides else [])]
         self.columns += ["distance", "unlike_training"] if self.measures else []
-        self.averages = hasattr(classifier, "members")
+        self.averages: bool = hasattr(classifier, "members")
         self.columns += ["sd1", "disagreement"] if self.averages else []
-        self.flips = classifier.mirrors
+        self.flips: bool = classifier.mirrors
         self.columns += ["tta"] if self.flips else []
         self.columns += [*(f"p_{name}" for name in classifier.class_names), "error"]
-        self.rows = 0
+        self.rows: int = 0
         self._flushed = time.monotonic()
         if resume:
             _cut_last_line(path)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def command(

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def command(name: str | None = None) -> int:

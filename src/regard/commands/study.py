@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from regard.studies.plan import PlannedRun
     from regard.studies.progress import Progress
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from regard.studies.progress import Progress, Running
     from regard.studies.results import RowResult, StudyResult
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 LINE_EVERY = 60.0  # seconds between lines where there is no terminal
 FRAME_EVERY = 0.5  # seconds between frames in a terminal
@@ -26,7 +26,7 @@ class StudyDisplay:
     def __init__(self) -> None:
         self.live: Any = None
         self.result: StudyResult | None = None
-        self.shown = 0.0
+        self.shown: float = 0.0
         self.said: dict[str, str] = {}
 
     def __enter__(self) -> "StudyDisplay":

@@ -20,9 +20,9 @@ from regard.extras import EXTRAS, require
 from regard.log import show_messages
 from regard.training.config import Recipe, fields_of
 
-messages = logging.getLogger(__name__)
+messages: logging.Logger = logging.getLogger(__name__)
 
-RecipeFlags = make_dataclass(
+RecipeFlags: type = make_dataclass(
     "RecipeFlags",
     [
         (

@@ -42,7 +42,7 @@ _NAMED = 5  # images with clipped values that each get a line
 _clipped_images = 0
 _pil_lock = threading.Lock()
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 # Pillow warns of each odd tag of a file, which it reads all the same
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")

@@ -34,7 +34,7 @@ from regard.data.workers import (
 from regard.errors import ImageError
 from regard.files import spread
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 MEMORY_LIMIT = 2 * 1024**3  # bytes of decoded images that memory="auto" holds
 
@@ -50,8 +50,11 @@ class SampleOrder:
     """
 
     def __init__(self, count: int, seed: int, weights: NDArray[Any] | None = None) -> None:
-        self.count, self.seed = count, seed
-        self.chances = None if weights is None else weights / weights.sum()
+        self.count: int = count
+        self.seed: int = seed
+        self.chances: NDArray[np.float64] | None = (
+            None if weights is None else weights / weights.sum()
+        )
         self._epochs: dict[int, NDArray[np.int64]] = {}
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
@@ -85,7 +88,9 @@ class Spans(Sequence[Any]):
     """
 
     def __init__(self, starts: range, size: int, end: int | None = None) -> None:
-        self.starts, self.size, self.end = starts, size, end
+        self.starts: range = starts
+        self.size: int = size
+        self.end: int | None = end
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -203,7 +208,9 @@ class StreamingLoader:
     """
 
     def __init__(self, reader: Reader, order: SampleOrder | None, seed: int, workers: int) -> None:
-        self.reader, self.order, self.workers = reader, order, workers
+        self.reader: Reader = reader
+        self.order: SampleOrder | None = order
+        self.workers: int = workers
         self.stop: Callable[[], bool] = never
         self._dataset = _Batches(reader, order, seed)
         self._running: Iterator[Batch] = iter(())
@@ -276,8 +283,11 @@ class InMemoryLoader:
         images: Tensor | list[Tensor],
         unreadable: dict[int, str] | None = None,
     ) -> None:
-        self.reader, self.order, self.seed, self.images = reader, order, seed, images
-        self.unreadable = unreadable or {}
+        self.reader: Reader = reader
+        self.order: SampleOrder | None = order
+        self.seed: int = seed
+        self.images: Tensor | list[Tensor] = images
+        self.unreadable: dict[int, str] = unreadable or {}
 
     def close(self) -> None:
         """Nothing to end: no worker is needed."""

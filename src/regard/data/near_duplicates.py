@@ -84,8 +84,8 @@ class Thumbnails:
     """
 
     def __init__(self, count: int) -> None:
-        self.pixels = np.zeros((count, SIDE, SIDE), np.uint8)
-        self.sides = np.zeros(count, np.int32)
+        self.pixels: NDArray[np.uint8] = np.zeros((count, SIDE, SIDE), np.uint8)
+        self.sides: NDArray[np.int32] = np.zeros(count, np.int32)
 
     def add(self, i: int, pixels: NDArray[np.uint8], side: int) -> None:
         """Sets the thumbnail of image i, whose shorter side has so many pixels."""

@@ -29,7 +29,7 @@ _GRAY_MODES = ("1", "L", "LA", "I;16", "I;16B")
 _PLAIN = tuple(f for f in FORMATS if f not in ("TIFF", "PPM"))  # hold no measurements
 _EVERY = 30.0  # seconds between progress messages
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ _MIN_IS_WHITE = 0
 _SIGNED = 2
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 _warned: set[str] = set()
 
 

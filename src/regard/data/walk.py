@@ -27,7 +27,7 @@ _RESULT_FILES = ("run.json", "config.json", "model.safetensors")
 _SAMPLED = 24  # possible masks that are opened, in each listing
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"GIF8", b"RIFF")
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from regard.cores import cores
 from regard.errors import RegardError, ResourceError
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 POLL = 1.0  # seconds between looks at whether to stop, while waiting for a batch
 LONGEST_WAIT = 600.0  # seconds without a single batch, after which it is taken for lost

@@ -58,8 +58,8 @@ class Engine:
                 f"{' or '.join(self.precisions)}"
             )
         self.precision = precision
-        self.sizes = tuple(sorted(set(sizes)))
-        self.device = next(model.parameters()).device
+        self.sizes: tuple[int, ...] = tuple(sorted(set(sizes)))
+        self.device: torch.device = next(model.parameters()).device
         if self.device.type == "cpu":
             keep_freed_memory()
         self._runs = self._build(model, preprocess)
@@ -146,7 +146,7 @@ class OnnxRuntime(_OutsideTorch):
     """ONNX Runtime on the CPU."""
 
     name = "onnxruntime"
-    needs = ("onnxruntime", "onnx", "onnxscript")
+    needs: tuple[str, ...] = ("onnxruntime", "onnx", "onnxscript")
     precisions: tuple[str, ...] = ("fp32",)
 
     def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:

@@ -25,7 +25,7 @@ from regard.machine import has_bf16
 from regard.models.create import make
 from regard.predict import load
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 Clock = Callable[[], float]
 
 
@@ -48,8 +48,8 @@ class Timing:
 class OpenVinoInt8(OpenVino):
     """OpenVINO in 8 bits as `export` writes it, calibrated on noise: its speed is the same."""
 
-    needs = ("openvino", "nncf")
-    precisions = ("int8",)
+    needs: tuple[str, ...] = ("openvino", "nncf")
+    precisions: tuple[str, ...] = ("int8",)
 
     def _convert(self, deployed: Deployed) -> Any:
         return openvino_int8(deployed, noise(16, deployed.preprocess.input_size).float())

@@ -22,7 +22,7 @@ from regard.files import reason, write_atomically
 from regard.machine import describe_machine, has_bf16
 from regard.predict import Classifier
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "fp32", "bf16")
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.05}

@@ -49,9 +49,11 @@ class Deployed(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        self.model, self.preprocess, self.temperature = model, preprocess, temperature
-        self.maps = maps or []
-        self.dtype = next(model.parameters()).dtype
+        self.model: nn.Module = model
+        self.preprocess: Preprocess = preprocess
+        self.temperature: float = temperature
+        self.maps: list[str] = maps or []
+        self.dtype: torch.dtype = next(model.parameters()).dtype
 
     @property
     def output_names(self) -> list[str]:

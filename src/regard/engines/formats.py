@@ -68,8 +68,11 @@ class Format:
 class Onnx(Format):
     """ONNX, opset 20, checked by ONNX itself."""
 
-    name, suffix, extra = "onnx", ".onnx", "onnxruntime"
-    needs, int8_needs = ("onnx", "onnxscript", "onnxruntime"), ()
+    name: ClassVar[str] = "onnx"
+    suffix: ClassVar[str] = ".onnx"
+    extra: ClassVar[str] = "onnxruntime"
+    needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
+    int8_needs: ClassVar[tuple[str, ...]] = ()
 
     def write(self, path: Path, deployed: Deployed, facts: Facts) -> None:
         self._save(onnx_model(deployed), path, facts)
@@ -104,8 +107,11 @@ class Onnx(Format):
 class OpenVino(Format):
     """OpenVINO's FILE.xml with the weights in FILE.bin, in float32 and not in float16."""
 
-    name, suffix, extra = "openvino", ".xml", "openvino"
-    needs, int8_needs = ("openvino",), ("nncf",)
+    name: ClassVar[str] = "openvino"
+    suffix: ClassVar[str] = ".xml"
+    extra: ClassVar[str] = "openvino"
+    needs: ClassVar[tuple[str, ...]] = ("openvino",)
+    int8_needs: ClassVar[tuple[str, ...]] = ("nncf",)
 
     def parts(self, path: Path) -> list[Path]:
         return [path, path.with_suffix(".bin")]
@@ -141,7 +147,8 @@ class OpenVino(Format):
 class Torch(Format):
     """torch.export's .pt2."""
 
-    name, suffix = "torch", ".pt2"
+    name: ClassVar[str] = "torch"
+    suffix: ClassVar[str] = ".pt2"
 
     def write(self, path: Path, deployed: Deployed, facts: Facts) -> None:
         program = exported(deployed)

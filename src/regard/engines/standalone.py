@@ -47,6 +47,8 @@ class Network:
 
     def __init__(self, path: Path) -> None:
         opened = {".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_torch}[path.suffix]
+        self.facts: dict[str, Any]
+        self.run: Callable[[Array], Array]
         self.facts, self.run = opened(str(path))
 
     def predict(self, paths: list[str], top: int) -> Iterator[dict[str, Any]]:
@@ -55,7 +57,7 @@ class Network:
             part = paths[start : start + BATCH]
             inputs = [_read_or_error(path, self.facts) for path in part]
             good = [x for x in inputs if not isinstance(x, str)]
-            answers = iter(self.run(np.stack(good)) if good else ())
+            answers: Iterator[Array] = iter(self.run(np.stack(good)) if good else ())
             for path, x in zip(part, inputs, strict=True):
                 if isinstance(x, str):
                     yield {"path": path, "error": x}

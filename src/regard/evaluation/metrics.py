@@ -201,8 +201,10 @@ class ClassificationStatistics:
     """The values of `evaluate`'s metrics as a function of image weights."""
 
     def __init__(self, predictions: Predictions) -> None:
+        self.images: Outcomes
         present, self.images = _present_only(outcomes(predictions))
-        self.n_classes, self.more_than_5 = len(present), len(predictions.classes) > 5
+        self.n_classes: int = len(present)
+        self.more_than_5: bool = len(predictions.classes) > 5
 
     def __call__(self, weights: Floats) -> dict[str, float]:
         measured = _measure(self.images, weights, self.n_classes, self.more_than_5)

@@ -28,7 +28,8 @@ class CalibrationStatistics:
         p = predictions.probabilities[:, c].astype(np.float64)
         # float32 softmax rounds to 0 and 1; 1e-7 is its resolution
         p = np.clip(p, 1e-7, 1 - 1e-7)
-        self.logit, self.y = np.log(p / (1 - p)), (predictions.labels == c).astype(np.float64)
+        self.logit: Floats = np.log(p / (1 - p))
+        self.y: Floats = (predictions.labels == c).astype(np.float64)
 
     def __call__(self, weights: Floats) -> Values:
         y, logit = self.y, self.logit

@@ -94,11 +94,11 @@ class Ranking:
     """How scores rank the positive images above the others."""
 
     def __init__(self, positive: NDArray[np.bool_], scores: NDArray[np.floating]) -> None:
-        order = np.argsort(-scores, kind="stable")
-        self.order, self.positive = order, positive[order].astype(np.float64)
-        ranked = scores[order]
-        self.ends = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
-        self.scores = ranked[self.ends].astype(np.float64)
+        self.order: NDArray[np.intp] = np.argsort(-scores, kind="stable")
+        self.positive: NDArray[np.float64] = positive[self.order].astype(np.float64)
+        ranked = scores[self.order]
+        self.ends: NDArray[np.intp] = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
+        self.scores: NDArray[np.float64] = ranked[self.ends].astype(np.float64)
 
     def curve(self, weights: Floats) -> Curve:
         """The curve for weights (..., N)."""
@@ -118,11 +118,13 @@ class LabelStatistics:
 
     def __init__(self, predictions: Predictions, ordered: Sequence[str] | None = None) -> None:
         p, true = predictions.probabilities, predictions.labels
-        self.true, self.predicted, self.n_classes = true, p.argmax(axis=1), p.shape[1]
+        self.true: Ints = true
+        self.predicted: NDArray[np.intp] = p.argmax(axis=1)
+        self.n_classes: int = p.shape[1]
         of_true = p[np.arange(len(true)), true].astype(np.float64)
         squares = np.einsum("ij,ij->i", p, p, dtype=np.float64)
-        self.brier = (squares - 2 * of_true + 1) / (2 if self.n_classes == 2 else 1)
-        self.rank = None if ordered is None else _ranks(predictions, ordered)
+        self.brier: Floats = (squares - 2 * of_true + 1) / (2 if self.n_classes == 2 else 1)
+        self.rank: Ints | None = None if ordered is None else _ranks(predictions, ordered)
 
     def __call__(self, weights: Floats) -> Values:
         total = weights.sum()
@@ -166,16 +168,20 @@ class RankStatistics:
     MOST_PAIRED, MOST_STORED, MOST = 100, 2 * 10**7, 2 * 10**8
 
     def __init__(self, predictions: Predictions) -> None:
-        self.p, self.true = predictions.probabilities, predictions.labels
-        self.names, self.n_classes = predictions.classes, self.p.shape[1]
-        present = np.unique(self.true).tolist()
+        self.p: Floats = predictions.probabilities
+        self.true: Ints = predictions.labels
+        self.names: list[str] = predictions.classes
+        self.n_classes: int = self.p.shape[1]
+        present: list[int] = np.unique(self.true).tolist()
         work = len(self.true) * len(present)
-        self.present = present if len(present) > 1 and work <= self.MOST else []
+        self.present: list[int] = present if len(present) > 1 and work <= self.MOST else []
         pairs = 3 <= len(self.present) <= self.MOST_PAIRED
-        self.pairs = [(c, d) for c in self.present for d in self.present if c != d] * pairs
-        self.stored = work * (3 if pairs else 1) <= self.MOST_STORED
+        self.pairs: list[tuple[int, int]] = [
+            (c, d) for c in self.present for d in self.present if pairs and c != d
+        ]
+        self.stored: bool = work * (3 if pairs else 1) <= self.MOST_STORED
         # images ranked by one call; ranking itself takes as long as 200 of them
-        self.work = work * (3 if pairs else 1) + 200 * (len(self.present) + len(self.pairs))
+        self.work: int = work * (3 if pairs else 1) + 200 * (len(self.present) + len(self.pairs))
         self._stored: dict[tuple[int, int | None], tuple[Ints, Ranking]] = {}
 
     def _auc_inputs(self, c: int, other: int | None) -> tuple[Ints, Ranking]:
@@ -240,11 +246,12 @@ class OneClassStatistics:
         if max_fpr is not None and not 0 < max_fpr <= 1:
             raise UsageError(f"max_fpr={max_fpr}: above 0, at most 1")
         score = predictions.probabilities[:, c]
-        self.positive = predictions.labels == c
+        self.positive: NDArray[np.bool_] = predictions.labels == c
         top = predictions.probabilities.argmax(axis=1) == c
-        self.called = top if threshold is None else score >= threshold
-        self.score, self.max_fpr = score.astype(np.float64), max_fpr
-        self.ranking = Ranking(self.positive, score)
+        self.called: NDArray[np.bool_] = top if threshold is None else score >= threshold
+        self.score: NDArray[np.float64] = score.astype(np.float64)
+        self.max_fpr: float | None = max_fpr
+        self.ranking: Ranking = Ranking(self.positive, score)
 
     def counts(self, weights: Floats) -> tuple[float, float, float, float]:
         """True positives, false positives, true negatives, false negatives."""

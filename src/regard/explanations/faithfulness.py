@@ -130,9 +130,12 @@ class Scorer:
         repeats: int = 3,
     ) -> None:
         self.model = model
-        self.random = randomized(model, seed)
+        self.random: nn.Module = randomized(model, seed)
         self.of: dict[str, Any] = {"methods": methods, "reduce": reduce, "layer": layer}
-        self.baseline, self.seed, self.steps, self.repeats = baseline, seed, steps, repeats
+        self.baseline: str = baseline
+        self.seed: int = seed
+        self.steps: int = steps
+        self.repeats: int = repeats
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:

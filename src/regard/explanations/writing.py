@@ -47,7 +47,7 @@ from regard.explanations.records import Record, file_id, network_id, read_record
 from regard.files import plural, spread, write_atomically
 from regard.predict import Classifier
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 SCORED = 256  # of more images, so many are scored, evenly spread
 ON_A_SHEET = 60
@@ -132,16 +132,19 @@ class Writer:
             class_number(options.target, classifier.class_names)
         if options.baseline not in BASELINES:
             raise UsageError(f"baseline={options.baseline!r}: choose {' or '.join(BASELINES)}")
-        self.classifier, self.sources, self.out, self.options = classifier, sources, out, options
+        self.classifier: Classifier = classifier
+        self.sources: Sequence[Source] = sources
+        self.out: Path = out
+        self.options: Options = options
         refuse_to_replace(self._outputs(), [s.path for s in sources], overwrite=options.overwrite)
-        self.masks = Masks() if options.masks is None else open_masks(options.masks, sources)
-        self.outcome = Outcome(skipped_masks=dict(self.masks.problems))
-        self.network = network_id(classifier)
+        self.masks: Masks = Masks() if options.masks is None else open_masks(options.masks, sources)
+        self.outcome: Outcome = Outcome(skipped_masks=dict(self.masks.problems))
+        self.network: str = network_id(classifier)
         self.sheet: list[Explanation] = []
         self.scores: dict[str, ImageScore] = {}
         self.points: dict[str, dict[str, Pointing]] = {}  # by map, then by image
         self.targets: dict[str, str] = {}
-        self.scorer = self._scorer() if options.score else None
+        self.scorer: Scorer | None = self._scorer() if options.score else None
 
     def _outputs(self) -> list[Path]:
         names = [f"{s.name}{kind}" for s in self.sources for kind in (PICTURE, NUMBERS)]

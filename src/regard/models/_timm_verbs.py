@@ -27,11 +27,14 @@ class StagedNetwork(nn.Module):
         self, num_classes: int, in_chans: int, drop_rate: float, stages: Sequence[str]
     ) -> None:
         super().__init__()
-        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.grad_checkpointing = False
+        self.num_classes: int = num_classes
+        self.in_chans: int = in_chans
+        self.drop_rate: float = drop_rate
+        self.grad_checkpointing: bool = False
         self.stage_names = list(stages)
         self.feature_info: list[dict[str, Any]] = []
-        self.num_features = self.head_hidden_size = 0
+        self.num_features: int = 0
+        self.head_hidden_size: int = 0
         self.global_pool: Any
         self.fc: Any
 

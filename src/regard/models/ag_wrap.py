@@ -36,16 +36,20 @@ class AGNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.num_classes, self.drop_rate = num_classes, 0.0
-        self.aggregation = choose("aggregation", aggregation, AGGREGATIONS)
+        self.num_classes: int = num_classes
+        self.drop_rate: float = 0.0
+        self.aggregation: str = choose("aggregation", aggregation, AGGREGATIONS)
         *tapped, last = widths
         self.gates = nn.ModuleList([AttentionGate(w, last, normalize=normalize) for w in tapped])
-        self.num_features = self.head_hidden_size = sum(widths)
+        self.num_features: int = sum(widths)
+        self.head_hidden_size: int = self.num_features
         separate = widths if aggregation != "concat" else []
         self.heads = nn.ModuleList([nn.Linear(w, num_classes) for w in separate])
         inputs = num_classes * len(widths) if aggregation == "ft" else sum(widths)
         joint = aggregation != "mean"
-        self.classifier = nn.Linear(inputs, num_classes) if joint else nn.Identity()
+        self.classifier: nn.Linear | nn.Identity = (
+            nn.Linear(inputs, num_classes) if joint else nn.Identity()
+        )
 
     @property
     def head_weights(self) -> tuple[float, ...]:

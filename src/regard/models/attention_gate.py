@@ -71,10 +71,10 @@ class GateMap(nn.Module):
 
     def __init__(self, channels: int, gating_channels: int, inner: int, normalize: str) -> None:
         super().__init__()
-        self.normalize = choose("normalize", normalize, NORMALIZATIONS)
-        self.theta = nn.Conv2d(channels, inner, 1, bias=False)
-        self.phi = nn.Conv2d(gating_channels, inner, 1, bias=False)
-        self.psi = nn.Conv2d(inner, 1, 1)
+        self.normalize: str = choose("normalize", normalize, NORMALIZATIONS)
+        self.theta: nn.Conv2d = nn.Conv2d(channels, inner, 1, bias=False)
+        self.phi: nn.Conv2d = nn.Conv2d(gating_channels, inner, 1, bias=False)
+        self.psi: nn.Conv2d = nn.Conv2d(inner, 1, 1)
         self.init_gate()
 
     @torch.jit.ignore
@@ -124,7 +124,7 @@ class AttentionGate(nn.Module):
         normalize: str = "mean_flow",
     ) -> None:
         super().__init__()
-        self.map = GateMap(channels, gating_channels, inner or gating_channels, normalize)
+        self.map: GateMap = GateMap(channels, gating_channels, inner or gating_channels, normalize)
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         alpha = self.map(x, g)  # (B, 1, H, W)

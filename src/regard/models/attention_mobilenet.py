@@ -79,7 +79,7 @@ class GatedConv(nn.Module):
         )
         self.bn = nn.BatchNorm2d(channels)
         self.act = nn.ReLU(inplace=True)
-        self.se = nn.Identity() if attention is None else attention(channels)
+        self.se: nn.Module = nn.Identity() if attention is None else attention(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.se(self.act(self.bn(self.conv(x))))
@@ -144,7 +144,10 @@ class AttentionMobileNet(StagedNetwork):
                 {"num_chs": channels, "reduction": 2**n, "module": f"layer{n}"}
             )
         self.layer1, self.layer2, self.layer3, self.layer4, self.layer5 = stages
-        self.num_features = self.head_hidden_size = channels
+        self.num_features = channels
+        self.head_hidden_size: int = channels
+        self.global_pool: nn.Module
+        self.fc: nn.Module
         self.global_pool, self.fc = create_classifier(channels, num_classes, global_pool)
 
     @torch.jit.ignore

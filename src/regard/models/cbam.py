@@ -42,9 +42,9 @@ class ChannelGate(nn.Module):
         super().__init__()
         if reduction < 1:
             raise UsageError(f"reduction={reduction}: a whole number of at least 1")
-        self.pool = choose("channel_pool", pool, CHANNEL_POOLS)
+        self.pool: str = choose("channel_pool", pool, CHANNEL_POOLS)
         hidden = max(1, channels // reduction)
-        self.mlp = nn.Sequential(
+        self.mlp: nn.Sequential = nn.Sequential(
             nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels)
         )
 
@@ -81,11 +81,11 @@ class SpatialGate(nn.Module):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise UsageError(f"kernel_size={kernel_size}: choose 7 or 3 (the paper's), or any odd")
         learned = choose("spatial_pool", pool, SPATIAL_POOLS) == "conv"
-        self.pool = nn.Conv2d(channels, 1, 1, bias=False) if learned else None
-        self.conv = nn.Conv2d(
+        self.pool: nn.Conv2d | None = nn.Conv2d(channels, 1, 1, bias=False) if learned else None
+        self.conv: nn.Conv2d = nn.Conv2d(
             1 if learned else 2, 1, kernel_size, padding=kernel_size // 2, bias=False
         )
-        self.bn = nn.BatchNorm2d(1, eps=1e-5, momentum=0.01)
+        self.bn: nn.BatchNorm2d = nn.BatchNorm2d(1, eps=1e-5, momentum=0.01)
 
     @torch.jit.ignore
     def init_gate(self, generator: torch.Generator | None = None) -> None:
@@ -151,10 +151,10 @@ class CBAM(nn.Module):
     ) -> None:
         super().__init__()
         choose("order", order, ORDERS)
-        self.spatial_first = order == "spatial_channel"
-        self.parallel = order == "parallel"
-        self.channel = None
-        self.spatial = None
+        self.spatial_first: bool = order == "spatial_channel"
+        self.parallel: bool = order == "parallel"
+        self.channel: ChannelGate | None = None
+        self.spatial: SpatialGate | None = None
         if order != "spatial":
             self.channel = ChannelGate(channels, reduction=reduction, pool=channel_pool)
         if order != "channel":

@@ -21,7 +21,7 @@ from regard.models.original_weights import (
     read_tensors,
 )
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def read_class_names(path: Path) -> list[str]:

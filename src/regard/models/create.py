@@ -22,7 +22,7 @@ from regard.models.io import check_loadable, find_folder, load_model
 from regard.models.original_weights import load_authors_weights
 from regard.models.zoo import twins_of
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -47,7 +47,8 @@ class GraftedCBAM(CBAM):
         self, channels: int, *, scale: float = 1.0, channels_last: bool = False, **arguments: Any
     ) -> None:
         super().__init__(channels, **arguments)
-        self.scale, self.channels_last = scale, channels_last
+        self.scale: float = scale
+        self.channels_last: bool = channels_last
 
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_last:

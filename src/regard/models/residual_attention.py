@@ -81,7 +81,7 @@ class PreActUnit(nn.Module):
         self.conv3 = nn.Conv2d(width, channels, 1, bias=False)
         self.act = nn.ReLU(inplace=True)
         self.shortcut_is_activated = project or stride != 1 or in_channels != channels
-        self.shortcut = (
+        self.shortcut: nn.Conv2d | nn.Identity = (
             nn.Conv2d(in_channels, channels, 1, stride, bias=False)
             if self.shortcut_is_activated
             else nn.Identity()
@@ -118,7 +118,7 @@ class ResNeXtUnit(nn.Module):
         self.bn3 = nn.BatchNorm2d(channels)
         self.act = nn.ReLU(inplace=True)
         changes = project or stride != 1 or in_channels != channels
-        self.shortcut = (
+        self.shortcut: nn.Sequential | nn.Identity = (
             nn.Sequential(
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
@@ -167,7 +167,7 @@ class MaskActivation(nn.Module):
 
     def __init__(self, activation: str) -> None:
         super().__init__()
-        self.activation = choose("mask_activation", activation, ACTIVATIONS)
+        self.activation: str = choose("mask_activation", activation, ACTIVATIONS)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "mixed":
@@ -206,7 +206,7 @@ class MaskBranch(nn.Module):
         depth = 0 if choose("mask", mask, MASKS) == "local" else depth
         self.pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
         self.down = nn.ModuleList([_units(unit, channels, r) for _ in range(depth)])
-        self.bottom = _units(unit, channels, r if depth else 3)
+        self.bottom: nn.Sequential = _units(unit, channels, r if depth else 3)
         self.skip = nn.ModuleList([unit(channels, channels) for _ in range(depth - 1)])
         self.up = nn.ModuleList([_units(unit, channels, r) for _ in range(depth - 1)])
         conv1, conv2 = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(2))
@@ -260,15 +260,15 @@ class AttentionModule(nn.Module):
         mask_activation: str,
     ) -> None:
         super().__init__()
-        self.residual = choose("attention", attention, RESIDUALS) == "residual"
-        self.pre = _units(unit, channels, p)
-        self.trunk = _units(unit, channels, t)
-        self.mask = None
+        self.residual: bool = choose("attention", attention, RESIDUALS) == "residual"
+        self.pre: nn.Sequential = _units(unit, channels, p)
+        self.trunk: nn.Sequential = _units(unit, channels, t)
+        self.mask: MaskBranch | None = None
         if attention != "none":
             self.mask = MaskBranch(
                 unit, channels, depth=depth, r=r, mask=mask, activation=mask_activation
             )
-        self.post = _units(unit, channels, p)
+        self.post: nn.Sequential = _units(unit, channels, p)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pre(x)
@@ -340,18 +340,23 @@ class ResidualAttentionNet(StagedNetwork):
             if count < 1:
                 raise UsageError(f"{name}={count}: a count of residual units, at least 1")
         preact = choose("unit", unit, ("preact", "resnext")) == "preact"
-        self.num_features = self.head_hidden_size = channels[-1]
+        self.num_features: int = channels[-1]
+        self.head_hidden_size: int = self.num_features
         self._make_stem(in_chans, channels[0], choose("stem", stem, ("imagenet", "cifar")))
         # a map of n is pooled to ceil((n - 1) / 2), and the next stage halves it as well
         pools = mask != "local" and attention != "none"
         self._least = max(2 ** (d + s) for s, d in enumerate(depths)) if pools else 1
-        self.min_size = self._least * self._stem_stride
+        self.min_size: int = self._least * self._stem_stride
         self._make_stages(
             PreActUnit if preact else ResNeXtUnit, modules, units, channels, depths,
             p=p, t=t, r=r, attention=attention, mask=mask, mask_activation=mask_activation,
         )  # fmt: skip
-        self.norm = nn.BatchNorm2d(channels[-1]) if preact else nn.Identity()
-        self.act = nn.ReLU(inplace=True) if preact else nn.Identity()
+        self.norm: nn.BatchNorm2d | nn.Identity = (
+            nn.BatchNorm2d(channels[-1]) if preact else nn.Identity()
+        )
+        self.act: nn.ReLU | nn.Identity = nn.ReLU(inplace=True) if preact else nn.Identity()
+        self.global_pool: nn.Module
+        self.fc: nn.Module
         self.global_pool, self.fc = create_classifier(
             channels[-1], num_classes, pool_type=global_pool
         )
@@ -365,14 +370,16 @@ class ResidualAttentionNet(StagedNetwork):
 
     def _make_stem(self, in_chans: int, width: int, stem: str) -> None:
         imagenet = stem == "imagenet"
-        self.conv1 = (
+        self.conv1: nn.Conv2d = (
             nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
             if imagenet
             else nn.Conv2d(in_chans, width, 3, 1, 1, bias=False)
         )
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True) if imagenet else nn.Identity()
+        self.maxpool: nn.MaxPool2d | nn.Identity = (
+            nn.MaxPool2d(3, 2, ceil_mode=True) if imagenet else nn.Identity()
+        )
         self._stem_stride = 4 if imagenet else 1
 
     def _make_stages(

@@ -84,11 +84,11 @@ class _SonoNetBase(StagedNetwork):
             raise UsageError(f"convs={tuple(convs)}: five counts, as (3, 3, 3, 2, 2)")
         widths = [features * k for k in (1, 2, 4, 8, 8)]
         self.widths = widths
-        self.block1 = _block(in_chans, widths[0], convs[0], pool=False)
-        self.block2 = _block(widths[0], widths[1], convs[1], pool=True)
-        self.block3 = _block(widths[1], widths[2], convs[2], pool=True)
-        self.block4 = _block(widths[2], widths[3], convs[3], pool=True)
-        self.block5 = _block(widths[3], widths[4], convs[4], pool=True)
+        self.block1: nn.Sequential = _block(in_chans, widths[0], convs[0], pool=False)
+        self.block2: nn.Sequential = _block(widths[0], widths[1], convs[1], pool=True)
+        self.block3: nn.Sequential = _block(widths[1], widths[2], convs[2], pool=True)
+        self.block4: nn.Sequential = _block(widths[2], widths[3], convs[3], pool=True)
+        self.block5: nn.Sequential = _block(widths[3], widths[4], convs[4], pool=True)
         self.feature_info = [
             {"num_chs": width, "reduction": 2**i, "module": f"block{i + 1}"}
             for i, width in enumerate(widths)
@@ -160,7 +160,8 @@ class SonoNet(_SonoNetBase):
         convs: Sequence[int] = (3, 3, 3, 2, 2),
     ) -> None:
         super().__init__(in_chans, features, convs, num_classes, drop_rate)
-        self.num_features = self.head_hidden_size = self.widths[4]
+        self.num_features: int = self.widths[4]
+        self.head_hidden_size: int = self.num_features
         self.reset_classifier(num_classes, global_pool)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -168,10 +169,12 @@ class SonoNet(_SonoNetBase):
         self.num_classes = num_classes
         if global_pool is not None:
             pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-            self.global_pool = fitted(self, pool)
+            self.global_pool: nn.Module = fitted(self, pool)
         if num_classes > 0:
-            self.adapt = fitted(self, _conv(self.widths[4], self.widths[2], 1))
-            self.classifier = fitted(self, _conv(self.widths[2], num_classes, 1, relu=False))
+            self.adapt: nn.Module = fitted(self, _conv(self.widths[4], self.widths[2], 1))
+            self.classifier: nn.Module = fitted(
+                self, _conv(self.widths[2], num_classes, 1, relu=False)
+            )
         else:
             self.adapt, self.classifier = (fitted(self, nn.Sequential()) for _ in range(2))
 
@@ -239,15 +242,16 @@ class AGSonoNet(_SonoNetBase):
         normalize: str = "mean_flow",
     ) -> None:
         super().__init__(in_chans, features, convs, num_classes, drop_rate)
-        self.aggregation = choose("aggregation", aggregation, AGGREGATIONS)
+        self.aggregation: str = choose("aggregation", aggregation, AGGREGATIONS)
         _, _, third, fourth, fifth = self.widths
         self.vectors = [third, fourth, fifth]
-        self.num_features = self.head_hidden_size = third + fourth + fifth
+        self.num_features: int = third + fourth + fifth
+        self.head_hidden_size: int = self.num_features
         self.gate3 = AttentionGate(third, fifth, normalize=normalize)
         self.gate4 = AttentionGate(fourth, fifth, normalize=normalize)
         self.reset_classifier(num_classes, global_pool)
 
-    __jit_unused_properties__: ClassVar = ["head_weights"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["head_weights"]
 
     @property
     def head_weights(self) -> tuple[float, ...]:
@@ -261,16 +265,18 @@ class AGSonoNet(_SonoNetBase):
         self.num_classes = num_classes
         if global_pool is not None:
             pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-            self.global_pool = fitted(self, pool)
-        self.pooled = bool(self.global_pool.pool_type)
+            self.global_pool: nn.Module = fitted(self, pool)
+        self.pooled: bool = bool(self.global_pool.pool_type)
         some = num_classes > 0
         separate = some and self.aggregation != "concat"
         widths = self.vectors if separate else []
-        self.heads = fitted(self, nn.ModuleList([nn.Linear(w, num_classes) for w in widths]))
+        self.heads: nn.ModuleList = fitted(
+            self, nn.ModuleList([nn.Linear(w, num_classes) for w in widths])
+        )
         inputs = num_classes * 3 if self.aggregation == "ft" else self.num_features
         joint = some and self.aggregation != "mean"
         last = nn.Linear(inputs, num_classes) if joint else nn.Identity()
-        self.classifier = fitted(self, last)
+        self.classifier: nn.Module = fitted(self, last)
 
     @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:

@@ -22,7 +22,7 @@ from regard.report.charts import confusion, faithfulness, learning
 from regard.report.curves import Chart, decision_chart, precision_recall, reliability_chart, roc
 from regard.report.source import RunSource, choose
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 PICTURES = "images"  # the folder of the explanation pictures
 _UNSAFE = re.compile(r"[^\w.-]+")

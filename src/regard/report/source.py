@@ -15,7 +15,14 @@ from regard.attention import attention_kinds
 from regard.data.loading import Reader
 from regard.data.table import ImageTable
 from regard.errors import ImageError, UsageError
-from regard.evaluation import Evaluation, Predictions, evaluate, read_calibration, with_temperature
+from regard.evaluation import (
+    Calibration,
+    Evaluation,
+    Predictions,
+    evaluate,
+    read_calibration,
+    with_temperature,
+)
 from regard.explanations.explanation import METHODS, Explanation, as_picture, explain_batch
 from regard.explanations.faithfulness import Faithfulness, Scorer, summarize
 from regard.explanations.gradcam import default_layer, gradcam
@@ -27,7 +34,7 @@ from regard.predict import Classifier, load
 from regard.runs import RunFolder
 from regard.trained_on import own_table
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 MOST_WRONG, LEAST_SURE, MOST_CLASSES = 12, 6, 12
 
@@ -82,17 +89,20 @@ class RunSource:
     """
 
     def __init__(self, folder: Path, masks: Path | None = None, device: str = "cpu") -> None:
-        self.run = RunFolder(folder)
+        self.run: RunFolder = RunFolder(folder)
         if not self.run.finished:
             raise UsageError(f"{folder} holds no finished run")
-        self.plan, self.facts = self.run.read_plan(), self.run.read_facts()
-        self.recipe = self.run.read_recipe()
+        self.plan: dict[str, Any] = self.run.read_plan()
+        self.facts: dict[str, Any] = self.run.read_facts()
+        self.recipe: dict[str, Any] = self.run.read_recipe()
+        self.split: str
+        self.predictions: Predictions
         self.split, self.predictions = self.run.read_predictions()
-        self.classifier = load(folder, device, calibrated=False)  # as it was evaluated
-        self.calibration = read_calibration(folder)
-        self.problem = ""
-        self.found = self._open()
-        self.masks = Masks() if masks is None else self._open_masks(masks)
+        self.classifier: Classifier = load(folder, device, calibrated=False)  # as it was evaluated
+        self.calibration: Calibration | None = read_calibration(folder)
+        self.problem: str = ""
+        self.found: _Found | None = self._open()
+        self.masks: Masks = Masks() if masks is None else self._open_masks(masks)
 
     @cached_property
     def evaluation(self) -> Evaluation:

@@ -37,7 +37,7 @@ _FORM = {
         "required": ["file"],
     }
 }  # fmt: skip
-IMAGE_BODY = {
+IMAGE_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {"application/octet-stream": _BINARY, "multipart/form-data": _FORM},

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from regard.errors import RegardError
 from regard.serve.uploads import Limits
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _LEFT = 499  # the client closed the connection: nobody reads this answer
 

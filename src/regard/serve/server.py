@@ -20,7 +20,7 @@ from regard.predict import Classifier
 from regard.serve.app import create_app, name_of
 from regard.serve.uploads import Limits
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 PATIENCE = 10.0  # seconds for the headers of a request
 GRACE = 7.0  # seconds after SIGTERM for requests in work; stalled ones are then hung up on

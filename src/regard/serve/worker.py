@@ -59,10 +59,10 @@ class BatchingWorker:
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="network")
+        self.thread: ThreadPoolExecutor = ThreadPoolExecutor(1, thread_name_prefix="network")
         readers = min(READERS, cores())
-        self.readers = ThreadPoolExecutor(readers, thread_name_prefix="reader")
-        self.one_large = threading.Lock()
+        self.readers: ThreadPoolExecutor = ThreadPoolExecutor(readers, thread_name_prefix="reader")
+        self.one_large: threading.Lock = threading.Lock()
         self.waiting: list[_Waiting] = []
         self.task: asyncio.Task[None] | None = None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from regard.errors import UsageError
 from regard.papers import Row, Table, evaluate_words, load_table, tables, train_command
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 SHIPPED = ("twins", "insert")
 DEFAULT_MODEL = "cbam_resnet18"

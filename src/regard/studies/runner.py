@@ -26,7 +26,7 @@ from regard.runs import PROGRESS
 from regard.studies.plan import PlannedRun
 from regard.studies.progress import Progress, Running, earlier_seconds
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _POLL = 0.2  # seconds between looks at the processes
 _PATIENCE = 30.0  # seconds that a stopped run has to save its state

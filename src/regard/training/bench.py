@@ -27,7 +27,7 @@ from regard.training.losses import multi_head_cross_entropy, total_weight
 from regard.training.memory import peak_of
 from regard.training.update import Updater
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 ENGINES = ("eager", "compiled")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")

@@ -15,7 +15,7 @@ from regard.training.distributed import gathered
 from regard.training.loop import Trainer
 from regard.training.trial import first_batches, trial, trial_step
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 LEAST_COMPILING = 10.0  # seconds; compiling forward and backward hardly takes less
 MOST_SAVED = 0.5  # of a step's time; compiling hardly saves more

@@ -114,7 +114,8 @@ class Ranks:
         several = accelerator is not None
         self.rank: int = accelerator.process_index if several else 0  # type: ignore[union-attr]
         self.count: int = accelerator.num_processes if several else 1  # type: ignore[union-attr]
-        self.local = int(os.environ.get("LOCAL_WORLD_SIZE", self.count)) if self.count > 1 else 1
+        here = os.environ.get("LOCAL_WORLD_SIZE", self.count)
+        self.local: int = int(here) if self.count > 1 else 1
 
     def all(self, value: Any) -> list[Any]:
         """The values of all processes."""
@@ -228,7 +229,7 @@ class Requests:
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.several = accelerator.num_processes > 1
+        self.several: bool = accelerator.num_processes > 1
         self._group: Any = None
         self._pending: tuple[Any, Tensor] | None = None
         self._looked_at, self._heard, self._told = 0.0, 0, False

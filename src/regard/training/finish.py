@@ -21,7 +21,7 @@ from regard.training.run_plan import Plan
 from regard.training.splits import LoadedSplit
 from regard.version import __version__
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 NAMES = {"test": "test", "val": "validation", "train": "training"}
 

@@ -19,7 +19,8 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / NAME
+        self.folder: Path = folder
+        self.path: Path = folder / NAME
         self._lock: FileLock | None = None
 
     def acquire(self) -> None:

@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather, reduce
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from regard.compat import without_buffer_exchange
-from regard.data.augment import augment, blend, mixup_shares, neighbors
+from regard.data.augment import Augmentation, augment, blend, mixup_shares, neighbors
 from regard.data.loading import Batch, repeated
 from regard.data.preprocess import Preprocess
 from regard.errors import FileError, NotFiniteError
@@ -41,7 +42,7 @@ from regard.training.losses import (
     total_weight,
 )
 from regard.training.optim import rate_factor, set_rate
-from regard.training.steps import StepSpans, step_plan
+from regard.training.steps import StepPlan, StepSpans, step_plan
 from regard.training.update import Updater
 
 CHECK_EVERY = 20  # steps between reads of the loss on a device, each of which waits for it
@@ -91,19 +92,20 @@ class Trainer:
 
     def __post_init__(self) -> None:
         recipe = self.recipe
-        self.device = self.accelerator.device
+        self.device: torch.device = self.accelerator.device
         self.look_every = 1 if self.device.type == "cpu" else CHECK_EVERY
         self._bad = torch.full((), -1)  # first step whose loss was not finite
-        self.augmentation = recipe.augmentation
-        self.head_weights = getattr(self.model, "head_weights", None)
-        self.steps = step_plan(recipe, self.count, self.accelerator.num_processes)
-        self.batch = self.steps.batch
-        self.images_a_step = self.steps.images
-        self.steps_an_epoch = self.steps.an_epoch
-        self.updater = Updater(self.model, recipe, self.device, self.precision)
-        self.optimizer, self.ema = self.updater.optimizer, self.updater.ema
+        self.augmentation: Augmentation = recipe.augmentation
+        self.head_weights: tuple[float, ...] | None = getattr(self.model, "head_weights", None)
+        self.steps: StepPlan = step_plan(recipe, self.count, self.accelerator.num_processes)
+        self.batch: int = self.steps.batch
+        self.images_a_step: int = self.steps.images
+        self.steps_an_epoch: float = self.steps.an_epoch
+        self.updater: Updater = Updater(self.model, recipe, self.device, self.precision)
+        self.optimizer: torch.optim.Optimizer = self.updater.optimizer
+        self.ema: ModelEmaV3 | None = self.updater.ema
         # sums over this epoch: objective, weights, cross entropy, correct, images
-        self.tally = torch.zeros(5, dtype=torch.float64)
+        self.tally: Tensor = torch.zeros(5, dtype=torch.float64)
         self._forward: Any = self.model
         self._parallel: nn.parallel.DistributedDataParallel | None = None
 

@@ -24,7 +24,7 @@ from regard.training.distributed import gathered
 from regard.training.loop import Trainer
 from regard.training.trial import first_batches, trial, trial_step
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 SHARE = 0.9  # of the free memory that a step may take: the measurement is not exact
 ENOUGH = 512e6  # bytes by which the measured batches differ, when no larger one is needed
@@ -166,7 +166,7 @@ class PeakOnCPU:
 
     def __init__(self) -> None:
         trim_memory()
-        self.before = psutil.Process().memory_info().rss
+        self.before: int = psutil.Process().memory_info().rss
 
     def __call__(self, trainer: Trainer, size: int) -> int:
         _RESET_PEAK.write_text("5")  # sets the peak to what is held now

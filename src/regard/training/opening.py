@@ -16,7 +16,7 @@ from regard.training.checkpoint import Checkpoints
 from regard.training.distributed import on_main
 from regard.training.run_plan import Plan, Request, new_plan, resumed_plan
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 Resume = bool | Literal["auto"]
 

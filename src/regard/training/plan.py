@@ -26,7 +26,7 @@ from regard.models.zoo import twins_of
 from regard.training.config import Recipe
 from regard.training.steps import step_plan
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "cbam_resnet18"
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)

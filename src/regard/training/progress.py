@@ -11,7 +11,7 @@ from regard.runs import note_progress
 from regard.training.loop import Trainer
 from regard.training.trackers import Trackers
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 PLAIN_EVERY = 30.0  # seconds between plain lines within an epoch
 NOTE_EVERY = 1.0  # seconds between notes for who started the run
@@ -27,16 +27,18 @@ class Display:
     """
 
     def __init__(self, trainer: Trainer, trackers: Trackers | None) -> None:
-        self.trainer, self.trackers = trainer, trackers
-        self.loss = math.nan
+        self.trainer: Trainer = trainer
+        self.trackers: Trackers | None = trackers
+        self.loss: float = math.nan
         self.bar: Any = None
 
     def __enter__(self) -> "Display":
-        self.started = self.shown = time.monotonic()
-        self.first = self.trainer.step
+        self.started: float = time.monotonic()
+        self.shown: float = self.started
+        self.first: int = self.trainer.step
         if self.trackers is None:
             return self
-        self.noted = self.started
+        self.noted: float = self.started
         note_progress(self.first, self.trainer.total)
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -47,7 +49,7 @@ class Display:
                 TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}"),
                 TextColumn("left"), TimeRemainingColumn(), console=console,
             )  # fmt: skip
-            self.task = self.bar.add_task(
+            self.task: int = self.bar.add_task(
                 "training", total=self.trainer.total, completed=self.first, numbers=""
             )
             self.bar.start()

@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from regard.data.loading import StreamingLoader
+from regard.data.loading import InMemoryLoader, StreamingLoader
 from regard.data.near_duplicates import leak_line
+from regard.data.table import ImageTable
 from regard.data.workers import WaitInterrupted, worker_errors
 from regard.errors import NotFiniteError, Stopped
 from regard.evaluation import Predictions
@@ -49,13 +50,13 @@ from regard.training.memory import fit_memory
 from regard.training.opening import Opened, Resume, open_run
 from regard.training.plan import check_batch, precision_note
 from regard.training.progress import Display
-from regard.training.run_plan import Request, accumulation_now
+from regard.training.run_plan import Plan, Request, accumulation_now
 from regard.training.scoring import Scorer
 from regard.training.signals import Signals
 from regard.training.splits import LoadedSplit, load_splits, measured
 from regard.training.trackers import Trackers, check_trackers
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def train(
@@ -108,16 +109,22 @@ class Run:
     def __init__(
         self, opened: Opened, accelerator: Accelerator, trackers: Sequence[str] = ()
     ) -> None:
-        self.plan, self.table, self.stored = opened.plan, opened.table, opened.stored
-        self.folder = RunFolder(opened.path)  # of which only the first process knows anything
-        self.accelerator, self.tracker_names = accelerator, trackers
-        self.main, self.world = accelerator.is_main_process, accelerator.num_processes
-        self.signals, self.requests = Signals(), Requests(accelerator)
-        self.states = Checkpoints(self.folder.path / "state")
-        self.saved_at = time.monotonic()
+        self.plan: Plan = opened.plan
+        self.table: ImageTable = opened.table
+        self.stored: dict[str, Any] = opened.stored
+        self.folder: RunFolder = RunFolder(opened.path)  # only the first process knows its contents
+        self.accelerator = accelerator
+        self.tracker_names: Sequence[str] = trackers
+        self.main: bool = accelerator.is_main_process
+        self.world: int = accelerator.num_processes
+        self.signals: Signals = Signals()
+        self.requests: Requests = Requests(accelerator)
+        self.states: Checkpoints = Checkpoints(self.folder.path / "state")
+        self.saved_at: float = time.monotonic()
         self.best: dict[str, float] = {}
-        self.resumed, self.has_state = opened.resumed, opened.has_state
-        self.unscored = False  # the saved state awaits the evaluation of its epoch
+        self.resumed: bool = opened.resumed
+        self.has_state: bool = opened.has_state
+        self.unscored: bool = False  # the saved state awaits the evaluation of its epoch
 
     def go(self) -> None:
         """Prepares, trains, tests and writes; see `train`."""
@@ -138,7 +145,7 @@ class Run:
         model = self._model()
         check_batch(model, self.plan.recipe, int(np.count_nonzero(self.table.splits == "train")))
         on_main(self.accelerator, lambda: self._claim(lock, model))
-        self.parts = load_splits(
+        self.parts: dict[str, LoadedSplit] = load_splits(
             self.table, self.plan.preprocess, self.plan.recipe,
             left_out=self.stored.get("left_out") if self.resumed else None, show=self.main,
             ranks=Ranks(self.accelerator),
@@ -151,10 +158,11 @@ class Run:
                 self.accelerator, lambda: measured(self.parts["train"], self.plan.preprocess)
             )
             self.plan = dataclasses.replace(self.plan, preprocess=preprocess)
-        self.loaders = {
+        self.loaders: dict[str, InMemoryLoader | StreamingLoader] = {
             s: build_loader(self.plan, s, p) for s, p in self.parts.items() if s != "train"
         }
         trainer = build_trainer(self.plan, model, self.parts["train"], self.accelerator)
+        self.trainer: Trainer
         self.trainer, chosen = self._fitted(trainer, self.stored)
         chosen["left_out"] = {
             self.table.key_of(path): why
@@ -254,13 +262,14 @@ class Run:
     # ----------------------------------------------------------------- while it trains
     def _train(self) -> None:
         trackers = None
-        self.scorer = Scorer(self.trainer, self.plan.classes, self._stop_asked)
+        self.scorer: Scorer = Scorer(self.trainer, self.plan.classes, self._stop_asked)
         if self.main:
             config = {**dataclasses.asdict(self.plan.recipe), "model": self.plan.model}
             trackers = Trackers(self.tracker_names, self.folder.path, config, self.trainer.step)
         source = self.trainer.source
         if isinstance(source, StreamingLoader):
             source.stop = self._stop_asked
+        self.display: Display
         with Display(self.trainer, trackers) as self.display:
             if self.unscored:
                 self._end_epoch()

@@ -27,7 +27,7 @@ from regard.training.plan import (
 )
 from regard.training.start import Start, choose_start
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 # fields of a recipe that may differ when a run is resumed: they change no result
 OPERATIONAL = ("workers", "save_minutes")

@@ -44,8 +44,9 @@ class Scorer:
     def __init__(
         self, trainer: Trainer, classes: list[str], stop: Callable[[], bool] = never
     ) -> None:
-        self.trainer, self.stop = trainer, stop
-        self.classifier = Classifier(trainer.weights, classes, trainer.preprocess)
+        self.trainer: Trainer = trainer
+        self.stop: Callable[[], bool] = stop
+        self.classifier: Classifier = Classifier(trainer.weights, classes, trainer.preprocess)
 
     def validate(self, loader: InMemoryLoader | StreamingLoader, part: LoadedSplit) -> Scores:
         """Loss and accuracy, of which each batch leaves three numbers.

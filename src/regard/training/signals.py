@@ -24,8 +24,8 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.stop = 0
-        self.save = False
+        self.stop: int = 0
+        self.save: bool = False
 
     def _request(self, number: int, _: FrameType | None) -> None:
         if number in SAVING:

@@ -29,7 +29,7 @@ from regard.machine import free_memory
 from regard.training.config import Recipe
 from regard.training.distributed import Ranks
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 CHECKED = 20_000  # images that are decoded before training where they are streamed
 MEASURED = 2_000  # images from which mean and standard deviation are computed

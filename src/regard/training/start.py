@@ -22,7 +22,7 @@ from regard.training.config import Recipe
 from regard.training.plan import CIFAR_STEM_UP_TO, choose_stem
 from regard.weights import Weights, shipped
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _NEUTRAL = ("drop_rate", "drop_path_rate", "zero_init_last", "img_size", "global_pool", "in_chans")
 

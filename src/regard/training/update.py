@@ -29,13 +29,19 @@ class Updater:
     def __init__(
         self, model: nn.Module, recipe: Recipe, device: torch.device, precision: str = "fp32"
     ) -> None:
-        self.model, self.device, self.precision = model, device, precision
-        self.clip = recipe.clip_grad
+        self.model: nn.Module = model
+        self.device: torch.device = device
+        self.precision: str = precision
+        self.clip: float = recipe.clip_grad
         if device.type == "cuda":
             allow_tf32(precision == "tf32")
-        self.optimizer = make_optimizer(model, recipe)
-        self.scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-        self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
+        self.optimizer: torch.optim.Optimizer = make_optimizer(model, recipe)
+        self.scaler: torch.amp.GradScaler | None = (
+            torch.amp.GradScaler(device.type) if precision == "fp16" else None
+        )
+        self.ema: ModelEmaV3 | None = (
+            ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
+        )
         # looked up once: finding some 400 tensors by their names takes 3 ms
         pairs = [] if self.ema is None else _pairs(self.ema.module, model)
         self._averaged = [(a, b) for a, b in pairs if a.is_floating_point()]
