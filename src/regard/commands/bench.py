@@ -13,7 +13,7 @@ from regard.log import info_on_stderr
 
 log: logging.Logger = logging.getLogger(__name__)
 NETWORKS = ("cbam_resnet50", "attention56", "ag_sononet8")
-EngineName = Literal["eager", "compiled", "onnxruntime", "openvino"]
+EngineName = Literal["eager", "fused", "compiled", "onnxruntime", "openvino"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"]
 Several: Parameter = Parameter(negative=(), consume_multiple=True)
 
@@ -49,7 +49,8 @@ def command(
     recipe
         Recipe of whose optimizer and loss a training step is.
     engine
-        Engines to measure; default: all that are installed, of which eager and compiled train.
+        Engines to measure; default: all that are installed; eager and compiled with --train. fused
+        (--train only) computes the end of ResNet blocks with CBAM as one operator.
     precision
         Precisions to measure (int8: OpenVINO only; tf32 and fp16: training on GPUs only);
         default: fp32, and bf16 and int8 where the machine computes in them.
@@ -114,7 +115,9 @@ def _predicting(asked: _Asked, device: Any) -> list[dict[str, Any]]:
     narrow = {"tf32", "fp16"} & set(asked.precisions)
     if narrow:
         raise UsageError(f"--precision {' '.join(sorted(narrow))}: only with --train")
-    engines = asked.engines or list(get_args(EngineName))
+    engines = asked.engines or [name for name in get_args(EngineName) if name != "fused"]
+    if "fused" in engines:
+        raise UsageError("--engine fused: only with --train")
     pairs = bench.installed(engines, asked.precisions, device)
     results = []
     for name in dict.fromkeys(asked.networks):
@@ -134,10 +137,10 @@ def _training(asked: _Asked, device: Any) -> list[dict[str, Any]]:
     """The timings of each batch size, of all networks together."""
     import torch
 
-    from regard.training.bench import ENGINES, bench_training, trainable
+    from regard.training.bench import USUAL, bench_training, trainable
     from regard.training.config import load_recipe
 
-    cases = trainable(asked.engines or ENGINES, asked.precisions, device)
+    cases = trainable(asked.engines or USUAL, asked.precisions, device)
     results = []
     for batch in dict.fromkeys(asked.batches):
         log.info("training, batch %d", batch)

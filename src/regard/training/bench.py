@@ -21,6 +21,7 @@ from regard.errors import UsageError
 from regard.files import reason
 from regard.log import silence_libraries
 from regard.machine import has_bf16, keep_freed_memory, synchronize
+from regard.models.fused import can_fuse, set_fused
 from regard.models.zoo import twins_of
 from regard.training.config import Recipe
 from regard.training.losses import multi_head_cross_entropy, total_weight
@@ -29,7 +30,8 @@ from regard.training.update import Updater
 
 log: logging.Logger = logging.getLogger(__name__)
 
-ENGINES = ("eager", "compiled")
+ENGINES = ("eager", "fused", "compiled")
+USUAL = ("eager", "compiled")  # measured where none is named
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
@@ -56,7 +58,9 @@ class Case:
     def __post_init__(self) -> None:
         self.updater = Updater(self.model, self.recipe, self.images.device, self.timing.precision)
         self.forward = self.model
-        if self.timing.engine == "compiled":
+        if self.timing.engine == "fused":
+            set_fused(self.model)
+        elif self.timing.engine == "compiled":
             silence_libraries()
             self.forward = torch.compile(self.model, dynamic=False)
 
@@ -159,7 +163,9 @@ def trainable(
     """
     for engine in engines:
         if engine not in ENGINES:
-            raise UsageError(f"engine {engine!r} only predicts: training is {' or '.join(ENGINES)}")
+            raise UsageError(f"engine {engine!r} only predicts: training is {', '.join(ENGINES)}")
+        if engine == "fused" and not can_fuse(device):
+            raise UsageError(f"engine 'fused': not on this machine's {device.type}")
     able = {
         "fp32": True,
         "tf32": device.type == "cuda",

@@ -10,6 +10,7 @@ from regard.data.workers import default_workers
 from regard.errors import UsageError
 from regard.machine import keep_freed_memory
 from regard.models.create import make_model
+from regard.models.fused import can_fuse, set_fused
 from regard.training.activation_checkpointing import set_checkpointing
 from regard.training.loop import Trainer
 from regard.training.plan import (
@@ -66,6 +67,7 @@ def build_trainer(
     recipe, table, device = plan.recipe, part.table, accelerator.device
     if recipe.sync_bn and accelerator.num_processes > 1:
         model = with_synchronized_norms(model, device)
+    fuse(model, recipe.fuse, device, plan.model)
     labels = noisy_labels(table.labels, len(plan.classes), recipe.label_noise, recipe.seed)
     weights = loss_weights(table, recipe)
     return Trainer(
@@ -81,6 +83,26 @@ def build_trainer(
         class_weights=None if weights is None else weights.to(device),
         precision=choose_precision(recipe.precision, device),
     )
+
+
+def fuse(model: nn.Module, choice: str, device: torch.device, name: str) -> None:
+    """Fuses the ends of a network's CBAM blocks, see `regard.models.fused`.
+
+    Args:
+        model: of a run.
+        choice: auto, yes or no; auto is on CPUs alone, as it was never measured elsewhere.
+        device: where it trains.
+        name: of the network.
+
+    Raises:
+        UsageError: the choice is "yes", and no block can be fused, or not on this device.
+    """
+    if choice == "no" or (choice == "auto" and device.type != "cpu"):
+        return
+    if choice == "yes" and not can_fuse(device):
+        raise UsageError(f"fuse=yes: not on {device.type} (on CUDA it needs triton)")
+    if not set_fused(model) and choice == "yes":
+        raise UsageError(f"fuse=yes: {name} has no ResNet block with CBAM in the paper's order")
 
 
 def with_synchronized_norms(model: nn.Module, device: torch.device) -> nn.Module:

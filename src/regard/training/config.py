@@ -223,6 +223,11 @@ class Recipe:
     compile: Literal["no", "yes", "auto"] = _field(
         "no", "Run", "Use torch.compile; auto measures whether it pays."
     )
+    fuse: Literal["auto", "yes", "no"] = _field(
+        "auto", "Run",
+        "Compute the end of ResNet blocks with CBAM as one operator, which saves memory and "
+        "time; auto does so on CPUs, where it was measured.",
+    )  # fmt: skip
     sync_bn: bool = _field(
         False, "Run",
         "Batch norm over the batches of all processes together (several GPUs only).",

@@ -1,0 +1,355 @@
+"""A ResNet block's end with CBAM as one operator: BN, channel gate, spatial gate, + shortcut, ReLU.
+
+Operator by operator these pass some 25 times over the block's map in a training step; here the
+forward pass reads it three times and writes it once, the backward pass reads it three times more
+and writes the gradients. Only maps' sums leave a pass, and the gates' own layers, which are
+small, are called as they are: their parameters, their autocast and their gradients, also those
+that processes exchange, are PyTorch's.
+
+    x = (y - mean) * g + b        g = weight / sqrt(var + eps)
+    z = x * c                     c = sigmoid(mlp(mean over positions) + mlp(max over positions))
+    out = relu(z * s + k)         s = sigmoid(bn(conv([max over channels of z, mean of z])))
+
+Three autograd functions share what their backward passes compute: `_Output` runs first in it,
+`_Pooled` next, and `_Statistics`, which all else depends on, last; it writes y's gradient.
+
+Sums are in float32 (float64 of float64 maps) whatever the maps' precision, so that in bf16 the
+numbers are nearer to those of float32 than the modules' are. Where several values are the
+largest, their gradient is divided among them, as torch's `amax` does.
+"""
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+
+from regard.models import fused_torch
+from regard.models.cbam import CBAM
+
+
+@dataclass
+class _Shared:
+    """What the three functions of one call leave for each other."""
+
+    passes: Any  # the module with the passes over the map
+    mean: Tensor  # (C,)
+    deviation: Tensor  # (C,): 1 / sqrt(var + eps)
+    g: Tensor  # (C,)
+    b: Tensor  # (C,)
+    largest: Tensor  # (B, 1, C): the value of y - mean that the maximum over positions has
+    variance: Tensor  # (C,)
+
+    # of the backward pass
+    q: Tensor | None = None
+    sums: tuple[Tensor, Tensor] | None = None  # of dz and of dz * (y - mean), (B, 1, C)
+    count: Tensor | None = None
+    shared: Tensor | None = None
+    dmean: Tensor | None = None
+    gates: tuple[Tensor, Tensor, Tensor] | None = None  # c, s, zmax
+
+
+def _start(passes: Any, y: Tensor, norm: nn.BatchNorm2d) -> tuple[_Shared, Tensor]:
+    """The batch's statistics, and the sum of y - mean over each image's positions."""
+    weight, bias = norm.weight.detach(), norm.bias.detach()
+    shift = y[0, 0].to(torch.promote_types(y.dtype, torch.float32))
+    sign = torch.where(weight < 0, -1, 1).to(shift)
+    total, squares, largest = passes.statistics(y, shift, sign)
+    count = y.shape[0] * y.shape[1]
+    off = total.sum((0, 1)) / count
+    variance = (squares.sum((0, 1)) / count - off.square()).clamp_min(0)
+    deviation = (variance + norm.eps).rsqrt()
+    mean = shift + off
+    # largest - mean has the bits that the passes' y - mean has there, and is found again by them
+    shared = _Shared(
+        passes, mean, deviation, weight * deviation, bias.to(shift), largest - mean, variance
+    )
+    return shared, total - off * y.shape[1]
+
+
+class _Statistics(torch.autograd.Function):
+    """Mean and max of x over positions, (B, C) each, from y (B, P, C) and BN's weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, shared: _Shared, total: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(y, weight, total)
+        ctx.shared = shared
+        mean = total / y.shape[1] * shared.g + shared.b
+        return mean[:, 0], (shared.largest * shared.g + shared.b)[:, 0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dmean: Tensor, dmax: Tensor) -> Any:
+        y, weight, total = ctx.saved_tensors
+        shared: _Shared = ctx.shared
+        positions, r, g = y.shape[1], shared.deviation, shared.g
+        assert shared.gates is not None
+        assert shared.sums is not None
+        assert shared.count is not None
+        c, s, zmax = shared.gates
+        plain, times_y = shared.sums
+        dmean, dmax = dmean[:, None].to(r.dtype), dmax[:, None].to(r.dtype)
+        # the largest of equal values, where BN's weight is 0, is each of them
+        largest = torch.where(weight == 0, total / positions, shared.largest)
+        dbias = (c * plain + dmean + dmax).sum((0, 1))
+        dweight = (c * times_y + dmean * (total / positions) + dmax * largest).sum((0, 1)) * r
+        count = len(y) * positions
+        dy = shared.passes.input_backward(
+            y, shared.q, shared.mean, g * c, shared.b * c, s, zmax, shared.shared, shared.dmean,
+            shared.largest, g * dmax / shared.count, -g * r * dweight / count,
+            g * (dmean / positions - dbias / count),
+        )  # fmt: skip
+        shared.q = shared.shared = shared.dmean = shared.sums = shared.gates = None
+        return dy, dweight.to(weight.dtype), dbias.to(weight.dtype), None, None
+
+
+class _Pooled(torch.autograd.Function):
+    """Max and mean of z over channels, (B, P, 2), from y and the channel gate (B, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, c: Tensor, shared: _Shared) -> Tensor:
+        gate = c[:, None].to(shared.g.dtype)
+        pooled: Tensor = shared.passes.pooled(y, shared.mean, shared.g * gate, shared.b * gate)
+        ctx.save_for_backward(y, c, pooled)
+        ctx.shared = shared
+        return pooled
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dpooled: Tensor) -> Any:
+        y, c, pooled = ctx.saved_tensors
+        shared: _Shared = ctx.shared
+        gate, dpooled = c[:, None].to(shared.g.dtype), dpooled.to(shared.g.dtype)
+        zmax, dmax = pooled[..., :1].contiguous(), dpooled[..., :1].contiguous()
+        dmean = dpooled[..., 1:] / y.shape[2]
+        with torch.autocast(y.device.type, enabled=False):
+            plain, times_y, shared.count, shared.shared = shared.passes.pooled_backward(
+                y, shared.mean, shared.g * gate, shared.b * gate, shared.largest, zmax, dmax, dmean
+            )
+        assert shared.sums is not None
+        assert shared.gates is not None
+        shared.dmean = dmean
+        shared.sums = shared.sums[0] + plain, shared.sums[1] + times_y
+        shared.gates = gate, shared.gates[1], zmax
+        dc = (plain * shared.b + times_y * shared.g)[:, 0]
+        return None, dc.to(c.dtype), None
+
+
+class _Output(torch.autograd.Function):
+    """relu(z * s + k), (B, P, C), from y, k, the channel gate (B, C), the spatial (B, P, 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, k: Tensor, c: Tensor, s: Tensor, shared: _Shared) -> Tensor:
+        gate, spatial = c[:, None].to(shared.g.dtype), s.to(shared.g.dtype)
+        out: Tensor = shared.passes.output(
+            y, k, shared.mean, shared.g * gate, shared.b * gate, spatial
+        )
+        ctx.save_for_backward(y, out, c, s)
+        ctx.shared, ctx.kind = shared, k.dtype
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, go: Tensor) -> Any:
+        y, out, c, s = ctx.saved_tensors
+        shared: _Shared = ctx.shared
+        gate, spatial = c[:, None].to(shared.g.dtype), s.to(shared.g.dtype)
+        with torch.autocast(y.device.type, enabled=False):
+            q, plain, times_y, ds = shared.passes.output_backward(
+                y, out, go.contiguous(), shared.mean, shared.g * gate, shared.b * gate, spatial
+            )
+        shared.q, shared.sums, shared.gates = q, (plain, times_y), (gate, spatial, spatial)
+        dc = (plain * shared.b + times_y * shared.g)[:, 0]
+        return None, q.to(ctx.kind), dc.to(c.dtype), ds.to(s.dtype), None
+
+
+def fused_end(
+    y: Tensor, shortcut: Tensor, norm: nn.BatchNorm2d, gates: CBAM, passes: Any = None
+) -> Tensor:
+    """relu(gates(norm(y)) + shortcut) in training mode; `norm`'s running means are updated.
+
+    Args:
+        y, shortcut: (B, C, H, W).
+        norm, gates: for which `fits` is True.
+        passes: the module with the passes (default: the device's).
+    """
+    assert gates.channel is not None
+    assert gates.spatial is not None
+    batch, channels, height, width = y.shape
+    rows = _rows(y)
+    with torch.no_grad():
+        shared, total = _start(passes or _passes(y.device), rows, norm)
+        _update_running(norm, shared, rows.shape[0] * rows.shape[1])
+    means, maxima = _Statistics.apply(rows, norm.weight, norm.bias, shared, total)
+    c = torch.sigmoid(gates.channel.mlp(means) + gates.channel.mlp(maxima))
+    pooled = _Pooled.apply(rows, c, shared)
+    pooled = pooled.view(batch, height, width, 2).permute(0, 3, 1, 2)
+    s = torch.sigmoid(gates.spatial.bn(gates.spatial.conv(pooled)))
+    out = _Output.apply(rows, _rows(shortcut), c, _rows(s), shared)
+    return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H * W, C), a view where x is in channels_last."""
+    return x.permute(0, 2, 3, 1).contiguous().view(len(x), -1, x.shape[1])
+
+
+@functools.cache
+def _passes(device: torch.device) -> Any:
+    """The module with the passes for a device; None: there is none."""
+    if device.type == "cpu":
+        return fused_torch
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from regard.models import fused_triton
+
+    return fused_triton
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Whether there are passes for a device: a CPU, or a GPU with Triton."""
+    return _passes(device) is not None
+
+
+def _update_running(norm: nn.BatchNorm2d, shared: _Shared, count: int) -> None:
+    """As nn.BatchNorm2d does in training."""
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    unbiased = shared.variance * (count / max(1, count - 1))
+    norm.running_mean.lerp_(shared.mean.to(norm.running_mean), momentum or 0.0)
+    norm.running_var.lerp_(unbiased.to(norm.running_var), momentum or 0.0)
+
+
+# ------------------------------------------------------------------------------- in networks
+LEAST_ON_CPU = 2**19  # values of a map below which the modules are as fast (docs/performance.md)
+
+
+def fits(block: nn.Module) -> bool:
+    """Whether a block's end can be one operator: plain BN, CBAM in the paper's order, ReLU."""
+    if not isinstance(block, BasicBlock | Bottleneck) or block.drop_path is not None:
+        return False
+    norm, gates, act = _parts(block)
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.affine
+        and type(gates) is CBAM
+        and gates.channel is not None
+        and gates.channel.pool == "both"
+        and gates.spatial is not None
+        and gates.spatial.pool is None
+        and not gates.spatial_first
+        and not gates.parallel
+        and type(act) is nn.ReLU
+    )
+
+
+def _parts(block: Any) -> tuple[Any, Any, Any]:
+    """A block's last BN, its gates and its last activation."""
+    if isinstance(block, Bottleneck):
+        return block.bn3, block.se, block.act3
+    return block.bn2, block.se, block.act2
+
+
+def _is_watched(block: nn.Module) -> bool:
+    """Whether a hook waits for a part of the end, as `regard.record` does."""
+    norm, gates, act = _parts(block)
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in (norm, act, *gates.modules())
+    )
+
+
+def _fuses_now(block: Any, x: Any) -> bool:
+    """Whether this call is one of eager training, which nobody watches or traces."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(x) is Tensor
+        and block.training
+        and all(m.training for m in _parts(block)[:2])
+        and fits(block)
+        and not _is_watched(block)
+        and can_fuse(x.device)
+    )
+
+
+def _end(block: Any, y: Tensor, shortcut: Tensor) -> Tensor:
+    """The end of a block, fused where its map is large enough and in channels_last."""
+    norm, gates, act = _parts(block)
+    small = y.device.type == "cpu" and y.numel() < LEAST_ON_CPU
+    if small or not y.is_contiguous(memory_format=torch.channels_last):
+        out: Tensor = act(gates(norm(y)).add_(shortcut))
+        return out
+    return fused_end(y, shortcut, norm, gates)
+
+
+class FusedBasicBlock(BasicBlock):
+    """timm's basic block whose end is one operator in training; made by `set_fused`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _fuses_now(self, x):
+            return super().forward(x)
+        y = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return _end(self, self.conv2(y), shortcut)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _plain(self)
+
+
+class FusedBottleneck(Bottleneck):
+    """timm's bottleneck whose end is one operator in training; made by `set_fused`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _fuses_now(self, x):
+            return super().forward(x)
+        y = self.act1(self.bn1(self.conv1(x)))
+        y = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(y)))))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return _end(self, self.conv3(y), shortcut)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _plain(self)
+
+
+_FUSED: dict[type, type] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+
+
+def _plain(block: nn.Module) -> nn.Module:
+    """The block as timm has it, sharing all that it holds: for TorchScript."""
+    kind = _PLAIN[type(block)]
+    plain: nn.Module = kind.__new__(kind)  # type: ignore[call-overload]
+    plain.__dict__ = block.__dict__.copy()
+    return plain
+
+
+def set_fused(model: nn.Module, fused: bool = True) -> int:
+    """Has blocks of ResNets with CBAM end in one operator while they are trained, or no longer.
+
+    Names, weights and, within rounding, numbers stay the same. The modules themselves are
+    called in evaluation, where hooks watch the gates (`regard.record`), under torch.compile, in
+    tracing, scripting and export, of maps that are not in channels_last or are small, and for
+    gates in other orders or with other pooling. Second derivatives are not supported.
+
+    Returns:
+        How many blocks end in one operator now.
+    """
+    count = 0
+    for block in model.modules():
+        if type(block) in _PLAIN:
+            block.__class__ = _PLAIN[type(block)]
+        if fused and type(block) in _FUSED and fits(block):
+            block.__class__ = _FUSED[type(block)]
+            count += 1
+    return count

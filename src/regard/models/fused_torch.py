@@ -1,0 +1,169 @@
+"""The passes of the fused CBAM block in PyTorch's own operators: on CPUs, and wherever else.
+
+A map is taken in chunks that stay in a core's cache, in float32 (float64 for float64 maps), so
+that main memory is read and written once a pass though each chunk meets several operators.
+Maps are (B, P, C) here: P positions, channels last. What a pass returns is small, (B, C) or
+(B, P, 1), unless it says otherwise.
+
+Notation, as in fused.py: x = (y - mean) * g + b is the batch-normalized map, z = x * c the map
+after the channel gate c (B, 1, C), out = relu(z * s + k) with the spatial gate s (B, P, 1).
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**18  # values: 1 MB in float32
+
+
+def _chunks(y: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of images and positions: several whole images, or a part of one."""
+    images, positions, channels = y.shape
+    several = max(1, CHUNK // (positions * channels))
+    if several > 1 or positions * channels <= CHUNK:
+        for start in range(0, images, several):
+            yield slice(start, start + several), slice(None)
+        return
+    some = max(1, CHUNK // channels)
+    for image in range(images):
+        for start in range(0, positions, some):
+            yield slice(image, image + 1), slice(start, start + some)
+
+
+def _dtype(y: Tensor) -> torch.dtype:
+    return torch.promote_types(y.dtype, torch.float32)
+
+
+def _zeros(y: Tensor, count: int) -> list[Tensor]:
+    return [y.new_zeros((len(y), 1, y.shape[2]), dtype=_dtype(y)) for _ in range(count)]
+
+
+def statistics(y: Tensor, shift: Tensor, sign: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of y - shift and of its square, and the value of y where y * sign is largest.
+
+    Args:
+        y: (B, P, C).
+        shift: (C,), near the mean, or the sums would cancel.
+        sign: (C,), 1 or -1: whether the largest or the smallest value is looked for.
+    """
+    total, squares = _zeros(y, 2)
+    largest = torch.full_like(total, -torch.inf)
+    flipped = bool((sign < 0).any())
+    for n, p in _chunks(y):
+        part = y[n, p].to(total.dtype)
+        signed = part * sign if flipped else part
+        largest[n] = largest[n].maximum(signed.amax(1, keepdim=True))
+        part = part - shift
+        total[n] += part.sum(1, keepdim=True)
+        squares[n] += part.square_().sum(1, keepdim=True)
+    return total, squares, largest * sign
+
+
+def pooled(y: Tensor, mean: Tensor, gc: Tensor, bc: Tensor) -> Tensor:
+    """Max and mean of z = (y - mean) * gc + bc over channels: (B, P, 2)."""
+    out = y.new_empty((*y.shape[:2], 2), dtype=_dtype(y))
+    for n, p in _chunks(y):
+        z = torch.addcmul(bc[n], y[n, p] - mean, gc[n])
+        out[n, p, 0], out[n, p, 1] = z.amax(2), z.mean(2)
+    return out
+
+
+def output(y: Tensor, k: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, s: Tensor) -> Tensor:
+    """relu(z * s + k), (B, P, C) in y's precision."""
+    out = torch.empty_like(y)
+    for n, p in _chunks(y):
+        z = torch.addcmul(bc[n], y[n, p] - mean, gc[n])
+        out[n, p] = z.mul_(s[n, p]).add_(k[n, p]).relu_()
+    return out
+
+
+def output_backward(
+    y: Tensor, out: Tensor, go: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, s: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the output's gradient: q, and sums of q * s and q * s * (y - mean), and of q * z.
+
+    Returns:
+        q = go where out > 0, (B, P, C); the first two sums over positions (B, 1, C); the third
+        over channels (B, P, 1).
+    """
+    q, (plain, times_y) = torch.empty_like(y), _zeros(y, 2)
+    over_channels = torch.empty_like(s)
+    for n, p in _chunks(y):
+        torch.ops.aten.threshold_backward.grad_input(go[n, p], out[n, p], 0, grad_input=q[n, p])
+        part = q[n, p].to(plain.dtype)
+        rows = s[n, p].transpose(1, 2)  # (b, 1, p)
+        plain[n] += torch.bmm(rows, part)
+        sums = torch.bmm(part, bc[n].transpose(1, 2))
+        part = (y[n, p] - mean).mul_(part)
+        times_y[n] += torch.bmm(rows, part)
+        over_channels[n, p] = sums.add_(torch.bmm(part, gc[n].transpose(1, 2)))
+    return q, plain, times_y, over_channels
+
+
+def pooled_backward(
+    y: Tensor,
+    mean: Tensor,
+    gc: Tensor,
+    bc: Tensor,
+    largest: Tensor,
+    zmax: Tensor,
+    dmax: Tensor,
+    dmean: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums over positions of dz, the gradient of z by its pooling, and of dz * (y - mean).
+
+    Args:
+        largest: (B, 1, C), the value of y - mean that the channel gate's maximum took.
+        zmax: (B, P, 1), the largest z over channels.
+        dmax, dmean: (B, P, 1), the gradients of a position's max, and of its mean by each z.
+
+    Returns:
+        Both sums; how many positions have `largest`; and dmax divided by how many channels
+        have zmax, (B, P, 1).
+    """
+    plain, times_y, count = _zeros(y, 3)
+    shared = torch.empty_like(dmax)
+    for n, p in _chunks(y):
+        part = y[n, p] - mean
+        z = torch.addcmul(bc[n], part, gc[n])
+        at = torch.eq(part, largest[n], out=torch.empty_like(z))
+        count[n] += at.sum(1, keepdim=True)
+        torch.eq(z, zmax[n, p], out=at)
+        shared[n, p] = dmax[n, p] / at.sum(2, keepdim=True).clamp_min_(1)
+        rows = shared[n, p].transpose(1, 2)
+        plain[n] += torch.bmm(rows, at) + dmean[n, p].sum(1, keepdim=True)
+        times_y[n] += torch.bmm(dmean[n, p].transpose(1, 2), part)
+        times_y[n] += torch.bmm(rows, at.mul_(part))
+    return plain, times_y, count.clamp_min_(1), shared
+
+
+def input_backward(
+    y: Tensor,
+    q: Tensor,
+    mean: Tensor,
+    gc: Tensor,
+    bc: Tensor,
+    s: Tensor,
+    zmax: Tensor,
+    shared: Tensor,
+    dmean: Tensor,
+    largest: Tensor,
+    at_largest: Tensor,
+    by_y: Tensor,
+    plain: Tensor,
+) -> Tensor:
+    """dz * gc + (y - mean) * by_y + plain, and at_largest more where y - mean is `largest`.
+
+    Here dz = q * s + dmean, and `shared` where z is zmax; (B, P, C) in y's precision.
+    """
+    out = torch.empty_like(y)
+    for n, p in _chunks(y):
+        part = y[n, p] - mean
+        at = torch.addcmul(bc[n], part, gc[n])
+        torch.eq(at, zmax[n, p], out=at)
+        dz = torch.addcmul(dmean[n, p], q[n, p].to(at.dtype), s[n, p]).addcmul_(at, shared[n, p])
+        torch.eq(part, largest[n], out=at)
+        total = torch.addcmul(plain[n], dz, gc[n], out=dz).addcmul_(at, at_largest[n])
+        out[n, p] = total.addcmul_(part, by_y)
+    return out
