@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,9 +15,17 @@ from torch._dynamo.utils import counters
 
 import regard
 from regard.data.preprocess import Preprocess
-from regard.engines import ENGINES, TOLERANCES, Deployed, fold_batch_norms, open_engine
+from regard.engines import (
+    ENGINES,
+    TOLERANCES,
+    Deployed,
+    fold_batch_norms,
+    open_engine,
+    open_if_it_pays,
+)
 from regard.engines import choose as choosing
 from regard.engines.choose import Measurement, cheapest
+from regard.evaluation.familiarity import fit_familiarity
 from regard.machine import has_bf16
 from regard.predict import Classifier
 from tests.helpers import run
@@ -209,6 +218,64 @@ def test_auto_says_what_is_not_installed_and_takes_the_next_when_a_package_is_go
     assert "pip install 'regard[onnxruntime]'" in line
 
 
+@pytest.mark.parametrize(
+    "engine",
+    ["eager", pytest.param("compiled", marks=pytest.mark.slow), "onnxruntime", "openvino"],
+)
+def test_an_engine_gives_the_features_that_tell_unlike_images(engine):
+    """Three heads' inputs of AG-SonoNet, in one pass, whole and filled-up batches alike."""
+    found = classifier("ag_sononet8")
+    images = some_images("ag_sononet8", 5).float()
+    expected, appearance = found.features(images)
+    rng = np.random.default_rng(0)
+    training = [np.repeat(f, 10, 0) + rng.normal(0, 0.1, (50, f.shape[1])).astype(np.float32)
+                for f in (expected, appearance)]  # fmt: skip
+    found.familiarity = fit_familiarity(training, np.repeat(np.arange(5), 10), training)
+    plain, distances = found.with_distances(images)
+    ready = ENGINES[engine](found.model, found.preprocess, (4,), "fp32", features=True)
+    assert not found.model.get_classifier()[0]._forward_pre_hooks  # its own copy has them
+    probabilities, features = ready.with_features(images)
+    np.testing.assert_allclose(features.numpy(), expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(ready(images), probabilities)
+    found.engine = ready
+    answers, far = found.with_distances(images)
+    assert (answers - plain).abs().max() <= TOLERANCES["fp32"]
+    assert far == pytest.approx(distances, rel=1e-2)
+    views = torch.stack([images, images.flip(-1)], dim=1)
+    found.engine = None
+    of_both = found.with_distances(views)[1]
+    found.engine = ready
+    assert found.with_distances(views)[1] == pytest.approx(of_both, rel=1e-2)
+
+
+def test_a_faster_engine_is_the_default_only_of_a_long_job(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "regard")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seconds = {"onnxruntime": 0.95}
+    rounds = measured_as(seconds, monkeypatch)
+    monkeypatch.setattr(choosing, "ENGINES", {k: ENGINES[k] for k in ("eager", "onnxruntime")})
+    monkeypatch.setattr(choosing, "_seconds_an_image", lambda *_: 0.1)
+    found = classifier("ag_sononet8")
+
+    def choose(count):
+        rounds.clear()
+        engine = open_if_it_pays(found, sizes=(4,), count=count)
+        return None if engine is None else engine.name, len([t for t in rounds if t])
+
+    assert choose(1799) == (None, 0)  # 179.9 s
+    assert choose(None) == (None, 0)  # a server has measured nothing
+    assert choose(1801) == (None, 2)  # not a tenth faster
+    assert choose(1801) == (None, 0)  # cached
+    (tmp_path / "regard/engines.json").unlink()
+    seconds["onnxruntime"] = 0.5
+    assert choose(1801) == ("onnxruntime", 2)
+    assert "2.0 times as fast as eager" in caplog.text
+    assert "of eager fp32" in caplog.text
+    assert choose(None) == ("onnxruntime", 0)  # a server takes what is known
+    monkeypatch.setitem(choosing.TOLERANCES, "fp32", -1.0)
+    assert choose(None) == (None, 0)  # the network's own answers are not finite
+
+
 def test_maps_leave_no_hook_on_the_network():
     found = classifier("ag_sononet8")
     deployed = Deployed(found.model, found.preprocess, ["gate3.map"])
@@ -245,6 +312,10 @@ def test_the_commands_take_an_engine(whole, scans):
     for a, b in zip(plain, other, strict=True):
         shares = [{c["class"]: c["probability"] for c in row["classes"]} for row in (a, b)]
         assert shares[0] == pytest.approx(shares[1], abs=1e-5)
+    share = run("predict", whole, *images, "--shard", "2/2", "--engine", "onnxruntime", "--json")
+    assert [json.loads(line)["path"] for line in share.splitlines() if line[0] == "{"] == [
+        str(images[1])
+    ]
     assert "within" in run("evaluate", whole, "--engine", "openvino", "--precision", "fp32")
     for command in (["predict", whole, images[0]], ["evaluate", whole], ["serve", whole]):
         assert "openvino" in run(*command, "--engine", "warp", code=2)

@@ -69,6 +69,7 @@ class Classifier:
         preprocess: from a decoded image to its input.
         config: the folder's config.json, under "regard" what timm does not know.
         engine: what computes probabilities in place of the model, see `regard.engines`, or None.
+            One with `gives_features` gives those of the last layer too.
         calibration: the temperature that scales the probabilities, and the threshold; or None.
         familiarity: what tells images that are unlike the training images; or None.
     """
@@ -146,21 +147,33 @@ class Classifier:
     def with_distances(self, images: Tensor) -> tuple[Tensor, list[float | None]]:
         """`probabilities`, and each image's distance from the training images.
 
-        The distance is None without `familiarity`, and with an engine, which gives no features.
-        Of several views it is the mean.
+        The distance is None where it can't be measured. Of several views it is the mean.
         """
-        if self.familiarity is None or self.engine is not None:
+        if self.familiarity is None or not self.measures_distances:
             return self.probabilities(images), [None] * len(images)
-        layers = _last_layers(self.model)
-        with _inputs_of(layers) as recorded:
-            probabilities = self.probabilities(images)
-        passes = [recorded[i : i + len(layers)] for i in range(0, len(recorded), len(layers))]
         views = images.unbind(dim=1) if images.ndim == 5 else [images]
-        each = [
-            self.familiarity.distances([_joined(inputs), appearance(view)])
-            for inputs, view in zip(passes, views, strict=True)
-        ]
-        return probabilities, np.mean(each, axis=0).tolist()
+        answers = [self._with_features(view.contiguous()) for view in views]
+        each = [self.familiarity.distances(features) for _, features in answers]
+        return torch.stack([p for p, _ in answers]).mean(dim=0), np.mean(each, axis=0).tolist()
+
+    @property
+    def measures_distances(self) -> bool:
+        """Whether `with_distances` can: there is `familiarity`, and the engine gives features."""
+        able = self.engine is None or getattr(self.engine, "gives_features", False)
+        return self.familiarity is not None and able
+
+    def _with_features(self, images: Tensor) -> tuple[Tensor, list[NDArray[np.float32]]]:
+        """(B, C, H, W) in 0..255 -> probabilities, and `features`."""
+        if self.engine is not None:
+            probabilities, vectors = self.engine.with_features(images)  # type: ignore[attr-defined]
+            probabilities = with_temperature(probabilities, self.temperature)
+        else:
+            with inputs_of(last_layers(self.model)) as recorded:
+                probabilities = self.probabilities(images)
+            if not recorded:
+                raise UsageError("this network's classifier is given no features")
+            vectors = joined_features(recorded)
+        return probabilities, [vectors.cpu().numpy(), appearance(images)]
 
     def features(self, images: Tensor) -> list[NDArray[np.float32]]:
         """(B, C, H, W) in 0..255 -> what the last layer is given, and `appearance`; each (B, D).
@@ -170,13 +183,9 @@ class Classifier:
         """
         engine, self.engine = self.engine, None
         try:
-            with _inputs_of(_last_layers(self.model)) as recorded:
-                self.probabilities(images)
+            return self._with_features(images)[1]
         finally:
             self.engine = engine
-        if not recorded:
-            raise UsageError("this network's classifier is given no features")
-        return [_joined(recorded), appearance(images)]
 
     def predict(
         self, images: ImageSource | Iterable[ImageSource], top: int = 5
@@ -291,7 +300,7 @@ def stacked(images: list[Tensor]) -> Tensor:
     return torch.stack(images)
 
 
-def _last_layers(model: nn.Module) -> list[nn.Module]:
+def last_layers(model: nn.Module) -> list[nn.Module]:
     """The modules that make up a network's classifier."""
     get: Any = getattr(model, "get_classifier", None)
     last = None if get is None else get()
@@ -301,7 +310,7 @@ def _last_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """What the modules are given meanwhile, in the order of their calls."""
     recorded: list[Tensor] = []
     with contextlib.ExitStack() as hooks:
@@ -311,10 +320,10 @@ def _inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
         yield recorded
 
 
-def _joined(features: Sequence[Tensor]) -> NDArray[np.float32]:
-    """Vectors (B, d), or maps (B, d, h, w) that are averaged, as one (B, D) array."""
+def joined_features(features: Sequence[Tensor]) -> Tensor:
+    """Vectors (B, d), or maps (B, d, h, w) that are averaged, as one (B, D), float32."""
     vectors = [f.flatten(2).mean(dim=2) if f.ndim > 2 else f for f in features]
-    return torch.cat(vectors, dim=1).float().cpu().numpy()
+    return torch.cat(vectors, dim=1).float()
 
 
 def appearance(images: Tensor) -> NDArray[np.float32]:

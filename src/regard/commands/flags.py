@@ -40,16 +40,19 @@ class EngineFlags:
     """How a network is run: the flags that evaluate, predict and serve share."""
 
     engine: Annotated[
-        Literal["eager", "compiled", "onnxruntime", "openvino", "auto"],
+        Literal["eager", "compiled", "onnxruntime", "openvino", "auto"] | None,
         Parameter(
             help="Engine that runs the network; auto benchmarks the installed ones, once per "
-            "network and machine, and uses the fastest whose answers agree with eager's."
+            "network and machine, and uses the fastest whose answers agree with eager's. Default: "
+            "the network itself (eager); for a job of minutes the fastest in fp32, which is "
+            "named. eager gives the same bits each time."
         ),
-    ] = "eager"
+    ] = None
     precision: Annotated[
         Literal["auto", "fp32", "bf16"],
         Parameter(
-            help="Precision; auto is bf16 where the hardware supports it, except with eager."
+            help="Precision; auto is bf16 where the hardware supports it, except with eager and "
+            "by default."
         ),
     ] = "auto"
 
@@ -65,9 +68,14 @@ class EngineFlags:
             require("openvino", "--engine openvino", "openvino")
 
     @property
-    def is_default(self) -> bool:
-        """Whether the network itself answers, operator by operator in fp32."""
+    def is_eager(self) -> bool:
+        """Whether the network itself is asked for, operator by operator in fp32."""
         return self.engine == "eager" and self.precision != "bf16"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the length of the job may choose."""
+        return self.engine is None and self.precision != "bf16"
 
 
 def use_engine(
@@ -77,16 +85,29 @@ def use_engine(
     count: int | None,
     sizes: tuple[int, ...] = (32,),
 ) -> None:
-    """Gives a classifier the engine that was asked for; the plain network is one already."""
-    from regard.engines import open_engine, probe_images
+    """Gives a classifier the engine that was asked for; the plain network is one already.
+
+    Args:
+        classifier: from `regard.load`.
+        use: what was asked for.
+        reads: of some images, on which engines are compared.
+        count: of all images; None: not known.
+        sizes: of batches, the last one is measured.
+    """
+    from regard.engines import open_engine, open_if_it_pays, probe_images
     from regard.machine import keep_freed_memory
 
     keep_freed_memory()
-    if use.is_default:
+    if use.is_eager:
         return
     with info_on_stderr():
+        if use.is_open:
+            classifier.engine = open_if_it_pays(
+                classifier, sizes=sizes, images=lambda: probe_images(reads), count=count
+            )
+            return
         classifier.engine = open_engine(
-            classifier, use.engine, precision=use.precision, sizes=sizes,
+            classifier, use.engine or "eager", precision=use.precision, sizes=sizes,
             images=probe_images(reads), count=count,
         )  # fmt: skip
 

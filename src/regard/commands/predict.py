@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger(__name__)
 
+FEW = 512  # images; so many are predicted before an engine has started
 PROGRESS_EVERY = 30.0  # seconds between progress messages, where predictions are not on a screen
 
 
@@ -95,12 +96,7 @@ def command(
             log.info(f"{runs[0]}: {classifier.calibration.sentence()}")
     if classifier.familiarity is not None and csv is not None:
         with info_on_stderr():
-            known = classifier.engine is None
-            log.info(
-                classifier.familiarity.sentence()
-                if known
-                else "unlike_training: not known, since the engine gives no features"
-            )
+            log.info(classifier.familiarity.sentence())
     with info_on_stderr():
         if more:
             log.info(f"the mean of {len(runs)} networks: {', '.join(map(str, runs))}")
@@ -139,11 +135,16 @@ def _prepared(
     listed: Iterable[str] = _names(images)
     if share is not None:
         listed = islice(listed, share[0] - 1, None, share[1])
-    if engine.is_default:
+    if engine.is_eager:
         return listed
+    if engine.is_open:  # a short job needs no list of all its files
+        first = list(islice(listed, FEW))
+        if len(first) < FEW:
+            return first
+        listed = chain(first, listed)
     from regard.data.table import PathList
 
-    names = PathList.of(_names(images))
+    names = PathList.of(listed)
     for member in getattr(classifier, "members", [classifier]):
         reads = [lambda p=p, m=member: m.decode(p) for p in islice(names, 64) if p != "-"]
         use_engine(member, engine, reads, len(names))

@@ -84,7 +84,7 @@ class PredictionsCsv:
         self.path: Path = path
         self.top: int = top
         self.classifier: Classifier = classifier
-        self.measures: bool = classifier.familiarity is not None and classifier.engine is None
+        self.measures: bool = classifier.measures_distances
         self.columns: list[str] = ["path", *ranks, *(["decision"] if self.decides else [])]
         self.columns += ["distance", "unlike_training"] if self.measures else []
         self.averages: bool = hasattr(classifier, "members")

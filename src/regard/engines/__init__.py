@@ -10,7 +10,14 @@ ENGINES, a new file format a subclass of `Format` in FORMATS.
 """
 
 from regard.engines.backends import ENGINES, Engine
-from regard.engines.choose import PRECISIONS, TOLERANCES, Measurement, open_engine, probe_images
+from regard.engines.choose import (
+    PRECISIONS,
+    TOLERANCES,
+    Measurement,
+    open_engine,
+    open_if_it_pays,
+    probe_images,
+)
 from regard.engines.conversion import Deployed, fold_batch_norms, spatial_maps
 
 __all__ = [
@@ -22,6 +29,7 @@ __all__ = [
     "Measurement",
     "fold_batch_norms",
     "open_engine",
+    "open_if_it_pays",
     "probe_images",
     "spatial_maps",
 ]

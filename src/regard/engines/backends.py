@@ -1,7 +1,7 @@
 """The engines: each maps images (B, C, H, W) in 0..255 to probabilities (B, classes)."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from regard.data.preprocess import Preprocess
 from regard.engines.conversion import (
     Deployed,
+    DeployedWithFeatures,
     fold_batch_norms,
     import_openvino,
     onnx_model,
@@ -21,7 +22,8 @@ from regard.extras import require
 from regard.log import silence_libraries
 from regard.machine import cpu_has_bf16, keep_freed_memory
 
-Run = Callable[[Tensor], Tensor]  # (B, C, H, W) float32 of one fixed B -> (B, classes)
+Run = Callable[[Tensor], Sequence[Tensor]]
+"""(B, C, H, W) float32 of one fixed B -> (B, classes), and with features (B, D)."""
 
 
 class Engine:
@@ -32,6 +34,7 @@ class Engine:
         preprocess: its `input_size` is the size of all images.
         sizes: the batch sizes to compile for.
         precision: one of `precisions`.
+        features: whether `with_features` gives what the last layer is given.
 
     Raises:
         UsageError: a package is not installed, the precision is not one of the engine's, or the
@@ -49,6 +52,8 @@ class Engine:
         preprocess: Preprocess,
         sizes: tuple[int, ...] = (32,),
         precision: str = "fp32",
+        *,
+        features: bool = False,
     ) -> None:
         if self.needs:
             require(self.name, f"engine {self.name}", *self.needs)
@@ -57,7 +62,7 @@ class Engine:
                 f"precision {precision!r}: engine {self.name} computes in "
                 f"{' or '.join(self.precisions)}"
             )
-        self.precision = precision
+        self.precision, self.gives_features = precision, features
         self.sizes: tuple[int, ...] = tuple(sorted(set(sizes)))
         self.device: torch.device = next(model.parameters()).device
         if self.device.type == "cpu":
@@ -69,21 +74,36 @@ class Engine:
     def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
         raise NotImplementedError
 
-    @torch.no_grad()  # required for freezing
     def __call__(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in 0..255, any B -> (B, classes), float32, on the CPU."""
+        return self._answers(images)[0]
+
+    def with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As a call, and the features (B, D), float32; only where `gives_features`."""
+        probabilities, features = self._answers(images)
+        return probabilities, features
+
+    @torch.no_grad()  # required for freezing
+    def _answers(self, images: Tensor) -> Sequence[Tensor]:
         most = self.sizes[-1]
         parts = [self._one(images[k : k + most]) for k in range(0, len(images), most)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return [torch.cat(each) for each in zip(*parts, strict=True)]
 
-    def _one(self, images: Tensor) -> Tensor:
+    def _deployed(self, own: torch.nn.Module, preprocess: Preprocess) -> Deployed:
+        """The graph to run, of the engine's own copy of the network."""
+        kind = DeployedWithFeatures if self.gives_features else Deployed
+        return kind(own, preprocess)
+
+    def _one(self, images: Tensor) -> Sequence[Tensor]:
         count = len(images)
         size = next(s for s in self.sizes if s >= count)
         x = self._as_floats(images)
         # padded with its first image: zeros could be slow (denormals)
         if self.pads and count < size:
             x = torch.cat([x, x[:1].expand(size - count, -1, -1, -1)])
-        return self._runs(x)[:count].cpu()
+        return [answer[:count].cpu() for answer in self._runs(x)]
 
     def _as_floats(self, images: Tensor) -> Tensor:
         return images.to(self.device).float()
@@ -110,12 +130,10 @@ class Eager(Engine):
     def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
         bf16 = self.precision == "bf16"
         own = fold_batch_norms(model).bfloat16() if bf16 else copy.deepcopy(model)
-        deployed = Deployed(own.to(memory_format=torch.channels_last), preprocess)
+        deployed = self._deployed(own.to(memory_format=torch.channels_last), preprocess)
 
-        def run(x: Tensor) -> Tensor:
-            found = deployed(x.contiguous(memory_format=torch.channels_last))
-            assert isinstance(found, Tensor)
-            return found
+        def run(x: Tensor) -> Sequence[Tensor]:
+            return _several(deployed(x.contiguous(memory_format=torch.channels_last)))
 
         return run
 
@@ -130,14 +148,14 @@ class Compiled(Engine):
         folded = fold_batch_norms(model).to(memory_format=torch.channels_last)
         if self.precision == "bf16":
             folded = folded.bfloat16()
-        compiled = torch.compile(Deployed(folded, preprocess), dynamic=False)
+        compiled = torch.compile(self._deployed(folded, preprocess), dynamic=False)
         on_cpu = self.device.type == "cpu"
 
-        def run(x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Sequence[Tensor]:
             # not an option of torch.compile: dynamo reads it before inductor sees the options,
             # and would pass the weights as inputs, which can't be frozen
             with torch._inductor.config.patch(freezing=on_cpu):
-                return compiled(x.contiguous(memory_format=torch.channels_last))
+                return _several(compiled(x.contiguous(memory_format=torch.channels_last)))
 
         return run
 
@@ -150,11 +168,12 @@ class OnnxRuntime(_OutsideTorch):
     precisions: tuple[str, ...] = ("fp32",)
 
     def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
-        deployed = Deployed(fold_batch_norms(model).cpu(), preprocess)
+        deployed = self._deployed(fold_batch_norms(model).cpu(), preprocess)
         session = onnxruntime_session(onnx_model(deployed).SerializeToString())
 
-        def run(x: Tensor) -> Tensor:
-            return torch.from_numpy(session.run(None, {"images": x.cpu().numpy()})[0])
+        def run(x: Tensor) -> Sequence[Tensor]:
+            answers = session.run(None, {"images": x.cpu().numpy()})
+            return [torch.from_numpy(answer) for answer in answers]
 
         return run
 
@@ -166,15 +185,15 @@ class OpenVino(_OutsideTorch):
     needs: tuple[str, ...] = ("openvino",)
 
     def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
-        converted = self._convert(Deployed(fold_batch_norms(model).cpu(), preprocess))
+        converted = self._convert(self._deployed(fold_batch_norms(model).cpu(), preprocess))
         runs = {}
         for size in self.sizes:  # a fixed shape is faster than a dynamic one
             converted.reshape([size, *preprocess.input_size])
             runs[size] = compile_openvino(converted, self.precision).create_infer_request()
 
-        def run(x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Sequence[Tensor]:
             answers = runs[len(x)].infer([x.cpu().contiguous().numpy()], share_inputs=True)
-            return torch.from_numpy(answers[0].copy())
+            return [torch.from_numpy(answers[i].copy()) for i in range(len(answers))]
 
         return run
 
@@ -183,6 +202,10 @@ class OpenVino(_OutsideTorch):
 
 
 ENGINES: dict[str, type[Engine]] = {e.name: e for e in (Eager, Compiled, OnnxRuntime, OpenVino)}
+
+
+def _several(answer: Tensor | tuple[Tensor, ...]) -> Sequence[Tensor]:
+    return [answer] if isinstance(answer, Tensor) else answer
 
 
 # ------------------------------------------------------------------------------- runtimes

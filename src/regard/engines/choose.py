@@ -19,6 +19,7 @@ from regard.engines.backends import ENGINES, Eager, Engine
 from regard.errors import FileError, ImageError, UsageError
 from regard.extras import hint, missing
 from regard.files import reason, write_atomically
+from regard.log import clock
 from regard.machine import describe_machine, has_bf16
 from regard.predict import Classifier
 
@@ -27,6 +28,8 @@ log: logging.Logger = logging.getLogger(__name__)
 PRECISIONS = ("auto", "fp32", "bf16")
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.05}
 """The largest difference of a probability from eager fp32 with which `auto` takes an engine."""
+WORTH_MEASURING = 180.0  # seconds with eager, above which a job may measure the other engines
+WORTH_TAKING = 0.1  # of eager's time
 ROUNDS, WARMUP = 7, 2  # timed calls of an engine, after those that are not timed
 
 
@@ -147,22 +150,93 @@ def _open_fastest(
     """The engine that predicts `count` images soonest, its start included."""
     if absent := missing_engines():
         log.info("not installed: %s", ", ".join(f"{n} ({how})" for n, how in absent.items()))
-    path, (key, facts) = cache_path(), _cache_key(classifier, sizes, precision)
-    rows = _read_cache(path, key)
+    rows = _cached(classifier, precision, sizes)
     if rows is None:
         log.info("measuring the engines for this network and machine, once")
-        rows = _measure_all(classifier, precision, sizes, probe)
-        _write_cache(path, key, facts, rows)
+        rows = _measured(classifier, precision, sizes, probe)
+    return _take(classifier, rows, sizes, probe, count)
+
+
+def _take(
+    classifier: Classifier,
+    rows: list[Measurement],
+    sizes: tuple[int, ...],
+    probe: Tensor,
+    count: int | None,
+) -> Engine:
+    """The cheapest of the measured engines whose answers still agree with eager's."""
     while any(row.acceptable for row in rows):
         best = cheapest(rows, count, sizes[-1])
         engine, found = measure(classifier, best.engine, best.precision, sizes, probe, rounds=0)
         if engine is not None and found.acceptable:
-            log.info("%s", _explain(best, rows, count, sizes[-1]))
+            how = _explain(best, rows, count, sizes[-1])
+            log.info("%s; probabilities within %.1g of eager fp32", how, found.difference)
             return engine
         # the cached measurement no longer holds: other images, or a package that is gone
         log.info("%s, %s: %s", best.engine, best.precision, found.fault or _disagreement(found))
         rows = [row for row in rows if row is not best]
     raise UsageError("no engine can be used: the network fails, or its answers are not finite")
+
+
+def open_if_it_pays(
+    classifier: Classifier,
+    *,
+    sizes: tuple[int, ...] = (32,),
+    images: Callable[[], Tensor | None] = lambda: None,
+    count: int | None = None,
+) -> Engine | None:
+    """A faster engine in fp32, where it saves a long job at least a tenth of its time; else None.
+
+    None is the network itself, whose answers are the reference bit for bit. The engines are
+    measured only for a job of more than `WORTH_MEASURING` seconds; a shorter one, or one of
+    unknown length, is given what was measured before.
+
+    Args:
+        classifier, sizes: as for `open_engine`.
+        images: reads those on which answers are compared; called only where they are needed.
+        count: how many images will be predicted. Default: unknown.
+    """
+    size = max(sizes)
+    rows = _cached(classifier, "fp32", sizes)
+    if rows is None:
+        if count is None:
+            return None
+        probe = _probe(classifier, images(), size)
+        seconds = count * _seconds_an_image(classifier, probe[:8])
+        if seconds < WORTH_MEASURING:
+            return None
+        log.info("about %s with the network itself: measuring the faster engines for it and this "
+                 "machine, once", clock(seconds))  # fmt: skip
+        rows = _measured(classifier, "fp32", sizes, probe)
+    eager = next(row for row in rows if row.engine == "eager")
+    best = cheapest(rows, count, size) if eager.acceptable else eager
+    if best is eager or cost(best, count, size) > (1 - WORTH_TAKING) * cost(eager, count, size):
+        return None
+    engine = _take(classifier, rows, sizes, _probe(classifier, images(), size), count)
+    return None if engine.name == "eager" else engine
+
+
+def _seconds_an_image(classifier: Classifier, images: Tensor) -> float:
+    """Of the network itself, the second of two calls."""
+    for _ in range(2):
+        started = time.perf_counter()
+        classifier.answers(images).cpu()
+    return (time.perf_counter() - started) / len(images)
+
+
+def _cached(
+    classifier: Classifier, precision: str, sizes: tuple[int, ...]
+) -> list[Measurement] | None:
+    return _read_cache(cache_path(), _cache_key(classifier, sizes, precision)[0])
+
+
+def _measured(
+    classifier: Classifier, precision: str, sizes: tuple[int, ...], probe: Tensor
+) -> list[Measurement]:
+    """Measures all installed engines, and caches it."""
+    rows = _measure_all(classifier, precision, sizes, probe)
+    _write_cache(cache_path(), *_cache_key(classifier, sizes, precision), rows)
+    return rows
 
 
 def _measure_all(
@@ -195,7 +269,10 @@ def measure(
     """One engine: opened, compared with eager fp32 on `probe`, and timed; 0 rounds: not timed."""
     started = time.perf_counter()
     try:
-        engine = ENGINES[name](classifier.model, classifier.preprocess, sizes, precision)
+        engine = ENGINES[name](
+            classifier.model, classifier.preprocess, sizes, precision,
+            features=classifier.familiarity is not None,
+        )  # fmt: skip
         startup = time.perf_counter() - started
         answer = engine(probe)
     except Exception as error:  # converters and compilers raise nearly anything
@@ -219,11 +296,12 @@ def measure(
 
 def cheapest(rows: list[Measurement], count: int | None, size: int) -> Measurement:
     """The row with the least time for `count` images, its start included; None: many images."""
+    return min((row for row in rows if row.acceptable), key=lambda row: cost(row, count, size))
 
-    def cost(row: Measurement) -> float:
-        return row.batch if count is None else row.startup + row.batch * count / size
 
-    return min((row for row in rows if row.acceptable), key=cost)
+def cost(row: Measurement, count: int | None, size: int) -> float:
+    """Seconds for `count` images in batches of `size`; of one batch where it is None."""
+    return row.batch if count is None else row.startup + row.batch * count / size
 
 
 def _explain(best: Measurement, rows: list[Measurement], count: int | None, size: int) -> str:

@@ -26,6 +26,7 @@ from regard.attention import attention_kinds
 from regard.data.preprocess import Preprocess
 from regard.errors import UsageError
 from regard.files import reason
+from regard.predict import joined_features, last_layers
 
 
 class Deployed(nn.Module):
@@ -78,6 +79,34 @@ class Deployed(nn.Module):
     def _softmax(self, logits: Tensor) -> Tensor:
         logits = logits.float()
         return (logits if self.temperature == 1.0 else logits / self.temperature).softmax(dim=1)
+
+
+class DeployedWithFeatures(Deployed):
+    """`Deployed` with the features that the last layer is given, for an engine's own copy.
+
+    Hooks stay on the model: those of one call, as `Deployed` has, can't be compiled.
+
+    Shapes: (B, C, H, W) in 0..255 -> (B, classes) and (B, D), float32.
+    """
+
+    def __init__(self, model: nn.Module, preprocess: Preprocess) -> None:
+        super().__init__(model, preprocess)
+        self._given: list[Tensor] = []
+        for layer in last_layers(model):
+            layer.register_forward_pre_hook(lambda _, inputs: self._given.append(inputs[0]))
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the graph's outputs."""
+        return ["probabilities", "features"]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        self._given.clear()
+        probabilities = super().forward(images)
+        assert isinstance(probabilities, Tensor)
+        features = joined_features(self._given)
+        self._given.clear()
+        return probabilities, features
 
 
 def spatial_maps(model: nn.Module) -> list[str]:
