@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from scripts import set_address
 
 import regard
 
@@ -154,13 +155,49 @@ def test_the_version_stands_in_the_package_and_agrees_elsewhere():
     assert f"\n## {regard.__version__}" in changes
 
 
+def tracked() -> list[str]:
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+    return names or pytest.skip("not a git repository")
+
+
+OURS = re.compile(
+    rb"https://(?:github\.com/[\w-]+/regard\b|raw\.githubusercontent\.com/[\w-]+/regard/"
+    rb"|[\w-]+\.github\.io/regard/)"
+)
+
+
+def test_the_address_is_the_same_in_every_file_and_one_command_changes_it(tmp_path):
+    home, site = set_address.addresses(ROOT)
+    raw = home.replace(*set_address.RAW)
+    named = []
+    for name in tracked():
+        if name.startswith("tests/"):
+            continue  # this one names others
+        content = (ROOT / name).read_bytes()
+        if found := {address.decode() for address in OURS.findall(content)}:
+            assert found <= {home, f"{raw}/", site}, name
+            named.append(name)
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+    assert {"README.md", "CITATION.cff", "mkdocs.yml", "pyproject.toml"} <= set(named)
+    new = ("https://github.com/o/regard", "https://o.example/docs")
+    changed = set_address.replace(tmp_path, named, *new)
+    assert changed == named
+    assert set_address.addresses(tmp_path) == (new[0], f"{new[1]}/")
+    for name in named:
+        content = (tmp_path / name).read_bytes()
+        assert home.encode() not in content
+        assert site.encode() not in content
+        assert raw.encode() not in content
+    assert (
+        b"https://raw.githubusercontent.com/o/regard/main/docs/images/digits.png"
+        in (tmp_path / "README.md").read_bytes()
+    )
+
+
 def test_no_file_names_a_package_registry():
     hosts = ("pypi" + ".org", "files.python" + "hosted", "registry.npm" + "js", "/whl" + "/cpu")
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split("\0")
-    if tracked == [""]:
-        pytest.skip("not a git repository")
-    for name in filter(None, tracked):
+    for name in tracked():
         text = (ROOT / name).read_bytes()
         assert not [host for host in hosts if host.encode() in text], name
