@@ -1,11 +1,15 @@
 """What Windows and macOS lack: a training without these names, in a process of its own."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
+from regard.papers import Row, Table
+from regard.runs import data_name
+from regard.studies.plan import plan_study
 from tests.helpers import ENVIRONMENT
 
 SCRIPT = """
@@ -44,3 +48,19 @@ def test_an_upload_is_closed_before_it_is_opened_to_be_read():
         assert str(path) not in opened
         assert path.read_bytes() == b"an image"
     assert not path.exists()
+
+
+FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\\/]|[ .]$|^(con|prn|aux|nul|(com|lpt)\d)(\.|$)', re.I)
+
+
+def test_folders_named_after_data_and_rows_have_names_that_windows_takes(tmp_path):
+    for data in ("hf:owner/name", "hf:a:b", "photos ", "a?b", "x.", "médecine", ".", "a/b:c*.csv"):
+        assert not FORBIDDEN.search(data_name(data)), data
+        assert data_name(data)
+    names = ["CON", "nul.", "Aux.txt", "lpt1", "a: b", "a/b", "...", "a|b"]
+    rows = tuple(Row(name=name, network="ag_sononet8") for name in names)
+    table = Table(key="x", title="x", rows=rows)
+    runs = plan_study(table, "digits", tmp_path, seeds=1, folds=1)
+    folders = {run.folder.parent.name for run in runs}
+    assert len(folders) == len(names)
+    assert not [folder for folder in folders if FORBIDDEN.search(folder)]

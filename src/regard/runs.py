@@ -36,6 +36,13 @@ NOBODYS = (
 )  # files that make a folder nobody's run
 
 
+def data_name(data: str | os.PathLike[str]) -> str:
+    """A name for what is made of the data, which every file system takes."""
+    named = os.fspath(data).rstrip("/") or "/"
+    named = os.path.basename(os.path.abspath(named)) if named in (".", "..", "~") else named
+    return re.sub(r"[^\w.-]+", "-", Path(named).stem).strip("-.") or "data"
+
+
 def choose_out(
     out: str | Path | None, data: str | os.PathLike[str], model: str | None, resume: bool
 ) -> Path:
@@ -49,10 +56,7 @@ def choose_out(
         if resume and not (path / "run.json").is_file():
             raise UsageError(f"{path} holds no run to resume")
         return path
-    named = os.fspath(data).rstrip("/") or "/"
-    named = os.path.basename(os.path.abspath(named)) if named in (".", "..", "~") else named
-    name = re.sub(r"[^\w.-]+", "-", Path(named).stem).strip("-.") or "data"
-    base = RUNS / f"{name}-{model or 'cbam_resnet18'}"
+    base = RUNS / f"{data_name(data)}-{model or 'cbam_resnet18'}"
     taken = [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 10_000))]
     free = next(i for i, path in enumerate(taken) if not path.exists())
     if not resume:

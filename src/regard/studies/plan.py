@@ -219,6 +219,8 @@ def _test_of(row: Row, folder: Path) -> tuple[tuple[str, ...], str]:
 def _slug(name: str, taken: set[str]) -> str:
     """A folder's name for a row, different for each."""
     base = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "row"
+    if re.fullmatch(r"(con|prn|aux|nul|(com|lpt)\d)(\..*)?", base):  # devices of Windows
+        base = f"row-{base}"
     slug, n = base, 2
     while slug in taken:
         slug, n = f"{base}-{n}", n + 1
