@@ -121,7 +121,7 @@ def peak_of(work: Callable[[], object], device: torch.device) -> int | None:
         work()
         return None
     peak = PeakOnCPU()
-    _RESET_PEAK.write_text("5")
+    _RESET_PEAK.write_text("5", encoding="ascii")
     work()
     return peak.now()
 
@@ -169,13 +169,13 @@ class PeakOnCPU:
         self.before: int = psutil.Process().memory_info().rss
 
     def __call__(self, trainer: Trainer, size: int) -> int:
-        _RESET_PEAK.write_text("5")  # sets the peak to what is held now
+        _RESET_PEAK.write_text("5", encoding="ascii")  # sets the peak to what is held now
         _two_steps(trainer, size)
         return self.now()
 
     def now(self) -> int:
         """The peak since it was reset, beyond what was held at first."""
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
         return max(0, 1024 * int(peak.split()[1]) - self.before)
 
