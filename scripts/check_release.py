@@ -154,7 +154,9 @@ def journey(place: Environment, wheel: Path) -> None:
     place.install(f"{wheel}[serve,onnxruntime]")
     answers_of_server(place, network, image)
     place.timed("export --to onnx", "export", network, "--to", "onnx", "--out", "net.onnx")
-    assert "class" in run(place.bin / "python", "net.py", image, cwd=place.work)
+    for program in ("net.py", "net_onnx.py"):
+        said = run(place.bin / "python", program, image, cwd=place.work)
+        assert json.loads(said)["classes"], said
 
 
 def main() -> None:

@@ -264,6 +264,13 @@ def loaded_from_outside(site: Path) -> list[str]:
     ]
 
 
+def without_queries(site: Path) -> None:
+    """Takes out the mark by which the theme's script asks GitHub for the repository's stars."""
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(text.replace(' data-md-component="source"', ""), encoding="utf-8")
+
+
 def main() -> None:
     """Writes the pages and builds the site."""
     write_pages()
@@ -275,6 +282,7 @@ def main() -> None:
     done = subprocess.run(command, cwd=ROOT)
     if done.returncode:
         raise SystemExit(done.returncode)
+    without_queries(SITE)
     if pages := loaded_from_outside(SITE):
         raise SystemExit(f"pages that load something from elsewhere: {', '.join(pages)}")
     print(

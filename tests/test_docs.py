@@ -111,6 +111,8 @@ def test_the_site_is_built_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     site = ROOT / "build/site"
+    assert "md-source" in (site / "start.html").read_text(encoding="utf-8")
+    assert 'data-md-component="source"' not in (site / "start.html").read_text(encoding="utf-8")
     for name in ("commands", "api", "recipes", "files"):
         assert (site / f"reference/{name}.html").stat().st_size > 10_000
     api = (site / "reference/api.html").read_text(encoding="utf-8")

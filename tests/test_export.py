@@ -9,6 +9,7 @@ import torch
 import regard
 from regard.attention import record
 from regard.engines.formats import FORMATS, Onnx, Torch
+from regard.engines.program import program, program_path
 from regard.errors import ExportError, UsageError
 from regard.export import export
 from tests.helpers import run
@@ -140,3 +141,13 @@ def test_the_command(whole, tmp_path):
     said = run("export", whole, "--to", "torch", "--out", tmp_path / "deep/net.pt2")
     assert "loaded again: 24 images alone and in batches, answers within" in said
     assert (tmp_path / "deep/net.pt2").stat().st_size > 100_000
+
+
+def test_two_formats_of_one_name_have_two_programs(tmp_path):
+    onnx, torch = tmp_path / "net.onnx", tmp_path / "net.pt2"
+    assert program_path(torch) == tmp_path / "net.py"
+    (tmp_path / "net.py").write_text(program(onnx), encoding="ascii")
+    assert program_path(onnx) == tmp_path / "net.py"
+    assert program_path(torch) == tmp_path / "net_pt2.py"
+    (tmp_path / "net.py").write_text("MODEL = 'mine'", encoding="utf-8")
+    assert program_path(torch) == tmp_path / "net.py"  # and refused, as it is there already

@@ -24,7 +24,7 @@ from regard.data.loading import Reader, StreamingLoader, default_workers
 from regard.data.sources import ImageTable, as_known
 from regard.engines.conversion import Deployed, fold_batch_norms, spatial_maps
 from regard.engines.formats import FORMATS, Format, Run
-from regard.engines.program import program, program_name
+from regard.engines.program import program, program_path
 from regard.errors import ExportError, FileError, ImageError, UsageError
 from regard.files import reason, spread
 from regard.models.io import network_folder
@@ -139,7 +139,7 @@ def _check_call(to: str, out: Path, int8: bool, overwrite: bool) -> tuple[Format
         raise UsageError(f"int8: only with {' or '.join(able)}")
     file_format.require(int8)
     out = out.expanduser().resolve()
-    parts = [*file_format.parts(out), out.with_name(program_name(out))]
+    parts = [*file_format.parts(out), program_path(out)]
     for part in parts:
         if part.exists() and not part.is_file():
             raise UsageError(f"{part} is no regular file: choose another name")

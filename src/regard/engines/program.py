@@ -1,5 +1,6 @@
 """The program that is written with an exported file: a copy of standalone.py for that file."""
 
+import re
 import sys
 from importlib import resources
 from pathlib import Path
@@ -9,11 +10,28 @@ from regard.version import __version__
 _RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}
 _TAKEN = {*sys.stdlib_module_names, "numpy", "PIL", "onnxruntime", "onnx", "openvino", "torch",
           "torchvision", "timm", "regard"}  # fmt: skip
+_HEAD = "# Written by Regard"
 
 
-def program_name(out: Path) -> str:
-    """The program's name for a file, as which it must not hide a module that it imports."""
-    return f"{out.stem}_predict.py" if out.stem in _TAKEN else f"{out.stem}.py"
+def program_path(out: Path) -> Path:
+    """The program's path for an exported file, whose name must not hide a module that it imports.
+
+    Where net.py is the program of net.onnx, that of net.pt2 is net_pt2.py.
+    """
+    path = out.with_name(f"{out.stem}_predict.py" if out.stem in _TAKEN else f"{out.stem}.py")
+    if _model_of(path) in (None, f"{out.name!a}"):
+        return path
+    return out.with_name(f"{out.stem}_{out.suffix[1:]}.py")
+
+
+def _model_of(path: Path) -> str | None:
+    """The literal that names the exported file in a program of Regard's; None: it is none."""
+    try:
+        text = path.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = re.search(r"^MODEL = ('[^'\n]*'|\"[^\"\n]*\")", text, re.M)
+    return found[1] if found and text.startswith(_HEAD) else None
 
 
 def program(out: Path) -> str:
@@ -21,5 +39,5 @@ def program(out: Path) -> str:
     text = resources.files("regard.engines").joinpath("standalone.py").read_text(encoding="ascii")
     default, runtime = 'MODEL = "net.onnx"', _RUNTIMES[out.suffix]
     assert default in text
-    head = f"# Written by Regard {__version__}: pip install numpy pillow {runtime}\n"
+    head = f"{_HEAD} {__version__}: pip install numpy pillow {runtime}\n"
     return head + text.replace(default, f"MODEL = {out.name!a}", 1)
