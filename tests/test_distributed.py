@@ -27,8 +27,10 @@ from tests.helpers import ENVIRONMENT, QUICK, dense, same_results
 # a signal by itself where SIGNAL names a step.
 DRIVER = """
 import hashlib, json, os, signal, sys, time
+import torch
 import regard.training.run as r
 from regard.cli import main
+from regard.data.loading import Reader
 
 rank, told = os.environ["RANK"], os.environ["TOLD"]
 fit, finish = r.Trainer.fit, r.Run._finish
@@ -37,7 +39,22 @@ def slow(function):
         time.sleep(1.0 if rank == "1" else 0.0)
         return function(*arguments, **more)
     return slowly
-r.load_splits, r.build_trainer = slow(r.load_splits), slow(r.build_trainer)
+decoded, layouts = [], set()
+load, decode, update = r.load_splits, Reader.decode, r.Trainer.update
+def counting(*arguments, **more):
+    Reader.decode = lambda self, row: (decoded.append(row), decode(self, row))[1]
+    parts = load(*arguments, **more)
+    Reader.decode = decode
+    return parts
+def looking(self):
+    # kernels and their gradients that are in channels_last, and not in both layouts at once
+    for p in self.model.parameters():
+        if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1:
+            layouts.update(t.is_contiguous(memory_format=torch.channels_last) for t in (p, p.grad))
+            layouts.update(not t.is_contiguous() for t in (p, p.grad))
+    update(self)
+r.Trainer.update = looking
+r.load_splits, r.build_trainer = slow(counting), slow(r.build_trainer)
 def signalled(self, *, after_step):
     def after(trainer, loss):
         if rank == "1" and str(trainer.step) == os.environ.get("SIGNAL"):
@@ -50,7 +67,8 @@ def telling(self):
     parameters = b"".join(p.detach().numpy().tobytes() for p in t.model.parameters())
     places = [t.source.order.at(*span).tolist() for span in t.spans(0)]
     tell = {"weights": hashlib.sha256(parameters).hexdigest(), "places": places,
-            "mean": self.plan.preprocess.mean}
+            "mean": self.plan.preprocess.mean, "decoded": len(decoded), "layouts": list(layouts),
+            "file": t.source.images.untyped_storage().filename}
     with open(f"{told}/{rank}.json", "w") as file:
         json.dump(tell, file)
     finish(self)
@@ -94,6 +112,20 @@ def test_both_hold_the_same_weights_and_prepare_images_alike(pair):
     first, second = told_by(pair)
     assert first["weights"] == second["weights"]
     assert first["mean"] == second["mean"] != [0.5]
+
+
+@pytest.mark.slow
+def test_each_decodes_half_of_the_images_and_both_hold_the_same_memory(pair):
+    first, second = told_by(pair)
+    for told in (first, second):  # and a sample of 32 a split, by which their size is judged
+        assert 1797 / 2 - 2 <= told["decoded"] <= 1797 / 2 + 3 * 32 + 2
+    assert first["file"] == second["file"] is not None
+
+
+@pytest.mark.slow
+def test_kernels_and_gradients_stay_in_channels_last_through_ddp(pair):
+    for told in told_by(pair):
+        assert told["layouts"] == [True]
 
 
 @pytest.mark.slow

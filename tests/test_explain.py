@@ -15,7 +15,9 @@ from sklearn.datasets import load_sample_images
 import regard
 from regard.attention import StageMap, attention_stages, stage_of
 from regard.data.preprocess import Preprocess, to_tensor
+from regard.errors import UsageError
 from regard.explanations.explanation import Explanation, explain_batch
+from regard.predict import load, use_precision
 from tests.helpers import rows_of, run
 
 
@@ -334,6 +336,49 @@ def test_a_second_call_goes_on_where_the_first_was_stopped(small, scene, capsys)
     # other settings are other work
     assert command(small, *images, "--out", "all", "--score", "--seed", "1") == 0
     assert "unchanged" not in capsys.readouterr().out
+
+
+def test_in_bf16_maps_and_answers_are_near_those_in_fp32_and_computed_anew(small, scene, capsys):
+    found = {}
+    for precision in ("fp32", "bf16"):
+        capsys.readouterr()
+        flags = ["--precision", precision, "--channels", "--score", "--out", "out"]
+        assert command(small, "x.png", *flags) == 0
+        assert "unchanged" not in capsys.readouterr().out
+        with np.load("out/x.png.explained.npz") as numbers:
+            found[precision] = {k: numbers[k] for k in numbers if numbers[k].dtype == np.float32}
+            shares = json.loads(str(numbers["about"]))["classes"]
+            found[precision]["answer"] = np.array([p for _, p in sorted(shares)])
+    whole, narrow = found["fp32"], found["bf16"]
+    assert list(whole) == list(narrow)
+    maps = [name for name in whole if name.startswith("spatial/")]
+    assert len(maps) == 2
+    for name in (*maps, "answer"):
+        assert 0 < np.abs(whole[name] - narrow[name]).max() < 0.05
+    assert narrow["gradcam"].dtype == np.float32
+
+
+def test_a_copy_computes_in_the_precision_of_its_network_and_goes_back(small):
+    import copy
+
+    model = load(small, precision="bf16").model
+    kinds = []
+    for each in (model, copy.deepcopy(model)):
+        hook = next(m for m in each.modules() if isinstance(m, torch.nn.Conv2d))
+        hook.register_forward_hook(lambda _, inputs, out: kinds.append(out.dtype))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    x = torch.rand(2, *load(small).preprocess.input_size)
+    assert model(x).dtype == torch.float32
+    assert kinds == [torch.bfloat16]
+    assert not torch.equal(other(x), model(x))  # its own weights, not the network's
+    use_precision(model, "fp32")
+    model(x)
+    assert kinds[-1] == torch.float32
+    with pytest.raises(UsageError, match="precision='fp16'"):
+        use_precision(model, "fp16")
 
 
 def test_scores_of_one_image_have_no_interval(small, scene, capsys):

@@ -12,7 +12,7 @@ from regard.engines.formats import FORMATS, Onnx, Torch
 from regard.engines.program import program, program_path
 from regard.errors import ExportError, UsageError
 from regard.export import export
-from tests.helpers import run
+from tests.helpers import messages, run
 
 pytestmark = pytest.mark.native
 
@@ -44,6 +44,27 @@ def test_a_file_answers_as_the_network_and_shows_its_maps(whole, tmp_path, to):
     (tmp_path / "plain").write_text("")
     modes = {p.stat().st_mode for p in tmp_path.iterdir()}
     assert len(modes) == 1  # as any file that this user writes
+
+
+def test_a_file_in_bf16_answers_within_its_bound(whole, tmp_path):
+    with messages() as said:
+        path = export(whole, to="torch", out=tmp_path / "net.pt2", precision="bf16", maps=True)
+    assert any("answers within" in line for line in said)
+    assert Torch().metadata(path)["precision"] == "bf16"
+    assert path.stat().st_size < 0.7 * export(
+        whole, to="torch", out=tmp_path / "whole.pt2"
+    ).stat().st_size  # fmt: skip
+    images = torch.rand(5, 1, 16, 16) * 255
+    found, *maps = Torch().open(path)(images)
+    difference = (found - regard.load(whole).probabilities(images)).abs().max()
+    assert found.dtype == torch.float32
+    assert 0 < difference < 0.05
+    assert {m.dtype for m in maps} == {torch.float32}
+    for to, int8 in (("onnx", False), ("openvino", False), ("onnx", True)):
+        with pytest.raises(UsageError, match="precision=bf16"):
+            export(whole, to=to, out=tmp_path / FILES[to], precision="bf16", int8=int8)
+    with pytest.raises(UsageError, match="precision='fp8'"):
+        export(whole, to="torch", out=tmp_path / "x.pt2", precision="fp8")
 
 
 @pytest.mark.slow

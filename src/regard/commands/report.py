@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag
+from regard.commands.flags import DeviceFlag, PrecisionFlag
 from regard.errors import UsageError
 
 
@@ -17,6 +17,7 @@ def command(
     positive: str | None = None,
     explained: int = 48,
     device: DeviceFlag = "auto",
+    precision: PrecisionFlag = "fp32",
 ) -> int:
     """Write the report.html of a finished run again.
 
@@ -38,5 +39,8 @@ def command(
 
     if explained < 0:
         raise UsageError(f"--explained {explained}: at least 0")
-    print(report_run(run, device, masks=masks, positive=positive, explained=explained))
+    path = report_run(
+        run, device, masks=masks, positive=positive, explained=explained, precision=precision
+    )
+    print(path)
     return 0

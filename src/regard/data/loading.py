@@ -316,6 +316,7 @@ class InMemoryLoader:
 def decode_all(
     reader: Reader,
     *,
+    rows: Sequence[int] | None = None,
     skip: Collection[int] = (),
     limit: float = math.inf,
     on_image: Callable[[int], None] | None = None,
@@ -324,6 +325,7 @@ def decode_all(
 
     Args:
         reader: of the images.
+        rows: which to decode (default: all).
         skip: rows that are not read, and are zero images.
         limit: bytes that the decoded images may take.
         on_image: is called with 1 for each image.
@@ -346,11 +348,11 @@ def decode_all(
         return image if reader.crops_at_random else reader.preprocess.fit(image)
 
     several: list[Tensor] = []
-    count = 0 if reader.crops_at_random else len(reader.table)
+    rows = range(len(reader.table)) if rows is None else rows
+    count = 0 if reader.crops_at_random else len(rows)
     together = torch.zeros((count, *zero.shape), dtype=torch.uint8)
     size, threads = 0, default_workers()
-    rows = range(len(reader.table))
-    for row, image in enumerate(read_ahead(rows, one, threads, 16 * threads)):
+    for k, image in enumerate(read_ahead(rows, one, threads, 16 * threads)):
         if reader.crops_at_random:
             several.append(image)
             size += image.nbytes
@@ -359,7 +361,7 @@ def decode_all(
             size = together.numel() * kind.itemsize
             if size <= limit:
                 together = together.to(kind)
-                together[row] = image
+                together[k] = image
         if size > limit:
             return None, []
         if on_image is not None:

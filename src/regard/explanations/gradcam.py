@@ -188,6 +188,6 @@ def gradcam(
         (slope,) = torch.autograd.grad(scores, kept[0], allow_unused=True)
         if slope is None:
             raise UsageError(f"layer={name!r}: the class does not depend on it")
-    values = _channels_first(kept[0].detach(), model)
-    weights = _channels_first(slope, model).mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+    values = _channels_first(kept[0].detach().float(), model)
+    weights = _channels_first(slope.float(), model).mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
     return (weights * values).sum(dim=1).relu()

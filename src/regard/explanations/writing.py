@@ -63,6 +63,7 @@ class Options:
         baseline, seed, steps, repeats: as for `Scorer`.
         masks: what people marked, see `open_masks`.
         overwrite: replace files that Regard did not write.
+        precision: what the network computes in, as it was loaded.
     """
 
     target: str | None = None
@@ -77,6 +78,7 @@ class Options:
     repeats: int = 3
     masks: Path | None = None
     overwrite: bool = False
+    precision: str = "fp32"
 
     def settings(self, network: str, image: str) -> dict[str, Any]:
         """What an image's maps depend on, for JSON."""
@@ -84,6 +86,7 @@ class Options:
             "software": SOFTWARE, "network": network, "image": image, "target": self.target,
             "methods": list(self.methods), "reduce": self.reduce, "layer": self.layer,
             "channels": self.keep_channels,
+            **({} if self.precision == "fp32" else {"precision": self.precision}),
         }  # fmt: skip
 
     def score_settings(self) -> dict[str, Any]:

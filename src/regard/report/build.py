@@ -22,6 +22,7 @@ def report_run(
     masks: str | Path | None = None,
     positive: str | None = None,
     explained: int = 0,
+    precision: str = "fp32",
 ) -> Path:
     """Writes report.html into a finished run's folder, and returns its path.
 
@@ -33,6 +34,7 @@ def report_run(
         masks: what people marked, to be drawn into the images; see `open_masks`.
         positive: class of ROC, precision-recall and decision curves; see `positive_class`.
         explained: images whose maps are computed; those of the gallery are in any case.
+        precision: "fp32" or "bf16", in which maps and their scores are computed.
 
     Raises:
         UsageError: the folder holds no finished run, or an argument does not fit it, or this
@@ -41,7 +43,7 @@ def report_run(
     """
     if explained < 0:
         raise UsageError(f"explained={explained}: at least 0")
-    source = RunSource(Path(folder), None if masks is None else Path(masks), device)
+    source = RunSource(Path(folder), None if masks is None else Path(masks), device, precision)
     plan, facts, recipe = source.plan, source.facts, source.recipe
     measured = measure(source, positive, recipe["faithfulness_images"])
     faithful = measured.faithfulness

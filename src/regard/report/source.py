@@ -88,7 +88,9 @@ class RunSource:
         UsageError: the folder holds no finished run, or the masks don't fit its images.
     """
 
-    def __init__(self, folder: Path, masks: Path | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, folder: Path, masks: Path | None = None, device: str = "cpu", precision: str = "fp32"
+    ) -> None:
         self.run: RunFolder = RunFolder(folder)
         if not self.run.finished:
             raise UsageError(f"{folder} holds no finished run")
@@ -98,7 +100,8 @@ class RunSource:
         self.split: str
         self.predictions: Predictions
         self.split, self.predictions = self.run.read_predictions()
-        self.classifier: Classifier = load(folder, device, calibrated=False)  # as it was evaluated
+        # uncalibrated, as it was evaluated
+        self.classifier: Classifier = load(folder, device, calibrated=False, precision=precision)
         self.calibration: Calibration | None = read_calibration(folder)
         self.problem: str = ""
         self.found: _Found | None = self._open()

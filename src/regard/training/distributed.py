@@ -107,7 +107,12 @@ def gathered_first(accelerator: Accelerator, value: Any) -> list[Any]:
 
 
 class Ranks:
-    """This process's place among all of the run, to divide work and to put results together."""
+    """This process's place among all of the run, to divide work and to put results together.
+
+    Attributes:
+        rank, count: of all processes.
+        place, local: the same among those of this machine, whose ranks follow each other.
+    """
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
         self._accelerator = accelerator
@@ -116,6 +121,7 @@ class Ranks:
         self.count: int = accelerator.num_processes if several else 1  # type: ignore[union-attr]
         here = os.environ.get("LOCAL_WORLD_SIZE", self.count)
         self.local: int = int(here) if self.count > 1 else 1
+        self.place = int(os.environ.get("LOCAL_RANK", self.rank)) if self.count > 1 else 0
 
     def all(self, value: Any) -> list[Any]:
         """The values of all processes."""

@@ -16,7 +16,6 @@ from regard.data.loading import (
     Reader,
     Spans,
     StreamingLoader,
-    decode_all,
     fits_in_memory,
 )
 from regard.data.preprocess import Preprocess
@@ -28,6 +27,7 @@ from regard.log import counting
 from regard.machine import free_memory
 from regard.training.config import Recipe
 from regard.training.distributed import Ranks
+from regard.training.sharing import decode_together, rows_of
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -95,7 +95,8 @@ def load_splits(
             image can be.
     """
     ranks = ranks or Ranks()
-    limit = min(MEMORY_LIMIT, free_memory() / 2 / ranks.local)
+    # the shares of several processes are there twice while they become common
+    limit = min(MEMORY_LIMIT, free_memory() / (2 if ranks.local == 1 else 4))
     parts: dict[str, LoadedSplit] = {}
     for split in SPLITS:
         rows = np.flatnonzero(table.splits == split)
@@ -165,8 +166,9 @@ def load_split(
     fits = recipe.memory == "auto" and all(ranks.all(fits_in_memory(reader, limit)))
     if recipe.memory == "yes" or fits:
         most = limit if recipe.memory == "auto" else float("inf")
-        with counting(f"reading {split} images", len(table), show=show) as on_image:
-            images, bad = decode_all(reader, skip=skip, limit=most, on_image=on_image)
+        count = len(range(ranks.place, len(table), ranks.local))
+        with counting(f"reading {split} images", count, show=show) as on_image:
+            images, bad = decode_together(reader, ranks, skip=skip, limit=most, on_image=on_image)
         if any(ranks.all(images is None)):
             images = None
     if images is None:
@@ -176,8 +178,8 @@ def load_split(
     assert bad is not None
     bad = sorted({row: (row, why) for found in ranks.all(bad) for row, why in found}.values())
     if left_out is None:
-        return _without(reader, images, bad)
-    part = _without(reader, images, [(i, known[paths[i]]) for i in sorted(skip)])
+        return _without(reader, images, bad, ranks)
+    part = _without(reader, images, [(i, known[paths[i]]) for i in sorted(skip)], ranks)
     if images is not None:  # streamed ones are met again
         new_rows = np.cumsum([i not in skip for i in range(len(table))]) - 1
         part.missing = {int(new_rows[row]): why for row, why in bad}
@@ -185,14 +187,14 @@ def load_split(
 
 
 def _without(
-    reader: Reader, images: Tensor | list[Tensor] | None, bad: list[tuple[int, str]]
+    reader: Reader, images: Tensor | list[Tensor] | None, bad: list[tuple[int, str]], ranks: Ranks
 ) -> LoadedSplit:
     table = reader.table
     if not bad:
         return LoadedSplit(reader, images, [])
     good = np.setdiff1d(np.arange(len(table)), [row for row, _ in bad])
     if isinstance(images, Tensor):
-        images = images[torch.from_numpy(good)]
+        images = rows_of(images, good, ranks)
     elif images is not None:
         images = [images[i] for i in good.tolist()]
     readable = dataclasses.replace(reader, table=table.select(good))
