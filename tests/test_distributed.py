@@ -170,6 +170,53 @@ def test_a_signal_to_one_stops_both_and_they_go_on_to_the_same_end(pair, tmp_pat
     assert same_results(pair / "run", out)
 
 
+# An evaluation takes half a minute, a second a batch; in its third batch the last process gets a
+# signal. Each process tells when it was and when each batch ended.
+EVALUATED = """
+import os, signal, sys, time
+from regard.cli import main
+from regard.predict import Classifier
+
+rank, told = os.environ.get("RANK", "0"), os.environ["TOLD"]
+answers, times = Classifier.answers, []
+def slowly(self, images):
+    times.append(time.monotonic())
+    if len(times) == 3 and rank == os.environ["LAST"]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1.0)
+    with open(f"{told}/{rank}.txt", "w") as file:
+        file.write(str(len(times)))
+    return answers(self, images)
+Classifier.answers = slowly
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_in_an_evaluation_is_acted_on_within_seconds(processes, tmp_path):
+    (tmp_path / "driver.py").write_text(EVALUATED)
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    settings = [
+        "train", "digits", *QUICK[:-4], "--val", "0.8", "--test", "0.1", "--batch-size", "8",
+        "--steps", "2", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    environment = {**ENVIRONMENT, "TOLD": str(tmp_path), "LAST": str(processes - 1)}
+    done = subprocess.run(
+        [*start, str(tmp_path / "driver.py"), *settings], capture_output=True, text=True,
+        env=environment, timeout=280,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "its state is saved" in done.stderr
+    for rank in range(processes):  # of 44 batches of a second, by one process, or 22
+        batches = int((tmp_path / f"{rank}.txt").read_text())
+        assert 2 <= batches <= 3 + 4, (rank, batches)
+    saved = torch.load(tmp_path / "run/state/step-000000002.pt", weights_only=True)
+    assert saved["unscored"]
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_told_once(tmp_path):
     done = in_two(

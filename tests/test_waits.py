@@ -9,6 +9,7 @@ import collections
 import traceback
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -164,6 +165,72 @@ def test_between_two_looks_the_host_waits_for_nothing(
     name, side, channels, recipe, arguments, monkeypatch
 ):
     assert waits(name, side, channels, recipe, monkeypatch, **arguments) == {}
+
+
+def test_cudnn_searches_for_the_fastest_kernels_of_the_one_batch_size(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    waits("cbam_resnet18", 32, 3, Recipe(batch_size=8), monkeypatch, stem="cifar")
+    assert torch.backends.cudnn.benchmark
+
+
+def test_an_evaluation_waits_at_its_end_alone(monkeypatch):
+    """Whatever the number of its batches."""
+    from regard.predict import Classifier
+    from regard.training import scoring
+
+    monkeypatch.setattr(preprocess_module, "_CONSTANTS", {})
+    found, watch = [], Waits()
+    model = regard.create_model("ag_sononet8", num_classes=10)
+    rows, part = np.arange(4), SimpleNamespace(lost=[])
+    preprocess = Preprocess((1, 32, 32), (0.5,), (0.25,))
+    classifier = Classifier(model, [str(i) for i in range(10)], preprocess)
+    monkeypatch.setattr(scoring, "Classifier", lambda *_: classifier)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        move_to_fake(model)
+        trainer = SimpleNamespace(
+            weights=model, preprocess=preprocess, device=GPU, batch=4, share_buffers=lambda: None,
+            accelerator=Accelerator(),
+        )  # fmt: skip
+        scorer = scoring.Scorer(trainer, [str(i) for i in range(10)])
+        images, labels = torch.zeros(4, 1, 32, 32, device=GPU), torch.zeros(4, device=GPU).long()
+        for count in (1, 5):
+            part.table = SimpleNamespace(labels=np.arange(4 * count))
+            batches = [scoring._Labeled(images, labels, rows, [])] * count
+            monkeypatch.setattr(scorer, "_batches", lambda *_, batches=batches: iter(batches))
+            # the three sums, which the end fetches: with numbers in place of fake ones
+            monkeypatch.setattr(scoring, "gathered", lambda *_: [np.array([1.0, 1.0, 4.0])])
+            watch.on = True
+            with watch:
+                scorer.validate(None, part)
+            found.append(sum(n for what, n in watch.found.items() if "scoring" in what
+                             or "predict" in what))  # fmt: skip
+            watch.found.clear()
+    assert found == [1, 1]
+
+
+def test_images_go_where_the_network_is(monkeypatch):
+    from regard.predict import Classifier
+
+    monkeypatch.setattr(preprocess_module, "_CONSTANTS", {})
+    model = regard.create_model("ag_sononet8", num_classes=10)
+    classifier = Classifier(model, list("0123456789"), Preprocess((1, 32, 32), (0.5,), (0.25,)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        move_to_fake(model)
+        assert classifier.answers(torch.zeros(2, 1, 32, 32)).device == GPU
+
+
+def test_on_mps_which_has_no_float64_sums_are_in_float32():
+    from regard.training.feed import Placed
+
+    apple = torch.device("mps")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        outputs, labels = torch.zeros(4, 10, device=apple), torch.zeros(4, device=apple).long()
+        batch = Placed(None, None, labels, None, None, 4, [])
+        for tally in (torch.zeros(5, dtype=torch.float64), torch.zeros(5, device=apple)):
+            trainer = SimpleNamespace(model=nn.Identity(), tally=tally)
+            summed, weight = torch.zeros((), device=apple), torch.ones((), device=apple)
+            Trainer._count(trainer, outputs, batch, labels, summed, weight)
+            assert (trainer.tally.dtype, trainer.tally.device.type) == (torch.float32, "mps")
 
 
 def test_the_counter_counts():

@@ -19,7 +19,7 @@ log: logging.Logger = logging.getLogger(__name__)
 
 LEAST_COMPILING = 10.0  # seconds; compiling forward and backward hardly takes less
 MOST_SAVED = 0.5  # of a step's time; compiling hardly saves more
-Compiler = Callable[[Any], Any]
+Compiler = Callable[..., Any]
 Clock = Callable[[], float]
 
 
@@ -44,11 +44,12 @@ def choose_compiled(
         Whether it is compiled.
 
     Raises:
-        UsageError: the recipe says "yes", and it can't be compiled.
+        UsageError: the recipe says "yes" or "graphs", and it can't be compiled so.
     """
     want = trainer.recipe.compile
     if want == "no" or decided is False:
         return False
+    mode = _mode(trainer)
     left = trainer.total - trainer.step
     with trial(trainer) as at_trial:
         timer = _Timer(at_trial, first_batches(at_trial), clock)
@@ -61,11 +62,11 @@ def choose_compiled(
         log.info(
             f"{eager:.3g} s a step; compiling, to compare ..." if measuring else "compiling ..."
         )
-        compiled, first = compiler(trainer.model), 0.0
+        compiled, first = compiler(trainer.model, **mode), 0.0
         first, failure = timer.try_seconds(compiled)
         failure = next(filter(None, gathered(trainer.accelerator, failure)), "")
-        if failure and want == "yes":
-            raise UsageError(f"compile=yes: the network can't be compiled here ({failure})")
+        if failure and want != "auto":
+            raise UsageError(f"compile={want}: the network can't be compiled here ({failure})")
         if failure:
             log.info(f"not compiled: it can't be here ({failure})")
             return False
@@ -75,6 +76,18 @@ def choose_compiled(
             log.info(message)
     trainer.compiled = compiled if chosen else None
     return chosen
+
+
+def _mode(trainer: Trainer) -> dict[str, str]:
+    """torch.compile's argument for what the recipe says."""
+    if trainer.recipe.compile != "graphs":
+        return {}
+    if trainer.device.type != "cuda":
+        raise UsageError(f"compile=graphs: CUDA graphs are on CUDA alone, this is {trainer.device}")
+    if trainer.recipe.accumulate > 1:
+        # a graph's gradients lie where its next call writes them
+        raise UsageError("compile=graphs: only with accumulate=1")
+    return {"mode": "reduce-overhead"}
 
 
 class _Timer:

@@ -220,9 +220,11 @@ class Recipe:
         "Precision; auto is bf16 where the hardware computes in it, else fp16 on GPUs that "
         "compute in that, else fp32.",
     )  # fmt: skip
-    compile: Literal["no", "yes", "auto"] = _field(
-        "no", "Run", "Use torch.compile; auto measures whether it pays."
-    )
+    compile: Literal["no", "yes", "graphs", "auto"] = _field(
+        "no", "Run",
+        "Use torch.compile; graphs: with CUDA graphs, for small networks at small batches (CUDA "
+        "only); auto measures whether it pays.",
+    )  # fmt: skip
     fuse: Literal["auto", "yes", "no"] = _field(
         "auto", "Run",
         "Compute the end of ResNet blocks with CBAM as one operator, which saves memory and "

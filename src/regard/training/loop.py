@@ -359,6 +359,8 @@ class Trainer:
 
     def _outputs(self, x: Tensor) -> Tensor:
         """Logits, (B, classes) or (B, heads, classes)."""
+        if self.recipe.compile == "graphs":  # what the last step's graph gave may be written over
+            torch.compiler.cudagraph_mark_step_begin()
         with self.updater.autocast():
             return self._forward(x).float()
 
