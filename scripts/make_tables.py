@@ -4,16 +4,19 @@
     python scripts/make_tables.py --check    # says what would change; exit code 1 if anything
 
 What it writes: the columns `parameters` and `macs` of src/regard/models/zoo.csv, and
-in docs/models.md, docs/training.md and docs/performance.md what stands between two comments that
-name this script: from benchmarks/recipes.csv, and, machine by machine, from
-benchmarks/performance-*.csv, scaling-*.csv, freed-memory-*.csv and stream.csv.
+in docs/models.md, docs/training.md, docs/results.md and docs/performance.md what stands between
+two comments that name this script: from benchmarks/recipes.csv, benchmarks/results, and, machine
+by machine, from benchmarks/performance-*.csv, scaling-*.csv, freed-memory-*.csv and stream.csv.
 """
 
 import csv
 import io
+import json
 import re
 import shlex
+import statistics
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +33,11 @@ FIGURES = ROOT / "src/regard/models/zoo.csv"
 MODELS = ROOT / "docs/models.md"
 PAPERS_PAGE = ROOT / "docs/papers.md"
 TRAINING = ROOT / "docs/training.md"
+RESULTS_PAGE = ROOT / "docs/results.md"
 PERFORMANCE = ROOT / "docs/performance.md"
 BENCHMARKS = ROOT / "benchmarks"
 RECIPES = BENCHMARKS / "recipes.csv"
+RESULTS = BENCHMARKS / "results"
 AUTHORS = "eager-nchw"  # benchmarks/cases.py
 NOTHING = "Not measured yet.\n"
 TABLE = re.compile(
@@ -121,6 +126,75 @@ def recipes_table(text: str) -> str:
         )
         commands.append(row["command"])
     return "\n".join([*lines, "", "```", *commands, "```"]) + "\n"
+
+
+# ---------------------------------------------------------------------------- docs/results.md
+@dataclass(frozen=True)
+class Kept:
+    """One run in benchmarks/results, as scripts/keep_result.py keeps it."""
+
+    benchmark: str
+    network: str
+    command: str  # without seed and folder, which differ among the runs of a row
+    seed: int
+    accuracy: tuple[float, float, float]  # with its interval over images
+    epochs: float
+    hours: float
+    where: str
+
+
+def read_kept(folder: Path) -> Kept:
+    """What one folder holds."""
+    run, about, tested = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("run", "about", "evaluation")
+    )
+    recipe = (folder / "recipe.toml").read_text(encoding="utf-8")
+    words = shlex.split(recipe.splitlines()[1].lstrip("# "))
+    for flag in ("--seed", "--out"):
+        if flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+    words = [w for w in words if w != "--resume"]
+    facts, top1 = run["facts"], tested["metrics"]["top1"]
+    threads = facts["threads"]
+    return Kept(
+        about["benchmark"], run["plan"]["model"], shlex.join(words),
+        tomllib.loads(recipe)["seed"], (top1["value"], top1["low"], top1["high"]),
+        facts["epochs"], facts["seconds"] / 3600,
+        f"{about['machine']}, {threads} thread{'s' * (threads > 1)}, "
+        f"{'bf16' if facts['bf16'] else 'fp32'}, commit {about['commit']}, {run['started'][:10]}",
+    )  # fmt: skip
+
+
+def results_table(folder: Path) -> str:
+    """The public benchmarks: a row for each command, over its seeds."""
+    marks = tomllib.loads((folder / "benchmarks.toml").read_text(encoding="utf-8"))
+    kept = [read_kept(path.parent) for path in sorted(folder.glob("*/about.json"))]
+    if not kept:
+        return NOTHING
+    lines = [
+        "| Benchmark | Network | Test accuracy | Training | Others have |",
+        "|---|---|---|---|---|",
+    ]
+    notes = []
+    for key, mark in marks.items():
+        for command in dict.fromkeys(k.command for k in kept if k.benchmark == key):
+            runs = [k for k in kept if (k.benchmark, k.command) == (key, command)]
+            first, values = runs[0], [100 * k.accuracy[0] for k in runs]
+            if len(runs) > 1:
+                found = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %"
+            else:
+                low, high = (100 * x for x in first.accuracy[1:])
+                found = f"{values[0]:.2f} % ({low:.2f} to {high:.2f})"
+            hours = statistics.mean(k.hours for k in runs)
+            lines.append(
+                f"| {mark['title']} | `{first.network}` | {found}, {len(runs)} "
+                f"seed{'s' * (len(runs) > 1)} | {first.epochs:.3g} epochs, {hours:.2g} h "
+                f"| {mark['mark'] or '–'} |"
+            )
+            seeds = ", ".join(str(k.seed) for k in runs)
+            notes.append(f"- `{command}`, seed {seeds}, tested on {mark['test']}; {first.where}")
+    return "\n".join([*lines, "", *notes]) + "\n"
 
 
 # ----------------------------------------------------------------------------- docs/papers.md
@@ -388,6 +462,9 @@ def main() -> int:
             lambda m: m[1] + papers_tables() + m[2], PAPERS_PAGE.read_text(encoding="utf-8")
         ),
         TRAINING: TABLE.sub(lambda m: m[1] + runs + m[2], training),
+        RESULTS_PAGE: TABLE.sub(
+            lambda m: m[1] + results_table(RESULTS) + m[2], RESULTS_PAGE.read_text(encoding="utf-8")
+        ),
         PERFORMANCE: performance_page(performance, BENCHMARKS, PERFORMANCE.parent / "images"),
     }
     stale = [path for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
