@@ -39,6 +39,7 @@ def test_results_are_tables_in_notebooks():
     html = compare(a, b)._repr_html_()
     assert re.search(r"accuracy of a</td><td>0\.833", html)
     assert "5 right by a alone" in html
+    assert "<th></th>" not in html
     names = [f"class {i}" for i in range(30)]
     many = Predictions(np.eye(30), np.arange(30), names)
     assert "20 of 30" in evaluate(many)._repr_html_()

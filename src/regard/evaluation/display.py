@@ -17,13 +17,11 @@ def cell(estimate: Estimate, decimals: int = 3) -> tuple[str, str]:
 
 
 def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table; every cell is escaped."""
+    """An HTML table; every cell is escaped, and a row of empty headings is left out."""
 
     def row(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
+    head = f"<thead>{row('th', headings)}</thead>" if any(headings) else ""
     body = "".join(row("td", cells) for cells in rows)
-    return (
-        f"<table><caption>{html.escape(caption)}</caption><thead>{row('th', headings)}</thead>"
-        f"<tbody>{body}</tbody></table>"
-    )
+    return f"<table><caption>{html.escape(caption)}</caption>{head}<tbody>{body}</tbody></table>"
