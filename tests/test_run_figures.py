@@ -16,8 +16,9 @@ from regard.explanations.explanation import Explanation
 from regard.explanations.print_style import for_print, width_in_inches
 from regard.report.bands import GRID, precision_recall_of, roc_of
 from regard.report.charts import confusion, learning
-from regard.report.curves import decision_chart, precision_recall, reliability_chart, roc
+from regard.report.curves import precision_recall, roc
 from regard.report.figures import file_name, positive_class
+from regard.report.reliability import calibration_chart, decision_chart, reliability_chart
 
 NAMES = ["roc", "precision-recall", "reliability", "confusion", "learning-curves", "faithfulness"]
 
@@ -183,6 +184,18 @@ def test_the_positive_class_is_the_rarer_of_two():
     assert positive_class(flipped, "malignant") == "malignant"
     three = Predictions(np.eye(3), np.arange(3), list("abc"))
     assert positive_class(three, None) is None
+
+
+def test_calibration_of_a_class_is_its_share_in_bins_of_its_probability():
+    found = two_classes(400)
+    with for_print():
+        axes = calibration_chart(found, found, "malignant", 3.3).figure.axes[0]
+    x, y = axes.containers[0][0].get_data()
+    p, is_it = found.probabilities[:, 1], found.labels == 1
+    inside = (p > 0.3) & (p <= 0.4)
+    k = int(np.argmin(np.abs(x - p[inside].mean())))
+    assert (x[k], y[k]) == pytest.approx((p[inside].mean(), is_it[inside].mean()))
+    assert len(x) == 10
 
 
 def test_one_image_or_one_class_is_drawn_too():

@@ -27,6 +27,7 @@ from regard.log import Heartbeat
 
 RUNS = Path("runs")
 VALIDATION = "validation.npz"  # probabilities of the validation images, as predictions.npz
+COLUMN = "column/"  # and a name: of further columns in predictions.npz
 PROGRESS = "REGARD_PROGRESS"  # the environment variable with the path of `note_progress`
 NOBODYS = (
     ".probe",
@@ -289,9 +290,12 @@ class RunFolder:
         """The split, and the probabilities of each image of it."""
         with np.load(self.path / name) as file:
             groups = file.get("groups")
+            columns = {
+                key.removeprefix(COLUMN): file[key] for key in file if key.startswith(COLUMN)
+            }
             return str(file["split"]), Predictions(
-                file["probabilities"], file["labels"],
-                file["classes"].tolist(), groups, file["paths"].tolist(),
+                file["probabilities"], file["labels"], file["classes"].tolist(), groups,
+                file["paths"].tolist(), columns or None,
             )  # fmt: skip
 
     def read_validation(self) -> Predictions | None:
@@ -309,6 +313,8 @@ class RunFolder:
 def write_predictions(path: Path, split: str, said: Predictions) -> None:
     """Writes what was said of each image of a split, for `RunFolder.read_predictions`.
 
+    Of the further columns, those that `subgroup_columns` evaluates are stored.
+
     Raises:
         StateError: it can't be written.
     """
@@ -321,6 +327,8 @@ def write_predictions(path: Path, split: str, said: Predictions) -> None:
     }
     if said.groups is not None:
         arrays["groups"] = said.groups
+    for name in subgroup_columns(said):
+        arrays[COLUMN + name] = np.array([str(v) for v in (said.columns or {})[name]])
 
     def write(beside: Path) -> None:
         with beside.open("wb") as file:

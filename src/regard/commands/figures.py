@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from regard.commands.flags import DeviceFlag
+from regard.commands.subgroups import BandsFlag, parse_bands
 from regard.errors import UsageError
 
 
@@ -23,16 +24,18 @@ def command(
     images: int = 12,
     masks: Path | None = None,
     positive: str | None = None,
+    bands: BandsFlag = None,
     scored: int | None = None,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     device: DeviceFlag = "auto",
 ) -> int:
     """Write every figure of a finished run as files for print.
 
-    ROC, precision-recall, reliability, confusion matrix, decision curve, learning curves,
-    faithfulness, and explanations of the images that the report shows; vector graphics with
-    embedded fonts where the format has them. methods.md drafts the methods paragraph of a paper,
-    checklists.md answers CLAIM, STARD-AI and TRIPOD+AI as far as the run knows.
+    ROC, precision-recall, reliability, confusion matrix, of one class calibration and decision
+    curve, subgroups, learning curves, faithfulness, and explanations of the images that the
+    report shows; vector graphics with embedded fonts where the format has them. methods.md drafts
+    the methods paragraph of a paper, checklists.md answers CLAIM, STARD-AI and TRIPOD+AI as far
+    as the run knows, subgroups.csv has every number of the subgroups.
 
     Parameters
     ----------
@@ -59,6 +62,7 @@ def command(
     overwrite
         Replace files in the output folder that Regard did not write.
     """
+    limits = parse_bands(bands)
     from regard.explanations.print_style import width_in_inches
     from regard.report.figures import FigureOptions, write_figures
     from regard.report.methods import as_markdown, methods_of
@@ -67,7 +71,8 @@ def command(
     try:
         options = FigureOptions(
             formats=tuple(dict.fromkeys(format or ["pdf"])), dpi=dpi, images=images,
-            width=width_in_inches(width), positive=positive, scored=scored, overwrite=overwrite,
+            width=width_in_inches(width), positive=positive, bands=limits, scored=scored,
+            overwrite=overwrite,
         )  # fmt: skip
     except UsageError as error:
         raise UsageError(f"--{str(error).replace('=', ' ', 1)}") from error

@@ -1,5 +1,6 @@
 """The subgroups of `regard evaluate`: flags, tables and the CSV file."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,35 @@ if TYPE_CHECKING:
 _SHOWN = ("top1", "balanced_accuracy", "macro_f1", "roc_auc", "sensitivity", "specificity")
 
 
+BandsFlag = Annotated[
+    list[str] | None,
+    Parameter(
+        help="COLUMN=A,B,C: a number's values in bands: below A, A to below B, ..., C and up.",
+        consume_multiple=True,
+        negative=(),
+    ),
+]
+
+
+def parse_bands(given: Sequence[str] | None) -> dict[str, list[float]]:
+    """The limits of --bands by column.
+
+    Raises:
+        UsageError: they are not COLUMN=A,B,C with increasing numbers.
+    """
+    found = {}
+    for each in given or ():
+        column, _, numbers = each.partition("=")
+        try:
+            limits = [float(n) for n in numbers.split(",")]
+        except ValueError:
+            raise UsageError(f"--bands {each}: give COLUMN=A,B,C, as age=40,60") from None
+        if limits != sorted(set(limits)) or not all(map(math.isfinite, limits)):
+            raise UsageError(f"--bands {each}: give increasing limits")
+        found[column.strip().lower()] = limits
+    return found
+
+
 @dataclass(frozen=True)
 class SubgroupFlags:
     """Which parts of the images get rows of their own."""
@@ -28,14 +58,7 @@ class SubgroupFlags:
             negative=(),
         ),
     ] = None
-    bands: Annotated[
-        list[str] | None,
-        Parameter(
-            help="COLUMN=A,B,C: a number's values in bands: below A, A to below B, ..., C and up.",
-            consume_multiple=True,
-            negative=(),
-        ),
-    ] = None
+    bands: BandsFlag = None
     smallest: Annotated[
         int,
         Parameter(
@@ -52,16 +75,9 @@ class SubgroupFlags:
         """The bands by column.
 
         Raises:
-            UsageError: they are not COLUMN=A,B,C.
+            UsageError: see `parse_bands`.
         """
-        found = {}
-        for each in self.bands or ():
-            column, _, numbers = each.partition("=")
-            try:
-                found[column.strip().lower()] = [float(n) for n in numbers.split(",")]
-            except ValueError:
-                raise UsageError(f"--bands {each}: give COLUMN=A,B,C, as age=40,60") from None
-        return found
+        return parse_bands(self.bands)
 
     @property
     def columns(self) -> list[str]:
@@ -75,10 +91,7 @@ class SubgroupFlags:
         Raises:
             UsageError: a value that can't be, or a file that can't be written.
         """
-        for column, limits in self.limits.items():
-            if limits != sorted(set(limits)):
-                shown = ",".join(f"{n:g}" for n in limits)
-                raise UsageError(f"--bands {column}={shown}: give increasing limits")
+        parse_bands(self.bands)
         if self.smallest < 2:
             raise UsageError(f"--smallest {self.smallest}: at least 2")
         path = self.subgroups_csv

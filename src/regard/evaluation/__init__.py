@@ -20,7 +20,13 @@ from regard.evaluation.calibration import (
     write_calibration,
 )
 from regard.evaluation.comparison import Comparison, compare
-from regard.evaluation.diagnostics import Diagnostics, OneClass, diagnose, diagnose_class
+from regard.evaluation.diagnostics import (
+    Diagnostics,
+    OneClass,
+    diagnose,
+    diagnose_calibration,
+    diagnose_class,
+)
 from regard.evaluation.ensembles import Averaged, average
 from regard.evaluation.intervals import Estimate
 from regard.evaluation.metrics import ClassResult, Evaluation, evaluate
@@ -61,6 +67,7 @@ __all__ = [
     "compare_metrics",
     "decision_curve",
     "diagnose",
+    "diagnose_calibration",
     "diagnose_class",
     "evaluate",
     "evaluate_subgroups",

@@ -30,6 +30,7 @@ from regard.evaluation.intervals import (
     percentile,
     wilson,
 )
+from regard.evaluation.metrics import evaluate
 from regard.evaluation.predictions import Floats, Ints, Predictions, units_of
 from regard.evaluation.recalibration import CalibrationStatistics
 from regard.evaluation.statistics import (
@@ -157,6 +158,36 @@ def diagnose_class(
     check_settings(resamples, confidence)
     bootstrap = _Bootstrap(predictions, resamples, seed, confidence)
     return _one_class(predictions, positive, threshold, max_fpr, bootstrap)
+
+
+def diagnose_calibration(
+    predictions: Predictions,
+    positive: str | None = None,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Estimate]:
+    """What a temperature changes: ece, nll and brier, and of a class its calibration.
+
+    Args:
+        predictions: of at least one image.
+        positive: the class of "brier_positive", "calibration_slope", "calibration_intercept".
+        resamples, seed, confidence: as in `evaluate`.
+
+    Raises:
+        UsageError: no such class, or an argument out of range.
+    """
+    check_settings(resamples, confidence)
+    bootstrap = _Bootstrap(predictions, resamples, seed, confidence)
+    metrics = evaluate(predictions, resamples=resamples, seed=seed, confidence=confidence).metrics
+    found = {name: metrics[name] for name in ("ece", "nll")}
+    found["brier"] = bootstrap(LabelStatistics(predictions, None))["brier"]
+    if positive is not None:
+        one = bootstrap(OneClassStatistics(predictions, positive))
+        found["brier_positive"] = one["brier"]
+        found |= bootstrap(CalibrationStatistics(predictions, positive))
+    return found
 
 
 def _one_class(

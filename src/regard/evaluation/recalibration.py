@@ -62,7 +62,10 @@ def _logistic(x: Floats, y: Floats, weights: Floats, offset: Floats | float) -> 
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """One bin of a reliability diagram: mean confidence, and the share that is right."""
+    """One bin of a reliability diagram: mean confidence, and the share that is right.
+
+    Of one class's probability: its mean, and the share of images of that class.
+    """
 
     low: float
     high: float
@@ -73,14 +76,32 @@ class ReliabilityBin:
 
 
 def reliability(
-    predictions: Predictions, *, bins: int = BINS, confidence: float = 0.95
+    predictions: Predictions,
+    *,
+    bins: int = BINS,
+    confidence: float = 0.95,
+    positive: str | None = None,
 ) -> list[ReliabilityBin]:
-    """The bins of a reliability diagram of the top-1 probability that have images.
+    """The bins with images of a reliability diagram of the top-1 probability.
 
     Intervals are Wilson's, of images; they are too narrow where images come in groups.
+
+    Args:
+        predictions: of any images.
+        bins: of equal width.
+        confidence: of the intervals.
+        positive: a class whose probability is compared with its share instead.
+
+    Raises:
+        UsageError: no such class.
     """
-    top = predictions.probabilities.max(axis=1).astype(np.float64)
-    right = predictions.probabilities.argmax(axis=1) == predictions.labels
+    if positive is None:
+        top = predictions.probabilities.max(axis=1).astype(np.float64)
+        right = predictions.probabilities.argmax(axis=1) == predictions.labels
+    else:
+        c = class_index(predictions, positive)
+        top = predictions.probabilities[:, c].astype(np.float64)
+        right = predictions.labels == c
     edges = np.linspace(0.0, 1.0, bins + 1)
     index = np.clip(np.digitize(top, edges, right=True) - 1, 0, bins - 1)
     rows = []

@@ -18,6 +18,7 @@ from regard.evaluation.predictions import Predictions
 
 MISSING = "(missing)"
 SMALLEST = 10  # images, or groups where there are groups, below which a part has no metrics
+CSV_HEADER = ("column", "part", "images", "groups", "metric", "value", "low", "high")
 MOST_PARTS = 12  # of a column that is evaluated unasked
 
 
@@ -53,7 +54,8 @@ class Subgroups:
     """The evaluation of each part of the images.
 
     column: what the images are split by.
-    parts: by value, the most images first; those that are too small have counts only.
+    parts: by value, the most images first, bands in their order; those that are too small have
+        counts only.
     at_least: images or groups of a part with metrics.
     """
 
@@ -131,7 +133,10 @@ def evaluate_subgroups(
     counts = {name: int((names == name).sum()) for name in dict.fromkeys(names.tolist())}
     settings = {"resamples": resamples, "seed": seed, "confidence": confidence}
     parts = {}
-    for name in sorted(counts, key=lambda n: (-counts[n], n)):
+    bands_in_order = [] if limits is None else [_name(column, v, limits) for v in
+                                                (limits[0] - 1, *limits)]  # fmt: skip
+    rank = {name: place for place, name in enumerate(bands_in_order)}
+    for name in sorted(counts, key=lambda n: (rank.get(n, len(rank)), -counts[n], n)):
         rows = np.flatnonzero(names == name)
         part = predictions.select(rows)
         n_groups = None if part.groups is None else len(np.unique(part.groups))
@@ -164,7 +169,8 @@ def subgroup_columns(predictions: Predictions) -> dict[str, list[float] | None]:
             except ValueError:
                 continue
             if np.isfinite(numbers).all():
-                limits = sorted({float(q) for q in np.quantile(numbers, (1 / 3, 2 / 3))})
+                thirds = np.quantile(numbers, (1 / 3, 2 / 3))
+                limits = sorted({float(f"{q:.3g}") for q in thirds})
                 found[name] = limits
     return found
 
@@ -176,7 +182,7 @@ def subgroups_csv(subgroups: Sequence[Subgroups]) -> str:
     """
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["column", "part", "images", "groups", "metric", "value", "low", "high"])
+    writer.writerow(CSV_HEADER)
     for each in subgroups:
         for name, part in each.parts.items():
             head = [each.column, name, part.n, "" if part.n_groups is None else part.n_groups]

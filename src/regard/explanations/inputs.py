@@ -17,13 +17,17 @@ from PIL import Image
 
 from regard.data.walk import images_below
 from regard.errors import UsageError
+from regard.evaluation.subgroups import CSV_HEADER
 from regard.explanations.pointing import COLUMNS
 from regard.files import plural, shortened
 
 PICTURE, NUMBERS = ".explained.png", ".explained.npz"
 SHEET, CURVES = "contact-sheet.explained.png", "curves.explained.png"
 SCORES_HEADER = ["path", "class", "map", "deletion", "insertion", *COLUMNS]
-CSV_HEADERS = ("path,map,deletion,insertion", ",".join(SCORES_HEADER))  # of `explain`, old and new
+CSV_HEADERS = (
+    "path,map,deletion,insertion", ",".join(SCORES_HEADER),  # of `explain`, old and new
+    ",".join(CSV_HEADER),  # of subgroups
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def refuse_to_replace(
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file was written by `explain` or `figures`, by a mark inside it."""
+    """Whether a file was written by `explain`, `figures` or `report`, by a mark inside it."""
     kind = path.suffix.lower()
     try:
         if kind in (".png", ".tiff", ".tif"):
@@ -98,6 +102,8 @@ def is_ours(path: Path) -> bool:
         if kind == ".csv":
             with path.open(encoding="utf-8") as file:
                 return file.readline().strip() in CSV_HEADERS
+        if kind == ".txt":
+            return path.read_bytes().startswith(b"Regard ")
         if kind in (".pdf", ".svg", ".md"):
             marks = {".pdf": b"/Creator (Regard ", ".svg": b"Regard ", ".md": b"<!-- Regard "}
             return marks[kind] in path.read_bytes()

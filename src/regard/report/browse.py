@@ -19,9 +19,10 @@ from PIL import Image
 from regard.attention import StageMap
 from regard.data.loading import default_workers
 from regard.errors import ImageError
-from regard.explanations.explanation import Explanation, as_picture
+from regard.explanations.explanation import Explanation
 from regard.explanations.figure import size_of
 from regard.explanations.overlay import describe, has_few_cells
+from regard.explanations.reading import as_picture
 from regard.report.source import RunSource, choose, ranked
 
 LIST_BYTES, THUMB_BYTES, DETAIL_BYTES = 1_800_000, 2_600_000, 2_600_000
@@ -78,7 +79,7 @@ class Browser:
 
 def browser_of(source: RunSource) -> Browser:
     """All images of a run as far as the page's size allows: the ones of `choose` come first."""
-    said = source.predictions
+    said = source.calibrated
     browser = Browser(len(said), list(said.classes), run=str(source.run.path))
     order = choose(said, len(said))
     order += sorted(set(range(len(said))) - set(order))

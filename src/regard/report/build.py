@@ -1,15 +1,17 @@
 """The report of a run, made from its folder: `regard report RUN`, and the end of every training."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from regard.errors import UsageError
 from regard.evaluation import Predictions
-from regard.files import plural
+from regard.files import plural, write_text
 from regard.report.browse import browser_of
 from regard.report.figures import charts, measure
-from regard.report.methods import methods_of
+from regard.report.methods import as_text, methods_of
 from regard.report.page import Report, write_report
+from regard.report.sections import calibration_section, subgroup_section
 from regard.report.source import LEAST_SURE, MOST_CLASSES, MOST_WRONG, RunSource, choose
 
 _SIDE = 576  # of the cards' images, in pixels: twice as large as they are shown
@@ -21,8 +23,10 @@ def report_run(
     *,
     masks: str | Path | None = None,
     positive: str | None = None,
+    bands: Mapping[str, Sequence[float]] | None = None,
     explained: int = 0,
     precision: str = "fp32",
+    methods: Path | None = None,
 ) -> Path:
     """Writes report.html into a finished run's folder, and returns its path.
 
@@ -33,28 +37,32 @@ def report_run(
         device: where the network computes, as for `regard.load`.
         masks: what people marked, to be drawn into the images; see `open_masks`.
         positive: class of ROC, precision-recall and decision curves; see `positive_class`.
+        bands: increasing limits by column of numbers, whose parts are subgroups; default: three
+            bands of equal size.
         explained: images whose maps are computed; those of the gallery are in any case.
         precision: "fp32" or "bf16", in which maps and their scores are computed.
+        methods: also write the methods paragraph and the checklists to this .md or .txt file.
 
     Raises:
         UsageError: the folder holds no finished run, or an argument does not fit it, or this
             machine has no such device.
-        FileError: the page can't be written.
+        FileError: the page, or the file of `methods`, can't be written.
     """
     if explained < 0:
         raise UsageError(f"explained={explained}: at least 0")
     source = RunSource(Path(folder), None if masks is None else Path(masks), device, precision)
     plan, facts, recipe = source.plan, source.facts, source.recipe
-    measured = measure(source, positive, recipe["faithfulness_images"])
+    measured = measure(source, positive, recipe["faithfulness_images"], bands)
     faithful = measured.faithfulness
     source.run.write_faithfulness(None if faithful is None else faithful.to_dict())
-    rule = choose(source.predictions)
-    order = choose(source.predictions, max(explained, len(rule)))
+    rule = choose(source.calibrated)
+    order = choose(source.calibrated, max(explained, len(rule)))
     browser, cards = browser_of(source), []
     for i, shown in source.explain_all(order):  # one at a time: the images may be large
         browser.add(i, shown)
         if i in rule:
             cards.append(shown.reduced(_SIDE))
+    texts = methods_of(source, measured, source.command)
     inserted = recipe.get("graft", "none")
     network = plan["model"] + (f" + {inserted.upper()}" if inserted != "none" else "")
     path = source.run.path / "report.html"
@@ -69,8 +77,10 @@ def report_run(
             history=source.run.read_metrics(),
             charts=charts(source, measured),
             diagnostics=measured.diagnostics,
+            calibration=calibration_section(source, measured),
+            subgroups=subgroup_section(measured.subgroups, measured.positive),
             browser=browser,
-            methods=methods_of(source, measured, source.command),
+            methods=texts,
             chosen=_chosen(facts, recipe),
             versions=facts["versions"],
             command=source.command,
@@ -79,6 +89,8 @@ def report_run(
         ),
         path,
     )
+    if methods is not None:
+        write_text(methods, as_text(texts, methods.suffix.lower() == ".md"))
     return path
 
 

@@ -30,14 +30,14 @@ def confusion(evaluation: Evaluation, width: float) -> Chart | None:
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
     longest = max(map(len, classes)) if len(classes) <= MOST_NAMED else 0
-    figure, (axes,) = new_figure(width, width * (0.86 if longest < 4 else 1.0))
+    flat = longest * len(classes) * 0.6 * SMALL < 72 * width * 0.65  # room for all names
+    figure, (axes,) = new_figure(width, width * (0.84 - 0.02 * min(longest, 8) if flat else 1.0))
     shades = matplotlib.colormaps["Blues"]
     picture = axes.imshow(shares, cmap=shades, vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="true")
     axes.spines[:].set_visible(False)
     if len(classes) <= MOST_NAMED:
         names = [short(name, 16) for name in classes]
-        flat = longest * len(classes) * 0.6 * SMALL < 72 * width * 0.65  # room for all names
         places = range(len(classes))
         axes.set_xticks(places, names, rotation=0 if flat else 45, ha="center" if flat else "right",
                         rotation_mode="anchor", parse_math=False)  # fmt: skip
@@ -127,6 +127,10 @@ def learning(history: History, chosen: float | None, width: float) -> Chart | No
         words.append(f"{title} by epoch: {each}")
     for axes in panels[len(shown) :]:
         axes.set_axis_off()
+    handles = {h.get_label(): h for a in panels for h in a.get_legend_handles_labels()[0]}
+    both = [handles[name] for name in ("training", "validation") if name in handles]
+    if len(both) > 1:
+        figure.legend(handles=both, loc="outside lower center", ncols=2, handlelength=2.0)
     caption = "" if chosen is None or len(history) < 2 else (
         f"The dashed line marks epoch {chosen:g}, whose weights were evaluated."
     )  # fmt: skip
@@ -157,8 +161,6 @@ def _panel(
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.grid(color=LINE, linewidth=0.4)
-    if len(lines) > 1:
-        axes.legend(handlelength=2.0, loc="best")
 
 
 def _bottom(values: Iterable[float]) -> float | None:

@@ -92,9 +92,9 @@ _STARD = """
 18|Methods for estimating or comparing diagnostic accuracy|intervals
 19|Handling of indeterminate results|
 20|Handling of missing data|missing
-21|Analyses of variability in diagnostic accuracy|
+21|Analyses of variability in diagnostic accuracy|parts
 22|Intended sample size and how it was determined|
-23|How performance error and algorithmic bias and fairness were assessed|
+23|How performance error and algorithmic bias and fairness were assessed|parts
 24|Flow of participants, with a diagram|
 25|Baseline characteristics of training, validation and test data|counts
 26a|Distribution of severity of disease in those with the target condition|
@@ -162,8 +162,8 @@ _TRIPOD = """
 21|Model development: participants and outcome events in each analysis|counts
 22|Model specification: the full model|availability
 23a|Model performance: estimates with intervals, also of key subgroups|results
-23b|Model performance: heterogeneity across clusters|
-24|Model updating: results|
+23b|Model performance: heterogeneity across clusters|parts
+24|Model updating: results|calibration
 25|Interpretation|
 26|Limitations|
 27a|Usability: poor or unavailable input data|

@@ -1,32 +1,14 @@
-"""ROC, precision-recall, reliability and decision curves as figures."""
+"""ROC and precision-recall curves as figures."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
-from regard.evaluation import (
-    Diagnostics,
-    Estimate,
-    Predictions,
-    decision_curve,
-    evaluate,
-    reliability,
-)
-from regard.explanations.print_style import (
-    INK,
-    LINE,
-    MAIN,
-    MUTED,
-    SECOND,
-    line_style,
-    new_figure,
-    short,
-)
+from regard.evaluation import Diagnostics, Estimate, Predictions
+from regard.explanations.print_style import LINE, MUTED, SECOND, line_style, new_figure, short
 from regard.report.bands import Band, precision_recall_of, roc_of
 
 MOST_CURVES = 12  # of more classes, those of lowest area are drawn
@@ -155,78 +137,3 @@ def _curves(
     if positive is None and mean is not None:
         which += f" Mean over classes: {number(mean)}."
     return figure, axes, words, which
-
-
-# ---- calibration -------------------------------------------------------------------------
-def reliability_chart(
-    plain: Predictions, calibrated: Predictions, width: float, *, bins: int = 10
-) -> Chart:
-    """Accuracy over the probability of the top-1 class, and how many images have it.
-
-    Args:
-        plain: the network's own predictions.
-        calibrated: at the run's temperature; the same object where it has none.
-        width: in inches.
-        bins: of equal width.
-    """
-    figure, _ = new_figure(width, width * 1.1, 0)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    share_axes(upper, "", "share that is right")
-    upper.plot([0, 1], [0, 1], color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)))
-    shown = [("", MAIN, plain)]
-    if calibrated is not plain:
-        shown = [("before: ", SECOND, plain), ("after: ", MAIN, calibrated)]
-    words = []
-    for k, (name, color, said) in enumerate(shown):
-        rows = reliability(said, bins=bins)
-        ece = number(evaluate(said, resamples=300).metrics["ece"], 3)
-        y = [r.accuracy for r in rows]
-        ends = [[r.accuracy - r.interval[0], r.interval[1] - r.accuracy] for r in rows]
-        upper.errorbar(
-            [r.confidence for r in rows], y, np.maximum(ends, 0).T, fmt="so"[k == len(shown) - 1],
-            color=color, markersize=3.2, elinewidth=0.8, capsize=1.5, label=f"{name}ECE {ece}",
-        )  # fmt: skip
-        lower.bar(
-            [(r.low + r.high) / 2 for r in rows], [r.images for r in rows], width=0.92 / bins,
-            color=color, alpha=0.55,
-        )  # fmt: skip
-        words += [f"{name}{r.accuracy:.2f} right at {r.confidence:.2f}" for r in rows]
-    upper.legend(loc="upper left", handlelength=1.2)
-    lower.set(xlabel="probability of the top-1 class", ylabel="images")
-    lower.locator_params(axis="y", nbins=3, integer=True)
-    caption = "Calibrated probabilities lie on the dotted line. Bars: Wilson's 95 % interval" + (
-        " of images, too narrow where images come in groups." if plain.groups is not None else "."
-    )
-    if len(shown) > 1:
-        caption += " Before and after temperature scaling."
-    title = f"Reliability: {', '.join(words)}"
-    return Chart("reliability", "Reliability", figure, title, caption)
-
-
-# ---- net benefit -------------------------------------------------------------------------
-def decision_chart(predictions: Predictions, positive: str, width: float) -> Chart:
-    """Net benefit over the threshold probability (Vickers & Elkin 2006)."""
-    curve = decision_curve(predictions, positive, resamples=300)
-    figure, (axes,) = new_figure(width, width * 0.8)
-    axes.fill_between(curve.thresholds, curve.low, curve.high, color=MAIN, alpha=0.18, linewidth=0)
-    axes.plot(curve.thresholds, curve.model, color=MAIN, label="network")
-    axes.plot(curve.thresholds, curve.treat_all, color=SECOND, linestyle="--", label="all positive")
-    axes.axhline(0, color=INK, linewidth=0.7, linestyle=":", label="none positive")
-    top = max(float(curve.high.max()), float(curve.treat_all.max()), 0.01)
-    axes.set(
-        xlim=(0, 1), ylim=(-0.2 * top, 1.06 * top), ylabel="net benefit",
-        xlabel=f"threshold probability of {short(positive, 24)}",
-    )  # fmt: skip
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.grid(color=LINE, linewidth=0.4)
-    axes.legend(loc="upper right", handlelength=2.0)
-    better = curve.thresholds[curve.model > np.maximum(curve.treat_all, 0) + 1e-12]
-    where = f"from {better[0]:.0%} to {better[-1]:.0%}" if len(better) else "nowhere"
-    words = f"Decision curve of {positive}: above both simple rules {where}"
-    return Chart("decision-curve", "Decision curve", figure, words, _NET_BENEFIT)
-
-
-_NET_BENEFIT = (
-    "Net benefit: true positives minus false positives weighted by the odds of the threshold, per "
-    "image, as the test images are mixed. Shaded: 95 % interval by bootstrap."
-)

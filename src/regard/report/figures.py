@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,30 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from regard.errors import UsageError
-from regard.evaluation import Diagnostics, Predictions, diagnose
+from regard.evaluation import (
+    Diagnostics,
+    Estimate,
+    Predictions,
+    Subgroups,
+    diagnose,
+    diagnose_calibration,
+    evaluate_subgroups,
+    subgroup_columns,
+    subgroups_csv,
+)
 from regard.explanations.faithfulness import Faithfulness
 from regard.explanations.inputs import refuse_to_replace
 from regard.explanations.print_style import COLUMN, FORMATS, for_print, save
 from regard.files import plural, write_text
 from regard.report.charts import confusion, faithfulness, learning
-from regard.report.curves import Chart, decision_chart, precision_recall, reliability_chart, roc
+from regard.report.curves import Chart, precision_recall, roc
+from regard.report.reliability import calibration_chart, decision_chart, reliability_chart
 from regard.report.source import RunSource, choose
+from regard.report.subgroups import file_of, subgroup_chart
 
 log: logging.Logger = logging.getLogger(__name__)
 
+TABLE = "subgroups.csv"
 PICTURES = "images"  # the folder of the explanation pictures
 _UNSAFE = re.compile(r"[^\w.-]+")
 
@@ -58,33 +71,77 @@ def positive_class(predictions: Predictions, wanted: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the figures of a run are drawn from, beside its `RunSource`."""
+    """What the figures of a run are drawn from, beside its `RunSource`.
+
+    Attributes:
+        positive: the class of ROC, precision-recall and decision curves.
+        diagnostics: at the run's temperature and threshold.
+        faithfulness: of the maps, if it was measured.
+        plain, calibrated: `diagnose_calibration` without and with the run's temperature; the same
+            object where it has none.
+        subgroups: the parts of the images, a column each.
+    """
 
     positive: str | None
     diagnostics: Diagnostics
     faithfulness: Faithfulness | None
+    plain: dict[str, Estimate]
+    calibrated: dict[str, Estimate]
+    subgroups: list[Subgroups]
 
 
-def measure(source: RunSource, positive: str | None, scored: int) -> Measured:
+def measure(
+    source: RunSource,
+    positive: str | None,
+    scored: int,
+    bands: Mapping[str, Sequence[float]] | None = None,
+) -> Measured:
     """Measures what the figures show.
 
     Args:
         source: the run.
         positive: see `positive_class`; the class of the run's threshold goes first.
         scored: images on which the maps' faithfulness is measured; 0: on none.
+        bands: limits by column of numbers; default: see `subgroup_columns`.
 
     Raises:
-        UsageError: there is no such class.
+        UsageError: there is no such class or column.
     """
+    seed = source.recipe["seed"]
     stored = None if source.calibration is None else source.calibration.threshold
     if positive is None and stored is not None:
         positive = stored.positive
     name = positive_class(source.predictions, positive)
     threshold = stored.value if stored is not None and stored.positive == name else None
-    found = diagnose(
-        source.calibrated, positive=name, threshold=threshold, seed=source.recipe["seed"]
-    )
-    return Measured(name, found, source.faithfulness(scored))
+    said = source.calibrated
+    parts = [
+        evaluate_subgroups(
+            said, column, bands=limits, positive=name, threshold=threshold, seed=seed
+        )
+        for column, limits in columns_of(said, bands).items()
+    ]  # fmt: skip
+    found = diagnose(said, positive=name, threshold=threshold, seed=seed)
+    plain = after = diagnose_calibration(source.predictions, name, seed=seed)
+    if said is not source.predictions:
+        after = diagnose_calibration(said, name, seed=seed)
+    return Measured(name, found, source.faithfulness(scored), plain, after, parts)
+
+
+def columns_of(
+    predictions: Predictions, bands: Mapping[str, Sequence[float]] | None = None
+) -> dict[str, Sequence[float] | None]:
+    """The columns whose parts are shown, each with its bands or None.
+
+    Raises:
+        UsageError: bands of a column that there is not.
+    """
+    found: dict[str, Sequence[float] | None] = {**subgroup_columns(predictions)}
+    for name, limits in (bands or {}).items():
+        if name not in (predictions.columns or {}):
+            has = ", ".join(predictions.columns or {}) or "none"
+            raise UsageError(f"bands={name!r}: no such column; the run's images have {has}")
+        found[name] = limits
+    return found
 
 
 def charts(source: RunSource, measured: Measured, width: float = COLUMN) -> list[Chart]:
@@ -97,7 +154,13 @@ def charts(source: RunSource, measured: Measured, width: float = COLUMN) -> list
             precision_recall(predictions, measured.diagnostics, positive, width),
             reliability_chart(source.predictions, predictions, width),
             confusion(source.evaluation, width),
-            None if positive is None else decision_chart(predictions, positive, width),
+            None
+            if positive is None
+            else calibration_chart(source.predictions, predictions, positive, width),
+            None
+            if positive is None
+            else decision_chart(predictions, positive, width, measured.diagnostics.one_class),
+            *(subgroup_chart(found, width) for found in measured.subgroups),
             learning(source.run.read_metrics(), epoch, width),
             None if measured.faithfulness is None else faithfulness(measured.faithfulness, width),
         ]
@@ -124,6 +187,7 @@ class FigureOptions:
         width: of a figure, in inches.
         images: how many images are explained; 0: none.
         positive: the class of ROC, precision-recall and decision curves, see `positive_class`.
+        bands: limits by column of subgroups.
         scored: images on which faithfulness is measured; None: as in the run's recipe.
         overwrite: replace files that Regard did not write.
     """
@@ -133,6 +197,7 @@ class FigureOptions:
     width: float = COLUMN
     images: int = 12
     positive: str | None = None
+    bands: Mapping[str, Sequence[float]] | None = None
     scored: int | None = None
     overwrite: bool = False
 
@@ -155,6 +220,8 @@ def write_figures(
 ) -> Iterator[Path]:
     """Writes every figure of a run, and the explanations of the images that `choose` names.
 
+    Where there are subgroups, subgroups.csv has their numbers.
+
     Args:
         source: the run.
         out: the folder, made where it is missing.
@@ -169,19 +236,24 @@ def write_figures(
         UsageError: no such class, or a file in the way that Regard did not write.
         FileError: a file can't be written.
     """
-    chosen = choose(source.predictions, options.images) if source.can_read else []
+    chosen = choose(source.calibrated, options.images) if source.can_read else []
     pictures = {i: Path(PICTURES, file_name(source.name(i))) for i in chosen}
-    names = ["roc", "precision-recall", "reliability", "confusion", "decision-curve",
-             "learning-curves", "faithfulness", *map(str, pictures.values())]  # fmt: skip
+    columns = columns_of(source.predictions, options.bands)
+    names = ["roc", "precision-recall", "reliability", "calibration", "confusion",
+             "decision-curve", "learning-curves", "faithfulness", *map(file_of, columns),
+             *map(str, pictures.values())]  # fmt: skip
     planned = [out / f"{name}.{kind}" for name in names for kind in options.formats]
-    planned += [out / name for name in text_names]
+    planned += [out / name for name in (*text_names, *([TABLE] if columns else []))]
     refuse_to_replace(planned, [], overwrite=options.overwrite)
     if not source.can_read:
         log.warning("no image is explained: %s", source.problem or "the run's images are not there")
     scored = source.recipe["faithfulness_images"] if options.scored is None else options.scored
-    measured = measure(source, options.positive, scored)
+    measured = measure(source, options.positive, scored, options.bands)
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in texts(measured).items():
+    written = texts(measured)
+    if measured.subgroups:
+        written |= {TABLE: subgroups_csv(measured.subgroups)}
+    for name, text in written.items():
         write_text(out / name, text)
         yield out / name
     for chart in charts(source, measured, options.width):

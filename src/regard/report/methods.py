@@ -14,6 +14,7 @@ from regard.report.checklists import CHECKLISTS, SOURCES
 from regard.report.figures import Measured
 from regard.report.page import Methods
 from regard.report.source import RunSource
+from regard.report.subgroups import gap_sentences
 from regard.report.words import percent, percent_range
 
 _SPLITS = {"train": "training", "val": "validation", "test": "test"}
@@ -22,6 +23,7 @@ _RESIZE = {
     "pad": "scaled and padded to",
 }  # fmt: skip
 MUST = "you must say"
+_NOTE = "Drafted from what the run knows: complete what it can't know, check every sentence."
 
 
 def methods_of(source: RunSource, measured: Measured, command: str) -> Methods:
@@ -37,7 +39,8 @@ def methods_of(source: RunSource, measured: Measured, command: str) -> Methods:
         ("Data", ("data", "counts", "missing")), ("Partitions", ("splits", "level")),
         ("Preprocessing", ("preprocessing",)), ("Network", ("model", "initialization")),
         ("Training", ("training", "imbalance")), ("Selection of the weights", ("selection",)),
-        ("Evaluation", ("metrics", "intervals", "threshold", "results", "diagnostic")),
+        ("Evaluation", ("metrics", "intervals", "threshold", "results", "diagnostic",
+                        "calibration", "parts")),
         ("Explanations", ("explanations",)), ("Software", ("software", "availability")),
     ]  # fmt: skip
     text = "\n\n".join(
@@ -55,7 +58,7 @@ def methods_of(source: RunSource, measured: Measured, command: str) -> Methods:
 def as_markdown(methods: Methods) -> dict[str, str]:
     """The paragraph and the checklists as the files methods.md and checklists.md."""
     mark = f"<!-- {SOFTWARE} wrote this file and may replace it: edit a copy. -->\n\n"
-    note = "Drafted from what the run knows: complete what it can't know, check every sentence.\n\n"
+    note = f"{_NOTE}\n\n"
     parts = [part.partition(". ") for part in methods.text.split("\n\n")]
     text = "\n\n".join(f"**{title}.** {rest}" for title, _, rest in parts)
     tables = []
@@ -74,6 +77,19 @@ def as_markdown(methods: Methods) -> dict[str, str]:
         "methods.md": f"{mark}# Methods\n\n{note}{text}\n",
         "checklists.md": f"{mark}# Reporting checklists\n\n{note}" + "\n".join(tables),
     }
+
+
+def as_text(methods: Methods, markdown: bool) -> str:
+    """The paragraph and the checklists as one text, in Markdown or plain."""
+    if markdown:
+        first, second = as_markdown(methods).values()
+        return f"{first}\n{second.partition('-->')[2].lstrip()}"
+    lines = [f"{SOFTWARE} wrote this file and may replace it: edit a copy.", "", "METHODS", "",
+             _NOTE, "", methods.text]  # fmt: skip
+    for name, (origin, items) in methods.checklists.items():
+        lines += ["", "", name, "", origin, ""]
+        lines += [f"{n}  {topic}\n    {answer or MUST}" for n, topic, answer in items]
+    return "\n".join(lines) + "\n"
 
 
 def _cell(text: str) -> str:
@@ -95,7 +111,8 @@ class _Sentences:
             for name in (
                 "data", "counts", "missing", "subsets", "splits", "level", "preprocessing",
                 "model", "initialization", "training", "imbalance", "selection", "metrics",
-                "intervals", "threshold", "results", "diagnostic", "failures", "explanations",
+                "intervals", "threshold", "results", "diagnostic", "calibration", "parts",
+                "failures", "explanations",
                 "software", "availability",
             )
         }  # fmt: skip
@@ -320,6 +337,29 @@ class _Sentences:
             f"predictive value {_share(m['ppv'])}, negative predictive value {_share(m['npv'])}."
         )
 
+    def _calibration(self) -> str:
+        before, after = self.measured.plain, self.measured.calibrated
+        if after is before:
+            return ""
+        return (
+            f"Temperature scaling changed the calibration error (ECE) from {_plain(before['ece'])} "
+            f"to {_plain(after['ece'])} and the Brier score from {_plain(before['brier'])} to "
+            f"{_plain(after['brier'])}."
+        )
+
+    def _parts(self) -> str:
+        """The subgroups with their accuracy, and the largest gaps."""
+        said = []
+        for found in self.measured.subgroups:
+            parts = [
+                f"{name} {_share(part.metrics['top1'])}"
+                for name, part in found.parts.items() if not part.too_small
+            ]  # fmt: skip
+            if parts:
+                gaps = " ".join(gap_sentences(found))
+                said.append(f"Accuracy by {found.column}: {'; '.join(parts)}. {gaps}".strip())
+        return " ".join(said)
+
     def _failures(self) -> str:
         found = self.source.evaluation
         mistakes: Sequence[tuple[int, int, int]] = found.confusions(3)
@@ -331,7 +371,7 @@ class _Sentences:
     # ---- software ------------------------------------------------------------------------
     def _software(self) -> str:
         versions = ", ".join(f"{n} {v}" for n, v in self.facts["versions"].items())
-        return f"{versions}. Command: {self.command}" if self.command else f"{versions}."
+        return f"{versions}. Command: `{self.command}`." if self.command else f"{versions}."
 
     def _availability(self) -> str:
         return (

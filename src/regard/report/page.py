@@ -38,7 +38,9 @@ from regard.files import plural, write_atomically
 from regard.report.browse import Browser
 from regard.report.charts import History
 from regard.report.curves import Chart
-from regard.report.words import diagnostic_rows, percent, percent_range, probability
+from regard.report.sections import CALIBRATION, Section
+from regard.report.subgroups import SUBGROUPS
+from regard.report.words import SPLITS, diagnostic_rows, percent, percent_range, probability
 
 MAX_BYTES = 10_000_000  # of the page
 _PICTURE_BYTES = 2_000_000  # of the cards
@@ -46,7 +48,6 @@ _MAX_CELLS_A_SIDE = 30  # a larger confusion matrix is shown as its most frequen
 _MAX_MISTAKES = 30
 _MAX_CLASS_ROWS = 100  # of more classes, those of lowest recall are drawn, and all are listed
 _OUTLINE = 0.5  # of the attention's range
-_SPLITS = {"test": "test", "val": "validation", "train": "training"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Report:
             to 1), learning_rate, and with a validation split val_loss and val_accuracy.
         charts: the figures to show; each can be downloaded as SVG.
         diagnostics: the numbers of a diagnostic study, if they were measured.
+        calibration, subgroups: sections with tables; their figures are among `charts`.
         browser: all images, to be leafed through.
         methods: a paragraph for a paper, and checklists.
         chosen: how the weights' epoch was chosen, in words.
@@ -96,6 +98,8 @@ class Report:
     history: History = field(default_factory=list)
     charts: Sequence[Chart] = ()
     diagnostics: Diagnostics | None = None
+    calibration: Section | None = None
+    subgroups: Section | None = None
     browser: Browser | None = None
     methods: Methods | None = None
     chosen: str = ""
@@ -194,11 +198,17 @@ def _svg(chart: Chart) -> tuple[str, str]:
     return f'<svg {box[0]} role="img" aria-label="{escape(chart.words)}">{body}', file
 
 
-def _charts(charts: Sequence[Chart]) -> list[dict[str, Any]]:
-    drawn = []
-    for chart in charts:
+def _charts(report: Report) -> dict[str, list[dict[str, Any]]]:
+    """The figures of each section."""
+    drawn: dict[str, list[dict[str, Any]]] = {"figures": [], "calibration": [], "subgroups": []}
+    for chart in report.charts:
         element, file = _svg(chart)
-        drawn.append({
+        section = "figures"
+        if report.calibration is not None and chart.name in CALIBRATION:
+            section = "calibration"
+        elif report.subgroups is not None and chart.name.startswith(SUBGROUPS):
+            section = "subgroups"
+        drawn[section].append({
             "name": chart.name, "title": chart.title, "caption": chart.caption,
             "svg": Markup(element), "file": file,
         })  # fmt: skip
@@ -239,8 +249,8 @@ def _class_tables(classes: list[ClassResult]) -> tuple[list[ClassResult], str]:
 
 # ---- the page ---------------------------------------------------------------------------
 def _check(report: Report) -> None:
-    if report.split not in _SPLITS:
-        raise UsageError(f"split={report.split!r}: choose one of {', '.join(_SPLITS)}")
+    if report.split not in SPLITS:
+        raise UsageError(f"split={report.split!r}: choose one of {', '.join(SPLITS)}")
     for row in report.history:
         for key in ("epoch", "loss", "accuracy", "learning_rate"):
             if key not in row:
@@ -297,7 +307,7 @@ def _render(report: Report) -> str:
     return environment.from_string(_resource("page.html")).render(
         report=report,
         data=next((v for k, v in report.summary.items() if k.lower() == "data"), None),
-        images=f"{_SPLITS[report.split]} image{'s' * (evaluation.n != 1)}",
+        images=f"{SPLITS[report.split]} image{'s' * (evaluation.n != 1)}",
         n=evaluation.n,
         classes=evaluation.classes,
         top1=evaluation.metrics["top1"],
@@ -308,7 +318,7 @@ def _render(report: Report) -> str:
         right=right,
         left_out=len(report.explanations) - len(wrong) - len(right),
         key=_data_uri(color_key(160, 24), "png"),
-        charts=_charts(report.charts),
+        charts=_charts(report),
         history_keys=list(dict.fromkeys(key for row in report.history for key in row)),
         rows=matrix,
         drawn=drawn,

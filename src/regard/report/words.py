@@ -28,7 +28,21 @@ def percent_range(estimate: Estimate) -> str:
     return f"{percent(estimate.low)[:-2]}–{percent(estimate.high)}"
 
 
-_NAMES = {
+def number_range(estimate: Estimate) -> str:
+    """ "0.912–0.951", "−0.31 to 0.05"; "–" where there is no interval."""
+    if not estimate.has_interval:
+        return "–"
+    low, high = (signed(v) for v in (estimate.low, estimate.high))
+    return f"{low} to {high}" if estimate.low < 0 else f"{low}–{high}"
+
+
+def signed(value: float) -> str:
+    """Three decimals, with a minus sign where it is negative."""
+    return f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+SPLITS = {"test": "test", "val": "validation", "train": "training"}
+NAMES = {
     "roc_auc_macro": "ROC AUC, each class against the rest (macro)",
     "roc_auc_weighted": "ROC AUC, weighted by images",
     "roc_auc_hand_till": "ROC AUC, pairs of classes (Hand and Till)",
@@ -40,6 +54,9 @@ _NAMES = {
     "lr_positive": "positive likelihood ratio", "lr_negative": "negative likelihood ratio",
     "f1": "F1", "calibration_slope": "calibration slope (ideal 1)",
     "calibration_intercept": "calibration intercept (ideal 0)",
+    "ece": "calibration error (ECE)", "nll": "negative log-likelihood (nats)",
+    "brier_positive": "Brier score", "top1": "accuracy", "balanced_accuracy": "balanced accuracy",
+    "sensitivity": "sensitivity", "specificity": "specificity",
 }  # fmt: skip
 
 
@@ -57,10 +74,7 @@ def diagnostic_rows(found: Diagnostics | None) -> list[tuple[str, list[tuple[str
 
 
 def _row(name: str, estimate: Estimate) -> tuple[str, str, str]:
-    name = _NAMES.get(name, name.replace("_", " "))
+    name = NAMES.get(name, name.replace("_", " "))
     if math.isnan(estimate.value):
         return name, "–", "–"
-    value = f"{estimate.value:.3f}"
-    if not estimate.has_interval:
-        return name, value, "–"
-    return name, value, f"{estimate.low:.3f}–{estimate.high:.3f}"
+    return name, signed(estimate.value), number_range(estimate)

@@ -1,0 +1,144 @@
+"""Reliability diagrams, calibration plots and decision curves as figures."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from regard.evaluation import OneClass, Predictions, decision_curve, evaluate, reliability
+from regard.evaluation.recalibration import CalibrationStatistics, ReliabilityBin
+from regard.explanations.print_style import INK, LINE, MAIN, MUTED, SECOND, new_figure, short
+from regard.report.curves import Chart, number, share_axes
+
+BINS = 10  # of equal width
+
+
+def reliability_chart(plain: Predictions, calibrated: Predictions, width: float) -> Chart:
+    """Accuracy over the probability of the top-1 class, and how many images have it.
+
+    Args:
+        plain: the network's own predictions.
+        calibrated: at the run's temperature; the same object where it has none.
+        width: in inches.
+    """
+
+    def error(said: Predictions) -> str:
+        return f"ECE {number(evaluate(said, resamples=300).metrics['ece'], 3)}"
+
+    figure, words = _diagram(plain, calibrated, width, None, error)
+    figure.axes[0].set_ylabel("share that is right")
+    figure.axes[1].set_xlabel("probability of the top-1 class")
+    return Chart(
+        "reliability", "Reliability", figure, f"Reliability: {words}",
+        _caption("", plain, calibrated),
+    )  # fmt: skip
+
+
+def calibration_chart(
+    plain: Predictions, calibrated: Predictions, positive: str, width: float
+) -> Chart:
+    """The share of a class over its probability, and how many images have it."""
+
+    def fit(said: Predictions) -> str:
+        found = CalibrationStatistics(said, positive)(np.ones(len(said)))
+        slope, intercept = found["calibration_slope"], found["calibration_intercept"]
+        return f"slope {slope:.2f}, intercept {intercept:.2f}"
+
+    figure, words = _diagram(plain, calibrated, width, positive, fit)
+    figure.axes[0].set_ylabel(f"share of {short(positive, 24)}")
+    figure.axes[1].set_xlabel(f"probability of {short(positive, 24)}")
+    return Chart(
+        "calibration", f"Calibration of {positive}", figure, f"Calibration of {positive}: {words}",
+        _caption(f" of {positive}", plain, calibrated),
+    )  # fmt: skip
+
+
+def _diagram(
+    plain: Predictions,
+    calibrated: Predictions,
+    width: float,
+    positive: str | None,
+    label: Callable[[Predictions], str],
+) -> tuple[Figure, str]:
+    """The observed shares above, the numbers of images below, and both in words."""
+    figure, _ = new_figure(width, width * 1.1, 0)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    share_axes(upper, "", "")
+    upper.plot([0, 1], [0, 1], color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)))
+    shown = [("", MAIN, plain)]
+    if calibrated is not plain:
+        shown = [("before: ", SECOND, plain), ("after: ", MAIN, calibrated)]
+    words = []
+    for k, (name, color, said) in enumerate(shown):
+        rows: Sequence[ReliabilityBin] = reliability(said, bins=BINS, positive=positive)
+        y = [r.accuracy for r in rows]
+        ends = [[r.accuracy - r.interval[0], r.interval[1] - r.accuracy] for r in rows]
+        upper.errorbar(
+            [r.confidence for r in rows], y, np.maximum(ends, 0).T, fmt="so"[k == len(shown) - 1],
+            color=color, markersize=3.2, elinewidth=0.8, capsize=1.5,
+            label=f"{name}{label(said)}",
+        )  # fmt: skip
+        lower.bar(
+            [(r.low + r.high) / 2 for r in rows], [r.images for r in rows], width=0.92 / BINS,
+            color=color, alpha=0.55,
+        )  # fmt: skip
+        words += [f"{name}{r.accuracy:.2f} at {r.confidence:.2f}" for r in rows]
+    upper.legend(loc="upper left", handlelength=1.2)
+    lower.set_ylabel("images")
+    lower.locator_params(axis="y", nbins=3, integer=True)
+    return figure, ", ".join(words)
+
+
+def _caption(of: str, plain: Predictions, calibrated: Predictions) -> str:
+    caption = f"Calibrated probabilities{of} lie on the dotted line. Bars: Wilson's 95 % interval"
+    caption += (
+        " of images, too narrow where images come in groups." if plain.groups is not None else "."
+    )
+    if calibrated is not plain:
+        caption += " Before and after temperature scaling."
+    return caption
+
+
+# ---- net benefit -------------------------------------------------------------------------
+def decision_chart(
+    predictions: Predictions, positive: str, width: float, decided: OneClass | None = None
+) -> Chart:
+    """Net benefit over the threshold probability (Vickers & Elkin 2006).
+
+    Args:
+        predictions: of test images.
+        positive: the class.
+        width: in inches.
+        decided: its threshold is marked, where it has one.
+    """
+    curve = decision_curve(predictions, positive, resamples=300)
+    figure, (axes,) = new_figure(width, width * 0.8)
+    axes.fill_between(curve.thresholds, curve.low, curve.high, color=MAIN, alpha=0.18, linewidth=0)
+    axes.plot(curve.thresholds, curve.model, color=MAIN, label="network")
+    axes.plot(curve.thresholds, curve.treat_all, color=SECOND, linestyle="--", label="all positive")
+    axes.axhline(0, color=INK, linewidth=0.7, linestyle=":", label="none positive")
+    top = max(float(curve.high.max()), float(curve.treat_all.max()), 0.01)
+    marked = None if decided is None else decided.threshold
+    if marked is not None and 0 < marked < 1:
+        axes.axvline(
+            marked, color=MUTED, linewidth=0.8, linestyle=(0, (4, 2)), zorder=0,
+            label=f"the run's threshold, {marked:.3g}",
+        )  # fmt: skip
+    axes.set(
+        xlim=(0, 1), ylim=(-0.2 * top, 1.06 * top), ylabel="net benefit",
+        xlabel=f"threshold probability of {short(positive, 24)}",
+    )  # fmt: skip
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.grid(color=LINE, linewidth=0.4)
+    axes.legend(loc="upper right", handlelength=2.0)
+    better = curve.thresholds[curve.model > np.maximum(curve.treat_all, 0) + 1e-12]
+    where = f"from {better[0]:.0%} to {better[-1]:.0%}" if len(better) else "nowhere"
+    words = f"Decision curve of {positive}: above both simple rules {where}"
+    return Chart("decision-curve", "Decision curve", figure, words, _NET_BENEFIT)
+
+
+_NET_BENEFIT = (
+    "Net benefit: true positives minus false positives weighted by the odds of the threshold, per "
+    "image, as the test images are mixed. Shaded: 95 % interval by bootstrap."
+)

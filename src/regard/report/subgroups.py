@@ -1,0 +1,91 @@
+"""The columns of subgroups in words and as forest plots."""
+
+import re
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from regard.evaluation import Subgroups
+from regard.explanations.print_style import LINE, MAIN, MUTED, new_figure, short
+from regard.report.curves import Chart
+from regard.report.words import NAMES, percent, percent_range
+
+SUBGROUPS = "subgroups-"
+"""The names of their figures begin with it."""
+MOST_PARTS = 24  # of more, those with most images are drawn
+_ROW = 0.19  # inches
+_UNSAFE = re.compile(r"[^\w.-]+")
+
+
+def file_of(column: str) -> str:
+    """The name of a column's figure."""
+    return f"{SUBGROUPS}{_UNSAFE.sub('-', column).strip('-.') or 'column'}"
+
+
+def shown_metrics(found: Subgroups) -> list[str]:
+    """The metrics of a table of subgroups, as far as there are any."""
+    has = {name for part in found.parts.values() for name in part.metrics}
+    of_class = ["roc_auc", "sensitivity", "specificity"]
+    wanted = ["top1", *(of_class if "sensitivity" in has else ["balanced_accuracy"])]
+    return [name for name in wanted if name in has]
+
+
+def gap_sentences(found: Subgroups) -> list[str]:
+    """The largest gap of each metric that is shown."""
+    sentences = []
+    for metric in shown_metrics(found):
+        if (gap := found.gap(metric)) is not None and gap[2] > 0:
+            high, low, difference = gap
+            size = f"{difference:.3f}" if metric == "roc_auc" else f"{100 * difference:.1f} points"
+            sentences.append(f"Largest gap in {NAMES[metric]}: {size}, {high} over {low}.")
+    return sentences
+
+
+def subgroup_chart(found: Subgroups, width: float) -> Chart | None:
+    """Accuracy, or sensitivity and specificity, of each part with its interval.
+
+    Args:
+        found: of one column.
+        width: in inches.
+
+    Returns:
+        None where no part is large enough.
+    """
+    parts = [(n, p) for n, p in found.parts.items() if not p.too_small][:MOST_PARTS]
+    if not parts:
+        return None
+    both = any("sensitivity" in p.metrics for _, p in parts)
+    metrics = ["sensitivity", "specificity"] if both else ["top1", "balanced_accuracy"]
+    figure, _ = new_figure(width, 0.62 + _ROW * len(parts), 0)
+    panels = figure.subplots(1, len(metrics), sharey=True)
+    words = []
+    for axes, metric in zip(panels, metrics, strict=True):
+        for row, (name, part) in enumerate(parts):
+            e = part.metrics[metric]
+            if e.value == e.value:
+                axes.plot([e.low, e.high], [row, row], color=MAIN, linewidth=1.0)
+                axes.plot(e.value, row, "o", color=MAIN, markersize=3.2)
+                words.append(f"{name} {NAMES[metric]} {percent(e.value)} ({percent_range(e)})")
+        _panel(axes, NAMES[metric])
+    labels = [f"{short(name, 20)} ({part.n:,})" for name, part in parts]
+    panels[0].set_yticks(range(len(parts)), labels, parse_math=False)
+    panels[0].set_ylim(len(parts) - 0.5, -0.5)
+    caption = " ".join(
+        ["Points with 95 % intervals; in brackets the images.", *gap_sentences(found)]
+    )
+    return Chart(
+        file_of(found.column), f"By {found.column}", figure,
+        f"By {found.column}: {'; '.join(words)}", caption,
+    )  # fmt: skip
+
+
+def _panel(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
+    axes.grid(axis="x", color=LINE, linewidth=0.4)
+    axes.set_axisbelow(True)
+    axes.spines["left"].set_color(MUTED)
+    axes.tick_params(axis="y", length=0)
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(-0.03, low), min(1.03, high))
