@@ -123,6 +123,59 @@ def test_networks_of_different_sizes_are_averaged_and_other_classes_refused(scan
         Ensemble([one, network("sononet8", 32, ["0", "1", "cat"])], ["one", "three"])
 
 
+def test_an_ensemble_shows_the_mean_of_its_networks_maps(scans):
+    torch.manual_seed(0)
+
+    def network(size, classes, resize="squash"):
+        model = regard.create_model("ag_sononet8", num_classes=3, in_chans=1)
+        return regard.Classifier(
+            model, classes, Preprocess((1, size, size), (0.5,), (0.25,), resize)
+        )
+
+    one, two = network(32, ["0", "1", "2"]), network(48, ["2", "0", "1"])
+    both, picture = Ensemble([one, two], ["one", "two"]), scans / "2" / "03.png"
+    shown = both.explain(picture)
+    (said,) = both.predict(picture, top=3)
+    assert shown.classes == said.classes
+    assert shown.target == said.classes[0]
+    assert [m.target[0] for m in shown.members] == [shown.target[0]] * 2
+    assert [m.name for m in shown.spatial()] == [m.name for m in one.explain(picture).spatial()]
+    for m in shown.spatial():
+        a, b = (next(x for x in e.spatial() if x.name == m.name).values for e in shown.members)
+        large = torch.nn.functional.interpolate(
+            torch.from_numpy(a / a.max())[None, None], b.shape, mode="bilinear"
+        )[0, 0].numpy()
+        assert m.values == pytest.approx((large + b / b.max()) / 2, abs=1e-5)
+    (again,) = regard.explain(both, picture.read_bytes(), target="1", methods=["gradcam"])
+    assert again.target[0] == "1"
+    assert [m.name for m in again.maps] == ["Grad-CAM"]
+    wide = np.zeros((40, 80), np.uint8)
+    wide[10:20] = np.arange(80)
+    cropped = Ensemble([one, network(32, ["0", "1", "2"], "crop")], ["one", "two"])
+    with pytest.raises(ValueError, match="different parts of the image"):
+        cropped.explain(wide)
+
+
+def test_a_mirrored_network_is_explained_on_the_image_as_it_is(whole, scans):
+    picture, flipped = scans / "2" / "05.png", regard.load(whole)
+    flipped.use_flips()
+    shown, plain = flipped.explain(picture), regard.load(whole).explain(picture)
+    assert shown.classes == flipped.predict(picture, top=3)[0].classes
+    for a, b in zip(shown.spatial(), plain.spatial(), strict=True):
+        assert a.values == pytest.approx(b.values)
+
+
+def test_explain_refuses_a_second_network_instead_of_taking_its_folder_for_images(
+    whole, scans, tmp_path, capsys
+):
+    call = ["explain", str(whole), str(whole), str(scans / "1"), "--out", str(tmp_path / "out")]
+    assert run_command(call) == 2
+    err = capsys.readouterr().err
+    assert "one network" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluate_pools_folds_so_that_no_network_tests_its_own_images(folds, capsys):
     a, b = map(str, folds)
     assert run_command(["evaluate", a, b, "--json"]) == 0

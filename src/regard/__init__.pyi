@@ -1,6 +1,8 @@
 from .attention import AttentionMap as AttentionMap
 from .attention import record as record
 from .calibrating import calibrate as calibrate
+from .classifier import Classifier as Classifier
+from .classifier import load as load
 from .commands.train import train as train
 from .engines.choose import open_engine as open_engine
 from .ensemble import Ensemble as Ensemble
@@ -18,6 +20,4 @@ from .models.graft import graft as graft
 from .models.io import save_model as save_model
 from .models.original_weights import load_authors_weights as load_authors_weights
 from .models.zoo import twins as twins
-from .predict import Classifier as Classifier
-from .predict import load as load
 from .training.losses import multi_head_cross_entropy as multi_head_cross_entropy

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regard.classifier import Classifier, load
 from regard.data.images import ImageSource, name_of
 from regard.data.loading import default_workers, read_ahead
+from regard.data.preprocess import Flips
 from regard.errors import ImageError, UsageError
 from regard.evaluation.ensembles import check_same_classes
-from regard.predict import BATCH, Classifier, Prediction, load, stacked
+from regard.predict import BATCH, Prediction, stacked
 
 
 class Ensemble(Classifier):
@@ -22,7 +24,8 @@ class Ensemble(Classifier):
 
     The networks may differ in kind, input size and preprocessing; their classes must be the same,
     in any order. Each one's probabilities are scaled by its own temperature. There is no
-    decision: a threshold belongs to one network.
+    decision: a threshold belongs to one network. `explain` shows the mean of the members' maps,
+    see `regard.explanations.averaging`.
 
     Args:
         members: two or more.
@@ -43,7 +46,7 @@ class Ensemble(Classifier):
 
     def use_flips(self) -> None:
         """Has every member average each image and its mirror image."""
-        super().use_flips()
+        self.preprocess = Flips.of(self.preprocess)
         for member in self.members:
             member.use_flips()
 

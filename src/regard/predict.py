@@ -7,10 +7,9 @@ import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +31,10 @@ from regard.models.io import load_model, network_folder
 log: logging.Logger = logging.getLogger(__name__)
 
 BATCH = 32
+UNFIT = (
+    "the stored temperature and threshold were fitted for other probabilities and are not used: "
+    "these are of test-time augmentation or of another input size"
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Classifier:
             One with `gives_features` gives those of the last layer too.
         calibration: the temperature that scales the probabilities, and the threshold; or None.
         familiarity: what tells images that are unlike the training images; or None.
+        flipped_calibration: the same for use with flips, see `use_flips`; or None.
+        members: the networks whose probabilities it averages: itself alone, see `Ensemble`.
     """
 
     def __init__(
@@ -89,7 +94,9 @@ class Classifier:
         self.config: dict[str, Any] = config or {}
         self.engine: Callable[[Tensor], Tensor] | None = None
         self.calibration: Calibration | None = None
+        self.flipped_calibration: Calibration | None = None
         self.familiarity: Familiarity | None = None
+        self.members: Sequence[Classifier] = [self]
 
     @property
     def mirrors(self) -> bool:
@@ -97,8 +104,14 @@ class Classifier:
         return isinstance(self.preprocess, Flips)
 
     def use_flips(self) -> None:
-        """From now on averages the probabilities of each image and its mirror image."""
+        """From now on averages the probabilities of each image and its mirror image.
+
+        A temperature and a threshold that were fitted without flips are then not used.
+        """
         self.preprocess = Flips.of(self.preprocess)
+        if self.calibration is not None and self.flipped_calibration is None:
+            log.warning(UNFIT)
+        self.calibration = self.flipped_calibration
 
     @property
     def temperature(self) -> float:
@@ -128,11 +141,12 @@ class Classifier:
     def probabilities(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in 0..255 -> (B, classes), float32, scaled by the temperature.
 
-        Several views of each image, (B, views, C, H, W), give the mean of their probabilities.
+        Several views of each image, (B, views, C, H, W), give the mean of their probabilities,
+        which the temperature then scales, as it was fitted on such means.
         """
         if images.ndim == 5:
-            views = [self.probabilities(images[:, i].contiguous()) for i in range(images.shape[1])]
-            return torch.stack(views).mean(dim=0)
+            views = [self._unscaled(images[:, i].contiguous()) for i in range(images.shape[1])]
+            return with_temperature(torch.stack(views).mean(dim=0), self.temperature)
         if self.engine is not None:
             return with_temperature(self.engine(images), self.temperature)
         return self.answers(images).cpu()
@@ -140,10 +154,19 @@ class Classifier:
     @torch.no_grad()
     def answers(self, images: Tensor) -> Tensor:
         """As `probabilities`, of the network itself, and on its device: nothing waits for it."""
+        return (self._logits(images) / self.temperature).softmax(dim=1)
+
+    def _logits(self, images: Tensor) -> Tensor:
         device = next(self.model.parameters()).device
         x = self.preprocess.normalize(images.to(device, non_blocking=True))
-        logits = self.model(x.contiguous(memory_format=torch.channels_last))
-        return (logits / self.temperature).softmax(dim=1)
+        logits: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
+        return logits
+
+    def _unscaled(self, images: Tensor) -> Tensor:
+        """`probabilities` at a temperature of 1."""
+        if self.engine is not None:
+            return self.engine(images)
+        return self._logits(images).softmax(dim=1).cpu()
 
     def with_distances(self, images: Tensor) -> tuple[Tensor, list[float | None]]:
         """`probabilities`, and each image's distance from the training images.
@@ -153,9 +176,13 @@ class Classifier:
         if self.familiarity is None or not self.measures_distances:
             return self.probabilities(images), [None] * len(images)
         views = images.unbind(dim=1) if images.ndim == 5 else [images]
-        answers = [self._with_features(view.contiguous()) for view in views]
+        unscaled = images.ndim == 5  # the temperature scales the mean
+        answers = [self._with_features(view.contiguous(), unscaled) for view in views]
         each = [self.familiarity.distances(features) for _, features in answers]
-        return torch.stack([p for p, _ in answers]).mean(dim=0), np.mean(each, axis=0).tolist()
+        probabilities = torch.stack([p for p, _ in answers]).mean(dim=0)
+        if unscaled:
+            probabilities = with_temperature(probabilities, self.temperature)
+        return probabilities, np.mean(each, axis=0).tolist()
 
     @property
     def measures_distances(self) -> bool:
@@ -163,14 +190,17 @@ class Classifier:
         able = self.engine is None or getattr(self.engine, "gives_features", False)
         return self.familiarity is not None and able
 
-    def _with_features(self, images: Tensor) -> tuple[Tensor, list[NDArray[np.float32]]]:
+    def _with_features(
+        self, images: Tensor, unscaled: bool = False
+    ) -> tuple[Tensor, list[NDArray[np.float32]]]:
         """(B, C, H, W) in 0..255 -> probabilities, and `features`."""
         if self.engine is not None:
             probabilities, vectors = self.engine.with_features(images)  # type: ignore[attr-defined]
-            probabilities = with_temperature(probabilities, self.temperature)
+            if not unscaled:
+                probabilities = with_temperature(probabilities, self.temperature)
         else:
             with inputs_of(last_layers(self.model)) as recorded:
-                probabilities = self.probabilities(images)
+                probabilities = self._unscaled(images) if unscaled else self.probabilities(images)
             if not recorded:
                 raise UsageError("this network's classifier is given no features")
             vectors = joined_features(recorded)
@@ -201,27 +231,6 @@ class Classifier:
             if prediction.error is not None:
                 raise ImageError(prediction.error)
         return predictions
-
-    def explain(self, image: ImageSource, **options: Any) -> Any:
-        """One image's answer, the network's own attention, Grad-CAM and channel weights.
-
-        >>> classifier.explain("scan.png", target="malignant")  # a notebook shows the figure
-
-        Args:
-            image: whatever `decode` takes.
-            options: those of `regard.explain`: target, methods, reduce, layer, keep_channels.
-
-        Returns:
-            A `regard.Explanation`: classes, maps, figure(), overlay(name), save_figure, save_npz.
-
-        Raises:
-            ImageError: it can't be read.
-            UsageError: an option is not among its choices.
-        """
-        # explanations are built on this module and loaded only where they are asked for
-        explanations = import_module("regard.explanations.explanation")
-        (shown,) = explanations.explain(self, [image], **options)
-        return shown
 
     def predict_each(
         self, images: Iterable[ImageSource], top: int = 5, batch: int = BATCH
@@ -279,6 +288,9 @@ class Classifier:
             return name or f"image {number}", self.decode(image)
         except ImageError as error:
             return (name, str(error)) if name else (f"image {number}", f"image {number}: {error}")
+
+
+Kind = TypeVar("Kind", bound=Classifier)
 
 
 def as_several(images: Any) -> Iterable[ImageSource]:
@@ -376,9 +388,22 @@ def _forward_in_bf16(model: nn.Module, x: Tensor) -> Any:
 def load(
     folder: str | Path, device: str = "cpu", *, calibrated: bool = True, precision: str = "fp32"
 ) -> Classifier:
+    """`load_as` a plain `Classifier`."""
+    return load_as(Classifier, folder, device, calibrated=calibrated, precision=precision)
+
+
+def load_as(
+    kind: type[Kind],
+    folder: str | Path,
+    device: str = "cpu",
+    *,
+    calibrated: bool = True,
+    precision: str = "fp32",
+) -> Kind:
     """Loads the network of a run's folder, or of any folder in timm's `local-dir` layout.
 
     Args:
+        kind: what is made of it.
         folder: the folder, or the name of weights that come with Regard, such as
             "ag_sononet8.digits".
         device: where it computes: cpu, cuda, mps, xpu, or auto for this machine's accelerator.
@@ -403,10 +428,17 @@ def load(
     except UsageError as error:
         raise UsageError(f"{folder / 'config.json'}: {error}") from error
     names = config.get("label_names") or [str(i) for i in range(model.num_classes)]
-    classifier = Classifier(model.to(where), names, preprocess, config)
+    classifier = kind(model.to(where), names, preprocess, config)
     use_precision(classifier.model, precision)
     if calibrated:
-        classifier.calibration = _calibration(folder, names)
+        stored = stored_calibration(folder, names)
+        if stored is not None and stored.tta is not None:
+            classifier.flipped_calibration = stored
+            log.warning(
+                f"{folder / FILE} is used with test-time {stored.tta} alone, as it was fitted"
+            )
+        else:
+            classifier.calibration = stored
         classifier.familiarity = _familiarity(folder)
     return classifier
 
@@ -416,7 +448,7 @@ def network_hash(folder: str | Path) -> str:
     return f"{file_hash(Path(folder) / 'model.safetensors'):016x}"
 
 
-def _calibration(folder: Path, classes: Sequence[str]) -> Calibration | None:
+def stored_calibration(folder: Path, classes: Sequence[str]) -> Calibration | None:
     """The stored calibration, unless it belongs to other weights or classes."""
     stored = read_calibration(folder)
     if stored is None:

@@ -120,6 +120,13 @@ def _sources(images: Sequence[str]) -> Iterator[list["Source"]]:
     for name in images:
         if name.startswith("-") and name != "-" and not os.path.exists(name):
             raise UsageError(f"unknown option {name} (see `regard explain --help`)")
+    for name in images:
+        if name != "-" and os.path.isfile(os.path.join(name, "config.json")):
+            raise UsageError(
+                f"{name} is a network's folder: explain shows one network; explain each into its "
+                "own --out, or average their maps in Python with "
+                "regard.Ensemble.load([RUN, RUN]).explain(image)"
+            )
     if images.count("-") > 1:
         raise UsageError("-: standard input holds one image")
     files = [name for name in images if name != "-"]

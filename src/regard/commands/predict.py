@@ -145,7 +145,7 @@ def _prepared(
     from regard.data.table import PathList
 
     names = PathList.of(listed)
-    for member in getattr(classifier, "members", [classifier]):
+    for member in classifier.members:
         reads = [lambda p=p, m=member: m.decode(p) for p in islice(names, 64) if p != "-"]
         use_engine(member, engine, reads, len(names))
     return names

@@ -87,7 +87,7 @@ class PredictionsCsv:
         self.measures: bool = classifier.measures_distances
         self.columns: list[str] = ["path", *ranks, *(["decision"] if self.decides else [])]
         self.columns += ["distance", "unlike_training"] if self.measures else []
-        self.averages: bool = hasattr(classifier, "members")
+        self.averages: bool = len(classifier.members) > 1
         self.columns += ["sd1", "disagreement"] if self.averages else []
         self.flips: bool = classifier.mirrors
         self.columns += ["tta"] if self.flips else []

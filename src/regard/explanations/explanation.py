@@ -31,13 +31,14 @@ from regard.attention import (
     module_maps,
     record,
 )
-from regard.data.images import ImageSource, name_of, read_image, to_channels
-from regard.data.preprocess import to_tensor
+from regard.data.images import ImageSource, name_of
 from regard.errors import UsageError
+from regard.explanations.averaging import average_explanations
 from regard.explanations.figure import contact_sheet, explanation_figure
 from regard.explanations.gradcam import check_targets, default_layer, gradcam
 from regard.explanations.overlay import Box, Picture, overlay
 from regard.explanations.print_style import SOFTWARE, for_print, save
+from regard.explanations.reading import read_to_explain
 from regard.files import write_atomically
 from regard.predict import Classifier, as_several, load
 
@@ -60,6 +61,7 @@ class Explanation:
         raw: masks with all their channels, (C, h, w), by module, if they were asked for.
         true: the true class, where it is known.
         mask: (H, W), what people marked in the image, where there is such a mask.
+        members: of an ensemble, each network's own explanation, for the same target.
     """
 
     path: str
@@ -72,6 +74,7 @@ class Explanation:
     raw: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     true: str | None = None
     mask: NDArray[np.bool_] | None = None
+    members: list["Explanation"] = field(default_factory=list)
 
     @property
     def predicted(self) -> str:
@@ -212,7 +215,8 @@ def explain(
     >>> regard.explain("runs/demo", "scan.png")[0].figure()
 
     Args:
-        network: a classifier, or the folder of a run or of a timm `local-dir` network.
+        network: a classifier, or the folder of a run or of a timm `local-dir` network. Of an
+            ensemble the maps are the means of its networks', see `regard.explanations.averaging`.
         images: one image or several: a path, bytes, a file object, a PIL image, an array
             (H, W[, C]) or a tensor ([C, ]H, W).
         target: the class that Grad-CAM explains; default: the predicted one.
@@ -234,38 +238,37 @@ def explain(
             "regard.explanations.explanation.explain_batch"
         )
     classifier = network if isinstance(network, Classifier) else load(network)
+    options: dict[str, Any] = {
+        "methods": methods, "reduce": reduce, "layer": layer, "keep_channels": keep_channels,
+    }  # fmt: skip
     explanations = Explanations()
     for number, image in enumerate(as_several(images), start=1):
         name = name_of(image) or f"image {number}"
-        x, picture, box = read_to_explain(classifier, image)
-        explanations += explain_batch(
-            classifier.model, x, [picture], [box], classes=classifier.class_names, target=target,
-            methods=methods, reduce=reduce, layer=layer, paths=[name], keep_channels=keep_channels,
-            temperature=classifier.temperature,
-        )  # fmt: skip
+        if len(classifier.members) == 1 and not classifier.mirrors:
+            explanations.append(_explained(classifier, image, name, target, options))
+            continue
+        again = image.read() if hasattr(image, "read") else image  # it is read several times
+        (said,) = classifier.predict([again], top=len(classifier.class_names))
+        wanted = said.classes[0][0] if target is None else target
+        each = [_explained(m, again, name, wanted, options) for m in classifier.members]
+        explanations.append(average_explanations(each, said.classes))
     return explanations
 
 
-def read_to_explain(classifier: Classifier, image: ImageSource) -> tuple[Tensor, Picture, Box]:
-    """One image as the network's input (1, C, H, W), as a picture, and the box it saw of it.
-
-    Raises:
-        ImageError: it can't be read.
-    """
-    preprocess, weights = classifier.preprocess, next(classifier.model.parameters())
-    pixels = read_image(image, value_range=preprocess.value_range)
-    fitted = preprocess.fit(to_tensor(to_channels(pixels, preprocess.input_size[0])))
-    x = preprocess.normalize(fitted[None].to(weights.device))  # as Classifier.decode prepares it
-    x = x.contiguous(memory_format=torch.channels_last)
-    return x, as_picture(pixels), preprocess.seen(*pixels.shape[:2])
-
-
-def as_picture(pixels: NDArray[Any]) -> Picture:
-    """A decoded image (H, W, C) of any depth as uint8, (H, W) or (H, W, 3)."""
-    if pixels.dtype != np.uint8:
-        scale = 255 / 65535 if pixels.dtype == np.uint16 else 255.0
-        pixels = np.clip(np.rint(pixels * scale), 0, 255).astype(np.uint8)
-    return pixels[..., 0] if pixels.shape[2] == 1 else pixels
+def _explained(
+    classifier: Classifier,
+    image: ImageSource,
+    name: str,
+    target: str | None,
+    options: dict[str, Any],
+) -> Explanation:
+    """The explanation of one network."""
+    x, picture, box = read_to_explain(classifier, image)
+    (shown,) = explain_batch(
+        classifier.model, x, [picture], [box], classes=classifier.class_names, target=target,
+        paths=[name], temperature=classifier.temperature, **options,
+    )  # fmt: skip
+    return shown
 
 
 def explain_batch(

@@ -22,10 +22,8 @@ from regard.explanations.deletion import BASELINES
 from regard.explanations.explanation import (
     METHODS,
     Explanation,
-    as_picture,
     class_number,
     explain_batch,
-    read_to_explain,
     save_arrays,
 )
 from regard.explanations.faithfulness import Faithfulness, ImageScore, Scorer, numbers, summarize
@@ -43,6 +41,7 @@ from regard.explanations.masks import Masks, open_masks
 from regard.explanations.overlay import Picture
 from regard.explanations.pointing import Pointing, PointingScore, cells, point
 from regard.explanations.print_style import SOFTWARE, save
+from regard.explanations.reading import as_picture, read_to_explain
 from regard.explanations.records import Record, file_id, network_id, read_record, write_record
 from regard.files import plural, spread, write_atomically
 from regard.predict import Classifier

@@ -15,22 +15,16 @@ from regard.attention import attention_kinds
 from regard.data.loading import Reader
 from regard.data.table import ImageTable
 from regard.errors import ImageError, UsageError
-from regard.evaluation import (
-    Calibration,
-    Evaluation,
-    Predictions,
-    evaluate,
-    read_calibration,
-    with_temperature,
-)
-from regard.explanations.explanation import METHODS, Explanation, as_picture, explain_batch
+from regard.evaluation import Calibration, Evaluation, Predictions, evaluate, with_temperature
+from regard.explanations.explanation import METHODS, Explanation, explain_batch
 from regard.explanations.faithfulness import Faithfulness, Scorer, summarize
 from regard.explanations.gradcam import default_layer, gradcam
 from regard.explanations.inputs import Source
 from regard.explanations.masks import Masks, open_masks
 from regard.explanations.pointing import Mask
+from regard.explanations.reading import as_picture
 from regard.files import spread
-from regard.predict import Classifier, load
+from regard.predict import Classifier, load, stored_calibration
 from regard.runs import RunFolder
 from regard.trained_on import own_table
 
@@ -102,7 +96,11 @@ class RunSource:
         self.split, self.predictions = self.run.read_predictions()
         # uncalibrated, as it was evaluated
         self.classifier: Classifier = load(folder, device, calibrated=False, precision=precision)
-        self.calibration: Calibration | None = read_calibration(folder)
+        stored = stored_calibration(folder, self.predictions.classes)
+        # the predictions are of the images as they are
+        self.calibration: Calibration | None = (
+            stored if stored is None or stored.tta is None else None
+        )
         self.problem: str = ""
         self.found: _Found | None = self._open()
         self.masks: Masks = Masks() if masks is None else self._open_masks(masks)
@@ -192,6 +190,7 @@ class RunSource:
                 self.classifier.model, self._input(self.found.rows[i]), [picture], [box],
                 classes=self.classifier.class_names, methods=self.methods, paths=[name],
                 target=int(self.predictions.probabilities[i].argmax()),
+                temperature=1.0 if self.calibration is None else self.calibration.temperature,
             )  # fmt: skip
         else:
             shown = Explanation(
@@ -199,8 +198,8 @@ class RunSource:
             )
         true = self.predictions.classes[self.predictions.labels[i]]
         mask = self._mask(i, (pixels.shape[0], pixels.shape[1]))
-        # the classes as they were evaluated
-        return replace(shown, true=true, classes=ranked(self.predictions, i), mask=mask)
+        # the classes as they were evaluated, at the temperature of `predict`
+        return replace(shown, true=true, classes=ranked(self.calibrated, i), mask=mask)
 
     def _mask(self, i: int, size: tuple[int, int]) -> Mask | None:
         assert self.found is not None

@@ -23,8 +23,9 @@ from torch import Tensor
 from regard.attention import attention_kinds
 from regard.cores import cores
 from regard.data.images import read_image
-from regard.explanations.explanation import Explanation, as_picture, explain_batch
+from regard.explanations.explanation import Explanation, explain_batch
 from regard.explanations.overlay import Box, Picture
+from regard.explanations.reading import as_picture
 from regard.predict import Classifier, Prediction
 from regard.serve.uploads import as_file
 
