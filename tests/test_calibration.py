@@ -124,6 +124,36 @@ def test_every_door_uses_it(mine, scans, tmp_path, capsys):
     assert float(row["p_1"]) == pytest.approx(float(expected[1]), abs=1e-5)
 
 
+def test_what_was_fitted_for_other_probabilities_is_not_used(mine, scans, caplog, capsys):
+    picture = scans / "1" / "03.png"
+    plain = regard.calibrate(mine, positive="1", rule="youden")
+    classifier = regard.load(mine)
+    classifier.use_flips()
+    assert classifier.temperature == 1.0
+    assert classifier.predict(picture)[0].decision is None
+    assert "not used" in caplog.text
+    out, err = call("evaluate", mine, "--tta", "flips", "--json", capsys=capsys)
+    content = json.loads(out)
+    assert "temperature" not in content["diagnostics"]
+    assert "stored" not in content
+    assert "not used" in err
+    flipped = regard.calibrate(mine, positive="1", rule="youden", tta="flips")
+    assert flipped.tta == "flips"
+    assert flipped.temperature != plain.temperature
+    classifier = regard.load(mine)
+    assert classifier.calibration is None
+    x = classifier.decode(picture)
+    mean = classifier.probabilities(torch.stack([x, x.flip(-1)])).mean(dim=0)
+    classifier.use_flips()
+    assert classifier.calibration == flipped == read_calibration(mine)
+    scaled = (mean.log() / flipped.temperature).softmax(dim=0)
+    assert classifier.predict(picture, top=3)[0].probabilities == pytest.approx(
+        scaled.tolist(), abs=1e-5
+    )
+    with pytest.raises(UsageError, match="flips"):
+        regard.calibrate(mine, tta="crops")
+
+
 @pytest.mark.slow
 def test_evaluate_reports_what_is_stored_unless_told_otherwise(mine, capsys):
     def study(*flags: str) -> dict:

@@ -31,6 +31,8 @@ def calibrate(
     split: str | None = None,
     root: str | Path | None = None,
     splits: str = "auto",
+    device: str = "cpu",
+    tta: str | None = None,
 ) -> Calibration:
     """Fits a temperature and chooses a threshold, and stores both in a run's folder.
 
@@ -48,29 +50,37 @@ def calibrate(
             without a split. Images that trained or test the run are left out.
         root: folder of cifar10 and cifar100.
         splits: whether a folder's top folders are splits, as for `open_data`.
+        device: where the network computes, as for `regard.load`; nothing is computed for the
+            run's own validation images, whose probabilities are stored, without `tta`.
+        tta: "flips": for predictions averaged over each image and its mirror image. It is then
+            used with those alone.
 
     Raises:
-        UsageError: no such run or class, or no images to calibrate on.
+        UsageError: no such run, class or device, or no images to calibrate on.
         FileError: the images can't be read, or the run's folder can't be written.
     """
-    validation = validation_predictions(run, data, split=split, root=root, splits=splits)
+    if tta not in (None, "flips"):
+        raise UsageError(f"tta={tta!r}: choose flips")
+    validation = validation_predictions(
+        run, data, split=split, root=root, splits=splits, device=device, tta=tta
+    )
     source = f"images of {data}" if data is not None else "validation images of the run"
     calibration = fit_calibration(
         validation, positive=positive, rule=rule, temperature=temperature, source=source,
-        network=network_hash(run),
+        network=network_hash(run), tta=tta,
     )  # fmt: skip
     write_calibration(run, calibration)
     if not (Path(run) / FAMILIARITY).exists():
-        _measure(Path(run), root)
+        _measure(Path(run), root, device)
     return calibration
 
 
-def _measure(run: Path, root: str | Path | None) -> None:
+def _measure(run: Path, root: str | Path | None, device: str) -> None:
     """Stores the familiarity of a run that has none, if its images are still there."""
     try:
         table = run_table(run, None, root)
         parts = [table.select(table.splits == split) for split in ("train", "val")]
-        classifier = load(run, calibrated=False)
+        classifier = load(run, device, calibrated=False)
         write_familiarity(run, measure_familiarity(classifier, parts[0], parts[1], run))
     except (UsageError, FileError) as error:
         log.warning(f"no sign of images unlike the training images: {error}")
@@ -102,6 +112,8 @@ def validation_predictions(
     split: str | None = None,
     root: str | Path | None = None,
     splits: str = "auto",
+    device: str = "cpu",
+    tta: str | None = None,
 ) -> Predictions:
     """A run's unscaled predictions for its validation images, or for others that don't test it.
 
@@ -110,7 +122,8 @@ def validation_predictions(
     """
     if data is None and split is None:
         _check_has_validation(Path(run))
-        if (stored := RunFolder(Path(run)).read_validation()) is not None:
+        stored = RunFolder(Path(run)).read_validation() if tta is None else None
+        if stored is not None:
             return stored
         split = "val"
 
@@ -119,7 +132,7 @@ def validation_predictions(
 
     _, found, unreadable = predictions_of(
         run, None if data is None else str(data), root=root, splits=splits, choose=choose,
-        calibrated=False,
+        device=device, flips=tta == "flips", calibrated=False,
     )  # fmt: skip
     for line in unreadable:
         log.warning(line)

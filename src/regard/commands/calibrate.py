@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from regard.commands.flags import SplitsFlag, naming_flags, require_data
+from regard.commands.flags import DeviceFlag, SplitsFlag, TtaFlag, naming_flags, require_data
 from regard.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,13 +27,17 @@ def command(
     split: Literal["train", "val", "test", "all"] | None = None,
     splits: SplitsFlag = "auto",
     root: Path | None = None,
+    device: DeviceFlag = "auto",
+    tta: TtaFlag = None,
     remove: Annotated[bool, Parameter(negative=())] = False,
     json: bool = False,
 ) -> int:
     """Fit a temperature and choose a threshold on a run's validation images.
 
     Both are stored in the run's calibration.json. predict, evaluate, explain, serve and export
-    use them from then on, and say so; evaluate reports what they do on the test images.
+    use them from then on, and say so; evaluate reports what they do on the test images. Another
+    way of asking the network (--tta, --size, --ten-crop) has other probabilities: what was fitted
+    with --tta flips is used with it alone, and nothing is used with the others.
 
     Parameters
     ----------
@@ -69,7 +73,7 @@ def command(
     with naming_flags():
         found = calibrate(
             run, source, positive=positive, rule=at, temperature=temperature, split=split,
-            root=root, splits=splits,
+            root=root, splits=splits, device=device, tta=tta,
         )  # fmt: skip
     if json:
         print(dumps(found.to_dict(), indent=2))

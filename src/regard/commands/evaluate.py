@@ -124,19 +124,25 @@ def command(
     _check_output(predictions)
     from regard.calibrating import validation_predictions
     from regard.models.io import find_folder
+    from regard.predict import UNFIT
     from regard.run_data import predictions_of
     from regard.runs import write_predictions
 
     tested: dict[str, Any] = {}
+    stored: list[Any] = []
 
     def prepare(classifier: Any, reader: Any) -> None:
         numbers.check_classes(classifier.class_names)
         parts.check_columns(list(reader.table.columns))
-        tested["stored"] = None
-        if len(runs) == 1:  # scaled afterwards
-            tested["stored"], classifier.calibration = classifier.calibration, None
-        elif numbers.calibrate is False:
-            classifier.calibration = None
+        fitted = classifier.flipped_calibration if tta else classifier.calibration
+        if size is not None or input.ten_crop:
+            fitted = None
+        unfit = fitted is None and classifier.calibration is not None
+        if unfit and numbers.calibrate is None and not stored:
+            log.warning(f"{UNFIT}; --calibrate and --at fit anew for these")
+        stored.append(fitted if len(runs) == 1 else None)  # scaled afterwards
+        several = len(runs) > 1 and numbers.calibrate is not False
+        classifier.calibration = fitted if several else None
         tested.update(size=list(classifier.preprocess.size), ten_crop=input.ten_crop, tta=tta)
         count = len(reader.table)
         rows = range(0, count, max(1, count // 64))
@@ -167,14 +173,14 @@ def command(
     else:
         each = [predict(source, split, network) for network in runs]
         named, found, unreadable = _averaged(each, runs, tested)
-    stored = tested.pop("stored")
-    if stored is not None and numbers.calibrate is None and named == "val" and source is None:
+    calibration = stored[0]
+    if calibration is not None and numbers.calibrate is None and named == "val" and source is None:
         log.warning("the stored temperature and threshold fit the images that are tested on")
     if predictions is not None:
         write_predictions(predictions, named, found)
     if not json:
         print(_heading(" + ".join(runs), source, named, size, tested))
-    result = study(found, numbers, validation, stored)
+    result = study(found, numbers, validation, calibration)
     columns = evaluated(result.predictions, parts, result.diagnostics.one_class)
     _print(result, columns, {"split": named, **tested}, unreadable, json)
     for line in unreadable:

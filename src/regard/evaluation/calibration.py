@@ -38,6 +38,8 @@ class Calibration:
         before, after: "nll" and "ece" of these images without and with the temperature.
         reliability, reliability_calibrated: the bins of their reliability diagrams.
         network: content hash of the weights; '' where it is not known.
+        tta: the test-time augmentation of the predictions: "flips", or None; it holds with that
+            alone.
     """
 
     temperature: float
@@ -50,6 +52,7 @@ class Calibration:
     reliability: list[ReliabilityBin]
     reliability_calibrated: list[ReliabilityBin]
     network: str = ""
+    tta: str | None = None
 
     def apply(self, predictions: Predictions) -> Predictions:
         """The predictions with this temperature."""
@@ -80,7 +83,8 @@ class Calibration:
         if self.threshold is not None:
             t = self.threshold
             parts.append(f"{t.positive} from a probability of {t.value:.4g} up ({t.rule})")
-        return f"{' and '.join(parts)}, from {self.images:,} {self.source}"
+        how = "" if self.tta is None else f", with test-time {self.tta}"
+        return f"{' and '.join(parts)}, from {self.images:,} {self.source}{how}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -115,6 +119,7 @@ def fit_calibration(
     temperature: bool = True,
     source: str = "validation images",
     network: str = "",
+    tta: str | None = None,
 ) -> Calibration:
     """Fits the temperature, then chooses the threshold on the scaled probabilities.
 
@@ -125,6 +130,7 @@ def fit_calibration(
         temperature: whether to fit one.
         source: what the images are.
         network: content hash of the weights.
+        tta: the test-time augmentation that the predictions are of, "flips" or None.
 
     Raises:
         UsageError: too few images, no such class or rule, or nothing to fit.
@@ -144,7 +150,7 @@ def fit_calibration(
         groups=units_of(validation)[1] if grouped else None,
         before=_fit(validation), after=_fit(scaled),
         reliability=reliability(validation), reliability_calibrated=reliability(scaled),
-        network=network,
+        network=network, tta=tta,
     )  # fmt: skip
 
 
