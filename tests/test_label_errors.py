@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,8 +40,10 @@ def folds(tmp_path, monkeypatch):
         content = {"status": "finished", "plan": plan, "facts": facts}
         (run / "run.json").write_text(json.dumps(content))
 
-    def predictions_of(run, data, *, split, root):
+    def predictions_of(run, data, *, root, choose, warn):
         in_test = number % 3 == int(run.name[-1])
+        split, _ = choose(replace(table, splits=np.where(in_test, "test", "train")), None)
+        predictions_of.warned.append(warn)
         rows = np.flatnonzero(in_test if split == "test" else ~in_test)
         says = truth if split == "test" else given  # what it was trained on it knows by heart
         probabilities = 0.8 * np.eye(3)[says[number[rows]]] + 0.2 / 3
@@ -49,6 +52,7 @@ def folds(tmp_path, monkeypatch):
             paths=paths, labels=table.labels[rows], probabilities=probabilities
         ), []  # fmt: skip
 
+    predictions_of.warned = []
     monkeypatch.setattr(label_errors, "predictions_of", predictions_of)
     monkeypatch.setattr(label_errors, "own_table", lambda *_: table)
     return tmp_path / "runs", set(wrong.tolist())
@@ -105,3 +109,15 @@ def test_wrong_calls_end_in_a_line(folds, tmp_path, capsys):
     (runs / "fold 2/run.json").write_text(json.dumps(plan))
     assert run_command(["errors", str(runs)]) == 2
     assert "different data" in capsys.readouterr().err
+
+
+def test_what_the_data_warns_of_is_said_once(folds):
+    runs, _ = folds
+    label_errors.find_label_errors([runs])
+    assert label_errors.predictions_of.warned == [True, *[False] * 5]
+
+
+def test_a_run_is_ranked_without_a_warning_of_its_own_images(whole, caplog):
+    suspects, table = label_errors.find_label_errors([whole])
+    assert len(suspects) == len(table) == 120
+    assert caplog.records == []

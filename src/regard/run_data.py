@@ -53,6 +53,7 @@ def predictions_of(
     prepare: Callable[[Classifier, Reader], None] = lambda classifier, reader: None,
     choose: Choose | None = None,
     calibrated: bool = True,
+    warn: bool = True,
 ) -> tuple[str, Predictions, list[str]]:
     """A network's predictions for labeled images.
 
@@ -74,6 +75,7 @@ def predictions_of(
         prepare: may give the network an engine; called with what reads the images.
         choose: as `choose_split`, in place of `split`.
         calibrated: use the temperature that is stored in the run.
+        warn: log what the data warns of.
 
     Returns:
         The split ("all" without splits, "new" without the images trained on), the predictions,
@@ -106,7 +108,7 @@ def predictions_of(
     preprocess = Flips.of(preprocess) if flips else preprocess
     named, table = choose(table, mine) if choose else choose_split(table, split, mine)
     table = as_known(table, classifier.class_names, renamed)
-    for line in table.warnings:
+    for line in table.warnings if warn else ():
         logger.warning(line)
     return named, *_predictions(classifier, Reader(table, preprocess), prepare)
 

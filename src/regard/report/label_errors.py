@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -129,11 +130,22 @@ def find_label_errors(
         if other["classes"] != plan["classes"] or other["data"] != plan["data"]:
             raise UsageError(f"{run} and {runs[0]} were trained on different data")
         for split in RunFolder(run).read_facts()["counts"]:
-            _, said, _ = predictions_of(run, data, split=split, root=root)
+            _, said, _ = predictions_of(
+                run, data, root=root, choose=partial(_of_split, split), warn=not sums.labels
+            )
             held_out = split in ("val", "test")
             sums.add(said.paths or [], said.labels, said.probabilities, held_out)
     table = own_table(runs[0], plan, root) if data is None else open_data(data, root=root)
     return _ranked(sums), table
+
+
+def _of_split(
+    split: str, table: ImageTable, mine: NDArray[np.str_] | None
+) -> tuple[str, ImageTable]:
+    """The images of a split: that some of them trained the run is known here."""
+    if not (table.splits == split).any():
+        raise UsageError(f"{table.name} has no {split} images, as the run had")
+    return split, table.select(table.splits == split)
 
 
 def _ranked(sums: _Sums) -> list[Suspect]:
