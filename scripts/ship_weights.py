@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,21 @@ from safetensors.torch import load_file, save_file
 
 from regard import weights
 from regard.errors import FileError, UsageError
-from regard.evaluation import Evaluation, evaluate
+from regard.evaluation import Evaluation, evaluate, read_calibration, write_calibration
+from regard.evaluation.calibration import FILE as CALIBRATION
+from regard.evaluation.familiarity import FILE as FAMILIARITY
+from regard.evaluation.familiarity import read_familiarity, write_familiarity
+from regard.familiarity import measure_familiarity
 from regard.files import plural, write_text
 from regard.machine import describe, describe_machine
-from regard.predict import load
-from regard.run_data import predictions_of
+from regard.predict import load, network_hash
+from regard.run_data import predictions_of, run_table
 from regard.runs import RunFolder
 from regard.trained_on import KNOWN, KnownImages
 
 FACTS = Path(__file__).with_name("weights.toml")
 NEEDED = ("data", "origin", "license", "not_for")
+CHECKED = ("config.json", "model.safetensors", FAMILIARITY, CALIBRATION)
 SPLITS = {"test": "test", "val": "validation", "train": "training"}
 
 
@@ -129,6 +135,7 @@ def write_network(run: RunFolder, folder: Path, data: str | None) -> Evaluation:
     for name in ("run.json", "splits.csv"):
         shutil.copy(run.path / name, folder / name)
     split, said, unreadable = predictions_of(folder, data, split=facts["tested_on"])
+    write_extras(run, folder, data)
     (folder / "splits.csv").unlink()
     if unreadable or len(said.labels) != facts["counts"][facts["tested_on"]]:
         raise FileError(f"{len(said.labels)} images tested, not those of the run: {unreadable[:3]}")
@@ -139,6 +146,34 @@ def write_network(run: RunFolder, folder: Path, data: str | None) -> Evaluation:
     config.setdefault("regard", {})["top1"] = found.metrics["top1"].value
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return found
+
+
+def write_extras(run: RunFolder, folder: Path, data: str | None = None) -> None:
+    """Writes what tells images unlike the training images, and the run's temperature, if any.
+
+    Both belong to the stored weights. Of a run without validation images the tested ones set the
+    distance from which an image is unlike the training images; no weights depend on them.
+    """
+    table = run_table(folder, data, None)
+    other = next(s for s in ("val", "test") if (table.splits == s).any())
+    parts = [table.select(table.splits == split) for split in ("train", other)]
+    classifier = load(folder, calibrated=False)
+    write_familiarity(folder, measure_familiarity(classifier, *parts, folder))
+    (folder / FAMILIARITY).chmod(0o644)
+    if (stored := read_calibration(run.path)) is not None:
+        write_calibration(folder, replace(stored, network=network_hash(folder)))
+
+
+def familiarity_row(folder: Path, counts: dict[str, int]) -> tuple[str, str]:
+    """The card's row on images unlike the training images."""
+    found = read_familiarity(folder)
+    assert found is not None
+    split = "validation" if counts.get("val") else "test"
+    return (
+        "unlike the training images",
+        f"are images at a distance above {found.threshold:.4g}, and about "
+        f"{found.false_alarms:.1%} of usual images (set by the {found.images[1]:,} {split} images)",
+    )
 
 
 def card(name: str, folder: Path, found: Evaluation, facts: dict[str, Any], machine: str) -> str:
@@ -173,6 +208,7 @@ def card(name: str, folder: Path, found: Evaluation, facts: dict[str, Any], mach
         ("weights of", f"epoch {chosen['epoch']:.4g} ({chosen['by']})"),
         ("accuracy", f"**{top1.value:.2%}** (95 % interval {top1.low:.2%} to {top1.high:.2%}) on "
          f"{found.n:,} {split} images, in fp32; {how}"),
+        familiarity_row(folder, measured["counts"]),
         ("SHA-256", f"`{weights.sha256_of(folder / 'model.safetensors')}` (model.safetensors)"),
     ]  # fmt: skip
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
@@ -206,7 +242,9 @@ def update_index(root: Path, name: str, found: Evaluation, facts: dict[str, Any]
     path, folder, top1 = root / weights.INDEX, root / name, found.metrics["top1"]
     index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     index[name] = {
-        "sha256": {f: weights.sha256_of(folder / f) for f in ("config.json", "model.safetensors")},
+        "sha256": {
+            f: weights.sha256_of(folder / f) for f in CHECKED if (folder / f).is_file()
+        },
         "size": (folder / "model.safetensors").stat().st_size,
         "data": facts["data"], "images": found.n,
         "accuracy": top1.value, "low": top1.low, "high": top1.high,

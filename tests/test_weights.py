@@ -16,6 +16,7 @@ import regard
 from regard import weights
 from regard.cli import run_command
 from regard.errors import CheckpointError, UsageError
+from regard.evaluation.familiarity import FILE as FAMILIARITY
 from regard.models.io import save_model
 from regard.trained_on import known_images
 
@@ -168,6 +169,17 @@ def test_images_that_trained_them_are_no_test(capsys):
     assert len(known) > 1700
 
 
+@pytest.mark.parametrize("name", [n for n in SHIPPED if n.endswith(".digits")])
+def test_a_photograph_is_no_digit_without_a_word(name):
+    from sklearn.datasets import load_digits, load_sample_images
+
+    classifier = regard.load(name)
+    pictures = [*load_sample_images().images, np.full((48, 48), 255, np.uint8)]
+    assert [p.unlike_training for p in classifier.predict(pictures)] == [True] * 3
+    scans = (load_digits().images[:200] * 15.9375).astype(np.uint8)
+    assert sum(p.unlike_training for p in classifier.predict([*scans])) <= 6
+
+
 def test_a_run_is_shipped(whole, elsewhere, monkeypatch, capsys):
     facts = elsewhere / "facts.toml"
     facts.write_text('[x]\ndata = "d"\norigin = "o"\nlicense = "l"\nnot_for = "n"\n')
@@ -182,6 +194,11 @@ def test_a_run_is_shipped(whole, elsewhere, monkeypatch, capsys):
     for text in folder.glob("*.[jmt]*[!s]"):
         if text.suffix in (".json", ".md", ".toml"):
             assert str(whole.parent) not in text.read_text(), text
+    classifier = regard.load("ag_sononet8.x")  # knows what it was trained on, as the run does
+    theirs = regard.load(whole).familiarity
+    assert classifier.familiarity.images == theirs.images
+    assert classifier.familiarity.threshold == pytest.approx(theirs.threshold, rel=0.05)
+    assert weights.find_shipped("ag_sononet8.x").sha256.keys() >= {FAMILIARITY}
     for name, word in (("ag_sononet8.y", "neither a table"), ("cbam_resnet18.x", "ag_sononet8")):
         with pytest.raises(UsageError, match=word):
             script.ship(whole, name, root=elsewhere, facts_file=facts)

@@ -1,10 +1,10 @@
 """The weights that come with Regard: a folder each, in timm's `local-dir` layout, with its card.
 
 Each folder holds config.json and model.safetensors (matrices in half precision), README.md (the
-model card), evaluation.json, what the run was (run.json, recipe.toml, metrics.csv), and
-images.npz: the content hashes of the images that trained it, so that none of them is taken for
-a test. index.json lists the folders with their checksums. All of it is written by
-scripts/ship_weights.py.
+model card), evaluation.json, what the run was (run.json, recipe.toml, metrics.csv), images.npz:
+the content hashes of the images that trained it, so that none of them is taken for a test, and
+familiarity.safetensors, by which images unlike those are named. index.json lists the folders with
+their checksums. All of it is written by scripts/ship_weights.py.
 """
 
 import functools
