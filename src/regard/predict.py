@@ -162,6 +162,7 @@ class Classifier:
         logits: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
         return logits
 
+    @torch.no_grad()
     def _unscaled(self, images: Tensor) -> Tensor:
         """`probabilities` at a temperature of 1."""
         if self.engine is not None:
