@@ -293,6 +293,7 @@ def test_the_command_plans_and_refuses(tmp_path, capsys):
 
 RAY = """
 import json, pathlib, sys
+import ray
 from ray.cluster_utils import Cluster
 from tests.test_studies import planned
 from regard.studies.on_ray import run_on_ray
@@ -305,6 +306,7 @@ done = run_on_ray(
     meanwhile=lambda progress: most.append(len(progress.running)),
 )
 print(json.dumps([done.done, list(done.failed.values()), max(most)]))
+ray.shutdown()  # a cluster removes no node that this process is connected to
 cluster.shutdown()
 """
 
