@@ -138,3 +138,15 @@ def test_cores_are_divided_among_the_processes_of_a_machine(monkeypatch):
     for share, workers in (("6", 3), ("1", 1), ("100", 8), ("no number", 8)):
         monkeypatch.setenv("REGARD_CORES", share)
         assert default_workers() == workers
+
+
+def test_shared_memory_is_divided_among_the_processes_of_a_machine(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from regard.data import workers
+
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(workers, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: SimpleNamespace(free=64e6))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert workers.shared_memory_free() == 16e6
