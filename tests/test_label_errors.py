@@ -77,6 +77,7 @@ def test_the_folds_together_rank_all_wrong_labels_first(folds, tmp_path, capsys)
     assert len(list(csv.DictReader(io.StringIO(table.read_text())))) == COUNT
     text = page.read_text()
     assert text.count("data:image/jpeg") == 12
+    assert '"Segoe UI"' in text  # an escaped quote would end the style of the whole body
     assert "http" not in text.replace("http-equiv", "")
 
 

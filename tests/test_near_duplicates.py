@@ -217,6 +217,7 @@ def test_the_page_shows_classes_pairs_and_odd_ones(tmp_path, capsys):
     text = page.read_text(encoding="utf-8")
     assert "http" not in text.replace("http-equiv", "")
     assert text.count("data:image/jpeg") > 40
+    assert '"Segoe UI"' in text  # an escaped quote would end the style of the whole body
     assert "black &lt;b&gt;\\udcff.png" in text
     for part in ("different labels", "different splits", "Darkest", "Nearly empty", "broken.png"):
         assert part in text
