@@ -33,6 +33,7 @@ from regard.training.plan import (
     parse_weights,
     plain_twin,
 )
+from regard.training.start import network_of
 from regard.training.steps import step_plan
 
 CLASSES = ["a", "b", "c=d"]
@@ -238,6 +239,18 @@ def test_weights_of_another_network_are_refused(tmp_path, trained, wanted, chann
     assert message in str(e.value)
     assert "\n" not in str(e.value)
     assert len(str(e.value)) < 400
+
+
+def test_without_a_network_the_weights_own_is_trained(tmp_path):
+    """With its arguments, but for the number of classes and of channels, which the data has."""
+    saved(tmp_path, "cbam_resnet18", 3, stem="cifar", kernel_size=5)
+    name, arguments = network_of(str(tmp_path))
+    assert (name, dict(arguments)) == ("cbam_resnet18", {"stem": "cifar", "kernel_size": 5})
+    model = make_model(name, arguments, 4, (3, 32, 32), False, str(tmp_path))
+    assert model.get_classifier().out_features == 4
+    assert network_of("ag_sononet8.digits")[0] == "ag_sononet8"
+    (tmp_path / "config.json").unlink()
+    assert network_of(str(tmp_path)) == network_of(str(tmp_path / "net.pth")) == (None, {})
 
 
 def test_weights_that_are_not_there_are_told(tmp_path):

@@ -182,7 +182,7 @@ def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     if not (folder / "config.json").is_file():
         hint = " yet: its training has not ended" if (folder / "run.json").is_file() else ""
         raise UsageError(f"{folder} holds no trained network{hint} (no config.json)")
-    config = _read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     try:
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # timm raises nearly anything for damaged files
@@ -195,7 +195,7 @@ def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     return model, config
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """config.json, as far as it is what `save_model` writes.
 
     Raises:

@@ -25,7 +25,7 @@ from regard.training.plan import (
     own_recipe,
     plain_twin,
 )
-from regard.training.start import Start, choose_start
+from regard.training.start import Start, choose_start, network_of
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -108,7 +108,11 @@ def new_plan(
     """
     recipe = asked.recipe
     table = choose_splits(open_data(asked.data, root=asked.root, splits=asked.splits), recipe)
-    name, arguments = choose_model(asked.model, recipe, asked.model_args)
+    model: str | None = asked.model
+    own: dict[str, Any] = {}
+    if model is None and recipe.model is None and asked.weights is not None:
+        model, own = network_of(asked.weights)
+    name, arguments = choose_model(model, recipe, {**own, **(asked.model_args or {})})
     decided: list[Start] = []
 
     def starts_pretrained(height: int) -> bool:

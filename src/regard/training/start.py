@@ -17,6 +17,7 @@ from regard.errors import FileError
 from regard.models._common import GATE_ARGUMENTS
 from regard.models.create import plain_source
 from regard.models.hub import fetch_weights
+from regard.models.io import find_folder, read_config
 from regard.trained_on import known_images
 from regard.training.config import Recipe
 from regard.training.plan import CIFAR_STEM_UP_TO, choose_stem
@@ -25,6 +26,7 @@ from regard.weights import Weights, shipped
 log: logging.Logger = logging.getLogger(__name__)
 
 _NEUTRAL = ("drop_rate", "drop_path_rate", "zero_init_last", "img_size", "global_pool", "in_chans")
+_FREE = ("num_classes", "in_chans", "global_pool")  # which another run may have otherwise
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,18 @@ def choose_start(
     return Start(False, None, f"random weights ({'; '.join(reasons) or 'there are none to take'})")
 
 
+def network_of(weights: str) -> tuple[str | None, dict[str, Any]]:
+    """The network and its arguments that weights are of; None for an authors' checkpoint."""
+    folder = find_folder(weights)
+    if folder is None:
+        return None, {}
+    if not (folder / "config.json").is_file():
+        return None, {}
+    config = read_config(folder / "config.json")
+    own = config.get("model_args") or {}
+    return config.get("architecture"), {k: v for k, v in own.items() if k not in _FREE}
+
+
 def _unfit(name: str, arguments: Mapping[str, Any], height: int) -> str | None:
     """Why timm's weights are not taken, or None."""
     if height <= CIFAR_STEM_UP_TO:
@@ -99,9 +113,8 @@ def _unfit_shipped(
     found: Weights, arguments: Mapping[str, Any], height: int, table: ImageTable
 ) -> str | None:
     """Why shipped weights are not taken, or None."""
-    free = ("num_classes", "in_chans", "global_pool")
-    trained = {k: v for k, v in found.config.get("model_args", {}).items() if k not in free}
-    asked = {k: v for k, v in arguments.items() if k not in free}
+    trained = {k: v for k, v in found.config.get("model_args", {}).items() if k not in _FREE}
+    asked = {k: v for k, v in arguments.items() if k not in _FREE}
     if {k: _plain(v) for k, v in trained.items()} != {k: _plain(v) for k, v in asked.items()}:
         return "they are of other arguments"
     size = found.pretrained_cfg()["input_size"][1]
