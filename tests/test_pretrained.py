@@ -115,18 +115,18 @@ def mark(folder: Path, name: str) -> None:
 
 def test_own_weights_are_taken_where_they_fit(elsewhere, table):  # noqa: F811
     arguments = {"channels": [8, 8, 8, 16, 16]}
-    name = "attention56_cifar.small"
+    name = "attention92_cifar.small"
     model = add(elsewhere, name, **arguments)
-    assert started("attention56_cifar", table, 32, **arguments).weights is None  # not marked
+    assert started("attention92_cifar", table, 32, **arguments).weights is None  # not marked
     mark(elsewhere, name)
-    start = started("attention56_cifar", table, 32, **arguments)
+    start = started("attention92_cifar", table, 32, **arguments)
     assert (start.pretrained, start.weights) == (False, name)
-    made = make_model("attention56_cifar", arguments, 3, (3, 32, 32), False, name)
+    made = make_model("attention92_cifar", arguments, 3, (3, 32, 32), False, name)
     assert torch.equal(made.conv1.weight, model.conv1.weight)
     assert made.num_classes == 3
-    assert started("attention56_cifar", table, 32).weights is None  # other arguments
-    assert started("attention56_cifar", table, 96, **arguments).weights is None  # larger images
-    assert started("attention56_cifar", table, 32, Recipe(), **arguments).weights is None
+    assert started("attention92_cifar", table, 32).weights is None  # other arguments
+    assert started("attention92_cifar", table, 96, **arguments).weights is None  # larger images
+    assert started("attention92_cifar", table, 32, Recipe(), **arguments).weights is None
 
 
 def test_own_weights_that_saw_the_images_are_not_taken(elsewhere, table):  # noqa: F811

@@ -429,7 +429,7 @@ def test_what_cannot_be_leaves_no_run_behind(scans, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------ recipes, precision
 def test_a_wrong_choice_names_the_choices():
-    with pytest.raises(ValueError, match="compile='maybe': choose one of no, yes, auto"):
+    with pytest.raises(ValueError, match="compile='maybe': choose one of no, yes, graphs, auto"):
         Recipe(compile="maybe")
     with pytest.raises(ValueError, match="fit_memory='yes': true or false is needed"):
         Recipe().changed(fit_memory="yes")

@@ -115,16 +115,16 @@ def add(folder: Path, name: str, **arguments) -> torch.nn.Module:
 
 def test_weights_bring_the_arguments_that_they_were_trained_with(elsewhere, tmp_path):
     arguments = {"stem": "cifar", "channels": [8, 8, 16, 16], "reduction": 4}
-    model = add(elsewhere, "cbam_resnet18.small", num_classes=5, in_chans=1, **arguments)
-    again = regard.create_model("cbam_resnet18", pretrained=True).eval()
+    model = add(elsewhere, "cbam_resnet34.small", num_classes=5, in_chans=1, **arguments)
+    again = regard.create_model("cbam_resnet34", pretrained=True).eval()
     x = torch.rand(2, 1, 32, 32)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
-    few = regard.create_model("cbam_resnet18.small", pretrained=True, num_classes=2)
+    few = regard.create_model("cbam_resnet34.small", pretrained=True, num_classes=2)
     save_model(few, tmp_path / "few")
     assert regard.load(tmp_path / "few").model.num_classes == 2
     with pytest.raises(UsageError, match="reduction=16: the weights cbam"):
-        regard.create_model("cbam_resnet18", pretrained=True, reduction=16)
+        regard.create_model("cbam_resnet34", pretrained=True, reduction=16)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])

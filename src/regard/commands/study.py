@@ -14,7 +14,6 @@ from regard.commands.flags import DeviceFlag, SplitsFlag
 from regard.commands.train import RecipeFlags
 from regard.errors import UsageError
 from regard.log import info_on_stderr
-from regard.runs import data_name
 
 if TYPE_CHECKING:
     from regard.papers import Table
@@ -128,6 +127,8 @@ def command(
     data = source or table.rows[0].data or table.data
     _check_data(study, source, str(data), train.root)
     if out is None:
+        from regard.runs import data_name
+
         out = Path("runs") / f"study-{table.key}-{data_name(str(data))}"
     words = [*train.words(), *(["--device", device] if device != "auto" else [])]
     runs = _plan(table, source, out, seeds, folds, [*words, *_flag_words(flags)])
