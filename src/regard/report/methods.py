@@ -269,6 +269,8 @@ class _Sentences:
         chosen = self.facts.get("selected")
         if not chosen:
             return ""
+        if chosen["by"] == "the last epoch":
+            return "The weights are those of the last epoch; no image chose them."
         return f"The weights are those of epoch {chosen['epoch']:g}, chosen by {chosen['by']}."
 
     def _explanations(self) -> str:
