@@ -401,22 +401,11 @@ def load_as(
     calibrated: bool = True,
     precision: str = "fp32",
 ) -> Kind:
-    """Loads the network of a run's folder, or of any folder in timm's `local-dir` layout.
+    """`regard.load`, with the same arguments and errors, for a class of classifiers.
 
     Args:
-        kind: what is made of it.
-        folder: the folder, or the name of weights that come with Regard, such as
-            "ag_sononet8.digits".
-        device: where it computes: cpu, cuda, mps, xpu, or auto for this machine's accelerator.
-            Images go there by themselves.
-        calibrated: use the temperature and the threshold that `regard.calibrate` stored there,
-            and tell images that are unlike the training images.
-        precision: "fp32" or "bf16", see `use_precision`.
-
-    Raises:
-        UsageError: the folder holds no network, or one that can't be loaded; this machine has no
-            such device; or there is no such precision.
-        CheckpointError: weights that come with Regard are not as they were shipped.
+        kind: the class of what is returned.
+        folder, device, calibrated, precision: see `regard.load`.
     """
     where, folder = choose_device(device), network_folder(folder)
     model, config = load_model(folder)

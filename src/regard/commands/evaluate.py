@@ -139,7 +139,7 @@ def command(
             fitted = None
         unfit = fitted is None and classifier.calibration is not None
         if unfit and numbers.calibrate is None and not stored:
-            log.warning(f"{UNFIT}; --calibrate and --at fit anew for these")
+            log.warning(f"{UNFIT}; --calibrate and --at fit new ones for these")
         stored.append(fitted if len(runs) == 1 else None)  # scaled afterwards
         several = len(runs) > 1 and numbers.calibrate is not False
         classifier.calibration = fitted if several else None
