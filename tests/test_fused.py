@@ -101,7 +101,7 @@ def test_in_bf16_it_is_nearer_to_float64_than_the_modules_are():
 # ------------------------------------------------------------------------------- networks
 @pytest.fixture(autouse=True)
 def small_maps_too(monkeypatch):
-    monkeypatch.setattr(fused, "LEAST_ON_CPU", 0)
+    monkeypatch.setitem(fused.LEAST, "cpu", 0)
 
 
 def network(name: str = "cbam_resnet18", **arguments) -> nn.Module:
@@ -203,7 +203,7 @@ def test_small_maps_and_other_layouts_are_the_modules_own(monkeypatch):
     model = network()
     set_fused(model)
     model.to(memory_format=torch.contiguous_format)(pictures(torch.float32).contiguous())
-    monkeypatch.setattr(fused, "LEAST_ON_CPU", 2**15)
+    monkeypatch.setitem(fused.LEAST, "cpu", 2**15)
     model.to(memory_format=LAST)(pictures(torch.float32))
     assert calls.count == 1  # only the first stage's map, (2, 64, 16, 16), has as many values
 
@@ -237,7 +237,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 # ----------------------------------------------------------------------------------- runs
-def test_a_run_fuses_where_it_was_measured_or_on_request():
+def test_a_run_fuses_where_it_was_measured_or_on_request(monkeypatch):
     gpu = torch.device("cuda")
 
     def fuse(model, choice, device=CPU):
@@ -247,7 +247,9 @@ def test_a_run_fuses_where_it_was_measured_or_on_request():
     assert fuse(network(), "auto") == 4
     assert fuse(network(), "yes") == 4
     assert fuse(network(), "no") == 0
-    assert fuse(network(), "auto", gpu) == 0  # never measured there
+    monkeypatch.setattr(build, "can_fuse", lambda device: device.type in ("cpu", "cuda"))
+    assert fuse(network(), "auto", gpu) == 4
+    assert fuse(network(), "auto", torch.device("mps")) == 0
     assert fuse(network("se_resnet18"), "auto") == 0
     with pytest.raises(UsageError, match="fuse=yes: this one has no"):
         fuse(network("se_resnet18"), "yes")

@@ -1,5 +1,8 @@
 """On a GPU, where there is one: the same answers, no waits, stop and resume. Skipped elsewhere."""
 
+import copy
+import csv
+import json
 import re
 import subprocess
 import sys
@@ -10,12 +13,25 @@ import torch
 from regard.machine import VARIABLE
 from regard.predict import load
 from tests.helpers import ENVIRONMENT, QUICK, run
+from tests.test_fused import apart, end_of_a_block, maps, step
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"),
 ]
 ON_GPU = {k: v for k, v in ENVIRONMENT.items() if k != VARIABLE}
+GPU = torch.device("cuda")
+
+
+def fused_triton():
+    from regard.models import fused_triton as passes  # Triton is where CUDA is
+
+    return passes
+
+
+def read_csv(path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
 
 
 def regard(*words: object) -> str:
@@ -54,3 +70,29 @@ def test_between_looks_nothing_waits(tmp_path):
         r"training/(?:loop|update|feed)\.py:\d+: UserWarning: .*synchron", done.stderr
     )
     assert len(waits) <= 10  # two looks, and the ends
+
+
+def test_fused_blocks_are_the_modules():
+    norm, gates = end_of_a_block(200, torch.float32)
+    norm, gates = norm.to(GPU), gates.to(GPU)
+    y, k, t = (x.to(GPU) for x in maps((3, 200, 15, 13), torch.float32))
+    wide = [copy.deepcopy(m).double() for m in (norm, gates)]
+    expected = step(*wide, y.double(), k.double(), t.double())
+    assert apart(step(norm, gates, y, k, t, fused_triton()), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["cbam_resnet18", "attention56_cifar", "ag_sononet8"])
+def test_recorded_passes_are_the_eager_ones(name, tmp_path):
+    """Steps of a run, which kernels that add in another order move by rounding."""
+    rows = {}
+    for compiled in ("no", "graphs"):
+        out = tmp_path / compiled
+        told = regard("train", "digits", "--model", name, "--size", "32", "--steps", "12",
+                      "--lr", "0.001", "--precision", "fp32", "--compile", compiled,
+                      "--fuse", "no", "--eval-every", "0.1", "--faithfulness-images", "0",
+                      "--log", "none", "--out", out)  # fmt: skip
+        assert "accuracy" in told
+        rows[compiled] = read_csv(out / "metrics.csv")
+        assert json.loads((out / "run.json").read_text())["cuda_graphs"] is (compiled == "graphs")
+    for eager, recorded in zip(rows["no"], rows["graphs"], strict=True):
+        assert float(recorded["loss"]) == pytest.approx(float(eager["loss"]), rel=2e-3)

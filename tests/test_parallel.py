@@ -13,6 +13,7 @@ from torch import nn
 from regard.compat import without_buffer_exchange
 from regard.errors import UsageError
 from regard.training import loop
+from regard.training.compile import _obstacle, choose_compiled
 from regard.training.run_plan import accumulation_now
 from tests.helpers import ENVIRONMENT, same_results, settings
 from tests.test_loop import first_step, trainer_of
@@ -80,34 +81,73 @@ def test_accelerates_variables_change_no_number(whole, scans, tmp_path):
 
 
 # ---------------------------------------------------------------------------- CUDA graphs
-def test_graphs_are_asked_of_the_compiler_on_cuda_alone(monkeypatch):
-    from regard.training.compile import choose_compiled
+class Recorder:
+    """Stands for `Graphed`: calls the network, and counts."""
 
-    asked, begun = [], []
+    def __init__(self) -> None:
+        self.shapes = []
 
-    def compiler(model, **arguments):
-        asked.append(arguments)
-        return model
+    def __call__(self, model, images, autocast):
+        self.shapes.append(tuple(images.shape))
+        with autocast():
+            assert not torch.is_autocast_cache_enabled() or not torch.is_autocast_enabled("cpu")
+        return lambda x: model(x)
 
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(None))
-    trainer = trainer_of(compile="graphs")
-    with pytest.raises(UsageError, match="compile=graphs"):
-        choose_compiled(trainer, compiler=compiler)
+
+def test_graphs_are_recorded_on_cuda_alone_in_one_process_and_one_pass():
+    recorder = Recorder()
+    with pytest.raises(UsageError, match="compile=graphs: CUDA graphs are on CUDA alone"):
+        choose_compiled(trainer_of(compile="graphs"), recorder=recorder)
+    for obstacle, changes in (
+        ("accumulate", {"batch_size": 6, "accumulate": 2}),
+        ("grad_checkpointing", {"grad_checkpointing": True}),
+    ):
+        assert obstacle in _obstacle(on_cuda(trainer_of(compile="graphs", **changes)))
+    trainer = on_cuda(trainer_of(compile="graphs"))
+    assert _obstacle(trainer) == ""
+    trainer.accelerator = SimpleNamespace(num_processes=2)
+    assert "one process" in _obstacle(trainer)
+    assert not recorder.shapes
+
+
+def on_cuda(trainer):
     trainer.device = torch.device("cuda")
-    with monkeypatch.context() as patch:
-        patch.setattr("regard.training.compile._Timer.seconds", lambda *_: 1.0)
-        assert choose_compiled(trainer, compiler=compiler)
-        assert asked == [{"mode": "reduce-overhead"}]
-        more = trainer_of(compile="graphs", batch_size=6, accumulate=2)
-        more.device = torch.device("cuda")
-        with pytest.raises(UsageError, match="accumulate"):
-            choose_compiled(more, compiler=compiler)
-        for want in ("yes", "auto"):
-            asked.clear()
-            choose_compiled(trainer_of(compile=want, steps=1000), compiler=compiler)
-            assert asked == [{}]
-    trainer.device = torch.device("cpu")
-    first_step(trainer)
-    assert len(begun) == 1
-    first_step(trainer_of())
-    assert len(begun) == 1
+    return trainer
+
+
+def test_graphs_train_what_they_replaced(monkeypatch):
+    monkeypatch.setattr("regard.training.compile._obstacle", lambda trainer: "")
+    recorder, found = Recorder(), []
+    for compiled in ("graphs", "no"):
+        trainer = trainer_of(compile=compiled)
+        assert choose_compiled(trainer, recorder=recorder) == compiled
+        first_step(trainer)
+        found.append([p.clone() for p in trainer.model.parameters()])
+    assert len(recorder.shapes) == 1
+    assert all(map(torch.equal, *found))
+
+
+def test_auto_takes_graphs_where_they_are_faster(monkeypatch):
+    monkeypatch.setattr("regard.training.compile._obstacle", lambda trainer: "")
+    for seconds, expected in ((0.001, "graphs"), (0.1, "no")):
+
+        def timed(timer, forward, seconds=seconds):
+            return 0.01 if forward is timer.trainer.model else seconds
+
+        monkeypatch.setattr("regard.training.compile._Timer.seconds", timed)
+        trainer = trainer_of(compile="auto", steps=20)
+        assert choose_compiled(trainer, recorder=Recorder()) == expected
+        assert (trainer.compiled is None) == (expected == "no")
+
+
+def test_graphs_that_can_not_be_recorded_end_a_run_that_asked_for_them(monkeypatch):
+    monkeypatch.setattr("regard.training.compile._obstacle", lambda trainer: "")
+
+    def fails(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(UsageError, match="compile=graphs: the network can't be recorded"):
+        choose_compiled(trainer_of(compile="graphs"), recorder=fails)
+    trainer = trainer_of(compile="auto", steps=2)
+    assert choose_compiled(trainer, recorder=fails) == "no"
+    assert trainer.compiled is None

@@ -47,6 +47,11 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def pick_fastest_kernels() -> None:
+    """Has cuDNN try its kernels on the first batch of each size, where they may differ in bits."""
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+
+
 def allow_tf32(allowed: bool) -> None:
     """Whether NVIDIA GPUs round float32 to 10 bits of mantissa before they multiply.
 

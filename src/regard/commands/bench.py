@@ -13,7 +13,7 @@ from regard.log import info_on_stderr
 
 log: logging.Logger = logging.getLogger(__name__)
 NETWORKS = ("cbam_resnet50", "attention56", "ag_sononet8")
-EngineName = Literal["eager", "fused", "compiled", "onnxruntime", "openvino"]
+EngineName = Literal["eager", "fused", "compiled", "graphs", "onnxruntime", "openvino"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"]
 Several: Parameter = Parameter(negative=(), consume_multiple=True)
 
@@ -50,7 +50,8 @@ def command(
         Recipe of whose optimizer and loss a training step is.
     engine
         Engines to measure; default: all that are installed; eager and compiled with --train. fused
-        (--train only) computes the end of ResNet blocks with CBAM as one operator.
+        (--train only) computes the end of ResNet blocks with CBAM as one operator; graphs (--train
+        on CUDA only) does, too, and replays the passes as CUDA graphs.
     precision
         Precisions to measure (int8: OpenVINO only; tf32 and fp16: training on GPUs only);
         default: fp32, and bf16 and int8 where the machine computes in them.
@@ -115,9 +116,10 @@ def _predicting(asked: _Asked, device: Any) -> list[dict[str, Any]]:
     narrow = {"tf32", "fp16"} & set(asked.precisions)
     if narrow:
         raise UsageError(f"--precision {' '.join(sorted(narrow))}: only with --train")
-    engines = asked.engines or [name for name in get_args(EngineName) if name != "fused"]
-    if "fused" in engines:
-        raise UsageError("--engine fused: only with --train")
+    training = {"fused", "graphs"}
+    engines = asked.engines or [n for n in get_args(EngineName) if n not in training]
+    for name in training.intersection(engines):
+        raise UsageError(f"--engine {name}: only with --train")
     pairs = bench.installed(engines, asked.precisions, device)
     results = []
     for name in dict.fromkeys(asked.networks):

@@ -18,8 +18,11 @@ numbers are nearer to those of float32 than the modules' are. Where several valu
 largest, their gradient is divided among them, as torch's `amax` does.
 """
 
+import contextlib
+import contextvars
 import functools
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,7 +234,20 @@ def _update_running(norm: nn.BatchNorm2d, shared: _Shared, count: int) -> None:
 
 
 # ------------------------------------------------------------------------------- in networks
-LEAST_ON_CPU = 2**19  # values of a map below which the modules are as fast (docs/performance.md)
+# values of a map below which the modules are as fast (docs/performance.md): on a GPU, the time
+# that its host needs to ask for the passes, unless they are recorded (training/graphs.py)
+LEAST = {"cpu": 2**19, "cuda": 2**25}
+_every_size = contextvars.ContextVar("every_size", default=False)
+
+
+@contextlib.contextmanager
+def fused_at_every_size() -> Iterator[None]:
+    """Within it the smallest maps' blocks end in one operator, too."""
+    token = _every_size.set(True)
+    try:
+        yield
+    finally:
+        _every_size.reset(token)
 
 
 def fits(block: nn.Module) -> bool:
@@ -286,7 +302,7 @@ def _fuses_now(block: Any, x: Any) -> bool:
 def _end(block: Any, y: Tensor, shortcut: Tensor) -> Tensor:
     """The end of a block, fused where its map is large enough and in channels_last."""
     norm, gates, act = _parts(block)
-    small = y.device.type == "cpu" and y.numel() < LEAST_ON_CPU
+    small = y.numel() < LEAST[y.device.type] and not _every_size.get()
     if small or not y.is_contiguous(memory_format=torch.channels_last):
         out: Tensor = act(gates(norm(y)).add_(shortcut))
         return out

@@ -24,13 +24,14 @@ from regard.machine import has_bf16, keep_freed_memory, synchronize
 from regard.models.fused import can_fuse, set_fused
 from regard.models.zoo import twins_of
 from regard.training.config import Recipe
+from regard.training.graphs import Graphed
 from regard.training.losses import multi_head_cross_entropy, total_weight
 from regard.training.memory import peak_of
 from regard.training.update import Updater
 
 log: logging.Logger = logging.getLogger(__name__)
 
-ENGINES = ("eager", "fused", "compiled")
+ENGINES = ("eager", "fused", "compiled", "graphs")
 USUAL = ("eager", "compiled")  # measured where none is named
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
@@ -63,6 +64,9 @@ class Case:
         elif self.timing.engine == "compiled":
             silence_libraries()
             self.forward = torch.compile(self.model, dynamic=False)
+        elif self.timing.engine == "graphs":
+            set_fused(self.model)
+            self.forward = Graphed(self.model, self.images, lambda: self.updater.autocast(False))
 
     def step(self) -> None:
         """One step, waited for until the device has done it."""
@@ -166,6 +170,8 @@ def trainable(
             raise UsageError(f"engine {engine!r} only predicts: training is {', '.join(ENGINES)}")
         if engine == "fused" and not can_fuse(device):
             raise UsageError(f"engine 'fused': not on this machine's {device.type}")
+        if engine == "graphs" and device.type != "cuda":
+            raise UsageError(f"engine 'graphs': on CUDA alone, this is {device.type}")
     able = {
         "fp32": True,
         "tf32": device.type == "cuda",

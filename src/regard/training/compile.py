@@ -1,4 +1,4 @@
-"""Whether a run is compiled: measured by a few steps both ways, where the recipe says auto."""
+"""Whether a run is compiled, or replays CUDA graphs: measured by a few steps where it is auto."""
 
 import logging
 import time
@@ -12,6 +12,7 @@ from regard.data.loading import Batch
 from regard.errors import UsageError
 from regard.files import reason
 from regard.training.distributed import gathered
+from regard.training.graphs import Graphed
 from regard.training.loop import Trainer
 from regard.training.trial import first_batches, trial, trial_step
 
@@ -20,17 +21,19 @@ log: logging.Logger = logging.getLogger(__name__)
 LEAST_COMPILING = 10.0  # seconds; compiling forward and backward hardly takes less
 MOST_SAVED = 0.5  # of a step's time; compiling hardly saves more
 Compiler = Callable[..., Any]
+Recorder = Callable[..., Any]
 Clock = Callable[[], float]
 
 
 def choose_compiled(
     trainer: Trainer,
-    decided: bool | None = None,
+    decided: bool | str | None = None,
     *,
     compiler: Compiler = torch.compile,
+    recorder: Recorder = Graphed,
     clock: Clock = time.perf_counter,
-) -> bool:
-    """Compiles the trainer's network where the recipe says so, or where measuring says it pays.
+) -> str:
+    """Compiles or records the trainer's network, as the recipe says or where measuring says so.
 
     With several processes the first one's measurement decides for all.
 
@@ -38,56 +41,109 @@ def choose_compiled(
         trainer: its `compiled` is set; nothing else of it is changed.
         decided: what a resumed run decided when it was started.
         compiler: torch.compile, or another.
+        recorder: of CUDA graphs: `Graphed`, or another.
         clock: seconds.
 
     Returns:
-        Whether it is compiled.
+        "no", "yes" (compiled) or "graphs".
 
     Raises:
-        UsageError: the recipe says "yes" or "graphs", and it can't be compiled so.
+        UsageError: the recipe says "yes" or "graphs", and it can't be.
     """
-    want = trainer.recipe.compile
-    if want == "no" or decided is False:
-        return False
-    mode = _mode(trainer)
-    left = trainer.total - trainer.step
+    want = _decided(decided) or trainer.recipe.compile
+    if want == "no":
+        return "no"
     with trial(trainer) as at_trial:
         timer = _Timer(at_trial, first_batches(at_trial), clock)
         timer.seconds(trainer.model)  # the first is slow: memory is allocated, kernels chosen
-        measuring = want == "auto" and decided is None
-        eager = _from_main(trainer, timer.seconds(trainer.model)) if measuring else 0.0
-        if measuring and left * eager * MOST_SAVED < LEAST_COMPILING:
-            log.info(f"not compiled: {left:,} steps take about {left * eager:.0f} s: too short")
-            return False
-        log.info(
-            f"{eager:.3g} s a step; compiling, to compare ..." if measuring else "compiling ..."
-        )
-        compiled, first = compiler(trainer.model, **mode), 0.0
-        first, failure = timer.try_seconds(compiled)
-        failure = next(filter(None, gathered(trainer.accelerator, failure)), "")
-        if failure and want != "auto":
-            raise UsageError(f"compile={want}: the network can't be compiled here ({failure})")
-        if failure:
-            log.info(f"not compiled: it can't be here ({failure})")
-            return False
-        chosen = True
-        if measuring:
-            chosen, message = _from_main(trainer, _compare(timer, compiled, first, eager, left))
-            log.info(message)
-    trainer.compiled = compiled if chosen else None
-    return chosen
+        if want == "auto":
+            chosen, trainer.compiled = _measured(timer, compiler, recorder)
+            return chosen
+        made, failure = _made(timer, want, compiler, recorder)
+        if failure and trainer.recipe.compile == want:
+            raise UsageError(f"compile={want}: {failure}")
+        if failure:  # a resumed run's choice, perhaps of another machine
+            log.info(f"not compiled: {failure}")
+        trainer.compiled = None if failure else made
+        return "no" if failure else want
 
 
-def _mode(trainer: Trainer) -> dict[str, str]:
-    """torch.compile's argument for what the recipe says."""
-    if trainer.recipe.compile != "graphs":
-        return {}
+def _decided(before: bool | str | None) -> str:
+    """What a run decided when it was started; "": it has not yet."""
+    if isinstance(before, bool):  # of older runs
+        return "yes" if before else "no"
+    return before or ""
+
+
+def _measured(timer: "_Timer", compiler: Compiler, recorder: Recorder) -> tuple[str, Any]:
+    """What is fastest, by name, and the network as it then is called (None: eagerly)."""
+    trainer = timer.trainer
+    name, forward = "no", None
+    best = _from_main(trainer, timer.seconds(trainer.model))
+    if not _obstacle(trainer):  # recording takes a second
+        name, forward, best = _or_recorded(timer, recorder, best)
+    left = trainer.total - trainer.step
+    if left * best * MOST_SAVED < LEAST_COMPILING:
+        log.info(f"not compiled: {left:,} steps take about {left * best:.0f} s: too short")
+        return name, forward
+    log.info(f"{best:.3g} s a step; compiling, to compare ...")
+    compiled = compiler(trainer.model)
+    first, failure = timer.try_seconds(compiled)
+    if failure := _failure(trainer, failure):
+        log.info(f"not compiled: it can't be here ({failure})")
+        return name, forward
+    pays, message = _from_main(trainer, _compare(timer, forward, compiled, first, best, left))
+    log.info(message)
+    return ("yes", compiled) if pays else (name, forward)
+
+
+def _or_recorded(timer: "_Timer", recorder: Recorder, eager: float) -> tuple[str, Any, float]:
+    """CUDA graphs where they are faster: the name, the forward pass and the seconds of a step."""
+    try:
+        recorded = timer.recorded(recorder)
+        seconds = min(timer.seconds(recorded) for _ in range(3))
+    except Exception as error:  # a network that waits for the device; memory
+        log.info(f"no CUDA graphs: {reason(error)}")
+        return "no", None, eager
+    if seconds >= eager:
+        return "no", None, eager
+    log.info(f"CUDA graphs: {seconds:.3g} s a step against {eager:.3g} s eager")
+    return "graphs", recorded, seconds
+
+
+def _made(timer: "_Timer", how: str, compiler: Compiler, recorder: Recorder) -> tuple[Any, str]:
+    """The network compiled ("yes") or recorded ("graphs"), or why it can't be."""
+    trainer = timer.trainer
+    if how == "yes":
+        log.info("compiling ...")
+        compiled = compiler(trainer.model)
+        failure = _failure(trainer, timer.try_seconds(compiled)[1])
+        return compiled, failure and f"the network can't be compiled here ({failure})"
+    if obstacle := _obstacle(trainer):
+        return None, obstacle
+    try:
+        return timer.recorded(recorder), ""
+    except RuntimeError as error:
+        return None, f"the network can't be recorded ({reason(error)})"
+
+
+def _obstacle(trainer: Trainer) -> str:
+    """Why a run can't have CUDA graphs, or ""."""
+    recipe = trainer.recipe
     if trainer.device.type != "cuda":
-        raise UsageError(f"compile=graphs: CUDA graphs are on CUDA alone, this is {trainer.device}")
-    if trainer.recipe.accumulate > 1:
-        # a graph's gradients lie where its next call writes them
-        raise UsageError("compile=graphs: only with accumulate=1")
-    return {"mode": "reduce-overhead"}
+        return f"CUDA graphs are on CUDA alone, this is {trainer.device}"
+    if trainer.accelerator.num_processes > 1:
+        return "only in one process, as gradients are exchanged while they are computed"
+    if recipe.accumulate > 1:
+        return "only with accumulate=1, as each pass overwrites the gradients of the one before"
+    if recipe.grad_checkpointing:
+        return "only without grad_checkpointing, which runs parts of the network twice"
+    return ""
+
+
+def _failure(trainer: Trainer, own: str) -> str:
+    """The first process's reason of all that failed, or ""."""
+    return next(filter(None, gathered(trainer.accelerator, own)), "")
 
 
 class _Timer:
@@ -101,6 +157,12 @@ class _Timer:
         trial_step(self.trainer, self.batches, forward)
         return self.clock() - started
 
+    def recorded(self, recorder: Recorder) -> Any:
+        """The network as `Graphed` makes it, from the images of a step."""
+        trainer = self.trainer
+        images = trainer.input_of(self.batches[0])
+        return recorder(trainer.model, images, lambda: trainer.updater.autocast(cache=False))
+
     def try_seconds(self, forward: Any) -> tuple[float, str]:
         """Its seconds, and the reason where it fails."""
         try:
@@ -110,10 +172,10 @@ class _Timer:
 
 
 def _compare(
-    timer: _Timer, compiled: Any, first: float, once: float, left: int
+    timer: _Timer, forward: Any, compiled: Any, first: float, once: float, left: int
 ) -> tuple[bool, str]:
-    """Whether to compile, and why, from steps both ways."""
-    eager = timer.trainer.model
+    """Whether to compile, and why, from steps both ways; `forward`: without (None: eagerly)."""
+    eager = forward or timer.trainer.model
     rounds = [(timer.seconds(eager), timer.seconds(compiled)) for _ in range(3 if once > 1 else 9)]
     # the fastest, as other work on the machine only ever adds
     slow, fast = (min(times) for times in zip(*rounds, strict=True))

@@ -67,12 +67,15 @@ class Recipe:
         "End each epoch with a smaller batch, instead of filling it from the next epoch.",
     )  # fmt: skip
 
-    optimizer: Literal["sgd", "adamw"] = _field("sgd", "Optimizer", "Optimizer.")
+    optimizer: Literal["sgd", "adamw", "muon"] = _field(
+        "sgd", "Optimizer",
+        "Optimizer; muon moves vectors (norms, biases) by AdamW, and matrices by as much as AdamW.",
+    )  # fmt: skip
     lr: _NotNegative = _field(0.1, "Optimizer", "Peak learning rate.")
-    momentum: _Share = _field(0.9, "Optimizer", "SGD momentum.")
+    momentum: _Share = _field(0.9, "Optimizer", "Momentum (SGD, Muon).")
     nesterov: bool = _field(True, "Optimizer", "Use Nesterov momentum.")
     weight_decay: _NotNegative = _field(
-        1e-4, "Optimizer", "Weight decay (L2 for SGD, decoupled for AdamW)."
+        1e-4, "Optimizer", "Weight decay (L2 for SGD, decoupled for AdamW and Muon)."
     )
     decay_norm_and_bias: bool = _field(
         True, "Optimizer", "Apply weight decay to normalization weights and biases too."
@@ -222,13 +225,13 @@ class Recipe:
     )  # fmt: skip
     compile: Literal["no", "yes", "graphs", "auto"] = _field(
         "no", "Run",
-        "Use torch.compile; graphs: with CUDA graphs, for small networks at small batches (CUDA "
-        "only); auto measures whether it pays.",
+        "Use torch.compile; graphs: record the passes as CUDA graphs instead, which takes a second "
+        "and speeds up small batches (CUDA only); auto measures what pays.",
     )  # fmt: skip
     fuse: Literal["auto", "yes", "no"] = _field(
         "auto", "Run",
         "Compute the end of ResNet blocks with CBAM as one operator, which saves memory and "
-        "time; auto does so on CPUs, where it was measured.",
+        "time; auto does so on CPUs and on CUDA, where it was measured.",
     )  # fmt: skip
     sync_bn: bool = _field(
         False, "Run",
@@ -327,8 +330,8 @@ _HINTS = get_type_hints(Recipe, include_extras=True)
 
 # Where a field is used: another field, and the values of it with which it is.
 _USED_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "momentum": ("optimizer", ("sgd",)),
-    "nesterov": ("optimizer", ("sgd",)),
+    "momentum": ("optimizer", ("sgd", "muon")),
+    "nesterov": ("optimizer", ("sgd", "muon")),
     "milestones": ("schedule", ("steps",)),
     "lr_factors": ("schedule", ("steps",)),
     "warmup": ("schedule", ("steps", "cosine", "constant")),

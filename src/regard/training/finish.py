@@ -15,6 +15,7 @@ from regard.models.counting import count_multiply_adds, count_parameters
 from regard.models.io import save_model
 from regard.predict import Classifier
 from regard.runs import VALIDATION, RunFolder, write_predictions
+from regard.training.graphs import Graphed
 from regard.training.loop import Trainer
 from regard.training.model_card import write_model_card
 from regard.training.run_plan import Plan
@@ -106,7 +107,8 @@ def run_facts(
         "warnings": list(table.warnings),
         "precision": t.precision,
         "bf16": t.precision == "bf16",
-        "compiled": t.compiled is not None,
+        "compiled": t.compiled is not None and not isinstance(t.compiled, Graphed),
+        "cuda_graphs": isinstance(t.compiled, Graphed),
         "batches": [t.batch, t.recipe.accumulate],
         "threads": torch.get_num_threads(),
         "device": str(t.accelerator.device),

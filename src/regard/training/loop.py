@@ -30,7 +30,7 @@ from regard.data.augment import Augmentation, augment, blend, mixup_shares, neig
 from regard.data.loading import Batch, repeated
 from regard.data.preprocess import Preprocess
 from regard.errors import FileError, NotFiniteError
-from regard.machine import seed_device
+from regard.machine import pick_fastest_kernels, seed_device
 from regard.training.activation_checkpointing import frozen_statistics
 from regard.training.config import Recipe
 from regard.training.distributed import broadcast_tensors
@@ -69,7 +69,7 @@ class Trainer:
         total: optimizer steps of the whole run.
         class_weights: (classes,) for the loss, or None.
         precision: fp32, tf32, bf16 or fp16, as for `Updater`.
-        compiled: the network as torch.compile gives it; None: it runs eagerly.
+        compiled: the network as torch.compile or `Graphed` gives it; None: it runs eagerly.
     """
 
     model: nn.Module
@@ -249,6 +249,10 @@ class Trainer:
             partners = labels[neighbors(len(labels))][:count]
         return Placed(batch.images, u, labels[:count], shares, partners, count, unreadable)
 
+    def input_of(self, batch: Batch) -> Tensor:
+        """(B, C, H, W), what the network gets of a batch, on the device."""
+        return self._input(self._readable(batch))
+
     def update(self) -> None:
         """Moves the weights, and their average, by the gradients."""
         self.updater.update()
@@ -306,8 +310,8 @@ class Trainer:
     def _prepare(self) -> None:
         self.model.train()
         self._bad = self._bad.to(self.device)
-        if self.device.type == "cuda":  # batches of one size: the fastest kernels are searched once
-            torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+        if self.device.type == "cuda":  # batches of one size: they are searched once
+            pick_fastest_kernels()
         self._forward = self.model if self.compiled is None else self.compiled
         if self.accelerator.num_processes > 1:
             torch.compiler.reset()  # what the trial compiled was not cut for several processes
@@ -359,8 +363,6 @@ class Trainer:
 
     def _outputs(self, x: Tensor) -> Tensor:
         """Logits, (B, classes) or (B, heads, classes)."""
-        if self.recipe.compile == "graphs":  # what the last step's graph gave may be written over
-            torch.compiler.cudagraph_mark_step_begin()
         with self.updater.autocast():
             return self._forward(x).float()
 

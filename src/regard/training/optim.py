@@ -51,15 +51,21 @@ def gate_and_head_parameters(model: nn.Module) -> set[str]:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD or AdamW, fused, from timm's factory over `parameter_groups`."""
-    sgd = "sgd" if recipe.nesterov and recipe.momentum > 0 else "momentum"  # timm's names
+    """SGD or AdamW, fused, or Muon, from timm's factory over `parameter_groups`."""
+    nesterov = recipe.nesterov and recipe.momentum > 0
+    name: str = recipe.optimizer
+    others = {"fused": True}
+    if name == "sgd":
+        name = "sgd" if nesterov else "momentum"  # timm's names
+    elif name == "muon":
+        others = {"nesterov": nesterov}
     return create_optimizer_v2(
         model,
-        opt=sgd if recipe.optimizer == "sgd" else recipe.optimizer,
+        opt=name,
         lr=recipe.lr,
         momentum=recipe.momentum,
         param_group_fn=functools.partial(parameter_groups, recipe=recipe),
-        fused=True,
+        **others,
     )
 
 

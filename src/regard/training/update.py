@@ -47,10 +47,12 @@ class Updater:
         self._averaged = [(a, b) for a, b in pairs if a.is_floating_point()]
         self._copied = [(a, b) for a, b in pairs if not a.is_floating_point()]
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """For the forward pass."""
+    def autocast(self, cache: bool | None = None) -> AbstractContextManager[Any]:
+        """For the forward pass; `cache`: of weights that were narrowed (default: autocast's)."""
         dtype = NARROW.get(self.precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return torch.autocast(
+            self.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache
+        )
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of a loss, scaled for fp16, to those that there are."""

@@ -1,0 +1,64 @@
+"""CUDA graphs: a network's forward and backward pass, recorded once and replayed in each step.
+
+A step of a network with hundreds of small kernels takes a GPU's host longer to ask for than the
+GPU to do; a recording is asked for by one call. Nothing is compiled: the kernels are those of
+the eager network, and so are the numbers.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.machine import pick_fastest_kernels
+from regard.models.fused import fused_at_every_size
+
+
+class Graphed:
+    """A network in training mode whose passes are replayed; called as the network is.
+
+    Each call overwrites the outputs of the one before, and each backward pass the gradients: they
+    are used up, and the gradients set to None, before the next.
+
+    Args:
+        model: the network, in training mode, on a CUDA device; its parameters and buffers may be
+            written to afterwards, but not replaced.
+        images: (B, C, H, W), as a step has them. Batches of other shapes are not replayed.
+        autocast: makes the context of the forward pass, without a cache of weights.
+
+    Raises:
+        RuntimeError: a pass can't be recorded, as it waits for the device or copies from it.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        pick_fastest_kernels()
+        self.model: nn.Module = model
+        self.shape: torch.Size = images.shape
+        self._replayed: Any = torch.cuda.make_graphed_callables(
+            _Whole(model, autocast), (images.detach().clone(),), allow_unused_input=True
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        forward = self._replayed if images.shape == self.shape else self.model
+        outputs: Tensor = forward(images)
+        return outputs
+
+
+class _Whole(nn.Module):
+    """The network and the context of its forward pass; `forward` of this module is replaced."""
+
+    def __init__(
+        self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+
+    def forward(self, images: Tensor) -> Tensor:
+        with self.autocast(), fused_at_every_size():
+            outputs: Tensor = self.model(images)
+        return outputs
