@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regard.data.paths import PathList
 from regard.data.sources import as_known, open_data
-from regard.data.table import ImageTable, PathList, StackedArrays
+from regard.data.table import ImageTable, StackedArrays
 from regard.training.config import load_recipe
 
 

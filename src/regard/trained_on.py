@@ -118,9 +118,10 @@ def own_table(run: Path, plan: dict[str, Any], root: str | Path | None = None) -
     """
     data, location = plan["data"], plan.get("location") or ""
     if location:
-        kind = next((k for k in ("medmnist:", "hf:") if data.startswith(k)), "")
-        path = location if os.path.exists(location) else data.removeprefix(kind)
-        if not os.path.exists(os.path.expanduser(path)):
+        kind = next((k for k in ("medmnist:", "hf:", "wds:") if data.startswith(k)), "")
+        there = os.path.exists(location) or kind == "wds:"  # which is a pattern
+        path = location if there else data.removeprefix(kind)
+        if kind != "wds:" and not os.path.exists(os.path.expanduser(path)):
             raise UsageError(
                 f"{run} was trained on {location}, which does not exist any more: give DATA, its "
                 "new place"

@@ -42,7 +42,8 @@ def command(
     ----------
     source
         A folder of class folders (with or without train, val and test above them), a CSV file
-        (path, label, split, group), digits, cifar10, cifar100, medmnist:FILE.npz or hf:NAME.
+        (path, label, split, group), digits, cifar10, cifar100, medmnist:FILE.npz,
+        wds:SHARDS (tar files) or hf:NAME.
     val
         Validation share, if the data has no such split.
     test

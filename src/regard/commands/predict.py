@@ -142,7 +142,7 @@ def _prepared(
         if len(first) < FEW:
             return first
         listed = chain(first, listed)
-    from regard.data.table import PathList
+    from regard.data.paths import PathList
 
     names = PathList.of(listed)
     for member in classifier.members:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regard.cores import cores
+from regard.data.members import open_binary
 from regard.data.table import ImageTable
 
 UNREADABLE = 0  # instead of the hash of a file that can't be read
@@ -24,9 +25,7 @@ def file_hash(path: str | os.PathLike[str]) -> int:
     hashed = hashlib.blake2b(digest_size=8)
     empty = True
     try:
-        if not os.path.isfile(path):  # opening a pipe would wait for its writer
-            return UNREADABLE
-        with open(path, "rb", buffering=0) as file:
+        with open_binary(path) as file:
             while block := file.read(_BLOCK):
                 hashed.update(block)
                 empty = False

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from regard.data.table import SPLITS, ImageTable, PathList
+from regard.data.paths import PathList
+from regard.data.table import SPLITS, ImageTable
 from regard.data.walk import (
     Skipped,
     has_images,

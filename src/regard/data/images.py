@@ -22,6 +22,7 @@ from PIL import Image
 from regard.compat import read_in_native_order, silence_libtiff
 from regard.data.arrays import array_pixels, over_white, tensor_pixels
 from regard.data.dicom import is_dicom, read_dicom
+from regard.data.members import Member
 from regard.data.tiff import is_tiff, read_with_tifffile, stored_tiff
 from regard.errors import ImageError, UsageError
 from regard.files import reason
@@ -251,6 +252,8 @@ def _read(source: ImageSource, at_least: int | None) -> Stored:
 
 
 def _read_path(path: str, at_least: int | None) -> Stored:
+    if isinstance(path, Member):
+        return _read_file(io.BytesIO(path.read()), at_least)
     if _URL.match(path):
         raise ImageError("is a URL; download it and give the file")
     mode = os.stat(path).st_mode

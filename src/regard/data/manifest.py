@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regard.data.folders import SPLIT_WORDS
-from regard.data.table import SPLITS, ImageTable, PathList
+from regard.data.paths import PathList
+from regard.data.table import SPLITS, ImageTable
 from regard.errors import UsageError
 from regard.files import shortened
 

@@ -13,6 +13,7 @@ from regard.data.known import open_cifar, open_digits, open_hugging_face, open_m
 from regard.data.manifest import SUFFIXES, open_manifest
 from regard.data.table import SPLITS, ImageTable, as_known, class_counts
 from regard.data.walk import images_below
+from regard.data.webdataset import open_webdataset
 from regard.errors import FileError, UsageError
 from regard.files import reason
 
@@ -22,7 +23,7 @@ __all__ = ["NAMES", "SPLITS", "ImageTable", "as_known", "class_counts", "images_
 
 _CHOICES = (
     "digits, a folder of class folders, a CSV file (path, label, optional split and group), "
-    "cifar10, cifar100, medmnist:FILE.npz or hf:NAME"
+    "cifar10, cifar100, medmnist:FILE.npz, wds:SHARDS or hf:NAME"
 )
 
 
@@ -38,7 +39,7 @@ def open_data(
     Args:
         data: `digits` (scikit-learn's); a folder of class folders, with or without
             train/val/test on top; a CSV file; `cifar10`, `cifar100`; `medmnist:FILE.npz`;
-            `hf:NAME`. A folder that has one of these names is given as ./digits.
+            `wds:SHARDS`; `hf:NAME`. A folder that has one of these names is given as ./digits.
         root: folder for downloads; default: ~/.cache/regard.
         splits: whether a folder's top folders are splits: yes, no, or auto (default), which
             raises where both are possible.
@@ -67,6 +68,8 @@ def _opened(data: str, cache: Path, splits: str) -> ImageTable:
         return open_cifar(data, cache)
     if kind == "medmnist" and rest:
         return open_medmnist(data, Path(rest).expanduser())
+    if kind == "wds" and rest:
+        return open_webdataset(data, rest)
     if kind == "hf" and rest:
         return open_hugging_face(data, rest, cache)
     path = Path(data).expanduser()

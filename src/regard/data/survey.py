@@ -6,7 +6,6 @@ between images.
 """
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from PIL import Image
 
 from regard.data.images import FORMATS, Stored, ValueRange, is_gray, read_stored
 from regard.data.loading import default_workers
+from regard.data.members import open_binary
 from regard.data.table import ImageTable
 from regard.errors import ImageError, UsageError
 from regard.files import spread
@@ -126,9 +126,7 @@ def _look_at_file(path: str, color_seen: bool) -> _Look:
     """By the header where that is enough, else by the pixels; a JPEG's at an eighth of its size."""
     side = None
     try:
-        if not os.path.isfile(path):
-            raise ValueError  # a pipe, which opening would wait for
-        with Image.open(path, formats=_PLAIN) as image:
+        with open_binary(path) as file, Image.open(file, formats=_PLAIN) as image:
             side = min(image.size)
             if image.mode in _GRAY_MODES:
                 return _Look(True, None, side)

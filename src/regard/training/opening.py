@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 
+from regard.data.members import on_disk
 from regard.data.sources import ImageTable, open_data
 from regard.errors import FileError, UsageError
 from regard.runs import RunFolder, choose_out
@@ -99,11 +100,12 @@ def _fetch_images(accelerator: Accelerator, asked: Request, table: ImageTable) -
     if accelerator.num_processes == 1:
         return
     if accelerator.is_local_main_process and table.files is not None and len(table.files):
-        if asked.data.startswith("hf:") and not os.path.exists(table.files[0]):
+        first = on_disk(table.files[0])
+        if asked.data.startswith("hf:") and not os.path.exists(first):
             open_data(asked.data, root=asked.root)
-        if not os.path.exists(table.files[0]):
+        if not os.path.exists(first):
             raise FileError(
-                f"{table.files[0]} is not on this machine: every machine needs the images, under "
+                f"{first} is not on this machine: every machine needs the images, under "
                 "the same absolute path"
             )
     accelerator.wait_for_everyone()
