@@ -45,8 +45,8 @@ def open_webdataset(name: str, pattern: str) -> ImageTable:
     A sample's label is in NAME.cls, else in NAME.json as `label`, `cls` or `class`, else the
     folder of NAME; its group, if any, is `group` in NAME.json. Whole numbers are indices into
     the lines of a classes.txt beside the shards, where there is one. The split is what the
-    name of a shard says, or its folder, if that is called train, val, test or the like. Samples without an image or a label are left out,
-    with a warning.
+    name of a shard says, or its folder, if that is called train, val, test or the like.
+    Samples without an image or a label are left out, with a warning.
 
     Args:
         name: DATA as it was given.
