@@ -1,5 +1,6 @@
 """Two real processes: they train as one, test as one, and stop and go on together."""
 
+import csv
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from regard.run_data import predictions_of
 from regard.training import distributed
 from regard.training.config import load_recipe
 from regard.training.plan import image_weights
-from tests.helpers import ENVIRONMENT, QUICK, dense, same_results
+from tests.helpers import ENVIRONMENT, QUICK, dense, run, same_results
 
 # Each process is the command line, and tells in the folder TOLD what it had at the end. The
 # second one is slow where the first could have written the run's folder meanwhile, and is sent
@@ -65,8 +66,10 @@ r.Trainer.fit = signalled
 def telling(self):
     t = self.trainer
     parameters = b"".join(p.detach().numpy().tobytes() for p in t.model.parameters())
+    buffers = b"".join(b.detach().numpy().tobytes() for b in t.model.buffers())
     places = [t.source.order.at(*span).tolist() for span in t.spans(0)]
     tell = {"weights": hashlib.sha256(parameters).hexdigest(), "places": places,
+            "buffers": hashlib.sha256(buffers).hexdigest(),
             "mean": self.plan.preprocess.mean, "decoded": len(decoded), "layouts": list(layouts),
             "file": t.source.images.untyped_storage().filename}
     with open(f"{told}/{rank}.json", "w") as file:
@@ -111,6 +114,7 @@ def told_by(pair: Path) -> list[dict]:
 def test_both_hold_the_same_weights_and_prepare_images_alike(pair):
     first, second = told_by(pair)
     assert first["weights"] == second["weights"]
+    assert first["buffers"] == second["buffers"]  # each counted its own until the state was saved
     assert first["mean"] == second["mean"] != [0.5]
 
 
@@ -168,6 +172,24 @@ def test_a_signal_to_one_stops_both_and_they_go_on_to_the_same_end(pair, tmp_pat
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"resumed after step {step} of 24" in resumed.stdout
     assert same_results(pair / "run", out)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_the_steps_of_two(pair, tmp_path):
+    out = tmp_path / "run"
+    assert in_two(tmp_path, *SETTINGS, "--out", out, SIGNAL="13").returncode != 0
+    told = run(*SETTINGS, "--out", out, "--resume")
+    assert "started with 2 processes, resumed with 1: accumulate=2" in told
+    rows, whole = (
+        list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+        for folder in (out, pair / "run")
+    )
+    assert [row["step"] for row in rows] == [row["step"] for row in whole]
+    # the same images a step; only the order of the sums, and BN's running means, differ
+    for name in ("loss", "accuracy"):
+        assert float(rows[-1][name]) == pytest.approx(float(whole[-1][name]), rel=1e-4)
+    facts = json.loads((out / "run.json").read_text())["facts"]
+    assert facts["processes"] == 1
 
 
 # An evaluation takes half a minute, a second a batch; in its third batch the last process gets a
