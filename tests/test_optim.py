@@ -204,3 +204,30 @@ def test_three_steps_by_hand():
         v = 0.9 * v + g
         w -= rate * (g + 0.9 * v)
         assert p.item() == pytest.approx(w, rel=1e-5)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_moves_each_matrix_by_all_of_its_directions_alike(nesterov):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(8, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.Flatten(),
+        torch.nn.Linear(16, 12),
+    )  # fmt: skip
+    recipe = Recipe(
+        optimizer="muon", lr=0.01, weight_decay=0.0, momentum=0.9, nesterov=nesterov,
+        decay_norm_and_bias=False,
+    )  # fmt: skip
+    optimizer = make_optimizer(model, recipe)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.randn(256, 8, 3, 3)).square().sum().backward()
+    optimizer.step()
+    moved = {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    for name in ("0.weight", "3.weight"):
+        values = torch.linalg.svdvals(moved[name].flatten(1))
+        rows, columns = moved[name].flatten(1).shape
+        # as much as AdamW moves it: 0.2 a value, in the root of the mean square (Liu et al. 2025)
+        expected = 0.01 * 0.2 * max(rows, columns) ** 0.5
+        assert (values / expected).detach().numpy() == pytest.approx(1.0, abs=0.35)
+    if not nesterov:  # else NAdam's first step
+        for name in ("1.weight", "1.bias", "3.bias"):  # AdamW's first step is the rate
+            assert moved[name].abs().numpy() == pytest.approx(0.01, rel=0.01)

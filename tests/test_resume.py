@@ -20,7 +20,7 @@ from tests.helpers import ENVIRONMENT, rows_of, run, same_results, settings, sta
 
 VARIANTS = {
     "held": [],
-    "streamed": ["--memory", "no", "--workers", "2"],
+    "streamed": ["--memory", "no", "--workers", "2", "--optimizer", "muon", "--lr", "0.005"],
     "everything": ["--ema-decay", "0.9", "--accumulate", "2", "--mixup", "0.2",
                    "--optimizer", "adamw", "--lr", "0.003", "--rotate", "10",
                    "--random-erasing", "0.3",
