@@ -1,6 +1,8 @@
 """The images of a run: the same ones for the same seed and place, however they come."""
 
 import sys
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from regard.data.loading import (
 )
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, open_data
+from regard.training.build import build_loader
 from regard.training.config import Recipe
 from regard.training.splits import load_split, measured
 
@@ -51,7 +54,7 @@ def batches(table, way: str, recipe: Augmentation, spans, workers: int = 0):
     if way == "held":
         images, bad = decode_all(reader)
         assert bad == []
-        source = InMemoryLoader(reader, order, 3, images)
+        source = InMemoryLoader(reader, order, 3, images, threads=workers)
     else:
         source = StreamingLoader(reader, order, 3, workers)
     found = list(source.batches(spans))
@@ -68,9 +71,10 @@ def test_memory_and_workers_give_the_same_images(table, crop):
     )
     spans = [(0, 8), (8, 8), (16, 8)]  # over the end of an epoch of 21
     held = batches(table, "held", recipe, spans)
-    for workers in (0, 1, 2):
-        streamed = batches(table, "streamed", recipe, spans, workers)
-        for a, b in zip(held, streamed, strict=True):
+    others = [batches(table, "streamed", recipe, spans, workers) for workers in (0, 1, 2)]
+    others.append(batches(table, "held", recipe, spans, 3))
+    for other in others:
+        for a, b in zip(held, other, strict=True):
             assert torch.equal(a[0], b[0])
             assert torch.equal(a[1], b[1])
     # and cut into other batches, from the middle on
@@ -386,3 +390,23 @@ def test_measuring_many_goes_piece_by_piece_and_even_images_are_no_division_by_z
     even = measured(part, preprocess)
     assert even.std == (0.001,)
     assert even.normalize(part.images).isfinite().all()
+
+
+def test_held_images_are_cut_by_threads_ahead_for_a_device_alone(table):
+    """Three batches are cut at once, which one thread after the other never does."""
+    reader = Reader(table, Preprocess((3, 32, 32), (0.5,) * 3, (0.25,) * 3),
+                    Augmentation(random_crop="resized"))  # fmt: skip
+    images, _ = decode_all(reader)
+    together = threading.Barrier(3, timeout=20)
+
+    class Waiting(InMemoryLoader):
+        def _batch(self, span):
+            together.wait()  # until three threads are here
+            return super()._batch(span)
+
+    loader = Waiting(reader, None, 0, images, threads=3)
+    assert len(list(loader.batches([(0, 4), (4, 4), (8, 4)]))) == 3
+    plan = SimpleNamespace(recipe=Recipe(random_crop="resized", workers=5))
+    part = SimpleNamespace(reader=reader, table=table, images=images, missing={})
+    for device, threads in (("cpu", 0), ("cuda", 5)):
+        assert build_loader(plan, "test", part, torch.device(device)).threads == threads

@@ -278,6 +278,8 @@ class InMemoryLoader:
         seed: random seed of the augmentation.
         images: (N, C, H, W), or N of (C, H, W).
         unreadable: reasons by row, of rows that are left out of every batch.
+        threads: that cut images of a list, each a batch, ahead of the one that asks; 0: that
+            one does. For a device that computes meanwhile.
     """
 
     def __init__(
@@ -287,35 +289,41 @@ class InMemoryLoader:
         seed: int,
         images: Tensor | list[Tensor],
         unreadable: dict[int, str] | None = None,
+        threads: int = 0,
     ) -> None:
         self.reader: Reader = reader
         self.order: SampleOrder | None = order
         self.seed: int = seed
         self.images: Tensor | list[Tensor] = images
         self.unreadable: dict[int, str] = unreadable or {}
+        self.threads: int = threads
 
     def close(self) -> None:
-        """Nothing to end: no worker is needed."""
+        """Nothing to end: the threads end with the batches."""
 
     def batches(self, spans: Sequence[tuple[int, int]]) -> Iterator[Batch]:
         """The batches at these (start, count), in this order."""
-        for start, count in spans:
-            rows = np.arange(start, start + count)
-            if self.order is not None:
-                rows = self.order.at(start, count)
-            u = random_numbers(self.seed, start, count)
-            bad: list[tuple[int, str]] = []
-            if self.unreadable:
-                bad = [(r, self.unreadable[r]) for r in rows.tolist() if r in self.unreadable]
-                good = np.array([r not in self.unreadable for r in rows.tolist()], dtype=bool)
-                rows, u = rows[good], u[torch.from_numpy(good)]
-            indices = torch.from_numpy(rows)
-            if isinstance(self.images, Tensor):
-                yield Batch(self.images[indices], indices, u, bad)
-                continue
-            images = [self.reader.crop(self.images[r], u[k]) for k, r in enumerate(rows.tolist())]
-            shape = (0, *self.reader.preprocess.input_size)
-            yield Batch(_stack(images) if images else torch.zeros(shape), indices, u, bad)
+        if self.threads and not isinstance(self.images, Tensor):
+            return read_ahead(spans, self._batch, self.threads, self.threads + 1)
+        return map(self._batch, spans)
+
+    def _batch(self, span: tuple[int, int]) -> Batch:
+        start, count = span
+        rows = np.arange(start, start + count)
+        if self.order is not None:
+            rows = self.order.at(start, count)
+        u = random_numbers(self.seed, start, count)
+        bad: list[tuple[int, str]] = []
+        if self.unreadable:
+            bad = [(r, self.unreadable[r]) for r in rows.tolist() if r in self.unreadable]
+            good = np.array([r not in self.unreadable for r in rows.tolist()], dtype=bool)
+            rows, u = rows[good], u[torch.from_numpy(good)]
+        indices = torch.from_numpy(rows)
+        if isinstance(self.images, Tensor):
+            return Batch(self.images[indices], indices, u, bad)
+        images = [self.reader.crop(self.images[r], u[k]) for k, r in enumerate(rows.tolist())]
+        shape = (0, *self.reader.preprocess.input_size)
+        return Batch(_stack(images) if images else torch.zeros(shape), indices, u, bad)
 
 
 def decode_all(

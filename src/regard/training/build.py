@@ -49,14 +49,17 @@ def build_model(plan: Plan, device: torch.device, *, start: bool) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def build_loader(plan: Plan, split: str, part: LoadedSplit) -> InMemoryLoader | StreamingLoader:
+def build_loader(
+    plan: Plan, split: str, part: LoadedSplit, device: torch.device
+) -> InMemoryLoader | StreamingLoader:
     """The loader of a split: the training split in its sample order, the others in rows' order."""
     recipe, order = plan.recipe, None
     if split == "train":
         order = SampleOrder(len(part.table), recipe.seed, image_weights(part.table, recipe))
-    if part.images is not None:
-        return InMemoryLoader(part.reader, order, recipe.seed, part.images, part.missing)
     workers = default_workers() if recipe.workers is None else recipe.workers
+    if part.images is not None:
+        threads = 0 if device.type == "cpu" else workers  # a CPU has no core that is idle
+        return InMemoryLoader(part.reader, order, recipe.seed, part.images, part.missing, threads)
     return StreamingLoader(part.reader, order, recipe.seed, workers)
 
 
@@ -74,7 +77,7 @@ def build_trainer(
         model=model,
         recipe=recipe,
         preprocess=plan.preprocess,
-        source=build_loader(plan, "train", part),
+        source=build_loader(plan, "train", part, device),
         labels=torch.from_numpy(labels),
         classes=len(plan.classes),
         count=len(table),

@@ -159,7 +159,9 @@ class Run:
             )
             self.plan = dataclasses.replace(self.plan, preprocess=preprocess)
         self.loaders: dict[str, InMemoryLoader | StreamingLoader] = {
-            s: build_loader(self.plan, s, p) for s, p in self.parts.items() if s != "train"
+            s: build_loader(self.plan, s, p, self.accelerator.device)
+            for s, p in self.parts.items()
+            if s != "train"
         }
         trainer = build_trainer(self.plan, model, self.parts["train"], self.accelerator)
         self.trainer: Trainer
@@ -372,7 +374,9 @@ class Run:
     def _predictions(self, split: str) -> Predictions | None:
         """The finished network's probabilities for the images of a split, in the first process."""
         part = self.parts[split]
-        loader = self.loaders.get(split) or build_loader(self.plan, "test", part)
+        loader = self.loaders.get(split) or build_loader(
+            self.plan, "test", part, self.accelerator.device
+        )
         try:
             predictions = self.scorer.predict(loader, part)
         except WaitInterrupted:
