@@ -11,7 +11,14 @@ from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 
 from regard.attention import StageMap
 from regard.cli import run_command
-from regard.evaluation import Predictions, diagnose, evaluate
+from regard.evaluation import (
+    Predictions,
+    diagnose,
+    diagnose_calibration,
+    evaluate,
+    evaluate_subgroups,
+    with_temperature,
+)
 from regard.explanations.explanation import Explanation
 from regard.explanations.print_style import for_print, width_in_inches
 from regard.report.bands import GRID, precision_recall_of, roc_of
@@ -19,6 +26,7 @@ from regard.report.charts import confusion, learning
 from regard.report.curves import precision_recall, roc
 from regard.report.figures import file_name, positive_class
 from regard.report.reliability import calibration_chart, decision_chart, reliability_chart
+from regard.report.subgroups import subgroup_chart
 
 NAMES = ["roc", "precision-recall", "reliability", "confusion", "learning-curves", "faithfulness"]
 
@@ -29,6 +37,10 @@ def two_classes(n=120, groups=None):
     score = np.clip(0.2 * labels + 0.8 * rng.random(n), 0, 1).round(2)  # with ties
     both = np.stack([1 - score, score], axis=1)
     return Predictions(both, labels, ["benign", "malignant"], groups)
+
+
+def numbers_of(found):
+    return diagnose_calibration(found, resamples=20)
 
 
 def lines_of(axes):
@@ -198,11 +210,56 @@ def test_calibration_of_a_class_is_its_share_in_bins_of_its_probability():
     assert len(x) == 10
 
 
+def test_before_and_after_do_not_hide_each_other_nor_the_legend_them():
+    found = two_classes(400)
+    after = with_temperature(found, 0.3)
+    errors = numbers_of(found)["ece"], numbers_of(after)["ece"]
+    with for_print():
+        chart = reliability_chart(found, after, errors, 3.3)
+        decision = decision_chart(found, "malignant", 3.3).figure
+    for figure in (chart.figure, decision):
+        figure.draw_without_rendering()
+        upper, (legend,) = figure.axes[0], figure.legends
+        assert legend.get_window_extent().y0 >= upper.get_window_extent().y1
+    upper, lower = chart.figure.axes
+    spans = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in lower.patches)
+    assert len(spans) > 6
+    assert all(a[1] <= b[0] + 1e-9 for a, b in itertools.pairwise(spans))
+    for text, error in zip(chart.figure.legends[0].get_texts(), errors, strict=True):
+        assert f"{error.value:.3f} ({error.low:.3f}–{error.high:.3f})" in text.get_text()
+    points = [c[0] for c in upper.containers]
+    left, right = (p.get_transform().transform((0.5, 0.5))[0] for p in points)
+    assert right - left > 3  # pixels of 1/100 inch: whiskers do not cover each other
+
+
+def test_names_of_parts_are_whole_and_ticks_of_panels_stay_apart():
+    found = two_classes(300)
+    sites = ["University Hospital of Zürich", "University Hospital of Basel", "Bern", "tiny"]
+    column = [sites[3] if i < 4 else sites[i % 3] for i in range(300)]
+    parts = evaluate_subgroups(found, "site", column, positive="malignant", resamples=50)
+    with for_print():
+        chart = subgroup_chart(parts, 85 / 25.4)
+    chart.figure.draw_without_rendering()
+    one, other = chart.figure.axes
+    names = [t.get_text() for t in one.get_yticklabels()]
+    assert {re.sub(r" \(\d+\)$", "", n.replace("\n", " ")) for n in names} == set(sites[:3])
+    boxes = sorted((t.get_window_extent() for t in one.get_yticklabels()), key=lambda b: b.y0)
+    assert all(a.y1 < b.y0 for a, b in itertools.pairwise(boxes))
+    ends = [
+        [t.get_window_extent() for t in axes.get_xticklabels()
+         if axes.get_xlim()[0] <= t.get_position()[0] <= axes.get_xlim()[1]]
+        for axes in (one, other)
+    ]  # fmt: skip
+    assert ends[1][0].x0 - ends[0][-1].x1 > 4
+    assert "tiny (4)" in chart.caption
+
+
 def test_one_image_or_one_class_is_drawn_too():
     one = Predictions(np.array([[0.2, 0.8]]), np.array([1]), ["a", "b"])
     numbers = diagnose(one, positive="b")
     assert roc(one, numbers, "b", 3.3) is None
-    reliability_chart(one, one, 3.3).figure.draw_without_rendering()
+    ece = numbers_of(one)["ece"]
+    reliability_chart(one, one, (ece, ece), 3.3).figure.draw_without_rendering()
     confusion(evaluate(one), 3.3).figure.draw_without_rendering()
     decision_chart(one, "b", 3.3).figure.draw_without_rendering()
 
@@ -245,6 +302,24 @@ def test_learning_curves_mark_the_chosen_epoch_and_break_where_a_loss_is_not_fin
 
 
 # ---- explanations ------------------------------------------------------------------------
+@pytest.mark.parametrize("width", [50, 85, 120])
+@pytest.mark.parametrize("path", ["images/malignant_076.jpg", "WWWWWWWW/MMMMMMMMMMMMMMMMMMMM.PNG"])
+def test_no_heading_leaves_the_figure(width, path):
+    values = np.random.default_rng(0).random((7, 7)).astype(np.float32)
+    name = "MASSIVELY WIDE NAME OF A CLASS"
+    shown = Explanation(
+        path=path, image=np.zeros((64, 64), np.uint8), box=(0, 0, 64, 64),
+        classes=[(name, 0.932), ("malignant", 0.068)], target=(name, 0.932),
+        maps=[StageMap("Grad-CAM", "gradcam", values, "at block5", "block5")], true="malignant",
+    )  # fmt: skip
+    figure = shown.figure(width=width / 25.4)
+    figure.draw_without_rendering()
+    right = figure.get_figwidth() * figure.dpi
+    texts = [*figure.texts, *(t for axes in figure.axes for t in axes.texts)]
+    assert all(t.get_window_extent().x1 <= right for t in texts)
+    assert path in "".join(t.get_text() for t in figure.texts)
+
+
 def test_an_explanation_fits_a_column_with_its_true_class_its_mask_and_named_scales():
     rng = np.random.default_rng(0)
     values = rng.random((7, 7)).astype(np.float32)

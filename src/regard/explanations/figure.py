@@ -6,7 +6,6 @@ or blocks became one map. What people marked is outlined in every panel. The col
 """
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ from regard.explanations.overlay import (
     spread,
     sums_to_one,
 )
-from regard.explanations.print_style import MUTED, SMALL, for_print, printable
+from regard.explanations.print_style import MUTED, SMALL, fitting, for_print, printable, wrapped
 
 if TYPE_CHECKING:
     from regard.explanations.explanation import Explanation
@@ -101,18 +100,13 @@ class _Grid:
         )
 
 
-def _fitting(text: str, inches: float, points: float) -> str:
-    """The text, cut where it would be wider; a letter is about 0.55 of its size wide."""
-    return _short(printable(text), max(8, int(inches * 72 / (0.55 * points))))
-
-
 def _title(axes: Axes, first: str, second: str, width: float) -> None:
     at: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
     lines: list[tuple[str, int, float, dict[str, Any]]] = [
         (first, 12, _NORMAL, {"weight": "bold"}), (second, 3, SMALL, {"color": MUTED}),
     ]  # fmt: skip
     for text, above, points, style in lines:
-        text = _fitting(text, width, points)
+        text = fitting(text, width, points, bold="weight" in style)
         axes.annotate(text, (0, 1), (0, above), fontsize=points, va="bottom", **style, **at)
 
 
@@ -192,9 +186,8 @@ def _heading(shown: "Explanation", width: float) -> list[tuple[str, float]]:
         parts.append("outlined: what people marked")
     lines = []
     for text, points in ((first, _LARGE), ("   ·   ".join(parts), _NORMAL - 0.5)):
-        letters = max(20, int((width - 2 * _GAP) * 72 / (0.53 * points)))
-        wrapped = textwrap.wrap(printable(text), letters, replace_whitespace=False)
-        lines += [(line, points) for line in wrapped]
+        for line in wrapped(text, width - 2 * _GAP, points, bold=points == _LARGE):
+            lines.append((line, points))
     return lines
 
 

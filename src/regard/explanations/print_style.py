@@ -9,6 +9,7 @@ and each line also has a style of its own.
 
 import contextlib
 import re
+import textwrap
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import matplotlib
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -82,12 +84,20 @@ def for_print() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A white figure of this size in inches, with axes side by side."""
+def new_figure(
+    width: float, height: float, panels: int = 1, *, apart: float = 0.0
+) -> tuple[Figure, list[Axes]]:
+    """A white figure of this size in inches, with axes side by side.
+
+    Args:
+        width, height: in inches.
+        panels: axes.
+        apart: room between panels, as a share of their width.
+    """
     figure = Figure(
         figsize=(width, height),
         facecolor="white",
-        layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03),
+        layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=apart),
     )
     return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
 
@@ -119,6 +129,41 @@ def short(text: str, length: int) -> str:
     """
     text = printable(text if len(text) <= length else f"{text[: length - 1]}…")
     return f" {text}" if text.startswith("_") else text
+
+
+def text_width(text: str, points: float, *, bold: bool = False) -> float:
+    """The width of a line of text, in inches."""
+    font = font_manager.FontProperties(
+        family=_fonts(), size=points, weight="bold" if bold else "normal"
+    )
+    width: float = _renderer().get_text_width_height_descent(text, font, ismath=False)[0]
+    return width / 72
+
+
+@lru_cache(maxsize=1)
+def _renderer() -> RendererAgg:
+    return RendererAgg(1, 1, 72)
+
+
+def wrapped(text: str, inches: float, points: float, *, bold: bool = False) -> list[str]:
+    """The text, printable, in lines of at most this width; long words are broken."""
+    text = printable(text)
+    lines: list[str] = []
+    for letters in range(max(2, int(inches * 72 / (0.35 * points))), 1, -1):
+        lines = textwrap.wrap(text, letters, replace_whitespace=False)
+        if all(text_width(line, points, bold=bold) <= inches for line in lines):
+            break
+    return lines
+
+
+def fitting(text: str, inches: float, points: float, *, bold: bool = False) -> str:
+    """The text, printable, cut with … where it would be wider, but not below 8 characters."""
+    text = printable(text)
+    for length in range(len(text), 8, -1):
+        part = text if length == len(text) else f"{text[: length - 1]}…"
+        if text_width(part, points, bold=bold) <= inches:
+            return part
+    return text if len(text) <= 8 else f"{text[:7]}…"
 
 
 def save(figure: Figure, path: Path, *, dpi: int = 300) -> None:

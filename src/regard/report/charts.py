@@ -51,9 +51,10 @@ def confusion(evaluation: Evaluation, width: float) -> Chart | None:
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     hits = int(np.trace(counts))
     words = f"Confusion matrix of {len(classes)} classes: {hits} of {counts.sum()} images right"
-    caption = "A row per true class. Shade and percentages: share of the true class" + (
-        "; below, the number of images." if len(classes) <= MOST_NUMBERED else "."
-    )
+    caption = (
+        "A row per true class, a column per top-1 class. Shade and percentages: share of the true "
+        "class"
+    ) + ("; below, the number of images." if len(classes) <= MOST_NUMBERED else ".")
     return Chart("confusion", "Confusion matrix", figure, words, caption)
 
 

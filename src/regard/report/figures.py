@@ -148,11 +148,12 @@ def charts(source: RunSource, measured: Measured, width: float = COLUMN) -> list
     """The figures of a run, `width` inches wide."""
     predictions, positive = source.calibrated, measured.positive
     epoch = chosen_epoch(source.facts, source.recipe)
+    errors = measured.plain["ece"], measured.calibrated["ece"]
     with for_print():
         drawn = [
             roc(predictions, measured.diagnostics, positive, width),
             precision_recall(predictions, measured.diagnostics, positive, width),
-            reliability_chart(source.predictions, predictions, width),
+            reliability_chart(source.predictions, predictions, errors, width),
             confusion(source.evaluation, width),
             None
             if positive is None

@@ -1,12 +1,13 @@
 """Reliability diagrams, calibration plots and decision curves as figures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from matplotlib.transforms import ScaledTranslation
 
-from regard.evaluation import OneClass, Predictions, decision_curve, evaluate, reliability
+from regard.evaluation import Estimate, OneClass, Predictions, decision_curve, reliability
 from regard.evaluation.recalibration import CalibrationStatistics, ReliabilityBin
 from regard.explanations.print_style import INK, LINE, MAIN, MUTED, SECOND, new_figure, short
 from regard.report.curves import Chart, number, share_axes
@@ -14,19 +15,19 @@ from regard.report.curves import Chart, number, share_axes
 BINS = 10  # of equal width
 
 
-def reliability_chart(plain: Predictions, calibrated: Predictions, width: float) -> Chart:
+def reliability_chart(
+    plain: Predictions, calibrated: Predictions, errors: tuple[Estimate, Estimate], width: float
+) -> Chart:
     """Accuracy over the probability of the top-1 class, and how many images have it.
 
     Args:
         plain: the network's own predictions.
         calibrated: at the run's temperature; the same object where it has none.
+        errors: the ECE of both.
         width: in inches.
     """
-
-    def error(said: Predictions) -> str:
-        return f"ECE {number(evaluate(said, resamples=300).metrics['ece'], 3)}"
-
-    figure, words = _diagram(plain, calibrated, width, None, error)
+    labels = [f"ECE {number(error, 3)}" for error in errors]
+    figure, words = _diagram(plain, calibrated, width, None, labels)
     figure.axes[0].set_ylabel("share that is right")
     figure.axes[1].set_xlabel("probability of the top-1 class")
     return Chart(
@@ -45,7 +46,7 @@ def calibration_chart(
         slope, intercept = found["calibration_slope"], found["calibration_intercept"]
         return f"slope {slope:.2f}, intercept {intercept:.2f}"
 
-    figure, words = _diagram(plain, calibrated, width, positive, fit)
+    figure, words = _diagram(plain, calibrated, width, positive, [fit(plain), fit(calibrated)])
     figure.axes[0].set_ylabel(f"share of {short(positive, 24)}")
     figure.axes[1].set_xlabel(f"probability of {short(positive, 24)}")
     return Chart(
@@ -59,10 +60,10 @@ def _diagram(
     calibrated: Predictions,
     width: float,
     positive: str | None,
-    label: Callable[[Predictions], str],
+    labels: Sequence[str],
 ) -> tuple[Figure, str]:
     """The observed shares above, the numbers of images below, and both in words."""
-    figure, _ = new_figure(width, width * 1.1, 0)
+    figure, _ = new_figure(width, width * 1.16, 0)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     share_axes(upper, "", "")
     upper.plot([0, 1], [0, 1], color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)))
@@ -70,23 +71,28 @@ def _diagram(
     if calibrated is not plain:
         shown = [("before: ", SECOND, plain), ("after: ", MAIN, calibrated)]
     words = []
+    bar = 0.92 / BINS / len(shown)
     for k, (name, color, said) in enumerate(shown):
         rows: Sequence[ReliabilityBin] = reliability(said, bins=BINS, positive=positive)
         y = [r.accuracy for r in rows]
         ends = [[r.accuracy - r.interval[0], r.interval[1] - r.accuracy] for r in rows]
+        aside = k - (len(shown) - 1) / 2  # -0.5 and 0.5 of two: their bars do not overlap
         upper.errorbar(
             [r.confidence for r in rows], y, np.maximum(ends, 0).T, fmt="so"[k == len(shown) - 1],
-            color=color, markersize=3.2, elinewidth=0.8, capsize=1.5,
-            label=f"{name}{label(said)}",
+            color=color, markersize=3.2, elinewidth=0.8, capsize=1.5, clip_on=False,
+            transform=upper.transData
+            + ScaledTranslation(3.6 * aside / 72, 0, figure.dpi_scale_trans),
+            label=f"{name}{labels[k]}",
         )  # fmt: skip
         lower.bar(
-            [(r.low + r.high) / 2 for r in rows], [r.images for r in rows], width=0.92 / BINS,
-            color=color, alpha=0.55,
+            [(r.low + r.high) / 2 + aside * bar for r in rows], [r.images for r in rows],
+            width=bar, color=color, alpha=0.8,
         )  # fmt: skip
         words += [f"{name}{r.accuracy:.2f} at {r.confidence:.2f}" for r in rows]
-    upper.legend(loc="upper left", handlelength=1.2)
+    figure.legend(loc="outside upper left", handlelength=1.2)
     lower.set_ylabel("images")
     lower.locator_params(axis="y", nbins=3, integer=True)
+    figure.align_ylabels([upper, lower])
     return figure, ", ".join(words)
 
 
@@ -96,7 +102,7 @@ def _caption(of: str, plain: Predictions, calibrated: Predictions) -> str:
         " of images, too narrow where images come in groups." if plain.groups is not None else "."
     )
     if calibrated is not plain:
-        caption += " Before and after temperature scaling."
+        caption += " Before and after temperature scaling, drawn side by side."
     return caption
 
 
@@ -113,7 +119,7 @@ def decision_chart(
         decided: its threshold is marked, where it has one.
     """
     curve = decision_curve(predictions, positive, resamples=300)
-    figure, (axes,) = new_figure(width, width * 0.8)
+    figure, (axes,) = new_figure(width, width * 0.86)
     axes.fill_between(curve.thresholds, curve.low, curve.high, color=MAIN, alpha=0.18, linewidth=0)
     axes.plot(curve.thresholds, curve.model, color=MAIN, label="network")
     axes.plot(curve.thresholds, curve.treat_all, color=SECOND, linestyle="--", label="all positive")
@@ -131,7 +137,7 @@ def decision_chart(
     )  # fmt: skip
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.grid(color=LINE, linewidth=0.4)
-    axes.legend(loc="upper right", handlelength=2.0)
+    figure.legend(loc="outside upper left", handlelength=2.0, ncols=2)
     better = curve.thresholds[curve.model > np.maximum(curve.treat_all, 0) + 1e-12]
     where = f"from {better[0]:.0%} to {better[-1]:.0%}" if len(better) else "nowhere"
     words = f"Decision curve of {positive}: above both simple rules {where}"

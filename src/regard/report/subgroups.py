@@ -1,19 +1,22 @@
 """The columns of subgroups in words and as forest plots."""
 
 import re
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from regard.evaluation import Subgroups
-from regard.explanations.print_style import LINE, MAIN, MUTED, new_figure, short
+from regard.evaluation.subgroups import Part
+from regard.explanations.print_style import LINE, MAIN, MUTED, SMALL, new_figure, wrapped
 from regard.report.curves import Chart
 from regard.report.words import NAMES, percent, percent_range
 
 SUBGROUPS = "subgroups-"
 """The names of their figures begin with it."""
 MOST_PARTS = 24  # of more, those with most images are drawn
-_ROW = 0.19  # inches
+_ROW, _LINE = 0.19, 0.1  # inches: a part's height, and more for each further line of its name
+_NAMES = 0.33  # of the width, for the parts' names
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
@@ -56,7 +59,9 @@ def subgroup_chart(found: Subgroups, width: float) -> Chart | None:
         return None
     both = any("sensitivity" in p.metrics for _, p in parts)
     metrics = ["sensitivity", "specificity"] if both else ["top1", "balanced_accuracy"]
-    figure, _ = new_figure(width, 0.62 + _ROW * len(parts), 0)
+    labels = [_label(f"{name} ({part.n:,})", width * _NAMES) for name, part in parts]
+    lines = max(label.count("\n") for label in labels)
+    figure, _ = new_figure(width, 0.62 + (_ROW + _LINE * lines) * len(parts), 0, apart=0.07)
     panels = figure.subplots(1, len(metrics), sharey=True)
     words = []
     for axes, metric in zip(panels, metrics, strict=True):
@@ -67,16 +72,35 @@ def subgroup_chart(found: Subgroups, width: float) -> Chart | None:
                 axes.plot(e.value, row, "o", color=MAIN, markersize=3.2)
                 words.append(f"{name} {NAMES[metric]} {percent(e.value)} ({percent_range(e)})")
         _panel(axes, NAMES[metric])
-    labels = [f"{short(name, 20)} ({part.n:,})" for name, part in parts]
     panels[0].set_yticks(range(len(parts)), labels, parse_math=False)
     panels[0].set_ylim(len(parts) - 0.5, -0.5)
     caption = " ".join(
-        ["Points with 95 % intervals; in brackets the images.", *gap_sentences(found)]
+        [
+            "Points with 95 % intervals; in brackets the images.",
+            *_left_out(found, parts),
+            *gap_sentences(found),
+        ]
     )
     return Chart(
         file_of(found.column), f"By {found.column}", figure,
         f"By {found.column}: {'; '.join(words)}", caption,
     )  # fmt: skip
+
+
+def _label(text: str, inches: float) -> str:
+    """A part's name in up to three lines."""
+    lines = wrapped(text, inches, SMALL)
+    if len(lines) > 3:  # its beginning and its end
+        lines = [lines[0], f"{lines[1][:-1]}…", lines[-1]]
+    return "\n".join(lines)
+
+
+def _left_out(found: Subgroups, drawn: Sequence[tuple[str, Part]]) -> list[str]:
+    """Which parts are not drawn."""
+    small = [f"{name} ({part.n:,})" for name, part in found.parts.items() if part.too_small]
+    more = len(found.parts) - len(small) - len(drawn)
+    sentences = [f"Too small to be drawn: {', '.join(small)}."] if small else []
+    return [*sentences, *([f"{more} further parts are not drawn."] if more else [])]
 
 
 def _panel(axes: Axes, title: str) -> None:
