@@ -20,7 +20,8 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "build/docs"
@@ -35,6 +36,19 @@ FILES = {
     "evaluation.json": "The test; `regard evaluate --json` prints the same. Without a value: null.",
     "predictions.npz": "Every probability of the test.",
 }
+ALSO = (
+    "regard.predict.Classifier",
+    "regard.predict.Prediction",
+    "regard.data.preprocess.Preprocess",
+    "regard.engines.backends.Engine",
+    "regard.attention.StageMap",
+    "regard.explanations.explanation.explain_batch",
+    "regard.explanations.gradcam.gradcam",
+    "regard.explanations.sanity.randomized",
+    "regard.models.fused.set_fused",
+    "regard.runs.RunFolder",
+    "regard.evaluation.repeats.repeated_difference",
+)
 OUTSIDE = re.compile(
     r"""(?:<(?:script|img|iframe)[^>]*\ssrc|<link[^>]*rel="?(?:stylesheet|preload)[^>]*href)="""
     r"""["']?(https?:)?//"""
@@ -66,13 +80,20 @@ def api_page() -> str:
             path = f"{home}.{name}"
             owner = getattr(module, name).__module__
             if not owner.startswith(("regard", "functools")):
-                parts.append(f"### {place}.{name}\n\nThis is `{owner.split('.')[0]}.{name}`.")
+                title = f"### {place}.{name} {{: data-toc-label={name!r} }}"
+                parts.append(f"{title}\n\nThis is `{owner.split('.')[0]}.{name}`.")
             elif path not in seen:
                 seen.add(path)
-                shown = f"{place}.{name}"
-                options = f"    options:\n      heading: {shown}\n      toc_label: {name}"
-                parts.append(f"::: {path}\n{options}")
+                parts.append(_entry(path, f"{place}.{name}"))
+    parts.append("## What these take and return, and what the guides use")
+    parts += [_entry(path, path) for path in ALSO if path not in seen]
     return "\n\n".join(parts) + "\n"
+
+
+def _entry(path: str, shown: str) -> str:
+    """mkdocstrings' directive for the object at `path`."""
+    label = shown.rpartition(".")[2]
+    return f"::: {path}\n    options:\n      heading: {shown}\n      toc_label: {label}"
 
 
 def commands_page() -> str:
@@ -98,12 +119,11 @@ def recipes_page() -> str:
     parts = ["# Recipes", intro, "## Fields"]
     groups: dict[str, list[str]] = {}
     for field in fields_of():
-        cells = (f"`{field.name}`", _type(types[field.name]), _value(field.default))
-        row = f"| {' | '.join(cells)} | {field.metadata['help']} |"
-        groups.setdefault(field.metadata["group"], []).append(row)
-    head = "| Field | Type | Default | |\n|---|---|---|---|\n"
-    for group, rows in groups.items():
-        parts.append(f"### {group}\n\n{head}" + "\n".join(rows))
+        default = "" if field.default is None else f", default: `{field.default!r}`"
+        entry = f"- **`{field.name}`** ({_type(types[field.name])}{default}) – "
+        groups.setdefault(field.metadata["group"], []).append(entry + field.metadata["help"])
+    for group, entries in groups.items():
+        parts.append(f"### {group}\n\n" + "\n".join(entries))
     parts.append("## Shipped recipes")
     for name, text in shipped().items():
         parts.append(f"### `{name}`\n\n{summary(text)}\n\n```toml\n{text.strip()}\n```")
@@ -111,12 +131,12 @@ def recipes_page() -> str:
 
 
 def _type(hint: Any) -> str:
-    text = hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
-    return f"`{text.replace('typing.', '').replace('|', 'or')}`"
-
-
-def _value(value: Any) -> str:
-    return "" if value is None else f"`{value!r}`"
+    """A field's type, or its choices; TOML has no None, so that an optional field is left out."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(f"`{choice!r}`" for choice in get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_type(part) for part in get_args(hint) if part is not type(None))
+    return f"`{hint if get_args(hint) else hint.__name__}`"
 
 
 def files_page() -> str:
@@ -224,7 +244,7 @@ def _shown(output: dict[str, Any], name: str) -> str:
         return f"![Output of the cell above]({file.name})"
     if "text/html" in data:
         return f'<div class="cells">\n{"".join(data["text/html"])}\n</div>'
-    return f"```text\n{''.join(data['text/plain']).rstrip()}\n```"
+    return f"``` {{.text .output}}\n{''.join(data['text/plain']).rstrip()}\n```"
 
 
 def write_pages() -> None:

@@ -2,7 +2,9 @@
 
 import ast
 import contextlib
+import importlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -46,10 +48,73 @@ def test_every_command_of_every_page_is_a_command_with_these_flags():
     assert count > 20
 
 
+OTHERS = {"--help", "--version", "--torch-backend", "--build-arg", "--max-restarts"}
+"""Flags of every program, of uv, docker and torchrun."""
+
+
+def choices_of_flags() -> dict[str, set[str] | None]:
+    """The flags of all commands with their choices, or None where any value goes."""
+    flags: dict[str, set[str] | None] = {}
+    for line in app.generate_docs(output_format="markdown").splitlines():
+        if entry := re.match(r"\* `([^`]+)`", line):
+            found = re.search(r"choices: ([^\]]+)\]", line)
+            choices = set(found[1].replace("*", "").split(", ")) if found else None
+            for flag in re.findall(r"--[\w-]+", entry[1]):
+                known = flags.get(flag, set())
+                flags[flag] = None if choices is None or known is None else known | choices
+    return flags
+
+
+def test_every_flag_that_a_page_names_in_its_text_exists_and_takes_the_value():
+    flags, faults = choices_of_flags(), []
+    programs = "".join(p.read_text(encoding="utf-8") for p in ROOT.glob("benchmarks/*.py"))
+    assert flags["--resize"] == {"squash", "crop", "pad"}
+    for page in PAGES:
+        text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+        for span in re.findall(r"`((?:regard |--)[^`\n]+)`", text):
+            for flag, value in re.findall(r"(?<![\w-])(--[a-z][\w-]*)(?:[ =](\w[\w.-]*))?", span):
+                choices = flags.get(flag)
+                wrong = value and choices and value not in choices
+                unknown = flag not in flags and flag not in OTHERS and f'"{flag}"' not in programs
+                if unknown or wrong:
+                    faults.append(f"{page.name}: {span}")
+    assert not faults
+
+
 def test_every_python_block_can_be_compiled():
     for page in PAGES:
         for _, code in blocks(page, "python"):
             ast.parse(code, page.name)
+
+
+def test_absolute_links_into_the_repository_and_the_site_resolve():
+    """Those of README, the templates and the notebooks, which no build checks."""
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    site = re.search(r"^site_url: (\S+)/$", config, re.M)[1]
+    repository = re.search(r"^repo_url: (\S+)$", config, re.M)[1]
+    raw = repository.replace("github.com", "raw.githubusercontent.com") + "/main"
+    pages = set(re.findall(r": ([\w/]+)\.md$", config, re.M))
+    sources = [*PAGES, *(ROOT / ".github").rglob("*.md"), *(ROOT / "notebooks").glob("*.ipynb"),
+               ROOT / "CHANGELOG.md", ROOT / "pyproject.toml"]  # fmt: skip
+    count, broken = 0, []
+    for source in sources:
+        for link in re.findall(r"""https://[^\s)"'\\<>]+""", source.read_text(encoding="utf-8")):
+            place, path = next(
+                (
+                    (start, link.removeprefix(start).split("#")[0].strip("/"))
+                    for start in (site, raw, f"{repository}/blob/main", f"{repository}/tree/main")
+                    if link.startswith(start)
+                ),
+                ("", ""),
+            )
+            if place == site:
+                there = path.removesuffix(".html") in pages | {""}
+            else:
+                there = (ROOT / path).exists()
+            count += bool(place)
+            broken += [] if there else [f"{source.name}: {link}"]
+    assert not broken
+    assert count > 20
 
 
 def cheaper(tokens: list[str]) -> list[str]:
@@ -104,6 +169,25 @@ def test_the_code_of_a_guide_runs(guide, world, monkeypatch):
                     assert told.rpartition(": ")[2] in said.getvalue()
 
 
+def names_that_pages_import() -> set[str]:
+    """Where the code of pages and notebooks takes the names that it uses from Regard."""
+    notebooks = [
+        "".join(cell["source"])
+        for path in (ROOT / "notebooks").glob("*.ipynb")
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+    ]
+    names = set()
+    for code in [code for page in PAGES for _, code in blocks(page, "python")] + notebooks:
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("regard"):
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    thing = getattr(module, alias.name)
+                    names.add(f"{thing.__module__}.{alias.name}")
+    return names
+
+
 @pytest.mark.slow
 def test_the_site_is_built_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     done = subprocess.run(
@@ -117,6 +201,9 @@ def test_the_site_is_built_strictly_and_loads_nothing_from_elsewhere(tmp_path):
         assert (site / f"reference/{name}.html").stat().st_size > 10_000
     api = (site / "reference/api.html").read_text(encoding="utf-8")
     assert 'id="regard.attention.record"' in api
+    assert "<blockquote>" not in api  # an example outside "Examples:" becomes one
+    missing = sorted(name for name in names_that_pages_import() if f'id="{name}"' not in api)
+    assert not missing
 
 
 @pytest.mark.parametrize(

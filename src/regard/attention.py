@@ -87,10 +87,11 @@ def _refuse_compiled(model: nn.Module) -> None:
 def record(model: nn.Module) -> Iterator[AttentionMaps]:
     """Records a network's attention maps while the block runs.
 
-    >>> with regard.record(model) as maps:
-    ...     logits = model(images)
-    >>> maps["gate3.map"].values.shape
-    torch.Size([2, 1, 52, 68])
+    Examples:
+        >>> with regard.record(model) as maps:
+        ...     logits = model(images)
+        >>> maps["gate3.map"].values.shape
+        torch.Size([2, 1, 52, 68])
 
     The maps are those of the last call. Recording changes no bit of the output and leaves
     nothing behind, also after an exception.

@@ -12,12 +12,16 @@ if TYPE_CHECKING:
 
 
 class Classifier(Predictor):
-    """A network with its classes' names and its preprocessing; see `regard.predict.Classifier`."""
+    """A network with its class names and its preprocessing: it predicts, and shows where it looked.
+
+    `regard.load` makes one. Its other methods and its attributes are its base class's.
+    """
 
     def explain(self, image: ImageSource, **options: Any) -> "Explanation":
         """One image's answer, the network's own attention, Grad-CAM and channel weights.
 
-        >>> classifier.explain("scan.png", target="malignant")  # a notebook shows the figure
+        Examples:
+            >>> classifier.explain("scan.png", target="malignant")  # a notebook shows the figure
 
         Args:
             image: whatever `decode` takes.

@@ -212,7 +212,8 @@ def explain(
 ) -> Explanations:
     """Predicts images and shows where the network looked.
 
-    >>> regard.explain("runs/demo", "scan.png")[0].figure()
+    Examples:
+        >>> regard.explain("runs/demo", "scan.png")[0].figure()
 
     Args:
         network: a classifier, or the folder of a run or of a timm `local-dir` network. Of an

@@ -82,7 +82,8 @@ def ag_wrap(
 ) -> AGNetwork:
     """A network of timm's with attention gates, guided by its last map.
 
-    >>> model = regard.ag_wrap("resnet18", taps=(-3, -2), num_classes=5)
+    Examples:
+        >>> model = regard.ag_wrap("resnet18", taps=(-3, -2), num_classes=5)
 
     Args:
         backbone: the name of any network of timm's that takes `features_only`.

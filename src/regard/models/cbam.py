@@ -112,11 +112,11 @@ class SpatialGate(nn.Module):
 class CBAM(nn.Module):
     """Convolutional block attention module for a map of `channels` channels, in any network.
 
-    channel_spatial  x' = x * channel(x);  x' * spatial(x')      (the paper's choice)
-    spatial_channel  x' = x * spatial(x);  x' * channel(x')
-    parallel         x * channel(x) * spatial(x)
-    channel          x * channel(x)
-    spatial          x * spatial(x)
+        channel_spatial  x' = x * channel(x);  x' * spatial(x')      (the paper's choice)
+        spatial_channel  x' = x * spatial(x);  x' * channel(x')
+        parallel         x * channel(x) * spatial(x)
+        channel          x * channel(x)
+        spatial          x * spatial(x)
 
     Args:
         channels: C of the map.

@@ -94,12 +94,13 @@ def twins_of(name: str) -> dict[str, str]:
 def twins(name: str) -> dict[str, str]:
     """The names of a network and of its twins, which differ in the attention alone.
 
-    >>> twins("cbam_resnet50")
-    {'plain': 'plain_resnet50', 'se': 'se_resnet50', 'cbam': 'cbam_resnet50'}
-    >>> twins("sononet8")
-    {'plain': 'sononet8', 'ag': 'ag_sononet8'}
-    >>> twins("attention56")
-    {'plain': 'plain_attention56', 'attention': 'attention56'}
+    Examples:
+        >>> twins("cbam_resnet50")
+        {'plain': 'plain_resnet50', 'se': 'se_resnet50', 'cbam': 'cbam_resnet50'}
+        >>> twins("sononet8")
+        {'plain': 'sononet8', 'ag': 'ag_sononet8'}
+        >>> twins("attention56")
+        {'plain': 'plain_attention56', 'attention': 'attention56'}
 
     Made with the same arguments after the same `torch.manual_seed`, twins have the same
     starting weights in every tensor that they share. timm's `resnet50` has the twins of
