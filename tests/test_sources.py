@@ -365,7 +365,9 @@ def test_hugging_face_with_the_files_inside(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("data", ["imagenet", "nowhere/at/all", "none.csv", "", "medmnist:", "hf:"])
 def test_unknown_data_names_the_choices(data):
-    with pytest.raises(ValueError, match=r"digits, a folder .*cifar10.*medmnist:FILE\.npz or hf:"):
+    with pytest.raises(
+        ValueError, match=r"digits, a folder .*cifar10.*medmnist:FILE\.npz, .*or hf:"
+    ):
         open_data(data)
 
 
