@@ -154,6 +154,90 @@ def test_what_was_fitted_for_other_probabilities_is_not_used(mine, scans, caplog
         regard.calibrate(mine, tta="crops")
 
 
+def test_the_command_calibrates_for_flips_and_other_ways_of_asking_do_not_use_it(
+    mine, scans, tmp_path, capsys
+):
+    picture = scans / "1" / "03.png"
+    flags = ["--positive", "1", "--at", "youden", "--device", "cpu", "--tta", "flips", "--json"]
+    out, err = call("calibrate", mine, *flags, capsys=capsys)
+    found = json.loads(out)
+    assert (found["tta"], found["images"], found["threshold"]["positive"]) == ("flips", 24, "1")
+    flips = regard.load(mine, calibrated=False, flips=True)
+    _, validation, _ = predictions_of(mine, split="val", flips=True, calibrated=False)
+    assert found["temperature"] == pytest.approx(fit_temperature(validation), rel=1e-4)
+
+    out, err = call("evaluate", mine, "--tta", "flips", "--json", capsys=capsys)
+    fitted = json.loads(out)["diagnostics"]  # used, without a word
+    assert fitted["temperature"] == found["temperature"]
+    assert fitted["threshold"] == found["threshold"]
+    assert "fitted" not in err
+    out, err = call("predict", mine, picture, "--tta", "flips", "--json", capsys=capsys)
+    assert json.loads(out)["decision"] in ("1", "not 1")
+    assert "alone" not in err
+    p = flips.predict(picture, top=3)[0].probabilities
+    scaled = torch.tensor(p).log().div(found["temperature"]).softmax(dim=0)
+    answer = {c["class"]: c["probability"] for c in json.loads(out)["classes"]}
+    assert [answer[name] for name in "012"] == pytest.approx(scaled.tolist(), abs=1e-5)
+    out, err = call(
+        "evaluate", mine, "--size", "24", "--tta", "flips", "--json", capsys=capsys
+    )  # of another size
+    assert not {"temperature", "threshold"} & json.loads(out)["diagnostics"].keys()
+    assert err.count("regard:") == err.count("not used") == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "used"),
+    [
+        ({"size": (16, 16)}, True), ({"size": (24, 24)}, False), ({"ten_crop": True}, False),
+        ({"flips": True}, False), ({"size": (24, 24), "calibrated": False}, None),
+    ],
+)  # fmt: skip
+def test_a_calibration_is_used_for_the_images_as_it_was_fitted(how, used, mine, caplog):
+    found, seen = regard.calibrate(mine, positive="1", rule="youden"), []
+    caplog.clear()
+    predictions_of(mine, prepare=lambda classifier, _: seen.append(classifier.calibration), **how)
+    assert seen == [found if used else None]
+    assert ("not used" in caplog.text) == (used is False)
+
+
+def test_a_threshold_is_chosen_anew_for_another_size(mine, capsys):
+    regard.calibrate(mine, positive="1", rule="sensitivity=1")
+    flags = ["--size", "24", "--positive", "1", "--at", "youden", "--json"]
+    out, err = call("evaluate", mine, *flags, capsys=capsys)
+    threshold = json.loads(out)["diagnostics"]["threshold"]
+    _, validation, _ = predictions_of(mine, split="val", size=(24, 24), calibrated=False)
+    assert threshold["value"] == pytest.approx(
+        choose_threshold(validation, "1", "youden").value, rel=1e-4
+    )
+    assert err.count("not used") == 1
+    _, err = call("evaluate", mine, "--ten-crop", "--tta", "flips", code=2, capsys=capsys)
+    assert "--ten-crop" in err
+    assert "--tta" in err
+
+
+def test_other_doors_say_that_a_calibration_for_flips_is_not_used(mine, scans, tmp_path, caplog):
+    from regard.report.source import RunSource
+
+    regard.calibrate(mine, positive="1", rule="youden", tta="flips")
+    for door in (RunSource, regard.load):
+        caplog.clear()
+        assert door(mine).calibration is None
+        assert [r for r in caplog.records if "alone" in r.getMessage()]
+
+
+@pytest.mark.native
+def test_flips_are_averaged_by_an_engine_too(mine, scans, capsys):
+    pictures = [scans / "1" / "03.png", scans / "2" / "07.png"]
+    answers = []
+    for each in ("eager", "onnxruntime"):
+        flags = ["--tta", "flips", "--engine", each, "--precision", "fp32", "--json"]
+        out, _ = call("predict", mine, *pictures, *flags, capsys=capsys)
+        rows = [json.loads(line)["classes"] for line in out.splitlines()]
+        answers.append([sorted((c["class"], c["probability"]) for c in row) for row in rows])
+    for one, other in zip(*answers, strict=True):
+        assert [p for _, p in one] == pytest.approx([p for _, p in other], abs=1e-4)
+
+
 @pytest.mark.slow
 def test_evaluate_reports_what_is_stored_unless_told_otherwise(mine, capsys):
     def study(*flags: str) -> dict:

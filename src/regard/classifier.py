@@ -41,7 +41,12 @@ class Classifier(Predictor):
 
 
 def load(
-    folder: str | Path, device: str = "cpu", *, calibrated: bool = True, precision: str = "fp32"
+    folder: str | Path,
+    device: str = "cpu",
+    *,
+    calibrated: bool = True,
+    precision: str = "fp32",
+    flips: bool = False,
 ) -> Classifier:
     """Loads the network of a run's folder, or of any folder in timm's `local-dir` layout.
 
@@ -53,10 +58,13 @@ def load(
         calibrated: use the temperature and the threshold that `regard.calibrate` stored there,
             and tell images that are unlike the training images.
         precision: "fp32" or "bf16", see `regard.predict.use_precision`.
+        flips: average the probabilities of each image and its mirror image.
 
     Raises:
         UsageError: the folder holds no network, or one that can't be loaded; or this machine
             has no such device; or there is no such precision.
         CheckpointError: weights that come with Regard are not as they were shipped.
     """
-    return load_as(Classifier, folder, device, calibrated=calibrated, precision=precision)
+    return load_as(
+        Classifier, folder, device, calibrated=calibrated, precision=precision, flips=flips
+    )

@@ -51,13 +51,16 @@ class Ensemble(Classifier):
             member.use_flips()
 
     @classmethod
-    def load(cls, folders: Sequence[str | Path], device: str = "cpu") -> "Ensemble":
-        """The networks of several runs' folders.
+    def load(
+        cls, folders: Sequence[str | Path], device: str = "cpu", *, flips: bool = False
+    ) -> "Ensemble":
+        """The networks of several runs' folders, each as by `regard.load`.
 
         Raises:
             UsageError: as `regard.load`, or the classes are not the same.
         """
-        return cls([load(folder, device) for folder in folders], [str(f) for f in folders])
+        members = [load(folder, device, flips=flips) for folder in folders]
+        return cls(members, [str(f) for f in folders])
 
     def predict_each(
         self, images: Iterable[ImageSource], top: int = 5, batch: int = BATCH
@@ -123,16 +126,18 @@ class Ensemble(Classifier):
         return None if distance is None or self.familiarity is None else not distance <= 1.0
 
 
-def load_all(folders: Sequence[str | Path], device: str = "cpu") -> Classifier:
+def load_all(
+    folders: Sequence[str | Path], device: str = "cpu", *, flips: bool = False
+) -> Classifier:
     """One network, or the `Ensemble` of several.
 
     Raises:
         UsageError: as `regard.load`, a network named twice, or classes that are not the same.
     """
     if len(folders) == 1:
-        return load(folders[0], device)
+        return load(folders[0], device, flips=flips)
     resolved = [Path(f).resolve() for f in folders]
     for i, path in enumerate(resolved):
         if path in resolved[:i]:
             raise UsageError(f"{folders[i]} is named twice")
-    return Ensemble.load(folders, device)
+    return Ensemble.load(folders, device, flips=flips)

@@ -32,9 +32,10 @@ log: logging.Logger = logging.getLogger(__name__)
 
 BATCH = 32
 UNFIT = (
-    "the stored temperature and threshold were fitted for other probabilities and are not used: "
-    "these are of test-time augmentation or of another input size"
+    "the stored temperature and threshold were fitted for other probabilities and are not used "
+    "(these are of test-time augmentation or of another input size): calibrate for these"
 )
+FLIPS_ALONE = "was fitted for test-time flips and is used with them alone"
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,15 @@ class Classifier:
         A temperature and a threshold that were fitted without flips are then not used.
         """
         self.preprocess = Flips.of(self.preprocess)
-        if self.calibration is not None and self.flipped_calibration is None:
-            log.warning(UNFIT)
+        if self.flipped_calibration is None:
+            self.drop_calibration()
         self.calibration = self.flipped_calibration
+
+    def drop_calibration(self) -> None:
+        """From now on uses no temperature and no threshold, as for another size of the input."""
+        if self.calibration is not None:
+            log.warning(UNFIT)
+        self.calibration = None
 
     @property
     def temperature(self) -> float:
@@ -387,10 +394,17 @@ def _forward_in_bf16(model: nn.Module, x: Tensor) -> Any:
 
 
 def load(
-    folder: str | Path, device: str = "cpu", *, calibrated: bool = True, precision: str = "fp32"
+    folder: str | Path,
+    device: str = "cpu",
+    *,
+    calibrated: bool = True,
+    precision: str = "fp32",
+    flips: bool = False,
 ) -> Classifier:
     """`load_as` a plain `Classifier`."""
-    return load_as(Classifier, folder, device, calibrated=calibrated, precision=precision)
+    return load_as(
+        Classifier, folder, device, calibrated=calibrated, precision=precision, flips=flips
+    )
 
 
 def load_as(
@@ -400,12 +414,13 @@ def load_as(
     *,
     calibrated: bool = True,
     precision: str = "fp32",
+    flips: bool = False,
 ) -> Kind:
     """`regard.load`, with the same arguments and errors, for a class of classifiers.
 
     Args:
         kind: the class of what is returned.
-        folder, device, calibrated, precision: see `regard.load`.
+        folder, device, calibrated, precision, flips: see `regard.load`.
     """
     where, folder = choose_device(device), network_folder(folder)
     model, config = load_model(folder)
@@ -424,12 +439,13 @@ def load_as(
         stored = stored_calibration(folder, names)
         if stored is not None and stored.tta is not None:
             classifier.flipped_calibration = stored
-            log.warning(
-                f"{folder / FILE} is used with test-time {stored.tta} alone, as it was fitted"
-            )
+            if not flips:
+                log.warning(f"{folder / FILE} {FLIPS_ALONE}")
         else:
             classifier.calibration = stored
         classifier.familiarity = _familiarity(folder)
+    if flips:
+        classifier.use_flips()
     return classifier
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from regard.data.content import content_hashes
 from regard.data.loading import Reader, StreamingLoader, default_workers
-from regard.data.preprocess import Flips, Preprocess, TenCrop
+from regard.data.preprocess import Preprocess, TenCrop
 from regard.data.sources import NAMES, ImageTable, as_known, open_data
 from regard.errors import FileError, UsageError
 from regard.evaluation import Predictions
@@ -74,7 +74,8 @@ def predictions_of(
         device: where the network computes, as for `regard.load`.
         prepare: may give the network an engine; called with what reads the images.
         choose: as `choose_split`, in place of `split`.
-        calibrated: use the temperature that is stored in the run.
+        calibrated: use the temperature that is stored in the run, if it was fitted for such
+            probabilities: not with another size or ten crops, and with flips only one for flips.
         warn: log what the data warns of.
 
     Returns:
@@ -86,10 +87,12 @@ def predictions_of(
             that the network can't take.
         FileError: no image can be read.
     """
+    if flips and ten_crop:
+        raise UsageError("ten_crop and flips: ten crops are mirrored already; give one of them")
     mine = None
     folder = find_folder(run) if weights is None else None
     if folder is not None:
-        classifier = load(folder, device, calibrated=calibrated)
+        classifier = load(folder, device, calibrated=calibrated, flips=flips)
         table, mine = _run_table(folder, data, root, splits)
     else:
         if data is None:
@@ -100,12 +103,14 @@ def predictions_of(
         table = open_data(data, root=root, splits=splits, min_classes=1)
         classifier = _named(str(run), table, weights)
         classifier.model.to(choose_device(device))
+        if flips:
+            classifier.use_flips()
     if size is not None:
         _resize(classifier, size)
-    if flips and ten_crop:
-        raise UsageError("ten_crop and flips: ten crops are mirrored already; give one of them")
-    preprocess = TenCrop.of(classifier.preprocess) if ten_crop else classifier.preprocess
-    preprocess = Flips.of(preprocess) if flips else preprocess
+    preprocess = classifier.preprocess
+    if ten_crop:
+        preprocess = TenCrop.of(preprocess)
+        classifier.drop_calibration()
     named, table = choose(table, mine) if choose else choose_split(table, split, mine)
     table = as_known(table, classifier.class_names, renamed)
     for line in table.warnings if warn else ():
@@ -114,7 +119,7 @@ def predictions_of(
 
 
 def _resize(classifier: Classifier, size: tuple[int, int]) -> None:
-    """Has a network take images of another size than the one of its training.
+    """Has a network take images of this size; of another than its own, without its calibration.
 
     Raises:
         UsageError: it can't.
@@ -122,6 +127,8 @@ def _resize(classifier: Classifier, size: tuple[int, int]) -> None:
     preprocess = classifier.preprocess.at_size(*size)
     name = str(classifier.model.pretrained_cfg["architecture"])  # type: ignore[index]
     check_size(classifier.model, name, preprocess.input_size)
+    if preprocess.input_size != classifier.preprocess.input_size:
+        classifier.drop_calibration()
     classifier.preprocess = preprocess
 
 

@@ -117,6 +117,8 @@ def command(
     numbers.check()
     if len(runs) > 1 and (numbers.at or numbers.calibrate or weights):
         raise UsageError("several runs: --at, --calibrate and --weights are for one")
+    if tta is not None and input.ten_crop:
+        raise UsageError(f"--tta {tta}: --ten-crop mirrors each crop already; give one of them")
     parts.check()
     engine.require()
     require_data(source)
@@ -124,7 +126,6 @@ def command(
     _check_output(predictions)
     from regard.calibrating import validation_predictions
     from regard.models.io import find_folder
-    from regard.predict import UNFIT
     from regard.run_data import predictions_of
     from regard.runs import write_predictions
 
@@ -134,15 +135,9 @@ def command(
     def prepare(classifier: Any, reader: Any) -> None:
         numbers.check_classes(classifier.class_names)
         parts.check_columns(list(reader.table.columns))
-        fitted = classifier.flipped_calibration if tta else classifier.calibration
-        if size is not None or input.ten_crop:
-            fitted = None
-        unfit = fitted is None and classifier.calibration is not None
-        if unfit and numbers.calibrate is None and not stored:
-            log.warning(f"{UNFIT}; --calibrate and --at fit new ones for these")
-        stored.append(fitted if len(runs) == 1 else None)  # scaled afterwards
-        several = len(runs) > 1 and numbers.calibrate is not False
-        classifier.calibration = fitted if several else None
+        stored.append(classifier.calibration)
+        if len(runs) == 1:
+            classifier.calibration = None  # scaled afterwards
         tested.update(size=list(classifier.preprocess.size), ten_crop=input.ten_crop, tta=tta)
         count = len(reader.table)
         rows = range(0, count, max(1, count // 64))
@@ -157,6 +152,8 @@ def command(
                 network, data, split=which, weights=weights, root=root, splits=splits,
                 renamed=_renamed(map or []), size=size, ten_crop=input.ten_crop, device=device,
                 flips=tta == "flips", prepare=prepare,
+                # the validation images of one network, which come second, choose new ones
+                calibrated=numbers.calibrate is None and not (len(runs) == 1 and stored),
             )  # fmt: skip
 
     def validation() -> Any:
@@ -173,7 +170,7 @@ def command(
     else:
         each = [predict(source, split, network) for network in runs]
         named, found, unreadable = _averaged(each, runs, tested)
-    calibration = stored[0]
+    calibration = stored[0] if len(runs) == 1 else None
     if calibration is not None and numbers.calibrate is None and named == "val" and source is None:
         log.warning("the stored temperature and threshold fit the images that are tested on")
     if predictions is not None:

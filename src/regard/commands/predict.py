@@ -86,9 +86,7 @@ def command(
     from regard.trained_on import watch
 
     runs = [network_folder(run), *more]
-    classifier = load_all(runs, device)
-    if tta == "flips":
-        classifier.use_flips()
+    classifier = load_all(runs, device, flips=tta == "flips")
     names = _prepared(classifier, engine, images, share)
     top = min(top, len(classifier.class_names))
     if classifier.calibration is not None:

@@ -343,7 +343,8 @@ def probe_images(reads: Iterable[Callable[[], Tensor]], most: int = 32) -> Tenso
         if len(found) == most:
             break
         with contextlib.suppress(ImageError):
-            found.append(read().float())
+            image = read().float()
+            found.append(image if image.ndim == 3 else image[0])  # the first of several views
     return torch.stack(found) if found else None
 
 

@@ -16,6 +16,7 @@ from regard.data.loading import Reader
 from regard.data.table import ImageTable
 from regard.errors import ImageError, UsageError
 from regard.evaluation import Calibration, Evaluation, Predictions, evaluate, with_temperature
+from regard.evaluation.calibration import FILE
 from regard.explanations.explanation import METHODS, Explanation, explain_batch
 from regard.explanations.faithfulness import Faithfulness, Scorer, summarize
 from regard.explanations.gradcam import default_layer, gradcam
@@ -24,7 +25,7 @@ from regard.explanations.masks import Masks, open_masks
 from regard.explanations.pointing import Mask
 from regard.explanations.reading import as_picture
 from regard.files import spread
-from regard.predict import Classifier, load, stored_calibration
+from regard.predict import FLIPS_ALONE, Classifier, load, stored_calibration
 from regard.runs import RunFolder
 from regard.trained_on import own_table
 
@@ -97,10 +98,10 @@ class RunSource:
         # uncalibrated, as it was evaluated
         self.classifier: Classifier = load(folder, device, calibrated=False, precision=precision)
         stored = stored_calibration(folder, self.predictions.classes)
-        # the predictions are of the images as they are
-        self.calibration: Calibration | None = (
-            stored if stored is None or stored.tta is None else None
-        )
+        if stored is not None and stored.tta is not None:  # the predictions are without it
+            log.warning("%s %s", folder / FILE, FLIPS_ALONE)
+            stored = None
+        self.calibration: Calibration | None = stored
         self.problem: str = ""
         self.found: _Found | None = self._open()
         self.masks: Masks = Masks() if masks is None else self._open_masks(masks)
