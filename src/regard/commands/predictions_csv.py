@@ -1,6 +1,7 @@
 """The file of `regard predict --csv`: written row by row, so that what is done is never lost."""
 
 import csv
+import io
 import os
 import stat
 import sys
@@ -116,6 +117,8 @@ class PredictionsCsv:
 
     def _open(self, mode: str) -> Any:
         if os.path.exists(self.path) and _is_standard_output(os.stat(self.path)):
+            if isinstance(sys.stdout, io.TextIOWrapper):  # the same bytes in every locale
+                sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
             return sys.stdout  # what a shell redirects is appended to
         # file names that are not UTF-8 go through as they are
         return open(self.path, mode, newline="", encoding="utf-8", errors="surrogateescape")
