@@ -67,7 +67,7 @@ def phase_of(study: psutil.Process, out: Path) -> str:
         if "train" in words:
             note = Path(f"{words[words.index('--out') + 1]}.progress")
             try:
-                step, total = map(int, note.read_text().split())
+                step, total = map(int, note.read_text(encoding="utf-8").split())
             except (OSError, ValueError):
                 return "start"
             return "training" if step < total else "evaluation"

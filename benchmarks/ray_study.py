@@ -61,7 +61,7 @@ def worker_in_training(out: Path) -> psutil.Process | None:
         if "train" not in words or not any(str(out) in word for word in words):
             continue
         note = Path(f"{words[words.index('--out') + 1]}.progress")
-        if note.is_file() and note.read_text().strip():
+        if note.is_file() and note.read_text(encoding="utf-8").strip():
             return process.parent()
     return None
 

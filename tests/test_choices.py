@@ -395,7 +395,7 @@ def test_bf16_where_it_is_asked_for_or_computed():
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells what its CPU can")
 def test_bf16_is_what_the_machine_says():
-    words = Path("/proc/cpuinfo").read_text().split()
+    words = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     assert cpu_has_bf16() == bool({"avx512_bf16", "amx_bf16", "bf16"} & set(words))
 
 

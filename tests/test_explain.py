@@ -307,7 +307,7 @@ def test_each_image_has_a_figure_of_its_own_and_no_input_is_replaced(small, scen
 
 
 def test_a_file_that_is_not_ours_is_replaced_only_when_asked(small, scene, capsys):
-    Path("x.png.explained.npz").write_text("mine")
+    Path("x.png.explained.npz").write_text("mine", encoding="utf-8")
     before = contents(scene)
     assert command(small, "x.png", "a/x.png", "--out", ".") == 2
     assert "x.png.explained.npz" in capsys.readouterr().err
@@ -328,11 +328,13 @@ def test_a_second_call_goes_on_where_the_first_was_stopped(small, scene, capsys)
     capsys.readouterr()
     assert command(small, *images, "--out", "all", "--score") == 0
     assert "3 images unchanged" in capsys.readouterr().out
-    whole = json.loads(Path("all/scores.json").read_text())
+    whole = json.loads(Path("all/scores.json").read_text(encoding="utf-8"))
     Path("all/b/x.png.explained.npz").unlink()
     assert command(small, *images, "--out", "all", "--score") == 0
     assert "2 images unchanged" in capsys.readouterr().out
-    assert json.loads(Path("all/scores.json").read_text()) == whole  # to the last digit
+    assert (
+        json.loads(Path("all/scores.json").read_text(encoding="utf-8")) == whole
+    )  # to the last digit
     # other settings are other work
     assert command(small, *images, "--out", "all", "--score", "--seed", "1") == 0
     assert "unchanged" not in capsys.readouterr().out
@@ -384,7 +386,7 @@ def test_a_copy_computes_in_the_precision_of_its_network_and_goes_back(small):
 def test_scores_of_one_image_have_no_interval(small, scene, capsys):
     assert command(small, "x.png", "--score") == 0
     assert "nan" not in capsys.readouterr().out
-    found = json.loads(Path("explained/scores.json").read_text())
+    found = json.loads(Path("explained/scores.json").read_text(encoding="utf-8"))
     assert found["scores"]["gate3.map"]["deletion"]["low"] is None
     assert found["sanity"]["gate3.map"]["between_images"] is None
     assert found["sanity"]["gate3.map"]["cells"] == [4, 4]
@@ -392,7 +394,7 @@ def test_scores_of_one_image_have_no_interval(small, scene, capsys):
 
 def test_standard_input_is_an_image(small, scene, monkeypatch):
     with open("x.png", "rb") as file:
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file, encoding="utf-8"))
         assert command(small, "-", "--out", "o") == 0
     with np.load("o/stdin.explained.npz") as numbers:
         assert json.loads(str(numbers["about"]))["path"] == "stdin"
@@ -408,7 +410,7 @@ def mark(path: str, box: tuple[int, int, int, int] | None, size=(24, 20)) -> Non
 
 
 def chances(folder: str) -> dict[str, float]:
-    return json.loads(Path(folder, "scores.json").read_text())["pointing"]
+    return json.loads(Path(folder, "scores.json").read_text(encoding="utf-8"))["pointing"]
 
 
 def test_masks_are_matched_by_relative_paths(small, scene, capsys):
@@ -443,12 +445,14 @@ def test_masks_are_matched_by_relative_paths(small, scene, capsys):
 )  # fmt: skip
 def test_boxes_that_mark_nothing_are_named_skipped_and_counted(small, scene, row, reason, capsys):
     rows = ["path,x0,y0,x1,y1", "a/x.png,0,0,12,10"]
-    Path("boxes.csv").write_text("\n".join(rows + [f"b/x.png,{row}"] * (row is not None)))
+    Path("boxes.csv").write_text(
+        "\n".join(rows + [f"b/x.png,{row}"] * (row is not None)), encoding="utf-8"
+    )
     assert command(small, "a", "b", "--masks", "boxes.csv", "--method", "attention") == 1
     err = capsys.readouterr().err
     assert "b/x.png" in err
     assert reason in err
-    found = json.loads(Path("explained/scores.json").read_text())
+    found = json.loads(Path("explained/scores.json").read_text(encoding="utf-8"))
     assert list(found["skipped_masks"]) == ["b/x.png"]
     assert found["pointing"]["gate3.map"]["images"] == 1
     assert found["pointing"]["gate3.map"]["chance"] == pytest.approx(0.25)
@@ -463,7 +467,7 @@ def test_mask_images_that_mark_nothing_are_named_skipped_and_counted(small, scen
     mark("k/x.png", (0, 0, 5, 5), size=(5, 5))
     images = ["a/x.png", "b/x.png", "c.png", "x.png"]
     assert command(small, *images, "--masks", "k", "--method", "attention") == 1
-    found = json.loads(Path("explained/scores.json").read_text())
+    found = json.loads(Path("explained/scores.json").read_text(encoding="utf-8"))
     reasons = found["skipped_masks"]
     assert set(reasons) == {"b/x.png", "c.png", "x.png"}
     assert "marks nothing" in reasons["b/x.png"]

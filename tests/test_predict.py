@@ -124,7 +124,7 @@ def test_an_image_from_standard_input(predict, pictures, monkeypatch):
     expected = predict(pictures / "a.png").partition(": ")[2]
 
     def give(content: bytes) -> None:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
 
     give((pictures / "a.png").read_bytes())
     assert predict("-") == f"-: {expected}"

@@ -157,9 +157,9 @@ def test_the_methods_are_one_text_file_that_regard_knows_again(source, measured,
 )  # fmt: skip
 def test_wrong_calls_of_report_are_one_line(source, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
-    Path("mine.txt").write_text("my own\n")
+    Path("mine.txt").write_text("my own\n", encoding="utf-8")
     assert run_command(["report", str(source.run.path), *flags]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
-    assert Path("mine.txt").read_text() == "my own\n"
+    assert Path("mine.txt").read_text(encoding="utf-8") == "my own\n"
