@@ -316,7 +316,10 @@ def test_each_part_is_evaluated_by_itself():
 def test_bands_of_numbers():
     p = make(6, 2)
     ages = [39.9, "40", 59, 60, math.nan, ""]
-    s = evaluate_subgroups(p, "age", ages, bands=[40, 60], resamples=5)
+    for missing in ("", "NaN", "NA", " n/a "):  # as tools write it
+        ages[-1] = missing
+        s = evaluate_subgroups(p, "age", ages, bands=[40, 60], resamples=5)
+        assert s.parts["(missing)"].n == 2
     counts = {name: part.n for name, part in s.parts.items()}
     assert counts == {"40 to <60": 2, "(missing)": 2, "<40": 1, ">=60": 1}
     assert list(counts) == ["<40", "40 to <60", ">=60", "(missing)"]
@@ -334,19 +337,18 @@ def test_sensible_columns_are_evaluated_unasked(tmp_path):
         "site": np.array(["a", "b", "c"] * 30, object), "age": np.arange(90).astype(str),
         "note": np.array([f"text {i}" for i in range(90)], object), "one": np.full(90, "same"),
     }  # fmt: skip
+    columns["age"] = np.append(columns["age"][:-1], "NA")
+    columns["one"][3] = "nan"
     p = dataclasses.replace(p, columns=columns)
     chosen = subgroup_columns(p)
     assert chosen.keys() == {"site", "age"}
     assert chosen["site"] is None
-    assert chosen["age"] == [29.7, 59.3]  # thirds, as people write them
-    assert (
-        p.select(p.labels == 1).columns["age"].tolist()
-        == np.arange(90)[p.labels == 1].astype(str).tolist()
-    )
+    assert chosen["age"] == [29.3, 58.7]  # thirds, as people write them
+    assert p.select(p.labels == 1).columns["age"].tolist() == columns["age"][p.labels == 1].tolist()
     run = RunFolder(tmp_path)
     run.write_evaluation("test", evaluate(p, resamples=2), dataclasses.replace(p, paths=["x"] * 90))
     written = json.loads((tmp_path / "evaluation.json").read_text())["subgroups"]
-    assert [(s["column"], len(s["parts"])) for s in written] == [("site", 3), ("age", 3)]
+    assert [(s["column"], len(s["parts"])) for s in written] == [("site", 3), ("age", 4)]
 
 
 # ---- the command ------------------------------------------------------------------------
@@ -363,6 +365,26 @@ def table(scans, tmp_path) -> Path:
             site = "Bern, Insel" if i % 4 else "Zürich"
             writer.writerow([image, image.parent.name, site, 30 + i % 50, f"no {i}"])
     return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bands", "site=1,2"], "site: 'Zürich' is no number"),
+        (["--bands", "sex=1,2"], "--bands sex: no further column"),
+        (["--subgroups", "sex"], "--subgroups sex: no further column"),
+    ],
+)
+def test_columns_are_checked_before_anything_is_written(
+    flags, message, whole, table, tmp_path, capsys
+):
+    out = tmp_path / "said.npz"
+    call = ["evaluate", str(whole), str(table), *flags, "--predictions", str(out)]
+    assert run_command(call) == 2
+    printed, err = capsys.readouterr()
+    assert printed == ""
+    assert message in err
+    assert not out.exists()
 
 
 @pytest.mark.slow
@@ -440,6 +462,18 @@ def test_wrong_flags_are_one_line(whole, capsys, flags, message):
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_images_of_one_class_have_no_area_and_that_is_said(whole, scans, tmp_path, capsys):
+    (tmp_path / "ones").mkdir()
+    (tmp_path / "ones" / "1").symlink_to(scans / "1")
+    call = ["evaluate", str(whole), str(tmp_path / "ones"), "--split", "all", "--positive", "1"]
+    assert run_command([*call, "--json"]) == 0
+    out, err = capsys.readouterr()
+    one = json.loads(out)["diagnostics"]["one_class"]["metrics"]
+    assert one["roc_auc"]["value"] is one["specificity"]["value"] is None
+    assert one["sensitivity"]["value"] is not None
+    assert "all 40 images are of 1" in err
 
 
 # ---- temperature ------------------------------------------------------------------------

@@ -103,7 +103,8 @@ def test_a_second_call_writes_the_same_bytes_and_replaces_nobodys_file(written, 
     [
         (["--width", "wide"], "--width 'wide'"), (["--width", "5mm"], "50 and 400"),
         (["--dpi", "5"], "--dpi 5"), (["--images", "-1"], "--images -1"),
-        (["--positive", "x"], "'x'"), (["--masks", "nowhere.csv"], "nowhere.csv"),
+        (["--positive", "x"], "--positive 'x'"), (["--bands", "site=1"], "--bands 'site'"),
+        (["--masks", "nowhere.csv"], "nowhere.csv"),
     ],
 )  # fmt: skip
 def test_a_wrong_call_is_one_line_and_writes_nothing(flags, says, whole, tmp_path, capsys):

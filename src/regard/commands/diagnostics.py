@@ -138,6 +138,9 @@ def study(
         threshold=None if threshold is None else threshold.value,
     )  # fmt: skip
     content |= found.to_dict()
+    if len(kinds := set(predictions.labels.tolist())) == 1:
+        of = predictions.classes[kinds.pop()]
+        log.warning(f"all {len(predictions):,} images are of {of}: ROC AUC is not defined")
     if positive is not None:
         content["decision_curve"] = decision_curve(predictions, positive).to_dict()
     return Study(predictions, found, content, lines)

@@ -118,7 +118,7 @@ def command(
     if len(runs) > 1 and (numbers.at or numbers.calibrate or weights):
         raise UsageError("several runs: --at, --calibrate and --weights are for one")
     if tta is not None and input.ten_crop:
-        raise UsageError(f"--tta {tta}: --ten-crop mirrors each crop already; give one of them")
+        raise UsageError(f"--ten-crop and --tta {tta}: ten crops are mirrored already; give one")
     parts.check()
     engine.require()
     require_data(source)
@@ -134,7 +134,7 @@ def command(
 
     def prepare(classifier: Any, reader: Any) -> None:
         numbers.check_classes(classifier.class_names)
-        parts.check_columns(list(reader.table.columns))
+        parts.check_columns(reader.table.columns)
         stored.append(classifier.calibration)
         if len(runs) == 1:
             classifier.calibration = None  # scaled afterwards

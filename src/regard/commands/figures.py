@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag
+from regard.commands.flags import DeviceFlag, naming_flags
 from regard.commands.subgroups import BandsFlag, parse_bands
 from regard.errors import UsageError
 
@@ -82,6 +82,7 @@ def command(
         lambda measured: as_markdown(methods_of(source, measured, source.command)),
         ("methods.md", "checklists.md"),
     )  # fmt: skip
-    for path in written:
-        print(path)
+    with naming_flags():
+        for path in written:
+            print(path)
     return 0

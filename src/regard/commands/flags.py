@@ -165,7 +165,9 @@ def naming_flags() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        text = re.sub(r"\b(splits|split|limit|workers|positive)=(?=['\w])", r"--\1 ", str(error))
+        text = re.sub(
+            r"\b(splits|split|limit|workers|positive|bands)=(?=['\w])", r"--\1 ", str(error)
+        )
         raise type(error)(text) from error
 
 

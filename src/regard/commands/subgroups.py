@@ -1,10 +1,10 @@
 """The subgroups of `regard evaluate`: flags, tables and the CSV file."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -102,16 +102,20 @@ class SubgroupFlags:
         if path.suffix.lower() != ".csv" or path.is_dir() or not path.absolute().parent.is_dir():
             raise UsageError(f"--subgroups-csv {path}: give a .csv file in a folder that exists")
 
-    def check_columns(self, columns: Sequence[str]) -> None:
+    def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """Checks the columns before the images are classified.
 
         Raises:
-            UsageError: the data has no such column.
+            UsageError: the data has no such column, or not the numbers that bands need.
         """
+        from regard.evaluation.subgroups import parts_of
+
         for name in self.columns:
             if name not in columns:
                 has = f"choose of {', '.join(columns)}" if columns else "the data has none"
-                raise UsageError(f"--subgroups {name}: no further column of the data; {has}")
+                flag = "--bands" if name in self.limits else "--subgroups"
+                raise UsageError(f"{flag} {name}: no further column of the data; {has}")
+            parts_of(name, columns[name], self.limits.get(name))
 
 
 def evaluated(

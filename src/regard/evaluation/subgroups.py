@@ -112,8 +112,8 @@ def evaluate_subgroups(
     Args:
         predictions: of all images.
         column: name of what the images are split by, such as "site".
-        values: one for each image; None, NaN and "" are a part of their own. Default: the
-            predictions' column of that name.
+        values: one for each image; None, NaN, "" and "nan", with bands also "NA" and "n/a", are
+            a part of their own. Default: the predictions' column of that name.
         bands: for numbers: increasing limits; 40, 60 makes "<40", "40 to <60" and ">=60".
         positive, threshold: as for `diagnose`: adds that class's metrics.
         at_least: images (groups, where there are groups) of a part that is evaluated; smaller
@@ -128,8 +128,7 @@ def evaluate_subgroups(
         values = _column(predictions, column)
     if len(values) != len(predictions):
         raise UsageError(f"{column}: {len(values)} values for {len(predictions)} images")
-    limits = _limits(column, bands)
-    names = np.array([_name(column, value, limits) for value in values], dtype=object)
+    names, limits = parts_of(column, values, bands)
     counts = {name: int((names == name).sum()) for name in dict.fromkeys(names.tolist())}
     settings = {"resamples": resamples, "seed": seed, "confidence": confidence}
     parts = {}
@@ -159,13 +158,13 @@ def subgroup_columns(predictions: Predictions) -> dict[str, list[float] | None]:
     """
     found: dict[str, list[float] | None] = {}
     for name, values in (predictions.columns or {}).items():
-        present = [v for v in values.tolist() if str(v).strip()]
+        present = [v for v in values.tolist() if not _is_missing(v, False)]
         distinct = set(present)
         if 2 <= len(distinct) <= MOST_PARTS:
             found[name] = None
         elif len(distinct) > MOST_PARTS:
             try:
-                numbers = np.array([float(v) for v in present])
+                numbers = np.array([float(v) for v in present if not _is_missing(v, True)])
             except ValueError:
                 continue
             if np.isfinite(numbers).all():
@@ -202,6 +201,18 @@ def _column(predictions: Predictions, column: str) -> NDArray[Any]:
     return columns[column]
 
 
+def parts_of(
+    column: str, values: Sequence[Any] | NDArray[Any], bands: Sequence[float] | None
+) -> tuple[NDArray[Any], list[float] | None]:
+    """The name of each image's part, (N,), and the limits of the bands.
+
+    Raises:
+        UsageError: limits that do not increase, or values that are no numbers with bands.
+    """
+    limits = _limits(column, bands)
+    return np.array([_name(column, value, limits) for value in values], dtype=object), limits
+
+
 def _limits(column: str, bands: Sequence[float] | None) -> list[float] | None:
     if bands is None:
         return None
@@ -211,17 +222,21 @@ def _limits(column: str, bands: Sequence[float] | None) -> list[float] | None:
     return limits
 
 
+def _is_missing(value: Any, number: bool) -> bool:
+    """Whether a cell is empty, or says so in words that are no names of text: NaN, or R's NA."""
+    words = ("", "nan", "na", "n/a") if number else ("", "nan")
+    return value is None or str(value).strip().lower() in words
+
+
 def _name(column: str, value: Any, limits: list[float] | None) -> str:
-    if value is None or value != value or str(value).strip() == "":
+    if _is_missing(value, limits is not None):
         return MISSING
     if limits is None:
         return str(value)
     try:
         number = float(value)
     except ValueError:
-        raise UsageError(f"{column}: {value!r} is no number, as bands need") from None
-    if math.isnan(number):
-        return MISSING
+        raise UsageError(f"{column}: {str(value)!r} is no number, as bands need") from None
     above = [limit for limit in limits if number >= limit]
     if not above:
         return f"<{limits[0]:g}"
