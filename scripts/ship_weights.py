@@ -35,7 +35,7 @@ from regard.evaluation.familiarity import read_familiarity, write_familiarity
 from regard.familiarity import measure_familiarity
 from regard.files import plural, write_text
 from regard.machine import describe, describe_machine
-from regard.predict import load, network_hash
+from regard.predict import load, network_hash, stored_calibration
 from regard.run_data import predictions_of, run_table
 from regard.runs import RunFolder
 from regard.trained_on import KNOWN, KnownImages
@@ -151,7 +151,8 @@ def write_network(run: RunFolder, folder: Path, data: str | None) -> Evaluation:
 def write_extras(run: RunFolder, folder: Path, data: str | None = None) -> None:
     """Writes what tells images unlike the training images, and the run's temperature, if any.
 
-    Both belong to the stored weights. Of a run without validation images the tested ones set the
+    Both belong to the stored weights; a temperature that was fitted for other weights than the
+    run's is left out. Of a run without validation images the tested ones set the
     distance from which an image is unlike the training images; no weights depend on them.
     """
     table = run_table(folder, data, None)
@@ -160,8 +161,9 @@ def write_extras(run: RunFolder, folder: Path, data: str | None = None) -> None:
     classifier = load(folder, calibrated=False)
     write_familiarity(folder, measure_familiarity(classifier, *parts, folder))
     (folder / FAMILIARITY).chmod(0o644)
-    if (stored := read_calibration(run.path)) is not None:
-        write_calibration(folder, replace(stored, network=network_hash(folder)))
+    if (stored := stored_calibration(run.path, classifier.class_names)) is not None:
+        source = without_paths(stored.source, run.read_plan()["data"])
+        write_calibration(folder, replace(stored, network=network_hash(folder), source=source))
 
 
 def familiarity_row(folder: Path, counts: dict[str, int]) -> tuple[str, str]:
@@ -174,6 +176,12 @@ def familiarity_row(folder: Path, counts: dict[str, int]) -> tuple[str, str]:
         f"are images at a distance above {found.threshold:.4g}, and about "
         f"{found.false_alarms:.1%} of usual images (set by the {found.images[1]:,} {split} images)",
     )
+
+
+def calibration_rows(folder: Path) -> list[tuple[str, str]]:
+    """The card's row on the temperature and the threshold, if there are any."""
+    found = read_calibration(folder)
+    return [] if found is None else [("calibration", found.sentence())]
 
 
 def card(name: str, folder: Path, found: Evaluation, facts: dict[str, Any], machine: str) -> str:
@@ -209,6 +217,7 @@ def card(name: str, folder: Path, found: Evaluation, facts: dict[str, Any], mach
         ("accuracy", f"**{top1.value:.2%}** (95 % interval {top1.low:.2%} to {top1.high:.2%}) on "
          f"{found.n:,} {split} images, in fp32; {how}"),
         familiarity_row(folder, measured["counts"]),
+        *calibration_rows(folder),
         ("SHA-256", f"`{weights.sha256_of(folder / 'model.safetensors')}` (model.safetensors)"),
     ]  # fmt: skip
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)

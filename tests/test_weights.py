@@ -18,6 +18,7 @@ from regard.cli import run_command
 from regard.errors import CheckpointError, UsageError
 from regard.evaluation.familiarity import FILE as FAMILIARITY
 from regard.models.io import save_model
+from regard.predict import network_hash
 from regard.trained_on import known_images
 
 ROOT = Path(__file__).parent.parent
@@ -226,3 +227,26 @@ def test_the_results_are_checked_against_the_cards(elsewhere, capsys):
     (elsewhere / weights.INDEX).write_text(json.dumps(index))
     assert checker.main(["ag_sononet8.cifar10"]) == 1
     assert "its images are not in" in capsys.readouterr().out
+
+
+def test_a_runs_calibration_is_shipped_with_it_but_none_of_other_weights(
+    whole, elsewhere, tmp_path, scans, caplog
+):
+    facts = elsewhere / "facts.toml"
+    facts.write_text('[x]\ndata = "d"\norigin = "o"\nlicense = "l"\nnot_for = "n"\n')
+    mine = Path(shutil.copytree(whole, tmp_path / "mine"))
+    found = regard.calibrate(mine, scans, positive="1", rule="sensitivity=0.9", split="val")
+    assert str(scans) in found.source
+    folder = script.ship(mine, "ag_sononet8.x", root=elsewhere, facts_file=facts)
+    caplog.clear()
+    shipped = regard.load("ag_sononet8.x").calibration  # it is of the stored weights
+    assert not caplog.records
+    assert (shipped.temperature, shipped.threshold) == (found.temperature, found.threshold)
+    assert shipped.network == network_hash(folder) != found.network
+    assert str(scans.parent) not in (folder / "calibration.json").read_text()
+    assert f"{found.threshold.value:.4g}" in (folder / "README.md").read_text()
+    stored = json.loads((mine / "calibration.json").read_text())
+    (mine / "calibration.json").write_text(json.dumps({**stored, "network": "0123"}))
+    folder = script.ship(mine, "ag_sononet8.x", root=elsewhere, facts_file=facts)
+    assert not (folder / "calibration.json").exists()
+    assert regard.load("ag_sononet8.x").calibration is None
