@@ -60,10 +60,10 @@ def choose_compiled(
             chosen, trainer.compiled = _measured(timer, compiler, recorder)
             return chosen
         made, failure = _made(timer, want, compiler, recorder)
-        if failure and trainer.recipe.compile == want:
+        if failure and decided is None:
             raise UsageError(f"compile={want}: {failure}")
-        if failure:  # a resumed run's choice, perhaps of another machine
-            log.info(f"not compiled: {failure}")
+        if failure:  # the choice of a run that is resumed on another machine
+            log.info(f"note: started with compile={want}, goes on without: {failure}")
         trainer.compiled = None if failure else made
         return "no" if failure else want
 
