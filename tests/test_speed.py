@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import pickle
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from regard.commands.train import train
 from regard.data.loading import InMemoryLoader, Reader, SampleOrder
 from regard.data.preprocess import Preprocess
 from regard.data.sources import open_data
-from regard.errors import Stopped
+from regard.errors import Stopped, UsageError
 from regard.machine import free_memory
 from regard.training.activation_checkpointing import set_checkpointing
 from regard.training.compile import choose_compiled
@@ -188,6 +190,39 @@ def test_a_compiler_that_fails_is_told_and_only_yes_ends_the_run():
         decided(failing=why, compile="yes")
     trainer._prepare()
     assert trainer._forward is trainer.model
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 4.0])
+def test_a_compiled_network_that_computes_something_else_is_not_taken(factor):
+    def compiler(model):
+        return lambda x: model(x) * factor
+
+    with messages() as said:
+        trainer = trainer_of(tiny(), compile="auto", steps=100_000)
+        assert choose_compiled(trainer, compiler=compiler) == "no"
+    assert re.search("not compiled: it can't be here .its (loss|gradient) is", said[-1])
+    with pytest.raises(UsageError, match=r"compile=yes: .*its (loss|gradient) is"):
+        choose_compiled(trainer_of(tiny(), compile="yes"), compiler=compiler)
+
+
+class Backwards(torch.autograd.Function):
+    """The identity, whose gradient is not one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan
+
+
+def test_neither_is_one_whose_gradient_is_another():
+    def compiler(model):
+        return lambda x: Backwards.apply(model(x))
+
+    with pytest.raises(UsageError, match=r"compile=yes: .*its gradient is nan"):
+        choose_compiled(trainer_of(tiny(), compile="yes"), compiler=compiler)
 
 
 def test_yes_no_and_what_was_decided_are_not_measured():

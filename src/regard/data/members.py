@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regard.data.paths import PathList
+from regard.errors import FileError
 
 
 class Member(str):
@@ -35,14 +36,14 @@ class Member(str):
         """Its bytes.
 
         Raises:
-            OSError: the tar file can't be read, or is shorter than it was.
+            OSError: the tar file can't be read, or (FileError) is shorter than it was.
         """
         with open(self.shard, "rb", buffering=0) as file:
             file.seek(self.offset)
             content = bytearray()
             while missing := self.size - len(content):  # a read may give less than it is asked for
                 if not (block := file.read(missing)):
-                    raise OSError(f"{os.path.basename(self.shard)} is cut short")
+                    raise FileError(f"{os.path.basename(self.shard)} is cut short")
                 content += block
         return bytes(content)
 

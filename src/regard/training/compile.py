@@ -1,6 +1,7 @@
 """Whether a run is compiled, or replays CUDA graphs: measured by a few steps where it is auto."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from regard.files import reason
 from regard.training.distributed import gathered
 from regard.training.graphs import Graphed
 from regard.training.loop import Trainer
-from regard.training.trial import first_batches, trial, trial_step
+from regard.training.trial import first_batches, loss_and_gradient, trial, trial_step
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -101,10 +102,14 @@ def _or_recorded(timer: "_Timer", recorder: Recorder, eager: float) -> tuple[str
     """CUDA graphs where they are faster: the name, the forward pass and the seconds of a step."""
     try:
         recorded = timer.recorded(recorder)
-        seconds = min(timer.seconds(recorded) for _ in range(3))
-    except Exception as error:  # a network that waits for the device; memory
+    except RuntimeError as error:  # a network that waits for the device; memory
         log.info(f"no CUDA graphs: {reason(error)}")
         return "no", None, eager
+    seconds, failure = timer.try_seconds(recorded)
+    if failure:
+        log.info(f"no CUDA graphs: {failure}")
+        return "no", None, eager
+    seconds = min(timer.seconds(recorded) for _ in range(3))
     if seconds >= eager:
         return "no", None, eager
     log.info(f"CUDA graphs: {seconds:.3g} s a step against {eager:.3g} s eager")
@@ -122,9 +127,11 @@ def _made(timer: "_Timer", how: str, compiler: Compiler, recorder: Recorder) -> 
     if obstacle := _obstacle(trainer):
         return None, obstacle
     try:
-        return timer.recorded(recorder), ""
+        recorded = timer.recorded(recorder)
     except RuntimeError as error:
         return None, f"the network can't be recorded ({reason(error)})"
+    failure = timer.try_seconds(recorded)[1]
+    return recorded, failure and f"the network can't be recorded ({failure})"
 
 
 def _obstacle(trainer: Trainer) -> str:
@@ -151,6 +158,7 @@ class _Timer:
 
     def __init__(self, trainer: Trainer, batches: Sequence[Batch], clock: Clock) -> None:
         self.trainer, self.batches, self.clock = trainer, batches, clock
+        self.eagerly = loss_and_gradient(trainer, batches, trainer.model)
 
     def seconds(self, forward: Any) -> float:
         started = self.clock()
@@ -164,11 +172,26 @@ class _Timer:
         return recorder(trainer.model, images, lambda: trainer.updater.autocast(cache=False))
 
     def try_seconds(self, forward: Any) -> tuple[float, str]:
-        """Its seconds, and the reason where it fails."""
+        """The seconds of its first step, and the reason where it fails or is not the network."""
+        started = self.clock()
         try:
-            return self.seconds(forward), ""
+            failure = self.differs(forward)
+            return self.clock() - started, failure
         except Exception as error:  # compilers raise what they like
             return 0.0, reason(error)
+
+    def differs(self, forward: Any) -> str:
+        """What of a step is far from the eager network's, its loss or its gradient; or "".
+
+        Twice or half: dropout draws other numbers when it is compiled, and bf16 rounds; what is
+        caught is code that computes something else.
+        """
+        found = loss_and_gradient(self.trainer, self.batches, forward)
+        for name, eager, other in zip(("loss", "gradient"), self.eagerly, found, strict=True):
+            # NaN is neither; a gradient in fp16 may overflow, which its scaler mends
+            if eager and math.isfinite(eager) and not 0.5 < other / eager < 2:
+                return f"its {name} is {other:.3g}, {eager:.3g} eagerly"
+        return ""
 
 
 def _compare(

@@ -36,6 +36,9 @@ class Graphed:
         self, model: nn.Module, images: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> None:
         pick_fastest_kernels()
+        # the recording keeps the nodes that add up gradients, which are of its own stream; autograd
+        # waits for that one, and would warn of it
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         self.model: nn.Module = model
         self.shape: torch.Size = images.shape
         self._replayed: Any = torch.cuda.make_graphed_callables(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from regard.data.loading import Batch
 from regard.machine import synchronize
@@ -46,6 +47,19 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch], forward: Any = None) 
     trainer.gradients(iter(batches))
     trainer.update()
     synchronize(trainer.accelerator.device)
+
+
+def loss_and_gradient(
+    trainer: Trainer, batches: Sequence[Batch], forward: Any
+) -> tuple[float, float]:
+    """A step's loss, and the norm of its gradients; nothing is exchanged between processes."""
+    trainer._forward = forward
+    trainer.model.zero_grad(set_to_none=True)
+    loss = trainer.gradients(iter(batches))
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    norm = float(nn.utils.get_total_norm(gradients))
+    trainer.model.zero_grad(set_to_none=True)
+    return float(loss), norm
 
 
 def first_batches(trainer: Trainer) -> list[Batch]:
