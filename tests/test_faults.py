@@ -207,7 +207,7 @@ def test_a_folder_has_one_training_at_a_time(whole, scans, tmp_path):
 
 def test_usr1_saves_and_goes_on_and_hup_saves_and_stops(whole, scans, tmp_path):
     out = tmp_path / "run"
-    long = [*settings(scans, out)[:-1], "500"]  # epochs, so that it does not end meanwhile
+    long = [*settings(scans, out)[:-1], "50000"]  # epochs, so that it does not end meanwhile
     process = start(*long, "--save-minutes", "1000", "--eval-every", "1000")
     until(lambda: (out / "splits.csv").exists() and (out / "tensorboard").exists(), process)
     while not states(out) and process.poll() is None:
