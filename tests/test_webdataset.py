@@ -193,3 +193,146 @@ def test_a_run_trains_on_shards_as_on_files_and_finds_them_again(shards, tmp_pat
     run("report", out)
     run("train", f"wds:{shards}", *words, "--out", out, "--resume")
     assert "8 images" in run("evaluate", out, tmp_path / "files" / "test")
+
+
+# ------------------------------------------------------------------------ tars as people make them
+def test_a_label_that_is_missing_is_no_folder_and_parts_may_lie_apart(tmp_path):
+    images = {f"./p{k}/{k}.jpg": picture(k) for k in range(4)}
+    labels = {f"./p{k}/{k}.cls": str(k % 2).encode() for k in range(3)}
+    table = open_data(f"wds:{write(tmp_path / 'a.tar', images | labels)}")
+    assert (table.classes, table.labels.tolist()) == (["0", "1"], [0, 1, 0])
+    assert table.warnings == ("left out: 1 images without a label",)
+    assert table.key(2) == "a.tar/./p2/2.jpg"
+    flat = {"./a.jpg": picture(1), "./b.jpg": picture(2)}
+    with pytest.raises(UsageError, match="no image with a label"):
+        open_data(f"wds:{write(tmp_path / 'b.tar', flat)}")
+
+
+def test_of_two_members_of_one_name_the_last_counts_as_tar_unpacks_them(tmp_path):
+    shard = write(tmp_path / "a.tar", numbered([0, 1]))
+    with tarfile.open(shard, "a") as tar:
+        member = tarfile.TarInfo("a/000.jpg")
+        member.size = len(picture(9))
+        tar.addfile(member, io.BytesIO(picture(9)))
+    table = open_data(f"wds:{shard}")
+    assert [table.key(i) for i in range(len(table))] == ["a.tar/a/000.jpg", "a.tar/a/001.jpg"]
+    assert np.array_equal(table.read(0), read_image(picture(9)))
+    assert "1 members that a later one of the same name replaces" in table.warnings[0]
+
+
+def test_hard_links_are_the_files_before_them_and_other_links_are_counted(tmp_path):
+    shard = write(tmp_path / "a.tar", {"x/1.jpg": picture(1), "x/1.cls": b"0"})
+    with tarfile.open(shard, "a") as tar:
+        for name, target, kind in (
+            ("y/2.jpg", "x/1.jpg", tarfile.LNKTYPE), ("y/2.cls", "x/1.cls", tarfile.LNKTYPE),
+            ("y/3.jpg", "x/1.jpg", tarfile.SYMTYPE),
+        ):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    with tarfile.open(shard, "a") as tar:
+        for name, data in numbered([7]).items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    table = open_data(f"wds:{shard}")
+    assert table.labels.tolist() == [0, 0, 1]
+    assert np.array_equal(table.read(1), read_image(picture(1)))
+    assert table.path(1).endswith("a.tar/y/2.jpg")
+    assert "1 links" in table.warnings[0]
+
+
+def test_what_follows_the_end_of_a_tar_is_not_lost_without_a_word(tmp_path):
+    one, two = (write(tmp_path / f"{k}.tar", numbered([k, k + 1])) for k in (0, 2))
+    (tmp_path / "both.tar").write_bytes(one.read_bytes() + two.read_bytes())
+    with pytest.raises(FileError, match="cut short or damaged"):
+        open_data(f"wds:{tmp_path}/both.tar")
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "labels"),
+    [
+        ((1.0, 0.0, None), ["0", "1"], [1, 0]),  # as pandas writes numbers with gaps
+        ((10, 11, 13), ["10", "11", "13"], [0, 1, 2]),  # codes, not indices
+        ((20231104, 20231105, 20231104), ["20231104", "20231105"], [0, 1, 0]),
+        (("9" * 30, "b", "b"), ["b", "9" * 30], [1, 0, 0]),
+        (("01", "1", "1"), ["1", "01"], [1, 0, 0]),
+    ],
+)
+def test_numbers_are_indices_only_where_they_can_be(tmp_path, values, classes, labels):
+    files = {}
+    for k, value in enumerate(values):
+        about = {"label": value, "group": None}
+        files |= {f"d/{k}.jpg": picture(k), f"d/{k}.json": json.dumps(about).encode()}
+    table = open_data(f"wds:{write(tmp_path / 'a.tar', files)}")
+    assert (table.classes, table.labels.tolist(), table.groups) == (classes, labels, None)
+
+
+@pytest.mark.parametrize("value", [1.5, True, ["a"], {"a": 1}])
+def test_other_values_are_refused(tmp_path, value):
+    files = {"a.jpg": picture(1), "a.json": json.dumps({"label": value}).encode()}
+    with pytest.raises(UsageError, match=r"a: label is .*neither a text nor a whole number"):
+        open_data(f"wds:{write(tmp_path / 'a.tar', files)}")
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "classes", "expected"),
+    [
+        ("\ufeffcat \ndog\n\n\n", ["cat", "dog"], ["cat", "dog"], [0, 1]),
+        ("1\n2\n3\n", ["1", "2"], ["1", "2", "3"], [0, 1]),  # these are its lines, not indices
+        ("cat\ndog\nnewt\n", ["2", "0"], ["cat", "dog", "newt"], [2, 0]),
+    ],
+)
+def test_classes_are_the_lines_of_the_file(tmp_path, text, labels, classes, expected):
+    (tmp_path / "classes.txt").write_text(text, encoding="utf-8")
+    files = {}
+    for k, label in enumerate(labels):
+        files |= {f"{k}.jpg": picture(k), f"{k}.cls": label.encode()}
+    table = open_data(f"wds:{write(tmp_path / 'a.tar', files)}")
+    assert (table.classes, table.labels.tolist()) == (classes, expected)
+    (tmp_path / "classes.txt").write_text("cat\ncat\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="names 'cat' twice"):
+        open_data(f"wds:{tmp_path}/a.tar")
+
+
+def test_damaged_headers_are_refused(tmp_path):
+    shard = write(tmp_path / "a.tar", numbered([0, 1]))
+    whole = bytearray(shard.read_bytes())
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        broken = whole.copy()
+        broken[124:136] = b"\x80" + rng.bytes(11)  # the first member's size, in base 256
+        total = sum(broken[:512]) - sum(broken[148:156]) + 8 * ord(" ")
+        broken[148:156] = b"%06o\0 " % total
+        shard.write_bytes(bytes(broken))
+        with pytest.raises((FileError, UsageError)):
+            open_data(f"wds:{shard}")
+
+
+def test_splits_are_as_they_are_asked_for(shards):
+    assert set(open_data(f"wds:{shards}", splits="no").splits.tolist()) == {""}
+    write(shards / "more" / "x.tar", numbered([1, 2]))
+    with pytest.raises(UsageError, match=r"x\.tar has no train, val or test in its name"):
+        open_data(f"wds:{shards}/more/x.tar", splits="yes")
+
+
+def test_names_with_braces_and_brackets_are_found_again(tmp_path, monkeypatch):
+    folder = tmp_path / "set [1] br{v}"
+    for split, values in (("train", list(range(8))), ("test", [8, 9])):
+        write(folder / f"in-{split}.tar", numbered(values))
+    assert len(open_data(f"wds:{folder}/in-train.tar")) == 8
+    monkeypatch.chdir(folder)
+    table = open_data("wds:in-*.tar")
+    assert len(table) == 10
+    assert table.location == ""  # a pattern that holds in this folder alone
+    monkeypatch.chdir(tmp_path)
+    assert len(open_data(f"wds:{folder}")) == 10
+
+
+def test_compressed_shards_in_a_folder_and_dotted_names_are_counted(tmp_path):
+    write(tmp_path / "A.TAR", numbered([0, 1]) | {"scan.001.jpg": picture(3)})
+    (tmp_path / "b.tar.gz").write_bytes(b"\x1f\x8b")
+    table = open_data(f"wds:{tmp_path}")
+    assert len(table) == 2
+    assert "1 compressed shard" in table.warnings[0]
+    assert "1 images with another dot in their name" in table.warnings[1]

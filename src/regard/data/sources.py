@@ -69,7 +69,7 @@ def _opened(data: str, cache: Path, splits: str) -> ImageTable:
     if kind == "medmnist" and rest:
         return open_medmnist(data, Path(rest).expanduser())
     if kind == "wds" and rest:
-        return open_webdataset(data, rest)
+        return open_webdataset(data, rest, splits)
     if kind == "hf" and rest:
         return open_hugging_face(data, rest, cache)
     path = Path(data).expanduser()

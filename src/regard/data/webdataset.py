@@ -7,11 +7,13 @@ be resumed at any step, as it does with files; nothing is unpacked.
 The layout: https://github.com/webdataset/webdataset (as of version 1.0).
 """
 
+import copy
 import glob
 import itertools
 import json
 import logging
 import os
+import posixpath
 import re
 import tarfile
 import time
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from regard.data.folders import SPLIT_WORDS, split_word
 from regard.data.images import IMAGE_SUFFIXES
@@ -39,26 +42,28 @@ _LARGEST_LABEL = 1 << 20  # bytes of a .cls or .json
 _LABEL_KEYS = ("label", "cls", "class")  # of a .json, the first that is there
 
 
-def open_webdataset(name: str, pattern: str) -> ImageTable:
+def open_webdataset(name: str, pattern: str, splits: str = "auto") -> ImageTable:
     """The labeled images of tar files.
 
-    A sample's label is in NAME.cls, else in NAME.json as `label`, `cls` or `class`, else the
-    folder of NAME; its group, if any, is `group` in NAME.json. Whole numbers are indices into
-    the lines of a classes.txt beside the shards, where there is one. The split is what the
-    name of a shard says, or its folder, if that is called train, val, test or the like.
-    Samples without an image or a label are left out, with a warning.
+    A sample's label is in NAME.cls, else in NAME.json as `label`, `cls` or `class`; where no
+    sample of any shard has one, it is the folder of NAME. Its group, if any, is `group` in
+    NAME.json. Whole numbers are indices, into the lines of a classes.txt beside the shards where
+    there is one. The split is what the name of a shard says, or its folder, if that is called
+    train, val, test or the like. Samples without an image or a label are left out, with a
+    warning. Of two members of one name the last counts, as tar unpacks them.
 
     Args:
         name: DATA as it was given.
         pattern: path of a tar file, a folder of tar files, or a pattern with *, ?, [ab],
             {000..127} or {train,val}.
+        splits: yes: every shard's name must say its split; no: none does.
 
     Raises:
         UsageError: no such shards, or none holds an image with a label.
         FileError: a shard can't be read.
     """
-    shards = _shards(name, pattern)
-    samples = _Samples(name)
+    shards, warnings = _shards(name, pattern)
+    samples = _Samples(name, splits, warnings)
     said = time.monotonic()
     for k, shard in enumerate(shards, start=1):
         samples.add_shard(shard)
@@ -68,26 +73,34 @@ def open_webdataset(name: str, pattern: str) -> ImageTable:
     return samples.table(shards, pattern)
 
 
-def _shards(name: str, pattern: str) -> list[str]:
-    """Absolute paths of the shards."""
+def _shards(name: str, pattern: str) -> tuple[list[str], list[str]]:
+    """Absolute paths of the shards, and what is to be said of them."""
     if "://" in pattern or pattern.startswith("pipe:"):
         raise UsageError(f"{name}: shards are read in place: download them, and give their paths")
     pattern = os.path.expanduser(pattern)
+    warnings = []
     if os.path.isdir(pattern):
-        found = sorted(glob.glob(os.path.join(glob.escape(pattern), "**", "*.tar"), recursive=True))
+        below = sorted(os.path.join(at, f) for at, _, files in os.walk(pattern) for f in files)
+        found = [path for path in below if path.lower().endswith(".tar")]
         if not found:
             raise UsageError(f"{name}: no .tar file in this folder")
+        if packed := [path for path in below if _is_packed(path) and ".tar" in path.lower()]:
+            warnings = [f"left out: {plural(len(packed), 'compressed shard')}, such as {packed[0]}"]
     else:
         found = list(dict.fromkeys(itertools.chain(*map(_matches, _expanded(pattern)))))
     missing = [path for path in found if not os.path.isfile(path)]
     if missing or not found:
         raise UsageError(f"{name}: no such file: {shortened(missing or [pattern], 3)}")
-    if packed := [path for path in found if path.endswith((".gz", ".tgz", ".zst", ".bz2", ".xz"))]:
+    if packed := [path for path in found if _is_packed(path)]:
         raise UsageError(
             f"{name}: {packed[0]} is compressed, so that nothing in it can be read in place: "
             "unpack it to a .tar (images are compressed already)"
         )
-    return [os.path.abspath(path) for path in found]
+    return [os.path.abspath(path) for path in found], warnings
+
+
+def _is_packed(path: str) -> bool:
+    return path.lower().endswith((".gz", ".tgz", ".zst", ".bz2", ".xz"))
 
 
 def _matches(path: str) -> list[str]:
@@ -99,8 +112,8 @@ def _matches(path: str) -> list[str]:
 
 def _expanded(pattern: str) -> Iterator[str]:
     """What the shell makes of {a,b} and {000..127}, the first braces first."""
-    braces = re.search(r"\{([^{}]*)\}", pattern)
-    if braces is None:
+    braces = re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern)
+    if braces is None or os.path.exists(pattern):
         yield pattern
         return
     before, after = pattern[: braces.start()], pattern[braces.end() :]
@@ -119,8 +132,10 @@ class _Samples:
     """What the shards hold, as lists that grow by one entry an image."""
 
     name: str
+    reading: str
+    warnings: list[str]
     names: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)  # "": it has none
     groups: list[str] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)  # one a shard
     places: list[tuple[int, int, int]] = field(default_factory=list)  # shard, offset, size
@@ -128,46 +143,77 @@ class _Samples:
 
     def add_shard(self, shard: str) -> None:
         """Adds the samples of a tar file."""
-        path = Path(shard)
-        self.splits.append(split_word(path.stem) or SPLIT_WORDS.get(path.parent.name.lower(), ""))
+        self.splits.append("" if self.reading == "no" else self._split(Path(shard)))
         try:
             with tarfile.open(shard, "r:") as tar:
-                for key, parts in itertools.groupby(_files(tar), key=lambda member: member[0]):
-                    self._add(shard, tar, key, {kind: member for _, kind, member in parts})
-                _check_end(tar)
+                members = _members(shard, tar)
+                for key, parts in self._grouped(members).items():
+                    self._add(f"{shard}: {key}", tar, key, parts)
         except tarfile.TarError as error:
-            raise FileError(f"{shard}: is no tar file, or is cut short ({error})") from error
+            raise _broken(shard, error) from error
         except OSError as error:
+            if isinstance(error, FileError):
+                raise
             raise FileError(f"{shard}: can't be read ({reason(error)})") from error
 
+    def _split(self, shard: Path) -> str:
+        split = split_word(shard.stem) or SPLIT_WORDS.get(shard.parent.name.lower(), "")
+        if not split and self.reading == "yes":
+            raise UsageError(f"{self.name}: {shard} has no train, val or test in its name")
+        return split
+
+    def _grouped(self, members: Sequence[tarfile.TarInfo]) -> dict[str, dict[str, tarfile.TarInfo]]:
+        """{sample: {extension in lower case: member}}; hidden and meta files are in none."""
+        held: dict[str, tarfile.TarInfo] = {}
+        samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+        for member in members:
+            folder, base = posixpath.split(posixpath.normpath(member.name))
+            if member.isdir() or base.startswith((".", "__")):
+                continue
+            # a hard link, by which tar stores a file of several names, is the file before it
+            whole = held.get(member.linkname) if member.islnk() else member
+            if whole is None or not whole.isreg() or whole.issparse():
+                self.left_out["links and other members that are no plain files"] += 1
+                continue
+            held[member.name] = whole
+            stem, _, kind = base.partition(".")
+            parts = samples.setdefault(posixpath.join(folder, stem), {})
+            if kind.lower() in parts:
+                self.left_out["members that a later one of the same name replaces"] += 1
+            whole = copy.copy(whole)
+            whole.name = member.name
+            parts[kind.lower()] = whole
+        return samples
+
     def _add(
-        self, shard: str, tar: tarfile.TarFile, key: str, parts: dict[str, tarfile.TarInfo]
+        self, where: str, tar: tarfile.TarFile, key: str, parts: dict[str, tarfile.TarInfo]
     ) -> None:
         images = [kind for kind in parts if f".{kind}" in IMAGE_SUFFIXES]
         if len(images) > 1:
-            kinds = ", ".join(images)
-            raise UsageError(f"{shard}: {key} has several images ({kinds})")
+            raise UsageError(f"{where} has several images ({', '.join(images)})")
         if not images:
-            self.left_out["samples without an image"] += 1
+            dotted = sum(kind.endswith(IMAGE_SUFFIXES) for kind in parts)
+            what = "images with another dot in their name" if dotted else "samples without an image"
+            self.left_out[what] += max(1, dotted)
             return
-        where = f"{shard}: {key}"
         more = _json(where, _content(tar, where, parts["json"])) if "json" in parts else {}
-        label = _label_in(more)
+        label = _scalar(where, *next(((k, more[k]) for k in _LABEL_KEYS if k in more), ("", None)))
         if "cls" in parts:
-            label = _text(where, _content(tar, where, parts["cls"]))
-        label = label or os.path.basename(os.path.dirname(key))
-        if not label:
-            self.left_out["images without a label"] += 1
-            return
+            label = _text(where, _content(tar, where, parts["cls"])) or label
         image = parts[images[0]]
         self.names.append(image.name)
         self.labels.append(label)
-        self.groups.append(str(more.get("group", "")))
+        self.groups.append(_scalar(where, "group", more.get("group")))
         self.places.append((len(self.splits) - 1, image.offset_data, image.size))
 
     def table(self, shards: Sequence[str], pattern: str) -> ImageTable:
-        """The table of all samples."""
-        if not self.names:
+        """The table of all samples that have a label."""
+        if not any(self.labels):
+            self.labels = [_folder(name) for name in self.names]
+        known = np.array([bool(label) for label in self.labels], bool)
+        if missing := int((~known).sum()):
+            self.left_out["images without a label"] = missing
+        if not known.any():
             why = f" ({self._left_out()})" if self.left_out else ""
             raise UsageError(f"{self.name}: has no image with a label{why}")
         if "" in self.splits and set(self.splits) != {""}:
@@ -175,55 +221,80 @@ class _Samples:
             raise UsageError(
                 f"{self.name}: {other} has no train, val or test in its name, as others have"
             )
-        base = os.path.commonpath([os.path.dirname(shard) for shard in shards])
-        classes, labels = _classes(self.name, self.labels, Path(base) / CLASSES)
-        places = np.array(self.places, np.int64)
+        base = _common_folder(shards)
+        rows = np.flatnonzero(known)
+        labels = [self.labels[row] for row in rows.tolist()]
+        classes, indices = _classes(self.name, labels, Path(base or shards[0]) / CLASSES)
+        places = np.array(self.places, np.int64)[rows]
         of = places[:, 0]
+        names = PathList.of(self.names[row] for row in rows.tolist())
+        left_out = [f"left out: {self._left_out()}"] if self.left_out else []
         return ImageTable(
-            name=self.name, classes=classes, labels=labels,
+            name=self.name, classes=classes, labels=indices,
             splits=np.array(self.splits, "U5")[of],
-            groups=self._groups(),
-            files=MemberList(
-                PathList.of(self.names), shards, of.astype(np.int32), places[:, 1], places[:, 2]
-            ),
+            groups=self._groups(rows),
+            files=MemberList(names, shards, of.astype(np.int32), places[:, 1], places[:, 2]),
             base=base,
-            location=os.path.abspath(os.path.expanduser(pattern)),
-            warnings=(f"left out: {self._left_out()}",) if self.left_out else (),
+            location=_location(pattern),
+            warnings=(*self.warnings, *left_out),
         )  # fmt: skip
 
-    def _groups(self) -> Any:
-        if not any(self.groups):
+    def _groups(self, rows: NDArray[np.int64]) -> NDArray[np.str_] | None:
+        groups = [self.groups[row] for row in rows.tolist()]
+        if not any(groups):
             return None
-        if missing := self.groups.count(""):
+        if missing := groups.count(""):
             count = plural(missing, "image")
             raise UsageError(f"{self.name}: {count} without a group, while others have one")
-        return np.array(self.groups)
+        return np.array(groups)
 
     def _left_out(self) -> str:
         return ", ".join(f"{count:,} {what}" for what, count in self.left_out.items())
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """(sample, extension in lower case, member) of each file; hidden and meta files are not."""
-    for member in tar:
-        folder, base = os.path.split(member.name)
-        if not member.isreg() or member.issparse() or base.startswith((".", "__")):
-            continue
-        stem, _, kind = base.partition(".")
-        yield os.path.join(folder, stem), kind.lower(), member
+def _broken(shard: str, error: Exception) -> FileError:
+    return FileError(f"{shard}: is no tar file, or is cut short or damaged ({error})")
 
 
-def _check_end(tar: tarfile.TarFile) -> None:
-    """Makes sure that the members end where the file does: tarfile ends at what it can't read.
+def _members(shard: str, tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """All members, if the file is whole: tarfile ends without a word at what it can't read.
 
     Raises:
-        tarfile.TarError: there is more, or the last header is not whole.
+        FileError: a header is not one, or there is more after the end.
     """
+    try:
+        members = tar.getmembers()
+    except (ValueError, OverflowError) as error:  # what Python raises for a size out of range
+        raise _broken(shard, error) from error
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
-    block = tar.fileobj.read(tarfile.BLOCKSIZE)
-    if block != tarfile.NUL * tarfile.BLOCKSIZE and block:
-        raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
+    while block := tar.fileobj.read(1 << 20):
+        if any(block):
+            raise _broken(shard, tarfile.ReadError(f"no header at or after byte {tar.offset:,}"))
+    return members
+
+
+def _folder(name: str) -> str:
+    """The folder that holds a member, or "": none does."""
+    folder = posixpath.basename(posixpath.dirname(posixpath.normpath(name)))
+    return "" if folder in (".", "..") else folder
+
+
+def _common_folder(shards: Sequence[str]) -> str:
+    """The deepest folder above all shards, or "": they are on several drives."""
+    try:
+        return os.path.commonpath([os.path.dirname(shard) for shard in shards])
+    except ValueError:
+        return ""
+
+
+def _location(pattern: str) -> str:
+    """The pattern from anywhere, or "": it only holds in this folder."""
+    pattern = os.path.expanduser(pattern)
+    if os.path.isabs(pattern) or os.path.exists(pattern):
+        return os.path.abspath(pattern)
+    here = os.getcwd()
+    return "" if "{" in here else os.path.join(glob.escape(here), pattern)
 
 
 def _content(tar: tarfile.TarFile, where: str, member: tarfile.TarInfo) -> bytes:
@@ -248,29 +319,58 @@ def _json(where: str, content: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _label_in(more: dict[str, Any]) -> str:
-    value = next((more[key] for key in _LABEL_KEYS if key in more), None)
-    return str(value).strip() if isinstance(value, str | int) else ""
+def _scalar(where: str, key: str, value: Any) -> str:
+    """A label or a group as a string; null is none."""
+    if isinstance(value, float) and value.is_integer():  # as pandas writes numbers with gaps
+        value = int(value)
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise UsageError(f"{where}: {key} is {value!r}, neither a text nor a whole number")
+    return str(value).strip()
 
 
-def _classes(name: str, labels: Sequence[str], listed: Path) -> tuple[list[str], Any]:
+def _classes(name: str, labels: Sequence[str], listed: Path) -> tuple[list[str], NDArray[np.int64]]:
     """Class names and (N,) indices of labels, which are names or indices."""
-    numbers = all(label.isascii() and label.isdigit() for label in set(labels))
-    classes: list[str] = []
-    if listed.is_file():
-        try:
-            classes = listed.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise FileError(f"{listed}: can't be read ({reason(error)})") from error
-    elif not numbers:
-        classes = sorted(set(labels))
-    if not numbers:
-        index = {c: i for i, c in enumerate(classes)}
-        if unknown := sorted(set(labels) - index.keys()):
-            raise UsageError(f"{name}: {listed} does not name {shortened(unknown, 5)}")
-        return classes, np.array([index[label] for label in labels], np.int64)
-    indices = np.array(list(map(int, labels)), np.int64)
-    highest = int(indices.max())
-    if classes and highest >= len(classes):
+    distinct = set(labels)
+    classes = _listed_classes(listed)
+    if not classes or distinct <= set(classes):
+        if not classes and _are_indices(distinct):
+            classes = [str(c) for c in range(max(map(int, distinct)) + 1)]
+        names = classes or sorted(distinct, key=lambda label: (len(label), label)
+                                  if label.isdigit() else (0, label))  # fmt: skip
+        index = {c: i for i, c in enumerate(names)}
+        return names, np.array([index[label] for label in labels], np.int64)
+    unknown = [x for x in distinct if not (x.isascii() and x.isdigit() and len(x) < 10)]
+    if unknown:
+        raise UsageError(f"{name}: {listed} does not name {shortened(sorted(unknown), 5)}")
+    highest = max(map(int, distinct))
+    if highest >= len(classes):
         raise UsageError(f"{name}: has class {highest}, while {listed} names {len(classes)}")
-    return classes or [str(c) for c in range(highest + 1)], indices
+    return classes, np.array([int(label) for label in labels], np.int64)
+
+
+def _are_indices(distinct: set[str]) -> bool:
+    """Whether labels are 0, 1, 2, ... with few gaps; other numbers are names, such as codes."""
+    if not all(x.isascii() and x.isdigit() and len(x) < 10 and str(int(x)) == x for x in distinct):
+        return False
+    return 2 * len(distinct) > max(map(int, distinct))
+
+
+def _listed_classes(listed: Path) -> list[str]:
+    """The lines of a classes.txt; none: there is no such file.
+
+    Raises:
+        FileError: it can't be read.
+        UsageError: a class is there twice.
+    """
+    if not listed.is_file():
+        return []
+    try:
+        lines = listed.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except (OSError, ValueError) as error:
+        raise FileError(f"{listed}: can't be read ({reason(error)})") from error
+    classes = [line.strip() for line in lines]
+    if twice := [c for c, count in Counter(classes).items() if count > 1]:
+        raise UsageError(f"{listed}: names {twice[0]!r} twice")
+    return classes

@@ -188,7 +188,8 @@ class _Timer:
         """
         found = loss_and_gradient(self.trainer, self.batches, forward)
         for name, eager, other in zip(("loss", "gradient"), self.eagerly, found, strict=True):
-            # NaN is neither; a gradient in fp16 may overflow, which its scaler mends
+            if name == "gradient" and self.trainer.updater.scaler is not None:
+                continue  # in fp16 it may overflow, which its scaler mends
             if eager and math.isfinite(eager) and not 0.5 < other / eager < 2:
                 return f"its {name} is {other:.3g}, {eager:.3g} eagerly"
         return ""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from regard.data.loading import Batch
-from regard.machine import synchronize
+from regard.machine import seed_device, synchronize
 from regard.training.loop import Trainer
 from regard.training.optim import set_rate
 
@@ -55,6 +55,7 @@ def loss_and_gradient(
     """A step's loss, and the norm of its gradients; nothing is exchanged between processes."""
     trainer._forward = forward
     trainer.model.zero_grad(set_to_none=True)
+    seed_device(trainer.accelerator.device, 0)  # the same dropout each time it is called
     loss = trainer.gradients(iter(batches))
     gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
     norm = float(nn.utils.get_total_norm(gradients))
