@@ -168,6 +168,7 @@ def serve(address: str) -> dict:
                 os.setpgid(0, 0)  # a group of its own, as a shell's jobs have
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores for the suite
                 ready.close()
                 for other in (line, listener, *children.values()):
                     other.close()

@@ -36,6 +36,7 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "weights"
     shutil.copytree(weights.FOLDER, folder)
     monkeypatch.setattr(weights, "FOLDER", folder)
+    monkeypatch.setattr(weights, "LARGEST", weights.LARGEST + 2_000_000)  # room for the tests' own
     return folder
 
 
