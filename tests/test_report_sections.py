@@ -106,6 +106,14 @@ def test_subgroups_have_rows_with_counts_intervals_and_the_largest_gap(source, m
     assert subgroup_section([], None) is None
 
 
+def test_parts_that_are_all_too_small_are_counted(measured):
+    found = measured.subgroups[0]
+    small = {name: replace(part, evaluation=None, metrics={}) for name, part in found.parts.items()}
+    (table,) = subgroup_section([replace(found, parts=small)], "1").tables
+    assert all(len(row) == len(table.headings) for row in table.rows)
+    assert {row[-1] for row in table.rows} == {"too small"}
+
+
 def test_the_page_has_both_sections_with_their_figures(source, measured, tmp_path):
     drawn = charts(source, measured)
     names = [chart.name for chart in drawn]

@@ -142,6 +142,9 @@ def _subgroup_table(found: Subgroups) -> Table:
     headings = [found.column, "images", *(["groups"] if grouped else [])]
     for metric in metrics:
         headings += [NAMES[metric], "95 % interval"]
+    first = len(headings) - 2 * len(metrics)
+    if not metrics:  # every part is too small
+        headings.append("metrics")
     rows = []
     for name, part in found.parts.items():
         row = [name, f"{part.n:,}", *([f"{part.n_groups:,}"] if grouped else [])]
@@ -150,7 +153,7 @@ def _subgroup_table(found: Subgroups) -> Table:
             plain = metric == "roc_auc"
             row += ["–", "–"] if e is None else _cells(e) if plain else _percents(e)
         if part.too_small:
-            row[len(headings) - 2 * len(metrics)] = "too small"
+            row[first : first + 1] = ["too small"]
         rows.append(row)
     return Table(f"By {found.column}.", headings, rows, gap_sentences(found))
 
