@@ -21,6 +21,7 @@ import time
 import urllib.request
 import venv
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,9 @@ def run(*command: object, cwd: Path, code: int = 0, **variables: str) -> str:
 
 def build(out: Path) -> tuple[Path, Path]:
     """Wheel and sdist, the wheel made from the sdist as an installer would."""
+    # a folder `build` in the repository is found as a package of that name, and has no __main__
+    if find_spec("build") is None or find_spec("build.__main__") is None or not find_spec("twine"):
+        raise SystemExit("this needs build and twine: pip install build twine")
     run(sys.executable, "-m", "build", "--outdir", out, ROOT, cwd=ROOT)
     run(sys.executable, "-m", "twine", "check", "--strict", *out.iterdir(), cwd=ROOT)
     (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")

@@ -189,7 +189,8 @@ def test_traced_scripted_exported_and_compiled_networks_are_the_modules(monkeypa
     model.eval()
     expected = model(x)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
+        for kind in (FutureWarning, DeprecationWarning):  # torch.jit is deprecated, by its release
+            warnings.simplefilter("ignore", kind)
         scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), expected)
     assert calls.count == 0
