@@ -99,7 +99,7 @@ class Hub:
         if path.startswith("api/models/"):
             name = "/".join(path.split("/")[2:4])
             names = [f.removeprefix(f"{name}/") for f in self.files if f.startswith(f"{name}/")]
-            if not names:
+            if not names and "/revision/" not in path:  # asked of an empty repository, too
                 return None, {"X-Error-Code": "RepoNotFound"}
             rows = [{"type": "file", "path": n, "size": len(self.files[f"{name}/{n}"]), "oid": "0"}
                     for n in names]  # fmt: skip

@@ -38,7 +38,8 @@ def add_safety(app: FastAPI, limits: Limits, *, only_loopback: bool) -> None:
     ) -> Response:
         nonlocal in_work
         request.state.nonce = secrets.token_urlsafe(16)
-        working = request.url.path.startswith("/api/") and request.method == "POST"
+        # not request.url, which reads the Host header and fails on a malformed one
+        working = request.scope["path"].startswith("/api/") and request.method == "POST"
         answer: Response | None = _refused(request, only_loopback)
         if answer is None and working and in_work >= limits.requests:
             answer = JSONResponse(
@@ -70,7 +71,7 @@ async def _answered(
     except Exception as error:
         if await request.is_disconnected():
             return Response(status_code=_LEFT)
-        log.warning("%s: %s: %s", request.url.path, type(error).__name__, error)
+        log.warning("%s: %s: %s", request.scope["path"], type(error).__name__, error)
         return JSONResponse({"detail": "the server failed on this request"}, 500)
 
 
