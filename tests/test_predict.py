@@ -287,6 +287,69 @@ def test_resume_refuses_rows_of_another_call(predict, network, pictures, tmp_pat
     assert [Path(row["path"]).name for row in rows_of(out)] == ["a.png", "b.jpg"]
 
 
+@pytest.mark.parametrize(
+    "content", [b"my notes\n", b"a,b\r\n1,2\r\n", b"half a line", bytes(range(256)) * 9]
+)
+def test_resume_changes_no_file_that_is_not_of_predictions(predict, pictures, tmp_path, content):
+    out = tmp_path / "x.csv"
+    out.write_bytes(content)
+    assert str(out) in predict(pictures / "a.png", "--csv", out, "--resume", code=2)
+    assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("row", [b"", b"a.png,cat,no,number,0,0,", b"\0"])
+def test_rows_that_are_damaged_are_named(predict, pictures, tmp_path, row):
+    a, out = pictures / "a.png", tmp_path / "x.csv"
+    predict(a, "--csv", out)
+    header, _ = out.read_bytes().split(b"\r\n", 1)
+    out.write_bytes(header + b"\r\n" + row.replace(b"a.png", str(a).encode()) + b"\r\n")
+    before = out.read_bytes()
+    assert str(out) in predict(a, "--csv", out, "--resume", code=2)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no flock")
+def test_a_file_is_written_by_one_process_at_once(predict, pictures, tmp_path):
+    import fcntl
+
+    a, out = pictures / "a.png", tmp_path / "x.csv"
+    predict(a, "--csv", out)
+    before = out.read_bytes()
+    with out.open("a", encoding="utf-8") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for flag in ("--resume", "--overwrite"):
+            assert "another process" in predict(a, "--csv", out, flag, code=2)
+    assert out.read_bytes() == before
+    predict(a, "--csv", out, "--overwrite")
+
+
+def test_resume_where_classes_have_the_same_name(network, pictures, tmp_path):
+    folder, out = tmp_path / "twice", tmp_path / "x.csv"
+    shutil.copytree(network, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["label_names"] = ["crane"] * 3  # as two of ImageNet's
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    call = ["predict", str(folder), *map(str, (pictures / "a.png", pictures / "b.jpg"))]
+    assert run_command([*call, "--csv", str(out)]) == 0
+    assert run_command([*call, "--csv", str(out), "--resume"]) == 0
+
+
+def test_what_resume_adds_is_what_one_call_writes(network, many, tmp_path):
+    few = sorted(map(str, many.iterdir()))[:44]
+    out, call = tmp_path / "x.csv", ["predict", str(network), *few, "--csv"]
+    assert run_command([*call, str(out)]) == 0
+    lines = out.read_bytes().splitlines(keepends=True)
+    for rows in (5, 32, 39):  # bits depend on which images are in a batch
+        out.write_bytes(b"".join(lines[: 1 + rows]))
+        assert run_command([*call, str(out), "--resume"]) == 0
+        assert out.read_bytes().splitlines(keepends=True) == lines
+
+
+@pytest.mark.parametrize("name", ["wds:a.tar", "hf:a/b", "medmnist:x.npz", "digits", "cifar10"])
+def test_labeled_data_is_for_evaluate(predict, name):
+    assert f"evaluate RUN {name}" in predict(name, code=2)
+
+
 def test_progress_goes_to_standard_error(network, pictures, monkeypatch, capsys):
     monkeypatch.setattr(module, "PROGRESS_EVERY", 0.0)
     images = [str(pictures / name) for name in ("a.png", "b.jpg")]
@@ -311,6 +374,6 @@ def test_shards_share_the_images_and_each_goes_on_where_it_stopped(whole, scans,
     few = sorted(map(str, (scans / "0").iterdir()))[:2]
     assert run_command(["predict", str(whole), *few, "--shard", "3/3"]) == 0
     capsys.readouterr()
-    for wrong in ("0/3", "4/3", "1", "a/b", "1/0"):
+    for wrong in ("0/3", "4/3", "1", "a/b", "1/0", "-1/2", "٣/٤", f"1/{10**30}", f"1/{'9' * 5000}"):
         assert run_command(["predict", str(whole), *few, "--shard", wrong]) == 2
         assert wrong in capsys.readouterr().err

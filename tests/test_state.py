@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from regard.errors import StateError
+from regard.evaluation import Predictions
 from regard.files import check_space, write_atomically
-from regard.runs import RunFolder
+from regard.runs import RunFolder, write_predictions
 from regard.training.checkpoint import Checkpoints
 from tests.helpers import ENVIRONMENT, QUICK, rows_of, same_results
 
@@ -119,6 +121,7 @@ def test_a_full_disk_harms_no_file_that_was_there(tiny_disk):
 # and is killed as it is about to rename its n-th file; the same command then goes on to the end.
 DRIVER = """
 import os, signal, sys
+from dataclasses import replace
 from pathlib import Path
 import regard.training.run, regard.report.build, torch.utils.tensorboard
 from regard.cli import run_command
@@ -191,3 +194,22 @@ def test_tensorboard_shows_every_epoch_of_a_resumed_run_once(killed):
         events = EventAccumulator(str(folder / f"killed-{k}/tensorboard"))
         events.Reload()
         assert [e.step for e in events.Scalars("loss")] == steps, k
+
+
+@pytest.mark.parametrize("harm", ["gone", "empty", "cut", "text", "less"])
+def test_damaged_predictions_are_named_and_computed_again_where_they_can_be(tmp_path, harm):
+    import numpy as np
+
+    path, said = tmp_path / "predictions.npz", Predictions(np.eye(3), np.arange(3), ["a", "b", "c"])
+    write_predictions(path, "val", replace(said, paths=["x", "y", "z"]))
+    folder, whole = RunFolder(tmp_path), path.read_bytes()
+    assert len(folder.read_validation().labels) == 3
+    if harm == "less":
+        np.savez(path, split="val")
+    elif harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "text": b"no"}[harm])
+    with pytest.raises(StateError, match=r"predictions\.npz"):
+        folder.read_predictions()
+    assert folder.read_validation() is None

@@ -160,6 +160,67 @@ def test_commands_take_the_name(tmp_path, capsys, monkeypatch):
         assert word in lines[0]
 
 
+def test_names_of_weights_make_an_ensemble(tmp_path, capsys):
+    image = tmp_path / "x.png"
+    Image.fromarray(script.test_image(3, 64, 64)).save(image)
+    names = [n for n in SHIPPED if n.endswith(".imagenette")]
+    each = [regard.load(name).predict(image, top=10)[0].classes for name in names]
+    mean = {c: np.mean([dict(classes)[c] for classes in each]) for c, _ in each[0]}
+    call = ["predict", names[0], f"local-dir:{weights.FOLDER / names[1]}", *names[2:]]
+    for networks in (call, ["predict", *names]):
+        assert run_command([*networks, str(image), "--top", "10", "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)["classes"]
+        assert {c["class"]: c["probability"] for c in answer} == pytest.approx(mean, abs=1e-5)
+    assert run_command(["predict", names[0], names[0].partition(".")[0], str(image)]) == 2
+    assert "twice" in capsys.readouterr().err
+    assert run_command(["evaluate", DIGITS, "ag_sononet8", "digits"]) == 2
+    assert "twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["cut", "empty", "text", "other"])
+def test_damaged_hashes_of_the_training_images_are_named(elsewhere, capsys, fault):
+    path = elsewhere / DIGITS / "images.npz"
+    content = path.read_bytes()
+    if fault == "other":
+        np.savez(path, contents=np.zeros(3), splits=np.zeros(3, np.uint8))
+    else:
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"x\0"}[fault])
+    for call in (["predict", DIGITS, str(path)], ["evaluate", DIGITS]):
+        assert run_command(call) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert str(path) in lines[0]
+
+
+def entries_of(folder: Path, **changes) -> Path:
+    """Changes entries of a folder's config.json; None removes one."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({"num_classes": 7}, "num_classes"), ({"num_classes": "x"}, "num_classes"),
+     ({"model_args": [1]}, "model_args"), ({"architecture": None}, "architecture"),
+     ({"architecture": 3}, "architecture"), ({"pretrained_cfg": "x"}, "pretrained_cfg")],
+)  # fmt: skip
+def test_a_folder_that_would_answer_at_random_is_refused(tmp_path, changes, word):
+    folder = Path(shutil.copytree(weights.FOLDER / DIGITS, tmp_path / "ü x"))
+    path = entries_of(folder, **changes)
+    with pytest.raises(UsageError, match=word) as caught:
+        regard.load(folder)
+    assert str(path) in str(caught.value)
+
+
+def test_a_folder_without_weights_says_so(tmp_path):
+    folder = Path(shutil.copytree(weights.FOLDER / DIGITS, tmp_path / "x"))
+    (folder / "model.safetensors").unlink()  # familiarity.safetensors stays, which timm would take
+    with pytest.raises(UsageError, match=r"no model\.safetensors"):
+        regard.load(folder)
+
+
 def test_images_that_trained_them_are_no_test(capsys):
     found = weights.find_shipped(DIGITS)
     for data in ([], ["digits"]):

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,29 @@ from regard.errors import StateError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+NPZ_FAULTS = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What NumPy raises for an .npz file that is damaged, or is none, while it is read."""
+
+
+def read_npz(path: Path) -> "dict[str, NDArray[Any]]":
+    """The arrays of an .npz file.
+
+    Raises:
+        StateError: it can't be read, is damaged, or is no such file.
+    """
+    import numpy as np
+
+    try:
+        with path.open("rb") as file:  # NumPy leaves a damaged one open
+            arrays = np.load(file)
+            return {name: arrays[name] for name in arrays.files}
+    except (AttributeError, *NPZ_FAULTS) as error:
+        fault = getattr(error, "strerror", None) or "no .npz file, or damaged"
+        raise StateError(f"{path} can't be read ({fault})") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

@@ -8,7 +8,6 @@ import re
 import shutil
 import time
 import tomllib
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from torch import nn
 from regard.data.content import content_hashes
 from regard.data.sources import ImageTable
 from regard.data.splits_file import write_splits
-from regard.errors import FileError, UsageError
+from regard.errors import FileError, StateError, UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate_subgroups, subgroup_columns
-from regard.files import write_atomically
+from regard.files import read_npz, reason, write_atomically
 from regard.log import Heartbeat
 
 RUNS = Path("runs")
@@ -287,23 +286,27 @@ class RunFolder:
         return content if valid else {"images": 0, "maps": {}}
 
     def read_predictions(self, name: str = "predictions.npz") -> tuple[str, Predictions]:
-        """The split, and the probabilities of each image of it."""
-        with np.load(self.path / name) as file:
-            groups = file.get("groups")
-            columns = {
-                key.removeprefix(COLUMN): file[key] for key in file if key.startswith(COLUMN)
-            }
-            return str(file["split"]), Predictions(
-                file["probabilities"], file["labels"], file["classes"].tolist(), groups,
-                file["paths"].tolist(), columns or None,
+        """The split, and the probabilities of each image of it.
+
+        Raises:
+            StateError: there is no such file, or it is damaged.
+        """
+        found = read_npz(self.path / name)
+        try:
+            columns = {k.removeprefix(COLUMN): v for k, v in found.items() if k.startswith(COLUMN)}
+            return str(found["split"]), Predictions(
+                found["probabilities"], found["labels"], found["classes"].tolist(),
+                found.get("groups"), found["paths"].tolist(), columns or None,
             )  # fmt: skip
+        except (ValueError, KeyError) as error:
+            raise StateError(f"{self.path / name} can't be read ({reason(error)})") from error
 
     def read_validation(self) -> Predictions | None:
         """The stored probabilities of the validation images; None where there are none."""
         for name in (VALIDATION, "predictions.npz"):
             try:
                 split, predictions = self.read_predictions(name)
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # they can be computed
+            except StateError:  # they can be computed
                 continue
             if split == "val":
                 return predictions

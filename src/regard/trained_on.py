@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from regard.data.content import UNREADABLE, content_hashes, file_hash
 from regard.data.sources import SPLITS, ImageTable, open_data
 from regard.data.splits_file import Row, read_rows, read_splits
-from regard.errors import UsageError
-from regard.files import plural
+from regard.errors import StateError, UsageError
+from regard.files import plural, read_npz
 
 logger: logging.Logger = logging.getLogger(__name__)
 PathT = TypeVar("PathT", str, Path)
@@ -34,13 +34,16 @@ class KnownImages:
 
     Args:
         splits_csv: the run's file of splits, or the .npz file that `write` wrote.
+
+    Raises:
+        UsageError: the file of splits is damaged.
+        StateError: the .npz file is.
     """
 
     def __init__(self, splits_csv: Path) -> None:
         self.contents: NDArray[np.uint64]
         if splits_csv.suffix == ".npz":
-            with np.load(splits_csv) as file:
-                self.contents, self._codes = file["contents"], file["splits"].astype(np.int64)
+            self.contents, self._codes = _read_known(splits_csv)
             return
         rows = [(row.content, _code(row.split)) for row in read_rows(splits_csv)]
         known = np.array([row for row in rows if row[0] != UNREADABLE], np.uint64).reshape(-1, 2)
@@ -68,6 +71,16 @@ class KnownImages:
             yield path
         if line := overlap_line(counts, counts.total()):
             logger.warning(line)
+
+
+def _read_known(path: Path) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """The hashes, sorted, and their splits' numbers, of a file that `KnownImages.write` wrote."""
+    arrays = read_npz(path)
+    contents, codes = (arrays.get(name, np.zeros(())) for name in ("contents", "splits"))
+    valid = contents.dtype == np.uint64 and codes.dtype == np.uint8 and contents.ndim == 1
+    if not valid or contents.shape != codes.shape or (codes >= len(SPLITS)).any():
+        raise StateError(f"{path} can't be read (it holds no hashes of images)")
+    return contents, codes.astype(np.int64)
 
 
 def _code(split: str) -> int:

@@ -16,6 +16,7 @@ from regard.commands.flags import (
     EngineFlags,
     SplitsFlag,
     TtaFlag,
+    leading_networks,
     naming_flags,
     require_data,
     use_engine,
@@ -92,7 +93,7 @@ def command(
         A run's folder, the name of weights that come with Regard, or the name of a network
         together with --weights.
     more
-        Further runs' folders make an ensemble: the mean of the networks' probabilities, with
+        Further runs make an ensemble: the mean of the networks' probabilities, with
         their spread; an image is predicted by the members that were not trained on it, as in
         cross-validation. Last, labeled images, as for training. Default: the run's own data and
         splits. Images that the run was trained on are recognized by their content.
@@ -191,13 +192,15 @@ def _runs_and_data(run: str, more: Sequence[str]) -> tuple[list[str], str | None
     Raises:
         UsageError: more than one DATA, or a run named twice.
     """
-    count = 0
-    while count < len(more) and Path(more[count], "config.json").is_file():
-        count += 1
+    count = leading_networks(more)
     runs, rest = [run, *more[:count]], more[count:]
     if len(rest) > 1:
         raise UsageError(f"{rest[1]}: give the runs, and then one DATA")
-    resolved = [Path(each).resolve() for each in runs]
+    if count == 0:
+        return runs, rest[0] if rest else None
+    from regard.models.io import network_folder
+
+    resolved = [network_folder(each).resolve() for each in runs]
     for i, path in enumerate(resolved):
         if path in resolved[:i]:
             raise UsageError(f"{runs[i]} is named twice")

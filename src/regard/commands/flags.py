@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,20 @@ def use_engine(
             classifier, use.engine or "eager", precision=use.precision, sizes=sizes,
             images=probe_images(reads), count=count,
         )  # fmt: skip
+
+
+def leading_networks(names: Sequence[str]) -> int:
+    """How many of the names, from the first on, are networks: folders, or names of weights."""
+    from regard.weights import find_shipped
+
+    def is_network(name: str) -> bool:
+        if name.startswith(("local-dir:", "hf-hub:")):
+            return True
+        if os.path.exists(name):
+            return os.path.isfile(os.path.join(name, "config.json"))
+        return find_shipped(name) is not None
+
+    return next((k for k, name in enumerate(names) if not is_network(name)), len(names))
 
 
 def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,7 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag, EngineFlags, TtaFlag, use_engine
+from regard.commands.flags import (
+    DeviceFlag,
+    EngineFlags,
+    TtaFlag,
+    leading_networks,
+    use_engine,
+)
 from regard.commands.predictions_csv import PredictionsCsv, check_output
 from regard.errors import UsageError
 from regard.log import info_on_stderr
@@ -28,6 +35,8 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger(__name__)
 
+# how labeled data that is no folder of images is called, see `regard.data.sources.open_data`
+_NAMES, _KINDS = ("digits", "cifar10", "cifar100"), ("wds:", "hf:", "medmnist:")
 FEW = 512  # images; so many are predicted before an engine has started
 PROGRESS_EVERY = 30.0  # seconds between progress messages, where predictions are not on a screen
 
@@ -44,7 +53,7 @@ def command(
     csv: Path | None = None,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     resume: Annotated[bool, Parameter(negative=())] = False,
-    shard: str | None = None,
+    shard: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
 ) -> int:
     """Classify images with a trained network.
 
@@ -54,8 +63,8 @@ def command(
         A run's folder, such as runs/demo, or the name of weights that come with Regard
         (`regard models` shows them), such as ag_sononet8.
     images
-        Image files and folders of images; - reads one image from standard input. Further runs'
-        folders before them make an ensemble: the mean of the networks' probabilities.
+        Image files and folders of images; - reads one image from standard input. Further runs
+        before them make an ensemble: the mean of the networks' probabilities.
     top
         Number of classes to list for each image. Default: 5, and 1 with --csv.
     json
@@ -76,7 +85,8 @@ def command(
     """
     share = None if shard is None else _share(shard)
     top = (5 if csv is None else 1) if top is None else top
-    more, images = _further_networks(images)
+    count = leading_networks(images)
+    more, images = images[:count], images[count:]
     _check_arguments(images, top, json, csv, overwrite, resume)
     engine.require()
     if csv is not None:
@@ -85,7 +95,7 @@ def command(
     from regard.models.io import network_folder
     from regard.trained_on import watch
 
-    runs = [network_folder(run), *more]
+    runs = [network_folder(name) for name in (str(run), *more)]
     classifier = load_all(runs, device, flips=tta == "flips")
     names = _prepared(classifier, engine, images, share)
     top = min(top, len(classifier.class_names))
@@ -102,25 +112,18 @@ def command(
             log.info("the mean of each image and its mirror image")
     with contextlib.ExitStack() as stack:
         write: Callable[[Prediction], None] = partial(_print_json, tta) if json else _print_line
-        counts = _Counts(csv)
+        counts, repeated = _Counts(csv), 0
         if csv is not None:
             table = stack.enter_context(PredictionsCsv(csv, top, classifier, resume=resume))
             write = table.write
             counts.answered, counts.failed, names = table.skip_done(iter(names))
+            repeated = table.repeated
         for each in runs:
             names = watch(each, names)
-        code = _predict(classifier, names, top, write, counts)
+        code = _predict(classifier, names, top, write, counts, repeated)
     if counts.done == 0 and code == 0 and (share is None or next(_names(images), None) is None):
         raise UsageError(f"no image below {', '.join(images)}")
     return code
-
-
-def _further_networks(images: Sequence[str]) -> tuple[list[Path], tuple[str, ...]]:
-    """The networks' folders that come first, and the images."""
-    count = 0
-    while count < len(images) and os.path.isfile(os.path.join(images[count], "config.json")):
-        count += 1
-    return [Path(name) for name in images[:count]], tuple(images[count:])
 
 
 def _prepared(
@@ -155,10 +158,10 @@ def _share(text: str) -> tuple[int, int]:
     Raises:
         UsageError: it is not I/N with I from 1 to N.
     """
-    i, slash, n = text.partition("/")
-    if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise UsageError(f"--shard {text}: I/N with I from 1 to N, such as 1/8")
-    return int(i), int(n)
+    return int(found[1]), int(found[2])
 
 
 def _check_arguments(
@@ -169,6 +172,11 @@ def _check_arguments(
     for name in images:
         if name.startswith("-") and name != "-" and not os.path.exists(name):
             raise UsageError(f"unknown option {name} (see `regard predict --help`)")
+        if (name in _NAMES or name.startswith(_KINDS)) and not os.path.exists(name):
+            raise UsageError(
+                f"{name}: predict reads image files and folders; `regard evaluate RUN {name}` "
+                "takes labeled data"
+            )
     if images.count("-") > 1:
         raise UsageError("-: standard input holds one image")
     if top < 1:
@@ -220,11 +228,13 @@ def _predict(
     top: int,
     write: Callable[["Prediction"], None],
     counts: _Counts,
+    repeated: int,
 ) -> int:
-    """Writes all predictions and returns the exit code."""
+    """Writes all predictions but the first `repeated`, and returns the exit code."""
     try:
         with _signals_raise():
-            for prediction in classifier.predict_each(map(_source, names), top):
+            found = classifier.predict_each(map(_source, names), top)
+            for prediction in islice(found, repeated, None):
                 if prediction.error is not None:
                     log.warning(prediction.error)
                 write(prediction)

@@ -1,12 +1,15 @@
 """The file of `regard predict --csv`: written row by row, so that what is done is never lost."""
 
+import contextlib
 import csv
 import io
+import math
 import os
 import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -94,13 +97,17 @@ class PredictionsCsv:
         self.columns += ["tta"] if self.flips else []
         self.columns += [*(f"p_{name}" for name in classifier.class_names), "error"]
         self.rows: int = 0
+        self.repeated: int = 0
         self._flushed = time.monotonic()
-        if resume:
-            _cut_last_line(path)
-        try:
-            self._file = self._open("a" if resume else "w")
-        except OSError as error:
-            raise FileError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        with contextlib.ExitStack() as undo:
+            try:
+                self._file = self._open()
+                if self._file is not sys.stdout:
+                    undo.callback(self._file.close)
+                    self._prepare(resume)
+            except OSError as error:
+                raise FileError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+            undo.pop_all()
         self._writer = csv.writer(self._file)
         self._resumed = resume and os.stat(path).st_size > 0
         if not self._resumed:
@@ -112,16 +119,49 @@ class PredictionsCsv:
     def __exit__(self, *_: object) -> None:
         if self._file is sys.stdout:
             self._file.flush()
-        else:
+            return
+        try:
             self._file.close()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise self._unwritten(error) from error
 
-    def _open(self, mode: str) -> Any:
+    def _open(self) -> Any:
         if os.path.exists(self.path) and _is_standard_output(os.stat(self.path)):
             if isinstance(sys.stdout, io.TextIOWrapper):  # the same bytes in every locale
                 sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
             return sys.stdout  # what a shell redirects is appended to
         # file names that are not UTF-8 go through as they are
-        return open(self.path, mode, newline="", encoding="utf-8", errors="surrogateescape")
+        return open(self.path, "a", newline="", encoding="utf-8", errors="surrogateescape")
+
+    def _prepare(self, resume: bool) -> None:
+        """Takes the file for this process alone, and leaves in it the rows to go on from.
+
+        Raises:
+            UsageError: another process writes it, or it is no file of predictions.
+        """
+        if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            return
+        if not _take(self._file.fileno()):
+            raise UsageError(f"--csv {self.path}: another process is writing it")
+        if not resume:
+            self._file.truncate(0)
+            return
+        text = io.StringIO()
+        csv.writer(text).writerow(self.columns)
+        line = text.getvalue().encode("utf-8", "surrogateescape")
+        with open(self.path, "rb") as file:
+            start = file.read(len(line))
+        for end in (b"\r\n", b"\n"):  # an editor may have changed the first to the second
+            header = line.removesuffix(b"\r\n") + end
+            if header.startswith(start[: len(header)]):
+                _cut_last_line(self.path, end)
+                return
+        raise UsageError(  # before a byte of somebody's file is changed
+            f"--resume: {self.path} has other columns; its --top or classes may differ, or it is "
+            "no file of `regard predict`"
+        )
 
     def write(self, p: "Prediction") -> None:
         """Appends one row; it is on the disk within a second."""
@@ -152,68 +192,99 @@ class PredictionsCsv:
         except BrokenPipeError:
             raise
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise FileError(f"{self.path}: {reason}, after {self.rows} rows") from error
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: OSError) -> FileError:
+        reason = (error.strerror or str(error)).lower()
+        return FileError(f"{self.path}: {reason}, after {self.rows} rows")
 
     def skip_done(self, names: Iterator[str]) -> tuple[int, int, Iterator[str]]:
         """Compares the rows that are there with the images, one by one.
 
         Returns:
-            Images answered, images that could not be read, and the names of the others.
+            Images answered, images that could not be read, and the names of the others. The
+            first `repeated` of these are the images of a batch that was written in part: they
+            are predicted once more, for a batch decides the last digits of what is in it.
 
         Raises:
             UsageError: the rows are of other images, columns or of another network.
         """
         if not self._resumed:
             return 0, 0, names
+        from regard.predict import BATCH
+
         answered = failed = 0
         last: list[str] = []
+        started: list[str] = []  # images of the batch that is not whole
         with open(self.path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.reader(file)
-            if next(rows, None) != self.columns:
-                raise UsageError(
-                    f"--resume: {self.path} has other columns; its --top or classes may differ, or "
-                    "it is no file of `regard predict`"
-                )
+            next(rows)  # the columns, which are these
             for number, row in enumerate(rows, start=1):
                 name = next(names, None)
-                if name != row[0] or len(row) != len(self.columns):
+                if not row or name != row[0] or len(row) != len(self.columns):
+                    there = row[0] if row else "an empty line"
                     raise UsageError(
-                        f"--resume: image {number} in {self.path} is {row[0]}, and of this call "
+                        f"--resume: image {number} in {self.path} is {there}, and of this call "
                         f"{name or 'there is none'}: give the same images, or --overwrite"
                     )
                 failed += row[-1] != ""
                 answered += row[-1] == ""
                 last = row if row[-1] == "" else last
+                started = [*started, name] if number % BATCH else []
         self._check_network(last)
         self.rows = answered + failed
-        return answered, failed, names
+        if "-" in started:  # standard input can't be read twice
+            return answered, failed, names
+        self.repeated = len(started)
+        return answered, failed, chain(started, names)
 
     def _check_network(self, row: list[str]) -> None:
         """Refuses rows of another network, by predicting the last image again."""
         if not row or row[0] == "-":
             return
         (again,) = self.classifier.predict_each([row[0]], top=1)
-        shares: dict[str, Any] = dict(
-            zip(self.classifier.class_names, again.probabilities, strict=again.error is None)
-        )
-        if again.error is None and abs(shares.get(row[1], -1.0) - float(row[2])) > _AGREE:
+        if again.error is not None:  # the image is gone, say
+            return
+        written = [*row[-1 - len(again.probabilities) : -1], row[2]]
+        try:
+            shares = [float(cell) for cell in written]
+        except ValueError:
+            shares = [math.inf] * len(written)
+        expected = (*again.probabilities, max(again.probabilities))
+        if any(abs(p - q) > _AGREE for p, q in zip(expected, shares, strict=True)):
             raise UsageError(
                 f"--resume: {self.path} is of another network: {row[0]} was {row[1]} at {row[2]}"
             )
 
 
-def _cut_last_line(path: Path) -> None:
-    """Removes a last row that was not written to its end."""
+def _take(descriptor: int) -> bool:
+    """Locks a file until it is closed; False where another process has it.
+
+    True where locks are not to be had: on Windows, and on disks of other machines without them.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _cut_last_line(path: Path, end: bytes) -> None:
+    """Removes a last row that was not written to the `end` of its line."""
     with open(path, "rb+") as file:
-        size = at = file.seek(0, os.SEEK_END)
+        at = file.seek(0, os.SEEK_END)
         while at > 0:
             start = max(0, at - 2**16)
             file.seek(start)
-            found = file.read(at - start + 1).rfind(b"\r\n")
+            found = file.read(at - start + 1).rfind(end)
             if found >= 0:
-                if start + found + 2 < size:
-                    file.truncate(start + found + 2)
+                file.truncate(start + found + len(end))
                 return
             at = start
         file.truncate(0)

@@ -2,7 +2,6 @@
 
 import os
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from regard.data.folders import split_word
 from regard.data.table import SPLITS, ImageTable, StackedArrays
 from regard.errors import FileError, UsageError
 from regard.extras import require
-from regard.files import plural, reason, shortened
+from regard.files import NPZ_FAULTS, plural, reason, shortened
 
 
 def _in_memory(
@@ -72,9 +71,6 @@ def open_cifar(name: str, cache: Path) -> ImageTable:
 
 # ---- MedMNIST
 
-# what zipfile, zlib and numpy raise for a file that is no .npz, or a broken or encrypted one
-_BROKEN = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-
 
 def open_medmnist(name: str, path: Path) -> ImageTable:
     """A MedMNIST file: {train,val,test}_{images,labels}.
@@ -98,7 +94,7 @@ def open_medmnist(name: str, path: Path) -> ImageTable:
         raise
     except FileNotFoundError as error:
         raise UsageError(f"{name}: no such file") from error
-    except _BROKEN as error:
+    except NPZ_FAULTS as error:
         raise UsageError(f"{name}: is no .npz file that can be read ({reason(error)})") from error
     highest = max(int(labels.max(initial=0)) for _, labels in parts.values())
     location = os.path.abspath(path)

@@ -7,7 +7,6 @@ is in the folder. A file that Regard did not write is never replaced unasked.
 
 import json
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from regard.data.walk import images_below
 from regard.errors import UsageError
 from regard.evaluation.subgroups import CSV_HEADER
 from regard.explanations.pointing import COLUMNS
-from regard.files import plural, shortened
+from regard.files import NPZ_FAULTS, plural, shortened
 
 PICTURE, NUMBERS = ".explained.png", ".explained.npz"
 SHEET, CURVES = "contact-sheet.explained.png", "curves.explained.png"
@@ -108,5 +107,5 @@ def is_ours(path: Path) -> bool:
             marks = {".pdf": b"/Creator (Regard ", ".svg": b"Regard ", ".md": b"<!-- Regard "}
             return marks[kind] in path.read_bytes()
         return "Regard" in json.loads(path.read_text(encoding="utf-8"))["software"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    except (TypeError, *NPZ_FAULTS):
         return False

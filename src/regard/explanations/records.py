@@ -5,7 +5,6 @@ A later call with the same network, image and settings reads the file instead of
 
 import hashlib
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from regard.attention import StageMap, group_by_stage, stage_of
 from regard.explanations.explanation import GRADCAM, Explanation
 from regard.explanations.faithfulness import ImageScore
+from regard.files import NPZ_FAULTS
 from regard.predict import Classifier
 
 
@@ -88,7 +88,7 @@ def read_record(
             if score_settings is not None and about["score_settings"] != score_settings:
                 return None
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except NPZ_FAULTS:
         return None
     shown = _explanation(about, arrays)
     return Record(shown, None if score_settings is None else _score(about, arrays, shown))

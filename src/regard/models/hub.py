@@ -18,6 +18,7 @@ from regard.files import reason
 
 SECONDS = 5.0  # in which the hub must answer
 WEIGHTS = "model.safetensors"
+FAMILIARITY = "familiarity.safetensors"
 
 
 def _timm_source(name: str) -> tuple[str, str] | None:
@@ -92,7 +93,7 @@ PREFIX = "hf-hub:"
 # no images and no names of files: report.html, splits.csv and predictions.npz stay
 FILES = (
     "config.json", WEIGHTS, "README.md", "recipe.toml", "metrics.csv", "evaluation.json",
-    "calibration.json", "familiarity.safetensors",  # without which it would answer otherwise
+    "calibration.json", FAMILIARITY,  # without which it would answer otherwise
 )  # fmt: skip
 KNOWN = "images.npz"  # hashes of the training images, instead of splits.csv
 

@@ -21,11 +21,12 @@ from torch import nn
 from regard.compat import save_config_for_hf
 from regard.errors import FileError, UsageError
 from regard.files import reason, shortened
-from regard.models.hub import PREFIX, snapshot
+from regard.models.hub import FAMILIARITY, PREFIX, snapshot
 from regard.weights import find_shipped, shipped
 
 # how a network was made, not what it is: loading a folder must not fetch weights again
 _NOT_SAVED = ("pretrained_plain",)
+_ENTRIES = {"architecture": str, "num_classes": int, "model_args": dict, "pretrained_cfg": dict}
 
 
 def save_model(
@@ -183,16 +184,34 @@ def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
         hint = " yet: its training has not ended" if (folder / "run.json").is_file() else ""
         raise UsageError(f"{folder} holds no trained network{hint} (no config.json)")
     config = read_config(folder / "config.json")
+    _check_has_weights(folder)
     try:
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # timm raises nearly anything for damaged files
         raise UsageError(f"{folder}: its network can't be loaded ({reason(error, 300)})") from error
+    classes = config.get("num_classes", config.get("pretrained_cfg", {}).get("num_classes"))
+    if classes is not None and classes != model.num_classes:  # then timm draws the last layer
+        raise UsageError(
+            f"{folder / 'config.json'}: num_classes is {classes}, and {model.num_classes} by "
+            "model_args"
+        )
     names = config.get("label_names")
     if names is not None and len(names) != model.num_classes:
         raise UsageError(
             f"{folder / 'config.json'}: {len(names)} label_names for {model.num_classes} classes"
         )
     return model, config
+
+
+def _check_has_weights(folder: Path) -> None:
+    """Refuses a folder whose one file of tensors is not the network's: timm takes any.
+
+    Raises:
+        UsageError: it is.
+    """
+    found = {p.suffix for p in folder.iterdir() if p.is_file() and p.name != FAMILIARITY}
+    if not found & {".safetensors", ".bin", ".pth", ".pt", ".tar"}:
+        raise UsageError(f"{folder} holds no trained network (no model.safetensors)")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -207,6 +226,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} can't be read ({reason(error)})") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path}: a JSON object is expected, not {type(config).__name__}")
+    for key, kind in _ENTRIES.items():
+        if not isinstance(config.get(key, kind()), kind):
+            raise UsageError(f"{path}: {key} is {config[key]!r}: {kind.__name__} expected")
+    if "architecture" not in config:
+        raise UsageError(f"{path} is damaged: it has no architecture")
     names = config.get("label_names")
     if names is not None and not (
         isinstance(names, list) and all(isinstance(name, str) for name in names)
