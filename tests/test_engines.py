@@ -127,6 +127,7 @@ def test_answers_are_those_of_the_network(name, engine, precision):
     assert torch.equal(ready(images.float()), ready(images))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's, torch 2.11
 def test_the_compiled_network_answers_the_same():
     found = classifier("ag_sononet8")
     images = some_images("ag_sononet8", 5)
