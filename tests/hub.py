@@ -21,12 +21,15 @@ class Hub:
         files: bytes by "owner/name/file".
         asked: "VERB path" of each request.
         delay: seconds before each answer.
+        fault: how files fail: "half" is sent and no more, "silent" is the rest after the header, a
+            number is the status.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.delay = 0.0
+        self.fault: str | int = ""
         self.stopped = threading.Event()
         hub = self
 
@@ -55,12 +58,18 @@ class Hub:
                 if hub.stopped.wait(hub.delay):
                     return
                 content, headers = hub.find(self.path)
-                self.send_response(404 if content is None else 200)
+                status = hub.fault if isinstance(hub.fault, int) else 200
+                self.send_response(404 if content is None else status)
                 for key, value in headers.items():
                     self.send_header(key, value)
                 self.send_header("Content-Length", str(len(content or b"")))
                 self.end_headers()
-                if body and content:
+                if body and content and hub.fault == "silent":
+                    hub.stopped.wait(60)
+                elif body and content and hub.fault == "half":
+                    self.wfile.write(content[: len(content) // 2])
+                    self.close_connection = True
+                elif body and content:
                     self.wfile.write(content)
 
             def log_message(self, *_: Any) -> None:

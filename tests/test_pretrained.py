@@ -2,6 +2,7 @@
 
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from regard import weights
 from regard.cli import run_command
 from regard.data.sources import open_data
 from regard.data.splits import assign_splits
+from regard.errors import FileError, UsageError
 from regard.models import hub
 from regard.models.create import make_model
 from regard.training.config import Recipe, load_recipe
@@ -83,6 +85,74 @@ def test_a_slow_hub_a_dead_one_and_none_cost_no_time(served, table, monkeypatch)
     assert took < 5
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in started("cbam_resnet18", table).words
+
+
+def other_than(plain, what: str) -> bytes:
+    """A file that is no weights of this network."""
+    if what == "text":
+        return b"<html>log in</html>"
+    if what == "cut":
+        return save(plain.state_dict())[:-9]
+    if what == "another":
+        return save(timm.create_model("resnet10t").state_dict())
+    return save({k: t * float("nan") for k, t in plain.state_dict().items()})
+
+
+@pytest.mark.parametrize("fault", ["half", "silent", 500, 403])
+def test_a_hub_that_breaks_off_is_left_soon(served, table, monkeypatch, fault):
+    monkeypatch.setattr(hub, "STALL", 0.4)
+    served.fault = fault
+    took, start = seconds_of(lambda: started("cbam_resnet18", table))
+    assert (start.pretrained, start.weights) == (False, None)
+    assert took < 10  # without STALL "half" has no end, and "silent" is a minute
+    assert "developer.mozilla" not in start.words
+
+
+@pytest.mark.parametrize("what", ["text", "cut", "another", "nan"])
+def test_what_is_no_weights_of_the_network_is_not_started_from(served, table, what):
+    whole = served.files[FILE]
+    served.files[FILE] = other_than(served.plain, what)
+    start = started("cbam_resnet18", table)
+    assert (start.pretrained, start.weights) == (False, None)
+    assert str(hub.cached_weights("resnet18")) in start.words
+    served.files[FILE] = whole
+    assert started("cbam_resnet18", table).words.endswith("from the hub")
+    assert started("cbam_resnet18", table).words.endswith("from the local cache")
+
+
+def test_a_damaged_file_in_the_cache_is_downloaded_again_or_named(served, table, monkeypatch):
+    monkeypatch.setattr(hub, "SECONDS", 0.5)
+    assert started("resnet18", table).pretrained
+    path = hub.cached_weights("resnet18")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert started("resnet18", table).words.endswith("from the hub")
+    path.write_bytes(b"")
+    served.close()
+    start = started("resnet18", table)
+    assert not start.pretrained
+    assert str(path) in start.words
+
+
+def test_of_two_at_once_one_downloads(served, table):
+    served.delay = 0.2
+    with ThreadPoolExecutor(2) as pool:
+        words = list(pool.map(lambda _: started("resnet18", table).words, range(2)))
+    assert sorted(w.rpartition("from ")[2] for w in words) == ["the hub", "the local cache"]
+    assert (
+        sum(line.startswith("GET") and line.endswith(".safetensors") for line in served.asked) == 1
+    )
+
+
+def test_yes_says_what_it_takes_and_ends_where_there_is_nothing(served, table, monkeypatch):
+    yes = Recipe(pretrained="yes")
+    assert "resnet18.a1_in1k, from the hub" in started("cbam_resnet18", table, recipe=yes).words
+    assert "attention56_cifar.cifar10" in started("attention56_cifar", table, recipe=yes).words
+    with pytest.raises(UsageError, match="attention56"):
+        started("attention56", table, recipe=yes)
+    monkeypatch.setattr(hub, "SECONDS", 0.5)
+    served.delay = 60
+    with pytest.raises(FileError, match="resnet34"):
+        started("resnet34", table, recipe=yes)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from PIL import Image
 
 import regard
 from regard.cli import run_command
+from regard.errors import FileError
 from regard.trained_on import known_images
 from tests.hub import Hub, point_at
 from tests.test_weights import script
@@ -20,7 +21,7 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def test_a_run_is_pushed_when_it_is_said_and_loaded_by_name(
-    whole, stand_in, tmp_path, monkeypatch, capsys
+    whole, stand_in, tmp_path, monkeypatch, capsys, caplog
 ):
     monkeypatch.setenv("HF_TOKEN", "good")
     call = ["push", str(whole), "someone/digits"]
@@ -43,7 +44,12 @@ def test_a_run_is_pushed_when_it_is_said_and_loaded_by_name(
     folder = network_folder("hf-hub:someone/digits")
     assert len(known_images(folder)) == len(known_images(whole))
     stand_in.close()
-    assert regard.load("hf-hub:someone/digits").class_names == again.class_names  # from the cache
+    caplog.clear()
+    assert regard.load("hf-hub:someone/digits").class_names == again.class_names
+    assert "local cache" in caplog.text
+    (folder / "model.safetensors").unlink()  # as where a download was broken off
+    with pytest.raises(FileError, match="can't be reached"):
+        regard.load("hf-hub:someone/digits")
 
 
 def test_what_the_hub_refuses_is_one_line(whole, stand_in, tmp_path, monkeypatch, capsys):

@@ -3,8 +3,10 @@
 A name that has moved ends here with a sentence, not somewhere else with an AttributeError.
 """
 
+import contextlib
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,25 @@ def feature_take_indices(count: int, indices: int | list[int] | None) -> tuple[l
     except ImportError as error:
         raise RuntimeError("this timm has feature_take_indices in another place") from error
     return take(count, indices)
+
+
+@contextlib.contextmanager
+def downloads_in_small_steps(size: int) -> Iterator[None]:
+    """Within, huggingface_hub (2.4) reports downloads each `size` bytes, not each 10 MB.
+
+    A version that has the number elsewhere reports as it does.
+    """
+    from huggingface_hub import constants
+
+    before = getattr(constants, "DOWNLOAD_CHUNK_SIZE", None)
+    if before is None:
+        yield
+        return
+    constants.DOWNLOAD_CHUNK_SIZE = size
+    try:
+        yield
+    finally:
+        constants.DOWNLOAD_CHUNK_SIZE = before
 
 
 def save_config_for_hf(model: Any, path: Path, **entries: Any) -> None:

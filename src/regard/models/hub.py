@@ -4,19 +4,32 @@
 may be asked at all (HF_HUB_OFFLINE).
 """
 
+import contextlib
+import inspect
+import logging
 import queue
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import timm
+from filelock import FileLock
 from huggingface_hub import constants
 
+from regard.compat import downloads_in_small_steps
 from regard.errors import FileError, UsageError
 from regard.files import reason
+from regard.models.initialization import preserved_rng_state
+
+log: logging.Logger = logging.getLogger(__name__)
 
 SECONDS = 5.0  # in which the hub must answer
+STALL = 15.0  # seconds without a further byte, after which a download is given up
+_THREAD = "regard-hub"
+_STALLED = f"no further byte in {STALL:g} s"
 WEIGHTS = "model.safetensors"
 FAMILIARITY = "familiarity.safetensors"
 
@@ -38,25 +51,59 @@ def cached_weights(name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def has_weights(name: str) -> bool:
+    """Whether `fetch_weights` can have weights of a network: timm has them on the hub."""
+    return _timm_source(name) is not None
+
+
 def fetch_weights(name: str) -> str:
     """Has timm's pretrained weights of a network in the local cache; downloads them if needed.
+
+    A file that is damaged or of another network, as a broken download or a proxy leaves it, is
+    downloaded again.
 
     Returns:
         Where they came from: "the local cache" or "the hub".
 
     Raises:
-        FileError: they are in neither, or the hub does not answer in SECONDS.
+        FileError: they are in neither, the hub does not answer in SECONDS or stops sending, or
+            what it sends is no such file.
     """
     if (source := _timm_source(name)) is None:
         raise FileError(f"timm has no weights of {name} on the hub")
-    if cached_weights(name) is not None:
-        return "the local cache"
-    check_reachable(*source)
-    try:
-        huggingface_hub.hf_hub_download(*source)
-    except Exception as error:  # of the HTTP library, of the hub, of the disk
-        raise FileError(f"{source[0]} can't be downloaded ({reason(error)})") from error
+    with one_at_a_time(source[0]):
+        path = cached_weights(name)
+        fault = None if path is None else _fault(name, path)
+        if path is not None and fault is None:
+            return "the local cache"
+        damaged = f"{path} is not as it should be ({fault}); " if path else ""
+        try:
+            check_reachable(*source)
+            if path is not None:
+                path.unlink(missing_ok=True)
+            found = watched(
+                lambda **bar: huggingface_hub.hf_hub_download(
+                    *source, force_download=path is not None, **bar
+                )
+            )
+        except OSError as error:  # FileError among them
+            raise FileError(f"{damaged}{_why(error)}") from error
+    if fault := _fault(name, Path(found)):
+        raise FileError(f"what the hub sent is not as it should be ({fault}): {found}")
     return "the hub"
+
+
+def _fault(name: str, path: Path) -> str | None:
+    """Why a file can't be weights of timm's network of this name, or None."""
+    try:
+        with preserved_rng_state():
+            model = timm.create_model(
+                name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}
+            )
+    except Exception as error:  # of safetensors, torch and timm
+        return reason(error)
+    finite = all(bool(t.isfinite().all()) for t in model.parameters())
+    return None if finite else "a weight is not finite"
 
 
 def check_reachable(repository: str, file: str, revision: str | None = None) -> None:
@@ -68,24 +115,136 @@ def check_reachable(repository: str, file: str, revision: str | None = None) -> 
     if constants.HF_HUB_OFFLINE:
         raise FileError("the hub is not asked: HF_HUB_OFFLINE is set")
     limit = SECONDS
-    answers: queue.Queue[str] = queue.Queue()
 
     def ask() -> None:
-        try:
-            url = huggingface_hub.hf_hub_url(repository, file, revision=revision)
-            huggingface_hub.get_hf_file_metadata(url, timeout=limit)
-            answers.put("")
-        except Exception as error:
-            answers.put(reason(error))
+        url = huggingface_hub.hf_hub_url(repository, file, revision=revision)
+        huggingface_hub.get_hf_file_metadata(url, timeout=limit)
 
-    # a name server that does not answer can't be given a time limit: the thread is left behind
-    threading.Thread(target=ask, daemon=True).start()
+    answers = _in_thread(ask)
     try:
-        fault = answers.get(timeout=limit)
+        _, error = answers.get(timeout=limit)
     except queue.Empty:
-        fault = f"no answer in {limit:g} s"
-    if fault:
-        raise FileError(f"the hub can't be reached ({fault})")
+        raise FileError(f"the hub can't be reached (no answer in {limit:g} s)") from None
+    if error is not None:
+        answered = getattr(error, "response", None) is not None
+        what = "the hub does not give it" if answered else "the hub can't be reached"
+        raise FileError(f"{what} ({_why(error)})") from error
+
+
+def _in_thread(work: Callable[[], Any]) -> "queue.Queue[tuple[Any, Exception | None]]":
+    """A queue that gets the result of `work`, or its error; neither can be waited for too long.
+
+    A name server that does not answer can't be given a time limit: the thread is left behind.
+    """
+    answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            answers.put((work(), None))
+        except Exception as error:  # of the HTTP library, of the hub, of the disk
+            answers.put((None, error))
+
+    threading.Thread(target=run, name=_THREAD, daemon=True).start()
+    return answers
+
+
+def _why(error: BaseException) -> str:
+    """What an error of the HTTP library says, without where to read more."""
+    return reason(error, 1000).partition(" For more information")[0][:200]
+
+
+# ------------------------------------------------------------------------------ downloads
+class _Progress:
+    """The bytes of a download; `bar` is the class of progress bars that counts them."""
+
+    def __init__(self) -> None:
+        self.position, self.most, self.changed = 0.0, 0.0, time.monotonic()
+        self.is_over = False
+        progress = self
+
+        class Bar(huggingface_hub.utils.tqdm):
+            def update(self, n: float | None = 1) -> bool | None:
+                progress.add(n or 0)
+                shown: bool | None = super().update(n)
+                return shown
+
+        self.bar: type = Bar
+
+    def add(self, count: float) -> None:
+        """Counts bytes, which a server that can't resume takes back.
+
+        Raises:
+            TimeoutError: nothing new has come for too long.
+        """
+        self.position += count
+        if self.position > self.most:
+            self.most, self.changed = self.position, time.monotonic()
+        if self.is_over or self.has_stalled:
+            raise TimeoutError(_STALLED)
+
+    @property
+    def has_stalled(self) -> bool:
+        return time.monotonic() - self.changed > STALL
+
+
+class _Quiet(logging.Filter):
+    """Drops the warnings of each attempt of a watched download; a thread left behind has some."""
+
+    active = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (self.active or record.threadName == _THREAD)
+
+    def __enter__(self) -> None:
+        self.active += 1
+        logging.getLogger("huggingface_hub.file_download").addFilter(self)  # once alone
+
+    def __exit__(self, *_: object) -> None:
+        self.active -= 1
+
+
+_QUIET = _Quiet()
+
+
+def watched(download: Callable[..., str]) -> str:
+    """The path that a download returns, which is given up where STALL seconds bring no new byte.
+
+    Left alone, huggingface_hub tries for a minute where nothing comes, and without end where a
+    server breaks off and can't resume.
+
+    Args:
+        download: a function of huggingface_hub's; called with `tqdm_class` where it has that.
+
+    Raises:
+        FileError: it failed, or was given up.
+    """
+    progress = _Progress()
+    known = inspect.signature(huggingface_hub.hf_hub_download).parameters
+    bar = {"tqdm_class": progress.bar} if "tqdm_class" in known else {}
+    with _QUIET, downloads_in_small_steps(1 << 18):
+        answers = _in_thread(lambda: download(**bar))
+        while True:
+            try:
+                found, error = answers.get(timeout=0.1)
+                break
+            except queue.Empty:
+                if bar and progress.has_stalled:
+                    progress.is_over = True
+                    raise FileError(f"the download was given up ({_STALLED})") from None
+    if error is not None:
+        raise FileError(f"the download failed ({_why(error)})") from error
+    return str(found)
+
+
+@contextlib.contextmanager
+def one_at_a_time(repository: str) -> Iterator[None]:
+    """Within, no other process of Regard's downloads this repository: they wait for each other."""
+    path = Path(constants.HF_HUB_CACHE, ".locks", f"regard--{repository.replace('/', '--')}.lock")
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that can't be written: the download says so
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(path))
+        yield
 
 
 # ------------------------------------------------------------------------------ whole runs
@@ -105,23 +264,40 @@ def snapshot(name: str) -> Path:
         UsageError: it is no name of a repository.
         FileError: it is not on the hub, or the hub can't be reached and the cache lacks it.
     """
-    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    repository, _, after = name.removeprefix(PREFIX).partition("@")
     _check_name(repository)
-    wanted = [*FILES, KNOWN]
+    wanted, revision = [*FILES, KNOWN], after or None
     try:
-        if not constants.HF_HUB_OFFLINE:
-            check_reachable(repository, "config.json", revision=revision or None)
-        found = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=wanted
-        )
-    except Exception as error:
-        try:  # as it was when it was last reached
-            found = huggingface_hub.snapshot_download(
-                repository, revision=revision or None, local_files_only=True
+        if constants.HF_HUB_OFFLINE:
+            raise FileError("the hub is not asked: HF_HUB_OFFLINE is set")
+        check_reachable(repository, "config.json", revision=revision)
+        with one_at_a_time(repository):
+            return Path(
+                watched(
+                    lambda **bar: huggingface_hub.snapshot_download(
+                        repository, revision=revision, allow_patterns=wanted, **bar
+                    )
+                )
             )
-        except Exception:
-            raise FileError(f"{name} can't be loaded: {reason(error)}") from error
-    return Path(found)
+    except Exception as error:
+        found = _snapshot_before(repository, revision)
+        if found is None:
+            raise FileError(f"{name} can't be loaded: {_why(error)}") from error
+        if not constants.HF_HUB_OFFLINE:
+            log.warning(f"{name} is taken from the local cache: {_why(error)}")
+    return found
+
+
+def _snapshot_before(repository: str, revision: str | None) -> Path | None:
+    """The folder of a repository as it was when it was last reached; None where it is not whole."""
+    try:
+        found = huggingface_hub.snapshot_download(
+            repository, revision=revision, local_files_only=True
+        )
+    except Exception:  # it is not in the cache
+        return None
+    whole = all(Path(found, name).is_file() for name in ("config.json", WEIGHTS))
+    return Path(found) if whole else None
 
 
 def _check_name(repository: str) -> None:
@@ -171,5 +347,5 @@ def push(
         hint = (
             "; `hf auth login` stores a token" if "401" in str(error) or "403" in str(error) else ""
         )
-        raise FileError(f"{repository}: the hub refused ({reason(error)}){hint}") from error
+        raise FileError(f"{repository}: the hub refused ({_why(error)}){hint}") from error
     return str(made)

@@ -13,15 +13,15 @@ import timm
 
 from regard.data.content import content_hashes
 from regard.data.table import ImageTable
-from regard.errors import FileError
+from regard.errors import FileError, UsageError
 from regard.models._common import GATE_ARGUMENTS
 from regard.models.create import plain_source
-from regard.models.hub import fetch_weights
+from regard.models.hub import fetch_weights, has_weights
 from regard.models.io import find_folder, read_config
 from regard.trained_on import known_images
 from regard.training.config import Recipe
 from regard.training.plan import CIFAR_STEM_UP_TO, choose_stem
-from regard.weights import Weights, shipped
+from regard.weights import Weights, find_shipped, shipped
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -60,11 +60,16 @@ def choose_start(
         height: of the images, in pixels.
         table: the run's images, with their splits.
         weights: a run's folder or an authors' checkpoint to start from, or None.
+
+    Raises:
+        UsageError: with "yes" there are no pretrained weights.
+        FileError: with "yes" they can't be downloaded.
     """
+    words = _pretrained(name) if recipe.pretrained == "yes" else ""
     if weights is not None:
-        return Start(recipe.pretrained == "yes", weights, f"the weights of {weights}")
-    if recipe.pretrained == "yes":
-        return Start(True, None, f"the pretrained weights of {plain_source(name) or name}")
+        return Start(bool(words), weights, f"the weights of {weights}")
+    if words:
+        return Start(True, None, words)
     if recipe.pretrained == "no":
         return Start(False, None, "random weights")
     reasons = []
@@ -84,6 +89,26 @@ def choose_start(
             return Start(False, each.name, f"Regard's own weights {each.name}")
         reasons.append(f"{each.name}: {why}")
     return Start(False, None, f"random weights ({'; '.join(reasons) or 'there are none to take'})")
+
+
+def _pretrained(name: str) -> str:
+    """The pretrained weights of a network, in words; they are in the local cache then.
+
+    Raises:
+        UsageError: there are none.
+        FileError: they can't be downloaded.
+    """
+    if (base := plain_source(name)) is None:
+        if (own := find_shipped(name)) is None:
+            raise UsageError(f"pretrained=yes: there are no pretrained weights of {name}")
+        return f"Regard's own weights {own.name}"
+    words = f"timm's weights {base}.{timm.models.get_pretrained_cfg(base).tag}"
+    if not has_weights(base):  # timm has them elsewhere, or in another form
+        return words
+    try:
+        return f"{words}, from {fetch_weights(base)}"
+    except FileError as error:
+        raise FileError(f"pretrained=yes: {words} can't be had: {error}") from error
 
 
 def network_of(weights: str) -> tuple[str | None, dict[str, Any]]:
