@@ -233,6 +233,29 @@ def test_a_run_decides_once_and_says_what_it_took(elsewhere, scans, tmp_path):  
     assert run_command([*call, "--resume", "--pretrained", "yes"]) == 2
 
 
+def test_weights_that_come_with_regard_are_recorded_by_their_tag(scans, tmp_path, capsys):
+    options = ["--weights", "ag_sononet8", "--size", "16", "--steps", "1", "--channels", "1"]
+    call = ["train", str(scans), *options, "--out", str(tmp_path / "r")]
+    assert run_command([*call, "--faithfulness-images", "0"]) == 0
+    assert "Regard's own weights ag_sononet8.digits" in capsys.readouterr().out
+    plan = json.loads((tmp_path / "r/run.json").read_text())["plan"]
+    assert plan["weights"] == "ag_sononet8.digits"
+    assert "ag_sononet8.digits" in plan["start"]
+    assert run_command([*call, "--resume"]) == 0
+    call[3] = "other"
+    assert run_command([*call, "--resume"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "weights_named", "words"),
+    [("ag_sononet8", "ag_sononet8", "1 channel;"), ("sononet8", "ag_sononet8", "ag_sononet8"),
+     ("cbam_resnet18", "cbam_resnet18", r"channels=\[32, 64, 128, 256\]")],
+)  # fmt: skip
+def test_weights_that_do_not_fit_say_what_they_are_of(name, weights_named, words):
+    with pytest.raises(UsageError, match=words):
+        make_model(name, {}, 3, (3, 64, 64), False, weights_named)
+
+
 def test_a_study_starts_all_its_runs_alike(capsys):
     call = ["study", "twins", "digits", "--dry-run", "--seeds", "1", "--size", "32"]
     assert run_command(call) == 0

@@ -1,13 +1,16 @@
 """`regard push`, and networks named hf-hub:, against a stand-in for the hub on loopback."""
 
+import shutil
+
 import pytest
 from PIL import Image
 
 import regard
 from regard.cli import run_command
 from regard.errors import FileError
+from regard.models import hub
 from regard.trained_on import known_images
-from tests.hub import Hub, point_at
+from tests.hub import Hub, point_at, seconds_of
 from tests.test_weights import script
 
 
@@ -50,6 +53,18 @@ def test_a_run_is_pushed_when_it_is_said_and_loaded_by_name(
     (folder / "model.safetensors").unlink()  # as where a download was broken off
     with pytest.raises(FileError, match="can't be reached"):
         regard.load("hf-hub:someone/digits")
+
+
+def test_a_hub_that_takes_nothing_is_left_soon(whole, stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "SECONDS", 0.4)
+    stand_in.delay = 60
+    call = ["push", str(whole), "someone/digits", "--yes"]
+    took, code = seconds_of(lambda: run_command(call))
+    assert (code, took < 10) == (1, True)
+    assert "can't be reached" in capsys.readouterr().err
+    damaged = shutil.copytree(whole, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"no")
+    assert run_command(["push", str(damaged), "someone/digits"]) == 2
 
 
 def test_what_the_hub_refuses_is_one_line(whole, stand_in, tmp_path, monkeypatch, capsys):

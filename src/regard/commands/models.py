@@ -18,13 +18,16 @@ def command(pattern: str = "*", *, json: bool = False) -> int:
     Parameters
     ----------
     pattern
-        A name, which lists the network's arguments and its weights too, part of a name, or a
-        shell pattern such as 'cbam_*'.
+        A name, also of weights, which lists the network's arguments and its weights too, part of
+        a name, or a shell pattern such as 'cbam_*'.
     json
         Print JSON with all figures.
     """
     from regard.models.zoo import figures
+    from regard.weights import shipped
 
+    if (named := shipped().get(pattern)) is not None:
+        pattern = named.architecture
     rows = figures(pattern)
     exact = next((row for row in rows if row.name == pattern), None)
     if exact is not None:

@@ -35,9 +35,11 @@ def command(
         Upload.
     """
     from regard.models.hub import push, push_files
+    from regard.models.io import load_model
     from regard.trained_on import KNOWN, known_images
 
     files = push_files(run, repository)
+    load_model(run)  # a damaged one is refused
     known = known_images(run)
     for path in files:
         print(f"{path.name}: {path.stat().st_size:,} bytes")

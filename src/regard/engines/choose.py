@@ -395,4 +395,4 @@ def _write_cache(path: Path, key: str, facts: dict[str, Any], rows: list[Measure
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
     except (FileError, OSError) as error:
-        log.warning("the measurements of the engines can't be cached (%s)", reason(error))
+        log.warning("the measurements of the engines can't be cached (%s: %s)", path, reason(error))

@@ -12,7 +12,7 @@ from torch import nn
 
 from regard.attention import attention_kinds
 from regard.errors import FileError, UsageError
-from regard.files import reason, shortened
+from regard.files import plural, reason, shortened
 from regard.models import create_model, list_models
 from regard.models.cbam import CBAM, SE
 from regard.models.graft import graft as insert
@@ -23,6 +23,8 @@ from regard.models.original_weights import load_authors_weights
 from regard.models.zoo import twins_of
 
 log: logging.Logger = logging.getLogger(__name__)
+
+_NOT_TOLD = ("num_classes", "in_chans", "global_pool")  # arguments that explain no misfit
 
 
 def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -211,8 +213,18 @@ def load_weights(model: nn.Module, source: Path, classes: Sequence[str] | None =
     strange |= {k: "it lacks" if k not in found else "another shape of" for k in own}
     wrong = [f"{strange[k]} {k}" for k in strange if k not in fitting and not k.startswith(heads)]
     if wrong:
-        raise UsageError(f"{source} does not fit: {shortened(wrong, 5)}")
+        raise UsageError(f"{source} does not fit: {_described(config)} {shortened(wrong, 3)}")
     model.load_state_dict(fitting, strict=False)
+
+
+def _described(config: Mapping[str, Any]) -> str:
+    """What a folder's network is, in words: its name, its channels and its other arguments."""
+    own = {k: v for k, v in (config.get("model_args") or {}).items() if k not in _NOT_TOLD}
+    channels = (config.get("model_args") or {}).get("in_chans")
+    words = f"it is {config['architecture']}"
+    words += "" if channels is None else f" for images of {plural(channels, 'channel')}"
+    given = ", ".join(f"{key}={value!r}" for key, value in own.items())
+    return words + (f" with {given};" if given else ";")
 
 
 def _rows_by_name(

@@ -112,6 +112,18 @@ def check_reachable(repository: str, file: str, revision: str | None = None) -> 
     Raises:
         FileError: the hub may not be asked, does not answer in time, or has no such file.
     """
+    if (error := _refusal(repository, file, revision)) is not None:
+        answered = getattr(error, "response", None) is not None
+        what = "the hub does not give it" if answered else "the hub can't be reached"
+        raise FileError(f"{what} ({_why(error)})") from error
+
+
+def _refusal(repository: str, file: str, revision: str | None = None) -> Exception | None:
+    """What comes of asking the hub for a file's size: an error, or None.
+
+    Raises:
+        FileError: the hub may not be asked, or does not answer in SECONDS.
+    """
     if constants.HF_HUB_OFFLINE:
         raise FileError("the hub is not asked: HF_HUB_OFFLINE is set")
     limit = SECONDS
@@ -122,13 +134,9 @@ def check_reachable(repository: str, file: str, revision: str | None = None) -> 
 
     answers = _in_thread(ask)
     try:
-        _, error = answers.get(timeout=limit)
+        return answers.get(timeout=limit)[1]
     except queue.Empty:
         raise FileError(f"the hub can't be reached (no answer in {limit:g} s)") from None
-    if error is not None:
-        answered = getattr(error, "response", None) is not None
-        what = "the hub does not give it" if answered else "the hub can't be reached"
-        raise FileError(f"{what} ({_why(error)})") from error
 
 
 def _in_thread(work: Callable[[], Any]) -> "queue.Queue[tuple[Any, Exception | None]]":
@@ -333,8 +341,7 @@ def push(
     Raises:
         FileError: the hub can't be reached, or refuses: without a token, say.
     """
-    if constants.HF_HUB_OFFLINE:
-        raise FileError("the hub is not asked: HF_HUB_OFFLINE is set")
+    _refusal(repository, "config.json")  # that it answers is enough: it need not be there
     api = huggingface_hub.HfApi()
     operations = [
         huggingface_hub.CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path)
@@ -347,5 +354,7 @@ def push(
         hint = (
             "; `hf auth login` stores a token" if "401" in str(error) or "403" in str(error) else ""
         )
-        raise FileError(f"{repository}: the hub refused ({_why(error)}){hint}") from error
+        answered = getattr(error, "response", None) is not None
+        what = "the hub refused" if answered else "the upload failed"
+        raise FileError(f"{repository}: {what} ({_why(error)}){hint}") from error
     return str(made)

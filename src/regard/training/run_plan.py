@@ -25,7 +25,7 @@ from regard.training.plan import (
     own_recipe,
     plain_twin,
 )
-from regard.training.start import Start, choose_start, network_of
+from regard.training.start import Start, choose_start, full_name, network_of
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -152,11 +152,12 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
     model = asked.model or stored["model"]
     if plain_twin(model) == stored["model"]:  # what choose_stem made of it
         model = stored["model"]
+    then = stored["weights"] and full_name(stored["weights"])
     now: dict[str, tuple[Any, Any]] = {
         # a folder or file may have another path: its images are compared afterwards
         "data": (stored["data"], same_place(stored, asked.data)),
         "model": (stored["model"], model),
-        "weights": (stored["weights"], asked.weights or stored["weights"]),
+        "weights": (then, full_name(asked.weights) if asked.weights else then),
     }
     if given.pop("pretrained", "auto") == "yes":  # auto was decided when the run was started
         now["pretrained"] = ("yes" if stored["pretrained"] else "no", "yes")

@@ -5,6 +5,7 @@ else weights that come with Regard, where they fit; else random ones.
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,9 @@ def choose_start(
     """
     words = _pretrained(name) if recipe.pretrained == "yes" else ""
     if weights is not None:
-        return Start(bool(words), weights, f"the weights of {weights}")
+        named = full_name(weights)
+        whose = "Regard's own weights" if named in shipped() else "the weights of"
+        return Start(bool(words), named, f"{whose} {named}")
     if words:
         return Start(True, None, words)
     if recipe.pretrained == "no":
@@ -89,6 +92,12 @@ def choose_start(
             return Start(False, each.name, f"Regard's own weights {each.name}")
         reasons.append(f"{each.name}: {why}")
     return Start(False, None, f"random weights ({'; '.join(reasons) or 'there are none to take'})")
+
+
+def full_name(weights: str) -> str:
+    """Weights as they are named in any later version: those that come with Regard by their tag."""
+    found = None if os.path.exists(weights) else find_shipped(weights)
+    return weights if found is None else found.name
 
 
 def _pretrained(name: str) -> str:
