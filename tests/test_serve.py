@@ -474,10 +474,10 @@ def test_a_damaged_folder_is_one_line(whole, tmp_path, capsys):
         ("model.safetensors", (whole / "model.safetensors").read_bytes()[:500], "can't be loaded"),
         ("config.json", b"[]", "JSON object"),
         ("config.json", b"\xff{", "can't be read"),
-        ("config.json", b"{}", "can't be loaded"),
+        ("config.json", b"{}", "architecture"),
         ("config.json", json.dumps(config | {"label_names": ["a"]}).encode(), "1 label_names"),
         ("config.json", json.dumps(config | {"label_names": {"0": 5}}).encode(), "label_names"),
-        ("config.json", json.dumps(config | {"pretrained_cfg": 1}).encode(), "can't be loaded"),
+        ("config.json", json.dumps(config | {"pretrained_cfg": 1}).encode(), "pretrained_cfg is 1"),
     ):
         shutil.copytree(whole, tmp_path / "run", dirs_exist_ok=True)
         (tmp_path / "run" / name).write_bytes(content)
