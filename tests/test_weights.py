@@ -125,6 +125,8 @@ def test_weights_bring_the_arguments_that_they_were_trained_with(elsewhere, tmp_
     few = regard.create_model("cbam_resnet34.small", pretrained=True, num_classes=2)
     save_model(few, tmp_path / "few")
     assert regard.load(tmp_path / "few").model.num_classes == 2
+    as_tuple = {"channels": (8, 8, 16, 16)}  # config.json has a list
+    assert regard.create_model("cbam_resnet34", pretrained=True, **as_tuple).num_classes == 5
     with pytest.raises(UsageError, match="reduction=16: the weights cbam"):
         regard.create_model("cbam_resnet34", pretrained=True, reduction=16)
 

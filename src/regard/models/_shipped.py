@@ -63,6 +63,11 @@ def _asked_for(name: str, kwargs: Mapping[str, Any]) -> Weights | None:
     return find_shipped(f"{name}.{cfg}" if cfg else name)
 
 
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: lists for tuples."""
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+
+
 def _arguments(
     found: Weights, trained_with: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -74,7 +79,7 @@ def _arguments(
     free = ("num_classes", "in_chans", "global_pool")  # timm fits the weights to another one
     own = {k: v for k, v in trained_with.items() if k not in free}
     for name, value in own.items():
-        if kwargs.get(name, value) != value:
+        if _plain(kwargs.get(name, value)) != _plain(value):
             raise UsageError(
                 f"{name}={kwargs[name]!r}: the weights {found.name} are of {name}={value!r}"
             )
