@@ -133,6 +133,14 @@ def test_a_damaged_file_in_the_cache_is_downloaded_again_or_named(served, table,
     assert str(path) in start.words
 
 
+def test_a_cache_that_can_not_be_written_is_named(served, table, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    point_at(served.url, tmp_path / "file/hub", monkeypatch)
+    start = started("resnet18", table)
+    assert (start.pretrained, start.weights) == (False, None)
+    assert str(tmp_path / "file") in start.words
+
+
 def test_of_two_at_once_one_downloads(served, table):
     served.delay = 0.2
     with ThreadPoolExecutor(2) as pool:

@@ -157,7 +157,9 @@ def _in_thread(work: Callable[[], Any]) -> "queue.Queue[tuple[Any, Exception | N
 
 
 def _why(error: BaseException) -> str:
-    """What an error of the HTTP library says, without where to read more."""
+    """What an error says: the file of a disk's, and nothing of where to read more."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
     return reason(error, 1000).partition(" For more information")[0][:200]
 
 
