@@ -21,6 +21,7 @@ import regard
 from regard.cli import run_command
 from regard.commands import predict as module
 from regard.data.content import file_hash
+from regard.predict import Classifier
 from tests.helpers import ENVIRONMENT, rows_of, start
 
 CLASSES = ["cat", "dog", "čáp ✓"]  # which many encodings lack
@@ -334,15 +335,21 @@ def test_resume_where_classes_have_the_same_name(network, pictures, tmp_path):
     assert run_command([*call, "--csv", str(out), "--resume"]) == 0
 
 
-def test_what_resume_adds_is_what_one_call_writes(network, many, tmp_path):
-    few = sorted(map(str, many.iterdir()))[:44]
-    out, call = tmp_path / "x.csv", ["predict", str(network), *few, "--csv"]
+def test_what_resume_adds_is_what_one_call_writes(whole, scans, tmp_path, monkeypatch):
+    few = sorted(map(str, scans.rglob("*.png")))[::3]
+    out, call = tmp_path / "x.csv", ["predict", str(whole), *few, "--csv"]
     assert run_command([*call, str(out)]) == 0
-    lines = out.read_bytes().splitlines(keepends=True)
-    for rows in (5, 32, 39):  # bits depend on which images are in a batch
+    lines, sizes = out.read_bytes().splitlines(keepends=True), []
+    own = Classifier.with_distances
+    monkeypatch.setattr(
+        Classifier, "with_distances", lambda self, x: (sizes.append(len(x)), own(self, x))[1]
+    )
+    for rows, batches in ((6, [32, 8]), (32, [8]), (39, [8])):  # bits depend on the batch
         out.write_bytes(b"".join(lines[: 1 + rows]))
+        sizes.clear()
         assert run_command([*call, str(out), "--resume"]) == 0
         assert out.read_bytes().splitlines(keepends=True) == lines
+        assert sizes == [1, *batches]  # the first is the last row's image, again
 
 
 @pytest.mark.parametrize("name", ["wds:a.tar", "hf:a/b", "medmnist:x.npz", "digits", "cifar10"])
