@@ -7,6 +7,7 @@ operation on tensors of different devices.
 
 import collections
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +26,7 @@ from regard.training import loop, update
 from regard.training.config import Recipe
 from regard.training.loop import Trainer
 
+PACKAGE = str(Path(regard.__file__).parent)
 STEPS = 4
 GPU = torch.device("cuda:0")
 FETCHES = {"item": 0.5, "__float__": 0.5, "__int__": -1, "__bool__": True, "tolist": [0.0] * 5}
@@ -37,7 +39,8 @@ class Accelerator:
 
 
 def place() -> str:
-    frames = [f for f in traceback.extract_stack() if "/regard/" in f.filename]
+    # of the package, not of a clone in a folder of that name
+    frames = [f for f in traceback.extract_stack() if f.filename.startswith(PACKAGE)]
     return f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else "?"
 
 
