@@ -293,6 +293,8 @@ def small_cifar(folder, monkeypatch, address):
     return archive, [pickle.loads(held[n])["data"] for n in sums if n != "batches.meta"]
 
 
+# torchvision unpacks without a filter
+@pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
 def test_cifar_is_fetched_once_and_read(tmp_path, monkeypatch, address):
     archive, raw = small_cifar(tmp_path, monkeypatch, address)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
