@@ -69,7 +69,7 @@ def test_a_hub_is_asked_once_and_its_weights_are_grafted(served, table):
     assert len(served.asked) == asked
 
 
-def test_a_slow_hub_a_dead_one_and_none_cost_no_time(served, table, monkeypatch):
+def test_a_slow_hub_a_dead_one_and_none_cost_no_time(served, table, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "SECONDS", 0.5)
     served.delay = 60
     took, start = seconds_of(lambda: started("cbam_resnet18", table))
@@ -79,7 +79,7 @@ def test_a_slow_hub_a_dead_one_and_none_cost_no_time(served, table, monkeypatch)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         dead = f"http://127.0.0.1:{free.getsockname()[1]}"
-    point_at(dead, Path("/nowhere"), monkeypatch)
+    point_at(dead, tmp_path / "none", monkeypatch)
     took, start = seconds_of(lambda: started("cbam_resnet18", table))
     assert "can't be reached" in start.words
     assert took < 5
