@@ -18,12 +18,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from fastapi import FastAPI, Request
 from PIL import Image
 
 from regard import load
 from regard.cli import run_command
 from regard.predict import Prediction
+from regard.serve.safety import add_safety
 from regard.serve.server import read_test_result
+from regard.serve.uploads import Limits
 from regard.serve.worker import BatchingWorker, Upload, _Waiting
 from tests.helpers import Server, jpeg, run
 
@@ -194,6 +197,25 @@ def test_dicom_is_taken_as_by_the_command_and_bounded_too(server, whole, tmp_pat
         b"\x28\x00\x11\x00US\x02\x00\x18\x00", b"\x28\x00\x11\x00US\x02\x00\xff\xff"
     )
     assert server.json("POST", "/api/predict", large)[0] == 413
+
+
+def test_a_malformed_host_is_refused_where_starlette_fails_on_it(monkeypatch):
+    """Before 1.0 it raises when the URL is read; with it, so does this."""
+    app = FastAPI()
+    add_safety(app, Limits(), only_loopback=True)
+    monkeypatch.setattr(Request, "url", property(lambda _: 1 / 0))
+    scope = {"type": "http", "method": "GET", "path": "/healthz", "query_string": b"",
+             "headers": [(b"host", b"[evil")]}  # fmt: skip
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 400
 
 
 def test_headers_and_host(server):

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger(__name__)
 
-# how labeled data that is no folder of images is called, see `regard.data.sources.open_data`
-_NAMES, _KINDS = ("digits", "cifar10", "cifar100"), ("wds:", "hf:", "medmnist:")
 FEW = 512  # images; so many are predicted before an engine has started
 PROGRESS_EVERY = 30.0  # seconds between progress messages, where predictions are not on a screen
 
@@ -169,10 +167,12 @@ def _check_arguments(
 ) -> None:
     if not images:
         raise UsageError("IMAGES: give image files or folders, or - for standard input")
+    from regard.data.sources import KINDS, NAMES
+
     for name in images:
         if name.startswith("-") and name != "-" and not os.path.exists(name):
             raise UsageError(f"unknown option {name} (see `regard predict --help`)")
-        if (name in _NAMES or name.startswith(_KINDS)) and not os.path.exists(name):
+        if (name in NAMES or name.startswith(KINDS)) and not os.path.exists(name):
             raise UsageError(
                 f"{name}: predict reads image files and folders; `regard evaluate RUN {name}` "
                 "takes labeled data"

@@ -18,8 +18,18 @@ from regard.errors import FileError, UsageError
 from regard.files import reason
 
 NAMES = ("digits", "cifar10", "cifar100")  # of data sets, not of files
+KINDS = ("medmnist:", "wds:", "hf:")  # before the name of data that is no folder and no CSV file
 
-__all__ = ["NAMES", "SPLITS", "ImageTable", "as_known", "class_counts", "images_below", "open_data"]
+__all__ = [
+    "KINDS",
+    "NAMES",
+    "SPLITS",
+    "ImageTable",
+    "as_known",
+    "class_counts",
+    "images_below",
+    "open_data",
+]
 
 _CHOICES = (
     "digits, a folder of class folders, a CSV file (path, label, optional split and group), "

@@ -34,6 +34,15 @@ def fitted(model: nn.Module, head: M) -> M:
 GATE_ARGUMENTS = ("reduction", "channel_pool", "spatial_pool", "kernel_size", "order")
 """CBAM's own arguments, which every network with its gates takes."""
 
+FREE_ARGUMENTS = ("num_classes", "in_chans", "global_pool")
+"""Arguments in which a network may differ from its weights: timm fits these to it."""
+
+
+def as_json(value: Any) -> Any:
+    """An argument as config.json has it, lists for tuples: to be compared with one from there."""
+    return [as_json(each) for each in value] if isinstance(value, tuple | list) else value
+
+
 IMAGENET_CFG: dict[str, Any] = {
     "url": "",
     "num_classes": 1000,

@@ -17,6 +17,7 @@ from torch import nn
 
 from regard.compat import mark_pretrained
 from regard.errors import UsageError
+from regard.models._common import FREE_ARGUMENTS, as_json
 from regard.weights import Weights, find_shipped, shipped
 
 _SOURCES = ("file", "url", "hf_hub_id", "state_dict")
@@ -63,11 +64,6 @@ def _asked_for(name: str, kwargs: Mapping[str, Any]) -> Weights | None:
     return find_shipped(f"{name}.{cfg}" if cfg else name)
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: lists for tuples."""
-    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
-
-
 def _arguments(
     found: Weights, trained_with: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -76,10 +72,9 @@ def _arguments(
     Raises:
         UsageError: an argument is another than the weights were trained with.
     """
-    free = ("num_classes", "in_chans", "global_pool")  # timm fits the weights to another one
-    own = {k: v for k, v in trained_with.items() if k not in free}
+    own = {k: v for k, v in trained_with.items() if k not in FREE_ARGUMENTS}
     for name, value in own.items():
-        if _plain(kwargs.get(name, value)) != _plain(value):
+        if as_json(kwargs.get(name, value)) != as_json(value):
             raise UsageError(
                 f"{name}={kwargs[name]!r}: the weights {found.name} are of {name}={value!r}"
             )

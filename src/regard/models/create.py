@@ -14,6 +14,7 @@ from regard.attention import attention_kinds
 from regard.errors import FileError, UsageError
 from regard.files import plural, reason, shortened
 from regard.models import create_model, list_models
+from regard.models._common import FREE_ARGUMENTS
 from regard.models.cbam import CBAM, SE
 from regard.models.graft import graft as insert
 from regard.models.hub import cached_weights
@@ -23,8 +24,6 @@ from regard.models.original_weights import load_authors_weights
 from regard.models.zoo import twins_of
 
 log: logging.Logger = logging.getLogger(__name__)
-
-_NOT_TOLD = ("num_classes", "in_chans", "global_pool")  # arguments that explain no misfit
 
 
 def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -219,7 +218,7 @@ def load_weights(model: nn.Module, source: Path, classes: Sequence[str] | None =
 
 def _described(config: Mapping[str, Any]) -> str:
     """What a folder's network is, in words: its name, its channels and its other arguments."""
-    own = {k: v for k, v in (config.get("model_args") or {}).items() if k not in _NOT_TOLD}
+    own = {k: v for k, v in (config.get("model_args") or {}).items() if k not in FREE_ARGUMENTS}
     channels = (config.get("model_args") or {}).get("in_chans")
     words = f"it is {config['architecture']}"
     words += "" if channels is None else f" for images of {plural(channels, 'channel')}"

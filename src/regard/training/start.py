@@ -15,7 +15,7 @@ import timm
 from regard.data.content import content_hashes
 from regard.data.table import ImageTable
 from regard.errors import FileError, UsageError
-from regard.models._common import GATE_ARGUMENTS
+from regard.models._common import FREE_ARGUMENTS, GATE_ARGUMENTS, as_json
 from regard.models.create import plain_source
 from regard.models.hub import fetch_weights, has_weights
 from regard.models.io import find_folder, read_config
@@ -27,7 +27,6 @@ from regard.weights import Weights, find_shipped, shipped
 log: logging.Logger = logging.getLogger(__name__)
 
 _NEUTRAL = ("drop_rate", "drop_path_rate", "zero_init_last", "img_size", "global_pool", "in_chans")
-_FREE = ("num_classes", "in_chans", "global_pool")  # which another run may have otherwise
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def network_of(weights: str) -> tuple[str | None, dict[str, Any]]:
         return None, {}
     config = read_config(folder / "config.json")
     own = config.get("model_args") or {}
-    return config.get("architecture"), {k: v for k, v in own.items() if k not in _FREE}
+    return config.get("architecture"), {k: v for k, v in own.items() if k not in FREE_ARGUMENTS}
 
 
 def _unfit(name: str, arguments: Mapping[str, Any], height: int) -> str | None:
@@ -147,9 +146,11 @@ def _unfit_shipped(
     found: Weights, arguments: Mapping[str, Any], height: int, table: ImageTable
 ) -> str | None:
     """Why shipped weights are not taken, or None."""
-    trained = {k: v for k, v in found.config.get("model_args", {}).items() if k not in _FREE}
-    asked = {k: v for k, v in arguments.items() if k not in _FREE}
-    if {k: _plain(v) for k, v in trained.items()} != {k: _plain(v) for k, v in asked.items()}:
+    trained = {
+        k: v for k, v in found.config.get("model_args", {}).items() if k not in FREE_ARGUMENTS
+    }
+    asked = {k: v for k, v in arguments.items() if k not in FREE_ARGUMENTS}
+    if {k: as_json(v) for k, v in trained.items()} != {k: as_json(v) for k, v in asked.items()}:
         return "they are of other arguments"
     size = found.pretrained_cfg()["input_size"][1]
     if not size / 2 <= height <= 2 * size:
@@ -158,7 +159,3 @@ def _unfit_shipped(
     if known is not None and (known.splits_of(content_hashes(table)) != "").any():
         return "they were trained or tested with images of this data"
     return None
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
