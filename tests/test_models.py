@@ -9,6 +9,7 @@ from timm.models import FeatureInfo
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import regard
+from regard.models._common import largest_over_channels, largest_over_positions
 
 EVERY = regard.list_models()
 # one of each way of building: what holds for it holds for its deeper and wider relatives
@@ -162,6 +163,31 @@ def test_compiles_without_a_graph_break(name, arguments):
         wanted = model(x)
         model.load_state_dict(state)  # the same running statistics again
         assert torch.allclose(compiled(x), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_the_largest_survive_compiling_in_half_precision():
+    """Of amax they don't: Inductor compares rounded values with ones that were not."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+    class Gated(torch.nn.Sequential):
+        def forward(self, x):
+            x = super().forward(x)
+            return x * largest_over_positions(x).sigmoid() * largest_over_channels(x)
+
+    net = Gated(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.BatchNorm2d(16))
+    net.to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def gradient(forward):
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            y = forward(x)
+        y.float().square().sum().backward()
+        return x.grad.clone()
+
+    eager, compiled = gradient(net), gradient(torch.compile(net))
+    assert (compiled - eager).norm() < 0.1 * eager.norm()
 
 
 @pytest.mark.parametrize("name", KINDS)

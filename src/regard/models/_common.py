@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import nn
+from torch import Tensor, nn
 
 from regard.errors import UsageError
 
@@ -29,6 +30,25 @@ def fitted(model: nn.Module, head: M) -> M:
     if like is not None:
         head = head.to(device=like.device, dtype=like.dtype)
     return head.train(model.training)
+
+
+def largest_over_channels(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 1, H, W): amax, whose gradient is divided among equals.
+
+    Compiled, it is the first of equals that is remembered, by its place. The gradient of amax
+    asks which values equal the largest; in half precision Inductor compares rounded values with
+    ones that were not, finds none, and divides by their number.
+    """
+    if torch.compiler.is_compiling():
+        return x.max(dim=1, keepdim=True)[0]
+    return x.amax(dim=1, keepdim=True)
+
+
+def largest_over_positions(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 1, 1), as `largest_over_channels`."""
+    if torch.compiler.is_compiling():
+        return x.flatten(2).max(dim=2)[0][:, :, None, None]
+    return x.amax(dim=(2, 3), keepdim=True)
 
 
 GATE_ARGUMENTS = ("reduction", "channel_pool", "spatial_pool", "kernel_size", "order")

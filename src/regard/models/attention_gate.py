@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from regard.models._common import choose
+from regard.models._common import choose, largest_over_positions
 from regard.models.initialization import pytorch_default
 
 NORMALIZATIONS = ("mean_flow", "softmax", "sigmoid", "mean", "range")
@@ -28,19 +28,19 @@ def normalize_map(score: Tensor, how: str) -> Tensor:
     half = score.dtype == torch.float16 or score.dtype == torch.bfloat16
     s = score.float() if half else score
     positions = s.shape[2] * s.shape[3]
-    size = s.abs().amax(dim=(2, 3), keepdim=True)
+    size = s.detach().abs().amax(dim=(2, 3), keepdim=True)
     eps = 2.3e-16 if s.dtype == torch.float64 else 1.2e-7
     if how == "softmax":
         alpha = torch.softmax(s.flatten(2), dim=2).view(s.shape)
     elif how == "range":
-        low = s.amin(dim=(2, 3), keepdim=True)
-        total = s.amax(dim=(2, 3), keepdim=True) - low
+        low = -largest_over_positions(-s)
+        total = largest_over_positions(s) - low
         flat = total <= eps * size
         one = torch.ones_like(total)
         alpha = torch.where(flat, one, (s - low) / torch.where(flat, one, total))
     else:
         if how == "mean_flow":
-            s = s - s.amin(dim=(2, 3), keepdim=True)
+            s = s + largest_over_positions(-s)
         # what is within rounding of nothing is nothing: dividing by it would show noise
         total = s.sum(dim=(2, 3), keepdim=True)
         flat = total.abs() <= eps * size * positions

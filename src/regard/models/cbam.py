@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.errors import UsageError
-from regard.models._common import choose
+from regard.models._common import choose, largest_over_channels, largest_over_positions
 from regard.models.initialization import pytorch_default
 
 CHANNEL_POOLS = ("both", "avg", "max")
@@ -60,9 +60,9 @@ class ChannelGate(nn.Module):
         if self.pool == "avg":
             gate = self.mlp(x.mean(dim=(2, 3)))
         elif self.pool == "max":
-            gate = self.mlp(x.amax(dim=(2, 3)))
+            gate = self.mlp(largest_over_positions(x).flatten(1))
         else:
-            gate = self.mlp(x.mean(dim=(2, 3))) + self.mlp(x.amax(dim=(2, 3)))
+            gate = self.mlp(x.mean(dim=(2, 3))) + self.mlp(largest_over_positions(x).flatten(1))
         return torch.sigmoid(gate)[:, :, None, None]
 
 
@@ -105,7 +105,7 @@ class SpatialGate(nn.Module):
         if self.pool is not None:
             pooled = self.pool(x)  # (B, C, H, W) -> (B, 1, H, W)
         else:  # (B, C, H, W) -> (B, 2, H, W)
-            pooled = torch.cat([x.amax(dim=1, keepdim=True), x.mean(dim=1, keepdim=True)], dim=1)
+            pooled = torch.cat([largest_over_channels(x), x.mean(dim=1, keepdim=True)], dim=1)
         return torch.sigmoid(self.bn(self.conv(pooled)))
 
 
