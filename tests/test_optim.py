@@ -1,16 +1,24 @@
 """Learning rates step by step, and which parameters learn how fast and decay."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
+import timm.optim
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from regard.models import create_model
 from regard.training.config import Recipe
-from regard.training.optim import gate_and_head_parameters, make_optimizer, rate_factor, set_rate
+from regard.training.optim import (
+    gate_and_head_parameters,
+    make_optimizer,
+    parameter_groups,
+    rate_factor,
+    set_rate,
+)
 
 
 def rates(recipe: Recipe, total: int, steps_an_epoch: float) -> np.ndarray:
@@ -231,3 +239,27 @@ def test_muon_moves_each_matrix_by_all_of_its_directions_alike(nesterov):
     if not nesterov:  # else NAdam's first step
         for name in ("1.weight", "1.bias", "3.bias"):  # AdamW's first step is the rate
             assert moved[name].abs().numpy() == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_timms_and_its_state_goes_on_there(nesterov):
+    """Stacked by shape, with what is frozen or has no gradient left out."""
+    torch.manual_seed(0)
+    model = create_model("attention56_cifar").to(memory_format=torch.channels_last)
+    recipe = Recipe(optimizer="muon", lr=0.015, weight_decay=0.1, nesterov=nesterov)
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    one = make_optimizer(ours, recipe)
+    other = timm.optim.Muon(
+        parameter_groups(theirs, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov
+    )
+    for step in range(4):
+        if step == 2:
+            one.load_state_dict(copy.deepcopy(other.state_dict()))
+        for k, (p, q) in enumerate(zip(ours.parameters(), theirs.parameters(), strict=True)):
+            p.grad = None if k == step else torch.randn_like(p)
+            q.grad = None if p.grad is None else p.grad.clone()
+        one.step()
+        other.step()
+        assert sum(p.grad is not None for p in ours.parameters()) == k
+    for p, q, start in zip(ours.parameters(), theirs.parameters(), model.parameters(), strict=True):
+        assert (p - q).norm() <= 1e-2 * (q - start).norm()  # products in bf16

@@ -133,3 +133,21 @@ def mark_pretrained(name: str) -> None:
     except ImportError:
         return
     _model_has_pretrained.add(name)
+
+
+def is_a_matrix_to_muon(parameter: Any) -> bool:
+    """Whether timm's Muon (1.0.31) orthogonalizes a parameter; it moves the others by AdamW."""
+    try:
+        from timm.optim.muon import _is_suitable_for_muon
+    except ImportError as error:
+        raise RuntimeError("this timm has _is_suitable_for_muon in another place") from error
+    return bool(_is_suitable_for_muon(parameter))
+
+
+def muon_coefficients(name: str) -> list[tuple[float, float, float]]:
+    """The coefficients of timm's Muon (1.0.31) for each iteration, by their name there."""
+    try:
+        from timm.optim.muon import _COEFFICIENTS
+    except ImportError as error:
+        raise RuntimeError("this timm has Muon's coefficients in another place") from error
+    return _COEFFICIENTS[name]

@@ -11,6 +11,7 @@ from torch import nn
 from regard.attention import attention_kinds
 from regard.models.create import classifier_modules
 from regard.training.config import Recipe
+from regard.training.muon import Muon
 
 
 def rate_factor(recipe: Recipe, step: int, total: int, steps_an_epoch: float) -> float:
@@ -51,21 +52,21 @@ def gate_and_head_parameters(model: nn.Module) -> set[str]:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD or AdamW, fused, or Muon, from timm's factory over `parameter_groups`."""
+    """SGD or AdamW, fused, from timm's factory, or Muon, over `parameter_groups`."""
     nesterov = recipe.nesterov and recipe.momentum > 0
+    if recipe.optimizer == "muon":
+        groups = parameter_groups(model, recipe)
+        return Muon(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
     name: str = recipe.optimizer
-    others = {"fused": True}
     if name == "sgd":
         name = "sgd" if nesterov else "momentum"  # timm's names
-    elif name == "muon":
-        others = {"nesterov": nesterov}
     return create_optimizer_v2(
         model,
         opt=name,
         lr=recipe.lr,
         momentum=recipe.momentum,
         param_group_fn=functools.partial(parameter_groups, recipe=recipe),
-        **others,
+        fused=True,
     )
 
 
