@@ -25,7 +25,7 @@ class Muon(timm.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         """Moves the parameters that have a gradient."""
         hidden = []
         for group in self.param_groups:
