@@ -386,13 +386,12 @@ def test_parts_of_an_array_of_jobs_end_in_one_result(command, tmp_path, capsys):
     assert (whole["done"], len(whole["failed"])) == (5, 1)
 
 
-def test_the_slurm_script_has_the_command_without_its_own_flag(monkeypatch, capsys, tmp_path):
+def test_the_slurm_script_has_the_command_without_its_own_flag(capsys, tmp_path):
     path = tmp_path / "my study.toml"
     path.write_text(TABLE)
     words = ["study", str(path), "digits", "--seeds", "3"]
     for own in (["--slurm", "3"], ["--slurm=3"]):
-        monkeypatch.setattr(sys, "argv", ["regard", *words[:3], *own, *words[3:]])
-        assert run_command(sys.argv[1:]) == 0
+        assert run_command([*words[:3], *own, *words[3:]]) == 0
         last = capsys.readouterr().out.splitlines()[-1]
         assert shlex.split(last)[:-1] == ["exec", "regard", *words, "--only"]
 

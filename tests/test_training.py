@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import timm
 import torch
 
 import regard
+from regard.cli import run_command
 from regard.errors import NotFiniteError
 from regard.models.counting import count_multiply_adds
 from tests.helpers import (
@@ -56,6 +58,15 @@ def test_the_folder_explains_itself(whole, scans):
     assert len({r["path"] for r in splits}) == 120
     assert "report.html" in {p.name for p in whole.iterdir()}
     assert str(scans) in (whole / "recipe.toml").read_text()
+
+
+def test_the_recipe_says_the_words_that_were_called(scans, tmp_path, monkeypatch):
+    """Not sys.argv, which is a notebook's or another program's where that calls."""
+    monkeypatch.setattr(sys, "argv", ["notebook", "-f", "kernel.json"])
+    words = ["train", str(scans), *QUICK, "--steps", "1", "--out", str(tmp_path / "a run")]
+    assert run_command(words) == 0
+    line = (tmp_path / "a run" / "recipe.toml").read_text().splitlines()[1]
+    assert shlex.split(line.removeprefix("# ")) == ["regard", *words]
 
 
 def test_tensorboard_reads_the_events(whole):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import cyclopts
 
+from regard.called import as_command
 from regard.errors import RegardError, Stopped, StudyStopped, ToldElsewhere, is_out_of_memory
 from regard.log import show_messages
 from regard.version import __version__
@@ -79,7 +80,8 @@ def run_command(tokens: Sequence[str]) -> int:
     """Runs one command; a person's mistake becomes one line on standard error."""
     show_messages(force=True)
     try:
-        return app(_with_resume_auto(tokens), exit_on_error=False, print_error=False) or 0
+        with as_command(tokens):
+            return app(_with_resume_auto(tokens), exit_on_error=False, print_error=False) or 0
     except cyclopts.CycloptsError as error:
         _complain(f"{' '.join(str(error).split())} (see `regard --help`)")
         return 2

@@ -3,13 +3,13 @@
 import json as json_module
 import logging
 import shlex
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from regard.called import command_words
 from regard.commands.flags import DeviceFlag, SplitsFlag
 from regard.commands.train import RecipeFlags
 from regard.errors import UsageError
@@ -225,7 +225,7 @@ def _print_script(parts: int) -> int:
 
     if parts < 1:
         raise UsageError(f"--slurm {parts}: at least 1 job")
-    words = sys.argv[1:]
+    words = command_words()
     for place in reversed([i for i, w in enumerate(words) if w.partition("=")[0] == "--slurm"]):
         del words[place : place + (1 if "=" in words[place] else 2)]
     print(slurm_script(words, parts), end="")

@@ -3,13 +3,13 @@
 import dataclasses
 import logging
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from regard.called import command_words
 from regard.data.preprocess import Preprocess
 from regard.data.sources import NAMES, ImageTable, open_data
 from regard.errors import UsageError
@@ -84,11 +84,11 @@ class Plan:
 
     def header(self) -> str:
         """The comment at the top of the run's recipe.toml: what it is, and the command."""
-        command = " ".join(shlex.quote(a) for a in sys.argv[1:])
         first = f"The recipe of this run, every value resolved: {self.network} on {self.data}"
         start = "" if self.weights is None else f" --weights {shlex.quote(self.weights)}"
         again = f"regard train {shlex.quote(self.data)} --recipe THIS_FILE{start}"
-        return f"{first}\nregard {command}\nThe same run again: {again}"
+        made = f"regard {shlex.join(words)}" if (words := command_words()) else again
+        return f"{first}\n{made}\nThe same run again: {again}"
 
 
 def new_plan(
