@@ -44,7 +44,6 @@ def keep(
         raise UsageError(f"{folder} exists; give another name")
     folder.mkdir(parents=True)
     write_run(run, folder)
-    (folder / "images.npz").unlink(missing_ok=True)  # hashes of images, which weights need alone
     shutil.copy(run.path / "evaluation.json", folder / "evaluation.json")
     about = {"benchmark": benchmark, "commit": commit, "machine": machine or this_machine()}
     write_text(folder / "about.json", json.dumps(about, indent=1) + "\n")

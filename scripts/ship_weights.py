@@ -111,7 +111,7 @@ def this_machine() -> str:
 
 
 def write_run(run: RunFolder, folder: Path) -> None:
-    """Copies what the run was: run.json, recipe.toml, metrics.csv and its images' hashes."""
+    """Copies what the run was: run.json, recipe.toml and metrics.csv."""
     content = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
     data = content["plan"]["data"]
     content = without_paths(content, data)
@@ -121,7 +121,6 @@ def write_run(run: RunFolder, folder: Path) -> None:
     recipe = (run.path / "recipe.toml").read_text(encoding="utf-8")
     write_text(folder / "recipe.toml", without_paths(recipe, data))
     shutil.copy(run.path / "metrics.csv", folder / "metrics.csv")
-    KnownImages(run.path / "splits.csv").write(folder / KNOWN)
 
 
 def write_network(run: RunFolder, folder: Path, data: str | None) -> Evaluation:
@@ -284,6 +283,7 @@ def ship(
         folder.mkdir()
         found = write_network(run, folder, data)
         write_run(run, folder)
+        KnownImages(run.path / "splits.csv").write(folder / KNOWN)
         write_text(folder / "README.md", card(name, folder, found, facts, machine))
         others = [p for p in root.rglob("*") if p.is_file() and p.suffix != ".py"]
         others = [p for p in others if scratch not in str(p) and root / name not in p.parents]
