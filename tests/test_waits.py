@@ -170,10 +170,16 @@ def test_between_two_looks_the_host_waits_for_nothing(
     assert waits(name, side, channels, recipe, monkeypatch, **arguments) == {}
 
 
-def test_cudnn_searches_for_the_fastest_kernels_of_the_one_batch_size(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    waits("cbam_resnet18", 32, 3, Recipe(batch_size=8), monkeypatch, stem="cifar")
-    assert torch.backends.cudnn.benchmark
+def test_cudnn_searches_for_the_fastest_kernels_of_steps_alone(monkeypatch):
+    """Each size of an evaluation would be searched as well, for one pass."""
+    seen = set()
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda *_: seen.add(torch.backends.cudnn.benchmark)
+    )
+    with hook:
+        waits("cbam_resnet18", 32, 3, Recipe(batch_size=8), monkeypatch, stem="cifar")
+    assert seen == {True}
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_an_evaluation_waits_at_its_end_alone(monkeypatch):

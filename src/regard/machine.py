@@ -47,9 +47,20 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def pick_fastest_kernels() -> None:
-    """Has cuDNN try its kernels on the first batch of each size, where they may differ in bits."""
+@contextlib.contextmanager
+def fastest_kernels() -> Iterator[None]:
+    """Within, cuDNN tries its kernels on the first batch of each size, and takes the fastest.
+
+    For training steps, which have one size. Each size of an evaluation, and its last batch, would
+    be searched anew: seconds for a pass that takes less. Kernels may differ in bits, so nothing is
+    tried where torch is asked for deterministic ones.
+    """
+    before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -20,7 +20,7 @@ from regard.engines.bench import Clock, Timing, network, noise, time_in_rounds
 from regard.errors import UsageError
 from regard.files import reason
 from regard.log import silence_libraries
-from regard.machine import has_bf16, keep_freed_memory, synchronize
+from regard.machine import fastest_kernels, has_bf16, keep_freed_memory, synchronize
 from regard.models.fused import can_fuse, set_fused
 from regard.models.zoo import twins_of
 from regard.training.config import Recipe
@@ -70,13 +70,14 @@ class Case:
 
     def step(self) -> None:
         """One step, waited for until the device has done it."""
-        with self.updater.autocast():
-            outputs = self.forward(self.images).float()
-        loss = multi_head_cross_entropy(
-            outputs, self.labels, getattr(self.model, "head_weights", None),
-            reduction="sum", label_smoothing=self.recipe.label_smoothing,
-        ) / total_weight(self.labels, None)  # fmt: skip
-        self.updater.backward(loss)
+        with fastest_kernels():
+            with self.updater.autocast():
+                outputs = self.forward(self.images).float()
+            loss = multi_head_cross_entropy(
+                outputs, self.labels, getattr(self.model, "head_weights", None),
+                reduction="sum", label_smoothing=self.recipe.label_smoothing,
+            ) / total_weight(self.labels, None)  # fmt: skip
+            self.updater.backward(loss)
         self.updater.update()
         synchronize(self.images.device)
 

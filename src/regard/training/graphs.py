@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.machine import pick_fastest_kernels
+from regard.machine import fastest_kernels
 from regard.models.fused import fused_at_every_size
 
 
@@ -35,15 +35,15 @@ class Graphed:
     def __init__(
         self, model: nn.Module, images: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> None:
-        pick_fastest_kernels()
         # the recording keeps the nodes that add up gradients, which are of its own stream; autograd
         # waits for that one, and would warn of it
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         self.model: nn.Module = model
         self.shape: torch.Size = images.shape
-        self._replayed: Any = torch.cuda.make_graphed_callables(
-            _Whole(model, autocast), (images.detach().clone(),), allow_unused_input=True
-        )
+        with fastest_kernels():
+            self._replayed: Any = torch.cuda.make_graphed_callables(
+                _Whole(model, autocast), (images.detach().clone(),), allow_unused_input=True
+            )
 
     def __call__(self, images: Tensor) -> Tensor:
         forward = self._replayed if images.shape == self.shape else self.model

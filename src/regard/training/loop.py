@@ -30,7 +30,7 @@ from regard.data.augment import Augmentation, augment, blend, mixup_shares, neig
 from regard.data.loading import Batch, repeated
 from regard.data.preprocess import Preprocess
 from regard.errors import FileError, NotFiniteError
-from regard.machine import pick_fastest_kernels, seed_device
+from regard.machine import fastest_kernels, seed_device
 from regard.training.activation_checkpointing import frozen_statistics
 from regard.training.config import Recipe
 from regard.training.distributed import broadcast_tensors
@@ -224,7 +224,7 @@ class Trainer:
         whole = whole.clamp_min(TINY)  # of a step whose images all have weight 0
         loss = torch.zeros((), device=self.device)
         for part, (batch, target, weight) in enumerate(zip(step, targets, weights, strict=True)):
-            with self._synchronized(part == len(step) - 1):
+            with fastest_kernels(), self._synchronized(part == len(step) - 1):
                 outputs = self._outputs(self._input(batch))[: batch.count]
                 summed = self._summed_loss(outputs, target)
                 with self._recomputing():
@@ -310,8 +310,6 @@ class Trainer:
     def _prepare(self) -> None:
         self.model.train()
         self._bad = self._bad.to(self.device)
-        if self.device.type == "cuda":  # batches of one size: they are searched once
-            pick_fastest_kernels()
         self._forward = self.model if self.compiled is None else self.compiled
         if self.accelerator.num_processes > 1:
             torch.compiler.reset()  # what the trial compiled was not cut for several processes
