@@ -35,18 +35,18 @@ def fitted(model: nn.Module, head: M) -> M:
 def largest_over_channels(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 1, H, W): amax, whose gradient is divided among equals.
 
-    Compiled, it is the first of equals that is remembered, by its place. The gradient of amax
-    asks which values equal the largest; in half precision Inductor compares rounded values with
-    ones that were not, finds none, and divides by their number.
+    Compiled for training, it is the first of equals that is remembered, by its place. The
+    gradient of amax asks which values equal the largest; in half precision Inductor compares
+    rounded values with ones that were not, finds none, and divides by their number.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and x.requires_grad:
         return x.max(dim=1, keepdim=True)[0]
     return x.amax(dim=1, keepdim=True)
 
 
 def largest_over_positions(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C, 1, 1), as `largest_over_channels`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and x.requires_grad:
         return x.flatten(2).max(dim=2)[0][:, :, None, None]
     return x.amax(dim=(2, 3), keepdim=True)
 
