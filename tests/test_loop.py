@@ -18,6 +18,7 @@ from regard.data.augment import random_numbers
 from regard.data.loading import Batch, SampleOrder
 from regard.data.preprocess import Preprocess
 from regard.errors import NotFiniteError
+from regard.predict import Classifier
 from regard.training.config import Recipe
 from regard.training.loop import Trainer
 from regard.training.steps import SMALLEST, StepPlan
@@ -298,3 +299,16 @@ def test_a_partial_batch_ends_each_epoch():
     assert list(spans) == [(64, 32), (96, 4), (100, 32), (132, 32)]
     assert list(spans[1:3]) == [(96, 4), (100, 32)]
     assert np.sum([n for _, n in spans]) == 100
+
+
+def test_the_average_is_of_every_weight_also_once_it_is_scored():
+    """`to` copies weights of (N, 1, 1, 1) each time, and the average knows them by their place."""
+    depthwise = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1, groups=4), nn.Flatten(), nn.Linear(4 * 36, CLASSES)
+    )
+    trainer = trainer_of(depthwise.to(memory_format=torch.channels_last), ema_decay=0.5)
+    before = [p.clone() for p in trainer.weights.parameters()]
+    Classifier(trainer.weights, [str(k) for k in range(CLASSES)], trainer.preprocess)
+    trainer.fit(after_step=lambda *_: None)
+    for p, old in zip(trainer.weights.parameters(), before, strict=True):
+        assert not torch.equal(p, old)

@@ -8,12 +8,15 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
+from torch import nn
 
 from regard.errors import ResourceError, UsageError
+
+M = TypeVar("M", bound=nn.Module)
 
 # from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -61,6 +64,29 @@ def fastest_kernels() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def in_channels_last(model: M) -> M:
+    """The network with its weights in channels_last, which decide the layout of what it computes.
+
+    They are replaced only where some lie otherwise: `to` copies weights of (N, 1, 1, 1) each time,
+    and an average of weights, and a recording of a training step, know them by their place.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 4 and not parameter.is_contiguous(memory_format=torch.channels_last):
+            return model.to(memory_format=torch.channels_last)
+    return model
+
+
+def most_precise(device: torch.device) -> torch.dtype:
+    """float64, in which counts are summed; float32, exact up to 2 ** 24, where a device has none.
+
+    Apple's GPUs have no float64, nor have some of Intel's.
+    """
+    lacks = device.type == "mps"
+    if device.type == "xpu":
+        lacks = not torch.xpu.get_device_capability(device).get("has_fp64", True)
+    return torch.float32 if lacks else torch.float64
 
 
 def allow_tf32(allowed: bool) -> None:

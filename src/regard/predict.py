@@ -25,7 +25,7 @@ from regard.errors import ImageError, UsageError
 from regard.evaluation import familiarity
 from regard.evaluation.calibration import FILE, Calibration, read_calibration
 from regard.evaluation.familiarity import Familiarity, read_familiarity
-from regard.machine import choose_device
+from regard.machine import choose_device, in_channels_last
 from regard.models.io import load_model, network_folder
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -88,8 +88,7 @@ class Classifier:
         preprocess: Preprocess,
         config: dict[str, Any] | None = None,
     ) -> None:
-        # a one-channel input is contiguous in both layouts, so the weights decide
-        self.model: nn.Module = model.eval().to(memory_format=torch.channels_last)
+        self.model: nn.Module = in_channels_last(model.eval())
         self.class_names: list[str] = list(class_names)
         self.preprocess: Preprocess = preprocess
         self.config: dict[str, Any] = config or {}

@@ -8,7 +8,7 @@ from torch import nn
 from regard.data.loading import InMemoryLoader, SampleOrder, StreamingLoader
 from regard.data.workers import default_workers
 from regard.errors import UsageError
-from regard.machine import keep_freed_memory
+from regard.machine import in_channels_last, keep_freed_memory
 from regard.models.create import make_model
 from regard.models.fused import can_fuse, set_fused
 from regard.training.activation_checkpointing import set_checkpointing
@@ -46,7 +46,7 @@ def build_model(plan: Plan, device: torch.device, *, start: bool) -> nn.Module:
         set_checkpointing(model, plan.model)
     if device.type == "cpu":
         keep_freed_memory()
-    return model.to(device).to(memory_format=torch.channels_last)
+    return in_channels_last(model.to(device))
 
 
 def build_loader(
@@ -119,4 +119,4 @@ def with_synchronized_norms(model: nn.Module, device: torch.device) -> nn.Module
             "sync_bn: torch synchronizes batch norm on GPUs only; leave it out, or raise batch_size"
         )
     synchronized: nn.Module = convert_sync_batchnorm(model)
-    return synchronized.to(memory_format=torch.channels_last)
+    return in_channels_last(synchronized)
