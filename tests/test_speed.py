@@ -341,6 +341,25 @@ def test_on_a_gpu_it_is_tried():
     ]
     with pytest.raises(ValueError, match=r"a batch of 2, .* needs more than 2\.0 GB free"):
         fit_memory(trainer, peak=lambda *_: None, free=2e9)
+    # one that runs, but takes more than its share of what is free
+    assert fit_memory(trainer, peak=lambda _, size: size * 80_000_000, free=2e9) == (16, 3)
+    with pytest.raises(ValueError, match=r"a batch of 2, .* needs 1\.9 GB of 2\.0 GB free"):
+        fit_memory(trainer, peak=lambda *_: 1_900_000_000, free=2e9)
+
+
+def test_of_several_gpus_the_one_with_least_room_decides(monkeypatch):
+    two = SimpleNamespace(device=torch.device("cuda"), num_processes=2, is_main_process=True)
+    trainer = dataclasses.replace(trainer_of(tiny(), batch_size=48), accelerator=two)
+    monkeypatch.setattr("regard.training.memory.gathered", lambda _, chosen: [chosen, 12])
+    with messages() as said:
+        assert fit_memory(trainer, peak=lambda *_: 1_000_000_000, free=2e9) == (12, 4)
+    assert said == [
+        "a step of 48 needs 1.0 GB of 2.0 GB free: 4 parts of 12; "
+        "BN sees batches of 12 instead of 48"
+    ]
+    synchronized = dataclasses.replace(trainer, recipe=trainer.recipe.changed(sync_bn=True))
+    with pytest.raises(ValueError, match="leave it or sync_bn out"):
+        fit_memory(synchronized, peak=lambda *_: 1, free=2e9)
 
 
 def test_memory_that_cannot_be_measured_changes_nothing():

@@ -50,13 +50,15 @@ def fit_memory(
         UsageError: not even the smallest batch fits.
     """
     device, world = trainer.accelerator.device, trainer.accelerator.num_processes
+    if world > 1 and trainer.recipe.sync_bn:  # one that runs out would leave the others waiting
+        raise UsageError("fit_memory measures each process by itself: leave it or sync_bn out")
     images = trainer.batch * trainer.recipe.accumulate
     sizes = [images // n for n in range(1, images + 1) if images % n == 0]
     # BN needs at least two images to have a variance
     sizes = [s for s in sizes if s <= trainer.count and (s > 1 or images == 1)]
     if device.type == "cuda":
         free = free or _free_on_gpu(device)
-        needed = _largest_that_runs(trainer, sizes, peak or peak_on_gpu)
+        needed = _largest_that_fits(trainer, sizes, SHARE * free, peak or peak_on_gpu)
     elif device.type == "cpu" and (peak is not None or _RESET_PEAK.exists()):
         free = (free or free_memory()) / int(os.environ.get("LOCAL_WORLD_SIZE", world))
         needed = extrapolated(
@@ -65,15 +67,16 @@ def fit_memory(
     else:
         log.info(f"memory can't be measured on {device.type} here: batches stay as they are")
         return trainer.batch, trainer.recipe.accumulate
-    chosen = next((s for s in sizes if needed.get(s, free) <= SHARE * free), 0)
+    chosen = next((s for s in sizes if needed.get(s, math.inf) <= SHARE * free), 0)
     if world > 1:  # on CPUs the first process's choice; of GPUs, the one with least room
         several = gathered(trainer.accelerator, chosen)
         chosen = broadcast_object_list([several[0]])[0] if device.type == "cpu" else min(several)
     if not chosen:
+        least = needed.get(sizes[-1], math.inf)
         raise UsageError(
             f"fit_memory: a batch of {sizes[-1]}, the smallest equal part of a step of {images}, "
-            f"needs {_need(needed[sizes[-1]])} {_bytes(free)} free: try grad_checkpointing, "
-            "a smaller size, or another batch_size"
+            f"needs {_need(least)} {_bytes(free)} free: try grad_checkpointing, a smaller size, "
+            "or another batch_size"
         )
     log.info(_message(images, chosen, trainer.batch, needed, free))
     return chosen, images // chosen
@@ -83,7 +86,7 @@ def _message(images: int, chosen: int, before: int, needed: dict[int, float], fr
     whole = needed.get(images, math.inf)
     parts = f"{images // chosen} part{'s' * (chosen < images)} of {chosen}"
     text = f"a step of {images} needs {_need(whole)} {_bytes(free)} free: {parts}"
-    if chosen < images:
+    if chosen < images and chosen in needed:  # the GPU with least room may be another process's
         text += f", {_bytes(needed[chosen])} each"
     if chosen != before:
         text += f"; BN sees batches of {chosen} instead of {before}"
@@ -127,13 +130,15 @@ def peak_of(work: Callable[[], object], device: torch.device) -> int | None:
 
 
 # ------------------------------------------------------------------------------- on a GPU
-def _largest_that_runs(trainer: Trainer, sizes: list[int], peak: Peak) -> dict[int, float]:
-    """Bytes by batch size, from the largest to the first that runs; infinite where it does not."""
+def _largest_that_fits(
+    trainer: Trainer, sizes: list[int], limit: float, peak: Peak
+) -> dict[int, float]:
+    """Bytes by batch size, from the largest to the first within the limit; inf.: it did not run."""
     needed: dict[int, float] = {}
     for size in sizes:
         taken = peak(trainer, size)
         needed[size] = math.inf if taken is None else float(taken)
-        if taken is not None:
+        if needed[size] <= limit:
             break
     return needed
 
