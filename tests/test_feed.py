@@ -13,6 +13,8 @@ from regard.training.feed import AHEAD, _by_thread, feed
 from regard.training.loop import Trainer
 from tests.test_loop import COUNT, first_step, trainer_of
 
+CPU = torch.device("cpu")
+
 
 def test_a_thread_is_ahead_and_no_further_than_it_may_be():
     made = []
@@ -21,7 +23,7 @@ def test_a_thread_is_ahead_and_no_further_than_it_may_be():
         made.append((number, threading.current_thread().name))
         return 10 * number
 
-    batches = _by_thread(iter(range(100)), make)
+    batches = _by_thread(iter(range(100)), make, CPU)
     assert next(batches) == 0
     deadline = time.monotonic() + 20
     while len(made) < AHEAD + 2 and time.monotonic() < deadline:
@@ -40,11 +42,11 @@ def test_an_error_of_the_source_comes_when_its_batch_would():
         yield 1
         raise KeyError("a fault")
 
-    batches = _by_thread(source(), lambda batch: batch)
+    batches = _by_thread(source(), lambda batch: batch, CPU)
     assert next(batches) == 1
     with pytest.raises(KeyError):
         next(batches)
-    assert list(_by_thread(iter([1, 2]), str)) == ["1", "2"]
+    assert list(_by_thread(iter([1, 2]), str, CPU)) == ["1", "2"]
 
 
 def test_on_a_cpu_nothing_is_made_before_it_is_asked_for():
@@ -121,6 +123,32 @@ def test_a_loss_looked_at_late_still_names_its_own_step(monkeypatch):
         assert caught.value.rows == trainer.source.order.at(24, 12).tolist()
 
 
+def test_apples_gpus_are_asked_by_one_thread():
+    threads = []
+    there = SimpleNamespace(moved=lambda mover: threads.append(threading.current_thread()))
+    list(feed(iter([1, 2]), lambda _: there, torch.device("mps")))
+    assert threads == [threading.main_thread()] * 2
+
+
+def test_what_several_gpus_exchange_is_on_them(monkeypatch):
+    """A state that was read, and what is counted before the first step, is on the CPU."""
+    from regard.training import loop
+
+    trainer, devices = trainer_of(), []
+    trainer.accelerator = SimpleNamespace(num_processes=2)
+    trainer.device = torch.device("meta")
+    monkeypatch.setattr(
+        loop, "gather", lambda bad: devices.append(bad.device) or torch.tensor([-1, 7])
+    )
+    monkeypatch.setattr(
+        loop, "reduce", lambda tally, _: devices.append(tally.device) or torch.ones(5)
+    )
+    assert trainer._agreed(trainer._bad) == 7
+    trainer.step = 1
+    assert trainer.epoch_row()["loss"] == 1
+    assert devices == [trainer.device] * 2
+
+
 # ------------------------------------------------------------------------------- fp16
 def test_fp16_scales_the_loss_and_leaves_out_a_step_that_overflows():
     trainer, plain = trainer_of(weights=None), trainer_of(weights=None)
@@ -141,6 +169,9 @@ def test_fp16_scales_the_loss_and_leaves_out_a_step_that_overflows():
         assert torch.equal(p, old)
     again = dataclasses.replace(trainer, precision="fp16")
     again.load_state_dict(half.state_dict())
+    assert again.updater.scaler.get_scale() == 32768
+    # of a run that was in bf16 on another GPU
+    again.load_state_dict(plain.state_dict())
     assert again.updater.scaler.get_scale() == 32768
 
 

@@ -1,5 +1,6 @@
 """Batches on the way to the device: made ahead by a thread, copied while the device computes."""
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -53,7 +54,6 @@ class Mover:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream: Any = None
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The tensor on the device, in the stream of `copying` where that is entered."""
@@ -67,10 +67,8 @@ class Mover:
         """A batch with a method `moved`, on the device, and the event of its arrival."""
         if self.device.type not in ("cuda", "xpu"):
             return batch.moved(self), None
-        if self._stream is None:
-            self._stream = torch.Stream(device=self.device)
-        with self._stream:
-            return batch.moved(self), self._stream.record_event()
+        with (stream := _side_stream(self.device)):
+            return batch.moved(self), stream.record_event()
 
     def receive(self, batch: Any, arrival: Any) -> Any:
         """The batch, for work that is given to the device from now on."""
@@ -81,6 +79,12 @@ class Mover:
         return batch
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    """The stream of a device's copies: one, as each keeps memory of its own."""
+    return torch.Stream(device=device)
+
+
 def _in_use(tensor: Tensor, stream: Any) -> Tensor:
     tensor.record_stream(stream)  # its memory is not given away before the stream is done with it
     return tensor
@@ -89,18 +93,26 @@ def _in_use(tensor: Tensor, stream: Any) -> Tensor:
 def feed(batches: Iterator[Any], make: Callable[[Any], Any], device: torch.device) -> Iterator[Any]:
     """make(batch) for each batch, on the device.
 
-    On a CPU this is done when it is asked for; otherwise a thread is up to AHEAD batches ahead, so
-    that the device never waits for a copy. What the thread raises is raised here.
+    On a CPU this is done when it is asked for, and on Apple's GPUs, where two threads that ask for
+    work at once end the process (PyTorch 2.14, issue 197805); otherwise a thread is up to AHEAD
+    batches ahead, so that the device never waits for a copy. What it raises is raised here.
     """
     if device.type == "cpu":
         return map(make, batches)
     mover = Mover(device)
-    placed = _by_thread(batches, lambda batch: mover.copy(make(batch)))
+    if device.type == "mps":
+        return (make(batch).moved(mover) for batch in batches)
+    placed = _by_thread(batches, lambda batch: mover.copy(make(batch)), device)
     return (mover.receive(*each) for each in placed)
 
 
-def _by_thread(batches: Iterator[Any], work: Callable[[Any], Any]) -> Iterator[Any]:
-    """work(batch) for each batch, by a thread that is up to AHEAD ahead."""
+def _by_thread(
+    batches: Iterator[Any], work: Callable[[Any], Any], device: torch.device
+) -> Iterator[Any]:
+    """work(batch) for each batch, by a thread that is up to AHEAD ahead.
+
+    A thread begins with the first device, where it would take memory of another process's.
+    """
     done: queue.Queue[tuple[str, Any]] = queue.Queue(AHEAD)
     given_up = threading.Event()
 
@@ -115,6 +127,8 @@ def _by_thread(batches: Iterator[Any], work: Callable[[Any], Any]) -> Iterator[A
 
     def run() -> None:
         try:
+            if device.type in ("cuda", "xpu") and device.index is not None:
+                torch.accelerator.set_device_index(device.index)
             for batch in batches:
                 if not put("batch", work(batch)):
                     return

@@ -30,7 +30,7 @@ from regard.data.augment import Augmentation, augment, blend, mixup_shares, neig
 from regard.data.loading import Batch, repeated
 from regard.data.preprocess import Preprocess
 from regard.errors import FileError, NotFiniteError
-from regard.machine import fastest_kernels, seed_device
+from regard.machine import fastest_kernels, most_precise, seed_device
 from regard.training.activation_checkpointing import frozen_statistics
 from regard.training.config import Recipe
 from regard.training.distributed import broadcast_tensors
@@ -134,7 +134,9 @@ class Trainer:
         `loss` is the cross entropy of the prediction, as `val_loss` is; `objective` is what is
         minimized: with smoothing, class weights and every head.
         """
-        summed = reduce(self.tally, "sum") if self.accelerator.num_processes > 1 else self.tally
+        summed = self.tally
+        if self.accelerator.num_processes > 1:  # NCCL exchanges what is on the device alone
+            summed = reduce(summed.to(self.device), "sum")
         objective, weight, entropy, correct, seen = summed.tolist()
         rate = self.rate(self.step - 1)
         row = {
@@ -166,7 +168,7 @@ class Trainer:
         """Restores a state saved by `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.updater.scaler is not None:
+        if self.updater.scaler is not None and state["scaler"] is not None:  # else it starts anew
             self.updater.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
@@ -304,7 +306,7 @@ class Trainer:
         """The first step whose loss was not finite in any process, or -1: all end together."""
         if self.accelerator.num_processes == 1:
             return int(bad)
-        steps = gather(bad.view(1))
+        steps = gather(bad.view(1).to(self.device))
         return int(steps[steps >= 0].min()) if bool((steps >= 0).any()) else -1
 
     def _prepare(self) -> None:
@@ -380,8 +382,7 @@ class Trainer:
         entropy = prediction_cross_entropy(outputs, target)
         seen = torch.full_like(entropy, len(outputs))
         added = torch.stack([summed, weight.to(summed), entropy, correct.to(summed), seen])
-        # MPS has no float64; float32 is exact for counts up to 2 ** 24
-        dtype = torch.float32 if added.device.type == "mps" else torch.float64
+        dtype = most_precise(added.device)
         self.tally = self.tally.to(dtype=dtype).to(added.device) + added.to(dtype)
 
 

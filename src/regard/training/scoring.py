@@ -14,6 +14,7 @@ from regard.data.loading import Batch, InMemoryLoader, Spans, StreamingLoader
 from regard.data.workers import WaitInterrupted, never
 from regard.errors import FileError, NotFiniteError
 from regard.evaluation import Predictions
+from regard.machine import most_precise
 from regard.predict import Classifier
 from regard.training.distributed import gathered, gathered_first
 from regard.training.feed import feed
@@ -58,7 +59,7 @@ class Scorer:
         """
         labels = torch.from_numpy(part.table.labels)
         device = self.trainer.device
-        precise = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
+        precise = most_precise(device)
         sums = torch.zeros(3, dtype=precise, device=device)  # loss, correct, images
         for batch in self._batches(loader, part, labels):
             probabilities = self.classifier.answers(batch.images)
