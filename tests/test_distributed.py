@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from regard.run_data import predictions_of
 from regard.training import distributed
 from regard.training.config import load_recipe
 from regard.training.plan import image_weights
+from regard.training.run import Run
 from tests.helpers import ENVIRONMENT, QUICK, dense, run, same_results
 
 # Each process is the command line, and tells in the folder TOLD what it had at the end. The
@@ -349,10 +351,65 @@ def test_other_ways_to_divide_a_network_are_refused_by_name(monkeypatch):
                 distributed.start_accelerator()
 
 
+def test_machines_have_as_many_processes_each(monkeypatch):
+    monkeypatch.setattr(distributed, "gathered", lambda *_: ["2", "2", "1"])
+    with pytest.raises(UsageError, match="on machines with 1, 2 of them"):
+        distributed.start_accelerator("cpu")
+
+
+def test_the_others_wait_for_what_the_first_prepares(monkeypatch):
+    """NCCL's own limit of 10 minutes is less than ImageNet's hashes take."""
+    given = {}
+    monkeypatch.setattr(distributed, "Accelerator", lambda **kwargs: given.update(kwargs))
+    monkeypatch.setattr(distributed, "gathered", lambda *_: [None])
+    distributed.start_accelerator("cpu")
+    (handler,) = given["kwargs_handlers"]
+    assert handler.to_kwargs() == {"timeout": distributed.LONGEST_EXCHANGE}
+
+
+def asked(world: int, stop: int = 0, **values) -> SimpleNamespace:
+    """A run whose processes agree to save after each step."""
+    requests = SimpleNamespace(agree=lambda stop, save, now: (stop, True))
+    saves = []
+    return SimpleNamespace(
+        world=world, signals=SimpleNamespace(stop=stop, save=False), requests=requests,
+        saved_at=0.0, saved_after=-1, unscored=False, saves=saves,
+        plan=SimpleNamespace(recipe=SimpleNamespace(save_minutes=1)),
+        display=SimpleNamespace(step=lambda _: None), **values,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "steps"), [(1, [1, 2, 3, 4]), (2, [1, 3])])
+def test_what_is_asked_again_before_it_was_heard_is_done_once(world, steps):
+    run = asked(world)
+    for step in (1, 2, 3, 4):
+        trainer = SimpleNamespace(step=step, total=9, epoch_ends=lambda _: False)
+
+        def save(step=step):
+            run.saves.append(step)
+            run.saved_after = step
+
+        run._save = save
+        Run._after_step(run, trainer, 0.0)
+    assert run.saves == steps
+
+
+def test_a_step_of_several_processes_gets_some_seconds_to_begin(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("regard.training.run.time.monotonic", lambda: now[0])
+    for world, overdue in ((1, [True, True]), (2, [False, True])):
+        run = SimpleNamespace(world=world, asked_at=None, _stop_asked=lambda: True)
+        found = []
+        for now[0] in (100.0, 111.0):
+            found.append(Run._stop_overdue(run))
+        assert found == overdue
+
+
 def test_what_says_that_a_process_is_gone():
     for text in ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1",
                  "NCCL error: remote process exited"):  # fmt: skip
         assert distributed.lost_process(RuntimeError(text))
     assert distributed.lost_process(torch.distributed.DistNetworkError("timeout"))
     assert not distributed.lost_process(RuntimeError("shapes differ"))
+    assert not distributed.lost_process(RuntimeError("NCCL error: Duplicate GPU detected"))
     assert not distributed.lost_process(ValueError("Connection closed by peer"))

@@ -1,6 +1,7 @@
 """One run in many processes: starting them, deciding together, and telling an error once."""
 
 import contextlib
+import datetime
 import os
 import threading
 import time
@@ -9,7 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor
 
 from regard.compat import default_store
@@ -17,6 +23,10 @@ from regard.data.workers import kill_workers
 from regard.errors import FileError, RegardError, UsageError
 from regard.files import reason
 from regard.machine import choose_device
+
+# the others wait while the first process downloads, groups and hashes images; NCCL's own is 10
+# minutes. One that has failed is not waited for: see Watch
+LONGEST_EXCHANGE = datetime.timedelta(hours=2)
 
 
 def start_accelerator(device: str = "auto") -> Accelerator:
@@ -30,8 +40,9 @@ def start_accelerator(device: str = "auto") -> Accelerator:
 
     Raises:
         UsageError: this machine has no such device; `accelerate launch --cpu` was asked for
-            several processes, which it does not start; or Accelerate was configured for
-            DeepSpeed, FSDP or another way of dividing the network.
+            several processes, which it does not start; Accelerate was configured for DeepSpeed,
+            FSDP or another way of dividing the network; or machines have unlike numbers of
+            processes.
     """
     _refuse_other_ways()
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -41,11 +52,19 @@ def start_accelerator(device: str = "auto") -> Accelerator:
             "that out, or use torchrun --nproc_per_node N -m regard train ..."
         )
     on_cpu = on_cpu or choose_device(device).type == "cpu"
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no",
         cpu=True if on_cpu else None,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_EXCHANGE)],
     )
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    if len(set(several := gathered(accelerator, here))) > 1:
+        raise UsageError(
+            f"the run's processes are on machines with {', '.join(sorted(map(str, set(several))))} "
+            "of them: each machine must have as many"
+        )
+    return accelerator
 
 
 # variables by which `accelerate launch` says how a network is divided among processes
@@ -165,6 +184,8 @@ def lost_process(error: BaseException) -> bool:
     """Whether an error says that another process of the run is gone."""
     if isinstance(error, torch.distributed.DistError):
         return True
+    if "Duplicate GPU" in str(error):  # more processes than GPUs: nobody is gone
+        return False
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in LOST)
 
 
@@ -259,7 +280,7 @@ class Requests:
 
     def _ask(self, stop: int, save: bool) -> None:
         if self._group is None:  # on CPUs: nothing waits for a GPU
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_EXCHANGE)
         mine = torch.tensor([stop, int(save)])
         work = torch.distributed.all_reduce(
             mine, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True

@@ -58,6 +58,8 @@ from regard.training.trackers import Trackers, check_trackers
 
 log: logging.Logger = logging.getLogger(__name__)
 
+PATIENCE = 10.0  # seconds that a step of several processes gets to begin after a stop
+
 
 def train(
     data: str | Path,
@@ -121,6 +123,8 @@ class Run:
         self.requests: Requests = Requests(accelerator)
         self.states: Checkpoints = Checkpoints(self.folder.path / "state")
         self.saved_at: float = time.monotonic()
+        self.saved_after: int = -1  # steps
+        self.asked_at: float | None = None  # when a stop was first heard of
         self.best: dict[str, float] = {}
         self.resumed: bool = opened.resumed
         self.has_state: bool = opened.has_state
@@ -270,19 +274,31 @@ class Run:
             trackers = Trackers(self.tracker_names, self.folder.path, config, self.trainer.step)
         source = self.trainer.source
         if isinstance(source, StreamingLoader):
-            source.stop = self._stop_asked
+            source.stop = self._stop_overdue
         self.display: Display
         with Display(self.trainer, trackers) as self.display:
-            if self.unscored:
-                self._end_epoch()
-                self._save()
             try:
+                if self.unscored:
+                    self._end_epoch()
+                    self._save()
                 self.trainer.fit(after_step=self._after_step)
             except WaitInterrupted:
                 self._stop_while_waiting()
 
     def _stop_asked(self) -> bool:
         return self.requests.heard(self.signals.stop) != 0
+
+    def _stop_overdue(self) -> bool:
+        """Whether a stop was asked for, and a step that does not begin is not to be waited for.
+
+        Several processes can save only after a step that all of them end: it gets some seconds.
+        """
+        if not self._stop_asked():
+            return False
+        if self.world == 1:
+            return True
+        self.asked_at = self.asked_at or time.monotonic()
+        return time.monotonic() - self.asked_at > PATIENCE
 
     def _stop_while_waiting(self) -> None:
         """Stops a run whose next images did not come; a step begins when all of its are there."""
@@ -300,6 +316,8 @@ class Run:
                 self.unscored = True
         due = time.monotonic() - self.saved_at > 60 * self.plan.recipe.save_minutes
         stop, save = self.requests.agree(self.signals.stop, due or self.signals.save, now=ends)
+        if self.world > 1 and trainer.step == self.saved_after + 1:
+            save = False  # asked again before what was asked first was heard and done
         if ends or stop or save:
             self._save()
         if save and self.signals.save:
@@ -339,7 +357,7 @@ class Run:
         t.check_finite()
         t.share_buffers()
         if self.world > 1:  # what each process counted becomes the first's
-            tally = self.accelerator.reduce(t.tally, "sum").cpu()
+            tally = self.accelerator.reduce(t.tally.to(t.device), "sum").cpu()
             t.tally, t.unreadable = tally, gather_object(t.unreadable)
             if not self.main:
                 t.tally, t.unreadable = torch.zeros_like(t.tally), []
@@ -348,7 +366,7 @@ class Run:
             extra = {"best": self.best, "unscored": self.unscored}
             self.states.save(t.step, {**t.state_dict(), **extra})
             self._list_unreadable(self.parts["train"], t.unreadable)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_after = time.monotonic(), t.step
 
     def _list_unreadable(self, part: LoadedSplit, rows: list[tuple[int, str]]) -> None:
         """Adds images of a split to unreadable.csv."""
