@@ -157,8 +157,9 @@ def read_kept(folder: Path) -> Kept:
     words = [w for w in words if w != "--resume"]
     facts, top1 = run["facts"], tested["metrics"]["top1"]
     threads = facts["threads"]
+    arguments = "".join(f", {k}={v}" for k, v in run["plan"]["model_args"].items())
     return Kept(
-        about["benchmark"], run["plan"]["model"], shlex.join(words),
+        about["benchmark"], f"`{run['plan']['model']}`{arguments}", shlex.join(words),
         tomllib.loads(recipe)["seed"], (top1["value"], top1["low"], top1["high"]),
         facts["epochs"], facts["seconds"] / 3600,
         f"{about['machine']}, {threads} thread{'s' * (threads > 1)}, "
@@ -188,7 +189,7 @@ def results_table(folder: Path) -> str:
                 found = f"{values[0]:.2f} % ({low:.2f} to {high:.2f})"
             hours = statistics.mean(k.hours for k in runs)
             lines.append(
-                f"| {mark['title']} | `{first.network}` | {found}, {len(runs)} "
+                f"| {mark['title']} | {first.network} | {found}, {len(runs)} "
                 f"seed{'s' * (len(runs) > 1)} | {first.epochs:.3g} epochs, {hours:.2g} h "
                 f"| {mark['mark'] or '–'} |"
             )
