@@ -1,5 +1,6 @@
 """What a run decides by measuring, and that measuring leaves no trace in it."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -29,6 +30,7 @@ from regard.machine import free_memory
 from regard.training.activation_checkpointing import set_checkpointing
 from regard.training.compile import choose_compiled
 from regard.training.config import Recipe
+from regard.training.graphs import Graphed
 from regard.training.loop import Trainer
 from regard.training.memory import fit_memory
 from regard.training.trial import first_batches
@@ -512,3 +514,32 @@ def test_a_narrow_precision_is_chosen_where_the_hardware_multiplies_in_it(monkey
         choices.choose_precision("tf32", cpu)
     monkeypatch.setattr("regard.machine.cpu_has_bf16", lambda: True)
     assert choices.precision_note("bf16", cpu) is None
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_network_that_waits_for_the_device_is_not_recorded(waits, monkeypatch):
+    """A recording that CUDA refuses leaves torch before 2.13 without memory."""
+    modes, recorded = [], []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(
+        torch.cuda,
+        "make_graphed_callables",
+        lambda whole, *_, **__: recorded.append(whole) or whole,
+    )
+
+    class Network(torch.nn.Linear):
+        def forward(self, x):
+            if waits and modes[-1:] == ["error"]:
+                raise RuntimeError("called a synchronizing CUDA operation")
+            return super().forward(x)
+
+    network, x = Network(3, 2), torch.ones(4, 3)
+    if waits:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            Graphed(network, x, contextlib.nullcontext)
+    else:
+        assert torch.equal(Graphed(network, x, contextlib.nullcontext)(x), network(x))
+    assert modes == ["error", 0]
+    assert len(recorded) == (not waits)
+    assert network.weight.grad is None
