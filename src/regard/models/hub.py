@@ -113,13 +113,11 @@ def check_reachable(repository: str, file: str, revision: str | None = None) -> 
         FileError: the hub may not be asked, does not answer in time, or has no such file.
     """
     if (error := _refusal(repository, file, revision)) is not None:
-        answered = getattr(error, "response", None) is not None
-        what = "the hub does not give it" if answered else "the hub can't be reached"
-        raise FileError(f"{what} ({_why(error)})") from error
+        raise FileError(f"the hub does not give it ({_why(error)})") from error
 
 
 def _refusal(repository: str, file: str, revision: str | None = None) -> Exception | None:
-    """What comes of asking the hub for a file's size: an error, or None.
+    """What the hub answers when it is asked for a file's size: an error, or None.
 
     Raises:
         FileError: the hub may not be asked, or does not answer in SECONDS.
@@ -134,9 +132,13 @@ def _refusal(repository: str, file: str, revision: str | None = None) -> Excepti
 
     answers = _in_thread(ask)
     try:
-        return answers.get(timeout=limit)[1]
+        error = answers.get(timeout=limit)[1]
     except queue.Empty:
         raise FileError(f"the hub can't be reached (no answer in {limit:g} s)") from None
+    # such as the HTTP library's own time limit, which may be noticed before this one
+    if error is not None and getattr(error, "response", None) is None:
+        raise FileError(f"the hub can't be reached ({_why(error)})") from error
+    return error
 
 
 def _in_thread(work: Callable[[], Any]) -> "queue.Queue[tuple[Any, Exception | None]]":
