@@ -10,7 +10,7 @@ from regard import machine
 from regard.cli import run_command
 from regard.commands.train import train
 from regard.errors import UsageError
-from regard.machine import choose_device
+from regard.machine import choose_device, most_precise
 from regard.predict import load
 from tests.helpers import same_results
 
@@ -150,3 +150,13 @@ def test_shared_memory_is_divided_among_the_processes_of_a_machine(monkeypatch, 
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: SimpleNamespace(free=64e6))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert workers.shared_memory_free() == 16e6
+
+
+def test_counts_are_in_float64_where_the_device_has_it(monkeypatch):
+    assert most_precise(torch.device("cpu")) == most_precise(torch.device("cuda")) == torch.float64
+    assert most_precise(torch.device("mps")) == torch.float32
+    for has, dtype in ((True, torch.float64), (False, torch.float32)):
+        monkeypatch.setattr(
+            torch.xpu, "get_device_capability", lambda _, has=has: {"has_fp64": has}
+        )
+        assert most_precise(torch.device("xpu")) == dtype

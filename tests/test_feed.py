@@ -130,6 +130,15 @@ def test_apples_gpus_are_asked_by_one_thread():
     assert threads == [threading.main_thread()] * 2
 
 
+def test_the_thread_works_on_the_device_of_its_process(monkeypatch):
+    """A new thread has the first one, where it would take memory."""
+    chosen = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    assert list(_by_thread(iter([1, 2]), str, torch.device("cuda", 1))) == ["1", "2"]
+    assert list(_by_thread(iter([1, 2]), str, torch.device("cuda"))) == ["1", "2"]
+    assert chosen == [1]
+
+
 def test_what_several_gpus_exchange_is_on_them(monkeypatch):
     """A state that was read, and what is counted before the first step, is on the CPU."""
     from regard.training import loop

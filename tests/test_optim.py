@@ -258,7 +258,7 @@ def test_muon_is_timms_and_its_state_goes_on_there(nesterov):
         for k, (p, q) in enumerate(zip(ours.parameters(), theirs.parameters(), strict=True)):
             p.grad = None if k == step else torch.randn_like(p)
             q.grad = None if p.grad is None else p.grad.clone()
-        one.step()
+        assert one.step(lambda step=step: step) == step
         other.step()
         assert sum(p.grad is not None for p in ours.parameters()) == k
     for p, q, start in zip(ours.parameters(), theirs.parameters(), model.parameters(), strict=True):

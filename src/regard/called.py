@@ -9,7 +9,7 @@ _words: ContextVar[tuple[str, ...]] = ContextVar("words", default=())
 
 @contextlib.contextmanager
 def as_command(words: Sequence[str]) -> Iterator[None]:
-    """Within, `command_words` are these, whoever called: sys.argv may be another program's."""
+    """Within, `command_words` are these; sys.argv may be another program's."""
     token = _words.set(tuple(words))
     try:
         yield

@@ -168,7 +168,7 @@ class Trainer:
         """Restores a state saved by `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.updater.scaler is not None and state["scaler"] is not None:  # else it starts anew
+        if self.updater.scaler is not None and state["scaler"] is not None:  # else at its own start
             self.updater.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])

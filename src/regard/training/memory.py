@@ -47,7 +47,7 @@ def fit_memory(
         free: bytes (default: what is free).
 
     Raises:
-        UsageError: not even the smallest batch fits.
+        UsageError: not even the smallest batch fits, or several processes synchronize their BN.
     """
     device, world = trainer.accelerator.device, trainer.accelerator.num_processes
     if world > 1 and trainer.recipe.sync_bn:  # one that runs out would leave the others waiting

@@ -7,6 +7,7 @@ stacked products differ from its by their rounding alone.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import timm.optim
@@ -25,8 +26,12 @@ class Muon(timm.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Moves the parameters that have a gradient."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Moves the parameters that have a gradient; returns what `closure` does, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         hidden = []
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None and self._is_matrix(p)]
@@ -38,6 +43,7 @@ class Muon(timm.optim.Muon):
         super().step()  # what is left
         for p, gradient in hidden:
             p.grad = gradient
+        return loss
 
     def _is_matrix(self, p: Tensor) -> bool:
         state = self.state[p]
