@@ -165,29 +165,35 @@ def test_compiles_without_a_graph_break(name, arguments):
         assert torch.allclose(compiled(x), wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_gradients_of_the_largest_survive_compiling_in_half_precision():
+@pytest.mark.parametrize(
+    ("largest", "power"), [(largest_over_channels, 1), (largest_over_positions, 5)]
+)
+def test_gradients_of_the_largest_survive_compiling_in_half_precision(largest, power):
     """Of amax they don't: Inductor compares rounded values with ones that were not."""
     torch.manual_seed(0)
     torch._dynamo.reset()
 
     class Gated(torch.nn.Sequential):
         def forward(self, x):
-            x = super().forward(x)
-            return x * largest_over_positions(x).sigmoid() * largest_over_channels(x)
+            x = super().forward(x) * 1.7  # what the maximum is of is not stored before
+            return x + largest(x)
 
     net = Gated(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.BatchNorm2d(16))
     net.to(memory_format=torch.channels_last)
-    x = torch.randn(8, 3, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    # of 256 positions with heavy tails the largest is well above the next, whatever is rounded
+    x = torch.randn(8, 3, 16, 16).pow(power)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
-    def gradient(forward):
+    def gradient(forward, half):
         x.grad = None
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             y = forward(x)
         y.float().square().sum().backward()
         return x.grad.clone()
 
-    eager, compiled = gradient(net), gradient(torch.compile(net))
-    assert (compiled - eager).norm() < 0.1 * eager.norm()
+    # in bf16 several values are the largest, which eager torch divides the gradient among
+    exact, compiled = gradient(net, half=False), gradient(torch.compile(net), half=True)
+    assert (compiled - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.parametrize("name", KINDS)
