@@ -17,6 +17,7 @@ from regard.version import __version__
 COMMANDS = {
     "demo": "Train AG-SonoNet-8 on handwritten digits and show where it looks.",
     "data": "Check a data set before training: counts, sizes, faults, leakage.",
+    "shrink": "Copy a data set with its images made smaller, which training reads faster.",
     "train": "Train a network on labeled images.",
     "evaluate": "Evaluate a network on labeled images, with 95 % intervals.",
     "calibrate": "Fit a run's temperature and threshold on its validation images.",

@@ -181,8 +181,9 @@ def naming_flags() -> Iterator[None]:
         yield
     except UsageError as error:
         text = re.sub(
-            r"\b(splits|split|limit|workers|positive|bands)=(?=['\w])", r"--\1 ", str(error)
-        )
+            r"\b(splits|split|limit|workers|positive|bands|side|quality)=(?=[-'\w])", r"--\1 ",
+            str(error),
+        )  # fmt: skip
         raise type(error)(text) from error
 
 

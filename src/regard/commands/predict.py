@@ -6,15 +6,12 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -27,6 +24,7 @@ from regard.commands.flags import (
     use_engine,
 )
 from regard.commands.predictions_csv import PredictionsCsv, check_output
+from regard.commands.signals import Signaled, signals_raise
 from regard.errors import UsageError
 from regard.log import info_on_stderr
 
@@ -232,43 +230,17 @@ def _predict(
 ) -> int:
     """Writes all predictions but the first `repeated`, and returns the exit code."""
     try:
-        with _signals_raise():
+        with signals_raise():
             found = classifier.predict_each(map(_source, names), top)
             for prediction in islice(found, repeated, None):
                 if prediction.error is not None:
                     log.warning(prediction.error)
                 write(prediction)
                 counts.add(prediction.error is not None)
-    except _Signal as stopped:
+    except Signaled as stopped:
         log.warning(counts.stopped())
         return 128 + stopped.number
     return 0 if counts.failed == 0 else 1 if counts.answered else 2
-
-
-class _Signal(KeyboardInterrupt):
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `_Signal`; a second one acts as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _: FrameType | None) -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        raise _Signal(number)
-
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------ the images

@@ -22,7 +22,7 @@ from PIL import Image
 from regard.compat import read_in_native_order, silence_libtiff
 from regard.data.arrays import array_pixels, over_white, tensor_pixels
 from regard.data.dicom import is_dicom, read_dicom
-from regard.data.members import Member
+from regard.data.members import Member, open_binary
 from regard.data.tiff import is_tiff, read_with_tifffile, stored_tiff
 from regard.errors import ImageError, UsageError
 from regard.files import reason
@@ -140,6 +140,23 @@ def read_stored(source: ImageSource, *, at_least: int | None = None) -> Stored:
     except Exception as error:  # decoders raise nearly anything for broken files
         fault, cause = f"can't be read as an image ({reason(error)})", error
     raise ImageError(f"{name}: {fault}" if name else fault) from cause
+
+
+def format_of(path: str | os.PathLike[str]) -> str | None:
+    """Pillow's name of the format of a file that can be read; None: Pillow does not know it.
+
+    Raises:
+        OSError: it can't be opened.
+    """
+    with open_binary(path) as file:
+        if is_dicom(file.read(132)):
+            return None
+        file.seek(0)
+        try:
+            with Image.open(file, formats=_formats()) as image:
+                return image.format
+        except Image.UnidentifiedImageError:  # a TIFF that needs tifffile
+            return None
 
 
 def name_of(source: ImageSource) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from regard.data.loading import StreamingLoader
 from regard.data.sources import ImageTable
 from regard.errors import UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate
@@ -24,6 +25,7 @@ from regard.version import __version__
 
 log: logging.Logger = logging.getLogger(__name__)
 
+MUCH = 0.2  # of the time, waiting for images
 NAMES = {"test": "test", "val": "validation", "train": "training"}
 
 
@@ -142,4 +144,6 @@ def _report(folder: RunFolder, trainer: Trainer, split: str, evaluation: Evaluat
         f"{top1.low:.2%} to {top1.high:.2%}), {wrong} wrong; trained in {trainer.seconds:.0f} s, "
         f"{waiting:.0%} of it waiting for images"
     )
+    if waiting > MUCH and isinstance(trainer.source, StreamingLoader):
+        log.info("smaller copies of large images are read faster: `regard shrink` makes them")
     log.info(f"the network: {folder.path}")

@@ -1,0 +1,369 @@
+"""Smaller copies of a data set's images: decoding large files is what training often waits for.
+
+The copies have the names of the originals, so that splits that are made of them are those of
+the originals, and lie in a folder that any other program reads as well.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from regard.cores import cores
+from regard.data.images import Stored, format_of, read_stored
+from regard.data.members import open_binary
+from regard.data.sources import KINDS, ImageTable
+from regard.errors import FileError, ImageError, UsageError
+from regard.files import reason, write_text
+
+PLAN = ".shrink.json"  # hidden: a folder's listing leaves it out without a word
+MANIFEST = "images.csv"  # written where DATA is no folder of class folders
+OUTSIDE = "outside"  # holds images that lie outside of the data's folder
+
+_AHEAD = 16  # images under way for each thread
+_LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
+# what a format becomes; the others, such as GIF and DICOM, become PNG
+_SAME = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "TIFF": "TIFF", "BMP": "BMP",
+         "WEBP": "WEBP", "AVIF": "AVIF", "JPEG2000": "JPEG2000"}  # fmt: skip
+_DEEP = ("PNG", "TIFF")  # that hold 16 bits
+
+
+@dataclass
+class Shrunk:
+    """What was done.
+
+    Attributes:
+        data: what to give as DATA from now on.
+        smaller: images that were made smaller.
+        copied: images that were copied byte for byte: small ones, those of a test, and
+            measurements, whose range is the data set's.
+        unreadable: (path, reason) of the images that could not be read, which are left out.
+        earlier: images that an interrupted call had made already.
+        size: bytes of all copies.
+    """
+
+    data: Path
+    smaller: int = 0
+    copied: int = 0
+    earlier: int = 0
+    size: int = 0
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+
+
+def shrink(
+    table: ImageTable,
+    out: str | os.PathLike[str],
+    *,
+    side: int = 256,
+    quality: int = 90,
+    test_too: bool = False,
+    workers: int | None = None,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Shrunk:
+    """Copies a data set; images whose shorter side is above `side` are resized to it.
+
+    Images are upright as their EXIF orientation says, over white where transparent, and in the
+    format of the original where it holds them; else they become PNG. 16-bit gray stays 16-bit,
+    and DICOM becomes 16-bit PNG after its window. Resizing is bicubic with antialiasing. JPEG
+    files are decoded at a part of their size where at least twice `side` is left.
+
+    The copies are made in OUT.unfinished, which becomes OUT when all are there.
+
+    Args:
+        table: from `open_data`.
+        out: a new folder.
+        side: pixels.
+        quality: of JPEG, WebP and AVIF, 1 to 100.
+        test_too: make the images of the data's own test split smaller, too. They are copied as
+            they are otherwise: a test should be of real images.
+        workers: threads; default: one for each core.
+        resume: go on with an OUT.unfinished that the same call left.
+        progress: called with (images done, images in total).
+
+    Raises:
+        UsageError: a number out of range; OUT exists, or lies within the data; OUT.unfinished
+            exists and `resume` is not given, or is of another call.
+        FileError: no image could be read.
+        OSError: the disk is full, or a folder can't be written.
+    """
+    for name, value, most in (("side", side, 10**5), ("quality", quality, 100)):
+        if not 1 <= value <= most:
+            raise UsageError(f"{name}={value}: a number from 1 to {most}")
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers={workers}: at least 1")
+    places = _Places(table)
+    maker = _Maker(table, side, quality, test_too)
+    out = Path(out).expanduser()
+    work = _work_folder(table, out, maker.plan(), resume)
+    done = Shrunk(out / MANIFEST if places.manifest else out)
+    written = np.zeros(len(table), bool)
+    for i, made in _in_order(
+        range(len(table)), lambda i: maker.copy(i, work / places.of(i)), workers or cores()
+    ):
+        written[i] = made.fault is None
+        _count(done, table.path(i), made)
+        if progress is not None:
+            progress(i + 1, len(table))
+    if not written.any():
+        shutil.rmtree(work)
+        raise FileError(f"{table.name}: no image can be read, {done.unreadable[0][1]}")
+    if places.manifest:
+        _write_manifest(table, work / MANIFEST, places, written)
+    (work / PLAN).unlink()
+    if hasattr(os, "sync"):
+        os.sync()  # a single time: the copies are on the disk before their folder has its name
+    os.rename(work, out)
+    return done
+
+
+def _count(done: Shrunk, path: str, made: "_Made") -> None:
+    if made.fault is not None:
+        done.unreadable.append((path, made.fault))
+        return
+    done.size += made.size
+    done.earlier += made.how == "earlier"
+    done.copied += made.how == "copied"
+    done.smaller += made.how == "smaller"
+
+
+def _work_folder(table: ImageTable, out: Path, plan: dict[str, Any], resume: bool) -> Path:
+    """OUT.unfinished, made, or left by the same call."""
+    work = out.with_name(f"{out.name}.unfinished")
+    if out.exists():
+        raise UsageError(f"{out}: exists; nothing in it is replaced, choose a new folder")
+    where = os.path.realpath(table.location) if table.location else ""
+    if os.path.isdir(where) and Path(os.path.realpath(out)).is_relative_to(where):
+        raise UsageError(f"{out}: lies within {table.name}, whose images it would become")
+    if work.exists():
+        if not resume:
+            raise UsageError(f"{work}: is left of a call that was stopped: resume it, or remove it")
+        if _read_plan(work / PLAN) != plan:
+            raise UsageError(f"{work}: is of other data or other values; remove it")
+    work.mkdir(parents=True, exist_ok=True)
+    write_text(work / PLAN, json.dumps(plan, indent=2) + "\n")
+    return work
+
+
+def _read_plan(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _in_order(
+    items: range, make: Callable[[int], "_Made"], threads: int
+) -> Iterator[tuple[int, "_Made"]]:
+    """(item, make(item)) in order, by threads: decoders let others run meanwhile."""
+    waiting: deque[tuple[int, Future[_Made]]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(make, item)))
+            if len(waiting) >= _AHEAD * threads:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---- where copies lie
+
+
+class _Places:
+    """The place of each copy below OUT: that of the image below the data's own folder."""
+
+    def __init__(self, table: ImageTable) -> None:
+        self.table = table
+        self.manifest: bool = table.name.startswith(KINDS) or not os.path.isdir(table.location)
+        self._outside: dict[str, str] = {}  # {key: place}; most data sets have none
+        self._taken: set[str] = set()
+        if table.files is not None:
+            self._check_names()
+            for i in range(len(table)) if self.manifest else ():
+                self._place_outside(table.key(i))
+
+    def of(self, i: int) -> PurePath:
+        """The place of image i, with the name of the original."""
+        if self.table.files is None:
+            return PurePath("images", f"{self.table.row(i):07d}.png")
+        key = self.table.key(i)
+        return PurePath(self._outside.get(key, key))
+
+    def _check_names(self) -> None:
+        """Refuses scan.dcm beside scan.dcm.png, which is what the copy of the former is called."""
+        keys = [self.table.key(i) for i in range(len(self.table))]
+        for key in set(keys) & {key[:-4] for key in keys if key.lower().endswith(".png")}:
+            raise UsageError(
+                f"{self.table.name}: {key} and {key}.png are both there: leave one out"
+            )
+
+    def _place_outside(self, key: str) -> None:
+        """Gives an image that is not below the data's folder a place there of its own."""
+        path = PurePath(os.path.normpath(key))
+        if key in self._outside or not (path.is_absolute() or ".." in path.parts):
+            return
+        parts = [part for part in path.parts if part not in ("..", path.anchor)]
+        place = name = PurePath(OUTSIDE, *parts)
+        number = 1
+        while str(place) in self._taken:
+            number += 1
+            place = name.with_name(f"{name.stem}-{number}{name.suffix}")
+        self._taken.add(str(place))
+        self._outside[key] = str(place)
+
+
+def _write_manifest(
+    table: ImageTable, path: Path, places: _Places, written: NDArray[np.bool_]
+) -> None:
+    """The CSV file of the copies: path, label, split, group and the data's further columns."""
+    root = path.parent
+    columns = [c for c in table.columns if c not in ("path", "label", "split", "group")]
+    with path.open("w", encoding="utf-8", newline="", errors="surrogateescape") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        group = ["group"] if table.groups is not None else []
+        writer.writerow(["path", "label", "split", *group, *columns])
+        for i in np.flatnonzero(written).tolist():
+            place = _existing(root / places.of(i)).relative_to(root)
+            groups = [] if table.groups is None else [table.groups[i]]
+            further = [table.columns[c][i] for c in columns]
+            label = table.classes[table.labels[i]]
+            writer.writerow([place.as_posix(), label, table.splits[i], *groups, *further])
+
+
+def _existing(place: Path) -> Path:
+    """The copy that has this place, whatever its format became."""
+    other = _as_png(place)
+    return other if other.exists() else place
+
+
+def _as_png(place: Path) -> Path:
+    return place.with_name(f"{place.name}.png")
+
+
+# ---- making them
+
+
+@dataclass
+class _Made:
+    how: str  # smaller, copied, earlier
+    size: int = 0
+    fault: str | None = None
+
+
+@dataclass
+class _Maker:
+    """Makes the copy of one image; several threads share it."""
+
+    table: ImageTable
+    side: int
+    quality: int
+    test_too: bool
+
+    def plan(self) -> dict[str, Any]:
+        """What must be the same for a call to go on with what another one left."""
+        hashed = hashlib.blake2b(digest_size=16)
+        for i in range(len(self.table)):
+            hashed.update(os.fsencode(f"{self.table.key(i)}\n{self.table.splits[i]}\n"))
+        return {
+            "data": self.table.name, "images": len(self.table), "keys": hashed.hexdigest(),
+            "side": self.side, "quality": self.quality, "test_too": self.test_too,
+        }  # fmt: skip
+
+    def copy(self, i: int, place: Path) -> _Made:
+        """Writes the copy of image i, unless it is there already."""
+        earlier = _existing(place)
+        if earlier.exists():
+            return _Made("earlier", earlier.stat().st_size)
+        try:
+            content, place, how = self._content(i, place)
+        except ImageError as error:
+            return _Made("", fault=str(error))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_name(f".{place.name}.writing")
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, place)
+        finally:
+            partial.unlink(missing_ok=True)
+        return _Made(how, len(content))
+
+    def _content(self, i: int, place: Path) -> tuple[bytes, Path, str]:
+        """The bytes of a copy, its place, and whether it is smaller or copied."""
+        table = self.table
+        whole = table.splits[i] == "test" and not self.test_too
+        if table.files is None:
+            stored = Stored(table.read(i))
+            if whole or min(stored.pixels.shape[:2]) <= self.side:
+                return _encoded(stored.pixels, "PNG", self.quality), place, "copied"
+            return self._smaller(stored.pixels, "PNG", place)
+        path = table.files[i]
+        if whole:
+            return _bytes_of(path), place, "copied"
+        stored = read_stored(path, at_least=2 * self.side)
+        pixels = stored.pixels
+        small = min(pixels.shape[:2]) <= self.side
+        if small or stored.is_measurement or (pixels.dtype != np.uint8 and pixels.shape[2] > 1):
+            return _bytes_of(path), place, "copied"
+        return self._smaller(pixels, format_of(path), place)
+
+    def _smaller(
+        self, pixels: NDArray[Any], was: str | None, place: Path
+    ) -> tuple[bytes, Path, str]:
+        kind = _SAME.get(was or "", "PNG")
+        if pixels.dtype != np.uint8 and kind not in _DEEP:
+            kind = "PNG"
+        if kind != was and not (was == "MPO" and kind == "JPEG") and was != "PNG":
+            place = _as_png(place)
+        return _encoded(_resized(pixels, self.side), kind, self.quality), place, "smaller"
+
+
+def _bytes_of(path: str) -> bytes:
+    try:
+        with open_binary(path) as file:
+            return file.read()
+    except OSError as error:
+        raise ImageError(f"{path}: can't be read ({reason(error)})") from error
+
+
+def _resized(pixels: NDArray[Any], side: int) -> NDArray[Any]:
+    """(H, W, C) uint8, or (H, W, 1) uint16 or float32 of 0 to 1 -> uint8 or uint16."""
+    height, width = pixels.shape[:2]
+    scale = side / min(height, width)
+    size = max(side, round(width * scale)), max(side, round(height * scale))
+    if pixels.dtype == np.uint8:
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        resized = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+        return resized if resized.ndim == 3 else resized[..., None]
+    values = pixels[..., 0].astype(np.float32)
+    if pixels.dtype != np.uint16:
+        values *= 65535
+    floats = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BICUBIC))
+    return np.rint(floats.clip(0, 65535)).astype(np.uint16)[..., None]
+
+
+def _encoded(pixels: NDArray[Any], kind: str, quality: int) -> bytes:
+    """(H, W, 1 or 3) uint8 or (H, W, 1) uint16 as a file's bytes."""
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    options: dict[str, Any] = {"quality": quality} if kind in _LOSSY else {}
+    if kind == "TIFF":
+        options = {"compression": "tiff_adobe_deflate"}
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
