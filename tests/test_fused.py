@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import regard
 from regard.errors import UsageError
@@ -96,6 +97,75 @@ def test_in_bf16_it_is_nearer_to_float64_than_the_modules_are():
     for a, b, c in zip(found[:3], modules[:3], expected[:3], strict=True):
         assert apart([a], [c]) < 0.03
         assert apart([a], [c]) <= apart([b], [c])
+
+
+PARTS = ("y", "k", "norm", "channel", "spatial")
+
+
+@pytest.mark.parametrize(
+    "learning", [("y",), ("k",), ("norm",), ("channel",), ("spatial",), ("y", "channel"), PARTS]
+)
+def test_parts_that_are_frozen_change_no_other_gradient(learning):
+    norm, gates = end_of_a_block(16, torch.float64)
+    maps_ = dict(zip("ykt", maps((3, 16, 5, 6), torch.float64), strict=True))
+    modules = {"norm": norm, "channel": gates.channel, "spatial": gates.spatial}
+    leaves = [
+        leaf for part in learning
+        for leaf in (modules[part].parameters() if part in modules else [maps_[part]])
+    ]  # fmt: skip
+    for module in modules.values():
+        module.requires_grad_(False)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y, k = (maps_[name].to(memory_format=LAST) for name in "yk")
+    found = torch.autograd.grad(fused_end(y, k, norm, gates, fused_torch), leaves, maps_["t"])
+    expected = torch.autograd.grad(torch.relu(gates(norm(y)) + k), leaves, maps_["t"])
+    assert apart(found, expected) < 1e-12
+
+
+class Asked(TorchDispatchMode):
+    """Counts the operators that compute something, outside of the passes over the map."""
+
+    FREE = ("detach", "_unsafe_view", "empty", "empty_like", "new_empty", "new_empty_strided")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.inside = 0, False
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        self.count += not (self.inside or operator.is_view or name in self.FREE)
+        return operator(*args, **(kwargs or {}))
+
+
+class UncountedPasses:
+    """The passes over the map, whose own operators are none of what is `Asked` for."""
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+
+    def __getattr__(self, name):
+        def run_pass(*arguments):
+            self.asked.inside = True
+            try:
+                return getattr(fused_torch, name)(*arguments)
+            finally:
+                self.asked.inside = False
+
+        return run_pass
+
+
+def test_little_is_asked_for_between_the_passes():
+    """On a GPU each is a kernel of microseconds, whatever it computes: there were 147."""
+    norm, gates = end_of_a_block(32, torch.float32)
+    y, k, t = (x.bfloat16().to(memory_format=LAST) for x in maps((4, 32, 8, 8), torch.float32))
+    y.requires_grad_(), k.requires_grad_()
+    with Asked() as asked:
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            out = fused_end(y, k, norm, gates, UncountedPasses(asked))
+        out.backward(t)
+    assert y.grad is not None
+    assert asked.count <= 90
 
 
 # ------------------------------------------------------------------------------- networks

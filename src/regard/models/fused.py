@@ -36,79 +36,87 @@ from regard.models.cbam import CBAM
 
 @dataclass
 class _Shared:
-    """What the three functions of one call leave for each other."""
+    """What the three functions of one call leave for each other.
+
+    Small tensors are in float32 (float64), so that each is converted once.
+    """
 
     passes: Any  # the module with the passes over the map
     mean: Tensor  # (C,)
     deviation: Tensor  # (C,): 1 / sqrt(var + eps)
+    variance: Tensor  # (C,)
     g: Tensor  # (C,)
     b: Tensor  # (C,)
-    largest: Tensor  # (B, 1, C): the value of y - mean that the maximum over positions has
-    variance: Tensor  # (C,)
+    means: Tensor  # (2, B, 1, C): mean of y - mean over positions, and what the maximum has
+
+    c: Tensor | None = None  # the channel gate, (B, 1, C)
+    gc: Tensor | None = None  # g * c
+    bc: Tensor | None = None  # b * c
+    s: Tensor | None = None  # the spatial gate, (B, P, 1)
 
     # of the backward pass
     q: Tensor | None = None
-    sums: tuple[Tensor, Tensor] | None = None  # of dz and of dz * (y - mean), (B, 1, C)
+    sums: Tensor | None = None  # of dz and of dz * (y - mean), (2, B, 1, C)
     count: Tensor | None = None
-    shared: Tensor | None = None
-    dmean: Tensor | None = None
-    gates: tuple[Tensor, Tensor, Tensor] | None = None  # c, s, zmax
+    share: Tensor | None = None
+    pooled: tuple[Tensor, Tensor] | None = None  # and its gradient
 
 
-def _start(passes: Any, y: Tensor, norm: nn.BatchNorm2d) -> tuple[_Shared, Tensor]:
-    """The batch's statistics, and the sum of y - mean over each image's positions."""
+def _start(passes: Any, y: Tensor, norm: nn.BatchNorm2d) -> _Shared:
+    """The batch's statistics."""
     weight, bias = norm.weight.detach(), norm.bias.detach()
     shift = y[0, 0].to(torch.promote_types(y.dtype, torch.float32))
-    sign = torch.where(weight < 0, -1, 1).to(shift)
-    total, squares, largest = passes.statistics(y, shift, sign)
-    count = y.shape[0] * y.shape[1]
-    off = total.sum((0, 1)) / count
-    variance = (squares.sum((0, 1)) / count - off.square()).clamp_min(0)
-    deviation = (variance + norm.eps).rsqrt()
+    sign = torch.copysign(torch.ones_like(shift), weight)
+    sums, largest = passes.statistics(y, shift, sign)
+    off, square = sums.sum((1, 2)) / (y.shape[0] * y.shape[1])
+    variance = torch.addcmul(square, off, off, value=-1).clamp_min_(0)
+    deviation = (variance + norm.eps).rsqrt_()
     mean = shift + off
-    # largest - mean has the bits that the passes' y - mean has there, and is found again by them
-    shared = _Shared(
-        passes, mean, deviation, weight * deviation, bias.to(shift), largest - mean, variance
+    means = torch.empty_like(sums)
+    torch.div(sums[0], y.shape[1], out=means[0]).sub_(off)
+    # the bits that the passes' y - mean has there, by which they find the maximum again
+    torch.sub(largest, mean, out=means[1])
+    return _Shared(
+        passes, mean, deviation, variance, (weight * deviation).to(shift), bias.to(shift), means
     )
-    return shared, total - off * y.shape[1]
 
 
 class _Statistics(torch.autograd.Function):
-    """Mean and max of x over positions, (B, C) each, from y (B, P, C) and BN's weight and bias."""
+    """Mean and max of x over positions, (2 * B, C), from y (B, P, C) and BN's weight and bias."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, shared: _Shared, total: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(y, weight, total)
+    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, shared: _Shared) -> Tensor:
+        ctx.save_for_backward(y, weight)
         ctx.shared = shared
-        mean = total / y.shape[1] * shared.g + shared.b
-        return mean[:, 0], (shared.largest * shared.g + shared.b)[:, 0]
+        return torch.addcmul(shared.b, shared.means, shared.g).view(-1, y.shape[2])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dmean: Tensor, dmax: Tensor) -> Any:
-        y, weight, total = ctx.saved_tensors
+    def backward(ctx: Any, dmeans: Tensor) -> Any:
+        y, weight = ctx.saved_tensors
         shared: _Shared = ctx.shared
-        positions, r, g = y.shape[1], shared.deviation, shared.g
-        assert shared.gates is not None
+        assert shared.c is not None
         assert shared.sums is not None
+        assert shared.pooled is not None
         assert shared.count is not None
-        c, s, zmax = shared.gates
-        plain, times_y = shared.sums
-        dmean, dmax = dmean[:, None].to(r.dtype), dmax[:, None].to(r.dtype)
+        positions, g = y.shape[1], shared.g
+        images = len(y) * positions
+        average, largest = shared.means
+        d = dmeans.to(g.dtype).view_as(shared.means)
+        bias_sum, weight_sum = (shared.c * shared.sums).sum((1, 2))
+        dbias = d.sum((0, 1, 2)) + bias_sum
         # the largest of equal values, where BN's weight is 0, is each of them
-        largest = torch.where(weight == 0, total / positions, shared.largest)
-        dbias = (c * plain + dmean + dmax).sum((0, 1))
-        dweight = (c * times_y + dmean * (total / positions) + dmax * largest).sum((0, 1)) * r
-        count = len(y) * positions
+        at_weight = torch.where(weight == 0, average, largest)
+        by_means = torch.addcmul(d[0] * average, d[1], at_weight).sum((0, 1))
+        dweight = (weight_sum + by_means).mul_(shared.deviation)
+        gd = g * d
         dy = shared.passes.input_backward(
-            y, shared.q, shared.mean, g * c, shared.b * c, s, zmax, shared.shared, shared.dmean,
-            shared.largest, g * dmax / shared.count, -g * r * dweight / count,
-            g * (dmean / positions - dbias / count),
+            y, shared.q, shared.mean, shared.gc, shared.bc, shared.s, *shared.pooled, shared.share,
+            largest, gd[1] / shared.count, (g * shared.deviation * dweight).mul_(-1 / images),
+            torch.sub(gd[0] / positions, g * dbias, alpha=1 / images),
         )  # fmt: skip
-        shared.q = shared.shared = shared.dmean = shared.sums = shared.gates = None
-        return dy, dweight.to(weight.dtype), dbias.to(weight.dtype), None, None
+        shared.q = shared.sums = shared.share = shared.count = shared.pooled = None
+        return dy, dweight.to(weight.dtype), dbias.to(weight.dtype), None
 
 
 class _Pooled(torch.autograd.Function):
@@ -116,59 +124,56 @@ class _Pooled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, c: Tensor, shared: _Shared) -> Tensor:
-        gate = c[:, None].to(shared.g.dtype)
-        pooled: Tensor = shared.passes.pooled(y, shared.mean, shared.g * gate, shared.b * gate)
-        ctx.save_for_backward(y, c, pooled)
-        ctx.shared = shared
+        shared.c = gate = c[:, None].to(shared.g.dtype)
+        shared.gc, shared.bc = shared.g * gate, shared.b * gate
+        pooled: Tensor = shared.passes.pooled(y, shared.mean, shared.gc, shared.bc)
+        ctx.save_for_backward(y, pooled)
+        ctx.shared, ctx.kind = shared, c.dtype
         return pooled
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dpooled: Tensor) -> Any:
-        y, c, pooled = ctx.saved_tensors
+        """The gate's gradient is the whole one: what the output gives is added here."""
+        y, pooled = ctx.saved_tensors
         shared: _Shared = ctx.shared
-        gate, dpooled = c[:, None].to(shared.g.dtype), dpooled.to(shared.g.dtype)
-        zmax, dmax = pooled[..., :1].contiguous(), dpooled[..., :1].contiguous()
-        dmean = dpooled[..., 1:] / y.shape[2]
-        with torch.autocast(y.device.type, enabled=False):
-            plain, times_y, shared.count, shared.shared = shared.passes.pooled_backward(
-                y, shared.mean, shared.g * gate, shared.b * gate, shared.largest, zmax, dmax, dmean
-            )
         assert shared.sums is not None
-        assert shared.gates is not None
-        shared.dmean = dmean
-        shared.sums = shared.sums[0] + plain, shared.sums[1] + times_y
-        shared.gates = gate, shared.gates[1], zmax
-        dc = (plain * shared.b + times_y * shared.g)[:, 0]
-        return None, dc.to(c.dtype), None
+        with torch.autocast(y.device.type, enabled=False):
+            sums, shared.count, shared.share = shared.passes.pooled_backward(
+                y, shared.mean, shared.gc, shared.bc, shared.means[1], pooled, dpooled
+            )
+        shared.pooled = pooled, dpooled
+        shared.sums = sums.add_(shared.sums)
+        dc = torch.addcmul(sums[0] * shared.b, sums[1], shared.g)[:, 0]
+        return None, dc.to(ctx.kind), None
 
 
 class _Output(torch.autograd.Function):
-    """relu(z * s + k), (B, P, C), from y, k, the channel gate (B, C), the spatial (B, P, 1)."""
+    """relu(z * s + k), (B, P, C), from y, k and the spatial gate (B, P, 1).
+
+    Its gradient for the channel gate waits for `_Pooled`, which comes after it as the spatial
+    gate is made of that one's result.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, k: Tensor, c: Tensor, s: Tensor, shared: _Shared) -> Tensor:
-        gate, spatial = c[:, None].to(shared.g.dtype), s.to(shared.g.dtype)
-        out: Tensor = shared.passes.output(
-            y, k, shared.mean, shared.g * gate, shared.b * gate, spatial
-        )
-        ctx.save_for_backward(y, out, c, s)
-        ctx.shared, ctx.kind = shared, k.dtype
+    def forward(ctx: Any, y: Tensor, k: Tensor, s: Tensor, shared: _Shared) -> Tensor:
+        shared.s = s.to(shared.g.dtype)
+        out: Tensor = shared.passes.output(y, k, shared.mean, shared.gc, shared.bc, shared.s)
+        ctx.save_for_backward(y, out)
+        ctx.shared, ctx.kinds = shared, (k.dtype, s.dtype)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, go: Tensor) -> Any:
-        y, out, c, s = ctx.saved_tensors
+        y, out = ctx.saved_tensors
         shared: _Shared = ctx.shared
-        gate, spatial = c[:, None].to(shared.g.dtype), s.to(shared.g.dtype)
         with torch.autocast(y.device.type, enabled=False):
-            q, plain, times_y, ds = shared.passes.output_backward(
-                y, out, go.contiguous(), shared.mean, shared.g * gate, shared.b * gate, spatial
+            shared.q, shared.sums, ds = shared.passes.output_backward(
+                y, out, go.contiguous(), shared.mean, shared.gc, shared.bc, shared.s
             )
-        shared.q, shared.sums, shared.gates = q, (plain, times_y), (gate, spatial, spatial)
-        dc = (plain * shared.b + times_y * shared.g)[:, 0]
-        return None, q.to(ctx.kind), dc.to(c.dtype), ds.to(s.dtype), None
+        assert shared.q is not None
+        return None, shared.q.to(ctx.kinds[0]), ds.to(ctx.kinds[1]), None
 
 
 def fused_end(
@@ -186,14 +191,15 @@ def fused_end(
     batch, channels, height, width = y.shape
     rows = _rows(y)
     with torch.no_grad():
-        shared, total = _start(passes or _passes(y.device), rows, norm)
+        shared = _start(passes or _passes(y.device), rows, norm)
         _update_running(norm, shared, rows.shape[0] * rows.shape[1])
-    means, maxima = _Statistics.apply(rows, norm.weight, norm.bias, shared, total)
-    c = torch.sigmoid(gates.channel.mlp(means) + gates.channel.mlp(maxima))
+    means = _Statistics.apply(rows, norm.weight, norm.bias, shared)
+    # one call of the MLP for both: on a GPU a small layer takes as long as it takes to ask for it
+    c = torch.sigmoid(gates.channel.mlp(means).view(2, batch, channels).sum(0))
     pooled = _Pooled.apply(rows, c, shared)
     pooled = pooled.view(batch, height, width, 2).permute(0, 3, 1, 2)
     s = torch.sigmoid(gates.spatial.bn(gates.spatial.conv(pooled)))
-    out = _Output.apply(rows, _rows(shortcut), c, _rows(s), shared)
+    out = _Output.apply(rows, _rows(shortcut), _rows(s), shared)
     return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 

@@ -35,19 +35,19 @@ def _dtype(y: Tensor) -> torch.dtype:
     return torch.promote_types(y.dtype, torch.float32)
 
 
-def _zeros(y: Tensor, count: int) -> list[Tensor]:
-    return [y.new_zeros((len(y), 1, y.shape[2]), dtype=_dtype(y)) for _ in range(count)]
+def _zeros(y: Tensor, count: int) -> Tensor:
+    return y.new_zeros((count, len(y), 1, y.shape[2]), dtype=_dtype(y))
 
 
-def statistics(y: Tensor, shift: Tensor, sign: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of y - shift and of its square, and the value of y where y * sign is largest.
+def statistics(y: Tensor, shift: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of y - shift and of its square (2, B, 1, C), and the y where y * sign is largest.
 
     Args:
         y: (B, P, C).
         shift: (C,), near the mean, or the sums would cancel.
         sign: (C,), 1 or -1: whether the largest or the smallest value is looked for.
     """
-    total, squares = _zeros(y, 2)
+    sums = total, squares = _zeros(y, 2)
     largest = torch.full_like(total, -torch.inf)
     flipped = bool((sign < 0).any())
     for n, p in _chunks(y):
@@ -57,7 +57,7 @@ def statistics(y: Tensor, shift: Tensor, sign: Tensor) -> tuple[Tensor, Tensor, 
         part = part - shift
         total[n] += part.sum(1, keepdim=True)
         squares[n] += part.square_().sum(1, keepdim=True)
-    return total, squares, largest * sign
+    return sums, largest * sign
 
 
 def pooled(y: Tensor, mean: Tensor, gc: Tensor, bc: Tensor) -> Tensor:
@@ -80,25 +80,26 @@ def output(y: Tensor, k: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, s: Tensor
 
 def output_backward(
     y: Tensor, out: Tensor, go: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, s: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """From the output's gradient: q, and sums of q * s and q * s * (y - mean), and of q * z.
 
     Returns:
-        q = go where out > 0, (B, P, C); the first two sums over positions (B, 1, C); the third
+        q = go where out > 0, (B, P, C); the first two sums over positions (2, B, 1, C); the third
         over channels (B, P, 1).
     """
-    q, (plain, times_y) = torch.empty_like(y), _zeros(y, 2)
+    q, sums = torch.empty_like(y), _zeros(y, 2)
+    plain, times_y = sums
     over_channels = torch.empty_like(s)
     for n, p in _chunks(y):
         torch.ops.aten.threshold_backward.grad_input(go[n, p], out[n, p], 0, grad_input=q[n, p])
         part = q[n, p].to(plain.dtype)
         rows = s[n, p].transpose(1, 2)  # (b, 1, p)
         plain[n] += torch.bmm(rows, part)
-        sums = torch.bmm(part, bc[n].transpose(1, 2))
+        over_z = torch.bmm(part, bc[n].transpose(1, 2))
         part = (y[n, p] - mean).mul_(part)
         times_y[n] += torch.bmm(rows, part)
-        over_channels[n, p] = sums.add_(torch.bmm(part, gc[n].transpose(1, 2)))
-    return q, plain, times_y, over_channels
+        over_channels[n, p] = over_z.add_(torch.bmm(part, gc[n].transpose(1, 2)))
+    return q, sums, over_channels
 
 
 def pooled_backward(
@@ -107,35 +108,42 @@ def pooled_backward(
     gc: Tensor,
     bc: Tensor,
     largest: Tensor,
-    zmax: Tensor,
-    dmax: Tensor,
-    dmean: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pooled: Tensor,
+    dpooled: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over positions of dz, the gradient of z by its pooling, and of dz * (y - mean).
 
     Args:
         largest: (B, 1, C), the value of y - mean that the channel gate's maximum took.
-        zmax: (B, P, 1), the largest z over channels.
-        dmax, dmean: (B, P, 1), the gradients of a position's max, and of its mean by each z.
+        pooled: (B, P, 2), what `pooled` returned.
+        dpooled: (B, P, 2), its gradient, in any precision.
 
     Returns:
-        Both sums; how many positions have `largest`; and dmax divided by how many channels
-        have zmax, (B, P, 1).
+        Both sums, (2, B, 1, C); how many positions have `largest`; and the gradient of the
+        largest z divided by how many channels have it, (B, P, 1).
     """
-    plain, times_y, count = _zeros(y, 3)
-    shared = torch.empty_like(dmax)
+    all_sums = _zeros(y, 3)
+    plain, times_y, count = all_sums
+    zmax, (dmax, dmean) = pooled[..., :1], _by_z(dpooled, y)
+    share = torch.empty_like(dmax)
     for n, p in _chunks(y):
         part = y[n, p] - mean
         z = torch.addcmul(bc[n], part, gc[n])
         at = torch.eq(part, largest[n], out=torch.empty_like(z))
         count[n] += at.sum(1, keepdim=True)
         torch.eq(z, zmax[n, p], out=at)
-        shared[n, p] = dmax[n, p] / at.sum(2, keepdim=True).clamp_min_(1)
-        rows = shared[n, p].transpose(1, 2)
+        share[n, p] = dmax[n, p] / at.sum(2, keepdim=True).clamp_min_(1)
+        rows = share[n, p].transpose(1, 2)
         plain[n] += torch.bmm(rows, at) + dmean[n, p].sum(1, keepdim=True)
         times_y[n] += torch.bmm(dmean[n, p].transpose(1, 2), part)
         times_y[n] += torch.bmm(rows, at.mul_(part))
-    return plain, times_y, count.clamp_min_(1), shared
+    return all_sums[:2], count.clamp_min_(1), share
+
+
+def _by_z(dpooled: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of a position's largest z, and of its mean by each z: (B, P, 1) each."""
+    wide = dpooled.to(_dtype(y))
+    return wide[..., :1].contiguous(), wide[..., 1:] / y.shape[2]
 
 
 def input_backward(
@@ -145,9 +153,9 @@ def input_backward(
     gc: Tensor,
     bc: Tensor,
     s: Tensor,
-    zmax: Tensor,
-    shared: Tensor,
-    dmean: Tensor,
+    pooled: Tensor,
+    dpooled: Tensor,
+    share: Tensor,
     largest: Tensor,
     at_largest: Tensor,
     by_y: Tensor,
@@ -155,14 +163,16 @@ def input_backward(
 ) -> Tensor:
     """dz * gc + (y - mean) * by_y + plain, and at_largest more where y - mean is `largest`.
 
-    Here dz = q * s + dmean, and `shared` where z is zmax; (B, P, C) in y's precision.
+    Here dz = q * s + the gradient of the mean by z, and `share` where z is the largest;
+    (B, P, C) in y's precision.
     """
     out = torch.empty_like(y)
+    zmax, (_, dmean) = pooled[..., :1], _by_z(dpooled, y)
     for n, p in _chunks(y):
         part = y[n, p] - mean
         at = torch.addcmul(bc[n], part, gc[n])
         torch.eq(at, zmax[n, p], out=at)
-        dz = torch.addcmul(dmean[n, p], q[n, p].to(at.dtype), s[n, p]).addcmul_(at, shared[n, p])
+        dz = torch.addcmul(dmean[n, p], q[n, p].to(at.dtype), s[n, p]).addcmul_(at, share[n, p])
         torch.eq(part, largest[n], out=at)
         total = torch.addcmul(plain[n], dz, gc[n], out=dz).addcmul_(at, at_largest[n])
         out[n, p] = total.addcmul_(part, by_y)

@@ -59,6 +59,12 @@ def _store_partial(pointer, c, C, values):
 
 
 @triton.jit
+def _by_mean(dpooled, rows, there, C):
+    """The gradient of each z of a position by their mean, as a column."""
+    return tl.load(dpooled + rows * 2 + 1, mask=there, other=0.0).to(tl.float32)[:, None] / C
+
+
+@triton.jit
 def _statistics(y, shift, sign, total, squares, largest, P, C, T: tl.constexpr, B: tl.constexpr):
     for start in range(0, C, B):
         at, c, inside = _tile(P, C, start, T, B)
@@ -124,12 +130,12 @@ def _output_backward(
 
 @triton.jit
 def _pooled_backward(
-    y, mean, gc, bc, largest, zmax, dmax, dmean, plain, times_y, count, shared, P, C,
+    y, mean, gc, bc, largest, pooled, dpooled, plain, times_y, count, shared, P, C,
     T: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     rows, there = _positions(P, T)
-    top = tl.load(zmax + rows, mask=there, other=0.0)[:, None]
-    by_mean = tl.load(dmean + rows, mask=there, other=0.0)[:, None]
+    top = tl.load(pooled + rows * 2, mask=there, other=0.0)[:, None]
+    by_mean = _by_mean(dpooled, rows, there, C)
     several = tl.zeros((T,), tl.float32)
     for start in range(0, C, B):
         at, c, inside = _tile(P, C, start, T, B)
@@ -137,7 +143,8 @@ def _pooled_backward(
         gains, offsets = _by_image(gc, c, C), _by_image(bc, c, C)
         z = tl.fma(off, gains + tl.zeros_like(off), offsets + tl.zeros_like(off))
         several += tl.sum(tl.where(inside & (z == top), 1.0, 0.0), 1)
-    share = tl.load(dmax + rows, mask=there, other=0.0) / tl.maximum(several, 1.0)
+    dmax = tl.load(dpooled + rows * 2, mask=there, other=0.0).to(tl.float32)
+    share = dmax / tl.maximum(several, 1.0)
     tl.store(shared + rows, share, mask=there)
     for start in range(0, C, B):  # once more: from the cache
         at, c, inside = _tile(P, C, start, T, B)
@@ -153,14 +160,14 @@ def _pooled_backward(
 
 @triton.jit
 def _input_backward(
-    y, q, mean, gc, bc, s, zmax, shared, dmean, largest, at_largest, by_y, plain, out, P, C,
+    y, q, mean, gc, bc, s, pooled, dpooled, shared, largest, at_largest, by_y, plain, out, P, C,
     T: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     rows, there = _positions(P, T)
     gate = tl.load(s + rows, mask=there, other=0.0)[:, None]
-    top = tl.load(zmax + rows, mask=there, other=0.0)[:, None]
+    top = tl.load(pooled + rows * 2, mask=there, other=0.0)[:, None]
     share = tl.load(shared + rows, mask=there, other=0.0)[:, None]
-    by_mean = tl.load(dmean + rows, mask=there, other=0.0)[:, None]
+    by_mean = _by_mean(dpooled, rows, there, C)
     for start in range(0, C, B):
         at, c, inside = _tile(P, C, start, T, B)
         off = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - _by_channel(mean, c, C)
@@ -183,18 +190,17 @@ def _launch(kernel: Any, y: Tensor, *arguments: Tensor) -> None:
     )
 
 
-def _partial(y: Tensor) -> Tensor:
-    """Room for a sum a tile of positions: (B, tiles, C)."""
+def _partial(y: Tensor, count: int) -> Tensor:
+    """Room for `count` sums a tile of positions: (count, B, tiles, C)."""
     tiles = triton.cdiv(y.shape[1], TILE)
-    return y.new_empty((len(y), tiles, y.shape[2]), dtype=torch.float32)
+    return y.new_empty((count, len(y), tiles, y.shape[2]), dtype=torch.float32)
 
 
-def statistics(y: Tensor, shift: Tensor, sign: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(y: Tensor, shift: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
     """See fused_torch.py."""
-    total, squares, largest = _partial(y), _partial(y), _partial(y)
-    _launch(_statistics, y, shift, sign, total, squares, largest)
-    sums = total.sum(1, keepdim=True), squares.sum(1, keepdim=True)
-    return *sums, largest.amax(1, keepdim=True) * sign
+    partial = _partial(y, 3)
+    _launch(_statistics, y, shift, sign, *partial)
+    return partial[:2].sum(2, keepdim=True), partial[2].amax(1, keepdim=True).mul_(sign)
 
 
 def pooled(y: Tensor, mean: Tensor, gc: Tensor, bc: Tensor) -> Tensor:
@@ -213,37 +219,35 @@ def output(y: Tensor, k: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, s: Tensor
 
 def output_backward(
     y: Tensor, out: Tensor, go: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, s: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See fused_torch.py."""
     q, over = torch.empty_like(y), torch.empty_like(s, memory_format=torch.contiguous_format)
-    plain, times_y = _partial(y), _partial(y)
-    _launch(_output_backward, y, out, go, mean, gc, bc, s, q, plain, times_y, over)
-    return q, plain.sum(1, keepdim=True), times_y.sum(1, keepdim=True), over
+    partial = _partial(y, 2)
+    _launch(_output_backward, y, out, go, mean, gc, bc, s, q, *partial, over)
+    return q, partial.sum(2, keepdim=True), over
 
 
 def pooled_backward(
     y: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, largest: Tensor,
-    zmax: Tensor, dmax: Tensor, dmean: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    pooled: Tensor, dpooled: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See fused_torch.py."""
-    plain, times_y, count = _partial(y), _partial(y), _partial(y)
-    shared = torch.empty_like(dmax, memory_format=torch.contiguous_format)
-    _launch(
-        _pooled_backward, y, mean, gc, bc, largest, zmax, dmax, dmean, plain, times_y, count, shared
-    )
-    plain, times_y, count = (t.sum(1, keepdim=True) for t in (plain, times_y, count))
-    return plain, times_y, count.clamp_min_(1), shared
+    partial = _partial(y, 3)
+    share = y.new_empty((*y.shape[:2], 1), dtype=torch.float32)
+    _launch(_pooled_backward, y, mean, gc, bc, largest, pooled, dpooled, *partial, share)
+    sums = partial.sum(2, keepdim=True)
+    return sums[:2], sums[2].clamp_min_(1), share
 
 
 def input_backward(
     y: Tensor, q: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, s: Tensor,
-    zmax: Tensor, shared: Tensor, dmean: Tensor,
+    pooled: Tensor, dpooled: Tensor, share: Tensor,
     largest: Tensor, at_largest: Tensor, by_y: Tensor, plain: Tensor,
 ) -> Tensor:  # fmt: skip
     """See fused_torch.py."""
     out = torch.empty_like(y)
     _launch(
-        _input_backward, y, q, mean, gc, bc, s, zmax, shared, dmean, largest, at_largest, by_y,
+        _input_backward, y, q, mean, gc, bc, s, pooled, dpooled, share, largest, at_largest, by_y,
         plain, out,
     )  # fmt: skip
     return out
