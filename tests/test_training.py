@@ -17,7 +17,7 @@ import torch
 
 import regard
 from regard.cli import run_command
-from regard.errors import NotFiniteError
+from regard.errors import NotFiniteError, UsageError
 from regard.models.counting import count_multiply_adds
 from tests.helpers import (
     ENVIRONMENT,
@@ -246,6 +246,9 @@ def test_a_run_that_could_not_start_leaves_its_folder_free(scans, tmp_path):
         (data / name).write_bytes(b"")
     with pytest.raises(ValueError, match=r"2 of 120 images can't be read \(1.7%\), more than"):
         trained(data, out, steps=2)
+    with pytest.raises(UsageError, match="CUDA graphs are on CUDA alone"):
+        trained(data, out, steps=2, max_unreadable=0.1, compile="graphs", device="cpu")
+    assert not out.exists()
     trained(data, out, steps=2, max_unreadable=0.1)
     assert {r["path"] for r in rows_of(out / "unreadable.csv")} == {
         str(data / "2/09.png"), str(data / "1/07.png"),

@@ -167,6 +167,14 @@ class RunFolder:
         if not self.exists:
             self._write_run({"status": "starting"})
 
+    def leave(self) -> None:
+        """Undoes `claim` of a run that did not start."""
+        with contextlib.suppress(OSError):
+            found = {p.name for p in self.path.iterdir()} - set(NOBODYS)
+            if not self.exists and found <= {"run.json", "unreadable.csv"}:
+                for name in found:
+                    (self.path / name).unlink()
+
     def start(
         self,
         plan: dict[str, Any],

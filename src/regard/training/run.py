@@ -128,6 +128,7 @@ class Run:
         self.best: dict[str, float] = {}
         self.resumed: bool = opened.resumed
         self.has_state: bool = opened.has_state
+        self.claimed: bool = False  # by this process, which may so take it back
         self.unscored: bool = False  # the saved state awaits the evaluation of its epoch
 
     def go(self) -> None:
@@ -141,7 +142,12 @@ class Run:
                     self._finish()
         finally:
             self._close_loaders()
+            if self.claimed:
+                self.folder.leave()
             lock.release()
+            if self.main:
+                with contextlib.suppress(OSError):  # refused where anything is in it
+                    self.folder.path.rmdir()
 
     # -------------------------------------------------------------------- preparation
     def _prepare(self, lock: Lock) -> None:
@@ -198,6 +204,7 @@ class Run:
         if not self.resumed:
             self.folder.refuse_others()  # another run may have ended here meanwhile
         self.folder.claim()
+        self.claimed = True
 
     def _write_left_out(self) -> None:
         left_out = [entry for part in self.parts.values() for entry in part.left_out]
