@@ -89,6 +89,14 @@ def test_a_copy_has_the_name_and_the_format_of_the_original(tmp_path, suffix):
         assert (new.format, new.size) == (old.format, (50, 50))
 
 
+def test_names_may_be_as_long_as_the_disk_takes_them(tmp_path):
+    name = "n" * 251 + ".jpg"
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    picture(100, 100).save(tmp_path / "in" / "a" / name)
+    assert shrink(open_data(tmp_path / "in", min_classes=1), tmp_path / "out", side=50).smaller == 1
+    assert files_below(tmp_path / "out") == [f"a/{name}"]
+
+
 def one(tmp_path: Path, name: str, **options):
     """The copy of a single image, as it is read."""
     table = open_data(tmp_path, min_classes=1)

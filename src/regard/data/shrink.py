@@ -296,7 +296,7 @@ class _Maker:
         except ImageError as error:
             return _Made("", fault=str(error))
         place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f".{place.name}.writing")
+        partial = place.with_name(f".{i}.writing")  # short, however long the image's name is
         try:
             partial.write_bytes(content)
             os.replace(partial, place)
