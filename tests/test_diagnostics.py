@@ -331,6 +331,53 @@ def test_bands_of_numbers():
             evaluate_subgroups(p, "age", values, bands=bands)
 
 
+@pytest.mark.parametrize(
+    ("bands", "names"),
+    [
+        ([20240104, 20240110, 20240120],
+         ["<20240104", "20240104 to <20240110", "20240110 to <20240120", ">=20240120"]),
+        ([1.0000001, 1.0000002], ["<1.0000001", "1.0000001 to <1.0000002", ">=1.0000002"]),
+        ([1e17, 2e17], ["<1e+17", "1e+17 to <2e+17", ">=2e+17"]),
+        ([0.1, 1000000.0], ["<0.1", "0.1 to <1e+06", ">=1e+06"]),
+    ],
+)  # fmt: skip
+def test_each_band_has_a_name_of_its_own(bands, names):
+    values = [bands[0] - max(1, bands[0] / 8), *bands] * 2
+    s = evaluate_subgroups(make(len(values), 2), "x", values, bands=bands, at_least=50)
+    assert [(name, part.n) for name, part in s.parts.items()] == [(name, 2) for name in names]
+
+
+def test_limits_that_are_one_number_are_refused():
+    with pytest.raises(ValueError, match="increasing"):
+        evaluate_subgroups(make(2, 2), "x", [1, 2], bands=[2**53, 2**53 + 1])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "limits", "sizes"),
+    [
+        (np.repeat(np.arange(2011, 2025), 100), [2015, 2020], {400, 500}),
+        (1000 + np.arange(15) * 4 / 15, [1001.3, 1002.5], {5}),
+        (np.arange(30) / 1e9 + 5, [5.00000001, 5.00000002], {10}),
+        (np.r_[np.zeros(50), np.arange(1, 21)], [1, 11], {50, 10}),  # half of them are equal
+        (np.r_[np.arange(20), np.full(50, 99)], [10, 60], {50, 10}),
+        (np.r_[np.arange(20), np.full(40, 50), np.arange(60, 80)], [50, 60], {20, 40}),
+        (np.array([f"{7:0{n}d}" for n in range(1, 16)] + ["9"] * 5, object), [9], {15, 5}),
+    ],
+)
+def test_numbers_are_divided_into_three_bands_as_equal_as_can_be(numbers, limits, sizes):
+    p = dataclasses.replace(make(len(numbers), 2), columns={"x": numbers})
+    (found,) = subgroup_columns(p).values()
+    s = evaluate_subgroups(p, "x", bands=found, at_least=10**6)
+    assert {part.n for part in s.parts.values()} == sizes, found
+    assert len(s.parts) == len(limits) + 1
+    assert found == pytest.approx(limits, rel=1e-12)
+
+
+def test_numbers_that_are_all_equal_make_no_bands():
+    numbers = np.array([f"{7:0{n}d}" for n in range(1, 20)], object)
+    assert subgroup_columns(dataclasses.replace(make(19, 2), columns={"x": numbers})) == {}
+
+
 def test_sensible_columns_are_evaluated_unasked(tmp_path):
     p = make(90, 3)
     columns = {
@@ -343,7 +390,7 @@ def test_sensible_columns_are_evaluated_unasked(tmp_path):
     chosen = subgroup_columns(p)
     assert chosen.keys() == {"site", "age"}
     assert chosen["site"] is None
-    assert chosen["age"] == [29.3, 58.7]  # thirds, as people write them
+    assert chosen["age"] == [29, 59]  # of 0 to 88
     assert p.select(p.labels == 1).columns["age"].tolist() == columns["age"][p.labels == 1].tolist()
     run = RunFolder(tmp_path)
     run.write_evaluation("test", evaluate(p, resamples=2), dataclasses.replace(p, paths=["x"] * 90))

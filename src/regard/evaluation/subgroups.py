@@ -133,7 +133,7 @@ def evaluate_subgroups(
     settings = {"resamples": resamples, "seed": seed, "confidence": confidence}
     parts = {}
     bands_in_order = [] if limits is None else [_name(column, v, limits) for v in
-                                                (limits[0] - 1, *limits)]  # fmt: skip
+                                                (-math.inf, *limits)]  # fmt: skip
     rank = {name: place for place, name in enumerate(bands_in_order)}
     for name in sorted(counts, key=lambda n: (rank.get(n, len(rank)), -counts[n], n)):
         rows = np.flatnonzero(names == name)
@@ -167,11 +167,37 @@ def subgroup_columns(predictions: Predictions) -> dict[str, list[float] | None]:
                 numbers = np.array([float(v) for v in present if not _is_missing(v, True)])
             except ValueError:
                 continue
-            if np.isfinite(numbers).all():
-                thirds = np.quantile(numbers, (1 / 3, 2 / 3))
-                limits = sorted({float(f"{q:.3g}") for q in thirds})
+            if np.isfinite(numbers).all() and (limits := _thirds(numbers)):
                 found[name] = limits
     return found
+
+
+def _thirds(numbers: NDArray[np.float64]) -> list[float]:
+    """The limits of three bands whose sizes differ least; fewer limits for fewer distinct numbers.
+
+    Equal numbers stay together. Each limit is the shortest number that separates its neighbors.
+    """
+    distinct, counts = np.unique(numbers, return_counts=True)
+    below = np.cumsum(counts)[:-1]  # numbers below distinct[1:]
+    if len(below) < 2:
+        at = np.arange(len(below))
+    else:
+        first = np.arange(len(below) - 1)  # each first limit, with the two best second ones
+        half = np.searchsorted(below, (below[first] + len(numbers)) / 2)
+        pairs = np.concatenate(
+            [np.stack([first, np.clip(half - k, first + 1, len(below) - 1)]) for k in (0, 1)], 1
+        )  # (2, pairs)
+        low, high = below[pairs]
+        sizes = np.stack([low, high - low, len(numbers) - high])
+        at = pairs[:, (sizes.astype(float) ** 2).sum(0).argmin()]
+    return [_between(float(distinct[i]), float(distinct[i + 1])) for i in at]
+
+
+def _between(low: float, high: float) -> float:
+    """The number of the fewest digits that is above `low` and at most `high`."""
+    ends = (high, low / 2 + high / 2)
+    rounded = (float(f"{end:.{digits}g}") for digits in range(1, 17) for end in ends)
+    return next((number for number in rounded if low < number <= high), high)
 
 
 def subgroups_csv(subgroups: Sequence[Subgroups]) -> str:
@@ -216,7 +242,7 @@ def parts_of(
 def _limits(column: str, bands: Sequence[float] | None) -> list[float] | None:
     if bands is None:
         return None
-    limits = list(bands)
+    limits = [float(limit) for limit in bands]
     if not limits or limits != sorted(set(limits)) or not all(map(math.isfinite, limits)):
         raise UsageError(f"bands={limits} of {column}: give increasing limits")
     return limits
@@ -239,7 +265,13 @@ def _name(column: str, value: Any, limits: list[float] | None) -> str:
         raise UsageError(f"{column}: {str(value)!r} is no number, as bands need") from None
     above = [limit for limit in limits if number >= limit]
     if not above:
-        return f"<{limits[0]:g}"
+        return f"<{_shortest(limits[0])}"
     if len(above) == len(limits):
-        return f">={limits[-1]:g}"
-    return f"{above[-1]:g} to <{limits[len(above)]:g}"
+        return f">={_shortest(limits[-1])}"
+    return f"{_shortest(above[-1])} to <{_shortest(limits[len(above)])}"
+
+
+def _shortest(limit: float) -> str:
+    """A number in the fewest digits that no other number has."""
+    short = f"{limit:g}"
+    return short if float(short) == limit else repr(limit).removesuffix(".0")
