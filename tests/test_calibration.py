@@ -124,6 +124,24 @@ def test_every_door_uses_it(mine, scans, tmp_path, capsys):
     assert float(row["p_1"]) == pytest.approx(float(expected[1]), abs=1e-5)
 
 
+def test_explanations_are_made_again_with_another_temperature(mine, scans, tmp_path, capsys):
+    picture, out = scans / "1" / "03.png", tmp_path / "out"
+    shares, figures = [], []
+    for change in ([], ["calibrate", mine], ["calibrate", mine, "--remove"]):
+        if change:
+            call(*change, capsys=capsys)
+        for unchanged in (False, True):
+            said, _ = call("explain", mine, picture, "--out", out, capsys=capsys)
+            assert ("unchanged" in said) is unchanged, change
+        with np.load(out / "03.png.explained.npz") as numbers:
+            shares.append(json.loads(str(numbers["about"]))["classes"][0])
+        figures.append((out / "03.png.explained.png").read_bytes())
+        expected = regard.load(mine).predict(picture)[0].classes[0]
+        assert shares[-1] == [expected[0], pytest.approx(expected[1], abs=1e-5)]
+    assert abs(shares[0][1] - shares[1][1]) > 1e-3
+    assert figures[0] == figures[2] != figures[1]
+
+
 def test_what_was_fitted_for_other_probabilities_is_not_used(mine, scans, caplog, capsys):
     picture = scans / "1" / "03.png"
     plain = regard.calibrate(mine, positive="1", rule="youden")

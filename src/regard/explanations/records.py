@@ -33,12 +33,13 @@ class Record:
 
 
 def network_id(classifier: Classifier) -> str:
-    """A short hash of the weights, the classes and the preprocessing."""
+    """A short hash of the weights, the classes, the preprocessing and the temperature."""
     digest = hashlib.blake2b(digest_size=12)
     for name, values in classifier.model.state_dict().items():
         digest.update(name.encode())
         digest.update(values.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(repr((classifier.class_names, classifier.preprocess)).encode(errors="replace"))
+    others = (classifier.class_names, classifier.preprocess, classifier.temperature)
+    digest.update(repr(others).encode(errors="replace"))
     return digest.hexdigest()
 
 
