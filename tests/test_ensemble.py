@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,108 @@ def test_networks_of_different_sizes_are_averaged_and_other_classes_refused(scan
             assert share == pytest.approx((each[0][name] + each[1][name]) / 2, abs=1e-5)
     with pytest.raises(ValueError, match="three has other classes than one: 2, cat"):
         Ensemble([one, network("sononet8", 32, ["0", "1", "cat"])], ["one", "three"])
+
+
+def small(size=16, classes=("0", "1", "2"), resize="squash", mean=0.5) -> regard.Classifier:
+    model = regard.create_model("ag_sononet8", num_classes=3, in_chans=1)
+    return regard.Classifier(
+        model, list(classes), Preprocess((1, size, size), (mean,), (0.25,), resize)
+    )
+
+
+def test_each_answer_of_an_ensemble_is_that_of_all_its_networks(folds, scans, tmp_path):
+    runs = [Path(shutil.copytree(run, tmp_path / run.name)) for run in folds]
+    for run in runs:
+        regard.calibrate(run)
+    both, alone = Ensemble.load(runs), [regard.load(run) for run in runs]
+    assert all(m.temperature != 1 for m in alone)
+    for each in (both.members[1], alone[1]):  # whose classes come in another order
+        head = each.model.get_classifier()
+        layers = head if isinstance(head, torch.nn.ModuleList) else [head]
+        for layer in layers:
+            order = [2, 0, 1]
+            layer.weight.data, layer.bias.data = layer.weight.data[order], layer.bias.data[order]
+        each.class_names = [each.class_names[i] for i in order]
+    both = Ensemble(both.members, ["a", "b"])
+    pictures = sorted((scans / "2").iterdir())[:4]
+    x = torch.stack([both.decode(p) for p in pictures])
+    parts = [
+        torch.tensor([[dict(p.classes)[c] for c in both.class_names] for p in m.predict(pictures)])
+        for m in alone
+    ]
+    expected = torch.stack(parts).mean(dim=0).numpy()
+    assert np.abs(parts[0].numpy() - expected).max() > 1e-4
+    assert both.probabilities(x).numpy() == pytest.approx(expected, abs=1e-5)
+    assert both.answers(x).numpy() == pytest.approx(expected, abs=1e-5)
+    shares, distances = both.with_distances(x)
+    assert shares.numpy() == pytest.approx(expected, abs=1e-5)
+    assert distances == pytest.approx([p.distance for p in both.predict(pictures)], abs=1e-4)
+    assert [p.probabilities for p in both.predict(pictures)] == [
+        pytest.approx(row, abs=1e-5) for row in expected.tolist()
+    ]
+    both.drop_calibration()
+    assert [m.temperature for m in both.members] == [1, 1]
+    both.use_flips()
+    assert both.mirrors
+    again = both.probabilities(torch.stack([both.decode(p) for p in pictures]))
+    assert again.numpy() == pytest.approx(
+        np.array([p.probabilities for p in both.predict(pictures)]), abs=1e-5
+    )
+
+
+def test_distances_of_an_ensemble_are_relative_to_the_thresholds(whole, scans, capsys, tmp_path):
+    members = [regard.load(whole), regard.load(whole)]
+    limits = [m.familiarity.threshold for m in members]
+    members[1].familiarity = replace(members[1].familiarity, threshold=limits[1] / 2)
+    both, picture = Ensemble(members, ["a", "b"]), scans / "2" / "05.png"
+    (_, (distance,)) = both.with_distances(both.decode(picture)[None])
+    own = members[0].predict(picture)[0].distance
+    (p,) = both.predict(picture)
+    assert distance == pytest.approx((own / limits[0] + 2 * own / limits[0]) / 2, rel=1e-4)
+    assert (p.distance, p.unlike_training) == (pytest.approx(distance, rel=1e-4), distance > 1)
+    members[0].engine = members[1].probabilities  # which gives no features
+    assert not both.measures_distances
+    assert both.predict(picture)[0].distance is None
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    call = ["predict", str(whole), str(copy), str(picture), "--csv", str(tmp_path / "x.csv")]
+    assert run_command(call) == 0
+    assert "false alarm rate" not in capsys.readouterr().err  # the first one's alone
+
+
+def test_what_one_network_has_for_itself_is_refused(scans):
+    alike = Ensemble([small(), small(mean=0.4)], ["a", "b"])
+    x = alike.decode(scans / "2" / "05.png")[None]
+    assert alike.probabilities(x).shape == (1, 3)
+    for name in ("model", "temperature", "preprocess"):
+        with pytest.raises(ValueError, match=name):
+            getattr(alike, name)
+    for name in ("engine", "calibration", "familiarity", "flipped_calibration"):
+        assert getattr(alike, name) is None
+        with pytest.raises(ValueError, match=name):
+            setattr(alike, name, None)
+    with pytest.raises(ValueError, match="features"):
+        alike.features(x)
+    assert Ensemble([small(), small()], ["a", "b"]).preprocess == small().preprocess
+    sizes = Ensemble([small(), small(32)], ["a", "b"])
+    for call in (sizes.probabilities, sizes.answers, sizes.with_distances, sizes.decode):
+        with pytest.raises(ValueError, match="differently"):
+            call(x)
+    assert len(sizes.predict(scans / "2" / "05.png")) == 1
+    with pytest.raises(ValueError, match="b is an ensemble"):
+        Ensemble([small(), sizes], ["a", "b"])
+
+
+def test_every_public_name_of_a_classifier_has_an_answer_of_an_ensemble():
+    """A name that is new in Classifier has to be decided on here."""
+    one = small()
+    names = {n for n in {*dir(one), *vars(one)} if not n.startswith("_")}
+    own = {n for n in vars(Ensemble) if not n.startswith("_")} | {
+        "class_names",
+        "config",
+        "members",
+    }
+    # they call what the ensemble has
+    assert names - own == {"predict", "prediction", "decision", "explain"}
 
 
 def test_an_ensemble_shows_the_mean_of_its_networks_maps(scans):

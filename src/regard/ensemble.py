@@ -8,15 +8,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from regard.classifier import Classifier, load
 from regard.data.images import ImageSource, name_of
 from regard.data.loading import default_workers, read_ahead
-from regard.data.preprocess import Flips
+from regard.data.preprocess import Preprocess
 from regard.errors import ImageError, UsageError
 from regard.evaluation.ensembles import check_same_classes
 from regard.predict import BATCH, Prediction, stacked
+
+_ASK = "call predict(images), or one of ensemble.members"
+
+
+def _of_each(name: str, *, is_none: bool = False) -> Any:
+    """An attribute that each network has for itself: refused, or None when it is read."""
+
+    def refuse(_: Any, *__: Any) -> None:
+        raise UsageError(
+            f"an ensemble has no {name}: its networks have their own, ensemble.members[0].{name}"
+        )
+
+    return property((lambda _: None) if is_none else refuse, refuse)
 
 
 class Ensemble(Classifier):
@@ -27,28 +41,123 @@ class Ensemble(Classifier):
     decision: a threshold belongs to one network. `explain` shows the mean of the members' maps,
     see `regard.explanations.averaging`.
 
+    `decode`, `probabilities`, `answers` and `with_distances` need networks that prepare images
+    alike; `predict` does not. What belongs to one network is an attribute of the `members` and
+    a UsageError here: `model`, `features`, `temperature`, `preprocess` (where they differ), and
+    setting an `engine` or a `calibration`.
+
     Args:
         members: two or more.
         names: what messages call them.
 
     Raises:
-        UsageError: fewer than two, or other classes.
+        UsageError: fewer than two, other classes, or a member that is an ensemble.
     """
+
+    model = _of_each("model")
+    temperature = _of_each("temperature")
+    engine = _of_each("engine", is_none=True)
+    calibration = _of_each("calibration", is_none=True)
+    flipped_calibration = _of_each("flipped_calibration", is_none=True)
+    familiarity = _of_each("familiarity", is_none=True)
 
     def __init__(self, members: Sequence[Classifier], names: Sequence[str]) -> None:
         check_same_classes([m.class_names for m in members], names)
-        first = members[0]
-        super().__init__(first.model, first.class_names, first.preprocess, first.config)
+        for member, name in zip(members, names, strict=True):
+            if len(member.members) > 1:
+                raise UsageError(f"{name} is an ensemble: give its members")
+        self.class_names: list[str] = list(members[0].class_names)
+        self.config: dict[str, Any] = {}
         self.members: list[Classifier] = list(members)
         self._orders = [[m.class_names.index(c) for c in self.class_names] for m in members]
-        if all(m.familiarity is not None for m in members):
-            self.familiarity = first.familiarity
+
+    @property
+    def preprocess(self) -> Preprocess:  # type: ignore[override]
+        """That of all networks.
+
+        Raises:
+            UsageError: they differ.
+        """
+        first = self.members[0].preprocess
+        if any(m.preprocess != first for m in self.members):
+            raise UsageError(f"an ensemble's networks have no one preprocess: {_ASK}")
+        return first
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether all average each image and its mirror image."""
+        return all(m.mirrors for m in self.members)
+
+    @property
+    def measures_distances(self) -> bool:
+        """Whether all measure an image's distance from their training images."""
+        return all(m.measures_distances for m in self.members)
 
     def use_flips(self) -> None:
         """Has every member average each image and its mirror image."""
-        self.preprocess = Flips.of(self.preprocess)
         for member in self.members:
             member.use_flips()
+
+    def drop_calibration(self) -> None:
+        """Has every member use no temperature and no threshold."""
+        for member in self.members:
+            member.drop_calibration()
+
+    def decode(self, image: ImageSource) -> Tensor:
+        """As of one network, for all members.
+
+        Raises:
+            ImageError: as of one network.
+            UsageError: the members prepare images differently.
+        """
+        self._check_alike()
+        return self.members[0].decode(image)
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in 0..255 -> (B, classes), the mean of the members' probabilities.
+
+        Raises:
+            UsageError: the members prepare images differently.
+        """
+        self._check_alike()
+        return self._mean_of([m.probabilities(images) for m in self.members])
+
+    def answers(self, images: Tensor) -> Tensor:
+        """As `probabilities`, of the networks themselves, on the first one's device.
+
+        Raises:
+            UsageError: the members prepare images differently.
+        """
+        self._check_alike()
+        return self._mean_of([m.answers(images) for m in self.members])
+
+    def with_distances(self, images: Tensor) -> tuple[Tensor, list[float | None]]:
+        """`probabilities`, and each image's mean distance, each relative to its threshold.
+
+        Raises:
+            UsageError: the members prepare images differently.
+        """
+        self._check_alike()
+        each = self._by_member([images] * len(self.members))
+        distances = zip(*(far for _, far in each), strict=True)
+        return torch.stack([p for p, _ in each]).mean(dim=0), [*map(_mean_distance, distances)]
+
+    def features(self, images: Tensor) -> list[NDArray[np.float32]]:
+        """Refused: the members' features are of different sizes and kinds.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError("an ensemble has no features: ensemble.members[0].features(images)")
+
+    def _check_alike(self) -> None:
+        if len({_view(m.preprocess) for m in self.members}) > 1:
+            raise UsageError(f"an ensemble's networks prepare images differently: {_ASK}")
+
+    def _mean_of(self, each: Sequence[Tensor]) -> Tensor:
+        """Probabilities (B, classes) of each member, in its order of classes -> (B, classes)."""
+        pairs = zip(each, self._orders, strict=True)
+        return torch.stack([p[:, order].to(each[0].device) for p, order in pairs]).mean(dim=0)
 
     @classmethod
     def load(
@@ -71,7 +180,11 @@ class Ensemble(Classifier):
         )
         while chunk := list(islice(decoded, batch)):
             good = [views for _, views in chunk if not isinstance(views, str)]
-            answers = iter(self._of_all(good) if good else ())
+            answers: Iterator[tuple[Tensor, tuple[float | None, ...]]] = iter(())
+            if good:
+                each = self._by_member([stacked(list(v)) for v in zip(*good, strict=True)])
+                shares: Any = torch.stack([p for p, _ in each], dim=1)  # (B, members, classes)
+                answers = zip(shares, zip(*(far for _, far in each), strict=True), strict=True)
             for name, views in chunk:
                 if isinstance(views, str):
                     yield Prediction(name, [], views)
@@ -86,8 +199,7 @@ class Ensemble(Classifier):
         views = []
         try:
             for member in self.members:
-                p = member.preprocess
-                key = (type(p), p.input_size, p.resize, p.crop_pct, p.resize_first, p.value_range)
+                key = _view(member.preprocess)
                 if key not in known:
                     if hasattr(image, "seek"):
                         image.seek(0)
@@ -97,24 +209,24 @@ class Ensemble(Classifier):
             return name, str(error) if name_of(image) else f"{name}: {error}"
         return name, views
 
-    def _of_all(self, images: list[list[Tensor]]) -> Iterator[tuple[Tensor, list[float | None]]]:
-        """For each image the members' probabilities (members, classes) and relative distances."""
-        shares, distances = [], []
-        for k, (member, order) in enumerate(zip(self.members, self._orders, strict=True)):
-            found, far = member.with_distances(stacked([views[k] for views in images]))
-            shares.append(found[:, order])
+    def _by_member(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, list[float | None]]]:
+        """Each member's probabilities (B, classes) and distances relative to its threshold.
+
+        Args:
+            batches: each member's input; the same images.
+        """
+        each = []
+        for member, order, batch in zip(self.members, self._orders, batches, strict=True):
+            shares, far = member.with_distances(batch)
             limit = 1.0 if member.familiarity is None else member.familiarity.threshold
-            distances.append([None if d is None else d / limit for d in far])
-        each: Any = torch.stack(shares, dim=1)
-        yield from zip(each, map(list, zip(*distances, strict=True)), strict=True)
+            each.append((shares[:, order], [None if d is None else d / limit for d in far]))
+        return each
 
     def _mean(
-        self, name: str, shares: Tensor, distances: list[float | None], top: int
+        self, name: str, shares: Tensor, distances: Sequence[float | None], top: int
     ) -> Prediction:
-        known = [d for d in distances if d is not None]
-        distance = float(np.mean(known)) if len(known) == len(distances) else None
         mean = shares.mean(dim=0)
-        found = self.prediction(name, mean, distance, top)
+        found = self.prediction(name, mean, _mean_distance(distances), top)
         if found.error is not None:
             return found
         differs = (shares.argmax(dim=1) != mean.argmax()).float().mean()
@@ -123,7 +235,18 @@ class Ensemble(Classifier):
 
     def is_unlike(self, distance: float | None) -> bool | None:
         """Whether the members' mean distance, each relative to its threshold, is above 1."""
-        return None if distance is None or self.familiarity is None else not distance <= 1.0
+        return None if distance is None else not distance <= 1.0
+
+
+def _view(p: Preprocess) -> tuple[Any, ...]:
+    """What decides how an image becomes a network's input."""
+    return (type(p), p.input_size, p.resize, p.crop_pct, p.resize_first, p.value_range)
+
+
+def _mean_distance(distances: Sequence[float | None]) -> float | None:
+    """The mean of the members' relative distances; None where one is not known."""
+    known = [d for d in distances if d is not None]
+    return float(np.mean(known)) if len(known) == len(distances) else None
 
 
 def load_all(

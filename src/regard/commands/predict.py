@@ -98,10 +98,11 @@ def command(
     if classifier.calibration is not None:
         with info_on_stderr():
             log.info(f"{runs[0]}: {classifier.calibration.sentence()}")
-    if classifier.familiarity is not None and csv is not None:
-        with info_on_stderr():
-            log.info(classifier.familiarity.sentence())
     with info_on_stderr():
+        if classifier.familiarity is not None and csv is not None:
+            log.info(classifier.familiarity.sentence())
+        if more and classifier.measures_distances and csv is not None:
+            log.info("unlike_training: mean distance, each over its network's threshold, above 1")
         if more:
             log.info(f"the mean of {len(runs)} networks: {', '.join(map(str, runs))}")
         if tta is not None:
