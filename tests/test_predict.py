@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,14 @@ import torch
 from PIL import Image
 
 import regard
+from regard.calibrating import remove_calibration
 from regard.cli import run_command
 from regard.commands import predict as module
+from regard.commands.predictions_csv import PredictionsCsv
 from regard.data.content import file_hash
+from regard.errors import UsageError
+from regard.evaluation import Predictions
+from regard.evaluation.calibration import fit_calibration, write_calibration
 from regard.predict import Classifier
 from tests.helpers import ENVIRONMENT, rows_of, start
 
@@ -349,7 +355,94 @@ def test_what_resume_adds_is_what_one_call_writes(whole, scans, tmp_path, monkey
         sizes.clear()
         assert run_command([*call, str(out), "--resume"]) == 0
         assert out.read_bytes().splitlines(keepends=True) == lines
-        assert sizes == [1, *batches]  # the first is the last row's image, again
+        assert sizes[1:] == batches
+        assert 1 < sizes[0] <= 12  # images of rows that are there, again
+
+
+def calibrated(run, temperature, threshold=None) -> None:
+    """Gives a run a temperature and a threshold of class 1."""
+    rng = np.random.default_rng(0)
+    toy = Predictions(rng.dirichlet([1, 1, 1], 60), rng.integers(0, 3, 60), ["0", "1", "2"])
+    found = fit_calibration(toy, positive="1", rule="youden")
+    limit = None if threshold is None else replace(found.threshold, value=threshold)
+    write_calibration(run, replace(found, temperature=temperature, threshold=limit))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_resume_refuses_rows_from_before_a_calibration(whole, scans, tmp_path, capsys, several):
+    runs = [Path(shutil.copytree(whole, tmp_path / name)) for name in ("a", "b")[: 1 + several]]
+    out = tmp_path / "x.csv"
+    call = ["predict", *map(str, runs), str(scans), "--csv", str(out)]
+    assert run_command(call) == 0
+    whole_file = out.read_bytes()
+    lines = whole_file.splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:38]))
+    before = out.read_bytes()
+    for temperature in (1.01, 0.99, 1.5):
+        calibrated(runs[-1], temperature)
+        capsys.readouterr()
+        assert run_command([*call, "--resume"]) == 2
+        err = capsys.readouterr().err
+        assert "calibration" in err
+        assert err.splitlines()[-1].count(".png was ") == 1
+        assert out.read_bytes() == before
+    remove_calibration(runs[-1])
+    assert run_command([*call, "--resume"]) == 0
+    assert out.read_bytes() == whole_file
+
+
+def test_resume_refuses_decisions_of_another_threshold(whole, scans, tmp_path, capsys):
+    run, out = Path(shutil.copytree(whole, tmp_path / "a")), tmp_path / "x.csv"
+    call = ["predict", str(run), str(scans), "--csv", str(out)]
+    calibrated(run, 1.2, 0.4)
+    assert run_command(call) == 0
+    shares = sorted(float(row["p_1"]) for row in rows_of(out))
+    rows, at = out.read_bytes(), float(np.searchsorted(shares, 0.4))
+    calibrated(run, 1.2, (shares[int(at)] + shares[int(at) + 1]) / 2)  # one image is below now
+    assert run_command([*call, "--resume"]) == 2
+    assert "which is not 1 now" in capsys.readouterr().err
+    calibrated(run, 1.2, (0.4 + shares[int(at)]) / 2)  # a threshold that decides alike
+    assert run_command([*call, "--resume"]) == 0
+    assert out.read_bytes() == rows
+
+
+class Bf16:
+    """An engine whose answers are those of bf16: two to three digits."""
+
+    precision = "bf16"
+
+    def __init__(self, of: Classifier) -> None:
+        self.of = of
+
+    def __call__(self, images):
+        x = self.of.preprocess.normalize(images)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            return self.of.model(x).float().softmax(dim=1)
+
+
+def test_resume_in_bf16_tells_rounding_from_another_temperature(whole, scans, tmp_path):
+    images, out = sorted(map(str, scans.rglob("*.png"))), tmp_path / "x.csv"
+
+    def resumed(temperature: float, bf16: bool) -> None:
+        classifier = regard.load(whole)
+        classifier.familiarity = None
+        if bf16:
+            classifier.engine = Bf16(classifier)
+        toy = Predictions(np.eye(3)[[0, 1, 2] * 4], np.array([0, 1, 2] * 4), ["0", "1", "2"])
+        classifier.calibration = replace(fit_calibration(toy), temperature=temperature)
+        with PredictionsCsv(out, 1, classifier, resume=out.exists()) as table:
+            *_, left = table.skip_done(iter(images))
+            for p in classifier.predict_each(list(left)[table.repeated :], 1):
+                table.write(p)
+
+    resumed(1.0, False)
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:65]))
+    resumed(1.0, True)
+    assert len(rows_of(out)) == len(images)
+    for temperature in (0.85, 1.15):
+        with pytest.raises(UsageError, match="calibration"):
+            resumed(temperature, True)
 
 
 @pytest.mark.parametrize("name", ["wds:a.tar", "hf:a/b", "medmnist:x.npz", "digits", "cifar10"])

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import io
-import math
 import os
 import stat
 import sys
@@ -13,13 +12,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from regard.commands.written_rows import WrittenRows
 from regard.errors import FileError, UsageError
 
 if TYPE_CHECKING:
     from regard.predict import Classifier, Prediction
 
 _FLUSH_EVERY = 1.0  # seconds
-_AGREE = 0.05  # probabilities of one network by two engines differ less
 
 
 def check_output(
@@ -165,6 +164,11 @@ class PredictionsCsv:
 
     def write(self, p: "Prediction") -> None:
         """Appends one row; it is on the disk within a second."""
+        self._put(self.cells(p))
+        self.rows += 1
+
+    def cells(self, p: "Prediction") -> list[str]:
+        """The row of a prediction."""
         cells = [cell for name, share in p.classes for cell in (name, f"{share:.6f}")]
         cells += [""] * (2 * self.top - len(cells))
         cells += [p.decision or ""] if self.decides else []
@@ -180,8 +184,7 @@ class PredictionsCsv:
         cells += ["flips"] if self.flips else []
         shares = [f"{share:.6f}" for share in p.probabilities]
         cells += shares or [""] * len(self.classifier.class_names)
-        self._put([p.path, *cells, p.error or ""])
-        self.rows += 1
+        return [p.path, *cells, p.error or ""]
 
     def _put(self, cells: Sequence[str]) -> None:
         try:
@@ -207,14 +210,14 @@ class PredictionsCsv:
             are predicted once more, for a batch decides the last digits of what is in it.
 
         Raises:
-            UsageError: the rows are of other images, columns or of another network.
+            UsageError: the rows are of other images or columns, another network or calibration.
         """
         if not self._resumed:
             return 0, 0, names
         from regard.predict import BATCH
 
         answered = failed = 0
-        last: list[str] = []
+        written = WrittenRows(self)
         started: list[str] = []  # images of the batch that is not whole
         with open(self.path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.reader(file)
@@ -229,32 +232,14 @@ class PredictionsCsv:
                     )
                 failed += row[-1] != ""
                 answered += row[-1] == ""
-                last = row if row[-1] == "" else last
+                written.add(number, row)
                 started = [*started, name] if number % BATCH else []
-        self._check_network(last)
+        written.check()
         self.rows = answered + failed
         if "-" in started:  # standard input can't be read twice
             return answered, failed, names
         self.repeated = len(started)
         return answered, failed, chain(started, names)
-
-    def _check_network(self, row: list[str]) -> None:
-        """Refuses rows of another network, by predicting the last image again."""
-        if not row or row[0] == "-":
-            return
-        (again,) = self.classifier.predict_each([row[0]], top=1)
-        if again.error is not None:  # the image is gone, say
-            return
-        written = [*row[-1 - len(again.probabilities) : -1], row[2]]
-        try:
-            shares = [float(cell) for cell in written]
-        except ValueError:
-            shares = [math.inf] * len(written)
-        expected = (*again.probabilities, max(again.probabilities))
-        if any(abs(p - q) > _AGREE for p, q in zip(expected, shares, strict=True)):
-            raise UsageError(
-                f"--resume: {self.path} is of another network: {row[0]} was {row[1]} at {row[2]}"
-            )
 
 
 def _take(descriptor: int) -> bool:
