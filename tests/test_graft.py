@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import regard
+from regard.engines.conversion import fold_batch_norms
+from regard.errors import UsageError
 
 PLAIN = ["resnet18", "resnet50", "resnext50_32x4d"]
 ATTENTION = {
@@ -68,7 +71,7 @@ def assert_same_answers(plain, grafted, x):
         for _ in range(2):  # the second sees the gates' own running statistics moved
             assert torch.equal(grafted.train()(x), plain.train()(x))
         assert torch.equal(grafted.eval()(x), plain.eval()(x))
-    buffers = dict(grafted.named_buffers())
+    buffers = grafted.state_dict()
     for name, wanted in plain.named_buffers():
         assert torch.equal(buffers[name], wanted), name
 
@@ -348,7 +351,7 @@ def test_a_block_that_passes_by_its_norm_is_refused():
 
     model = nn.Sequential(Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model.pretrained_cfg = {"input_size": (3, 32, 32), "architecture": "own"}
-    with pytest.raises(ValueError, match=r"would not answer the same with gates after 0\.bn"):
+    with pytest.raises(ValueError, match=r"does more with its modules than to call them"):
         regard.graft(model)
 
 
@@ -364,3 +367,121 @@ def test_a_resnet_whose_block_never_calls_its_attention():
     grafted = regard.graft(plain)
     assert len(gates(grafted)) == 8
     assert_same_answers(plain, grafted, images())
+
+
+# ------------------------------------------------- what replaces modules, and leaves the gates
+REPLACED = {
+    "mobilenetv2_035": {},
+    "hrnet_w18_small": {},
+    "dla46_c": {},
+    "res2net50_26w_4s": {"layers": (1, 1, 1, 1)},
+    "efficientnet_lite0": {},
+    "resnest14d": {},
+}
+
+
+def moved(name: str, **arguments) -> nn.Module:
+    """A grafted network whose gates are anywhere but at their start, in float64."""
+    torch.manual_seed(2)
+    plain = timm.create_model(name, num_classes=5, **arguments)
+    for m in plain.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.running_mean, -0.2, 0.2)
+            nn.init.uniform_(m.running_var, 0.5, 2.0)
+    grafted = regard.graft(plain)
+    for module in grafted.modules():
+        if isinstance(module, regard.CBAM):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, 0.0, 0.5)
+    return grafted.double().eval()
+
+
+def apart(a: nn.Module, b: nn.Module) -> float:
+    """The largest difference of two networks' answers, of their size."""
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = a(x)
+        return float((b(x) - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_replacing_bns_leaves_the_gates(name):
+    grafted = moved(name, **REPLACED[name])
+    count = len(gates(grafted))
+    assert count > 0
+    folded = fold_batch_norms(grafted)
+    frozen = copy.deepcopy(grafted)
+    timm.utils.freeze(frozen)
+    synced = timm.layers.convert_sync_batchnorm(copy.deepcopy(grafted))
+    split = timm.layers.convert_splitbn_model(copy.deepcopy(grafted), 2)
+    for other in (folded, frozen, synced.eval(), split.eval()):
+        assert len(gates(other)) == count
+        assert apart(grafted, other) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("repvit_m0_9", 26), ("repghostnet_050", 16), ("efficientvit_m0", 38)]
+)
+def test_merging_layers_for_prediction_leaves_the_gates(name, blocks):
+    grafted = moved(name).float()
+    assert len(gates(grafted)) == 2 * blocks
+    merged = timm.utils.reparameterize_model(grafted)
+    assert len(gates(merged)) == 2 * blocks
+    x = torch.rand(2, 3, *grafted.pretrained_cfg["input_size"][1:])
+    with torch.no_grad():
+        wanted = grafted(x)
+        assert (merged(x) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
+def test_branches_that_are_merged_for_prediction_are_none(name):
+    with pytest.raises(UsageError, match="blocks merge their layers"):
+        regard.graft(timm.create_model(name, num_classes=5))
+
+
+def test_a_network_of_before_loads(tmp_path):
+    """Gates hung on the module itself then; the names in the file are the same."""
+    grafted = moved("mobilenetv2_035")
+    plain = set(timm.create_model("mobilenetv2_035").state_dict())
+    names = grafted.state_dict()
+    assert plain <= set(names)
+    assert {n for n in names if n not in plain} == {n for n in names if ".attention." in n}
+    other = regard.graft(timm.create_model("mobilenetv2_035", num_classes=5)).double().eval()
+    assert other.load_state_dict(names).missing_keys == []
+    assert apart(grafted, other) == 0
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({k: v for k, v in names.items() if "bn3.weight" not in k})
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "efficientnet_lite0"])
+def test_a_grafted_network_is_scripted(name):
+    grafted = moved(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch.jit
+        scripted = torch.jit.script(grafted)
+    assert apart(grafted, scripted) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "name", ["convnext_atto", "dla46_c", "efficientnet_lite0", "hrnet_w18_small", "xception41"]
+)
+@torch.no_grad()
+def test_a_saved_graft_has_the_features_of_its_plain_network(name, tmp_path):
+    """Which levels, under a rewritten, hooked or own network of features."""
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=5).eval()
+    regard.save_model(regard.graft(plain), tmp_path / "run")
+    saved = f"local-dir:{tmp_path / 'run'}"
+    x = torch.rand(2, 3, 64, 64)
+    for wanted in ({}, {"out_indices": (0, 2)}):
+        features = timm.create_model(saved, pretrained=True, features_only=True, **wanted).eval()
+        of_plain = timm.create_model(name, features_only=True, **wanted).eval()
+        with regard.record(features) as maps:
+            found = features(x)
+        indices = features.feature_info.out_indices
+        whole = plain.forward_intermediates(x, indices=list(indices), intermediates_only=True)
+        assert len(found) == len(whole) == len(of_plain(x))
+        for a, b in zip(found, whole, strict=True):
+            assert torch.allclose(a, b, atol=1e-4 * float(b.abs().max()))
+        assert features.feature_info.reduction() == of_plain.feature_info.reduction()
+        assert maps

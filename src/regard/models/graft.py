@@ -2,9 +2,11 @@
 
 `graft` finds the residual branches of any network of timm's by watching one image go through
 it: where two maps of one size are added, the one that took more operations is the branch, and
-the module that made it gets the gates. Every gate starts at exactly 1/2; the factor that this
-costs goes into the branch's last norm where that is affine (powers of two are exact), and
-otherwise the map is multiplied by it, so that the product with the gates starts at exactly 1.
+the gates follow the module that made it (`Gated`). Additions within blocks that are merged into
+one convolution for prediction (timm's `reparameterize_model`) are none. Every gate starts at
+exactly 1/2; the factor that this costs goes into the branch's last norm where that is affine
+(powers of two are exact), and otherwise the map is multiplied by it, so that the product with the
+gates starts at exactly 1.
 Then both networks answer random images, in evaluation and in training, and must agree.
 
 A grafted network that has no name of its own is saved as `grafted`, with its plain
@@ -13,12 +15,20 @@ network's name and arguments and the list of modules that have gates.
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    FeatureDictNet,
+    FeatureHookNet,
+    FeatureListNet,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+)
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -37,30 +47,44 @@ _AFFINE_NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 _ADDITIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 
 
-class GraftedCBAM(CBAM):
-    """CBAM on `scale` times the output of the module that it hangs on.
+class Gated(nn.Module):
+    """A module of a network, and the gates that `scale` times its output goes through.
 
-    Shapes: (B, C, H, W), or with `channels_last` (B, H, W, C) -> the same.
+    Shapes: what the module takes -> what it gives, (B, C, H, W), or with `channels_last`
+    (B, H, W, C).
+
+    The module stays a child of its own, so that whatever replaces a BN in a network (folding it,
+    `convert_sync_batchnorm`, freezing it) leaves the gates where they are. In a state dict its
+    entries have the names that they have in the plain network.
     """
 
     def __init__(
-        self, channels: int, *, scale: float = 1.0, channels_last: bool = False, **arguments: Any
+        self, module: nn.Module, attention: CBAM, scale: float = 1.0, channels_last: bool = False
     ) -> None:
-        super().__init__(channels, **arguments)
+        super().__init__()
+        self.module: nn.Module = module
+        self.attention: CBAM = attention
         self.scale: float = scale
         self.channels_last: bool = channels_last
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.module(x)
         if self.channels_last:
             x = x.permute(0, 3, 1, 2)
-        x = super().forward(x if self.scale == 1.0 else x * self.scale)
+        x = self.attention(x if self.scale == 1.0 else x * self.scale)
         return x.permute(0, 2, 3, 1) if self.channels_last else x
 
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """As nn.Module's, without the name of `module`."""
+        found = self.module.state_dict(*args, prefix=prefix, **kwargs)
+        kwargs["destination"] = found
+        return self.attention.state_dict(*args, prefix=f"{prefix}attention.", **kwargs)
 
-def _attend(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """The forward hook of a module that has gates."""
-    gated: Tensor = module.attention(output)  # type: ignore[operator]
-    return gated
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        own = (f"{prefix}module.", f"{prefix}attention.")
+        for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(own)]:
+            state_dict[f"{own[0]}{key[len(prefix) :]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
@@ -77,7 +101,7 @@ def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
     Returns:
         The grafted network, on the device, in the precision and mode of `plain`. timm's
         ResNets get their gates as `cbam_resnet50` and its kin have them; other networks as
-        `attention` of the module that ends a branch.
+        `attention` of the `Gated` module that ends a branch.
 
     Raises:
         UsageError: the network has attention already, has no residual branches that end in
@@ -88,19 +112,22 @@ def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
         raise UsageError(f"graft() takes a network of timm's, not {type(plain).__name__}")
     _refuse_attention(plain)
     x = _probe_image(plain)
-    taps = _resnet_taps(plain) or _find_taps(plain, x)
+    ends = _resnet_ends(plain) or _find_ends(plain, x)
+    taps = {name: end.tap for name, end in ends.items()}
     model = copy.deepcopy(plain)
+    norms = {name: _foldable_norm(model.get_submodule(end.made_by)) for name, end in ends.items()}
     for name, tap in taps.items():
         gate = _attach(model, name, tap, kind, arguments)
         factor = 2.0 ** start_at_half(gate)
-        norm = _foldable_norm(model.get_submodule(name))
+        norm = norms[name]
         if norm is not None:
             with torch.no_grad():
                 norm.weight.mul_(factor)
                 norm.bias.mul_(factor)
         else:
-            assert isinstance(gate, GraftedCBAM)
-            gate.scale = tap["scale"] = factor
+            gated = model.get_submodule(name)
+            assert isinstance(gated, Gated)
+            gated.scale = tap["scale"] = factor
     _check_neutral(plain, model, taps, x)
     _name_after_grafting(model, kind, arguments, taps)
     return model
@@ -152,7 +179,15 @@ def _probe_image(plain: nn.Module) -> Tensor:
 Tap = dict[str, Any]
 
 
-def _resnet_taps(model: nn.Module) -> dict[str, Tap]:
+@dataclass
+class _End:
+    """Where a residual branch ends: the module that makes it, and arguments of the gates."""
+
+    made_by: str  # innermost: the gates may follow a module that holds it
+    tap: Tap
+
+
+def _resnet_ends(model: nn.Module) -> dict[str, _End]:
     """The blocks of timm's own ResNets, which have a place for attention; else nothing."""
     if not isinstance(model, ResNet):
         return {}
@@ -161,7 +196,7 @@ def _resnet_taps(model: nn.Module) -> dict[str, Tap]:
         return {}
     if any(_foldable_norm(m) is None for m in blocks.values()):
         return {}
-    return {n: {"channels": _foldable_norm(m).weight.numel()} for n, m in blocks.items()}
+    return {n: _End(n, {"channels": _foldable_norm(m).weight.numel()}) for n, m in blocks.items()}
 
 
 class _Watch(TorchFunctionMode):
@@ -170,24 +205,30 @@ class _Watch(TorchFunctionMode):
     Ancestors are bits of an integer, one a tensor.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, merging: Mapping[str, nn.Module]) -> None:
         super().__init__()
+        self.merging: set[int] = {id(module) for module in merging.values()}
         self.ancestors: dict[int, int] = {id(x): 1}
         self.alive: list[Any] = [x]  # so that no id is used twice
-        self.made_by: dict[int, str] = {}
-        self.passed_by: dict[int, str] = {}
+        self.made_by: dict[int, list[str]] = {}  # from the innermost module outwards
+        self.passed_by: dict[int, list[str]] = {}
         self.calls: dict[str, int] = {}
-        self.inside: list[bool] = []  # of the modules that run now: whether they have children
-        self.branches: list[tuple[Tensor, torch.Size]] = []
+        self.inside: list[nn.Module] = []  # the modules that run now
+        self.merged: int = 0  # additions within what becomes one layer
+        self.branches: list[tuple[list[str], torch.Size]] = []  # who made it, and its shape
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         known = [t for t in given if id(t) in self.ancestors]
-        inner = self.inside and not self.inside[-1]  # GRN's own sum, say, is no branch
+        # GRN's own sum, say, is no branch
+        inner = self.inside and next(self.inside[-1].children(), None) is None
         if getattr(func, "__name__", "") in _ADDITIONS and len(known) == 2 and not inner:
-            self._add(*known)
+            if any(id(module) in self.merging for module in self.inside):
+                self.merged += 1
+            else:
+                self._add(*known)
         out = func(*args, **(kwargs or {}))
         before = 0
         for t in known:
@@ -207,32 +248,38 @@ class _Watch(TorchFunctionMode):
         # the shortcut is an earlier map, or a projection of one: a few operations of a module
         projected = own.bit_count() <= 4 and id(shortcut) in self.made_by
         if before[id(branch)] & ~before[id(shortcut)] and (own == 0 or projected):
-            self.branches.append((branch, branch.shape))
+            # as of now: in place, a later module may return the same tensor with other values
+            names = self.made_by.get(id(branch)) or self.passed_by.get(id(branch)) or []
+            self.branches.append((list(names), branch.shape))
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
-        self.inside.append(next(module.children(), None) is not None)
+        self.inside.append(module)
 
     def hook_of(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        def hook(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
             self.inside.pop()
             self.calls[name] = self.calls.get(name, 0) + 1
             if isinstance(output, Tensor):
                 passed = any(t is output for t in inputs)
-                (self.passed_by if passed else self.made_by).setdefault(id(output), name)
+                alone = len(inputs) == 1 and isinstance(inputs[0], Tensor) and not named
+                (self.passed_by if passed else self.made_by).setdefault(id(output), []).extend(
+                    [name] * alone
+                )
 
         return hook
 
 
-def _find_taps(model: nn.Module, x: Tensor) -> dict[str, Tap]:
-    """The module that ends each residual branch, by name.
+def _find_ends(model: nn.Module, x: Tensor) -> dict[str, _End]:
+    """The end of each residual branch, by the name of the module that gates follow.
 
     Raises:
         UsageError: there is none, or a branch does not end in a module, or not in a map.
     """
-    watch = _Watch(x)
+    merging = {n: m for n, m in model.named_modules() if n and _merges(m)}
+    watch = _Watch(x, merging)
     named = [(n, m) for n, m in model.named_modules() if n]
-    handles = [m.register_forward_hook(watch.hook_of(n)) for n, m in named]
-    handles += [m.register_forward_pre_hook(watch.enter) for _, m in named]
+    handles = [m.register_forward_hook(watch.hook_of(n), with_kwargs=True) for n, m in named]
+    handles += [m.register_forward_pre_hook(watch.enter) for _, m in named]  # not of the whole
     try:
         with torch.no_grad(), evaluating(model), watch:
             model(x)
@@ -240,21 +287,35 @@ def _find_taps(model: nn.Module, x: Tensor) -> dict[str, Tap]:
         for handle in handles:
             handle.remove()
     kind = type(model).__name__
-    if not watch.branches:
-        raise UsageError(f"graft() found no residual branches in {kind}: nothing is added to a map")
-    taps: dict[str, Tap] = {}
-    for number, (branch, shape) in enumerate(watch.branches, start=1):
-        name = watch.made_by.get(id(branch)) or watch.passed_by.get(id(branch))
-        where = f"residual branch {number} of {kind}" + (f" ({name})" if name else "")
+    ends: dict[str, _End] = {}
+    for number, (names, shape) in enumerate(watch.branches, start=1):
+        apart = [n for n in names if not any(n.startswith(f"{above}.") for above in merging)]
+        if names and not apart:
+            continue
+        where = f"residual branch {number} of {kind}" + (f" ({names[0]})" if names else "")
         if len(shape) != 4:
             raise UsageError(f"{where} ends in {tuple(shape)}, no map (B, C, H, W) for the gates")
-        if name is None:
+        if not names:
             raise UsageError(f"{where} does not end in a module that gates could follow")
-        if watch.calls[name] > 1:
-            raise UsageError(f"{where} ends in a module that is used {watch.calls[name]} times")
-        last = _channels_last(model, model.get_submodule(name), shape)
-        taps[name] = {"channels": shape[3 if last else 1], "channels_last": last}
-    return taps
+        if watch.calls[names[0]] > 1:
+            raise UsageError(f"{where} ends in a module that is used {watch.calls[names[0]]} times")
+        last = _channels_last(model, model.get_submodule(names[0]), shape)
+        tap = {"channels": shape[3 if last else 1], "channels_last": last}
+        ends[apart[0]] = _End(names[0], tap)
+    if not ends:
+        why = "nothing is added to a map"
+        if watch.merged:
+            why = "its blocks merge their layers for prediction, and would merge away the gates"
+        raise UsageError(f"graft() found no residual branches in {kind}: {why}")
+    return ends
+
+
+def _merges(module: nn.Module) -> bool:
+    """Whether timm's `reparameterize_model` makes one layer of a module below the network."""
+    if not hasattr(module, "fuse"):
+        return hasattr(module, "reparameterize") or hasattr(module, "switch_to_deploy")
+    twin: Any = copy.deepcopy(module).eval()
+    return twin.fuse() is not twin  # as a residual block answers that holds no convolution
 
 
 def _channels_last(model: nn.Module, module: nn.Module, shape: torch.Size) -> bool:
@@ -281,18 +342,24 @@ def _foldable_norm(module: nn.Module) -> Any:
 
 def _attach(model: nn.Module, name: str, tap: Tap, kind: str, arguments: Mapping[str, Any]) -> CBAM:
     module = model.get_submodule(name)
-    if type(module) in (BasicBlock, Bottleneck):
-        gate: CBAM = _KINDS[kind](tap["channels"], **arguments)
-        module.se = gate
-    else:
-        gate = GraftedCBAM(**tap, **{**getattr(_KINDS[kind], "keywords", {}), **arguments})
-        if hasattr(module, "attention"):
-            raise UsageError(f"{name} has something called attention already")
-        module.attention = gate
-        module.register_forward_hook(_attend)
+    gate = _KINDS[kind](tap["channels"], **arguments)
     like = next(model.parameters())
-    gate.to(device=like.device, dtype=like.dtype).train(module.training)
+    gate.to(device=like.device, dtype=like.dtype)
+    if type(module) in (BasicBlock, Bottleneck):
+        module.se = gate.train(module.training)
+        return gate
+    if hasattr(module, "attention"):
+        raise UsageError(f"{name} has something called attention already")
+    further = {key: value for key, value in tap.items() if key != "channels"}
+    gated = Gated(module, gate.train(module.training), **further)
+    gated.training = module.training  # whose own parts may differ
+    _replace(model, name, gated)
     return gate
+
+
+def _replace(model: nn.Module, name: str, by: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, by)
 
 
 # ----------------------------------------------------------------------------- the probe
@@ -302,17 +369,23 @@ def _check_neutral(plain: nn.Module, model: nn.Module, taps: Mapping[str, Tap], 
     Raises:
         UsageError: it does; the message names the module.
     """
-    with torch.no_grad(), evaluating(model), record(model) as maps:
-        model(x)
+    try:
+        with torch.no_grad(), evaluating(model), record(model) as maps:
+            model(x)
+    except (AttributeError, TypeError) as error:  # a network that looks into its modules
+        raise UsageError(
+            f"{type(model).__name__} does more with its modules than to call them: it can't be "
+            f"grafted ({reason(error)})"
+        ) from error
     if unused := [name for name in attention_kinds(model) if name not in maps]:
         raise UsageError(f"{type(model).__name__} never calls {unused[0]}: it can't be grafted")
     if _same_answers(plain, model, x):
         return
     for name in taps:
         one = copy.deepcopy(model)
-        module = one.get_submodule(name)
-        if type(module) not in (BasicBlock, Bottleneck):
-            module._forward_hooks.clear()
+        gated = one.get_submodule(name)
+        if isinstance(gated, Gated):
+            _replace(one, name, gated.module)
             if not _same_answers(one, model, x):
                 break
     raise UsageError(
@@ -377,8 +450,55 @@ def _make_grafted(
 default_cfgs = generate_default_cfgs({"grafted": IMAGENET_CFG})
 
 
+_FEATURES = {FeatureListNet: "list", FeatureDictNet: "dict", FeatureHookNet: "hook"}
+
+
 @register_model
 def grafted(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A network that `graft` made, from what it was saved with; see `_name_after_grafting`."""
-    model: nn.Module = build_model_with_cfg(_make_grafted, "grafted", pretrained, **kwargs)
+    """A network that `graft` made, from what it was saved with; see `_name_after_grafting`.
+
+    With `features_only` its features are those that timm takes from the plain network.
+
+    Raises:
+        UsageError: features_only of a network whose features can't be taken with gates.
+    """
+    if not kwargs.get("features_only"):
+        model: nn.Module = build_model_with_cfg(_make_grafted, "grafted", pretrained, **kwargs)
+        return model
+    base = str(kwargs["base"])
+    arguments = {**(kwargs.get("base_args") or {}), "in_chans": kwargs.get("in_chans", 3)}
+    wanted = {k: kwargs[k] for k in ("out_indices", "feature_cls") if k in kwargs}
+    plain = timm.create_model(base, features_only=True, **arguments, **wanted)
+    cfg = _feature_cfg(plain, timm.create_model(base, **arguments))
+    kwargs = {k: v for k, v in kwargs.items() if k not in wanted}
+    try:
+        model = build_model_with_cfg(
+            _make_grafted, "grafted", pretrained, feature_cfg=cfg, **kwargs
+        )
+        same = _features_of(model) == _features_of(plain)
+    except (AssertionError, KeyError, IndexError) as error:
+        raise UsageError(f"features_only: not of {base} with gates ({reason(error)})") from error
+    if not same:
+        raise UsageError(f"features_only: not of {base} with gates; try forward_intermediates")
     return model
+
+
+def _feature_cfg(features: Any, whole: nn.Module) -> dict[str, Any]:
+    """timm's `feature_cfg` of a network, which only its builder knows, from what it made."""
+    # a class of the network's own: its features by forward_intermediates, compared by the caller
+    kind = _FEATURES.get(type(features), "getter")
+    cfg: dict[str, Any] = {
+        "feature_cls": kind,
+        "out_indices": tuple(features.feature_info.out_indices),
+    }
+    children = {name for name, _ in whole.named_children()}
+    if kind in ("list", "dict", "hook"):
+        cfg["flatten_sequential"] = not {n for n, _ in features.named_children()} <= children
+    if kind == "hook":
+        cfg["no_rewrite"] = "body" in dict(features.named_children())
+        cfg["flatten_sequential"] &= not cfg["no_rewrite"]
+    return cfg
+
+
+def _features_of(features: Any) -> tuple[list[int], list[int]]:
+    return features.feature_info.channels(), features.feature_info.reduction()
