@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import regard
+from regard.errors import UsageError
 from regard.models.attention_gate import NORMALIZATIONS, normalize_map
 from regard.models.sononet import AGGREGATIONS
 from tests.golden import filled_model
@@ -241,3 +242,17 @@ def test_a_gate_of_ones_own_size():
     assert torch.allclose(gate(x, g), (gate.map(x, g) * x).sum(dim=(2, 3)))
     with pytest.raises(ValueError, match="normalize='max': choose one of mean_flow, softmax"):
         regard.AttentionGate(6, 10, normalize="max")
+
+
+@pytest.mark.parametrize("name", ["sononet8", "ag_sononet8"])
+def test_pooling_gives_one_value_a_channel(name):
+    x = torch.rand(2, 1, 48, 48)
+    model = regard.create_model(name, num_classes=5, global_pool="avgmax").eval()
+    assert model(x).shape == (2, 5)
+    model.reset_classifier(3, "max")
+    assert model(x).shape == (2, 3)
+    for refused in ("catavgmax", "median"):
+        with pytest.raises(UsageError, match="choose one of avg, max, avgmax, ''"):
+            regard.create_model(name, global_pool=refused)
+        with pytest.raises(UsageError, match="global_pool"):
+            model.reset_classifier(3, refused)

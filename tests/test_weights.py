@@ -131,6 +131,27 @@ def test_weights_bring_the_arguments_that_they_were_trained_with(elsewhere, tmp_
         regard.create_model("cbam_resnet34", pretrained=True, reduction=16)
 
 
+@pytest.mark.parametrize(
+    ("name", "others", "same"),
+    [
+        ("cbam_resnet18.imagenette", {"channel_pool": "max"}, {"channel_pool": "both"}),
+        ("cbam_resnet18.imagenette", {"order": "parallel"}, {"drop_path_rate": 0.1}),
+        ("cbam_resnet18.imagenette", {"act_layer": "gelu"}, {"order": "channel_spatial"}),
+        ("attention56_cifar.cifar10", {"attention": "naive"}, {"attention": "residual"}),
+        ("attention56_cifar.cifar10", {"mask_activation": "channel"}, {"drop_rate": 0.2}),
+        ("ag_sononet16.imagenette", {"normalize": "range"}, {"normalize": "mean_flow"}),
+    ],
+)
+def test_arguments_that_the_weights_were_not_trained_with_are_refused(name, others, same):
+    """Each fits the shapes, and would answer something else."""
+    with pytest.raises(UsageError, match=f"{next(iter(others))}='.*the weights {name} are of "):
+        regard.create_model(name, pretrained=True, **others)
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        plain = regard.create_model(name, pretrained=True).eval()(x)
+        assert torch.equal(regard.create_model(name, pretrained=True, **same).eval()(x), plain)
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_changed_weights_are_an_error(elsewhere, capsys, file):
     path = elsewhere / DIGITS / file

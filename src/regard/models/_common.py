@@ -17,7 +17,8 @@ def choose(argument: str, value: str, choices: Sequence[str]) -> str:
         UsageError: it is not; the message names the argument, the value and the choices.
     """
     if value not in choices:
-        raise UsageError(f"{argument}={value!r}: choose one of {', '.join(choices)}")
+        named = ", ".join(choice or "''" for choice in choices)
+        raise UsageError(f"{argument}={value!r}: choose one of {named}")
     return value
 
 

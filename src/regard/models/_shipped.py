@@ -7,6 +7,7 @@ entry without a tag stays the default, where timm's own networks have the first 
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from regard.compat import mark_pretrained
 from regard.errors import UsageError
 from regard.models._common import FREE_ARGUMENTS, as_json
+from regard.models.cbam import CBAM
 from regard.weights import Weights, find_shipped, shipped
 
 _SOURCES = ("file", "url", "hf_hub_id", "state_dict")
@@ -44,6 +46,7 @@ def register_model(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
             return make(pretrained=pretrained, **kwargs)
         found.verify()
         trained_with = found.config.get("model_args", {})
+        _refuse_others(found, make, kwargs)
         model = make(pretrained=True, **_arguments(found, trained_with, kwargs))
         again: Any = dict(trained_with)  # what makes the network again, to save it
         model._model_args = again
@@ -62,6 +65,46 @@ def _asked_for(name: str, kwargs: Mapping[str, Any]) -> Weights | None:
     if any(overlay.get(source) for source in _SOURCES) or (cfg and not isinstance(cfg, str)):
         return None
     return find_shipped(f"{name}.{cfg}" if cfg else name)
+
+
+# change no answer in evaluation, or say which answers are given
+_HARMLESS = (
+    *FREE_ARGUMENTS, "drop_rate", "drop_path_rate", "drop_block_rate", "zero_init_last", "device",
+    "dtype", "features_only", "out_indices", "feature_cls", "output_fmt", "pretrained_cfg",
+    "pretrained_cfg_overlay", "pretrained_strict", "cache_dir",
+)  # fmt: skip
+
+
+def _refuse_others(
+    found: Weights, make: Callable[..., nn.Module], kwargs: Mapping[str, Any]
+) -> None:
+    """Refuses arguments of which the weights' network had the default.
+
+    Their shapes may be the same: `channel_pool="max"` would load, and answer something else.
+
+    Raises:
+        UsageError: one has another value.
+    """
+    own = {k: v for k, v in found.config.get("model_args", {}).items() if k not in FREE_ARGUMENTS}
+    if not (others := {k: v for k, v in kwargs.items() if k not in (*own, *_HARMLESS)}):
+        return
+    defaults = _defaults(type(make(pretrained=False, **own)))
+    for name, value in others.items():
+        if name not in defaults or as_json(defaults[name]) != as_json(value):
+            had = f"{name}={defaults[name]!r}" if name in defaults else f"a network without {name}"
+            raise UsageError(f"{name}={value!r}: the weights {found.name} are of {had}")
+
+
+def _defaults(network: type[nn.Module]) -> dict[str, Any]:
+    """The defaults of all arguments that a network takes, its gates' included."""
+    found: dict[str, Any] = {}
+    for each in (CBAM, *reversed(network.__mro__)):
+        if (init := vars(each).get("__init__")) is None:
+            continue
+        for parameter in inspect.signature(init).parameters.values():
+            if parameter.default is not inspect.Parameter.empty:
+                found[parameter.name] = parameter.default
+    return found
 
 
 def _arguments(

@@ -31,6 +31,7 @@ from regard.models._timm_verbs import StagedNetwork
 from regard.models.attention_gate import AttentionGate
 from regard.models.initialization import initialize, initialized_by_name, pytorch_default
 
+POOLS = ("avg", "max", "avgmax", "")
 AGGREGATIONS = ("concat", "mean", "deep_sup", "ft")
 
 
@@ -134,13 +135,24 @@ class _SonoNetBase(StagedNetwork):
         raise NotImplementedError
 
 
+def _pool(kind: str) -> nn.Module:
+    """timm's pooling of this name, but for those that give several values a channel.
+
+    Raises:
+        UsageError: there is no such one here.
+    """
+    chosen = choose("global_pool", kind, POOLS)
+    return SelectAdaptivePool2d(pool_type=chosen, flatten=bool(chosen))
+
+
 class SonoNet(_SonoNetBase):
     """SonoNet: five blocks of convolutions, then 1x1 convolutions to one map a class, averaged.
 
     Args:
         features: filters of the first block; the others have 2, 4, 8 and 8 times as many.
         convs: convolutions of each block.
-        global_pool: "avg", or "" for the classes' maps themselves.
+        global_pool: "avg" (the authors'), "max", "avgmax" (the mean of both), or "" for the
+            classes' maps themselves.
 
     Input (B, in_chans, H, W) of at least 16x16 pixels; output (B, num_classes).
 
@@ -168,8 +180,7 @@ class SonoNet(_SonoNetBase):
         """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
         self.num_classes = num_classes
         if global_pool is not None:
-            pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-            self.global_pool: nn.Module = fitted(self, pool)
+            self.global_pool: nn.Module = fitted(self, _pool(global_pool))
         if num_classes > 0:
             self.adapt: nn.Module = fitted(self, _conv(self.widths[4], self.widths[2], 1))
             self.classifier: nn.Module = fitted(
@@ -220,7 +231,8 @@ class AGSonoNet(_SonoNetBase):
         convs: convolutions of each block.
         aggregation: one of the four above.
         normalize: of the gates' maps, see GateMap.
-        global_pool: of block 5: "avg", or "" for the features as a map.
+        global_pool: of block 5: "avg" (the authors'), "max", "avgmax" (the mean of both), or ""
+            for the features as a map.
 
     Input: (B, in_chans, H, W) of at least 16x16 pixels.
 
@@ -264,8 +276,7 @@ class AGSonoNet(_SonoNetBase):
         """Replaces the classifiers; 0 classes gives the features, and pool "" their map."""
         self.num_classes = num_classes
         if global_pool is not None:
-            pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-            self.global_pool: nn.Module = fitted(self, pool)
+            self.global_pool: nn.Module = fitted(self, _pool(global_pool))
         self.pooled: bool = bool(self.global_pool.pool_type)
         some = num_classes > 0
         separate = some and self.aggregation != "concat"
