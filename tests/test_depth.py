@@ -53,11 +53,50 @@ def test_every_kind_of_measurement_keeps_its_values(tmp_path, kind):
     assert np.abs(pixels[..., 0] - RAMP).max() < 0.005
     with pytest.raises(ImageError, match="without a known range"):
         read_image(tmp_path / "a.tif")
-    # where small values are white, what is bright is small
-    inverted = tiff(tmp_path / "white.tif", values, photometric=0)
-    if kind in ("f4", "f8"):
-        pixels = read_image(inverted, value_range=(-float(high), -float(low)))
-        assert np.abs(pixels[..., 0] - (1 - RAMP)).max() < 0.005
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2", "i1", "i2", "i4", "u4", "f4", "f8", "i8", "u8", "f2"])
+def test_a_picture_is_the_same_where_small_values_are_white(tmp_path, kind):
+    """Integers as their bits inverted, floats from 0 to 1 as 1 - v; in a data set too."""
+    tifffile = pytest.importorskip("tifffile", reason="the extra 'tiff' is not installed")
+    values = RAMP.copy() if kind[0] == "f" else np.rint(RAMP * 90)
+    values = values.astype(kind)
+    white = 1 - values if kind[0] == "f" else ~values
+    for name, stored in (("black", values), ("white", white)):
+        (tmp_path / name).mkdir()
+        for byteorder in "<>":
+            tifffile.imwrite(tmp_path / name / f"{ord(byteorder)}.tif", stored, byteorder=byteorder,
+                             photometric=f"minis{name}")  # fmt: skip
+    rounding = 0.001 if kind == "f2" else 1e-6
+    found = survey(open_data(tmp_path)).value_range
+    if kind not in ("u1", "u2"):
+        assert found == pytest.approx((values.min(), values.max()), abs=rounding)
+    expected = read_image(tmp_path / "black" / "60.tif", value_range=found)
+    for path in tmp_path.glob("*/*.tif"):
+        pixels = read_image(path, value_range=found)
+        assert pixels.dtype == expected.dtype
+        assert np.abs(pixels.astype(float) - expected).max() <= rounding
+        if kind[0] == "f":  # as they are, without a range
+            assert np.abs(read_image(path)[..., 0] - RAMP).max() <= rounding
+
+
+def test_bits_and_opacity_where_small_values_are_white(tmp_path):
+    tifffile = pytest.importorskip("tifffile", reason="the extra 'tiff' is not installed")
+    pytest.importorskip("imagecodecs", reason="which packs 12 bits")
+    values = np.rint(RAMP * 4095).astype(np.uint16)
+    for name, stored in (("black", values), ("white", 4095 - values)):
+        path = tmp_path / f"{name}.tif"
+        tifffile.imwrite(path, stored, photometric=f"minis{name}", bitspersample=12)
+        assert np.array_equal(read_image(path)[..., 0], values)
+    eight, opacity = (values // 16).astype(np.uint8), np.zeros(values.shape, np.uint8)
+    opacity[:, :15] = 255
+    for name, stored in (("black", eight), ("white", 255 - eight)):
+        path = tmp_path / f"{name} and opacity.tif"
+        tifffile.imwrite(path, np.stack([stored, opacity], axis=2), photometric=f"minis{name}",
+                         extrasamples=["unassalpha"], planarconfig="contig")  # fmt: skip
+        pixels = read_image(path)[..., 0]
+        assert np.array_equal(pixels[:, :15], eight[:, :15])
+        assert (pixels[:, 15:] == 255).all()
 
 
 @pytest.mark.parametrize("endian", "<>")

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
-from regard.data.images import read_image
+from regard.data import open_data
+from regard.data.images import read_image, read_stored
+from regard.data.survey import survey
 from regard.errors import ImageError
 
 PHOTO = load_sample_image("flower.jpg")  # (427, 640, 3)
@@ -294,6 +296,68 @@ def test_dicom_without_a_window_is_stretched(tmp_path):
     assert pixels[..., 0].tolist() == [[0, 0.25], [0.5, 1]]
     inverted = dicom(tmp_path / "i.dcm", stored, PhotometricInterpretation="MONOCHROME1")
     assert read_image(inverted)[..., 0].tolist() == [[1, 0.75], [0.5, 0]]
+
+
+RESCALED = {"RescaleSlope": 2, "RescaleIntercept": -1000}
+
+
+@pytest.mark.parametrize("rescale", [{}, RESCALED, {"RescaleSlope": -1, "RescaleIntercept": 9}])
+@pytest.mark.parametrize(
+    ("kind", "bits", "low"), [("u2", 16, 0), ("u2", 12, 0), ("u1", 8, 0), ("i2", 16, -(2**15)),
+                              ("i2", 12, -(2**11))],
+)  # fmt: skip
+def test_dicom_of_both_monochromes_is_one_picture_in_a_data_set(tmp_path, kind, bits, low, rescale):
+    rng = np.random.default_rng(bits)
+    tags = {**rescale, "BitsStored": bits, "HighBit": bits - 1}
+    means, seen = [], []
+    for k in range(4):  # dark pictures: about half of the range is never used
+        picture = (low + rng.integers(0, 2 ** (bits - 1 - k % 2), (8, 9))).astype(kind)
+        seen.append(picture * float(tags.get("RescaleSlope", 1)) + tags.get("RescaleIntercept", 0))
+        for kind_of in (1, 2):
+            stored = picture if kind_of == 2 else (2 * low + 2**bits - 1 - picture).astype(kind)
+            (tmp_path / str(kind_of)).mkdir(exist_ok=True)
+            dicom(tmp_path / str(kind_of) / f"{k}.dcm", stored,
+                  PhotometricInterpretation=f"MONOCHROME{kind_of}", **tags)  # fmt: skip
+    found = survey(open_data(tmp_path)).value_range
+    assert found == (np.min(seen), np.max(seen))
+    for k in range(4):
+        one, two = (read_image(tmp_path / n / f"{k}.dcm", value_range=found) for n in "12")
+        assert np.abs(one - two).max() < 1e-6
+        means.append(float(two.mean()))
+    assert max(means) - min(means) > 0.1  # brightness between images stays
+
+
+def test_dicom_of_both_monochromes_after_a_table_and_in_floats(tmp_path):
+    pydicom = pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+    item = pydicom.Dataset()
+    item.add_new(0x00283002, "US", [4, 0, 8])
+    item.add_new(0x00283006, "US", [10, 20, 40, 80])
+    stored = np.array([[0, 1], [2, 3]], np.uint16)
+    for name, values in (("MONOCHROME2", [10, 20, 40, 80]), ("MONOCHROME1", [245, 235, 215, 175])):
+        path = dicom(tmp_path / "a.dcm", stored, ModalityLUTSequence=[item],
+                     PhotometricInterpretation=name)  # fmt: skip
+        assert read_stored(path).pixels.ravel().tolist() == values
+    for name, values in (("MONOCHROME2", [0.25, -3]), ("MONOCHROME1", [0.75, 4])):
+        dataset = pydicom.dcmread(path)
+        for tag in ("PixelData", "BitsStored", "HighBit", "PixelRepresentation"):
+            delattr(dataset, tag)
+        del dataset.ModalityLUTSequence
+        dataset.BitsAllocated, dataset.Rows, dataset.Columns = 32, 1, 2
+        dataset.PhotometricInterpretation = name
+        dataset.FloatPixelData = np.array([0.25, -3], np.float32).tobytes()
+        dataset.save_as(tmp_path / "f.dcm", enforce_file_format=True)
+        assert read_stored(tmp_path / "f.dcm").pixels.ravel().tolist() == values
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+def test_dicom_windows_of_both_monochromes_show_one_picture(tmp_path, function):
+    picture = np.random.default_rng(0).integers(0, 4096, (8, 9)).astype(np.uint16)
+    tags = {"BitsStored": 12, "HighBit": 11, "WindowWidth": 900, "VOILUTFunction": function}
+    mirrored = (4096 if function == "LINEAR" else 4095) - 1500  # LINEAR's center is at - 0.5
+    two = dicom(tmp_path / "2.dcm", picture, WindowCenter=1500, **tags)
+    one = dicom(tmp_path / "1.dcm", 4095 - picture, WindowCenter=mirrored,
+                PhotometricInterpretation="MONOCHROME1", **tags)  # fmt: skip
+    assert np.abs(read_image(one) - read_image(two)).max() < 1e-6
 
 
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])

@@ -58,7 +58,7 @@ def read_dicom(file: Any) -> tuple[NDArray[Any], tuple[float, float] | None]:
         stored = pydicom.pixels.apply_color_lut(stored, dataset)
         bits = int(dataset.RedPaletteColorLookupTableDescriptor[2])
     else:
-        bits = int(dataset.BitsStored)
+        bits = int(dataset.get("BitsStored") or 0)  # floats have none
     if stored.ndim == 3:
         return (stored / (2**bits - 1)).astype(np.float32), None
     pixels, own_range = _gray(stored, dataset)
@@ -86,8 +86,9 @@ def _check_single_image(dataset: Any) -> None:
 def _gray(stored: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], tuple[float, float] | None]:
     """Stored values (H, W) -> what a viewer shows, 0 black to 1 white (PS3.3 C.11.1, C.11.2).
 
-    Without a table and a window: the values after rescaling, NaN where padding, and their range;
-    negated where small values are white.
+    Without a table and a window: the values after rescaling, NaN where padding, and their range.
+    Where small values are white, they are mirrored in the range of all that can be stored, so that
+    one range of a data set fits images of both kinds.
     """
     from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
@@ -103,11 +104,24 @@ def _gray(stored: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], tuple[float
             shown = (apply_windowing(values, dataset) - black) / (white - black or 1.0)
     else:
         values = np.where(_padding(stored, dataset), np.nan, values.astype(np.float64))
-        values = -values if inverted else values
+        values = _ends(dataset) - values if inverted else values
         finite = values[np.isfinite(values)]
         own = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
         return values, own
     return np.clip(1 - shown if inverted else shown, 0, 1).astype(np.float32), None
+
+
+def _ends(dataset: Any) -> float:
+    """The lowest and the highest value that can be stored, after rescaling; their sum."""
+    from pydicom.pixels import apply_modality_lut
+
+    if dataset.get("ModalityLUTSequence"):
+        return float(2 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1)
+    if "BitsStored" not in dataset:  # floats, as those of TIFF
+        return 1.0
+    bits = int(dataset.BitsStored)
+    low = -(2 ** (bits - 1)) if dataset.get("PixelRepresentation") else 0
+    return float(apply_modality_lut(np.array([low, low + 2**bits - 1]), dataset).sum())
 
 
 def _has_window(dataset: Any) -> bool:

@@ -84,11 +84,12 @@ def read_image(
     - uint16: 16-bit grayscale, with or without alpha, in full.
     - float32, 0 to 1: DICOM. Grayscale: after rescaling, its VOI table or (the first) window,
       else `value_range`, else its own minimum to 0 and maximum to 1 without padding;
-      MONOCHROME1 inverted. Color: stored values over the largest that can be stored. Several
-      frames are an error.
+      MONOCHROME1 inverted, without table and window in the range of what its bits can store.
+      Color: stored values over the largest that can be stored. Several frames are an error.
     - float32, 0 to 1: measurements, which are signed, 32-bit and float images: `value_range` to
       0..1, clipped with a warning. Without it floats from 0 to 1 are taken as they are (as
-      uint8 where all are multiples of 1/255), and everything else is an error.
+      uint8 where all are multiples of 1/255), and everything else is an error. Where small
+      values are white, integers are inverted in the range of their bits, and floats are 1 - v.
 
     Args:
         source: a path, bytes, a binary file object, a PIL image, an array (H, W) or (H, W, C), or

@@ -27,8 +27,7 @@ def is_tiff(head: bytes) -> bool:
 def stored_tiff(image: Any) -> NDArray[Any] | None:
     """The stored values of a TIFF that PIL has loaded, (H, W, 1); None: PIL's own are right.
 
-    uint16, or int64 and float64 for measurements. Where small values are white, uint16 is
-    inverted, and measurements, which have no largest value, are negated.
+    uint16, or int64 and float64 for measurements. Where small values are white, see `_black`.
     """
     bits = image.tag_v2.get(_BITS, (1,))
     kind = image.tag_v2.get(_SAMPLE_FORMAT, (1,))[0]
@@ -38,7 +37,6 @@ def stored_tiff(image: Any) -> NDArray[Any] | None:
         pixels = pixels.view(np.int8).astype(np.int64)
     elif image.mode.startswith("I;16"):
         pixels = pixels.astype(np.uint16)
-        return ((65535 - pixels) if inverted else pixels)[..., None]
     elif image.mode == "I":
         unsigned = bits == (32,) and kind != _SIGNED
         pixels = (pixels.view(np.uint32) if unsigned else pixels).astype(np.int64)
@@ -46,7 +44,20 @@ def stored_tiff(image: Any) -> NDArray[Any] | None:
         pixels = pixels.astype(np.float64)
     else:
         return None
-    return (-pixels if inverted else pixels)[..., None]
+    return (_black(pixels, bits[0]) if inverted else pixels)[..., None]
+
+
+def _black(pixels: NDArray[Any], bits: int) -> NDArray[Any]:
+    """The values of the same picture where small ones are black, of a file where they are white.
+
+    Integers are mirrored in the range of their bits, floats in 0 to 1, so that one range of
+    values fits files of both kinds.
+    """
+    if pixels.dtype.kind == "f":
+        return 1 - pixels
+    if pixels.dtype.kind == "i":
+        return ~pixels  # -1 - v
+    return pixels.dtype.type(2**bits - 1) - pixels
 
 
 def read_with_tifffile(file: Any) -> tuple[NDArray[Any], int]:
@@ -80,12 +91,21 @@ def read_with_tifffile(file: Any) -> tuple[NDArray[Any], int]:
             raise ImageError(f"is a TIFF of axes {page.axes}; height and width are needed")
         orientation = page.tags.get(274)
         inverted = int(page.photometric) == _MIN_IS_WHITE
+        bits = min(int(page.bitspersample), 8 * pixels.dtype.itemsize)
         alpha = any(int(sample) in (1, 2) for sample in page.extrasamples)
-    return _as_stored(pixels, inverted, alpha), int(orientation.value) if orientation else 1
+    return _as_stored(pixels, bits if inverted else None, alpha), int(
+        orientation.value
+    ) if orientation else 1
 
 
-def _as_stored(pixels: NDArray[Any], inverted: bool, alpha: bool) -> NDArray[Any]:
-    """(H, W, samples) of any type -> (H, W, 1 or 3) of uint8, uint16, int64 or float64."""
+def _as_stored(pixels: NDArray[Any], inverted: int | None, alpha: bool) -> NDArray[Any]:
+    """(H, W, samples) of any type -> (H, W, 1 or 3) of uint8, uint16, int64 or float64.
+
+    Args:
+        pixels: as they are stored.
+        inverted: the bits of a sample, where small values are white.
+        alpha: whether the last sample is the opacity.
+    """
     if pixels.dtype.kind not in "uif":
         raise ImageError(f"is a TIFF of {pixels.dtype}; integers or real numbers are needed")
     count = 3 if pixels.shape[2] >= 3 else 1
@@ -98,12 +118,13 @@ def _as_stored(pixels: NDArray[Any], inverted: bool, alpha: bool) -> NDArray[Any
             pixels.shape[2], "three are" if count == 3 else "is",
         )  # fmt: skip
     pixels = pixels[..., :count]
+    if inverted is not None:
+        pixels = _black(pixels, inverted)
     if pixels.dtype in (np.uint8, np.uint16):
         top = int(np.iinfo(pixels.dtype).max)
         if opacity is not None:
             share = opacity / top
             pixels = np.rint(pixels * share + top * (1 - share)).astype(pixels.dtype)
-        return top - pixels if inverted else pixels
+        return pixels
     wide = np.float64 if pixels.dtype.kind == "f" or pixels.dtype == np.uint64 else np.int64
-    pixels = pixels.astype(wide)
-    return -pixels if inverted else pixels
+    return pixels.astype(wide)
