@@ -17,6 +17,7 @@ from regard.report.figures import charts, measure
 from regard.report.methods import as_text, methods_of
 from regard.report.sections import calibration_section, subgroup_section
 from regard.report.source import RunSource
+from regard.report.subgroups import file_of
 from regard.report.words import number_range, percent, percent_range
 from regard.runs import RunFolder, write_predictions
 
@@ -71,6 +72,15 @@ def test_calibration_is_shown_before_and_after_the_temperature(source, measured)
     ]  # fmt: skip
     assert rows_of(threshold)["true positives"][1] == str(one.counts["tp"])
     assert "sensitivity=0.95" in threshold.caption
+
+
+def test_each_column_has_a_file_of_its_own():
+    columns = ["site", "a b", "a-b", "a/b", "größe", "/", "\\", "x" * 300, "x" * 301]
+    files = [file_of(c) for c in columns]
+    assert len(set(files)) == len(files)
+    assert max(map(len, files)) < 110
+    assert all(Path(f).name == f for f in files)
+    assert [files[0], files[2], files[4]] == ["subgroups-site", "subgroups-a-b", "subgroups-größe"]
 
 
 def test_without_a_calibration_the_page_says_how_to_get_one(source, measured):

@@ -1,5 +1,6 @@
 """The columns of subgroups in words and as forest plots."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -21,8 +22,12 @@ _UNSAFE = re.compile(r"[^\w.-]+")
 
 
 def file_of(column: str) -> str:
-    """The name of a column's figure."""
-    return f"{SUBGROUPS}{_UNSAFE.sub('-', column).strip('-.') or 'column'}"
+    """The name of a column's figure: its own, with a short hash where a file can't have that."""
+    safe = _UNSAFE.sub("-", column).strip("-.")[:80]
+    if safe == column:
+        return f"{SUBGROUPS}{column}"
+    digest = hashlib.blake2b(column.encode(errors="replace"), digest_size=3).hexdigest()
+    return f"{SUBGROUPS}{safe or 'column'}-{digest}"
 
 
 def shown_metrics(found: Subgroups) -> list[str]:
