@@ -82,9 +82,8 @@ class WrittenRows:
 
         engines = [member.engine for member in self.table.classifier.members]
         exact = all(getattr(engine, "precision", "fp32") == "fp32" for engine in engines)
-        bound = TOLERANCES["fp32" if exact else "bf16"]
-        if any(engine is not None for engine in engines):
-            bound *= 2  # both engines may be that far from eager
+        # in fp32 the rows may be of another engine, and each be so far from eager
+        bound = 2 * TOLERANCES["fp32"] if exact else TOLERANCES["bf16"]
         sensitive = {number: row for _, number, row in self._sensitive}
         rows = list((sensitive | self._spread | self._last).values())
         predicted = self.table.classifier.predict_each([row[0] for row in rows], self.table.top)
