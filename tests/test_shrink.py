@@ -18,9 +18,13 @@ from PIL import Image, ImageDraw
 from regard.cli import run_command
 from regard.data import assign_splits, open_data, read_image
 from regard.data import shrink as module
+from regard.data.content import ORIGINALS, content_hashes
 from regard.data.loading import StreamingLoader
 from regard.data.shrink import shrink
 from regard.errors import FileError, UsageError
+from regard.run_data import run_table
+from regard.runs import RunFolder
+from regard.trained_on import known_images
 from tests.helpers import start
 
 
@@ -44,7 +48,9 @@ def photographs(tmp_path) -> Path:
 
 
 def files_below(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    """Names of all but the hidden record of the originals."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ORIGINALS)
+    return sorted(p.relative_to(folder).as_posix() for p in files)
 
 
 def test_a_folder_becomes_the_same_folder_with_smaller_images(photographs, tmp_path, capsys):
@@ -52,7 +58,7 @@ def test_a_folder_becomes_the_same_folder_with_smaller_images(photographs, tmp_p
     said = capsys.readouterr().out
     assert "8 made smaller, 4 copied as they are" in said
     assert f"next: regard train {tmp_path / 'out'}\n" in said
-    assert files_below(tmp_path / "out") == files_below(photographs)  # nothing of ours is left
+    assert files_below(tmp_path / "out") == files_below(photographs)
     before, after = open_data(photographs), open_data(tmp_path / "out")
     assert after.classes == before.classes
     assert after.labels.tolist() == before.labels.tolist()
@@ -230,6 +236,33 @@ def test_splits_of_the_copies_are_those_of_the_originals(tmp_path):
     for seed in range(3):
         both = [assign_splits(t, val=0.2, test=0.2, seed=seed) for t in (before, after)]
         assert both[0].splits.tolist() == both[1].splits.tolist()
+
+
+@pytest.mark.parametrize("kind", ["folder", "arrays"])
+def test_a_run_that_was_trained_on_copies_knows_the_originals(tmp_path, kind):
+    if kind == "folder":
+        originals = str(tmp_path / "in")
+        for label in "ab":
+            (tmp_path / "in" / label).mkdir(parents=True)
+            for k in range(12):
+                picture(60, 60, 100 * (label == "b") + k).save(tmp_path / "in" / label / f"{k}.jpg")
+    else:
+        originals = "digits"
+    table = open_data(originals)
+    data = shrink(table, tmp_path / "out", side=4).data
+    copies = assign_splits(open_data(data), val=0.2, test=0.2, seed=0)
+    assert copies.warnings == ()
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.start({"recipe": {}}, "", copies)
+    known = known_images(run.path)
+    assert known.splits_of(content_hashes(copies)).tolist() == copies.splits.tolist()
+    of_originals = known.splits_of(content_hashes(table))
+    assert sorted(of_originals) == sorted(copies.splits)
+    if kind == "folder":  # in the same order
+        assert of_originals.tolist() == copies.splits.tolist()
+    assert run_table(run.path, originals, None).splits.tolist() == of_originals.tolist()
+    assert np.isin(known.own, content_hashes(copies)).all()
 
 
 def test_what_can_not_be_read_is_named_and_left_out(photographs, tmp_path, capsys):

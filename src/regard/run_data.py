@@ -182,7 +182,7 @@ def _run_table(
     hashes = content_hashes(table, progress)
     mine = known.splits_of(hashes)
     if (mine != "").all():
-        if folder.exists and np.isin(known.contents, hashes).all():
+        if folder.exists and np.isin(known.own, hashes).all():
             folder.attach(table)
         table = replace(table, splits=mine)
     return table, mine

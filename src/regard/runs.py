@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from regard.data.content import content_hashes
+from regard.data.content import content_hashes, original_hashes
 from regard.data.sources import ImageTable
 from regard.data.splits_file import write_splits
 from regard.errors import FileError, StateError, UsageError
@@ -192,7 +192,7 @@ class RunFolder:
         plan |= {"location": table.location, "reading": table.reading}
         self.write_text("recipe.toml", recipe_text)
         contents = content_hashes(table, Heartbeat("images read to know them again"))
-        write_splits(table, self.path / "splits.csv", contents)
+        write_splits(table, self.path / "splits.csv", contents, original_hashes(table))
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         self._write_run({
             "status": "running", "started": started, "plan": plan, "measured": measured or {},

@@ -29,8 +29,8 @@ KNOWN = "images.npz"  # in the folder of weights that come with Regard, instead 
 class KnownImages:
     """The images of a run by their content hashes.
 
-    An image with several entries counts as the run's training image if one of them is, else as
-    validation, else as test.
+    Of smaller copies the originals are its images, too. An image with several entries counts as
+    the run's training image if one of them is, else as validation, else as test.
 
     Args:
         splits_csv: the run's file of splits, or the .npz file that `write` wrote.
@@ -42,10 +42,17 @@ class KnownImages:
 
     def __init__(self, splits_csv: Path) -> None:
         self.contents: NDArray[np.uint64]
+        self.own: NDArray[np.uint64]  # without the originals of copies
         if splits_csv.suffix == ".npz":
             self.contents, self._codes = _read_known(splits_csv)
+            self.own = self.contents
             return
-        rows = [(row.content, _code(row.split)) for row in read_rows(splits_csv)]
+        listed = list(read_rows(splits_csv))
+        self.own = np.array([row.content for row in listed if row.content], np.uint64)
+        rows = [
+            (content, _code(row.split))
+            for row in listed for content in {row.content, row.original}
+        ]  # fmt: skip
         known = np.array([row for row in rows if row[0] != UNREADABLE], np.uint64).reshape(-1, 2)
         known = known[np.lexsort((known[:, 1], known[:, 0]))]
         self.contents, first = np.unique(known[:, 0], return_index=True)

@@ -3,10 +3,12 @@
 A tenth of what decoding the same files costs: 20,000 photographs of 100 KB take 3 seconds.
 """
 
+import csv
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +16,11 @@ from numpy.typing import NDArray
 from regard.cores import cores
 from regard.data.members import open_binary
 from regard.data.table import ImageTable
+from regard.errors import FileError
+from regard.files import reason
 
 UNREADABLE = 0  # instead of the hash of a file that can't be read
+ORIGINALS = ".originals.csv"  # hidden, beside the copies that `shrink` makes
 _BLOCK = 1 << 20
 _CHUNK = 256  # files a thread is given at a time
 
@@ -34,6 +39,16 @@ def file_hash(path: str | os.PathLike[str]) -> int:
     return UNREADABLE if empty else _number(hashed.digest())
 
 
+def content_hash(table: ImageTable, i: int) -> int:
+    """The hash of image i; UNREADABLE where its file can't be read."""
+    if table.files is not None:
+        return file_hash(table.files[i])
+    pixels = table.stored(i)
+    hashed = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=8)
+    hashed.update(np.ascontiguousarray(pixels).data)
+    return _number(hashed.digest())
+
+
 def content_hashes(
     table: ImageTable, progress: Callable[[int, int], None] | None = None
 ) -> NDArray[np.uint64]:
@@ -48,13 +63,7 @@ def content_hashes(
     def fill(start: int) -> int:
         stop = min(start + _CHUNK, len(table))
         for i in range(start, stop):
-            if table.files is not None:
-                hashes[i] = file_hash(table.files[i])
-            else:
-                pixels = table.stored(i)
-                hashed = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=8)
-                hashed.update(np.ascontiguousarray(pixels).data)
-                hashes[i] = _number(hashed.digest())
+            hashes[i] = content_hash(table, i)
         return stop - start
 
     done = 0
@@ -68,3 +77,33 @@ def content_hashes(
 
 def _number(digest: bytes) -> int:
     return int.from_bytes(digest, "little") or 1
+
+
+# ------------------------------------------------------------------------ copies of images
+def write_originals(folder: Path, originals: Mapping[str, int]) -> None:
+    """Records in a folder of copies which image each was made of: {key of the copy: its hash}."""
+    with (folder / ORIGINALS).open(
+        "w", encoding="utf-8", newline="", errors="surrogateescape"
+    ) as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerows((key, f"{content:016x}") for key, content in originals.items())
+
+
+def original_hashes(table: ImageTable) -> NDArray[np.uint64] | None:
+    """(N,) hashes of the images that these are smaller copies of; None: they are none.
+
+    0 where it is not known, and of images that were copied as they are.
+
+    Raises:
+        FileError: the folder's record is damaged.
+    """
+    path = Path(table.base, ORIGINALS)
+    if not table.base or not path.is_file():
+        return None
+    try:
+        with path.open(encoding="utf-8", newline="", errors="surrogateescape") as file:
+            known = {key: int(content, 16) for key, content in csv.reader(file)}
+        keys = map(table.key, range(len(table)))
+        return np.array([known.get(key, UNREADABLE) for key in keys], np.uint64)
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
+        raise FileError(f"{path}: can't be read ({reason(error)})") from error

@@ -1,7 +1,8 @@
 """Smaller copies of a data set's images: decoding large files is what training often waits for.
 
-The copies have the names of the originals, so that splits that are made of them are those of
-the originals, and lie in a folder that any other program reads as well.
+The copies have the names of the originals, and lie in a folder that any other program reads as
+well. Which image each was made of is recorded, so that a run that was trained on copies knows
+the originals, too (`regard.trained_on`).
 """
 
 import csv
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regard.cores import cores
+from regard.data.content import content_hash, write_originals
 from regard.data.images import Stored, format_of, read_stored
 from regard.data.members import open_binary
 from regard.data.sources import KINDS, ImageTable
@@ -110,10 +112,13 @@ def shrink(
     work = _work_folder(table, out, maker.plan(), resume)
     done = Shrunk(out / MANIFEST if places.manifest else out)
     written = np.zeros(len(table), bool)
+    originals: dict[str, int] = {}
     for i, made in _in_order(
         range(len(table)), lambda i: maker.copy(i, work / places.of(i)), workers or cores()
     ):
         written[i] = made.fault is None
+        if made.original:
+            originals[_existing(work / places.of(i)).relative_to(work).as_posix()] = made.original
         _count(done, table.path(i), made)
         if progress is not None:
             progress(i + 1, len(table))
@@ -122,6 +127,7 @@ def shrink(
         raise FileError(f"{table.name}: no image can be read, {done.unreadable[0][1]}")
     if places.manifest:
         _write_manifest(table, work / MANIFEST, places, written)
+    write_originals(work, originals)
     (work / PLAN).unlink()
     if hasattr(os, "sync"):
         os.sync()  # a single time: the copies are on the disk before their folder has its name
@@ -250,7 +256,7 @@ def _write_manifest(
 def _existing(place: Path) -> Path:
     """The copy that has this place, whatever its format became."""
     other = _as_png(place)
-    return other if other.exists() else place
+    return other if os.path.exists(other) else place  # which takes a name that is too long
 
 
 def _as_png(place: Path) -> Path:
@@ -264,6 +270,7 @@ def _as_png(place: Path) -> Path:
 class _Made:
     how: str  # smaller, copied, earlier
     size: int = 0
+    original: int = 0  # the hash of the image that it is made of
     fault: str | None = None
 
 
@@ -289,8 +296,8 @@ class _Maker:
     def copy(self, i: int, place: Path) -> _Made:
         """Writes the copy of image i, unless it is there already."""
         earlier = _existing(place)
-        if earlier.exists():
-            return _Made("earlier", earlier.stat().st_size)
+        if os.path.exists(earlier):
+            return _Made("earlier", earlier.stat().st_size, content_hash(self.table, i))
         try:
             content, place, how = self._content(i, place)
         except ImageError as error:
@@ -302,7 +309,7 @@ class _Maker:
             os.replace(partial, place)
         finally:
             partial.unlink(missing_ok=True)
-        return _Made(how, len(content))
+        return _Made(how, len(content), content_hash(self.table, i) if how == "smaller" else 0)
 
     def _content(self, i: int, place: Path) -> tuple[bytes, Path, str]:
         """The bytes of a copy, its place, and whether it is smaller or copied."""

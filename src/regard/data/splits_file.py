@@ -14,13 +14,16 @@ from regard.data.table import SPLITS, ImageTable
 from regard.errors import UsageError
 
 _COLUMNS = ["path", "label", "split", "group"]
-_CONTENT = "content"
+_HASHES = ["content", "original"]  # further columns: both, the first or none
 
 
 def write_splits(
-    table: ImageTable, path: str | Path, contents: NDArray[np.uint64] | None = None
+    table: ImageTable,
+    path: str | Path,
+    contents: NDArray[np.uint64] | None = None,
+    originals: NDArray[np.uint64] | None = None,
 ) -> None:
-    """Writes a CSV file of path, label, split, group, and content where given, a line per image.
+    """Writes a CSV file of path, label, split, group, and hashes where given, a line per image.
 
     Paths are relative to the data's own folder, so that the data may be moved.
 
@@ -28,21 +31,22 @@ def write_splits(
         table: N images.
         path: the file.
         contents: (N,) hashes of `content_hashes`.
+        originals: (N,) those of the images that these are copies of, only with contents.
 
     Raises:
         OSError: it can't be written.
     """
+    hashes = [given for given in (contents, originals) if given is not None]
     path = Path(path)
     partial = path.with_name(path.name + ".part")
     # file names need not be UTF-8; surrogateescape writes their own bytes
     with open(partial, "w", encoding="utf-8", newline="", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_COLUMNS if contents is None else [*_COLUMNS, _CONTENT])
+        writer.writerow([*_COLUMNS, *_HASHES[: len(hashes)]])
         for i in range(len(table)):
             group = "" if table.groups is None else table.groups[i]
             row = [table.key(i), table.classes[table.labels[i]], table.splits[i], group]
-            if contents is not None:
-                row.append(f"{int(contents[i]):016x}" if contents[i] else "")
+            row += [f"{int(given[i]):016x}" if given[i] else "" for given in hashes]
             writer.writerow(row)
     os.replace(partial, path)
 
@@ -74,13 +78,14 @@ def read_splits(table: ImageTable, path: str | Path) -> ImageTable:
 
 
 class Row(NamedTuple):
-    """One line of the file; content 0 where it is not known."""
+    """One line of the file; content and original are 0 where they are not known."""
 
     key: str
     label: str
     split: str
     group: str
     content: int
+    original: int
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
@@ -94,7 +99,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     with open(path, encoding="utf-8", newline="", errors="surrogateescape") as file:
         reader = csv.reader(file)
         header = next(reader, [])
-        if header[:4] != _COLUMNS or header[4:] not in ([], [_CONTENT]):
+        if header[:4] != _COLUMNS or header[4:] != _HASHES[: len(header) - 4]:
             raise UsageError(f"{path} line 1: is not {','.join(_COLUMNS)}")
         for cells in reader:
             if len(cells) != len(header) or cells[2] not in ("", *SPLITS) or cells[0] in seen:
@@ -103,9 +108,9 @@ def read_rows(path: str | Path) -> Iterator[Row]:
                 )
             seen.add(cells[0])
             try:
-                content = int(cells[4] or "0", 16) if len(cells) > 4 else 0
+                content, original = (int(cell or "0", 16) for cell in (*cells[4:], "", "")[:2])
             except ValueError:
                 raise UsageError(
-                    f"{path} line {reader.line_num}: {cells[4]!r} is no content hash"
+                    f"{path} line {reader.line_num}: {','.join(cells[4:])} is no content hash"
                 ) from None
-            yield Row(cells[0], cells[1], cells[2], cells[3], content)
+            yield Row(cells[0], cells[1], cells[2], cells[3], content, original)
