@@ -129,12 +129,17 @@ def recipes_table(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------- docs/results.md
+OF_THE_MACHINE = ("seed", "compile", "workers", "memory", "save_minutes", "faithfulness_images")
+"""Entries of a recipe that change no result, or whose results a row is the mean of."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """One run in benchmarks/results, as scripts/keep_result.py keeps it."""
 
     benchmark: str
     network: str
+    recipe: str  # what decides the result, as JSON: without the seed, and what the machine asks
     command: str  # without seed and folder, which differ among the runs of a row
     seed: int
     accuracy: tuple[float, float, float]  # with its interval over images
@@ -150,6 +155,7 @@ def read_kept(folder: Path) -> Kept:
         for name in ("run", "about", "evaluation")
     )
     recipe = (folder / "recipe.toml").read_text(encoding="utf-8")
+    values = tomllib.loads(recipe)
     words = shlex.split(recipe.splitlines()[1].lstrip("# "))
     for flag in ("--seed", "--out"):
         if flag in words:
@@ -159,12 +165,21 @@ def read_kept(folder: Path) -> Kept:
     threads = facts["threads"]
     arguments = "".join(f", {k}={v}" for k, v in run["plan"]["model_args"].items())
     return Kept(
-        about["benchmark"], f"`{run['plan']['model']}`{arguments}", shlex.join(words),
-        tomllib.loads(recipe)["seed"], (top1["value"], top1["low"], top1["high"]),
+        about["benchmark"], f"`{run['plan']['model']}`{arguments}",
+        json.dumps({k: v for k, v in values.items() if k not in OF_THE_MACHINE}),
+        shlex.join(words), values["seed"], (top1["value"], top1["low"], top1["high"]),
         facts["epochs"], facts["seconds"] / 3600,
         f"{about['machine']}, {threads} thread{'s' * (threads > 1)}, "
         f"{'bf16' if facts['bf16'] else 'fp32'}, commit {about['commit']}, {run['started'][:10]}",
     )  # fmt: skip
+
+
+def _hours(runs: Sequence[Kept]) -> str:
+    """The mean hours of the runs of each machine."""
+    by_machine: dict[str, list[float]] = {}
+    for run in runs:
+        by_machine.setdefault(run.where, []).append(run.hours)
+    return " and ".join(f"{statistics.mean(hours):.2g}" for hours in by_machine.values())
 
 
 def results_table(folder: Path) -> str:
@@ -179,22 +194,24 @@ def results_table(folder: Path) -> str:
     ]
     notes = []
     for key, mark in marks.items():
-        for command in dict.fromkeys(k.command for k in kept if k.benchmark == key):
-            runs = [k for k in kept if (k.benchmark, k.command) == (key, command)]
+        of_mark = [k for k in kept if k.benchmark == key]
+        for row in dict.fromkeys((k.network, k.recipe) for k in of_mark):
+            runs = [k for k in of_mark if (k.network, k.recipe) == row]
             first, values = runs[0], [100 * k.accuracy[0] for k in runs]
             if len(runs) > 1:
                 found = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %"
             else:
                 low, high = (100 * x for x in first.accuracy[1:])
                 found = f"{values[0]:.2f} % ({low:.2f} to {high:.2f})"
-            hours = statistics.mean(k.hours for k in runs)
             lines.append(
                 f"| {mark['title']} | {first.network} | {found}, {len(runs)} "
-                f"seed{'s' * (len(runs) > 1)} | {first.epochs:.3g} epochs, {hours:.2g} h "
+                f"seed{'s' * (len(runs) > 1)} | {first.epochs:.3g} epochs, {_hours(runs)} h "
                 f"| {mark['mark'] or '–'} |"
             )
-            seeds = ", ".join(str(k.seed) for k in runs)
-            notes.append(f"- `{command}`, seed {seeds}, tested on {mark['test']}; {first.where}")
+            for how in dict.fromkeys((k.command, k.where) for k in runs):
+                alike = [k for k in runs if (k.command, k.where) == how]
+                seeds = ", ".join(str(k.seed) for k in alike)
+                notes.append(f"- `{how[0]}`, seed {seeds}, tested on {mark['test']}; {how[1]}")
     return "\n".join([*lines, "", *notes]) + "\n"
 
 

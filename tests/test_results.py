@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -44,3 +45,11 @@ def test_a_kept_result_is_the_runs_and_speaks_of_no_machines_folders(whole, tmp_
     (row,) = [line for line in tables.results_table(tmp_path).splitlines() if "2 seeds" in line]
     mean = 100 * (tested["value"] - 0.05)
     assert f"{mean:.2f} ± {10 / 2**0.5:.2f} %" in row
+    for changed, rows in (("workers = 3", 1), ("weight_decay = 0.7", 2)):
+        recipe = (other / "recipe.toml").read_text()
+        name = changed.partition(" ")[0]
+        (other / "recipe.toml").write_text(re.sub(rf"(?m)^{name} = .*$", changed, recipe))
+        text = tables.results_table(tmp_path)
+        assert (
+            len([line for line in text.splitlines() if "seed" in line and line[0] == "|"]) == rows
+        )
