@@ -72,6 +72,8 @@ def _odd_formats(folder: Path, name: str, small: Image.Image) -> None:
     alpha = np.asarray(ramp, np.uint16) * 257
     (folder / f"{name}-16-alpha.png").write_bytes(png_16(np.stack([deep, alpha], axis=2)))
     Image.fromarray(np.asarray(gray, np.float32) / 255 * 0.7 + 0.01).save(folder / f"{name}-f.tif")
+    part = np.asarray(gray, np.float32) / 255 * 0.6 + 0.2
+    Image.fromarray(part).save(folder / f"{name}-white-f.tif", tiffinfo={262: 0})
     Image.fromarray(np.asarray(gray, np.int32) * 4 - 850).save(folder / f"{name}-i.tif")
 
 

@@ -224,7 +224,7 @@ def _tiff_pixels(image: Any) -> Array | None:
         pixels = pixels.astype(np.float64)
     else:
         return None
-    return -pixels if inverted else pixels
+    return 1 - pixels if inverted else pixels  # integers of this kind are not Pillow's
 
 
 def _over_white_16(values: Array) -> Array:
