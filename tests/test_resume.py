@@ -1,6 +1,7 @@
 """A run that is stopped, whenever and however, ends with the bits of one that was not."""
 
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -14,8 +15,10 @@ import pytest
 
 import regard
 from regard.cli import run_command
+from regard.data.workers import WaitInterrupted
 from regard.errors import Stopped
 from regard.training.config import Recipe
+from regard.training.scoring import Scorer
 from tests.helpers import ENVIRONMENT, rows_of, run, same_results, settings, start, stopped_by
 
 VARIANTS = {
@@ -237,3 +240,32 @@ def test_what_a_run_was_started_with_is_not_changed(scans, tmp_path, whole, caps
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == kept
     run(*settings(scans, out), "--resume", "--save-minutes", "9", "--workers", "1")
     assert same_results(whole, out)
+
+
+@pytest.mark.parametrize("stops", [1, 3])
+def test_stops_in_one_evaluation_time_and_again_are_told_and_lose_nothing(
+    scans, tmp_path, monkeypatch, stops
+):
+    given = {
+        "model": "ag_sononet8", "size": 16, "val": 0.2, "test": 0.2, "epochs": 2, "flip": 0.0,
+        "faithfulness_images": 0, "trackers": ("none",),
+    }  # fmt: skip
+    regard.train(str(scans), out=tmp_path / "whole", **given)
+    real, left = Scorer.validate, [stops]
+
+    def stopped(self, *arguments):
+        if left[0]:
+            left[0] -= 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert self.stop()
+            raise WaitInterrupted
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Scorer, "validate", stopped)
+    for again in range(stops):
+        with pytest.raises(Stopped) as told:
+            regard.train(str(scans), out=tmp_path / "run", resume=again > 0, **given)
+        assert told.value.exit_code == 128 + signal.SIGTERM
+        assert f"after step {told.value.step}" in str(told.value)
+    regard.train(str(scans), out=tmp_path / "run", resume=True, **given)
+    assert same_results(tmp_path / "whole", tmp_path / "run")
