@@ -15,6 +15,7 @@ from PIL import Image
 
 import regard
 from regard.cli import run_command
+from regard.engines.standalone import _decision
 from regard.errors import UsageError
 from regard.evaluation import (
     Predictions,
@@ -25,6 +26,8 @@ from regard.evaluation import (
     with_temperature,
     write_calibration,
 )
+from regard.evaluation.statistics import OneClassStatistics
+from regard.evaluation.thresholds import Threshold
 from regard.explanations.explanation import explain
 from regard.run_data import predictions_of
 from regard.runs import RunFolder
@@ -73,6 +76,27 @@ def test_what_is_stored_is_what_was_fitted_and_is_read_back(tmp_path):
     write_calibration(tmp_path, never)
     assert read_calibration(tmp_path) == never
     assert [f.name for f in tmp_path.iterdir()] == ["calibration.json"]
+
+
+@pytest.mark.parametrize("value", [5.4e-11, 3e-7, 1e-4, 0.01, 0.5, 0.999, np.inf])
+def test_prediction_evaluation_and_exports_decide_alike_at_any_threshold(value):
+    """Near 0 a slack of 1e-6 called every image positive that evaluation called negative."""
+    at = min(value, 1.0)
+    shares = np.array([at * factor for factor in (0.0, 0.5, 0.9, 0.999, 1 - 1e-7, 1.0, 1.5)])
+    shares = shares.clip(0, 1).astype(np.float32)
+    wanted = [False, False, False, False, True, True, True] if value < 1 else [False] * 7
+    predictions = Predictions(
+        np.stack([1 - shares, shares], 1), np.array([0, 1, 0, 1, 0, 1, 1]), ["no", "yes"]
+    )
+    threshold = Threshold("yes", "youden", float(value), 1.0, 1.0, 7)
+    fitted = replace(fit_calibration(toy()), threshold=threshold)
+    decided = [fitted.decide({"no": 1 - p, "yes": p}) == "yes" for p in shares.tolist()]
+    assert decided == wanted
+    one = OneClassStatistics(predictions, "yes", float(value))
+    assert one.called.tolist() == wanted
+    facts = {"class_names": ["no", "yes"], "calibration": fitted.to_dict()}
+    exported = [_decision(np.array([1 - p, p]), facts)["decision"] == "yes" for p in shares]
+    assert exported == wanted
 
 
 @pytest.mark.parametrize(

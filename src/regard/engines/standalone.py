@@ -77,8 +77,10 @@ def _decision(shares: Array, facts: dict[str, Any]) -> dict[str, str]:
     if threshold is None:
         return {}
     names, positive = facts["class_names"], threshold["positive"]
-    least = math.inf if threshold["value"] is None else threshold["value"]
-    if float(shares[names.index(positive)]) >= least - 1e-6:
+    value = math.inf if threshold["value"] is None else threshold["value"]
+    # within rounding, as regard.evaluation.statistics.reaches
+    least = value - 1e-5 * value * (1 - value) - 6e-8 * value if value < math.inf else value
+    if float(shares[names.index(positive)]) >= least:
         return {"decision": positive}
     others = [name for name in names if name != positive]
     return {"decision": others[0] if len(others) == 1 else f"not {positive}"}

@@ -19,11 +19,11 @@ from regard.evaluation.recalibration import (
     reliability,
     with_temperature,
 )
+from regard.evaluation.statistics import reaches
 from regard.evaluation.thresholds import Threshold, choose_threshold
 from regard.files import reason, write_text
 
 FILE = "calibration.json"
-_ROUNDING = 1e-6  # probabilities of one image in different batches differ by less
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Calibration:
         if self.threshold is None:
             return None
         name = self.threshold.positive
-        if probabilities[name] >= self.threshold.value - _ROUNDING:
+        if reaches(probabilities[name], self.threshold.value):
             return name
         others = [other for other in probabilities if other != name]
         return others[0] if len(others) == 1 else f"not {name}"

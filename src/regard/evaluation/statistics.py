@@ -228,6 +228,18 @@ def _mean(values: Sequence[Floats], weights: Floats) -> Floats:
     return ratio(total, np.where(known, weights, 0.0).sum(axis=0))
 
 
+def reaches(probability: Any, threshold: float) -> Any:
+    """Whether a probability, or each of an array, is at least a threshold within rounding.
+
+    The same image in another batch, or by another program, has a logit that differs by less than
+    1e-5, and a probability near 1 that is a float32's last bit away. Near 0 that is next to
+    nothing, so that thresholds of 1e-9 decide as any other.
+    """
+    if threshold == math.inf:  # no image is called positive
+        return probability == math.inf
+    return probability >= threshold - 1e-5 * threshold * (1 - threshold) - 6e-8 * threshold
+
+
 class OneClassStatistics:
     """The statistics of a diagnostic test: one class, positive, against the rest.
 
@@ -248,7 +260,7 @@ class OneClassStatistics:
         score = predictions.probabilities[:, c]
         self.positive: NDArray[np.bool_] = predictions.labels == c
         top = predictions.probabilities.argmax(axis=1) == c
-        self.called: NDArray[np.bool_] = top if threshold is None else score >= threshold
+        self.called: NDArray[np.bool_] = top if threshold is None else reaches(score, threshold)
         self.score: NDArray[np.float64] = score.astype(np.float64)
         self.max_fpr: float | None = max_fpr
         self.ranking: Ranking = Ranking(self.positive, score)
