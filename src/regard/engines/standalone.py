@@ -79,7 +79,7 @@ def _decision(shares: Array, facts: dict[str, Any]) -> dict[str, str]:
     names, positive = facts["class_names"], threshold["positive"]
     value = math.inf if threshold["value"] is None else threshold["value"]
     # within rounding, as regard.evaluation.statistics.reaches
-    least = value - 1e-5 * value * (1 - value) - 6e-8 * value if value < math.inf else value
+    least = value - 1e-5 * value * (1 - value) - 1.5e-7 * value if value < math.inf else value
     if float(shares[names.index(positive)]) >= least:
         return {"decision": positive}
     others = [name for name in names if name != positive]
