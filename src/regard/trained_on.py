@@ -136,6 +136,20 @@ def own_table(run: Path, plan: dict[str, Any], root: str | Path | None = None) -
     Raises:
         UsageError: the data is no longer there, or is not what it was.
     """
+    return attach_splits(own_data(run, plan, root), run / "splits.csv")
+
+
+def own_data(run: Path, plan: dict[str, Any], root: str | Path | None = None) -> ImageTable:
+    """The data of a run as it is, with the splits that it has itself.
+
+    Args:
+        run: its folder.
+        plan: from its run.json.
+        root: folder for downloads; default: the run's.
+
+    Raises:
+        UsageError: the data is no longer there.
+    """
     data, location = plan["data"], plan.get("location") or ""
     if location:
         kind = next((k for k in ("medmnist:", "hf:", "wds:") if data.startswith(k)), "")
@@ -148,7 +162,7 @@ def own_table(run: Path, plan: dict[str, Any], root: str | Path | None = None) -
             )
         data = kind + path
     table = open_data(data, root=root or plan.get("root"), splits=plan.get("reading", "auto"))
-    return attach_splits(replace(table, name=plan["data"]), run / "splits.csv")
+    return replace(table, name=plan["data"])
 
 
 def moved_table(run: Path, plan: dict[str, Any], data: str, root: str | Path | None) -> ImageTable:

@@ -3,9 +3,10 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
-from regard.data.sources import open_data
+from torch import nn
+
+from regard.attention import attention_kinds
 from regard.data.splits_file import Row, read_rows
 from regard.evaluation import Estimate
 from regard.explanations.print_style import SOFTWARE
@@ -15,13 +16,18 @@ from regard.report.figures import Measured
 from regard.report.page import Methods
 from regard.report.source import RunSource
 from regard.report.subgroups import gap_sentences
+from regard.report.training_words import (
+    imbalance,
+    partitions,
+    preprocessing,
+    selection,
+    training,
+    with_defaults,
+)
 from regard.report.words import percent, percent_range
+from regard.trained_on import own_data
 
 _SPLITS = {"train": "training", "val": "validation", "test": "test"}
-_RESIZE = {
-    "squash": "scaled to", "crop": "scaled and cropped at the center to",
-    "pad": "scaled and padded to",
-}  # fmt: skip
 MUST = "you must say"
 _NOTE = "Drafted from what the run knows: complete what it can't know, check every sentence."
 
@@ -101,7 +107,8 @@ class _Sentences:
 
     def __init__(self, source: RunSource, measured: Measured, command: str) -> None:
         self.source, self.measured, self.command = source, measured, command
-        self.plan, self.facts, self.recipe = source.plan, source.facts, source.recipe
+        self.plan, self.facts = source.plan, source.facts
+        self.recipe = with_defaults(source.recipe)
         self.rows = list(read_rows(source.run.path / "splits.csv"))
 
     def all(self) -> dict[str, str]:
@@ -118,14 +125,14 @@ class _Sentences:
         }  # fmt: skip
         one = self.measured.diagnostics.one_class
         return said | {
-            "technology": "Deep learning: a convolutional neural network with attention.",
+            "technology": self._technology(),
             "numbers": f"{said['counts']} {said['missing']}",
             "development": f"{said['splits']} {said['selection']}",
             "building": f"{said['model']} {said['training']} {said['selection']}",
             "ensembling": "None: one network.",
             "internal": said["results"] if self.source.split == "test" else "",
             "predictors": "The pixels of one image.",
-            "predictions": "The softmax of the network's outputs; `regard predict` computes it.",
+            "predictions": self._predictions(),
             "updating": self._updating(),
             "table": "" if one is None else _crossed(one.counts, one.positive),
             "outputs": "predictions.npz holds the probabilities of every evaluated image.",
@@ -165,27 +172,20 @@ class _Sentences:
         count = self.facts.get("unreadable", 0)
         if not count:
             return "Every image could be read."
-        return f"{plural(count, 'image')} could not be read and took no part (unreadable.csv)."
+        used = ", ".join(f"{_SPLITS[s]} {n:,}" for s, n in self.facts["counts"].items())
+        return (
+            f"{plural(count, 'image')} of these could not be read and took no part "
+            f"(unreadable.csv); images that did: {used}."
+        )
 
     def _subsets(self) -> str:
-        limits = [flag for flag in ("--limit", "--classes") if flag in self.command]
-        return f"Limited by {', '.join(limits)} of the command." if limits else ""
+        limit = self.recipe["limit"]
+        return "" if limit is None else f"At most {limit:,} images were used for training."
 
     def _splits(self) -> str:
-        parts = [
-            f"{_SPLITS[s]} {plural(len(rows), 'image')}" for s, rows in self._by_split().items()
-        ]
-        given = _given(self.plan)
-        r = self.recipe
-        how = "The partitions are stored in splits.csv."
-        if given:
-            how = "The partitions were given with the data."
-        elif given is False:
-            how = (
-                f"They were drawn at random (seed {r.get('split_seed', r['seed'])}), stratified by "
-                f"class, validation {r['val']:g} and test {r['test']:g} of the images."
-            )
-        return f"{', '.join(parts)}. {how}"
+        counts = {split: len(rows) for split, rows in self._by_split().items()}
+        grouped = any(row.group for row in self.rows)
+        return partitions(self.recipe, counts, _given(self.source), grouped)
 
     def _level(self) -> str:
         groups: dict[str, set[str]] = {}
@@ -208,24 +208,26 @@ class _Sentences:
         return f"No group is in more than one partition.{same}"
 
     def _preprocessing(self) -> str:
-        p, r = self.plan["preprocess"], self.recipe
-        c, h, w = p["input_size"]
-        how = _RESIZE.get(p.get("resize", ""), "scaled to")
-        normal = {
-            "data": "with the mean and deviation of the training images",
-            "image": "with each image's own mean and deviation",
-        }.get(r.get("normalization", ""), "with the mean and deviation of the starting weights")
-        augment = [
-            f"{name.replace('_', ' ')} {r[name]}" for name in (
-                "random_crop", "flip", "rotate", "zoom", "axis_scale", "shift", "color_jitter",
-                "lighting", "random_erasing", "mixup",
-            ) if r.get(name) not in (None, 0, 0.0, "none", [1.0, 1.0])
-        ]  # fmt: skip
-        extra = f" Augmentation of training images: {', '.join(augment)}." if augment else ""
-        channels = "grayscale" if c == 1 else "color" if c == 3 else f"{c} channels"
-        return f"Images were {how} {w}×{h} pixels, {channels}, and normalized {normal}.{extra}"
+        return preprocessing(self.recipe, self.plan["preprocess"])
 
     # ---- network -------------------------------------------------------------------------
+    def _technology(self) -> str:
+        network = self.source.classifier.model
+        # a vision transformer has one such layer, which cuts the image into patches
+        layers = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+        convolutional = sum(max(layer.kernel_size) > 1 for layer in layers) > 1
+        attention = " with attention" if attention_kinds(network) else ""
+        kind = "a convolutional neural network" if convolutional else "a neural network"
+        return f"Deep learning: {kind}{attention}."
+
+    def _predictions(self) -> str:
+        stored = self.source.calibration
+        divided = (
+            "" if stored is None or stored.temperature == 1
+            else f", divided by the temperature {stored.temperature:.4g}"
+        )  # fmt: skip
+        return f"The softmax of the network's outputs{divided}; `regard predict` computes it."
+
     def _model(self) -> str:
         made = self.plan.get("model_args") or {}
         with_ = f" with {', '.join(f'{k}={v}' for k, v in made.items())}" if made else ""
@@ -237,41 +239,20 @@ class _Sentences:
         )
 
     def _initialization(self) -> str:
-        if self.plan.get("weights"):
-            return f"Training started from the weights {self.plan['weights']}."
-        if self.plan.get("pretrained"):
-            return "Training started from pretrained weights."
+        if self.plan.get("weights") or self.plan.get("pretrained"):
+            start = self.plan.get("start") or self.plan.get("weights") or "pretrained weights"
+            return f"Training started from {start}."
         return f"Weights were initialized at random, seed {self.recipe['seed']}."
 
     def _training(self) -> str:
-        r, f = self.recipe, self.facts
-        more = [f"weight decay {r['weight_decay']:g}"]
-        if r["optimizer"] == "sgd":
-            more.insert(0, f"momentum {r['momentum']:g}")
-        if r.get("label_smoothing"):
-            more.append(f"label smoothing {r['label_smoothing']:g}")
-        return (
-            f"{r['optimizer'].upper()}, learning rate {r['lr']:g}, schedule {r['schedule']}, "
-            f"{', '.join(more)}, batch size {r['batch_size']}, {plural(f['steps'], 'step')} "
-            f"({f['epochs']:.3g} epochs), cross entropy, in {f['seconds']:.0f} s on {f['device']}."
-        )
+        heads = getattr(self.source.classifier.model, "head_weights", ())
+        return training(self.recipe, self.facts, heads)
 
     def _imbalance(self) -> str:
-        weights, sampler = self.recipe.get("class_weights", "none"), self.recipe.get("sampler")
-        used = []
-        if weights != "none":
-            used.append(f"class weights in the loss: {weights}")
-        if sampler == "balanced":
-            used.append("images drawn in inverse proportion to the size of their class")
-        return f"{'; '.join(used)}." if used else "Nothing was done about class imbalance."
+        return imbalance(self.recipe)
 
     def _selection(self) -> str:
-        chosen = self.facts.get("selected")
-        if not chosen:
-            return ""
-        if chosen["by"] == "the last epoch":
-            return "The weights are those of the last epoch; no image chose them."
-        return f"The weights are those of epoch {chosen['epoch']:g}, chosen by {chosen['by']}."
+        return selection(self.recipe, self.facts)
 
     def _explanations(self) -> str:
         if not self.source.methods:
@@ -382,13 +363,13 @@ class _Sentences:
         )
 
 
-def _given(plan: dict[str, Any]) -> bool | None:
-    """Whether the data came with its partitions; None where it can't be opened."""
+def _given(source: RunSource) -> set[str] | None:
+    """The splits that the data has itself; None where it can't be opened."""
     try:
-        table = open_data(plan["data"], root=plan.get("root"), splits=plan.get("reading", "auto"))
+        table = own_data(source.run.path, source.plan)
     except (ValueError, OSError):
         return None
-    return bool((table.splits != "").any())
+    return set(table.splits.tolist()) - {""}
 
 
 def _share(estimate: Estimate) -> str:

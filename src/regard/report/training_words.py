@@ -1,0 +1,245 @@
+"""How a run was prepared and trained, in sentences, from its recipe and what it measured.
+
+Every entry of a recipe that changes the result is in one of these sentences wherever it differs
+from its default; numbers are those of what was done rather than of what was asked for.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from regard.files import plural
+from regard.report.words import SPLITS
+
+# The defaults of entries that a run's recipe.toml may lack: they have no value, or are newer.
+_DEFAULTS: dict[str, Any] = {
+    "accumulate": 1, "partial_batch": False, "nesterov": True, "momentum": 0.9,
+    "decay_norm_and_bias": True, "backbone_lr_scale": 1.0, "clip_grad": 0.0, "ema_decay": 0.0,
+    "schedule_unit": "epochs", "milestones": (), "lr_factors": (), "warmup": 0.0,
+    "label_smoothing": 0.0, "class_weights": "none", "mixup": 0.0, "label_noise": 0.0,
+    "sampler": "shuffled", "sampler_weights": "", "largest_class_weight": 1.0, "limit": None,
+    "split_seed": 0, "fold": None, "keep_together": False, "normalization": "data",
+    "full_decode": False, "random_crop": "none", "crop_shift": 0.125, "crop_scale": (0.08, 1.0),
+    "flip": 0.5, "rotate": 0.0, "zoom": (1.0, 1.0), "axis_scale": (1.0, 1.0), "shift": 0.0,
+    "color_jitter": 0.0, "lighting": 0.0, "random_erasing": 0.0, "graft": "none",
+    "sync_bn": False, "eval_every": 1.0, "seed": 0,
+}  # fmt: skip
+_OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon (vectors by AdamW)"}
+_RESIZE = {
+    "squash": "scaled to", "crop": "scaled and cropped at the center to",
+    "pad": "scaled and padded to",
+}  # fmt: skip
+
+
+def with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's recipe as its file has it, with the entries that the file may lack."""
+    return _DEFAULTS | dict(recipe)
+
+
+def partitions(
+    recipe: Mapping[str, Any],
+    counts: Mapping[str, int],
+    given: Collection[str] | None,
+    groups: bool,
+) -> str:
+    """How many images each partition has, and where the partitions come from.
+
+    Args:
+        recipe: with every entry.
+        counts: images by split.
+        given: the splits that the data has itself; None: not known.
+        groups: whether the images come in groups.
+    """
+    sizes = ", ".join(f"{SPLITS[s]} {plural(n, 'image')}" for s, n in counts.items())
+    parts = [f"{sizes}.", _origin(recipe, counts, given, groups)]
+    if recipe["keep_together"] and (given is None or set(counts) - set(given)):
+        parts.append("Near-duplicate images were put into the same partition.")
+    if recipe["limit"] == counts.get("train"):
+        parts.append(
+            f"The training images were limited to {recipe['limit']:,}, drawn at random with the "
+            "classes in proportion; the other partitions were left whole."
+        )
+    return " ".join(parts)
+
+
+def _origin(
+    recipe: Mapping[str, Any], counts: Mapping[str, int], given: Collection[str] | None,
+    groups: bool,
+) -> str:  # fmt: skip
+    whole = ", no group divided" if groups else ""
+    how = f"at random (seed {recipe['split_seed']}), stratified by class{whole}"
+    if recipe["fold"]:
+        fold, _, folds = recipe["fold"].partition("/")
+        val = f"; the {_named(['val'])} were drawn from the other folds" if "val" in counts else ""
+        return f"The test images are fold {fold} of {folds}, which were drawn {how}{val}."
+    if given is None:
+        return "The partitions are stored in splits.csv."
+    drawn = [split for split in counts if split not in given]
+    if not given:
+        return f"They were drawn {how}."
+    if not drawn:
+        return "The partitions were given with the data."
+    had = _named([split for split in counts if split in given])
+    return (
+        f"The {had} were given with the data; the {_named(drawn)} were drawn from its training "
+        f"images {how}."
+    )
+
+
+def _named(splits: list[str]) -> str:
+    return f"{' and '.join(SPLITS[s] for s in splits)} images"
+
+
+# ---- images ------------------------------------------------------------------------------
+def preprocessing(recipe: Mapping[str, Any], preprocess: Mapping[str, Any]) -> str:
+    """How images become input, and how those for training were augmented."""
+    c, h, w = preprocess["input_size"]
+    how = _RESIZE.get(preprocess.get("resize", ""), "scaled to")
+    share = preprocess.get("crop_pct", 1.0)
+    cut = f" (a crop of {share:g} of the shorter side)" if share != 1 else ""
+    squashed = " (squashed first, then cropped)" if preprocess.get("resize_first") else ""
+    normal = {
+        "data": "with the mean and deviation of the training images",
+        "image": "with each image's own mean and deviation",
+    }.get(recipe["normalization"], "with the mean and deviation of the network's configuration")
+    channels = "grayscale" if c == 1 else "color" if c == 3 else f"{c} channels"
+    said = f"Images were {how} {w}×{h} pixels{cut}{squashed}, {channels}, and normalized {normal}."
+    if (values := preprocess.get("value_range")) is not None:
+        said += f" Pixel values from {values[0]:g} to {values[1]:g} became 0 to 1."
+    if recipe["full_decode"]:
+        said += " JPEG files were decoded at full size."
+    augmentation = _augmentation(recipe, color=c == 3)
+    return f"{said} Augmentation of training images: {augmentation}." if augmentation else said
+
+
+def _augmentation(r: Mapping[str, Any], color: bool) -> str:
+    listed = []
+    if r["random_crop"] == "shift":
+        listed.append(f"random crop after padding by {r['crop_shift']:g} of the side")
+    elif r["random_crop"] == "resized":
+        low, high = r["crop_scale"]
+        listed.append(f"random resized crop of {low:g} to {high:g} of the area")
+    for name in ("flip", "rotate", "zoom", "axis_scale", "shift", "color_jitter", "lighting",
+                 "random_erasing", "mixup"):  # fmt: skip
+        value = r[name]
+        if name == "lighting" and not color:
+            continue
+        if isinstance(value, list | tuple):
+            if tuple(value) != (1.0, 1.0):
+                listed.append(f"{name.replace('_', ' ')} {value[0]:g} to {value[1]:g}")
+        elif value:
+            listed.append(f"{name.replace('_', ' ')} {value:g}")
+    return ", ".join(listed)
+
+
+# ---- training ----------------------------------------------------------------------------
+def training(
+    recipe: Mapping[str, Any], facts: Mapping[str, Any], head_weights: Collection[float] = ()
+) -> str:
+    """The optimizer and its steps, the loss, and what else the weights depend on.
+
+    Args:
+        recipe: with every entry.
+        facts: what the run measured.
+        head_weights: of the loss, for a network with several heads.
+    """
+    r = recipe
+    rate = f"learning rate {r['lr']:g}"
+    if r["backbone_lr_scale"] != 1:
+        rate += f" ({r['backbone_lr_scale']:g} of it for all but attention and classifier)"
+    loss = "cross entropy"
+    if len(head_weights) > 1:
+        listed = ", ".join(f"{w:g}" for w in head_weights)
+        loss += f" summed over {len(head_weights)} heads (weights {listed})"
+    noise = (
+        f"{r['label_noise']:g} of the training labels changed to another class at random"
+        if r["label_noise"] else ""
+    )  # fmt: skip
+    smoothing = f"label smoothing {r['label_smoothing']:g}" if r["label_smoothing"] else ""
+    clip = f"gradients clipped to a norm of {r['clip_grad']:g}" if r["clip_grad"] else ""
+    average = f"moving average of the weights (decay {r['ema_decay']:g})" if r["ema_decay"] else ""
+    parts = [
+        _OPTIMIZERS.get(r["optimizer"], r["optimizer"]), rate, _schedule(r), _momentum(r),
+        _decay(r), clip, average, batches(facts, r), _epochs(facts, r), loss, smoothing, noise,
+        f"{facts['precision']} arithmetic" if facts.get("precision") else "", f"seed {r['seed']}",
+    ]  # fmt: skip
+    time = f"in {facts['seconds']:.0f} s on {facts['device']}"
+    return f"{', '.join(part for part in parts if part)}, {time}."
+
+
+def _momentum(r: Mapping[str, Any]) -> str:
+    if r["optimizer"] not in ("sgd", "muon"):
+        return ""
+    kind = "Nesterov momentum" if r["nesterov"] and r["momentum"] > 0 else "momentum"
+    return f"{kind} {r['momentum']:g}"
+
+
+def _decay(r: Mapping[str, Any]) -> str:
+    spared = bool(r["weight_decay"]) and not r["decay_norm_and_bias"]
+    return f"weight decay {r['weight_decay']:g}{' (not of norms and biases)' if spared else ''}"
+
+
+def _schedule(r: Mapping[str, Any]) -> str:
+    said, unit = f"schedule {r['schedule']}", r["schedule_unit"]
+    if r["milestones"]:
+        said += f" at {', '.join(f'{m:g}' for m in r['milestones'])} {unit}"
+    if r["lr_factors"]:
+        said += f" with factors {', '.join(f'{f:g}' for f in r['lr_factors'])}"
+    return f"{said} after a linear warm-up of {r['warmup']:g} {unit}" if r["warmup"] else said
+
+
+def batches(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """The images of a step, and the batches that they were computed in.
+
+    Args:
+        facts: what the run measured: batch sizes that fitted the memory, processes.
+        recipe: its batch size and accumulation, for runs that measured none.
+    """
+    size, parts = facts.get("batches") or (recipe["batch_size"], recipe.get("accumulate", 1))
+    processes = facts.get("processes", 1)
+    if parts * processes == 1:
+        return f"batch size {size}"
+    where = f" in each of {processes} processes" if processes > 1 else ""
+    shared = ", batch norm over all processes" if processes > 1 and recipe.get("sync_bn") else ""
+    each = f"a batch of {size}" if parts == 1 else f"{parts} batches of {size}"
+    return f"steps of {size * parts * processes} images ({each}{where}{shared})"
+
+
+def _epochs(facts: Mapping[str, Any], r: Mapping[str, Any]) -> str:
+    partial = ", each ending with a smaller batch" if r["partial_batch"] else ""
+    return f"{plural(facts['steps'], 'step')} ({facts['epochs']:.3g} epochs{partial})"
+
+
+def imbalance(recipe: Mapping[str, Any]) -> str:
+    """What was done about classes of different sizes."""
+    r, used = recipe, []
+    if r["class_weights"] != "none":
+        used.append(f"class weights in the loss: {r['class_weights']}")
+    if r["sampler"] == "balanced":
+        used.append("images drawn in inverse proportion to the size of their class")
+    if r["sampler_weights"]:
+        used.append(f"factors on the frequency with which images are drawn: {r['sampler_weights']}")
+    if r["largest_class_weight"] != 1:
+        used.append(
+            f"images of the largest class drawn {r['largest_class_weight']:g} times as often as "
+            "otherwise"
+        )
+    if not used:
+        return "Nothing was done about class imbalance."
+    return f"{used[0][0].upper()}{'; '.join(used)[1:]}."
+
+
+def selection(recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Which epoch's weights the run gives, whether they are averages, and what chose them."""
+    chosen = facts.get("selected")
+    if not chosen:
+        return ""
+    decay = recipe["ema_decay"]
+    what = f"a moving average over the steps (decay {decay:g})" if decay else "those"
+    until = "up to" if decay else "of"
+    if chosen["by"] == "the last epoch":
+        return f"The weights are {what} {until} the last epoch; no image chose them."
+    every = "epoch" if recipe["eval_every"] == 1 else f"{recipe['eval_every']:g} epochs"
+    return (
+        f"The weights are {what} {until} epoch {chosen['epoch']:g}, chosen by {chosen['by']}; it "
+        f"was measured every {every}."
+    )

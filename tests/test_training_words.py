@@ -1,0 +1,147 @@
+"""The sentences on how a run was trained: every recipe entry that changes a result is in one."""
+
+import re
+import shutil
+from dataclasses import asdict
+
+import pytest
+
+from regard.report.figures import measure
+from regard.report.methods import methods_of
+from regard.report.source import RunSource
+from regard.report.training_words import (
+    imbalance,
+    partitions,
+    preprocessing,
+    selection,
+    training,
+    with_defaults,
+)
+from regard.training.config import Recipe, fields_of
+from tests.helpers import run
+
+PREPROCESS = {"input_size": (3, 32, 32), "resize": "crop", "crop_pct": 1.0, "value_range": None}
+COUNTS = {"train": 40, "val": 9, "test": 18}
+FACTS = {
+    "steps": 12, "epochs": 3.0, "seconds": 2.0, "device": "cpu", "processes": 1,
+    "batches": [8, 1], "precision": "fp32",
+    "selected": {"by": "highest validation accuracy", "epoch": 2.0},
+}  # fmt: skip
+# Entries whose result the run's files have: what was done is said from those.
+_MEASURED = {
+    "epochs", "steps", "batch_size", "accumulate", "fit_memory", "precision", "size", "channels",
+    "resize", "crop_pct", "resize_first", "graft", "pretrained", "select", "val", "test",
+}  # fmt: skip
+# Entries that change no result, or that say when a run stops.
+_OPERATIONAL = {
+    "compile", "fuse", "grad_checkpointing", "memory", "workers", "save_minutes",
+    "faithfulness_images", "max_unreadable",
+}  # fmt: skip
+_OTHER = {
+    "momentum": 0.5, "nesterov": False, "milestones": (1.0,), "lr_factors": (1.0, 0.3),
+    "warmup": 1.0, "schedule_unit": "steps", "crop_shift": 0.3, "crop_scale": (0.5, 1.0),
+    "optimizer": "muon", "schedule": "constant", "normalization": "image", "sampler": "balanced",
+    "class_weights": "a=2", "sampler_weights": "a=5", "random_crop": "shift", "limit": 40,
+    "fold": "2/10", "zoom": (0.9, 1.1), "axis_scale": (0.9, 1.1), "decay_norm_and_bias": False,
+}  # fmt: skip
+_WITH = {
+    "milestones": {"schedule": "steps"}, "warmup": {"schedule": "cosine"},
+    "lr_factors": {"schedule": "steps", "milestones": (2.0,)},
+    "schedule_unit": {"schedule": "cosine", "warmup": 1.0},
+    "crop_shift": {"random_crop": "shift"}, "crop_scale": {"random_crop": "resized"},
+    "sync_bn": {"processes": 4},
+}  # fmt: skip
+
+
+def _recipe(**changes):
+    return with_defaults(asdict(Recipe(**changes)))
+
+
+def _all(recipe, processes=1, given=()):
+    facts = FACTS | {"processes": processes}
+    return " ".join([
+        partitions(recipe, COUNTS, given, False), preprocessing(recipe, PREPROCESS),
+        training(recipe, facts), imbalance(recipe), selection(recipe, facts),
+    ])  # fmt: skip
+
+
+def _other(field):
+    if field.name in _OTHER:
+        return _OTHER[field.name]
+    if isinstance(field.default, bool):
+        return not field.default
+    return 0.25 if field.default == 1 else (field.default or 0) + 0.25
+
+
+@pytest.mark.parametrize("field", fields_of(), ids=lambda field: field.name)
+def test_an_entry_that_changes_the_result_changes_the_text(field):
+    if field.name in _MEASURED | _OPERATIONAL:
+        return
+    beside = dict(_WITH.get(field.name, {}))
+    processes = beside.pop("processes", 1)
+    value = 7 if field.name in ("seed", "split_seed") else _other(field)
+    changed = _all(_recipe(**beside, **{field.name: value}), processes)
+    assert changed != _all(_recipe(**beside), processes)
+
+
+def test_entries_that_a_file_lacks_have_the_recipes_defaults():
+    defaults = with_defaults({})
+    assert {name: getattr(Recipe(), name) for name in defaults} == defaults
+
+
+def test_a_step_is_of_all_batches_and_processes():
+    accumulated = training(_recipe(batch_size=8, accumulate=2), FACTS | {"batches": [8, 2]})
+    assert "steps of 16 images (2 batches of 8)" in accumulated
+    parallel = training(_recipe(batch_size=8), FACTS | {"processes": 4})
+    assert "steps of 32 images" in parallel
+    assert "batch size 8," in training(_recipe(batch_size=8), FACTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "said", "unsaid"),
+    [
+        ({"fold": "2/10"}, set(), ["fold 2 of 10", "from the other folds"], ["0.2", "0.1"]),
+        ({"limit": 40}, set(), ["limited to 40", "drawn at random"], ["0.2", "0.1"]),
+        ({"limit": 50}, set(), ["drawn at random"], ["limited"]),
+        ({}, {"train", "val"}, ["training and validation images were given",
+                                "test images were drawn"], []),
+        ({}, {"train", "test"}, ["training and test images were given",
+                                 "validation images were drawn"], []),
+        ({}, {"train", "val", "test"}, ["partitions were given"], ["drawn"]),
+        ({}, None, ["splits.csv"], ["given", "drawn"]),
+    ],
+)  # fmt: skip
+def test_partitions_are_as_they_were_made(changes, given, said, unsaid):
+    text = partitions(_recipe(**changes), COUNTS, given, False)
+    assert "training 40 images, validation 9 images, test 18 images" in text
+    assert all(each in text for each in said), text
+    assert not any(each in text for each in unsaid), text
+
+
+@pytest.fixture(scope="module")
+def unusual(scans, tmp_path_factory):
+    """A run of a network without attention, on data without a test split."""
+    data, out = tmp_path_factory.mktemp("unusual") / "data", tmp_path_factory.mktemp("out") / "run"
+    for k, file in enumerate(sorted(scans.glob("*/*.png"))):
+        copy = data / ("val" if k % 4 == 0 else "train") / file.parent.name / file.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    run("train", data, "--model", "plain_resnet18", "--arg", "channels=(8,8,8,8)", "--size", 16,
+        "--optimizer", "muon", "--select", "last", "--sampler-weights", "1=5", "--ema-decay", 0.9,
+        "--label-noise", 0.2, "--accumulate", 2, "--batch-size", 8, "--epochs", 1,
+        "--faithfulness-images", 0, "--log", "none", "--out", out)  # fmt: skip
+    return out
+
+
+def test_an_unusual_run_is_described_as_it_was(unusual):
+    source = RunSource(unusual)
+    methods = methods_of(source, measure(source, None, 0), source.command)
+    for said in ("training and validation images were given", "test images were drawn",
+                 "=5", "moving average", "decay 0.9", "0.2 of the training labels",
+                 "momentum 0.9", "steps of 16 images"):  # fmt: skip
+        assert said in methods.text, said
+    assert "Nothing was done about class imbalance" not in methods.text
+    assert not re.search(r"weights are those", methods.text)
+    claim = {n: answer for n, _, answer in methods.checklists["CLAIM 2024"][1]}
+    assert "network" in claim["1"]
+    assert "attention" not in claim["1"]
