@@ -317,3 +317,38 @@ def test_predicting_ten_times_as_many_images_takes_no_more_memory(whole, scans, 
         assert len(rows_of(tmp_path / f"{count}.csv")) == count
         peaks.append(peak / 1024)
     assert peaks[1] - peaks[0] < 30  # MB; the images alone are 2.3 MB as bytes, 9 as floats
+
+
+@pytest.mark.parametrize("how", ["run", "shipped"])
+def test_normalization_of_the_model_is_that_of_the_starting_weights(scans, tmp_path, how):
+    given = {"size": 16, "epochs": 1, "val": 0.2, "test": 0.2, "faithfulness_images": 0,
+             "trackers": ("none",), "normalization": "model"}  # fmt: skip
+    if how == "run":
+        first = regard.train(
+            str(scans),
+            model="ag_sononet8",
+            out=tmp_path / "first",
+            **{**given, "normalization": "data"},
+        )
+        weights = str(first)
+    else:
+        first, weights = "ag_sononet8.digits", "ag_sononet8.digits"
+    run = regard.train(str(scans), weights=weights, out=tmp_path / "run", **given)
+    wanted, found = regard.load(first).preprocess, regard.load(run).preprocess
+    assert (found.mean, found.std) == (wanted.mean, wanted.std)
+    assert found.normalization == wanted.normalization
+    if how == "shipped":
+        run = regard.train(
+            str(scans), model="ag_sononet8", pretrained="yes", out=tmp_path / "other", **given
+        )
+        assert set(regard.load(run).preprocess.mean) == set(wanted.mean)  # gray, three times
+
+
+def test_a_run_of_a_tuple_is_resumed_by_the_same_words(scans, tmp_path):
+    words = ["train", scans, "--model", "sononet8", "--arg", "convs=(1,1,1,1,1)", "--size", "16",
+             "--epochs", "1", "--val", "0.2", "--test", "0.2", "--faithfulness-images", "0",
+             "--log", "none", "--out", tmp_path / "run"]  # fmt: skip
+    assert run_command([*map(str, words)]) == 0
+    assert run_command([*map(str, words), "--resume"]) == 0
+    words[words.index("convs=(1,1,1,1,1)")] = "convs=(1,1,1,1,2)"
+    assert run_command([*map(str, words), "--resume"]) == 2

@@ -13,6 +13,7 @@ from regard.called import command_words
 from regard.data.preprocess import Preprocess
 from regard.data.sources import NAMES, ImageTable, open_data
 from regard.errors import UsageError
+from regard.models._common import as_json
 from regard.runs import RunFolder
 from regard.training.config import Recipe, load_recipe
 from regard.training.plan import (
@@ -123,6 +124,8 @@ def new_plan(
 
     preprocess, arguments = choose_preprocess(name, arguments, recipe, table, starts_pretrained)
     start = decided[0]
+    if recipe.normalization == "model":
+        preprocess = start.prepare(preprocess)
     log.info(f"starts from {start.words}")
     name, arguments = choose_stem(
         name, arguments, preprocess.input_size[1], pretrained=start.pretrained,
@@ -169,7 +172,7 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
     }
     now |= {name: (recipe.model_args.get(name), value) for name, value in asked.model_args.items()}
     for name, (was, is_now) in now.items():
-        if was != is_now:
+        if as_json(was) != as_json(is_now):  # TOML has lists for tuples
             raise UsageError(
                 f"{name}={is_now}: {folder.path} was started with {was}; leave it out to resume, "
                 "or choose another folder for a new run"

@@ -7,12 +7,13 @@ else weights that come with Regard, where they fit; else random ones.
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
 
 from regard.data.content import content_hashes
+from regard.data.preprocess import Preprocess
 from regard.data.table import ImageTable
 from regard.errors import FileError, UsageError
 from regard.models._common import FREE_ARGUMENTS, GATE_ARGUMENTS, as_json
@@ -37,11 +38,25 @@ class Start:
         pretrained: whether the network is made with pretrained weights.
         weights: a run's folder, an authors' checkpoint or shipped weights, or None.
         words: what it is, for people.
+        normalization, mean, std: of the images that these weights were trained with, for
+            recipe.normalization "model"; None where that is not known, or timm knows it.
     """
 
     pretrained: bool
     weights: str | None
     words: str
+    normalization: str | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def prepare(self, preprocess: Preprocess) -> Preprocess:
+        """The preprocessing with what the weights were trained with, if it has as many channels."""
+        channels, mean, std = preprocess.input_size[0], self.mean, self.std
+        if len(mean) == 1:  # of gray images, which are repeated
+            mean, std = mean * channels, std * channels
+        if self.normalization is None or not len(mean) == len(std) == channels:
+            return preprocess
+        return replace(preprocess, normalization=self.normalization, mean=mean, std=std)
 
 
 def choose_start(
@@ -69,9 +84,11 @@ def choose_start(
     if weights is not None:
         named = full_name(weights)
         whose = "Regard's own weights" if named in shipped() else "the weights of"
-        return Start(bool(words), named, f"{whose} {named}")
+        return _with_scale(Start(bool(words), named, f"{whose} {named}"), named)
     if words:
-        return Start(True, None, words)
+        start = Start(True, None, words)
+        brought = None if plain_source(name) is not None else find_shipped(name)
+        return start if brought is None else _with_scale(start, brought.name)
     if recipe.pretrained == "no":
         return Start(False, None, "random weights")
     reasons = []
@@ -88,9 +105,22 @@ def choose_start(
     for each in (w for w in shipped().values() if w.architecture == name and w.start):
         _, own = choose_stem(name, arguments, height, pretrained=False, weights=None)
         if (why := _unfit_shipped(each, own, height, table)) is None:
-            return Start(False, each.name, f"Regard's own weights {each.name}")
+            start = Start(False, each.name, f"Regard's own weights {each.name}")
+            return _with_scale(start, each.name)
         reasons.append(f"{each.name}: {why}")
     return Start(False, None, f"random weights ({'; '.join(reasons) or 'there are none to take'})")
+
+
+def _with_scale(start: Start, weights: str) -> Start:
+    """The start with what the folder of its weights says of their images."""
+    folder = find_folder(weights)
+    if folder is None or not (folder / "config.json").is_file():  # an authors' checkpoint
+        return start
+    config = read_config(folder / "config.json")
+    cfg = config.get("pretrained_cfg", {})
+    own = config.get("regard", {}).get("normalization", "fixed")
+    mean, std = (tuple(cfg.get(name) or ()) for name in ("mean", "std"))
+    return replace(start, normalization=own, mean=mean, std=std) if mean and std else start
 
 
 def full_name(weights: str) -> str:
