@@ -112,7 +112,7 @@ def test_other_data_is_tested_without_what_was_trained_on(whole, scans, tmp_path
     assert "left out 7 images of 22" in warned()
     named, said, _ = predictions_of(whole, data, split="all")
     assert (named, len(said)) == ("all", 22)
-    assert "of 22 images 5 trained this network and 2 chose its weights" in warned()
+    assert "of 22 images 5 trained this network and 2 validated it" in warned()
     data = new_images(tmp_path / "other/train", 12, seed=1).removesuffix("/train")
     copied(scans, tmp_path / "other/test", splits["train"][:6:2])
     with pytest.raises(ValueError, match="trained on all 3 images"):

@@ -1,6 +1,6 @@
 """Which images a run was trained on: known by content, whatever they are called and wherever.
 
-An image that trained a network, or chose its weights, is no test of it.
+An image that trained a network, or validated it while it was trained, is no test of it.
 """
 
 import logging
@@ -114,7 +114,7 @@ def overlap_line(counts: Counter[str], total: int) -> str | None:
     """What to say where images are the run's training or validation images; None: none is."""
     parts = [
         f"{counts[split]:,} trained this network" if split == "train"
-        else f"{counts[split]:,} chose its weights"
+        else f"{counts[split]:,} validated it"
         for split in ("train", "val") if counts[split]
     ]  # fmt: skip
     if not parts:

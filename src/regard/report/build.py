@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from regard.errors import UsageError
-from regard.evaluation import Predictions
 from regard.files import plural, write_text
 from regard.report.browse import browser_of
 from regard.report.figures import charts, measure
@@ -13,6 +12,7 @@ from regard.report.methods import as_text, methods_of
 from regard.report.page import Report, write_report
 from regard.report.sections import calibration_section, subgroup_section
 from regard.report.source import LEAST_SURE, MOST_CLASSES, MOST_WRONG, RunSource, choose
+from regard.report.training_words import batches
 
 _SIDE = 576  # of the cards' images, in pixels: twice as large as they are shown
 
@@ -84,7 +84,7 @@ def report_run(
             chosen=_chosen(facts, recipe),
             versions=facts["versions"],
             command=source.command,
-            notes=_notes(source.split, facts, source.predictions, len(rule) - len(cards)),
+            notes=_notes(source, facts, recipe, len(rule) - len(cards)),
             faithfulness=faithful,
         ),
         path,
@@ -101,30 +101,38 @@ def _summary(plan: dict[str, Any], facts: dict[str, Any], recipe: dict[str, Any]
         "Network": f"{plan['model']}, {facts['parameters']:,} parameters, input {c}x{h}x{w}",
         "Images": f"{plan['data']}: {counts}",
         "Starting weights": plan.get("start", ""),
-        "Training": f"{plural(facts['steps'], 'step')}, batch size {recipe['batch_size']} "
+        "Training": f"{plural(facts['steps'], 'step')}, {batches(facts, recipe)} "
         f"({facts['epochs']:.3g} epochs) in {facts['seconds']:.0f} s on {facts['device']}, "
         f"{plural(facts['threads'], 'thread')}, seed {recipe['seed']}",
         "Optimizer": f"{recipe['optimizer']}, learning rate {recipe['lr']:g}, {recipe['schedule']}",
     }
 
 
+def _was_chosen(facts: dict[str, Any], recipe: dict[str, Any]) -> bool:
+    """Whether validation images chose the weights."""
+    return recipe.get("select") == "best" and bool(facts.get("best"))
+
+
 def _chosen(facts: dict[str, Any], recipe: dict[str, Any]) -> str:
     """How the epoch was chosen whose weights were evaluated."""
-    best = facts.get("best") or {}
-    if recipe.get("select") == "best" and best:
+    average = "moving averages up to" if recipe.get("ema_decay") else "those of"
+    if _was_chosen(facts, recipe):
+        best = facts["best"]
         return (
-            f"The weights are those of epoch {best['epoch']:g}, which has the highest validation "
+            f"The weights are {average} epoch {best['epoch']:g}, which has the highest validation "
             f"accuracy ({best['val_accuracy']:.1%}; ties go to the lower validation loss)."
         )
-    return "The weights are those of the last epoch; none was chosen by validation."
+    return f"The weights are {average} the last epoch; none was chosen by validation."
 
 
-def _notes(split: str, facts: dict[str, Any], said: Predictions, left_out: int) -> list[str]:
-    notes = []
+def _notes(
+    source: RunSource, facts: dict[str, Any], recipe: dict[str, Any], left_out: int
+) -> list[str]:
+    notes, split, said = [], source.split, source.predictions
     if split != "test":
         name = {"val": "validation", "train": "training"}[split]
         notes.append(f"There was no test split: the numbers are those of the {name} images.")
-    if split == "val":
+    if split == "val" and _was_chosen(facts, recipe):
         notes.append(
             "The weights were chosen on these images, so the accuracy is higher than on new ones "
             "can be expected."

@@ -71,10 +71,14 @@ def _metrics(facts: dict[str, Any], evaluation: Evaluation) -> str:
         f"{m.low:.4f} to {m.high:.4f} |"
         for name, m in evaluation.metrics.items()
     ]
+    chosen = facts["selected"]["by"] != "the last epoch"
     note = {
         "test": "No image of the test split was used in training or to choose the weights.",
         "val": "There was no test split. The weights were chosen on these images, so that the "
-        "numbers are too good.",
+        "numbers are too good."
+        if chosen
+        else "There was no test split. The weights are the last epoch's: these images didn't "
+        "choose them.",
         "train": "There was no other split: the network was trained on these images.",
     }[facts["tested_on"]]
     return "\n".join([
