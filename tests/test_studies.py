@@ -37,6 +37,7 @@ from regard.studies.plan import (
 from regard.studies.progress import Progress, Running
 from regard.studies.results import gather, to_dict, write_results
 from regard.studies.runner import is_finished, run_all
+from regard.training.config import load_recipe, recipe_toml
 
 TABLE = """
 title = "Gates on digits"
@@ -80,7 +81,9 @@ rng = np.random.default_rng([seed, fold, len(name)])
 labels = np.arange(60) % 3
 p = rng.dirichlet(np.ones(3), 60) + (0.6 if name != "plain" else 0.2) * np.eye(3)[labels]
 p /= p.sum(axis=1, keepdims=True)
-(out / "recipe.toml").write_text('schedule_unit = "steps"\\nmilestones = [20.0]\\n')
+own = pathlib.Path(__file__).with_name("recipe.toml")
+text = own.read_text() if own.exists() else 'schedule_unit = "steps"\\nmilestones = [20.0]\\n'
+(out / "recipe.toml").write_text(text)
 maps = {"Grad-CAM": {"kind": "gradcam", "over_random": {"value": 0.1}}}
 if name != "sononet8":
     for k, stage in enumerate(("a", "b")):
@@ -348,6 +351,8 @@ def command(tmp_path, trainer, monkeypatch):
     monkeypatch.setattr(runner, "run_all", functools.partial(run_all, python=trainer))
     path = tmp_path / "gates.toml"
     path.write_text(TABLE)
+    recipe = load_recipe("quick").changed(pretrained="no")
+    (tmp_path / "recipe.toml").write_text(recipe_toml(recipe))
 
     def call(*words: str, out: str = "s") -> tuple[int, dict]:
         code = run_command(
@@ -599,6 +604,104 @@ def test_a_run_that_was_killed_before_its_report_is_finished_first(tmp_path, tra
     assert to_dict(gather(table, runs))["done"] == 1
     run_all(runs, python=trainer)
     assert to_dict(gather(table, runs)) == whole
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch, capsys):
+    """A study of two real trainings in this process; called again with what has changed."""
+    from regard.studies import runner
+
+    def train(runs, **_):
+        waiting = [run for run in runs if not is_finished(run)]
+        assert all(run_command([*run.command]) == 0 for run in waiting)
+        return Progress(len(runs), 1, [], done=len(runs))
+
+    monkeypatch.setattr(runner, "run_all", train)
+    files = {
+        "r.toml": "steps = 3\nbatch_size = 32\nschedule = 'steps'\nmilestones = [1]\n"
+        "schedule_unit = 'steps'\neval_every = 9\nsize = 16\n",
+        "s.toml": "recipe = 'r.toml'\n"
+        + "".join(
+            f"[[rows]]\nname = '{name}'\nnetwork = 'plain_resnet18'\n"
+            f"arguments = {{ channels = [{c}, 8, 8, 8] }}\n"
+            for name, c in (("A", 4), ("B", 6))
+        ),
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words, **changes):
+        for name, text in files.items():
+            old, new = changes.get(name[0], ("", ""))
+            assert old in text
+            Path(name).write_text(text.replace(old, new), encoding="utf-8")
+        capsys.readouterr()
+        words = [
+            "study",
+            "s.toml",
+            "digits",
+            "--out",
+            "my st",
+            "--faithfulness-images",
+            "0",
+            *words,
+        ]
+        return run_command([*words, "--log", "none", "--device", "cpu"]), capsys.readouterr().err
+
+    return call
+
+
+def test_runs_of_another_recipe_are_not_pooled(edited):
+    """Its file may have been edited since, as the study's file; other rows may be the last's."""
+    assert edited("--seeds", "1", "--steps", "6", "--rows", "A")[0] == 0
+    assert edited("--seeds", "1", "--steps", "6", "--rows", "B")[0] == 0
+    first = ("--seeds", "1", "--steps", "6")
+    # the same call, and what only the machine asks for
+    assert edited(*first, "--workers", "0", "--memory", "yes", "--save-minutes", "9")[0] == 0
+    written = json.loads(Path("my st/study.json").read_text("utf-8"))
+    assert written["rows"][0]["length"]["steps"] == 6
+    assert written["done"] == 2
+    scaled = load_recipe("my st/runs/a/seed-0/recipe.toml").milestones
+    assert scaled == (2.0,)  # to 6 of the recipe's 3 steps
+    for words, changes, value in (
+        (first, {"r": ("32", "16")}, "batch_size=32"),
+        (first, {"r": ("[1]", "[2]")}, "milestones=2, and this call asks for milestones=4"),
+        (first, {"r": ("eval_every", "lr = 0.3\neval_every")}, "lr=0.1"),
+        (first, {"s": ("[6, 8", "[7, 8")}, "channels=6 8"),
+        (first, {"s": ("plain_resnet18", "se_resnet18")}, "model=plain_resnet18"),
+        (("--seeds", "1", "--steps", "3", "--rows", "A"), {}, "steps=6"),
+        (("--seeds", "2", "--epochs", "1"), {}, "epochs=none"),
+    ):
+        code, err = edited(*words, **changes)
+        last = err.splitlines()[-1]
+        assert code == 2
+        assert err.count("regard: ") == 1
+        assert value in last
+        assert str(Path("my st/runs")) in last
+    assert not Path("my st/runs/a/seed-1").exists()
+    os.replace("my st/study.json", "gone.json")  # which remembers the last call's rows alone
+    assert edited("--seeds", "1", "--steps", "3")[0] == 2
+    # whoever gathers them without the command
+    table = open_study("s.toml")
+    runs = plan_study(table, "digits", Path("my st"), seeds=2, folds=1)
+    other = runs[2].folder
+    shutil.copytree(runs[0].folder, other)
+    text = (other / "recipe.toml").read_text()
+    (other / "recipe.toml").write_text(text.replace("steps = 6", "steps = 9"))
+    with pytest.raises(UsageError, match="steps=9"):
+        gather(table, runs)
+
+
+def test_the_stated_length_is_of_all_runs(tmp_path, trainer):
+    table, runs = planned(tmp_path)
+    run_all(runs, python=trainer)
+    path = runs[2].folder / "run.json"
+    content = json.loads(path.read_text())
+    content["facts"] |= {"steps": 48, "counts": {"train": 96}}
+    path.write_text(json.dumps(content))
+    length = gather(table, runs).rows[0].length
+    assert (length.steps, length.images, length.most) == (40, 80, (48, 2.0, 96))
+    assert "40 to 48 steps" in length.sentence()
+    assert "2 epochs" in length.sentence()
 
 
 def test_compare_pairs_images_and_refuses_others(tmp_path, trainer, capsys, monkeypatch):

@@ -3,19 +3,20 @@
 import json as json_module
 import logging
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from regard.called import command_words
-from regard.commands.flags import DeviceFlag, SplitsFlag
+from regard.commands.flags import DeviceFlag, SplitsFlag, parse_arguments
 from regard.commands.train import RecipeFlags
 from regard.errors import UsageError
 from regard.log import info_on_stderr
 
 if TYPE_CHECKING:
+    from regard.commands.study_runs import Asked
     from regard.papers import Table
     from regard.studies.plan import PlannedRun
     from regard.studies.progress import Progress
@@ -112,7 +113,13 @@ def command(
     json
         Print study.json at the end.
     """
-    from regard.studies.plan import choose_part, choose_rows, on_one_data_set, open_study
+    from regard.studies.plan import (
+        choose_part,
+        choose_rows,
+        on_one_data_set,
+        open_study,
+        with_recipe,
+    )
 
     if ray is not None and jobs != 1:
         raise UsageError(f"--jobs {jobs}: not used with --ray, whose cluster deals out the runs")
@@ -123,8 +130,9 @@ def command(
     )
     if start_alike:
         flags = replace(flags, pretrained="no")
-    recipes, table = _recipes(table, train.recipe, flags)
+    table = table if train.recipe is None else with_recipe(table, train.recipe)
     data = source or table.rows[0].data or table.data
+    asked = _asked(table, str(data), train, flags)
     _check_data(study, source, str(data), train.root)
     if out is None:
         from regard.runs import data_name
@@ -140,7 +148,7 @@ def command(
     if start_alike and train.weights is None:
         with info_on_stderr():
             log.info("all runs start from random weights, alike; --pretrained yes changes that")
-    study_now = _Study(table, runs, recipes, out)
+    study_now = _Study(table, runs, asked, out)
     if json:
         with info_on_stderr():
             failed = study_now.train(part, jobs, ray).failed
@@ -159,37 +167,36 @@ def _plan(
     return plan_study(table, source, out, seeds=seeds, folds=folds, flags=words)
 
 
-def _recipes(
-    table: "Table", name: str | None, flags: Any
-) -> tuple[dict[str, dict[str, Any]], "Table"]:
-    """By row, the values of its recipe without changes; and the table with the recipe `name`.
+def _asked(table: "Table", data: str, train: TrainFlags, flags: Any) -> "dict[str, Asked]":
+    """By row, what is trained.
 
     Raises:
         UsageError: a recipe, a row's changes of it, or its network can't be had, before anything
             is trained; or a flag is given for what a row sets.
     """
-    from dataclasses import asdict
-
-    from regard.studies.plan import with_recipe
+    from regard.commands.study_runs import Asked
     from regard.training.config import load_recipe
     from regard.training.plan import choose_model
 
-    table = table if name is None else with_recipe(table, name)
     given = {k: v for k, v in vars(flags).items() if v is not None}
     found = {}
     for row in table.rows:
         if twice := sorted(given.keys() & row.changes.keys()):
             flag = twice[0].replace("_", "-")
             raise UsageError(f"--{flag}: row {row.name!r} sets {twice[0]} itself; change it there")
-        used = row.recipe or table.recipe
-        base = load_recipe(used)
+        base, changes = load_recipe(row.recipe or table.recipe), {**row.changes, **given}
         try:
-            recipe = base.changed(**row.changes, **given)
-            choose_model(row.network, recipe, row.arguments)
+            choose_model(row.network, base.changed(**changes), row.arguments)
         except UsageError as error:
             raise UsageError(f"row {row.name!r}: {error}") from error
-        found[row.name] = {**asdict(base), "name": used}
-    return found, table
+        found[row.name] = Asked(
+            network=row.network, base=base, data=data, changes=changes,
+            # as the run's command line reads them
+            arguments=parse_arguments([f"{k}={v}" for k, v in row.arguments.items()]),
+            root=None if train.root is None else str(train.root), splits=train.splits,
+            weights=None if train.weights is None else str(train.weights),
+        )  # fmt: skip
+    return found
 
 
 def _check_data(study: str, source: str | None, data: str, root: Path | None) -> None:
@@ -239,24 +246,30 @@ class _Study:
         self,
         table: "Table",
         runs: "list[PlannedRun]",
-        recipes: dict[str, dict[str, Any]],
+        asked: "dict[str, Asked]",
         out: Path,
     ) -> None:
-        self.table, self.runs, self.recipes, self.out = table, runs, recipes, out
+        self.table, self.runs, self.asked, self.out = table, runs, asked, out
+        self.recipes = {
+            row.name: {**asdict(asked[row.name].base), "name": row.recipe or table.recipe}
+            for row in table.rows
+        }
 
     def train(self, part: "list[PlannedRun]", jobs: int, ray: str | None) -> "Progress":
         """Trains a part of the runs and writes the results of all after each.
 
         Raises:
-            UsageError: the folder holds another study, or what `run_all` raises.
+            UsageError: the folder holds something else or other runs, or what `run_all` raises.
             StateError: the folder can't be written.
         """
         from regard.commands.study_display import StudyDisplay
+        from regard.commands.study_runs import check_runs
         from regard.files import check_space
         from regard.studies.runner import run_all
 
         check_space(self.out, 0)
-        _check_same_study(self.out, self.runs)
+        _check_is_study(self.out)
+        check_runs(self.runs, self.asked)
         with StudyDisplay() as display:
 
             def after_each(progress: "Progress") -> None:
@@ -295,32 +308,19 @@ class _Study:
         return result
 
 
-def _check_same_study(out: Path, runs: "list[PlannedRun]") -> None:
-    """Refuses a folder in which another study was started, before anything is trained.
+def _check_is_study(out: Path) -> None:
+    """Refuses a folder with another's study.json, which would be written over.
 
     Raises:
-        UsageError: the commands of the runs there are others.
+        UsageError: it is not a study's.
     """
     path = out / "study.json"
-    if not path.is_file():
-        return
     try:
-        before = json_module.loads(path.read_text(encoding="utf-8"))["commands"]
-        by_folder_before = {_folder_of(words): words for words in before}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not path.exists() or "commands" in json_module.loads(path.read_text(encoding="utf-8")):
+            return
+    except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path} is not a study's: give --out another folder") from error
-    for run in runs:
-        command_before = by_folder_before.get(str(run.folder), str(run))
-        if command_before != str(run):
-            raise UsageError(
-                f"{out} holds a study with other settings ({command_before}); give --out another "
-                "folder"
-            )
-
-
-def _folder_of(command: str) -> str:
-    words = shlex.split(command)
-    return words[len(words) - 1 - words[::-1].index("--out") + 1]
+    raise UsageError(f"{path} is not a study's: give --out another folder")
 
 
 def _flag_words(flags: Any) -> list[str]:

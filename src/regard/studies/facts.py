@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from regard.errors import UsageError
 from regard.evaluation import Predictions
 from regard.evaluation.metrics import ClassificationStatistics
 from regard.papers import Row
@@ -106,8 +107,9 @@ class Length:
 
     Attributes:
         recipe: its name.
-        steps, epochs: of a run.
-        images: training images.
+        steps, epochs: of a run; of the shortest where they differ, as folds do.
+        images: training images; the fewest.
+        most: steps, epochs and images of the longest run.
         recipe_length: in words, such as "160,000 steps"; empty: the images decide.
         milestones: the epochs after which the learning rate changes.
     """
@@ -118,13 +120,19 @@ class Length:
     images: int
     recipe_length: str
     milestones: tuple[float, ...]
+    most: tuple[int, float, int]
 
     def sentence(self) -> str:
         """What was trained, and what was shortened."""
-        told = (
-            f"{self.epochs:.3g} epochs ({self.steps:,} steps) of {self.images:,} images with the "
-            f"recipe {self.recipe}"
+        steps, epochs, images = (
+            one if one == other else f"{one} to {other}"
+            for one, other in (
+                (f"{self.steps:,}", f"{self.most[0]:,}"),
+                (f"{self.epochs:.3g}", f"{self.most[1]:.3g}"),
+                (f"{self.images:,}", f"{self.most[2]:,}"),
+            )
         )
+        told = f"{epochs} epochs ({steps} steps) of {images} images with the recipe {self.recipe}"
         if self.recipe_length:
             told += f", whose own length is {self.recipe_length}"
         if self.milestones:
@@ -147,9 +155,12 @@ def length_of(
         recipe: of one of them, as it was trained.
         base: values of the recipe without changes, with its `name`; empty where it is not known.
     """
-    first = facts[0]
-    if not first.get("steps") or not first.get("epochs"):
+    if not all(f.get("steps") and f.get("epochs") for f in facts):
         return None
+    steps = [int(f["steps"]) for f in facts]
+    epochs = [round(f["epochs"], 4) for f in facts]
+    images = [int(f.get("counts", {}).get("train", 0)) for f in facts]
+    first = facts[0]
     unit = first["epochs"] / first["steps"] if recipe.get("schedule_unit") == "steps" else 1.0
     own = ""
     if base.get("steps"):
@@ -157,7 +168,50 @@ def length_of(
     elif base.get("epochs"):
         own = f"{base['epochs']:g} epochs"
     return Length(
-        base.get("name") or row.recipe or "", first["steps"], round(first["epochs"], 4),
-        first.get("counts", {}).get("train", 0), own,
+        base.get("name") or row.recipe or "", min(steps), min(epochs), min(images), own,
         tuple(round(m * unit, 4) for m in recipe.get("milestones", ())),
+        (max(steps), max(epochs), max(images)),
     )  # fmt: skip
+
+
+# ---- one recipe ----------------------------------------------------------------------------
+OF_THE_MACHINE = (
+    "workers", "save_minutes", "memory", "compile", "fuse", "grad_checkpointing",
+)  # fmt: skip
+"""Values of a recipe that only the machine asks for: they change no result."""
+
+
+def check_alike(row: str, folders: Sequence[Path]) -> None:
+    """Checks that finished runs, whose results are to be one row, were trained alike.
+
+    Raises:
+        UsageError: the recipes of two differ in more than seed, fold and what only the machine
+            asks for.
+    """
+    recipes = [RunFolder(folder).read_recipe() for folder in folders]
+    for folder, recipe in zip(folders, recipes, strict=True):
+        for name in {**recipes[0], **recipe}:
+            first, this = recipes[0].get(name), recipe.get(name)
+            if name in ("seed", "fold", *OF_THE_MACHINE) or first == this:
+                continue
+            # a schedule in proportion to another number of images, as those of a fold
+            if name in ("milestones", "warmup") and _in_proportion(first, this):
+                continue
+            raise UsageError(
+                f"{row}: {folder} was trained with {name}={shown(this)}, and {folders[0]} with "
+                f"{name}={shown(first)}: they are not one row"
+            )
+
+
+def _in_proportion(one: Any, other: Any) -> bool:
+    a, b = (np.atleast_1d(np.asarray(v or 0.0, float)) for v in (one, other))
+    return a.shape == b.shape and np.allclose(a * b[-1], b * a[-1])
+
+
+def shown(value: Any) -> str:
+    """A recipe's value in a message."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(shown, value)) or "none"
+    if value is None:
+        return "none"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

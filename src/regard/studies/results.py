@@ -36,6 +36,7 @@ from regard.studies.facts import (
     Length,
     as_printed,
     by_map,
+    check_alike,
     faithfulness_of,
     length_of,
     medians,
@@ -137,7 +138,8 @@ def gather(
         recipes: by row, the values of its recipe without changes, to say what was shortened.
 
     Raises:
-        UsageError: the runs were tested on different images.
+        UsageError: the runs were tested on different images, or those of a row were trained with
+            different recipes.
     """
     seeds = sorted({run.seed for run in runs})
     folds = max(1, len({run.fold for run in runs}))
@@ -184,6 +186,7 @@ class _Read:
     curves: list[list[dict[str, float]]] = field(default_factory=list)
     faithfulness: dict[int, dict[str, float]] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    folders: list[Path] = field(default_factory=list)
 
 
 def _read_row(row: Row, runs: Sequence[PlannedRun], seeds: list[int], folds: int) -> _Read:
@@ -196,10 +199,12 @@ def _read_row(row: Row, runs: Sequence[PlannedRun], seeds: list[int], folds: int
             read.facts.append(folder.read_facts())
             read.curves.append(folder.read_metrics())
             read.recipe = folder.read_recipe()
+            read.folders.append(run.folder)
         if len(finished) == len(mine) == folds:
             parts = [RunFolder(r.folder).read_predictions(r.predictions)[1] for r in finished]
             read.predictions[seed], read.fold = _joined(parts)
             read.faithfulness[seed] = faithfulness_of([r.folder for r in finished])
+    check_alike(row.name, read.folders)
     return read
 
 

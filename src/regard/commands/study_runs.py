@@ -1,0 +1,161 @@
+"""Whether the runs in a study's folder are what a call would train, by each run's own folder.
+
+A recipe's file, a study's file or a flag may have changed since a run was trained; its command
+may be the same, or nowhere any more. Its folder has every value that it was trained with.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from regard.data.sources import NAMES
+from regard.errors import UsageError
+from regard.runs import RunFolder
+from regard.studies.facts import OF_THE_MACHINE, shown
+from regard.studies.plan import PlannedRun
+from regard.training.config import Recipe, fields_of, load_recipe
+from regard.training.plan import choose_model, fit_schedule, is_scaled, plain_twin
+from regard.training.start import full_name
+
+_FROM_DATA = ("in_chans", "img_size", "stem")  # arguments that a run chooses by its images
+_CLOSE = 0.01  # relative: the images that can't be read are not counted when a run is planned
+
+_Difference = tuple[str, Any, Any]  # name, the run's value, the other value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a call trains in one row.
+
+    Attributes:
+        network, arguments: of the row.
+        base: the recipe without changes.
+        changes: the row's and the call's, on top of the recipe.
+        data, root, weights, splits: as for `regard.train`.
+    """
+
+    network: str
+    base: Recipe
+    data: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    root: str | None = None
+    weights: str | None = None
+    splits: str = "auto"
+
+
+def check_runs(runs: Sequence[PlannedRun], asked: Mapping[str, Asked]) -> None:
+    """Compares each run that was started with what is asked for now.
+
+    The seed aside, which the folder's name has, and what only the machine asks for.
+
+    Args:
+        runs: planned; those without a folder are not looked at.
+        asked: by row.
+
+    Raises:
+        UsageError: a run differs; the message names the run, and the first value that does.
+    """
+    for run in runs:
+        try:
+            if not RunFolder(run.folder).exists:
+                continue
+        except UsageError:  # damaged: training it says so, and the others go on
+            continue
+        for name, was, now in _differences(run, asked[run.row]):
+            raise UsageError(
+                f"{run.folder} was trained with {name}={shown(was)}, and this call asks for "
+                f"{name}={shown(now)}: give --out another folder"
+            )
+
+
+def _differences(run: PlannedRun, asked: Asked) -> Iterator[_Difference]:
+    folder = RunFolder(run.folder)
+    plan, stored = folder.read_plan(), load_recipe(run.folder / "recipe.toml")
+    words = run.command
+    fold = {"fold": words[words.index("--fold") + 1]} if "--fold" in words else {}
+    wanted = asked.base.changed(**asked.changes, **fold)
+    if not _same_data(plan, asked.data):
+        yield "data", plan["data"], asked.data
+    if asked.data in NAMES and plan.get("root") != asked.root:
+        yield "root", plan.get("root"), asked.root
+    if plan.get("reading", asked.splits) != asked.splits:
+        yield "splits", plan["reading"], asked.splits
+    yield from _of_the_network(stored, wanted, asked)
+    yield from _of_the_start(plan, wanted, asked)
+    done = folder.read_facts().get("counts", {}).get("train")
+    for f in fields_of():
+        was, now = getattr(stored, f.name), getattr(wanted, f.name)
+        if f.name in ("seed", "pretrained", *OF_THE_MACHINE):
+            continue
+        if f.name in ("milestones", "warmup") and f.name not in asked.changes and (was or now):
+            if done is None and is_scaled(f.name, was, now):
+                continue
+            now = _scheduled(f.name, wanted, asked, done, plan)
+            if _close(was, now):
+                continue
+        if was != now:
+            yield f.name, was, now
+
+
+def _scheduled(
+    name: str, wanted: Recipe, asked: Asked, images: int | None, plan: Mapping[str, Any]
+) -> Any:
+    """A value of the schedule, in proportion to the run's length; as it is without `images`."""
+    if images is None:
+        return getattr(wanted, name)
+    log = logging.getLogger(fit_schedule.__module__)
+    before, log.disabled = log.disabled, True  # the run said it when it was planned
+    try:
+        processes = plan.get("processes", 1)
+        return getattr(fit_schedule(wanted, asked.base, asked.changes, images, processes), name)
+    finally:
+        log.disabled = before
+
+
+def _close(was: Any, now: Any) -> bool:
+    one, other = (v if isinstance(v, tuple) else (v,) for v in (was, now))
+    return len(one) == len(other) and all(
+        math.isclose(a, b, rel_tol=_CLOSE) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _of_the_network(stored: Recipe, wanted: Recipe, asked: Asked) -> Iterator[_Difference]:
+    if stored.model is None:
+        return
+    network, arguments = choose_model(asked.network, wanted, asked.arguments)
+    if stored.model not in (network, plain_twin(network)):  # `choose_stem` makes it the twin
+        yield "model", stored.model, network
+    for name in {**stored.model_args, **arguments}:
+        was, now = (_listed(a.get(name)) for a in (stored.model_args, arguments))
+        if was == now or name == "in_chans" or (name in _FROM_DATA and now is None):
+            continue
+        yield name, was, now
+
+
+def _of_the_start(plan: Mapping[str, Any], wanted: Recipe, asked: Asked) -> Iterator[_Difference]:
+    was = "yes" if plan.get("pretrained") else "no"
+    if wanted.pretrained == "no" and was == "yes":  # auto and yes are decided by what there is
+        yield "pretrained", was, "no"
+    weights = plan.get("weights")
+    if asked.weights is not None and weights != full_name(asked.weights):
+        yield "weights", weights, asked.weights
+    if asked.weights is None and weights is not None and wanted.pretrained == "no":
+        yield "weights", weights, None
+
+
+def _same_data(plan: Mapping[str, Any], data: str) -> bool:
+    """Whether both have one name, or are the same files by two paths."""
+    location = plan.get("location")
+    if plan.get("data", data) != data and data not in NAMES and location:
+        for path in (data, data.partition(":")[2]):  # "medmnist:" and the like stand before it
+            if os.path.exists(path := os.path.expanduser(path)) and os.path.exists(location):
+                return os.path.samefile(path, location)
+    return plan.get("data", data) == data
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, list | tuple) else value
