@@ -82,7 +82,7 @@ def assign_folds(table: ImageTable, *, fold: int, folds: int, val: float, seed: 
         table: without splits of its own.
         fold: the test's fold, 1 to `folds`.
         folds: at least 2.
-        val: fraction of all images for validation, taken from the other folds.
+        val: fraction of the images outside of the fold that are for validation.
         seed: random seed of the folds; the same for every fold of a cross-validation.
 
     Raises:

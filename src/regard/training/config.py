@@ -126,8 +126,10 @@ class Recipe:
         1.0, "Sampling", "Factor on the sampling weight of the class with the most images."
     )
     val: Annotated[float, _limits(gte=0, lte=0.9)] = _field(
-        0.1, "Sampling", "Validation fraction, for data without a validation split."
-    )
+        0.1, "Sampling",
+        "Validation fraction, for data without a validation split; with fold, of the images "
+        "outside of it.",
+    )  # fmt: skip
     test: Annotated[float, _limits(gte=0, lte=0.9)] = _field(
         0.2, "Sampling", "Test fraction, for data without a test split."
     )
