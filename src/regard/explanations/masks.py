@@ -77,8 +77,9 @@ def open_masks(source: Path, images: Sequence[Source]) -> Masks:
         images: the images.
 
     Raises:
-        UsageError: no such file or folder, a CSV without these columns or numbers, a path that
-            could be of several images, or no usable mask at all.
+        UsageError: no such file or folder, a CSV without these columns or numbers, or with a
+            group in some rows only or several groups for one image, a path that could be of
+            several images, or no usable mask at all.
     """
     if source.is_dir():
         masks = _from_folder(source, images)
@@ -127,6 +128,7 @@ class _Names:
 # ---- boxes -------------------------------------------------------------------------------
 def _from_csv(source: Path, images: Sequence[Source]) -> Masks:
     rows = _rows(source)
+    _check_groups(source, rows)
     names = _Names(images, suffixes=True)
     fractions = all(0 <= v <= 1 for _, _, corners, _ in rows for v in corners)
     masks = Masks()
@@ -138,12 +140,22 @@ def _from_csv(source: Path, images: Sequence[Source]) -> Masks:
         if problem:
             masks.problems.setdefault(name, f"{source}, line {line}: {problem}")
         masks.boxes.setdefault(name, []).append(corners)
-        if group:
-            masks.groups[name] = group
+        if group and masks.groups.setdefault(name, group) != group:
+            raise UsageError(
+                f"{source}, line {line}: {path} is of group {group!r}, but of "
+                f"{masks.groups[name]!r} in an earlier line"
+            )
     for image in images:
         if image.name not in masks.boxes:
             masks.problems[image.name] = f"{source} has no box for it"
     return masks
+
+
+def _check_groups(source: Path, rows: list[tuple[int, str, Corners, str]]) -> None:
+    """A group in every row or in none, as for the images of a training."""
+    empty = [line for line, *_, group in rows if not group]
+    if empty and len(empty) < len(rows):
+        raise UsageError(f"{source}, line {empty[0]}: group is empty, while other rows have one")
 
 
 def _rows(source: Path) -> list[tuple[int, str, Corners, str]]:
@@ -163,7 +175,7 @@ def _rows(source: Path) -> list[tuple[int, str, Corners, str]]:
                     raise UsageError(
                         f"{source}, line {line}: x0, y0, x1, y1 must be numbers"
                     ) from None
-                rows.append((line, row["path"], (x0, y0, x1, y1), row.get("group") or ""))
+                rows.append((line, row["path"], (x0, y0, x1, y1), (row.get("group") or "").strip()))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{source} is no CSV file in UTF-8 ({error})") from error
     except OSError as error:

@@ -303,10 +303,9 @@ class Writer:
         log.info("%s: %s%d images on one sheet", path, first, len(self.sheet))
 
     def _pointing(self, each: dict[str, Pointing]) -> PointingScore:
-        groups = [self.masks.groups.get(path, "") for path in each]
-        return PointingScore.of(
-            list(each.values()), self.options.seed, groups if all(groups) else None
-        )
+        named = self.masks.groups  # of every image, or of none
+        groups = [named[path] for path in each] if named else None
+        return PointingScore.of(list(each.values()), self.options.seed, groups)
 
     def _write_scores(self, found: Faithfulness | None) -> None:
         """scores.csv: the areas and the pointing of each image and map."""
