@@ -2,9 +2,18 @@
 
 import json
 import re
+import shutil
 
+import numpy as np
 import pytest
 
+from regard.data.preprocess import Preprocess
+from regard.evaluation import Predictions, evaluate
+from regard.runs import RunFolder
+from regard.training.config import load_recipe
+from regard.training.finish import accuracy_words
+from regard.training.model_card import write_model_card
+from regard.training.run_plan import Plan
 from tests.helpers import QUICK, run
 
 
@@ -25,9 +34,48 @@ def test_images_that_chose_nothing_are_not_said_to_have_chosen_the_weights(untes
         assert "the last epoch" in text
         assert "chosen on these images" not in text
         assert "too good" not in text
+        assert "moving averages up to" in text
 
 
 def test_the_report_names_the_images_of_a_step_and_averaged_weights(untested):
     text = (untested / "report.html").read_text(encoding="utf-8")
     assert "steps of 16 images" in text
     assert re.search(r"averages? up to the last epoch", text)
+
+
+# ---- a test of one image, or of one group ------------------------------------------------
+def _few(images, groups=None):
+    return evaluate(Predictions(np.eye(3)[[0] * images], [0] * images, ["0", "1", "2"], groups))
+
+
+@pytest.mark.parametrize(
+    ("found", "images", "more"),
+    [(_few(1), "1 image", "more images"), (_few(3, ["a"] * 3), "3 images", "more groups")],
+    ids=["one image", "one group"],
+)
+def test_without_an_interval_the_card_says_what_one_needs(whole, tmp_path, found, images, more):
+    shutil.copy(whole / "run.json", tmp_path)
+    folder = RunFolder(tmp_path)
+    stored = folder.read_plan()
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["preprocess"].items()}
+    plan = Plan(
+        stored["data"], None, stored["model"], stored["model_args"], None, False,
+        load_recipe(whole / "recipe.toml"), stored["classes"], Preprocess(**values),
+    )  # fmt: skip
+    write_model_card(folder, plan, folder.read_facts(), found)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"On the {images} of the test split" in text
+    assert more in text
+    assert "| accuracy | 1.0000 | – |" in text
+    assert not re.search(r"\bnan\b", text)
+
+
+def test_without_an_interval_the_last_line_says_what_one_needs():
+    one, group = accuracy_words(_few(1), "test"), accuracy_words(_few(3, ["a"] * 3), "val")
+    assert one.startswith("accuracy on the 1 test image: 100.00% (")
+    assert "needs more images" in one
+    assert "3 validation images" in group
+    assert "needs more groups" in group
+    low = evaluate(Predictions(np.eye(2)[[0, 1, 1]], [0, 1, 0], ["a", "b"])).metrics["top1"].low
+    of_three = evaluate(Predictions(np.eye(2)[[0, 1, 1]], [0, 1, 0], ["a", "b"]))
+    assert f"95 % interval {low:.2%} to" in accuracy_words(of_three, "test")

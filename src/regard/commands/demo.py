@@ -88,6 +88,7 @@ def take_shipped(out: Path) -> Path:
     from regard.run_data import predictions_of
     from regard.runs import RunFolder
     from regard.trained_on import KNOWN, known_images
+    from regard.training.finish import accuracy_words
 
     source = network_folder(SHIPPED)
     known = known_images(source)
@@ -101,11 +102,7 @@ def take_shipped(out: Path) -> Path:
     split, said, _ = predictions_of(out)
     found = evaluate(said)
     RunFolder(out).write_evaluation(split, found, said)
-    top1 = found.metrics["top1"]
-    log.info(
-        f"{SHIPPED}, trained before: accuracy on the {found.n:,} {split} images: {top1.value:.2%} "
-        f"(95 % interval {top1.low:.2%} to {top1.high:.2%})"
-    )
+    log.info(f"{SHIPPED}, trained before: {accuracy_words(found, split)}")
     log.info(f"the network: {out}")
     log.info(f"the report: {report_run(out)}")
     return out

@@ -29,6 +29,7 @@ from regard.evaluation.intervals import (
     wilson,
 )
 from regard.evaluation.predictions import Floats, Ints, Predictions
+from regard.files import plural
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """The comparison as a table, for notebooks."""
-        groups = "" if self.n_groups is None else f" in {self.n_groups:,} groups"
+        groups = "" if self.n_groups is None else f" in {plural(self.n_groups, 'group')}"
         value, interval = display.cell(self.difference)
         rows = [
             ("accuracy of a", f"{self.top1_a:.3f}", f"{self.only_a:,} right by a alone"),
@@ -64,7 +65,7 @@ class Comparison:
             ("a - b", value, f"{100 * self.confidence:g} % interval {interval}"),
             ("p-value", f"{self.p_value:.3g}", ""),
         ]
-        return display.table(f"{self.n:,} images{groups}", ("", "", ""), rows)
+        return display.table(f"{plural(self.n, 'image')}{groups}", ("", "", ""), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: None where a number is NaN."""

@@ -48,6 +48,7 @@ from regard.evaluation.intervals import (
     wilson,
 )
 from regard.evaluation.predictions import BINS, Floats, Ints, Outcomes, Predictions, outcomes
+from regard.files import plural
 
 _MACRO = ("balanced_accuracy", "macro_f1", "macro_precision", "macro_recall")
 
@@ -101,7 +102,7 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         """The metrics and the classes as tables, for notebooks; of many classes the worst 20."""
-        groups = "" if self.n_groups is None else f" in {self.n_groups:,} groups"
+        groups = "" if self.n_groups is None else f" in {plural(self.n_groups, 'group')}"
         percent = f"{100 * self.confidence:g} % interval"
         metrics = [(name.replace("_", " "), *display.cell(e)) for name, e in self.metrics.items()]
         present = sorted((c for c in self.per_class if c.count), key=lambda c: c.recall.value)
@@ -112,7 +113,7 @@ class Evaluation:
         ]
         of = f", the {len(shown)} of {len(present)} with the lowest recall"
         return display.table(
-            f"{self.n:,} images{groups}", ("metric", "value", percent), metrics
+            f"{plural(self.n, 'image')}{groups}", ("metric", "value", percent), metrics
         ) + display.table(
             f"Classes{of if len(shown) < len(present) else ''}",
             ("class", "images", "recall", percent, "precision"), classes,

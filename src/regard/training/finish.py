@@ -12,13 +12,14 @@ from regard.errors import UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate
 from regard.evaluation.familiarity import write_familiarity
 from regard.familiarity import measure_familiarity
+from regard.files import plural
 from regard.models.counting import count_multiply_adds, count_parameters
 from regard.models.io import save_model
 from regard.predict import Classifier
 from regard.runs import VALIDATION, RunFolder, write_predictions
 from regard.training.graphs import Graphed
 from regard.training.loop import Trainer
-from regard.training.model_card import write_model_card
+from regard.training.model_card import no_interval, write_model_card
 from regard.training.run_plan import Plan
 from regard.training.splits import LoadedSplit
 from regard.version import __version__
@@ -135,13 +136,22 @@ def selected(plan: Plan, trainer: Trainer, best: dict[str, float]) -> dict[str, 
     }
 
 
-def _report(folder: RunFolder, trainer: Trainer, split: str, evaluation: Evaluation) -> None:
+def accuracy_words(evaluation: Evaluation, split: str) -> str:
+    """The accuracy on the images of a split with its interval, or with why it has none."""
     top1 = evaluation.metrics["top1"]
-    wrong = round(evaluation.n * (1 - top1.value))
+    spread = (
+        f"95 % interval {top1.low:.2%} to {top1.high:.2%}" if top1.has_interval
+        else no_interval(evaluation)
+    )  # fmt: skip
+    images = plural(evaluation.n, f"{NAMES[split]} image")
+    return f"accuracy on the {images}: {top1.value:.2%} ({spread})"
+
+
+def _report(folder: RunFolder, trainer: Trainer, split: str, evaluation: Evaluation) -> None:
+    wrong = round(evaluation.n * (1 - evaluation.metrics["top1"].value))
     waiting = trainer.waited / max(trainer.seconds, 1e-9)
     log.info(
-        f"accuracy on the {evaluation.n:,} {NAMES[split]} images: {top1.value:.2%} (95 % interval "
-        f"{top1.low:.2%} to {top1.high:.2%}), {wrong} wrong; trained in {trainer.seconds:.0f} s, "
+        f"{accuracy_words(evaluation, split)}, {wrong} wrong; trained in {trainer.seconds:.0f} s, "
         f"{waiting:.0%} of it waiting for images"
     )
     if waiting > MUCH and isinstance(trainer.source, StreamingLoader):

@@ -6,7 +6,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from regard.evaluation import Evaluation
-from regard.files import shortened, write_text
+from regard.evaluation.display import cell
+from regard.files import plural, shortened, write_text
 from regard.runs import RunFolder
 from regard.training.run_plan import Plan
 
@@ -46,11 +47,12 @@ def write_model_card(
 
 def _network(plan: Plan, facts: dict[str, Any]) -> str:
     c, h, w = plan.preprocess.input_size
+    average = "moving averages up to" if plan.recipe.ema_decay else "those of"
     return (
         f"An image classification network with {facts['parameters']:,} parameters, for images of "
         f"{c} x {h} x {w} (channels, height, width). Training started from {plan.start} and "
-        f"took {facts['steps']:,} steps ({facts['epochs']:.3g} epochs). The weights are those of "
-        f"epoch {facts['selected']['epoch']:.4g} (selected: {facts['selected']['by']})."
+        f"took {plural(facts['steps'], 'step')} ({facts['epochs']:.3g} epochs). The weights are "
+        f"{average} epoch {facts['selected']['epoch']:.4g} (selected: {facts['selected']['by']})."
     )
 
 
@@ -67,8 +69,7 @@ def _data(plan: Plan, facts: dict[str, Any]) -> str:
 
 def _metrics(facts: dict[str, Any], evaluation: Evaluation) -> str:
     rows = [
-        f"| {METRICS.get(name, name.replace('_', ' '))} | {m.value:.4f} | "
-        f"{m.low:.4f} to {m.high:.4f} |"
+        f"| {METRICS.get(name, name.replace('_', ' '))} | {' | '.join(cell(m, 4))} |"
         for name, m in evaluation.metrics.items()
     ]
     chosen = facts["selected"]["by"] != "the last epoch"
@@ -81,11 +82,19 @@ def _metrics(facts: dict[str, Any], evaluation: Evaluation) -> str:
         "choose them.",
         "train": "There was no other split: the network was trained on these images.",
     }[facts["tested_on"]]
+    if not evaluation.metrics["top1"].has_interval:
+        why = no_interval(evaluation)
+        note += f" {why[0].upper()}{why[1:]}."
+    images = plural(evaluation.n, "image")
     return "\n".join([
-        "## Metrics", "",
-        f"On the {evaluation.n:,} images of the {facts['tested_on']} split. {note}", "",
+        "## Metrics", "", f"On the {images} of the {facts['tested_on']} split. {note}", "",
         "| metric | value | 95 % interval |", "|---|---:|---|", *rows,
     ])  # fmt: skip
+
+
+def no_interval(evaluation: Evaluation) -> str:
+    """Why the metrics of one image, or of one group of images, have no interval."""
+    return f"no interval: that needs more {'images' if evaluation.n_groups is None else 'groups'}"
 
 
 def _use(folder: RunFolder) -> str:
