@@ -7,12 +7,14 @@ from sklearn.metrics import balanced_accuracy_score, log_loss
 
 from regard.errors import UsageError
 from regard.evaluation import Predictions
+from regard.evaluation.intervals import wilson_interval
 from regard.evaluation.repeats import (
     _estimate,
     contributions,
     repeated_difference,
     repeated_value,
 )
+from regard.studies.results import sentence
 
 
 def said(rng, n=60, classes=3, groups=None):
@@ -111,6 +113,56 @@ def test_more_seeds_are_asked_for_only_where_they_would_help():
         rng.normal(0, 1, (3, 50)) + rng.normal(0, 1, 50), np.zeros(50, int), "a", 0.95
     )
     assert noise.seeds_needed() is None  # the images decide: seeds would not settle it
+
+
+def answers(right, labels=None, groups=None):
+    """Predictions of two classes that are right where `right` is."""
+    right = np.asarray(right)
+    labels = np.zeros(len(right), int) if labels is None else labels
+    p = np.where((right == (labels == 0))[:, None], [0.9, 0.1], [0.1, 0.9])
+    return Predictions(p, labels, ["a", "b"], groups=groups)
+
+
+@pytest.mark.parametrize(("seeds", "folds"), [(1, 1), (3, 1), (1, 4), (2, 4)])
+def test_where_nothing_varies_intervals_reach_as_far_as_wilsons(seeds, folds):
+    fold = np.arange(40) % folds
+    whole = [answers(np.ones(40, bool))] * seeds
+    low, high = wilson_interval(40, 40)
+    found = repeated_value(whole, folds=fold)
+    assert (found.value, found.low, found.high) == pytest.approx((1, low, high))
+    none = repeated_value([answers(np.zeros(40, bool))] * seeds, folds=fold)
+    assert (none.low, none.high) == pytest.approx(wilson_interval(0, 40))
+    some = [answers(np.arange(40) % 3 > 0)] * seeds
+    d = repeated_difference(some, some, folds=fold)
+    assert (d.value, d.low, d.high) == pytest.approx((0, low - 1, 1 - low))
+    if d.claims:
+        assert (d.p_value, d.minimal_effect) == pytest.approx((1.0, 1 - low))
+        assert f"difference of {100 * (1 - low):.1f} points" in sentence("b", d, d.p_value)
+    loss = repeated_difference(some, some, metric="log loss", folds=fold)
+    assert loss.value == 0
+    assert np.isnan([loss.low, loss.high, loss.minimal_effect]).all()  # it has no range
+
+
+def test_groups_and_classes_of_unequal_sizes_have_their_own_reach():
+    groups = np.repeat(np.arange(8), [1, 2, 3, 4, 6, 6, 8, 10])
+    whole = [answers(np.ones(40, bool), groups=groups)] * 3
+    found = repeated_value(whole)  # 8 groups, which differ in nothing but their sizes
+    assert (found.low, found.high) == pytest.approx(wilson_interval(8, 8))
+    labels = np.arange(44) // 40  # 40 and 4 images: recalls that are worth 2² / (1/40 + 1/4)
+    found = repeated_value([answers(np.ones(44, bool), labels)] * 3, metric="balanced accuracy")
+    assert found.low == pytest.approx(wilson_interval(15, 15)[0])
+
+
+def test_a_difference_that_no_networks_can_have_is_not_stated():
+    rng = np.random.default_rng(0)
+    a, b = ([answers(rng.random(40) < share) for share in shares] for shares in
+            ((0.2, 0.9), (0.9, 0.3)))  # fmt: skip
+    d = repeated_difference(a, b)
+    assert (d.claims, d.minimal_effect) == (True, np.inf)
+    assert d.to_dict()["minimal_effect"] is None
+    said = sentence("b", d, d.p_value)
+    assert "no difference could have been shown" in said
+    assert "inf" not in said
 
 
 def test_what_does_not_fit_is_refused():

@@ -26,7 +26,7 @@ from regard.evaluation.intervals import (
     draws,
     finite_or_none,
     percentile,
-    wilson,
+    reach_of_none,
 )
 from regard.evaluation.predictions import Floats, Ints, Predictions
 from regard.files import plural
@@ -162,7 +162,7 @@ def _difference(
     """The mean difference with its interval; sums and sizes are those of the units."""
     value, n_units = float(difference.mean()), len(sums)
     if difference.min() == difference.max():
-        reach = wilson(0.0, n_units, confidence).high
+        reach = reach_of_none(n_units, confidence)
         return Estimate(value, max(value - reach, -1.0), min(value + reach, 1.0))
     if n_units < 2:
         return Estimate(value, NAN, NAN)

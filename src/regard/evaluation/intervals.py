@@ -122,6 +122,33 @@ def wilson(share: float, units: int, confidence: float) -> Estimate:
     return Estimate(share, min(low, share), max(high, share))
 
 
+def reach_of_none(units: float, confidence: float) -> float:
+    """How far a share reaches of which none of the units had any: Wilson's upper end of 0.
+
+    The half-width of an interval where no unit differs from another, though further units might.
+    NaN for fewer than two units.
+    """
+    return wilson(0.0, max(round(units), 1), confidence).high
+
+
+@lru_cache(maxsize=2**12)
+def detectable_factor(df: float, confidence: float, power: float = 0.8) -> float:
+    """The effect that a t-test shows with this power, in estimated standard errors.
+
+    By the noncentral t distribution; an estimated standard error is too small on average, by
+    the factor c4 of `df`, its degrees of freedom.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import gammaln
+    from scipy.stats import nct, t
+
+    df = min(df, 1e4)
+    critical = float(t.ppf((1 + confidence) / 2, df))
+    found = brentq(lambda nc: nct.sf(critical, df, nc) - power, 0.0, 40.0 * critical)
+    c4 = math.sqrt(2 / df) * math.exp(gammaln((df + 1) / 2) - gammaln(df / 2))
+    return float(found / c4)
+
+
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for a proportion (Wilson, JASA 1927), without continuity correction.
 

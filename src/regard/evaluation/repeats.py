@@ -13,6 +13,9 @@ are Satterthwaite's (1946). With one seed the training's part can't be estimated
 corrected resampled t-test of Nadeau and Bengio (*Machine Learning* 52, 2003) stands in, and
 with neither there is an interval over images, but no claim about the networks.
 
+Where nothing varies, as of two networks with the same answers in every seed, the interval of a
+share reaches as far as Wilson's for none of as many images (or groups).
+
 Folds share training images, and no estimator of that covariance is unbiased (Bengio and
 Grandvalet, JMLR 5, 2004); a mean over folds is therefore never treated as independent draws.
 """
@@ -20,13 +23,18 @@ Grandvalet, JMLR 5, 2004); a mean over folds is therefore never treated as indep
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from regard.errors import UsageError
-from regard.evaluation.intervals import NAN, Estimate, finite_or_none
+from regard.evaluation.intervals import (
+    NAN,
+    Estimate,
+    detectable_factor,
+    finite_or_none,
+    reach_of_none,
+)
 from regard.evaluation.predictions import Floats, Ints, Predictions, outcomes
 
 METRICS = ("accuracy", "balanced accuracy", "log loss")
@@ -49,6 +57,7 @@ class RepeatedDifference:
         df: degrees of freedom of the interval.
         seed_variance: variance of a difference from training again, the same images.
         image_variance: variance of the mean from drawing the images again.
+        reach: half the width of the interval where nothing varies; NaN for log losses.
         confidence: of the interval.
     """
 
@@ -64,6 +73,7 @@ class RepeatedDifference:
     df: float
     seed_variance: float
     image_variance: float
+    reach: float = NAN
     confidence: float = 0.95
 
     @property
@@ -73,10 +83,17 @@ class RepeatedDifference:
 
     @property
     def minimal_effect(self) -> float:
-        """The true difference that a study like this one shows with a power of 80 %."""
+        """The true difference that a study like this one shows with a power of 80 %.
+
+        Infinite where none that is possible would be shown; NaN where it is not known.
+        """
         if not self.claims:
             return NAN
-        return _detectable(round(self.df, 1), self.confidence) * self.standard_error
+        error = self.standard_error
+        if _is_none(error**2):
+            return self.reach
+        found = detectable_factor(round(self.df, 1), self.confidence) * error
+        return found if found <= _most(self.metric) else math.inf
 
     @property
     def claims(self) -> bool:
@@ -140,7 +157,7 @@ def repeated_difference(
     _check_images([*a, *b])
     pairs = zip(a, b, strict=True)
     parts = np.stack([contributions(p, metric) - contributions(q, metric) for p, q in pairs])
-    return _estimate(*_by_unit(parts, a[0], folds), metric, confidence)
+    return _estimate(*_by_unit(parts, a[0], folds), metric, confidence, _weight(a[0], metric))
 
 
 def repeated_value(
@@ -166,7 +183,8 @@ def repeated_value(
         raise UsageError("no seed: at least one is needed")
     _check_images(seeds)
     parts = np.stack([contributions(p, metric) for p in seeds])
-    found = _estimate(*_by_unit(parts, seeds[0], folds), metric, confidence)
+    weight = _weight(seeds[0], metric)
+    found = _estimate(*_by_unit(parts, seeds[0], folds), metric, confidence, weight)
     return Estimate(found.value, max(found.low, 0.0), found.high)
 
 
@@ -183,12 +201,17 @@ def _check_images(predictions: Sequence[Predictions]) -> None:
 
 
 def _by_unit(parts: Floats, like: Predictions, folds: Ints | None) -> tuple[Floats, Ints]:
-    """(S, N) -> (S, G) each unit's part, whose mean is that of the images; and its fold."""
+    """(S, N) -> (S, G) each unit's part, whose mean is that of the images; and its fold.
+
+    The mean of the images is a ratio, of the units' sums to their sizes: a unit's part is the
+    mean plus its influence, so that units that differ in size alone have the same part.
+    """
     fold = np.zeros(len(like), dtype=np.int64) if folds is None else np.asarray(folds)
     unit, n_units = _units(like, fold)
     per_unit = np.zeros((len(parts), n_units))
     for s, row in enumerate(parts):
-        per_unit[s] = np.bincount(unit, row, n_units) * n_units / len(fold)
+        mean = row.mean()
+        per_unit[s] = mean + np.bincount(unit, row - mean, n_units) * n_units / len(fold)
     fold_of_unit = np.zeros(n_units, dtype=np.int64)
     fold_of_unit[unit] = np.unique(fold, return_inverse=True)[1]
     return per_unit, fold_of_unit
@@ -221,8 +244,27 @@ def contributions(predictions: Predictions, metric: str) -> Floats:
     return balanced + (each.correct - recall[each.true]) * share
 
 
-def _estimate(d: Floats, fold: Ints, metric: str, confidence: float) -> RepeatedDifference:
-    """From D[s, g], (S, G), and the fold of each unit, (G,)."""
+def _weight(like: Predictions, metric: str) -> float:
+    """The part of the images that decides: all, or as many as a mean of recalls is worth."""
+    if metric != "balanced accuracy":
+        return 1.0
+    counts = np.bincount(like.labels)
+    counts = counts[counts > 0]
+    return float(len(counts) ** 2 / (1 / counts).sum() / len(like))
+
+
+def _most(metric: str) -> float:
+    return 1.0 if metric != "log loss" else math.inf  # shares differ by at most 1
+
+
+def _is_none(variance: float) -> bool:
+    return variance < 1e-20  # rounding
+
+
+def _estimate(
+    d: Floats, fold: Ints, metric: str, confidence: float, weight: float = 1.0
+) -> RepeatedDifference:
+    """From D[s, g], (S, G), and the fold of each unit, (G,); `weight` is that of `_weight`."""
     seeds, units = d.shape
     folds = int(fold.max()) + 1
     value, each = float(d.mean()), d.mean(axis=1)
@@ -244,13 +286,16 @@ def _estimate(d: Floats, fold: Ints, metric: str, confidence: float) -> Repeated
     else:
         seed_part, image_part, total, df = 0.0, images, images, units - 1
     half = _t((1 + confidence) / 2, df) * math.sqrt(total) if df > 0 else NAN
-    most = 1.0 if metric != "log loss" else math.inf  # shares differ by at most 1
+    most = _most(metric)
+    reach = reach_of_none(weight * units, confidence) if math.isfinite(most) else NAN
+    if _is_none(total):
+        half = reach
     claims = seeds > 1 or folds > 1
     return RepeatedDifference(
         metric=metric, value=value, low=max(value - half, -most), high=min(value + half, most),
-        p_value=_p(value, total, df) if claims else NAN, each=tuple(map(float, each)),
+        p_value=_p(value, total, df, units) if claims else NAN, each=tuple(map(float, each)),
         n_units=units, seeds=seeds, folds=folds, df=df, seed_variance=seed_part,
-        image_variance=image_part, confidence=confidence,
+        image_variance=image_part, reach=reach, confidence=confidence,
     )  # fmt: skip
 
 
@@ -282,27 +327,9 @@ def _t(share: float, df: float) -> float:
     return float(norm.ppf(share) if math.isinf(df) else t.ppf(share, df))
 
 
-@lru_cache(maxsize=2**12)
-def _detectable(df: float, confidence: float, power: float = 0.8) -> float:
-    """The effect that a t-test shows with this power, in estimated standard errors.
-
-    By the noncentral t distribution; an estimated standard error is too small on average, by
-    the factor c4 of `df`.
-    """
-    from scipy.optimize import brentq
-    from scipy.special import gammaln
-    from scipy.stats import nct
-
-    df = min(df, 1e4)
-    critical = _t((1 + confidence) / 2, df)
-    found = brentq(lambda nc: nct.sf(critical, df, nc) - power, 0.0, 40.0 * critical)
-    c4 = math.sqrt(2 / df) * math.exp(gammaln((df + 1) / 2) - gammaln(df / 2))
-    return float(found / c4)
-
-
-def _p(value: float, variance: float, df: float) -> float:
+def _p(value: float, variance: float, df: float, units: int) -> float:
     from scipy.stats import t
 
-    if variance <= 0:
-        return 1.0 if value == 0 else 0.0
+    if _is_none(variance):  # all units alike: the exact test of their signs
+        return 1.0 if value == 0 else min(1.0, 2 * 0.5**units)
     return float(2 * t.sf(abs(value) / math.sqrt(variance), df))

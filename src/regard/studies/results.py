@@ -286,10 +286,11 @@ def sentence(name: str, d: RepeatedDifference, p_value: float) -> str:
         if needed is not None and needed > d.seeds
         else "more seeds would not settle it, more test images might"
     )
-    return (
-        f"{name} is not shown to be better or worse: {shown}; this study could have shown a "
-        f"difference of {100 * d.minimal_effect:.1f} points, and {more}."
-    )
+    could = "no difference could have been shown by this study"
+    if math.isfinite(d.minimal_effect):
+        points = 100 * d.minimal_effect
+        could = f"this study could have shown a difference of {points:.1f} points"
+    return f"{name} is not shown to be better or worse: {shown}; {could}, and {more}."
 
 
 def to_dict(result: StudyResult) -> dict[str, Any]:
