@@ -150,6 +150,8 @@ def test_probability_of_zero_costs_what_scikit_learn_says():
     expected = sk.log_loss(p.labels, p.probabilities)
     assert evaluate(p, resamples=2).metrics["nll"].value == pytest.approx(expected)
     assert 12.0 < expected < 12.1
+    stored = Predictions(p.probabilities.astype(np.float32), p.labels, p.classes)
+    assert evaluate(stored, resamples=2).metrics["nll"].value == pytest.approx(expected)
 
 
 # ---- intervals --------------------------------------------------------------------------

@@ -153,7 +153,8 @@ def outcomes(predictions: Predictions) -> Outcomes:
     # bins are closed above, ((m - 1) / 15, m / 15], as in Guo et al.
     edges = np.linspace(0.0, 1.0, BINS + 1)
     bins = np.clip(np.digitize(top, edges, right=True) - 1, 0, BINS - 1)
-    # as scikit-learn's log_loss: a probability of 0 costs 36 nats, not infinity
+    # A probability of 0 costs 36 nats, not infinity, as scikit-learn's log_loss says for float64.
+    # It clips float32 at that type's resolution instead, so that the same 0 costs 16 nats.
     of_true = probabilities[images, true].astype(np.float64)
     unit, n_units = units_of(predictions)
     return Outcomes(

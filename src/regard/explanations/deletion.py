@@ -3,8 +3,9 @@
 Petsiuk et al., RISE, BMVC 2018, arXiv 1806.07421: the pixels that a map ranks highest are
 removed from the image, or put onto a baseline without detail, step by step, and the probability
 of the class is recorded. The better the map shows what the answer depends on, the faster the
-probability falls (deletion) or rises (insertion). Every map is compared with random maps of its
-own resolution and with a blob in the center, where photographers put things.
+probability falls (deletion) or rises (insertion). Every map is compared with the same random
+maps, which have the resolution of the finest map, and with a blob in the center, where
+photographers put things.
 """
 
 from collections.abc import Callable, Mapping
