@@ -89,6 +89,12 @@ def test_entries_that_a_file_lacks_have_the_recipes_defaults():
     assert {name: getattr(Recipe(), name) for name in defaults} == defaults
 
 
+def test_the_networks_own_mean_is_named_by_where_it_comes_from():
+    recipe = _recipe(normalization="model")
+    assert "starting weights" in preprocessing(recipe, PREPROCESS, started=True)
+    assert "starting weights" not in preprocessing(recipe, PREPROCESS)
+
+
 def test_a_step_is_of_all_batches_and_processes():
     accumulated = training(_recipe(batch_size=8, accumulate=2), FACTS | {"batches": [8, 2]})
     assert "steps of 16 images (2 batches of 8)" in accumulated

@@ -207,8 +207,12 @@ class _Sentences:
             return f"{plural(divided, 'group')} in more than one partition.{same}"
         return f"No group is in more than one partition.{same}"
 
+    @property
+    def _started(self) -> bool:
+        return bool(self.plan.get("weights") or self.plan.get("pretrained"))
+
     def _preprocessing(self) -> str:
-        return preprocessing(self.recipe, self.plan["preprocess"])
+        return preprocessing(self.recipe, self.plan["preprocess"], started=self._started)
 
     # ---- network -------------------------------------------------------------------------
     def _technology(self) -> str:
@@ -239,7 +243,7 @@ class _Sentences:
         )
 
     def _initialization(self) -> str:
-        if self.plan.get("weights") or self.plan.get("pretrained"):
+        if self._started:
             start = self.plan.get("start") or self.plan.get("weights") or "pretrained weights"
             return f"Training started from {start}."
         return f"Weights were initialized at random, seed {self.recipe['seed']}."

@@ -90,17 +90,26 @@ def _named(splits: list[str]) -> str:
 
 
 # ---- images ------------------------------------------------------------------------------
-def preprocessing(recipe: Mapping[str, Any], preprocess: Mapping[str, Any]) -> str:
-    """How images become input, and how those for training were augmented."""
+def preprocessing(
+    recipe: Mapping[str, Any], preprocess: Mapping[str, Any], *, started: bool = False
+) -> str:
+    """How images become input, and how those for training were augmented.
+
+    Args:
+        recipe: with every entry.
+        preprocess: of the run's plan.
+        started: whether the network started from weights, rather than at random.
+    """
     c, h, w = preprocess["input_size"]
     how = _RESIZE.get(preprocess.get("resize", ""), "scaled to")
     share = preprocess.get("crop_pct", 1.0)
     cut = f" (a crop of {share:g} of the shorter side)" if share != 1 else ""
     squashed = " (squashed first, then cropped)" if preprocess.get("resize_first") else ""
+    whose = "starting weights" if started else "network's configuration"
     normal = {
         "data": "with the mean and deviation of the training images",
         "image": "with each image's own mean and deviation",
-    }.get(recipe["normalization"], "with the mean and deviation of the network's configuration")
+    }.get(recipe["normalization"], f"with the mean and deviation of the {whose}")
     channels = "grayscale" if c == 1 else "color" if c == 3 else f"{c} channels"
     said = f"Images were {how} {w}×{h} pixels{cut}{squashed}, {channels}, and normalized {normal}."
     if (values := preprocess.get("value_range")) is not None:
