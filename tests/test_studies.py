@@ -230,6 +230,19 @@ def test_networks_that_never_differ_have_a_page_too(tmp_path, trainer):
     assert "not shown" in (tmp_path / "study.html").read_text()
 
 
+@pytest.mark.parametrize(("seeds", "stated"), [(2, ["1 comparison "]), (1, [])])
+def test_the_page_counts_the_comparisons_that_were_made(tmp_path, trainer, seeds, stated):
+    """A row without a finished run is in none, and one training of each claims nothing."""
+    table, runs = planned(tmp_path, TABLE + '[[rows]]\nname = "c"\nnetwork = "c"\n', seeds)
+    run_all([run for run in runs if run.row != "c"], jobs=2, python=trainer)
+    result = gather(table, runs)
+    write_page(result, tmp_path)
+    page = (tmp_path / "study.html").read_text()
+    assert re.findall(r"corrected for (\d+ comparisons? )", page) == stated
+    for name, p in result.rows[1].p_values.items():  # of one test, as it is
+        assert p == pytest.approx(result.rows[1].differences[name].p_value, nan_ok=True)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_results(tmp_path, trainer):
     def results(out):

@@ -79,7 +79,7 @@ def _differences(run: PlannedRun, asked: Asked) -> Iterator[_Difference]:
     fold = {"fold": words[words.index("--fold") + 1]} if "--fold" in words else {}
     wanted = asked.base.changed(**asked.changes, **fold)
     if not _same_data(plan, asked.data):
-        yield "data", plan["data"], asked.data
+        yield "data", plan.get("location") or plan["data"], _place(asked.data)
     if asked.data in NAMES and plan.get("root") != asked.root:
         yield "root", plan.get("root"), asked.root
     if plan.get("reading", asked.splits) != asked.splits:
@@ -155,6 +155,11 @@ def _same_data(plan: Mapping[str, Any], data: str) -> bool:
             if os.path.exists(path := os.path.expanduser(path)) and os.path.exists(location):
                 return os.path.samefile(path, location)
     return plan.get("data", data) == data
+
+
+def _place(data: str) -> str:
+    path = os.path.expanduser(data)
+    return os.path.abspath(path) if data not in NAMES and os.path.exists(path) else data
 
 
 def _listed(value: Any) -> Any:

@@ -45,6 +45,8 @@ def write_page(result: StudyResult, out: Path) -> None:
         metrics=METRICS,
         paper=PAPERS.get(result.table.paper or ""),
         rows=[_row(row, result) for row in result.rows],
+        # rows without a finished run are in no comparison, and `holm` does not count them
+        compared=sum(math.isfinite(row.p_values.get("accuracy", math.nan)) for row in result.rows),
         columns=_paper_columns(result),
         measured={name for row in result.rows for name in row.printed},
         forest=forest(result.rows),
