@@ -2,14 +2,17 @@
 
 import csv
 import re
+import shutil
 from collections import Counter
 
 import pytest
 
+from regard.evaluation import Predictions
 from regard.report.checklists import CHECKLISTS
 from regard.report.figures import measure
 from regard.report.methods import MUST, as_markdown, methods_of
 from regard.report.source import RunSource
+from regard.runs import write_predictions
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,19 @@ def test_items_are_answered_or_the_author_must(methods):
     claim = {n: answer for n, _, answer in methods.checklists["CLAIM 2024"][1]}
     assert "with attention" in claim["1"]
     assert sum(map(int, re.findall(r"(\d+) (?:true|false)", stard["30"]))) == 24
+
+
+def test_one_image_has_no_intervals_and_no_nan(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    said = RunSource(whole).predictions
+    one = Predictions(said.probabilities[:1], said.labels[:1], said.classes, None, said.paths[:1])
+    write_predictions(run / "predictions.npz", "test", one)
+    source = RunSource(run)
+    other = next(name for k, name in enumerate(said.classes) if k != said.labels[0])
+    found = methods_of(source, measure(source, other, 0), source.command)
+    assert not re.search(r"\bnan\b", f"{found.text}{as_markdown(found)}")
+    assert "One image gives no intervals" in found.text
+    assert "sensitivity not defined" in found.text
 
 
 def test_markdown_has_a_row_for_each_item(methods):

@@ -5,6 +5,8 @@ import shutil
 from dataclasses import asdict
 
 import pytest
+import timm
+import torch
 
 from regard.report.figures import measure
 from regard.report.methods import methods_of
@@ -14,6 +16,7 @@ from regard.report.training_words import (
     partitions,
     preprocessing,
     selection,
+    technology,
     training,
     with_defaults,
 )
@@ -122,6 +125,18 @@ def test_partitions_are_as_they_were_made(changes, given, said, unsaid):
     assert "training 40 images, validation 9 images, test 18 images" in text
     assert all(each in text for each in said), text
     assert not any(each in text for each in unsaid), text
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutional", "attention"),
+    [("vit_tiny_patch16_224", False, True), ("resnet18", True, False), ("seresnet18", True, True),
+     ("cbam_resnet18", True, True), ("plain_resnet18", True, False)],
+)  # fmt: skip
+def test_the_technology_is_the_networks(name, convolutional, attention):
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    words = technology(network)
+    assert ("convolutional" in words, "attention" in words) == (convolutional, attention)
 
 
 @pytest.fixture(scope="module")

@@ -121,6 +121,12 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + "s" * (count != 1)
 
 
+def about(number: float, noun: str) -> str:
+    """ "1 epoch", "2.22 epochs": three digits, and the noun takes an s."""
+    text = f"{number:.3g}"
+    return f"{text} {noun}" + "s" * (text != "1")
+
+
 def spread(count: int, most: int) -> "NDArray[np.int64]":
     """At most `most` of the indices 0 to count - 1, evenly spread, the first and last included."""
     import numpy as np  # here, so that help and messages need no NumPy

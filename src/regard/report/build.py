@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.errors import UsageError
-from regard.files import plural, write_text
+from regard.files import about, plural, write_text
 from regard.report.browse import browser_of
 from regard.report.figures import charts, measure
 from regard.report.methods import as_text, methods_of
@@ -101,8 +101,8 @@ def _summary(plan: dict[str, Any], facts: dict[str, Any], recipe: dict[str, Any]
         "Network": f"{plan['model']}, {facts['parameters']:,} parameters, input {c}x{h}x{w}",
         "Images": f"{plan['data']}: {counts}",
         "Starting weights": plan.get("start", ""),
-        "Training": f"{plural(facts['steps'], 'step')}, {batches(facts, recipe)} "
-        f"({facts['epochs']:.3g} epochs) in {facts['seconds']:.0f} s on {facts['device']}, "
+        "Training": f"{plural(facts['steps'], 'step')} ({about(facts['epochs'], 'epoch')}), "
+        f"{batches(facts, recipe)}, in {facts['seconds']:.0f} s on {facts['device']}, "
         f"{plural(facts['threads'], 'thread')}, seed {recipe['seed']}",
         "Optimizer": f"{recipe['optimizer']}, learning rate {recipe['lr']:g}, {recipe['schedule']}",
     }

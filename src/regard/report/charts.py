@@ -12,6 +12,7 @@ from regard.evaluation import Evaluation
 from regard.explanations.curves_figure import curves_figure
 from regard.explanations.faithfulness import Faithfulness, interval
 from regard.explanations.print_style import LINE, MAIN, MUTED, SECOND, SMALL, new_figure, short
+from regard.files import plural
 from regard.report.curves import Chart
 from regard.report.words import percent
 
@@ -178,7 +179,7 @@ def faithfulness(found: Faithfulness, width: float) -> Chart:
         f"{s.name}: deletion {interval(s.deletion, 2)}, insertion {interval(s.insertion, 2)}"
         for s in found.scores.values()
     )
-    caption = f"Mean over {found.images} images" + (
+    caption = f"Mean over {plural(found.images, 'image')}" + (
         "; shaded: 95 % interval over images." if found.images > 1 else "."
     )
     title = "Deletion and insertion"

@@ -1,12 +1,10 @@
 """A methods paragraph and answers to checklists, from what a run knows of itself."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 
-from torch import nn
-
-from regard.attention import attention_kinds
 from regard.data.splits_file import Row, read_rows
 from regard.evaluation import Estimate
 from regard.explanations.print_style import SOFTWARE
@@ -21,6 +19,7 @@ from regard.report.training_words import (
     partitions,
     preprocessing,
     selection,
+    technology,
     training,
     with_defaults,
 )
@@ -216,13 +215,7 @@ class _Sentences:
 
     # ---- network -------------------------------------------------------------------------
     def _technology(self) -> str:
-        network = self.source.classifier.model
-        # a vision transformer has one such layer, which cuts the image into patches
-        layers = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
-        convolutional = sum(max(layer.kernel_size) > 1 for layer in layers) > 1
-        attention = " with attention" if attention_kinds(network) else ""
-        kind = "a convolutional neural network" if convolutional else "a neural network"
-        return f"Deep learning: {kind}{attention}."
+        return f"Deep learning: {technology(self.source.classifier.model)}."
 
     def _predictions(self) -> str:
         stored = self.source.calibration
@@ -280,6 +273,9 @@ class _Sentences:
         )
 
     def _intervals(self) -> str:
+        found = self.source.evaluation
+        if not found.metrics["top1"].has_interval:
+            return f"One {'image' if found.n_groups is None else 'group'} gives no intervals."
         if self.source.predictions.groups is not None:
             return "95 % intervals are of 1000 bootstrap samples of whole groups."
         return (
@@ -377,12 +373,16 @@ def _given(source: RunSource) -> set[str] | None:
 
 
 def _share(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "not defined"
     if not estimate.has_interval:
         return percent(estimate.value).replace("\u00a0", " ")
     return f"{percent(estimate.value)} ({percent_range(estimate)})".replace("\u00a0", " ")
 
 
 def _plain(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "not defined"
     if not estimate.has_interval:
         return f"{estimate.value:.3f}"
     return f"{estimate.value:.3f} ({estimate.low:.3f}–{estimate.high:.3f})"

@@ -4,10 +4,14 @@ Every entry of a recipe that changes the result is in one of these sentences whe
 from its default; numbers are those of what was done rather than of what was asked for.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from regard.files import plural
+from torch import nn
+
+from regard.attention import attention_kinds
+from regard.files import about, plural
 from regard.report.words import SPLITS
 
 # The defaults of entries that a run's recipe.toml may lack: they have no value, or are newer.
@@ -23,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "color_jitter": 0.0, "lighting": 0.0, "random_erasing": 0.0, "graft": "none",
     "sync_bn": False, "eval_every": 1.0, "seed": 0,
 }  # fmt: skip
+_ATTENTION = re.compile(r"attention|attn|squeeze|^SEModule|cbam", re.IGNORECASE)
 _OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon (vectors by AdamW)"}
 _RESIZE = {
     "squash": "scaled to", "crop": "scaled and cropped at the center to",
@@ -87,6 +92,17 @@ def _origin(
 
 def _named(splits: list[str]) -> str:
     return f"{' and '.join(SPLITS[s] for s in splits)} images"
+
+
+def technology(network: nn.Module) -> str:
+    """The kind of a network, in words: whether it is convolutional, and has attention."""
+    parts = list(network.modules())[1:]  # the network's own name says nothing of its parts
+    # a vision transformer has one such layer, which cuts the image into patches
+    layers = [part for part in parts if isinstance(part, nn.Conv2d)]
+    convolutional = sum(max(layer.kernel_size) > 1 for layer in layers) > 1
+    kind = "a convolutional neural network" if convolutional else "a neural network"
+    named = any(_ATTENTION.search(type(part).__name__) for part in parts)  # timm's have no maps
+    return f"{kind} with attention" if named or attention_kinds(network) else kind
 
 
 # ---- images ------------------------------------------------------------------------------
@@ -168,7 +184,7 @@ def training(
     average = f"moving average of the weights (decay {r['ema_decay']:g})" if r["ema_decay"] else ""
     parts = [
         _OPTIMIZERS.get(r["optimizer"], r["optimizer"]), rate, _schedule(r), _momentum(r),
-        _decay(r), clip, average, batches(facts, r), _epochs(facts, r), loss, smoothing, noise,
+        _decay(r), clip, average, _epochs(facts, r), batches(facts, r), loss, smoothing, noise,
         f"{facts['precision']} arithmetic" if facts.get("precision") else "", f"seed {r['seed']}",
     ]  # fmt: skip
     time = f"in {facts['seconds']:.0f} s on {facts['device']}"
@@ -215,7 +231,7 @@ def batches(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
 
 def _epochs(facts: Mapping[str, Any], r: Mapping[str, Any]) -> str:
     partial = ", each ending with a smaller batch" if r["partial_batch"] else ""
-    return f"{plural(facts['steps'], 'step')} ({facts['epochs']:.3g} epochs{partial})"
+    return f"{plural(facts['steps'], 'step')} ({about(facts['epochs'], 'epoch')}{partial})"
 
 
 def imbalance(recipe: Mapping[str, Any]) -> str:
@@ -247,7 +263,7 @@ def selection(recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     until = "up to" if decay else "of"
     if chosen["by"] == "the last epoch":
         return f"The weights are {what} {until} the last epoch; no image chose them."
-    every = "epoch" if recipe["eval_every"] == 1 else f"{recipe['eval_every']:g} epochs"
+    every = about(recipe["eval_every"], "epoch").removeprefix("1 ")
     return (
         f"The weights are {what} {until} epoch {chosen['epoch']:g}, chosen by {chosen['by']}; it "
         f"was measured every {every}."

@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from regard.evaluation import Evaluation
 from regard.evaluation.display import cell
-from regard.files import plural, shortened, write_text
+from regard.files import about, plural, shortened, write_text
 from regard.runs import RunFolder
 from regard.training.run_plan import Plan
 
@@ -47,12 +47,13 @@ def write_model_card(
 
 def _network(plan: Plan, facts: dict[str, Any]) -> str:
     c, h, w = plan.preprocess.input_size
+    chosen = facts["selected"]
     average = "moving averages up to" if plan.recipe.ema_decay else "those of"
     return (
         f"An image classification network with {facts['parameters']:,} parameters, for images of "
         f"{c} x {h} x {w} (channels, height, width). Training started from {plan.start} and "
-        f"took {plural(facts['steps'], 'step')} ({facts['epochs']:.3g} epochs). The weights are "
-        f"{average} epoch {facts['selected']['epoch']:.4g} (selected: {facts['selected']['by']})."
+        f"took {plural(facts['steps'], 'step')} ({about(facts['epochs'], 'epoch')}). The weights "
+        f"are {average} epoch {chosen['epoch']:.4g} (selected: {chosen['by']})."
     )
 
 
