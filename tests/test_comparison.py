@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import norm, ttest_1samp
 from sklearn import metrics as sk
 
 from regard.evaluation import Predictions, adjust, compare, compare_metrics
+from regard.evaluation.intervals import wilson_interval
+from regard.evaluation.paired import _by_bootstrap
 from regard.evaluation.significance import delong, holm
 from tests.test_diagnostics import binary
 from tests.test_evaluation import ends, make, pair
@@ -133,6 +135,73 @@ def test_equal_networks_are_rarely_shown_to_differ():
         c = compare_metrics(a, b, metrics=["kappa"], resamples=150, seed=seed)[0]
         wrong += c.shown != "not shown"
     assert wrong <= 8  # 5 % of 60 are 3
+
+
+@pytest.mark.parametrize("units", [4, 8, 40])
+def test_few_groups_claim_no_more_than_their_level_and_have_the_stated_power(units):
+    """Means of groups, normal, of networks that are equal and that differ by what is stated."""
+    rng = np.random.default_rng(0)
+    stated = 0.0
+    for effect, low, high in ((0.0, 0.03, 0.07), (None, 0.74, 0.86)):
+        effect = stated if effect is None else effect
+        made = []
+        for _ in range(500):
+            each = rng.normal(effect, 1.0, units)
+            times = rng.multinomial(units, np.full(units, 1 / units), 400)
+            args = ("nll", (6 * units, units), each.mean(), 0.0, times @ each / units, 0.95)
+            made.append(_by_bootstrap(*args))
+        out = [not one.difference.low <= 0 <= one.difference.high for one in made]
+        assert out == [one.p_value <= 0.05 for one in made]
+        assert low <= np.mean(out) <= high
+        stated = np.mean([one.detectable for one in made])
+
+
+def test_p_values_agree_with_intervals_and_of_means_with_the_t_test_of_groups():
+    groups = np.repeat(np.arange(8), 6)
+    labels = np.tile([0, 1], 24)
+    by_bootstrap, by_t = [], []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        nets = []
+        for shift in (1.0, 1.6):
+            logit = (2 * labels - 1) * (shift + rng.normal(0, 0.8, 8)[groups])
+            p = 1 / (1 + np.exp(-logit - rng.normal(0, 1, 48)))
+            nets.append(Predictions(np.stack([1 - p, p], 1), labels, ["a", "b"], groups=groups))
+        names = ["balanced_accuracy", "nll", "mcc"]
+        found = by_name(compare_metrics(*nets, metrics=names, resamples=200, seed=seed))
+        for c in found.values():
+            assert (c.p_value <= 0.05) == (not c.difference.low <= 0 <= c.difference.high)
+        losses = [-np.log(p.probabilities[np.arange(48), labels]).reshape(8, 6) for p in nets]
+        by_bootstrap.append(found["nll"].p_value)
+        by_t.append(ttest_1samp((losses[0] - losses[1]).mean(axis=1), 0).pvalue)
+    assert np.mean(by_bootstrap) == pytest.approx(np.mean(by_t), abs=0.02)
+
+
+def test_what_could_have_been_shown_counts_groups():
+    groups = np.arange(60) // 20
+    right = np.arange(60) % 5 > 0
+    same = [Predictions(np.where(right[:, None], [0.9, 0.1], [0.1, 0.9]), np.zeros(60, int),
+                        ["a", "b"], groups=groups)] * 2  # fmt: skip
+    reach = wilson_interval(0, 3)[1]
+    for c in compare_metrics(*same, metrics=["top1", "macro_f1", "nll"], resamples=50):
+        if c.metric == "nll":
+            assert np.isnan(c.detectable)  # a share's reach is none of a loss
+        else:
+            assert (c.detectable, c.difference.high) == pytest.approx((reach, reach))
+    # two groups alike, and one where the networks differ: three can't show that
+    other = right.copy()
+    other[:20] = ~other[:20]
+    b = Predictions(np.where(other[:, None], [0.9, 0.1], [0.1, 0.9]), np.zeros(60, int), ["a", "b"])
+    c = compare_metrics(same[0], b, metrics=["top1"], resamples=200)[0]
+    assert c.detectable == np.inf
+    assert c.to_dict()["detectable"] is None
+    assert "no difference could have been shown" in c.sentence()
+    # each group has one image more: the samples are all alike, and yet three groups are few
+    one = right.copy()
+    one[::20] = True
+    b = Predictions(np.where(one[:, None], [0.9, 0.1], [0.1, 0.9]), np.zeros(60, int), ["a", "b"])
+    d = compare(b, same[0]).difference
+    assert ends(d) == pytest.approx((0.05 - reach, 0.05 + reach))
 
 
 def test_wrong_metrics_are_refused():

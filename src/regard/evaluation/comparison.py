@@ -1,8 +1,8 @@
 """The accuracy of two networks on the same images, with exact tests.
 
 The interval of the difference is the percentile bootstrap's, of images or, with groups, of
-whole groups; each resample has both networks on the same images. Where every image has the
-same difference no resample differs, and the interval reaches as far as Wilson's for no
+whole groups; each resample has both networks on the same images. Where every image (or group)
+has the same difference no resample differs, and the interval reaches as far as Wilson's for no
 success in as many images (groups). With one group low and high are NaN.
 
 The p-value is two-sided. Without groups it is that of McNemar's exact test: if the networks
@@ -25,7 +25,7 @@ from regard.evaluation.intervals import (
     check_settings,
     draws,
     finite_or_none,
-    percentile,
+    percentile_test,
     reach_of_none,
 )
 from regard.evaluation.predictions import Floats, Ints, Predictions
@@ -161,13 +161,15 @@ def _difference(
 ) -> Estimate:
     """The mean difference with its interval; sums and sizes are those of the units."""
     value, n_units = float(difference.mean()), len(sums)
-    if difference.min() == difference.max():
-        reach = reach_of_none(n_units, confidence)
-        return Estimate(value, max(value - reach, -1.0), min(value + reach, 1.0))
     if n_units < 2:
         return Estimate(value, NAN, NAN)
-    drawn = [times @ sums / (times @ sizes) for times in draws(n_units, resamples, seed)]
-    return percentile(value, np.array(drawn), confidence, n_units)
+    drawn = np.array([times @ sums / (times @ sizes) for times in draws(n_units, resamples, seed)])
+    if np.ptp(drawn) < 1e-12:  # but for rounding
+        reach = reach_of_none(n_units, confidence)
+        interval = Estimate(value, value - reach, value + reach)
+    else:
+        interval, _ = percentile_test(value, drawn, confidence, n_units)
+    return Estimate(value, max(interval.low, -1.0), min(interval.high, 1.0))
 
 
 def _mcnemar(only_a: int, only_b: int) -> float:

@@ -83,13 +83,56 @@ def percentile(
     return Estimate(value, min(float(low), value), max(float(high), value))
 
 
+def percentile_test(
+    value: float, drawn: Floats, confidence: float, n_units: int
+) -> tuple[Estimate, float]:
+    """The expanded percentile interval, and the two-sided p-value at which it touches 0.
+
+    So p is at most 1 - confidence where the interval lies on one side of 0. Beyond what so many
+    samples can tell, both are those of Student's t with the samples' standard error.
+
+    Args:
+        value: the estimate.
+        drawn: (resamples,) finite samples, not all alike.
+        confidence: of the interval.
+        n_units: independent units, at least 2.
+    """
+    from scipy.stats import norm, t
+
+    one_sample = 1 / (len(drawn) + 1)
+    error = float(drawn.std(ddof=1))
+    interval = percentile(value, drawn, confidence, n_units)
+    scale = _scale(n_units)
+    if 1 - _expanded(confidence, n_units) < one_sample:
+        half = float(t.ppf((1 + confidence) / 2, n_units - 1)) * scale * error
+        low, high = min(interval.low, value - half), max(interval.high, value + half)
+        interval = Estimate(value, low, high)
+    beyond = min(one_sample, float(norm.cdf(-abs(value) / error)))
+    share = max(_share_below(np.sort(drawn if value > 0 else -drawn)), beyond)
+    p = 2 * float(t.sf(-norm.ppf(min(share, 0.5)) / scale, n_units - 1))
+    return interval, min(p, 1.0) if value else 1.0
+
+
+def _share_below(ordered: Floats) -> float:
+    """The share at which the quantile of ascending samples is 0, as NumPy interpolates it."""
+    last, below = len(ordered) - 1, int((ordered <= 0).sum())
+    if below in (0, last + 1):
+        return float(below > 0)
+    before, after = ordered[below - 1], ordered[below]
+    return float((below - 1 - before / (after - before)) / last)
+
+
+def _scale(n_units: int) -> float:
+    """How much a bootstrap's standard error is too small."""
+    return math.sqrt(n_units / (n_units - 1))
+
+
 @lru_cache
 def _expanded(confidence: float, n_units: int) -> float:
     """The upper quantile of the expanded percentile interval."""
     from scipy.stats import norm, t
 
-    scale = math.sqrt(n_units / (n_units - 1))
-    return float(norm.cdf(t.ppf((1 + confidence) / 2, n_units - 1) * scale))
+    return float(norm.cdf(t.ppf((1 + confidence) / 2, n_units - 1) * _scale(n_units)))
 
 
 def calibration_interval(gaps: Floats, drawn: Floats, confidence: float) -> Estimate:

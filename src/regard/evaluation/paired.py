@@ -1,13 +1,14 @@
 """Two networks on the same images, in any metric: what is shown, and what could have been.
 
 The difference has the interval of the paired bootstrap (each sample has both networks on the
-same images or groups), and its p-value is the bootstrap's: twice the share of samples with
-a difference of 0 or of the other sign (if none has, that of the normal distribution with the
-bootstrap's standard error). Two metrics have a better test: top1 that of `compare`,
-and the ROC AUC of the positive class, without groups, DeLong's. The p-values are adjusted by
-Holm's correction over the metrics.
+same images or groups; expanded percentiles), and the p-value at which this interval touches 0.
+Two metrics have a better test: top1 that of `compare`, and the ROC AUC of the positive class,
+without groups, DeLong's. The p-values are adjusted by Holm's correction over the metrics.
 
-The smallest detectable difference is (z(1 - alpha/2) + z(0.8)) times the standard error.
+The smallest detectable difference is what a test of Student's t shows with a power of 80 %, from
+the bootstrap's standard error and as many degrees of freedom as images (groups) less one; with
+DeLong's test, (z(1 - alpha/2) + z(0.8)) times its standard error. Where no sample differs, the
+interval and the detectable difference of a share are Wilson's for none of as many images (groups).
 """
 
 import math
@@ -24,10 +25,11 @@ from regard.evaluation.intervals import (
     NAN,
     Estimate,
     check_settings,
+    detectable_factor,
     draws,
     finite_or_none,
-    percentile,
-    wilson_interval,
+    percentile_test,
+    reach_of_none,
 )
 from regard.evaluation.metrics import ClassificationStatistics
 from regard.evaluation.predictions import Floats, Predictions, units_of
@@ -40,6 +42,9 @@ from regard.evaluation.statistics import (
 )
 
 LOWER_IS_BETTER = ("nll", "ece", "brier", "lr_negative")
+_LARGEST = {"nll": math.inf, "lr_positive": math.inf, "lr_negative": math.inf,
+            "mcc": 2.0, "kappa": 2.0, "quadratic_kappa": 2.0, "brier": 2.0}  # fmt: skip
+"""The largest differences of metrics that are no shares, which differ by at most 1."""
 POWER = 0.8  # of the smallest difference that could have been shown
 
 
@@ -52,7 +57,8 @@ class MetricComparison:
     difference: a's minus b's, with its interval.
     p_value: two-sided; probability of such a difference if both networks were equal.
     adjusted: the p-value after Holm's correction over several comparisons.
-    detectable: smallest difference that these images would have shown with 80 % power.
+    detectable: smallest difference that these images would have shown with 80 % power; infinite
+        where no difference that is possible would have been, NaN where it is not known.
     test: name of the test.
     """
 
@@ -94,6 +100,8 @@ class MetricComparison:
         could = "these images cannot tell how large a difference they could have shown"
         if math.isfinite(self.detectable):
             could = f"these {self.n} images could have shown one of {self.detectable:.4f} or more"
+        elif math.isinf(self.detectable):
+            could = f"with these {self.n} images no difference could have been shown"
         return f"No difference between {a} and {b} in {name} is shown: {numbers}; {could}."
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,9 +158,10 @@ def compare_metrics(
         if name not in values_a:
             raise UsageError(f"metrics: {name!r} is none of {', '.join(values_a)}")
     drawn = _differences(one, other, a, chosen, resamples, seed)
+    units = len(a), units_of(a)[1]
     compared = []
     for name in chosen:
-        c = _by_bootstrap(name, len(a), values_a[name], values_b[name], drawn[name], confidence)
+        c = _by_bootstrap(name, units, values_a[name], values_b[name], drawn[name], confidence)
         if name == "top1":
             c = _by_mcnemar(c, a, b, resamples, seed)
         elif name == "positive/roc_auc" and groups is None and positive is not None:
@@ -215,26 +224,30 @@ def _differences(
 
 
 def _by_bootstrap(
-    name: str, n: int, a: float, b: float, drawn: Floats, confidence: float
+    name: str, counts: tuple[int, int], a: float, b: float, drawn: Floats, confidence: float
 ) -> MetricComparison:
+    """From (resamples,) differences; `counts` are those of images and of independent units."""
+    n, n_units = counts
     value = a - b if math.isfinite(a) and math.isfinite(b) else NAN
     drawn = drawn[np.isfinite(drawn)]
     if math.isnan(value) or len(drawn) < 2:
         nothing = Estimate(value, NAN, NAN)
         return MetricComparison(name, n, a, b, nothing, NAN, NAN, NAN, "none", confidence)
+    test, largest = "paired bootstrap", _LARGEST.get(name.rpartition("/")[2], 1.0)
     error = float(drawn.std(ddof=1))
-    if error == 0:  # no resample differs, though other images might
-        reach = wilson_interval(0, n, confidence)[1]
-        nothing, p = Estimate(value, NAN, NAN), 1.0 if value == 0 else NAN
-        return MetricComparison(name, n, a, b, nothing, p, p, reach, "paired bootstrap", confidence)
-    tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-    p = min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
-    if tail == 0:  # beyond what so many samples can tell
-        p = min(p, 2 * NormalDist().cdf(-abs(value) / error))
-    interval = percentile(value, drawn, confidence)
-    detectable = _factor(confidence) * error
+    if error < 1e-12:  # but for rounding no resample differs, though other images might
+        reach = reach_of_none(n_units, confidence) if math.isfinite(largest) else NAN
+        interval, p = Estimate(value, value - reach, value + reach), 1.0 if value == 0 else NAN
+        detectable = reach
+    else:
+        interval, p = percentile_test(value, drawn, confidence, n_units)
+        # the bootstrap's standard error is that of n_units instead of n_units - 1
+        error *= math.sqrt(n_units / (n_units - 1))
+        detectable = detectable_factor(n_units - 1, confidence) * error
+        detectable = detectable if detectable <= largest else math.inf
+    low, high = max(interval.low, -largest), min(interval.high, largest)
     return MetricComparison(
-        name, n, a, b, interval, p, p, detectable, "paired bootstrap", confidence
+        name, n, a, b, Estimate(value, low, high), p, p, detectable, test, confidence
     )
 
 
