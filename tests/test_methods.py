@@ -1,17 +1,19 @@
 """The methods paragraph and the checklists: published items, answered from the run alone."""
 
 import csv
+import math
 import re
 import shutil
 from collections import Counter
 
 import pytest
 
-from regard.evaluation import Predictions
+from regard.evaluation import Predictions, diagnose
 from regard.report.checklists import CHECKLISTS
 from regard.report.figures import measure
 from regard.report.methods import MUST, as_markdown, methods_of
 from regard.report.source import RunSource
+from regard.report.words import diagnostic_rows
 from regard.runs import write_predictions
 
 
@@ -87,3 +89,12 @@ def test_markdown_has_a_row_for_each_item(methods):
     assert files["checklists.md"].count(f"**{MUST}**") == missing
     assert files["methods.md"].startswith("<!-- Regard ")
     assert "**Data.**" in files["methods.md"]
+
+
+def test_an_infinite_threshold_is_met_by_no_probability():
+    predictions = Predictions([[0.4, 0.6], [0.7, 0.3]] * 5, [1, 0] * 5, ["a", "b"])
+    found = diagnose(predictions, positive="b", threshold=math.inf, resamples=2)
+    title = diagnostic_rows(found)[0][0]
+    assert "no probability" in title
+    assert "top-1" not in title
+    assert not re.search(r"\binf\b", title)

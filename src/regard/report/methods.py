@@ -23,7 +23,7 @@ from regard.report.training_words import (
     training,
     with_defaults,
 )
-from regard.report.words import percent, percent_range
+from regard.report.words import from_probability, percent, percent_range
 from regard.trained_on import own_data
 
 _SPLITS = {"train": "training", "val": "validation", "test": "test"}
@@ -288,7 +288,7 @@ class _Sentences:
         if one is not None and one.threshold is not None and stored is not None:
             rule = stored.threshold.rule if stored.threshold is not None else ""
             return (
-                f"{one.positive} from a probability of {one.threshold:.4g} on ({rule}), chosen on "
+                f"{one.positive} {from_probability(one.threshold)} ({rule}), chosen on "
                 f"{stored.source}."
             )
         return "The network gives probabilities; the most probable class is its answer."
