@@ -26,6 +26,7 @@ from regard.evaluation import (
     subgroups_csv,
     with_temperature,
 )
+from regard.evaluation.intervals import wilson_interval
 from regard.evaluation.statistics import OneClassStatistics, RankStatistics
 from regard.runs import RunFolder
 from tests.helpers import rows_of
@@ -44,6 +45,9 @@ def rounded(n=300, n_classes=4, decimals=1, **options):
     p = make(n, n_classes, **options)
     q = np.round(p.probabilities, decimals) + 0.01
     return Predictions(q / q.sum(axis=1, keepdims=True), p.labels, p.classes, p.groups)
+
+
+S20, S10 = (wilson_interval(n, n)[0] for n in (20, 10))  # lower ends of all right
 
 
 @pytest.mark.parametrize("p", [make(300, 4), rounded()], ids=["distinct", "ties"])
@@ -159,6 +163,27 @@ def test_intervals_and_counts_of_one_class():
     pairs = np.arange(200) // 4
     grouped = diagnose(binary(200, groups=pairs), positive="sick", resamples=200).one_class
     assert ends(grouped.metrics["sensitivity"]) != ends(one.metrics["sensitivity"])
+
+
+@pytest.mark.parametrize(
+    ("tp", "fn", "tn", "fp", "name", "value", "low", "high"),
+    [
+        (20, 0, 10, 10, "lr_negative", 0, 0, (1 - S20) / 0.5),
+        (0, 20, 10, 10, "lr_positive", 0, 0, (1 - S20) / 0.5),
+        (10, 10, 20, 0, "lr_positive", np.inf, 0.5 / (1 - S20), np.inf),
+        (10, 10, 0, 20, "lr_negative", np.inf, 0.5 / (1 - S20), np.inf),
+        # both at their ends: both are uncertain
+        (20, 0, 10, 0, "lr_negative", 0, 0, (1 - S20) / S10),
+        (20, 0, 10, 0, "lr_positive", np.inf, S20 / (1 - S10), np.inf),
+        (20, 0, 0, 10, "lr_positive", 1, S20, 1 / S10),
+        (0, 20, 10, 0, "lr_negative", 1, S20, 1 / S10),
+    ],
+)
+def test_ratios_whose_resamples_are_all_alike(tp, fn, tn, fp, name, value, low, high):
+    labels = np.repeat([1, 0], [tp + fn, tn + fp])
+    said = np.repeat([1, 0, 0, 1], [tp, fn, tn, fp])
+    found = diagnose(hard(labels, said, 2), positive="c1", resamples=50).one_class.metrics[name]
+    assert (found.value, found.low, found.high) == pytest.approx((value, low, high))
 
 
 def test_what_cannot_be_measured_is_none_in_json():

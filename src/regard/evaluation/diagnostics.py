@@ -10,7 +10,12 @@ Intervals are expanded percentiles of bootstrap samples of images or, with group
 Sensitivity, specificity, ppv and npv of independent images have Wilson's. Where no resample
 differs, as for an AUC of 1, shares and areas have Wilson's with as many units as the rarer
 kind has. Areas of all classes have no interval where it would take much more than 20 s, with
-1000 resamples from about 10,000 images of 12 classes on. A likelihood ratio may be infinite.
+1000 resamples from about 10,000 images of 12 classes on.
+
+A likelihood ratio may be infinite, and no resample differs where it is 0 or infinite. Its interval
+then goes as far as the ratio does when a sensitivity or specificity of 0 or 1 is taken at the
+other end of its Wilson interval, and the other of the two as it was measured. With 20 of 20
+positives and a specificity of 0.5 lr_negative is 0, up to (1 - 0.839) / 0.5 = 0.32.
 """
 
 import math
@@ -207,8 +212,32 @@ def _one_class(
         ("npv", ~called),
     ):  # fmt: skip
         metrics[name] = bootstrap.share(metrics[name], among)
+    sensitivity, specificity = metrics["sensitivity"], metrics["specificity"]
+    for name, one, other in (
+        ("lr_positive", sensitivity, _complement(specificity)),
+        ("lr_negative", _complement(sensitivity), specificity),
+    ):
+        metrics[name] = _ratio(metrics[name], one, other)
     metrics |= bootstrap(CalibrationStatistics(predictions, positive))
     return OneClass(positive, threshold, counts, metrics)
+
+
+def _complement(share: Estimate) -> Estimate:
+    return Estimate(1 - share.value, 1 - share.high, 1 - share.low)
+
+
+def _ratio(estimate: Estimate, one: Estimate, other: Estimate) -> Estimate:
+    """The ratio of two shares, with the module's interval where no resample of it differs."""
+    edges = [e.value in (0.0, 1.0) for e in (one, other)]
+    if math.isnan(estimate.value) or not (estimate.value in (0.0, math.inf) or all(edges)):
+        return estimate
+    (a, b), (c, d) = (
+        (e.low, e.high) if edge else (e.value, e.value)
+        for e, edge in zip((one, other), edges, strict=True)
+    )
+    if math.isnan(a + b + c + d):
+        return Estimate(estimate.value, NAN, NAN)
+    return Estimate(estimate.value, a / d, b / c if c > 0 else math.inf)
 
 
 class _Bootstrap:

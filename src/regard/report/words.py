@@ -44,7 +44,9 @@ def from_probability(threshold: float) -> str:
 
 
 def signed(value: float) -> str:
-    """Three decimals, with a minus sign where it is negative."""
+    """Three decimals, with a minus sign where it is negative; "∞" where it is infinite."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "\N{MINUS SIGN}∞"
     return f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
 
 
