@@ -25,7 +25,12 @@ from regard.report.bands import GRID, precision_recall_of, roc_of
 from regard.report.charts import confusion, learning
 from regard.report.curves import precision_recall, roc
 from regard.report.figures import file_name, positive_class
-from regard.report.reliability import calibration_chart, decision_chart, reliability_chart
+from regard.report.reliability import (
+    calibration_chart,
+    decision_chart,
+    reliability_chart,
+    where_above,
+)
 from regard.report.subgroups import subgroup_chart
 
 NAMES = ["roc", "precision-recall", "reliability", "confusion", "learning-curves", "faithfulness"]
@@ -263,6 +268,49 @@ def test_one_image_or_one_class_is_drawn_too():
     reliability_chart(one, one, (ece, ece), 3.3).figure.draw_without_rendering()
     confusion(evaluate(one), 3.3).figure.draw_without_rendering()
     decision_chart(one, "b", 3.3).figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize(
+    ("spans", "words"),
+    [
+        ([], "nowhere"),
+        ([(2, 69)], "from 2% to 69%"),
+        ([(1, 15), (38, 38), (90, 99)], "from 1% to 15%, at 38% and from 90% to 99%"),
+        ([(2, 3), (5, 5), (7, 8), (10, 12)], "at 8 of the 99 thresholds, between 2% and 12%"),
+    ],
+)
+def test_where_a_decision_curve_is_above_leaves_gaps_out(spans, words):
+    thresholds = np.arange(1, 100)
+    above = np.zeros(99, bool)
+    for low, high in spans:
+        above |= (low <= thresholds) & (thresholds <= high)
+    assert where_above(thresholds / 100, above) == words
+
+
+def test_the_decision_curves_sentence_bridges_no_gap():
+    # 60 of 100 are positive; the first 30 of them are told from all others, the rest is mixed
+    score = np.repeat([0.9, 0.5, 0.45, 0.05], [30, 20, 30, 20])
+    labels = np.repeat([1, 0, 1, 0], [30, 20, 30, 20])
+    found = Predictions(np.stack([1 - score, score], 1), labels, ["a", "b"])
+    with for_print():
+        words = decision_chart(found, "b", 3.3).words
+    share = labels.mean()
+    t = np.arange(1, 100) / 100
+    model = [(labels[score >= x].sum() - (1 - labels)[score >= x].sum() * x / (1 - x)) / 100
+             for x in t]  # fmt: skip
+    above = np.array(model) > np.maximum(share - (1 - share) * t / (1 - t), 0) + 1e-9
+    assert 1 <= above[:45].sum() < 45
+    assert not above[45:50].all()
+    for x in t[above]:
+        assert any(low <= x <= high for low, high in spans_of(words))
+    for x in t[~above]:
+        assert not any(low <= x <= high for low, high in spans_of(words))
+
+
+def spans_of(words):
+    """The ranges that a sentence names."""
+    named = re.findall(r"from (\d+)% to (\d+)%|at (\d+)%", words)
+    return [(int(a or c) / 100 - 1e-9, int(b or c) / 100 + 1e-9) for a, b, c in named]
 
 
 def test_the_confusion_matrix_has_counts_and_shares():

@@ -6,13 +6,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import ScaledTranslation
+from numpy.typing import NDArray
 
 from regard.evaluation import Estimate, OneClass, Predictions, decision_curve, reliability
+from regard.evaluation.predictions import Floats
 from regard.evaluation.recalibration import CalibrationStatistics, ReliabilityBin
 from regard.explanations.print_style import INK, LINE, MAIN, MUTED, SECOND, new_figure, short
 from regard.report.curves import Chart, number, share_axes
 
 BINS = 10  # of equal width
+_MOST_RANGES = 3  # of thresholds that are named
 
 
 def reliability_chart(
@@ -138,10 +141,29 @@ def decision_chart(
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.grid(color=LINE, linewidth=0.4)
     figure.legend(loc="outside upper left", handlelength=2.0, ncols=2)
-    better = curve.thresholds[curve.model > np.maximum(curve.treat_all, 0) + 1e-12]
-    where = f"from {better[0]:.0%} to {better[-1]:.0%}" if len(better) else "nowhere"
+    better = curve.model > np.maximum(curve.treat_all, 0) + 1e-12
+    where = where_above(curve.thresholds, better)
     words = f"Decision curve of {positive}: above both simple rules {where}"
     return Chart("decision-curve", "Decision curve", figure, words, _NET_BENEFIT)
+
+
+def where_above(thresholds: Floats, above: NDArray[np.bool_]) -> str:
+    """Up to three ranges of ascending thresholds in words; of more, at how many thresholds."""
+    starts = np.flatnonzero(above & ~np.concatenate([[False], above[:-1]]))
+    ends = np.flatnonzero(above & ~np.concatenate([above[1:], [False]]))
+    if len(starts) == 0:
+        return "nowhere"
+    if len(starts) > _MOST_RANGES:
+        first, last = thresholds[starts[0]], thresholds[ends[-1]]
+        return (
+            f"at {above.sum()} of the {len(thresholds)} thresholds, between {first:.0%} and "
+            f"{last:.0%}"
+        )
+    parts = [
+        f"at {low:.0%}" if low == high else f"from {low:.0%} to {high:.0%}"
+        for low, high in zip(thresholds[starts], thresholds[ends], strict=True)
+    ]
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 _NET_BENEFIT = (
