@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
@@ -26,7 +27,7 @@ from regard.evaluation import (
     subgroups_csv,
     with_temperature,
 )
-from regard.evaluation.intervals import wilson_interval
+from regard.evaluation.intervals import draws, wilson_interval
 from regard.evaluation.statistics import OneClassStatistics, RankStatistics
 from regard.runs import RunFolder
 from tests.helpers import rows_of
@@ -305,6 +306,18 @@ def test_net_benefit_by_hand():
     json.dumps(curve.to_dict(), allow_nan=False)
     with pytest.raises(ValueError, match="thresholds"):
         decision_curve(p, "sick", thresholds=[0.0])
+
+
+def test_bands_of_few_groups_are_of_expanded_percentiles():
+    groups = np.arange(120) // 20
+    p = binary(120, groups=groups)
+    curve = decision_curve(p, "sick", thresholds=[0.3], resamples=300)
+    called, sick = p.probabilities[:, 1] >= 0.3, p.labels == 1
+    each = np.where(called, np.where(sick, 1.0, -0.3 / 0.7), 0.0).reshape(6, 20).mean(axis=1)
+    drawn = np.array([times @ each / 6 for times in draws(6, 300, 0)])
+    tail = stats.norm.sf(stats.t.ppf(0.975, 5) * np.sqrt(6 / 5))  # Hesterberg's (2015)
+    ends_of = np.quantile(drawn, [tail, 1 - tail])
+    assert (curve.low[0], curve.high[0]) == pytest.approx(tuple(ends_of))
 
 
 # ---- subgroups --------------------------------------------------------------------------

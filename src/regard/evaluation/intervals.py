@@ -83,6 +83,13 @@ def percentile(
     return Estimate(value, min(float(low), value), max(float(high), value))
 
 
+def percentile_band(drawn: Floats, confidence: float, n_units: int) -> tuple[Floats, Floats]:
+    """The expanded percentiles of (resamples, K) curves, pointwise; plain ones of a single unit."""
+    upper = (1 + confidence) / 2 if n_units < 2 else _expanded(confidence, n_units)
+    low, high = np.quantile(drawn, [1 - upper, upper], axis=0)
+    return low, high
+
+
 def percentile_test(
     value: float, drawn: Floats, confidence: float, n_units: int
 ) -> tuple[Estimate, float]:

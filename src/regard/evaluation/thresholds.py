@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from regard.errors import UsageError
-from regard.evaluation.intervals import check_settings, draws, finite_or_none
+from regard.evaluation.intervals import check_settings, draws, finite_or_none, percentile_band
 from regard.evaluation.predictions import Floats, Predictions, units_of
 from regard.evaluation.statistics import Curve, Ranking, class_index
 
@@ -166,8 +166,7 @@ def decision_curve(
     unit, n_units = units_of(predictions)
     model = net_benefit(np.ones(len(predictions)))
     drawn = np.stack([net_benefit(t[unit]) for t in draws(n_units, resamples, seed)])
-    ends = (1 - confidence) / 2, (1 + confidence) / 2
-    low, high = np.quantile(drawn, ends, axis=0)
+    low, high = percentile_band(drawn, confidence, n_units)
     share = float((predictions.labels == c).mean())
     treat_all = share - odds * (1 - share)
     return DecisionCurve(at, model, np.minimum(low, model), np.maximum(high, model), treat_all)

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from regard.evaluation import Predictions
-from regard.evaluation.intervals import draws
+from regard.evaluation.intervals import draws, percentile_band
 from regard.evaluation.predictions import Floats, units_of
 from regard.evaluation.statistics import Curve, Ranking, class_index
 
@@ -85,7 +85,7 @@ def _band(
     if len(drawn) < RESAMPLES // 2:
         nothing = np.empty(0)
         return Band(x, y, nothing, nothing, nothing)
-    low, high = np.quantile(np.stack(drawn), (0.025, 0.975), axis=0)
+    low, high = percentile_band(np.stack(drawn), 0.95, n_units)
     return Band(x, y, GRID, low, high)
 
 
