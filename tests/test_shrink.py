@@ -22,6 +22,7 @@ from regard.data.content import ORIGINALS, content_hashes
 from regard.data.loading import StreamingLoader
 from regard.data.shrink import shrink
 from regard.errors import FileError, UsageError
+from regard.evaluation.intervals import Estimate
 from regard.run_data import run_table
 from regard.runs import RunFolder
 from regard.trained_on import known_images
@@ -361,8 +362,7 @@ def test_a_run_that_waits_much_for_files_names_it(tmp_path, caplog, waited, name
 
     source = StreamingLoader(None, None, 0, workers=0)
     trainer = SimpleNamespace(waited=waited, seconds=10.0, source=source)
-    accuracy = SimpleNamespace(value=0.5, low=0.4, high=0.6)
-    evaluation = SimpleNamespace(n=10, metrics={"top1": accuracy})
+    evaluation = SimpleNamespace(n=10, metrics={"top1": Estimate(0.5, 0.4, 0.6)})
     with caplog.at_level("INFO"):
         _report(SimpleNamespace(path=tmp_path), trainer, "test", evaluation)
     assert ("regard shrink" in caplog.text) == named
