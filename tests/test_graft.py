@@ -420,7 +420,8 @@ def test_replacing_bns_leaves_the_gates(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "blocks"), [("repvit_m0_9", 26), ("repghostnet_050", 16), ("efficientvit_m0", 38)]
+    ("name", "blocks"),
+    [("repvit_m0_9", 26), ("repghostnet_050", 16), ("efficientvit_m0", 38), ("shvit_s1", 24)],
 )
 def test_merging_layers_for_prediction_leaves_the_gates(name, blocks):
     grafted = moved(name).float()
@@ -485,3 +486,13 @@ def test_a_saved_graft_has_the_features_of_its_plain_network(name, tmp_path):
             assert torch.allclose(a, b, atol=1e-4 * float(b.abs().max()))
         assert features.feature_info.reduction() == of_plain.feature_info.reduction()
         assert maps
+
+
+def test_each_part_stays_in_the_mode_that_it_is_in():
+    plain = timm.create_model("efficientvit_m0", num_classes=5).train()
+    plain.stages[0].blocks[0].dw0.m.bn.eval()  # within what the gates follow
+    grafted = regard.graft(plain)
+    gated = grafted.get_submodule("stages.0.blocks.0.dw0.m")
+    assert gated.training
+    assert gated.module.training
+    assert not gated.module.bn.training

@@ -309,7 +309,8 @@ class _Maker:
             os.replace(partial, place)
         finally:
             partial.unlink(missing_ok=True)
-        return _Made(how, len(content), content_hash(self.table, i) if how == "smaller" else 0)
+        same = how == "copied" and self.table.files is not None  # an array's file is a new one
+        return _Made(how, len(content), 0 if same else content_hash(self.table, i))
 
     def _content(self, i: int, place: Path) -> tuple[bytes, Path, str]:
         """The bytes of a copy, its place, and whether it is smaller or copied."""
