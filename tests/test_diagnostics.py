@@ -266,6 +266,13 @@ def test_a_target_that_is_met_exactly_is_met_and_none_may_be_called():
     none = choose_threshold(p, "b", "specificity=1")
     assert (none.value, none.sensitivity, none.specificity) == (math.inf, 0.0, 1.0)
     assert none.to_dict()["value"] is None
+    assert "inf " not in none.sentence()
+    one, top = (diagnose(p, positive="b", threshold=t).one_class for t in (none.value, None))
+    assert (one.counts["tp"], one.counts["fp"]) == (0, 0)
+    written, other = (json.loads(json.dumps(o.to_dict(), allow_nan=False)) for o in (one, top))
+    assert written["threshold"] is other["threshold"] is None  # JSON has no infinity
+    assert "infinite" in written["decision"]
+    assert "top-1" in other["decision"]
 
 
 def test_a_threshold_is_reported_on_other_images():

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any, get_args
 
 import cyclopts
 
@@ -38,8 +39,32 @@ COMMANDS = {
 }
 """The commands in the order of `regard --help`; each is `command` in a module of its name."""
 
+
+def _kinds(type_: Any) -> set[Any]:
+    """The types that a type is made of: `int` and `None` of `tuple[int, ...] | None`."""
+    return {type_}.union(*(_kinds(part) for part in get_args(type_)))
+
+
+def _whole_numbers(type_: Any, tokens: Sequence[cyclopts.Token]) -> Any:
+    """Converts a flag's words as cyclopts does, which alone would round 16.5 images to 16."""
+    kinds = _kinds(type_)
+    if int in kinds and float not in kinds:
+        for token in tokens:
+            if _has_a_fraction(token.value):
+                raise cyclopts.CoercionError(token=token, target_type=int)
+    return cyclopts.convert(type_, tokens)
+
+
+def _has_a_fraction(word: str) -> bool:
+    try:
+        return not float(word).is_integer()
+    except ValueError:
+        return False
+
+
 app: cyclopts.App = cyclopts.App(
     name="regard",
+    default_parameter=cyclopts.Parameter(converter=_whole_numbers),
     version=__version__,
     help="Attention networks for image classification that show where they look.",
     help_format="plaintext",

@@ -124,6 +124,6 @@ def _print(run: Path, found: "Calibration") -> None:
         )
     if (t := found.threshold) is not None:
         print(
-            f"threshold {t.value:.4g} on {t.positive} ({t.rule}): sensitivity {t.sensitivity:.4f}, "
-            f"specificity {t.specificity:.4f} there; `regard evaluate {run}` tests it"
+            f"{t.sentence()}: sensitivity {t.sensitivity:.4f}, specificity {t.specificity:.4f} "
+            f"there; `regard evaluate {run}` tests it"
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from regard.errors import UsageError
+from regard.files import plural
 
 if TYPE_CHECKING:
     from regard.evaluation import Calibration
@@ -170,11 +171,10 @@ def _calibration(
         return None, []
     lines = []
     if used.temperature != 1.0:
-        lines.append(f"temperature {used.temperature:.4g}, fitted on {used.images} {used.source}")
+        lines.append(f"temperature {used.temperature:.4g}, fitted on {used.images:,} {used.source}")
     if (t := used.threshold) is not None:
         lines.append(
-            f"threshold {t.value:.4g} on {t.positive} ({t.rule}), chosen on {t.images} validation "
-            f"images, with sensitivity {t.sensitivity:.4f} and specificity {t.specificity:.4f} "
-            "there"
+            f"{t.sentence()}, chosen on {plural(t.images, 'validation image')}, with sensitivity "
+            f"{t.sensitivity:.4f} and specificity {t.specificity:.4f} there"
         )
     return used, lines

@@ -98,9 +98,8 @@ def print_diagnostics(diagnostics: Diagnostics, console: Console | None = None) 
     one = diagnostics.one_class
     if one is None:
         return
-    rule = "the top-1 class" if one.threshold is None else f"probability of {one.threshold:.4g} up"
     counts = ", ".join(f"{n} {kind.upper()}" for kind, n in one.counts.items())
-    title = f"{one.positive} against the rest, positive: {rule} ({counts})"
+    title = f"{one.positive} against the rest: {one.decision()} ({counts})"
     print_table(console, title, _estimates(one.metrics, diagnostics.confidence))
 
 

@@ -81,8 +81,7 @@ class Calibration:
         """What it does, in one line."""
         parts = [] if self.temperature == 1.0 else [f"temperature {self.temperature:.4g}"]
         if self.threshold is not None:
-            t = self.threshold
-            parts.append(f"{t.positive} from a probability of {t.value:.4g} up ({t.rule})")
+            parts.append(self.threshold.sentence())
         how = "" if self.tta is None else f", with test-time {self.tta}"
         return f"{' and '.join(parts)}, from {self.images:,} {self.source}{how}"
 

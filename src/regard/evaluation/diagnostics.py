@@ -44,6 +44,7 @@ from regard.evaluation.statistics import (
     RankStatistics,
     Values,
 )
+from regard.evaluation.thresholds import from_probability
 
 MOST_WORK = 4 * 10**8  # of `RankStatistics.work` times resamples: about 20 s
 Statistic = Callable[[Floats], Values]
@@ -54,7 +55,8 @@ class OneClass:
     """One class against the rest, as a diagnostic test.
 
     positive: the class.
-    threshold: on its probability; None: positive where it is the top-1 class.
+    threshold: on its probability, infinite where it is met by no image; None: positive where it
+        is the top-1 class.
     counts: true positives "tp", false positives "fp", true negatives "tn", false negatives "fn".
     metrics: by name.
     """
@@ -64,13 +66,19 @@ class OneClass:
     counts: dict[str, int]
     metrics: dict[str, Estimate]
 
+    def decision(self) -> str:
+        """ "positive from a probability of 0.25 on", or "the top-1 class decides"."""
+        if self.threshold is None:
+            return "the top-1 class decides"
+        return f"positive {from_probability(self.threshold)}"
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON: "decision" tells an infinite threshold, which is null there, from none."""
         threshold = None if self.threshold is None else finite_or_none(self.threshold)
         metrics = {name: e.to_dict() for name, e in self.metrics.items()}
         return {
-            "positive": self.positive, "threshold": threshold, "counts": self.counts,
-            "metrics": metrics,
+            "positive": self.positive, "threshold": threshold, "decision": self.decision(),
+            "counts": self.counts, "metrics": metrics,
         }  # fmt: skip
 
 

@@ -38,6 +38,17 @@ class Threshold:
         """For JSON."""
         return {**vars(self), "value": finite_or_none(self.value)}
 
+    def sentence(self) -> str:
+        """ "melanoma from a probability of 0.25 on (youden)"."""
+        return f"{self.positive} {from_probability(self.value)} ({self.rule})"
+
+
+def from_probability(value: float) -> str:
+    """ "from a probability of 0.25 on"; an infinite threshold is met by no image."""
+    if math.isinf(value):
+        return "at no probability (the threshold is infinite)"
+    return f"from a probability of {value:.4g} on"
+
 
 def choose_threshold(validation: Predictions, positive: str, rule: str) -> Threshold:
     """Chooses a threshold for one class on validation predictions.

@@ -70,7 +70,9 @@ def roc(
         at = 1 - one.metrics["specificity"].value, one.metrics["sensitivity"].value
         axes.plot(*at, "o", markersize=4.5, color=SECOND, markeredgecolor="white", zorder=5)
         axes.annotate(
-            "top-1 class" if one.threshold is None else f"threshold {one.threshold:.3g}",
+            "top-1 class" if one.threshold is None
+            else "no image is called positive" if math.isinf(one.threshold)
+            else f"threshold {one.threshold:.3g}",
             at, (5, -9), textcoords="offset points", color=SECOND,
         )  # fmt: skip
     return Chart("roc", "ROC curve", figure, f"ROC curve: {words}", f"{which} {_BAND}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from regard.data.splits_file import Row, read_rows
 from regard.evaluation import Estimate
+from regard.evaluation.thresholds import from_probability
 from regard.explanations.print_style import SOFTWARE
 from regard.files import plural
 from regard.report.checklists import CHECKLISTS, SOURCES
@@ -23,7 +24,7 @@ from regard.report.training_words import (
     training,
     with_defaults,
 )
-from regard.report.words import from_probability, percent, percent_range
+from regard.report.words import percent, percent_range
 from regard.trained_on import own_data
 
 _SPLITS = {"train": "training", "val": "validation", "test": "test"}

@@ -36,13 +36,6 @@ def number_range(estimate: Estimate) -> str:
     return f"{low} to {high}" if estimate.low < 0 else f"{low}–{high}"
 
 
-def from_probability(threshold: float) -> str:
-    """ "from a probability of 0.25 on"; an infinite threshold is met by none."""
-    if math.isinf(threshold):
-        return "at no probability (the threshold is infinite)"
-    return f"from a probability of {threshold:.4g} on"
-
-
 def signed(value: float) -> str:
     """Three decimals, with a minus sign where it is negative; "∞" where it is infinite."""
     if math.isinf(value):
@@ -75,10 +68,7 @@ def diagnostic_rows(found: Diagnostics | None) -> list[tuple[str, list[tuple[str
         return []
     tables = [("All classes", found.metrics)]
     if (one := found.one_class) is not None:
-        decided = "the top-1 class decides" if one.threshold is None else (
-            f"positive {from_probability(one.threshold)}"
-        )  # fmt: skip
-        tables.insert(0, (f"{one.positive} against the rest: {decided}", one.metrics))
+        tables.insert(0, (f"{one.positive} against the rest: {one.decision()}", one.metrics))
     return [(title, [_row(name, e) for name, e in each.items()]) for title, each in tables]
 
 
