@@ -13,6 +13,7 @@ from regard.explanations.deletion import (
     RANDOM,
     area,
     baseline_of,
+    bootstrap,
     curves,
     measure,
     random_maps,
@@ -294,6 +295,15 @@ def test_judging_scores_each_image_on_its_own(images):
     alone = judge(model, x[5:6], methods=["attention"], steps=8, repeats=2)
     for name, score in alone.scores.items():
         np.testing.assert_array_equal(score.curves[:, 0], found.scores[name].curves[:, 5])
+
+
+def test_intervals_of_few_images_contain_the_mean_about_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        found = bootstrap(rng.normal(size=8), seed=0, resamples=500)
+        covered += found.low <= 0 <= found.high
+    assert 920 <= covered <= 970  # plain percentiles: 870
 
 
 def test_one_image_has_no_interval_and_no_conclusion(images):

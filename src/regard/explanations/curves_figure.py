@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from regard.evaluation.intervals import percentile_band
 from regard.explanations.deletion import CONTROLS, Floats, MapScore
 from regard.explanations.print_style import (
     LINE,
@@ -59,9 +60,9 @@ def _style(name: str, own: list[str]) -> dict[str, Any]:
 
 
 def _band(curves: Floats, seed: int, resamples: int = 500) -> tuple[Floats, Floats, Floats]:
-    """(images, steps) -> the mean and its 95 % percentile interval over images."""
+    """(images, steps) -> the mean and its 95 % interval over images, pointwise."""
+    n = len(curves)
     mean = curves.mean(axis=0)
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(curves), np.full(len(curves), 1 / len(curves)), resamples)
-    low, high = np.quantile(counts @ curves / len(curves), (0.025, 0.975), axis=0)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
+    low, high = percentile_band(counts @ curves / n, 0.95, n)
     return mean, np.minimum(low, mean), np.maximum(high, mean)

@@ -20,6 +20,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from regard.errors import UsageError
 from regard.evaluation import Estimate
+from regard.evaluation.intervals import percentile
 
 Floats = NDArray[np.float64]
 BASELINES = ("blur", "mean")
@@ -242,14 +243,12 @@ class MapScore:
 
 
 def bootstrap(values: Floats, seed: int, resamples: int = 2000) -> Estimate:
-    """The mean with its 95 % percentile interval over images; NaN ends for a single image."""
-    mean = float(values.mean())
-    if len(values) < 2:
+    """The mean with its 95 % interval over images (`percentile`); NaN ends for a single image."""
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
         return Estimate(mean, float("nan"), float("nan"))
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Estimate(mean, float(low), float(high))
+    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    return percentile(mean, values[drawn].mean(axis=1), 0.95, n)
 
 
 def summarize(measured: Mapping[str, Floats], seed: int = 0) -> dict[str, MapScore]:
