@@ -9,9 +9,12 @@ import timm.optim
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from timm.optim.muon import zeropower_via_newtonschulz
 
+from regard.compat import muon_coefficients
 from regard.models import create_model
 from regard.training.config import Recipe
+from regard.training.muon import orthogonal_by_gram
 from regard.training.optim import (
     gate_and_head_parameters,
     make_optimizer,
@@ -239,6 +242,49 @@ def test_muon_moves_each_matrix_by_all_of_its_directions_alike(nesterov):
     if not nesterov:  # else NAdam's first step
         for name in ("1.weight", "1.bias", "3.bias"):  # AdamW's first step is the rate
             assert moved[name].abs().numpy() == pytest.approx(0.01, rel=0.01)
+
+
+def matrix(rows: int, columns: int, values: torch.Tensor) -> torch.Tensor:
+    """(1, rows, columns) with these singular values."""
+    generator = torch.Generator().manual_seed(rows)
+    u, v = (
+        torch.linalg.qr(torch.randn(n, len(values), generator=generator))[0]
+        for n in (rows, columns)
+    )
+    return ((u * values) @ v.mT)[None]
+
+
+@pytest.mark.parametrize("shape", [(64, 576), (96, 32), (48, 48), (1, 9)])
+@pytest.mark.parametrize("decay", [0.0, -3.0, -8.0])
+@pytest.mark.parametrize("steps", [0, 1, 5, 9])
+def test_muons_products_are_timms_in_float32(shape, decay, steps):
+    values = torch.logspace(0, decay, min(shape))
+    values[min(shape) // 2 + 1 :] *= decay != -8.0  # half of the rank
+    x = matrix(*shape, values)
+    coefficients = muon_coefficients("quintic")  # five; the last are repeated
+    found = orthogonal_by_gram(x, steps, coefficients, eps=1e-7)
+    expected = zeropower_via_newtonschulz(
+        x.double(), steps, coefficients, eps=1e-7, dtype=torch.float64
+    )
+    assert (found - expected).norm() <= 2e-3 * expected.norm()  # bf16: 0.006 to 0.9
+
+
+def test_muon_multiplies_in_float32_on_a_cpu_and_moves_no_matrix_without_a_gradient():
+    layer = torch.nn.Linear(64, 32, bias=False)
+    start = layer.weight.detach().clone()
+    recipe = Recipe(optimizer="muon", lr=1.0, weight_decay=0.0, nesterov=False)
+    optimizer = make_optimizer(layer, recipe)
+    layer.weight.grad = torch.zeros(32, 64)
+    optimizer.step()
+    assert torch.equal(layer.weight, start)
+    layer.weight.grad = matrix(32, 64, torch.logspace(0, -2, 32))[0]
+    optimizer.step()
+    expected = zeropower_via_newtonschulz(
+        layer.weight.grad.double(), 5, muon_coefficients(optimizer.defaults["ns_coefficients"]),
+        dtype=torch.float64,
+    )  # fmt: skip
+    moved = (start - layer.weight).detach() / (0.2 * 64**0.5)
+    assert (moved - expected).norm() <= 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
