@@ -7,20 +7,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from regard.attention import own_maps
-from regard.evaluation.intervals import wilson_interval
+from regard.evaluation.intervals import bootstrapped_mean, wilson_interval
+from regard.explanations import faithfulness
 from regard.explanations.deletion import (
     CENTER,
     RANDOM,
     area,
     baseline_of,
-    bootstrap,
     curves,
     measure,
     random_maps,
     ranks_of,
     summarize,
 )
-from regard.explanations.faithfulness import interval, judge
+from regard.explanations.faithfulness import Scorer, interval, judge
 from regard.explanations.pointing import PointingScore, point
 from regard.explanations.sanity import correlation_between, randomized, rank_correlation
 
@@ -301,9 +301,38 @@ def test_intervals_of_few_images_contain_the_mean_about_as_often_as_they_say():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(1000):
-        found = bootstrap(rng.normal(size=8), seed=0, resamples=500)
+        found = bootstrapped_mean(rng.normal(size=8), resamples=500)
         covered += found.low <= 0 <= found.high
     assert 920 <= covered <= 970  # plain percentiles: 870
+
+
+def test_images_of_the_same_patients_widen_every_interval(images):
+    x, _ = images
+    model = Patch(Map(), uses=True).eval()
+    how = {"methods": ["attention"], "steps": 8, "repeats": 2}
+    alone = judge(model, x, **how)
+    scorer = Scorer(model, **how)
+    each = [scorer.score(x[i : i + 1]) for i in range(len(x))]
+    copies = [score for score in each for _ in range(4)]
+    patients = [f"p{i:02}" for i in range(len(x)) for _ in range(4)]
+    counted, grouped = (
+        faithfulness.summarize(copies),
+        faithfulness.summarize(copies, groups=patients),
+    )
+    for name, own in grouped.scores.items():
+        for part in ("deletion", "insertion", "difference"):
+            found, said = getattr(own, part), getattr(alone.scores[name], part)
+            assert found.value == pytest.approx(said.value)
+            assert (found.low, found.high) == pytest.approx((said.low, said.high))
+            many = getattr(counted.scores[name], part)
+            if name != CENTER:
+                assert many.high - many.low < 0.7 * (found.high - found.low)
+    assert (alone.over, grouped.over) == ("images", f"{len(x)} groups")
+    assert grouped.to_dict()["groups"] == len(x)
+    one = faithfulness.summarize(each, groups=["p"] * len(each))
+    assert one.over == ""
+    assert all(np.isnan(s.deletion.low) for s in one.scores.values())
+    assert any("images of one group" in line for line in one.sentences())
 
 
 def test_one_image_has_no_interval_and_no_conclusion(images):

@@ -281,8 +281,11 @@ def test_a_patient_is_never_on_two_sides(scans, tmp_path):
         lines.append(f"{path},{path.parent.name},patient {k // 4}")
     manifest = tmp_path / "images.csv"
     manifest.write_text("\n".join(lines) + "\n")
-    out = trained(manifest, tmp_path / "run", steps=2)
+    out = trained(manifest, tmp_path / "run", steps=2, faithfulness_images=8)
     rows = rows_of(out / "splits.csv")
+    scored = json.loads((out / "faithfulness.json").read_text())
+    assert scored["images"] == 8
+    assert scored["groups"] == len({row["group"] for row in rows if row["split"] == "test"})
     sides: dict[str, set[str]] = {}
     for row in rows:
         sides.setdefault(row["group"], set()).add(row["split"])

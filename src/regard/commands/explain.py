@@ -163,7 +163,7 @@ def _print_scores(found: "Faithfulness") -> None:
     console = Console()
     Console(width=None if console.is_terminal else 140).print(table)
     print("Areas under the curves; low deletion and high insertion are good. The last two columns")
-    ending = "; in brackets 95 % intervals over images." if found.images > 1 else "."
+    ending = f"; in brackets 95 % intervals over {found.over}." if found.over else "."
     print(
         f"compare insertion - deletion with that of random maps and of a blob in the center{ending}"
     )

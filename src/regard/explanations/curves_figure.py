@@ -1,12 +1,12 @@
 """The figure of deletion and insertion curves."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from regard.evaluation.intervals import percentile_band
+from regard.evaluation.intervals import draws, percentile_band, units
 from regard.explanations.deletion import CONTROLS, Floats, MapScore
 from regard.explanations.print_style import (
     LINE,
@@ -22,7 +22,7 @@ _TITLES = ("Deletion: low is good", "Insertion: high is good")
 
 
 def curves_figure(scores: Mapping[str, MapScore], *, width: float = 7.16, seed: int = 0) -> Figure:
-    """Mean deletion and insertion curves of each map with their 95 % intervals over images.
+    """Mean deletion and insertion curves of each map and 95 % intervals over images or groups.
 
     The controls are gray and dashed, without intervals.
 
@@ -39,9 +39,9 @@ def curves_figure(scores: Mapping[str, MapScore], *, width: float = 7.16, seed: 
         for k, axes in enumerate(panels):
             for name, score in scores.items():
                 style = _style(name, own)
-                mean, low, high = _band(score.curves[k], seed)
+                mean, low, high = _band(score.curves[k], score.groups, seed)
                 x = np.linspace(0, 1, len(mean))
-                if name in own and len(score.curves[k]) > 1:
+                if name in own and score.deletion.has_interval:
                     axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
                 axes.plot(x, mean, label=short(name, 24), **style)
             axes.set_title(_TITLES[k])
@@ -59,10 +59,12 @@ def _style(name: str, own: list[str]) -> dict[str, Any]:
     return {"color": MUTED, "linestyle": "--" if name == CONTROLS[0] else ":", "linewidth": 1.0}
 
 
-def _band(curves: Floats, seed: int, resamples: int = 500) -> tuple[Floats, Floats, Floats]:
-    """(images, steps) -> the mean and its 95 % interval over images, pointwise."""
-    n = len(curves)
+def _band(
+    curves: Floats, groups: Sequence[str] | None, seed: int, resamples: int = 500
+) -> tuple[Floats, Floats, Floats]:
+    """(images, steps) -> the mean and its 95 % interval over images or groups, pointwise."""
+    unit, n_units = units(groups, len(curves))
     mean = curves.mean(axis=0)
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
-    low, high = percentile_band(counts @ curves / n, 0.95, n)
+    drawn = np.stack([w[unit] @ curves / w[unit].sum() for w in draws(n_units, resamples, seed)])
+    low, high = percentile_band(drawn, 0.95, n_units)
     return mean, np.minimum(low, mean), np.maximum(high, mean)

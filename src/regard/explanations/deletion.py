@@ -8,7 +8,7 @@ maps, which have the resolution of the finest map, and with a blob in the center
 photographers put things.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from regard.errors import UsageError
 from regard.evaluation import Estimate
-from regard.evaluation.intervals import percentile
+from regard.evaluation.intervals import bootstrapped_mean
 
 Floats = NDArray[np.float64]
 BASELINES = ("blur", "mean")
@@ -197,6 +197,7 @@ class MapScore:
             the center blob, paired by image; None for these themselves.
         each: (B, 2) deletion and insertion areas of each image.
         curves: (2, B, steps + 1), the deletion and insertion curves themselves.
+        groups: (B,) those of the images, such as patients; None: they are independent.
     """
 
     name: str
@@ -207,6 +208,7 @@ class MapScore:
     over_center: Estimate | None
     each: Floats
     curves: Floats
+    groups: Sequence[str] | None = None
 
     def verdict(self) -> str:
         """One plain sentence on what follows."""
@@ -214,8 +216,9 @@ class MapScore:
             return f"{self.name} is a control."
         r, c = self.over_random, self.over_center
         if np.isnan(r.low):
+            what = "one image" if len(self.each) == 1 else "images of one group"
             return (
-                f"{self.name} was scored on one image ({r.value:+.3f} over random maps): "
+                f"{self.name} was scored on {what} ({r.value:+.3f} over random maps): "
                 "that is no basis for a conclusion."
             )
         by = f"({r.value:+.3f}, 95 % interval {r.low:+.3f} to {r.high:+.3f})"
@@ -242,18 +245,14 @@ class MapScore:
         )
 
 
-def bootstrap(values: Floats, seed: int, resamples: int = 2000) -> Estimate:
-    """The mean with its 95 % interval over images (`percentile`); NaN ends for a single image."""
-    mean, n = float(values.mean()), len(values)
-    if n < 2:
-        return Estimate(mean, float("nan"), float("nan"))
-    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    return percentile(mean, values[drawn].mean(axis=1), 0.95, n)
-
-
-def summarize(measured: Mapping[str, Floats], seed: int = 0) -> dict[str, MapScore]:
-    """Scores with intervals over images from the curves of `measure`, controls last."""
+def summarize(
+    measured: Mapping[str, Floats], seed: int = 0, groups: Sequence[str] | None = None
+) -> dict[str, MapScore]:
+    """Scores with intervals over images (or groups) from the curves of `measure`, controls last."""
     each = {name: np.stack([area(c) for c in pair], axis=1) for name, pair in measured.items()}
+
+    def mean(values: Floats) -> Estimate:
+        return bootstrapped_mean(values, groups, seed)
 
     def of(name: str) -> MapScore:
         own = each[name]
@@ -262,11 +261,11 @@ def summarize(measured: Mapping[str, Floats], seed: int = 0) -> dict[str, MapSco
         def over(control: str) -> Estimate | None:
             if name in CONTROLS:
                 return None
-            return bootstrap(difference - (each[control][:, 1] - each[control][:, 0]), seed)
+            return mean(difference - (each[control][:, 1] - each[control][:, 0]))
 
         return MapScore(
-            name, bootstrap(own[:, 0], seed), bootstrap(own[:, 1], seed),
-            bootstrap(difference, seed), over(RANDOM), over(CENTER), own, measured[name],
+            name, mean(own[:, 0]), mean(own[:, 1]), mean(difference), over(RANDOM), over(CENTER),
+            own, measured[name], groups,
         )  # fmt: skip
 
     return {name: of(name) for name in each}

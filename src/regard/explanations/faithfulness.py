@@ -74,6 +74,7 @@ class Faithfulness:
 
     Attributes:
         images: how many.
+        groups: how many they come in; None: they are independent.
         scores: by map, the controls last.
         checks: one sanity check per map.
         warnings: reasons to doubt the scores themselves.
@@ -83,6 +84,14 @@ class Faithfulness:
     scores: dict[str, MapScore]
     checks: list[Sanity]
     warnings: list[str] = field(default_factory=list)
+    groups: int | None = None
+
+    @property
+    def over(self) -> str:
+        """What the intervals are over: "images", "7 groups", or "" where there are none."""
+        if min(self.images, self.groups or self.images) < 2:
+            return ""
+        return "images" if self.groups is None else f"{self.groups} groups"
 
     def sentences(self) -> list[str]:
         """What follows, in plain words: warnings, then a verdict per map and per check."""
@@ -94,6 +103,7 @@ class Faithfulness:
         kinds = {GRADCAM: "gradcam", **dict.fromkeys(deletion.CONTROLS, "control")}
         return {
             "images": self.images,
+            "groups": self.groups,
             "maps": {
                 name: {"kind": kinds.get(name, "attention"), **each}
                 for name, each in numbers(self.scores).items()
@@ -167,8 +177,21 @@ class Scorer:
         )
 
 
-def summarize(each: Sequence[ImageScore], *, baseline: str = "blur", seed: int = 0) -> Faithfulness:
-    """Scores and checks over images, at least one, in their order."""
+def summarize(
+    each: Sequence[ImageScore],
+    *,
+    baseline: str = "blur",
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+) -> Faithfulness:
+    """Scores and checks over images, at least one, in their order.
+
+    Args:
+        each: of the images.
+        baseline: the one of the scores.
+        seed: of the bootstrap.
+        groups: of the images, such as patients; intervals are over these where they are given.
+    """
     names = list(each[0].curves)
     curves = {name: np.stack([one.curves[name] for one in each], axis=1) for name in names}
     checks = []
@@ -184,7 +207,9 @@ def summarize(each: Sequence[ImageScore], *, baseline: str = "blur", seed: int =
             f"Images without detail (baseline {baseline}) still have their class at {left:.0%}, "
             "so deletion and insertion say little here; try the other baseline."
         )
-    return Faithfulness(len(each), deletion.summarize(curves, seed), checks, warnings)
+    named = None if groups is None else len(set(groups))
+    scores = deletion.summarize(curves, seed, groups)
+    return Faithfulness(len(each), scores, checks, warnings, named)
 
 
 def judge(
@@ -208,7 +233,7 @@ def judge(
 
 
 def interval(estimate: Estimate | None, decimals: int = 3) -> str:
-    """ "0.412 (0.376 to 0.450)"; without an interval where one image was scored; "–" for None."""
+    """ "0.412 (0.376 to 0.450)"; without one where an image or group was alone; "–" for None."""
     if estimate is None:
         return "–"
     value = f"{estimate.value:.{decimals}f}"

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from regard.errors import UsageError
 from regard.evaluation import Estimate
-from regard.evaluation.intervals import draws, percentile, wilson
+from regard.evaluation.intervals import bootstrapped_mean, units, wilson
 from regard.explanations.overlay import Box, place
 
 Mask = NDArray[np.bool_]
@@ -65,20 +65,14 @@ class PointingScore:
             seed: of the bootstrap.
             groups: one for each image, such as its patient; default: images are independent.
         """
-        unit, count = np.arange(len(each)), len(each)
-        if groups is not None:
-            names, unit = np.unique(np.array(groups), return_inverse=True)
-            count = len(names)
+        _, count = units(groups, len(each))
 
         def mean(name: str) -> Estimate:
             values = np.array([float(getattr(p, name)) for p in each])
             value = float(values.mean())
-            if count < 2:
-                return Estimate(value, float("nan"), float("nan"))
-            if name == "hit" and (groups is None or value in (0.0, 1.0)):
+            if name == "hit" and count > 1 and (groups is None or value in (0.0, 1.0)):
                 return wilson(value, count, 0.95)
-            drawn = [w[unit] @ values / w[unit].sum() for w in draws(count, 1000, seed)]
-            return percentile(value, np.array(drawn), 0.95, count)
+            return bootstrapped_mean(values, groups, seed)
 
         chance = float(np.mean([p.chance for p in each]))
         named = None if groups is None else count

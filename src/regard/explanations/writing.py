@@ -7,7 +7,7 @@ they were made with, so that a second call goes on where the first was stopped.
 import csv
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -264,11 +264,13 @@ class Writer:
         content: dict[str, Any] = {"software": SOFTWARE, "images": outcome.explained}
         if self.scores:
             found = summarize(
-                list(self.scores.values()), baseline=options.baseline, seed=options.seed
-            )
+                list(self.scores.values()), baseline=options.baseline, seed=options.seed,
+                groups=self._groups(self.scores),
+            )  # fmt: skip
             outcome.faithfulness = found
             content |= options.score_settings()
-            content |= {"scored": found.images, "scores": numbers(found.scores)}
+            content |= {"scored": found.images, "groups": found.groups}
+            content |= {"scores": numbers(found.scores)}
             content |= {"sanity": _checks(found), "warnings": found.warnings}
             self._write_curves(found)
         self._write_scores(outcome.faithfulness)
@@ -303,9 +305,12 @@ class Writer:
         log.info("%s: %s%d images on one sheet", path, first, len(self.sheet))
 
     def _pointing(self, each: dict[str, Pointing]) -> PointingScore:
-        named = self.masks.groups  # of every image, or of none
-        groups = [named[path] for path in each] if named else None
-        return PointingScore.of(list(each.values()), self.options.seed, groups)
+        return PointingScore.of(list(each.values()), self.options.seed, self._groups(each))
+
+    def _groups(self, paths: Iterable[str]) -> list[str] | None:
+        """Those of the file of masks; an image that it lacks is a group of its own."""
+        named = self.masks.groups
+        return [f"={named[p]}" if p in named else p for p in paths] if named else None
 
     def _write_scores(self, found: Faithfulness | None) -> None:
         """scores.csv: the areas and the pointing of each image and map."""

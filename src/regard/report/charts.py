@@ -180,7 +180,7 @@ def faithfulness(found: Faithfulness, width: float) -> Chart:
         for s in found.scores.values()
     )
     caption = f"Mean over {plural(found.images, 'image')}" + (
-        "; shaded: 95 % interval over images." if found.images > 1 else "."
+        f"; shaded: 95 % interval over {found.over}." if found.over else "."
     )
     title = "Deletion and insertion"
     return Chart("faithfulness", title, figure, f"Deletion and insertion: {words}", caption)

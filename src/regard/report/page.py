@@ -271,7 +271,7 @@ def _faithfulness(found: Faithfulness | None) -> dict[str, Any] | None:
         "images": plural(found.images, "image"),
         "rows": rows,
         "sentences": found.sentences(),
-        "intervals": found.images > 1,
+        "intervals": found.over,
     }
 
 

@@ -235,13 +235,16 @@ class RunSource:
             return None
         seed = self.recipe["seed"]
         scorer = Scorer(self.classifier.model, methods=self.methods, seed=seed, steps=10, repeats=1)
-        each = []
+        each, read = [], []
         for row in spread(len(self.found.table), count).tolist():
             try:
                 each.append(scorer.score(self._input(row)))
             except ImageError:
                 continue
-        return summarize(each, seed=seed) if each else None
+            read.append(row)
+        groups = self.found.table.groups
+        named = None if groups is None else groups[read].tolist()
+        return summarize(each, seed=seed, groups=named) if each else None
 
 
 def usable_methods(classifier: Classifier) -> Sequence[str]:
