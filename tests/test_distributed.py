@@ -319,6 +319,42 @@ def test_only_the_first_machine_has_the_folder_the_recipe_and_the_weights(tmp_pa
     assert (first / "run/report.html").is_file()
 
 
+# ------------------------------------------------------------------ a group that the caller made
+SPAWNED = """
+import sys
+import torch.distributed as dist, torch.multiprocessing as mp
+import regard
+
+def work(rank, out):
+    dist.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
+    values = dict(
+        model="ag_sononet8", size=16, limit=60, val=0.2, test=0.2, batch_size=4, steps=4,
+        trackers=["none"], device="cpu", faithfulness_images=0, schedule="constant",
+    )
+    try:
+        regard.train("digits", out=f"{out}/first", lr=1e30, **values)
+    except regard.errors.NotFiniteError as error:
+        print(f"{rank}: {error}", flush=True)
+    regard.train("digits", out=f"{out}/second", lr=0.01, **values)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp.spawn(work, (sys.argv[1],), nprocs=2)
+"""
+
+
+@pytest.mark.slow
+def test_a_group_that_the_caller_made_trains_as_one_and_again_after_an_error(tmp_path):
+    (tmp_path / "script.py").write_text(SPAWNED)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    failed = [line for line in done.stdout.splitlines() if "is not finite" in line]
+    assert sorted(line[:2] for line in failed) == ["0:", "1:"]
+    facts = json.loads((tmp_path / "second/run.json").read_text())["facts"]
+    assert facts["processes"] == 2
+
+
 # ---------------------------------------------------------------------------------- by itself
 class Store:
     """The processes' store, in which another one may fail."""
@@ -334,7 +370,7 @@ class Store:
 @pytest.mark.parametrize("by_itself", [True, False])
 def test_a_process_that_waits_for_one_that_failed_is_ended(by_itself, monkeypatch):
     store, ended = Store(), threading.Event()
-    monkeypatch.setattr(distributed, "default_store", lambda: store)
+    monkeypatch.setattr(distributed, "run_store", lambda: store)
     watch = distributed.Watch(ended.set, grace=1.5)
     assert not ended.wait(1.5)
     store.failed = 1

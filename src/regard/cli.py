@@ -10,8 +10,15 @@ from typing import Any, get_args
 
 import cyclopts
 
-from regard.called import as_command
-from regard.errors import RegardError, Stopped, StudyStopped, ToldElsewhere, is_out_of_memory
+from regard.called import as_command, is_told_by_another, launched_processes
+from regard.errors import (
+    RegardError,
+    Stopped,
+    StudyStopped,
+    ToldElsewhere,
+    UsageError,
+    is_out_of_memory,
+)
 from regard.log import show_messages
 from regard.version import __version__
 
@@ -107,8 +114,11 @@ def run_command(tokens: Sequence[str]) -> int:
     show_messages(force=True)
     try:
         with as_command(tokens):
+            _refuse_several_processes(tokens)
             return app(_with_resume_auto(tokens), exit_on_error=False, print_error=False) or 0
     except cyclopts.CycloptsError as error:
+        if is_told_by_another():
+            return 2
         _complain(f"{' '.join(str(error).split())} (see `regard --help`)")
         return 2
     except BrokenPipeError:
@@ -124,6 +134,24 @@ def run_command(tokens: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
+
+
+def _refuse_several_processes(tokens: Sequence[str]) -> None:
+    """Refuses what each process would do in full, writing the same files.
+
+    Raises:
+        UsageError: torchrun started several, and they would not train.
+        ToldElsewhere: the same, in all processes of a machine but its first.
+    """
+    several = launched_processes()
+    if several == 1 or not tokens or tokens[0] not in COMMANDS or tokens[0] == "train":
+        return
+    if is_told_by_another():
+        raise ToldElsewhere(2)
+    raise UsageError(
+        f"{tokens[0]} runs in one process, and {several} were started: leave torchrun or "
+        "accelerate launch out, which are for train"
+    )
 
 
 def _with_resume_auto(tokens: Sequence[str]) -> list[str]:

@@ -18,5 +18,10 @@ def cores() -> int:
     share = os.environ.get(SHARE, "")
     if share.isdecimal():
         available = min(available, int(share))
+    return max(1, available // processes_here())
+
+
+def processes_here() -> int:
+    """How many processes of one distributed run are on this machine (LOCAL_WORLD_SIZE)."""
     processes = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, available // max(1, int(processes) if processes.isdecimal() else 1))
+    return max(1, int(processes) if processes.isdecimal() else 1)

@@ -6,6 +6,7 @@ call, `OSError` for a file), and carries the exit code of the command line: 2 fo
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class RegardError(Exception):
@@ -48,7 +49,25 @@ class ResourceError(RegardError, MemoryError):
     """Out of memory; the message says what to lower."""
 
 
-class NotFiniteError(RegardError, ArithmeticError):
+class _ValuesError(RegardError):
+    """An error that is made of values rather than of its message, and can be pickled all the same.
+
+    Processes that pass it on (multiprocessing, concurrent.futures) would lose it otherwise.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(
+    kind: type[RegardError], arguments: tuple[Any, ...], values: dict[str, Any]
+) -> RegardError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(values)
+    return error
+
+
+class NotFiniteError(_ValuesError, ArithmeticError):
     """Loss or weights are infinite or NaN.
 
     Attributes:
@@ -64,7 +83,7 @@ class NotFiniteError(RegardError, ArithmeticError):
         self.rows: list[int] = list(rows)
 
 
-class Stopped(RegardError):  # noqa: N818 (no error: somebody asked for it)
+class Stopped(_ValuesError):  # noqa: N818 (no error: somebody asked for it)
     """A signal asked the run to stop; its state is saved.
 
     Attributes:

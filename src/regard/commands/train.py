@@ -1,13 +1,16 @@
 """`regard train`: trains a network, tests it, and writes the report of the run."""
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Parameter
 
+from regard.called import is_told_by_another
 from regard.commands.flags import (
     DeviceFlag,
     SplitsFlag,
@@ -15,7 +18,7 @@ from regard.commands.flags import (
     parse_arguments,
     require_data,
 )
-from regard.errors import RegardError, ToldElsewhere
+from regard.errors import RegardError, ToldElsewhere, UsageError
 from regard.extras import EXTRAS, require
 from regard.log import show_messages
 from regard.training.config import Recipe, fields_of
@@ -60,7 +63,9 @@ def command(
     root: Path | None = None,
     splits: SplitsFlag = "auto",
     arg: Annotated[list[str] | None, Parameter(negative=())] = None,
-    log: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
+    log: Annotated[
+        list[str] | None, Parameter(alias="--trackers", negative=(), consume_multiple=True)
+    ] = None,
     device: DeviceFlag = "auto",
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> int:
@@ -97,15 +102,16 @@ def command(
         Argument of the network as NAME=VALUE, such as aggregation=concat; repeatable.
     log
         Experiment trackers: tensorboard, wandb, mlflow, aim, clearml, comet_ml, swanlab,
-        trackio, or none. Default: tensorboard.
+        trackio, or none. Default: tensorboard. torchrun may take --log for a flag of its own:
+        --trackers is the same.
     """
-    require_data(source)
-    for name in log or ():
-        if name in EXTRAS:
-            require(name, f"--log {name}")
     changes = {k: v for k, v in vars(flags).items() if v is not None}
-    with naming_flags():
-        train(
+    with naming_flags(), _told_once():
+        require_data(source)
+        for name in log or ():
+            if name in EXTRAS:
+                require(name, f"--log {name}")
+        _train(
             source, model=model, recipe=recipe, out=out,
             resume="auto" if resume_auto else resume, weights=weights, root=root, splits=splits,
             model_args=parse_arguments(arg or []), trackers=log or ("tensorboard",), device=device,
@@ -159,22 +165,49 @@ def train(
         ResourceError: memory ran out.
         Stopped: SIGINT, SIGTERM or SIGHUP; the state is saved, and `resume` goes on from it.
     """
-    from regard.report.build import report_run
-    from regard.training import run
-    from regard.training.distributed import is_first_to_tell, is_main_process
+    from regard.training.distributed import is_first_to_tell
 
     show_messages()
     try:
-        folder = run.train(
+        return _train(
             data, model=model, recipe=recipe, out=out, resume=resume, weights=weights,
             root=root, splits=splits, model_args=model_args,
             trackers=trackers, device=device, **changes,
         )  # fmt: skip
     except Exception as error:
-        if not is_first_to_tell(error):  # another process of the run told what it comes from
-            code = error.exit_code if isinstance(error, RegardError) else 1
-            raise ToldElsewhere(code) from None
+        is_first_to_tell(error)  # which ends the processes that wait for this one
         raise
+
+
+def _train(data: str | Path, *, device: str, **arguments: Any) -> Path:
+    """As `train`."""
+    from regard.report.build import report_run
+    from regard.training import run
+    from regard.training.distributed import is_main_process
+
+    folder = run.train(data, device=device, **arguments)
     if is_main_process() and not (folder / "report.html").is_file():
         messages.info(f"the report: {report_run(folder, device)}")
     return folder
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Has one process of a run tell what went wrong.
+
+    Raises:
+        ToldElsewhere: another one tells it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "regard.training.distributed" in sys.modules:
+            from regard.training.distributed import is_first_to_tell
+
+            elsewhere = not is_first_to_tell(error)
+        else:  # before anything slow was imported
+            elsewhere = isinstance(error, UsageError) and is_told_by_another()
+        if elsewhere:
+            code = error.exit_code if isinstance(error, RegardError) else 1
+            raise ToldElsewhere(code) from None
+        raise

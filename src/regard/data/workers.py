@@ -11,7 +11,6 @@ import errno
 import logging
 import math
 import multiprocessing.connection
-import os
 import shutil
 import signal
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from regard.cores import cores
+from regard.cores import cores, processes_here
 from regard.errors import RegardError, ResourceError
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -216,8 +215,7 @@ def shared_memory_free() -> float:
     """Bytes of shared memory that this process may use for batches; Docker gives 64 MB."""
     if sys.platform != "linux" or not SHARED_MEMORY.is_dir():
         return math.inf
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return shutil.disk_usage(SHARED_MEMORY).free / ranks
+    return shutil.disk_usage(SHARED_MEMORY).free / processes_here()
 
 
 def processes_that_fit(workers: int, batch_bytes: float, free: float) -> tuple[int, int]:

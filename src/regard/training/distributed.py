@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,11 +19,13 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
+from regard.called import is_told_by_another
 from regard.compat import default_store
 from regard.data.workers import kill_workers
 from regard.errors import FileError, RegardError, UsageError
 from regard.files import reason
 from regard.machine import choose_device
+from regard.training.places import checked_places, unreachable_told, waiting_told
 
 # the others wait while the first process downloads, groups and hashes images; NCCL's own is 10
 # minutes. One that has failed is not waited for: see Watch
@@ -41,9 +44,13 @@ def start_accelerator(device: str = "auto") -> Accelerator:
     Raises:
         UsageError: this machine has no such device; `accelerate launch --cpu` was asked for
             several processes, which it does not start; Accelerate was configured for DeepSpeed,
-            FSDP or another way of dividing the network; or machines have unlike numbers of
-            processes.
+            FSDP or another way of dividing the network; machines have unlike numbers of
+            processes; or the variables that say which of how many processes this is are no
+            numbers, or don't fit each other.
+        FileError: the processes can't reach each other.
     """
+    global _runs
+    _runs += 1  # the same in all processes, as each takes part in each run
     _refuse_other_ways()
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if on_cpu and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
@@ -51,13 +58,15 @@ def start_accelerator(device: str = "auto") -> Accelerator:
             "accelerate launch --cpu starts one process, whatever its --num_processes: leave "
             "that out, or use torchrun --nproc_per_node N -m regard train ..."
         )
-    on_cpu = on_cpu or choose_device(device).type == "cpu"
-    accelerator = Accelerator(
-        mixed_precision="no",
-        cpu=True if on_cpu else None,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_EXCHANGE)],
-    )
+    chosen = "cpu" if on_cpu else choose_device(device).type
+    on_cpu = chosen == "cpu"
+    with checked_places(chosen), waiting_told(), unreachable_told():
+        accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=True if on_cpu else None,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_EXCHANGE)],
+        )
     here = os.environ.get("LOCAL_WORLD_SIZE")
     if len(set(several := gathered(accelerator, here))) > 1:
         raise UsageError(
@@ -162,9 +171,18 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
 
 
 # ------------------------------------------------------------------------- errors, told once
-FAILED = "regard/failed"  # in the store: how many processes have failed
+FAILED = "failed"  # in the store: how many processes have failed
 GRACE = 10.0  # seconds that a process has to end by itself once another has failed
+_runs = 0  # that this process has taken part in: one group of processes may train several
 LOST = ("closed by peer", "reset by peer", "Connection refused", "NCCL", "Broken pipe")
+
+
+def run_store() -> Any:
+    """The processes' key-value store, for what is of the run that was started last alone.
+
+    An error or a stop of an earlier run of the same processes is none of this one.
+    """
+    return torch.distributed.PrefixStore(f"regard/{_runs}", default_store())
 
 
 def is_first_to_tell(error: BaseException) -> bool:
@@ -173,9 +191,9 @@ def is_first_to_tell(error: BaseException) -> bool:
     What follows from it in the others, such as a lost connection, is no news.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return True
+        return not (isinstance(error, UsageError) and is_told_by_another())
     try:
-        return default_store().add(FAILED, 1) == 1
+        return run_store().add(FAILED, 1) == 1
     except Exception:  # the process that holds the store has ended: of an error that it told
         return torch.distributed.get_rank() == 0
 
@@ -201,9 +219,11 @@ def lost_processes(count: int) -> Iterator[None]:
     except RuntimeError as error:
         if count == 1 or not lost_process(error):
             raise
+        # without gloo's line of code before it, and its advice after it
+        why = re.sub(r"^\[\S+\] ", "", reason(error, 400)).partition(". ")[0][:120]
         raise FileError(
             f"another of the run's {count} processes has ended, or can't be reached any more "
-            f"({reason(error, 120)}): its own machine may say why; resume the run"
+            f"({why}): its own machine may say why; resume the run, or start it again"
         ) from error
 
 
@@ -220,7 +240,7 @@ class Watch:
     def __init__(self, end: Callable[[], object] | None = None, grace: float = GRACE) -> None:
         self._end, self._grace = end or _end, grace
         self._done = threading.Event()
-        self._store = default_store()
+        self._store = run_store()
         threading.Thread(target=self._look, name="regard-watch", daemon=True).start()
 
     def close(self) -> None:
@@ -245,7 +265,7 @@ def _end() -> None:
 
 
 # --------------------------------------------------------------------------------- requests
-ASKED = "regard/stop"  # in the store: the signal that asked any process to stop
+ASKED = "stop"  # in the store: the signal that asked any process to stop
 
 
 class Requests:
@@ -296,19 +316,19 @@ class Requests:
         stop, save = found.tolist()
         return stop, save
 
-    def heard(self, stop: int) -> int:
+    def heard(self, stop: int, *, at_once: bool = False) -> int:
         """The signal that any process got, asked at most once a second; 0: none yet.
 
-        For stretches without steps: processes hear it at different moments.
+        For stretches without steps: processes hear it at different moments. `at_once` asks now.
         """
         if stop or not self.several:
             if stop and self.several and not self._told:
                 self._told = True
-                default_store().set(ASKED, str(stop))
+                run_store().set(ASKED, str(stop))
             return stop
         now = time.monotonic()
-        if not self._heard and now - self._looked_at >= 1:
+        if not self._heard and (at_once or now - self._looked_at >= 1):
             self._looked_at = now
-            if default_store().check([ASKED]):
-                self._heard = int(default_store().get(ASKED))
+            if (store := run_store()).check([ASKED]):
+                self._heard = int(store.get(ASKED))
         return self._heard

@@ -6,7 +6,6 @@ process rather than the step, small batches are measured and larger ones extrapo
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from regard.data.loading import repeated
 from regard.errors import UsageError
 from regard.machine import free_memory, is_out_of_memory, trim_memory
-from regard.training.distributed import gathered
+from regard.training.distributed import Ranks, gathered
 from regard.training.loop import Trainer
 from regard.training.trial import first_batches, trial, trial_step
 
@@ -60,7 +59,7 @@ def fit_memory(
         free = free or _free_on_gpu(device)
         needed = _largest_that_fits(trainer, sizes, SHARE * free, peak or peak_on_gpu)
     elif device.type == "cpu" and (peak is not None or _RESET_PEAK.exists()):
-        free = (free or free_memory()) / int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        free = (free or free_memory()) / Ranks(trainer.accelerator).local
         needed = extrapolated(
             measured_peaks(trainer, sizes, SHARE * free, peak or PeakOnCPU()), sizes
         )

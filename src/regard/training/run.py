@@ -80,23 +80,23 @@ def train(
     accelerator = start_accelerator(device)
     if not accelerator.is_main_process:  # the first process speaks for all
         logging.getLogger("regard").setLevel(logging.ERROR)
-    trackers = check_trackers(trackers)
-    base = on_main(  # which alone may have the file
-        accelerator, lambda: recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    )
+    trackers, world = check_trackers(trackers), accelerator.num_processes
     if isinstance(changes.get("pretrained"), bool):  # as timm's functions take it
         changes["pretrained"] = "yes" if changes["pretrained"] else "no"
-    chosen = base.changed(**changes)
-    asked = Request(
-        data=str(data), model=model, recipe=chosen,
-        weights=None if weights is None else str(weights),
-        root=None if root is None else str(root), splits=splits,
-        model_args=dict(model_args or {}), base=base,
-        changes={name: getattr(chosen, name) for name in changes},  # as the recipe has them
-        has_recipe=not (isinstance(recipe, str) and recipe == "quick"),
-    )  # fmt: skip
-    several = accelerator.num_processes > 1
-    with contextlib.closing(Watch()) if several else contextlib.nullcontext():
+    watch = contextlib.closing(Watch()) if world > 1 else contextlib.nullcontext()
+    with watch, lost_processes(world):
+        base = on_main(  # which alone may have the file
+            accelerator, lambda: recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+        )
+        chosen = base.changed(**changes)
+        asked = Request(
+            data=str(data), model=model, recipe=chosen,
+            weights=None if weights is None else str(weights),
+            root=None if root is None else str(root), splits=splits,
+            model_args=dict(model_args or {}), base=base,
+            changes={name: getattr(chosen, name) for name in changes},  # as the recipe has them
+            has_recipe=not (isinstance(recipe, str) and recipe == "quick"),
+        )  # fmt: skip
         opened = open_run(accelerator, asked, out, resume)
         if not opened.finished:
             for warning in opened.table.warnings:
@@ -249,6 +249,7 @@ class Run:
             return
         self.best, self.unscored = state.pop("best"), state.pop("unscored", False)
         self.trainer.load_state_dict(state)
+        self.saved_after = self.trainer.step
         if not self.main:  # the first process has what all of them counted
             self.trainer.tally = torch.zeros_like(self.trainer.tally)
             self.trainer.unreadable = []
@@ -311,7 +312,8 @@ class Run:
         """Stops a run whose next images did not come; a step begins when all of its are there."""
         if self.world == 1:
             self._save()
-        raise Stopped(self.states.newest() if self.main else 0, self.signals.stop)
+        number = self.requests.heard(self.signals.stop, at_once=True)
+        raise Stopped(max(0, self.saved_after), number)
 
     def _after_step(self, trainer: Trainer, loss: float) -> None:
         self.display.step(loss)

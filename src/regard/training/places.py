@@ -1,0 +1,133 @@
+"""Which of how many processes this is, by its environment or a group that the caller made."""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from regard.errors import FileError, UsageError
+from regard.files import reason
+
+log: logging.Logger = logging.getLogger(__name__)
+
+# torchrun's variables, each with MPI's, which Accelerate reads on CPUs
+VARIABLES = {
+    "RANK": ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
+    "WORLD_SIZE": ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "LOCAL_RANK": ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+    "LOCAL_WORLD_SIZE": (
+        "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"
+    ),
+}  # fmt: skip
+DEVICE = "ACCELERATE_TORCH_DEVICE"  # which Accelerate takes before any other
+ADVICE = "torchrun sets these variables for several processes; unset them to train in one"
+LONG = 30.0  # seconds of waiting after which it is said
+
+
+@contextlib.contextmanager
+def checked_places(device: str) -> Iterator[None]:
+    """Within, Accelerate finds this process's place in variables that fit each other.
+
+    What another program left in the environment of a process that trains by itself is hidden.
+
+    Args:
+        device: the kind that is trained on, as "cuda".
+
+    Raises:
+        UsageError: a variable is no number, or they don't fit each other.
+    """
+    hidden = []
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _take_places_of_group()
+    elif _number_of_processes(device) == 1 and "MASTER_ADDR" not in os.environ:
+        hidden += ["LOCAL_RANK", "WORLD_SIZE"]
+    if not os.environ.get(DEVICE, device).startswith(device):
+        hidden.append(DEVICE)
+    before = {name: os.environ.pop(name) for name in hidden if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _number_of_processes(device: str) -> int:
+    """The number of processes that the variables say."""
+    named: dict[str, tuple[str, int]] = {}  # by torchrun's name: the variable that is set
+    for name, others in VARIABLES.items():
+        for variable in (name, *others) if device == "cpu" else (name,):
+            if os.environ.get(variable) and name not in named:
+                named[name] = variable, _number(variable)
+    of, world = named.get("WORLD_SIZE", ("WORLD_SIZE", 1))
+    if "RANK" in named and ("WORLD_SIZE" in named or "LOCAL_RANK" in named):
+        variable, rank = named["RANK"]
+        if not 0 <= rank < max(1, world):
+            raise UsageError(f"{variable}={rank} with {of}={world}: {ADVICE}")
+    variable, here = named.get("LOCAL_WORLD_SIZE", ("LOCAL_WORLD_SIZE", 1))
+    if here < 1 or 1 < world < here:
+        raise UsageError(f"{variable}={here} with {of}={world}: {ADVICE}")
+    if os.environ.get("MASTER_PORT"):
+        _number("MASTER_PORT")
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        raise UsageError(f"{of}={world}, but MASTER_ADDR is not set: {ADVICE}")
+    return max(1, world)
+
+
+def _number(variable: str) -> int:
+    try:
+        return int(os.environ[variable])
+    except ValueError:
+        raise UsageError(f"{variable}={os.environ[variable]} is no number: {ADVICE}") from None
+
+
+def _take_places_of_group() -> None:
+    """Sets torchrun's variables for a group that the caller made, as with `mp.spawn`.
+
+    Raises:
+        UsageError: the ranks of this machine don't follow each other.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    if world == 1 or {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
+        return
+    hosts = [""] * world
+    torch.distributed.all_gather_object(hosts, socket.gethostname())
+    here = [k for k, host in enumerate(hosts) if host == hosts[rank]]
+    if here[-1] - here[0] >= len(here):
+        raise UsageError(f"the ranks on {hosts[rank]} are {here}: they must follow each other")
+    os.environ |= {"LOCAL_RANK": str(here.index(rank)), "LOCAL_WORLD_SIZE": str(len(here))}
+
+
+@contextlib.contextmanager
+def waiting_told() -> Iterator[None]:
+    """Says after a while that other processes are waited for, which may not have been started."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    said = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    line = f"the run's other processes have not come yet ({said}). {ADVICE}"
+    timer = threading.Timer(LONG, log.warning, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def unreachable_told() -> Iterator[None]:
+    """Says in one line that the processes can't find each other.
+
+    Raises:
+        FileError: they can't: a port is taken, an address is not known, or some never came.
+    """
+    try:
+        yield
+    except torch.distributed.DistError as error:
+        at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise FileError(
+            f"the run's processes can't reach each other at {at} ({reason(error, 160)}): is "
+            "another run there? torchrun --standalone chooses a free port"
+        ) from error
