@@ -21,7 +21,7 @@ from regard.evaluation import (
     compare,
     evaluate,
 )
-from regard.evaluation.intervals import wilson_interval
+from regard.evaluation.intervals import share_of_groups, wilson_interval
 
 
 def make(n=400, n_classes=8, *, seed=0, strength=2.0, groups=None, absent=()):
@@ -252,6 +252,38 @@ def test_calibration_interval_covers(too_sure):
     if too_sure == 0.1:  # and is not merely wide
         assert np.mean([e.high - e.low for e in estimates]) < 0.15
         assert np.mean([e.low for e in estimates]) > 0.02
+
+
+@pytest.mark.parametrize(("patients", "like"), [(6, 1.0), (12, 1.0), (12, 8.0), (40, 1.0)])
+def test_shares_of_few_patients_are_covered(patients, like):
+    """An expanded percentile interval has 0.80 of 6, and 0.90 of 12 whose images are alike."""
+    rng = np.random.default_rng(patients)
+    held, widths = [], []
+    for _ in range(1000):
+        sizes = rng.integers(1, 12, patients)
+        unit = np.repeat(np.arange(patients), sizes)
+        own = rng.beta(0.8 * like, 0.2 * like, patients)  # each patient's share, 0.8 in the mean
+        found = share_of_groups(rng.random(len(unit)) < own[unit], unit, 0.95)
+        held.append(found.low <= 0.8 <= found.high)
+        widths.append(found.high - found.low)
+    assert 0.92 <= np.mean(held) <= 0.995
+    assert np.mean(widths) < 3.0 / patients**0.5  # and not merely wide
+
+
+def test_a_share_of_groups_by_hand():
+    right = np.array([1, 1, 1, 1, 0, 1, 0, 1, 1, 1])
+    unit = np.array(["a"] * 4 + ["b"] * 3 + ["c"] * 3)
+    # off by group: 4 - 3.2, 1 - 2.4, 3 - 2.4; 0.16 / (1.5 * 2.96 / 100) images, t of 2 groups
+    size, t = 0.16 / 0.0444, 4.302653
+    center = (0.8 + t**2 / (2 * size)) / (1 + t**2 / size)
+    half = t * (0.16 / size + t**2 / (4 * size**2)) ** 0.5 / (1 + t**2 / size)
+    found = share_of_groups(right, unit, 0.95)
+    assert found.value == pytest.approx(0.8)
+    assert ends(found) == pytest.approx((center - half, center + half), abs=1e-6)
+    # groups that are more alike than chance would have them count as images, not as more
+    alike = share_of_groups(np.tile([1, 0], 30), np.repeat(np.arange(30), 2), 0.95)
+    assert ends(alike) == pytest.approx(wilson_interval(30, 60, 0.95), abs=0.006)
+    assert ends(share_of_groups(np.ones(10), unit, 0.95)) == pytest.approx(wilson_interval(3, 3))
 
 
 def test_copies_in_a_group_add_nothing_to_what_is_known():

@@ -6,11 +6,13 @@ quadratic_kappa. With `positive` that class against the rest: roc_auc, average_p
 sensitivity, specificity, ppv, npv, lr_positive and lr_negative (likelihood ratios), f1, mcc,
 brier, calibration_slope, calibration_intercept, and with `max_fpr` the partial_roc_auc.
 
-Intervals are expanded percentiles of bootstrap samples of images or, with groups, of whole groups.
-Sensitivity, specificity, ppv and npv of independent images have Wilson's. Where no resample
-differs, as for an AUC of 1, shares and areas have Wilson's with as many units as the rarer
-kind has. Areas of all classes have no interval where it would take much more than 20 s, with
-1000 resamples from about 10,000 images of 12 classes on.
+Intervals are of bootstrap samples of images or, with groups, of whole groups: expanded percentiles,
+and of areas Wilson's for the samples' variance (`regard.evaluation.intervals.area`). The numbers
+of one class against the rest are as uncertain as the rarer of the two kinds makes them: its units
+count, and one alone gives no interval. Sensitivity, specificity, ppv and npv have Wilson's (with
+groups `share_of_groups`), as have areas where no resample differs, such as an AUC of 1. Areas of
+all classes have no interval where it would take much more than 20 s, with 1000 resamples from
+about 10,000 images of 12 classes on.
 
 A likelihood ratio may be infinite, and no resample differs where it is 0 or infinite. Its interval
 then goes as far as the ratio does when a sensitivity or specificity of 0 or 1 is taken at the
@@ -29,10 +31,12 @@ import numpy as np
 from regard.evaluation.intervals import (
     NAN,
     Estimate,
+    area,
     check_settings,
     draws,
     finite_or_none,
     percentile,
+    share_of_groups,
     wilson,
 )
 from regard.evaluation.metrics import evaluate
@@ -46,6 +50,7 @@ from regard.evaluation.statistics import (
 )
 from regard.evaluation.thresholds import from_probability
 
+_AREAS = ("roc_auc", "average_precision")
 MOST_WORK = 4 * 10**8  # of `RankStatistics.work` times resamples: about 20 s
 Statistic = Callable[[Floats], Values]
 
@@ -197,9 +202,9 @@ def diagnose_calibration(
     found = {name: metrics[name] for name in ("ece", "nll")}
     found["brier"] = bootstrap(LabelStatistics(predictions, None))["brier"]
     if positive is not None:
-        one = bootstrap(OneClassStatistics(predictions, positive))
-        found["brier_positive"] = one["brier"]
-        found |= bootstrap(CalibrationStatistics(predictions, positive))
+        one = OneClassStatistics(predictions, positive)
+        found["brier_positive"] = bootstrap(one, rare=one.positive)["brier"]
+        found |= bootstrap(CalibrationStatistics(predictions, positive), rare=one.positive)
     return found
 
 
@@ -219,14 +224,14 @@ def _one_class(
         ("sensitivity", is_positive), ("specificity", ~is_positive), ("ppv", called),
         ("npv", ~called),
     ):  # fmt: skip
-        metrics[name] = bootstrap.share(metrics[name], among)
+        metrics[name] = bootstrap.share(is_positive == called, among)
     sensitivity, specificity = metrics["sensitivity"], metrics["specificity"]
     for name, one, other in (
         ("lr_positive", sensitivity, _complement(specificity)),
         ("lr_negative", _complement(sensitivity), specificity),
     ):
         metrics[name] = _ratio(metrics[name], one, other)
-    metrics |= bootstrap(CalibrationStatistics(predictions, positive))
+    metrics |= bootstrap(CalibrationStatistics(predictions, positive), rare=statistic.positive)
     return OneClass(positive, threshold, counts, metrics)
 
 
@@ -283,30 +288,49 @@ class _Bootstrap:
         if not intervals or self.n_units < 2:
             return {name: Estimate(value, NAN, NAN) for name, value in values.items()}
         drawn = self.samples(statistic)
-        units = self._rarest(self.labels if rare is None else rare)
-        return {name: self._estimate(name, v, drawn[name], units) for name, v in values.items()}
+        rarest = self._rarest(self.labels if rare is None else rare)
+        units = dict.fromkeys(values, self.n_units if rare is None else rarest)
+        if isinstance(statistic, RankStatistics):
+            units |= self._ranked_units(statistic)
+        return {
+            name: self._estimate(name, value, drawn[name], units[name], rarest)
+            for name, value in values.items()
+        }
 
-    def _estimate(self, name: str, value: float, drawn: Floats, units: int) -> Estimate:
+    def _ranked_units(self, statistic: RankStatistics) -> dict[str, int]:
+        """Of each class's areas against the rest, and of the means of only two classes."""
+        found = {}
+        for kind in ("roc_auc", "average_precision"):
+            for c in statistic.present:
+                found[f"{kind}/{statistic.names[c]}"] = self._rarest(self.labels == c)
+            if len(statistic.present) == 2:
+                means = [f"{kind}_macro", f"{kind}_weighted"]
+                found |= dict.fromkeys(means, self._rarest(self.labels))
+        return found
+
+    def _estimate(
+        self, name: str, value: float, drawn: Floats, units: int, rarest: int
+    ) -> Estimate:
         drawn = drawn[~np.isnan(drawn)]
-        if not math.isfinite(value) or not drawn.size:
+        if not math.isfinite(value) or not drawn.size or units < 2:
             return Estimate(value, NAN, NAN)
         if drawn.min() == drawn.max() and value in (0.0, 1.0):
-            interval = wilson(value, units, self.confidence)
+            interval = wilson(value, rarest, self.confidence)
             if name.endswith(("mcc", "kappa")):  # from -1 to 1
                 low = 2 * interval.low - 1
                 return Estimate(value, low, 1.0) if value else Estimate(value, NAN, NAN)
             return interval
-        return percentile(value, drawn, self.confidence, self.n_units)
+        make = area if name.partition("/")[0].startswith(_AREAS) else percentile
+        return make(value, drawn, self.confidence, units)
 
     def _rarest(self, kinds: Ints) -> int:
         """Units of the kind of image that has fewest."""
         return min(len(np.unique(self.unit[kinds == k])) for k in np.unique(kinds))
 
-    def share(self, estimate: Estimate, among: Any) -> Estimate:
-        """A share of some images; Wilson's interval where they are independent or all alike."""
-        units = len(np.unique(self.unit[among]))
-        if units < 2:
-            return Estimate(estimate.value, NAN, NAN)
-        if self.grouped and estimate.value not in (0.0, 1.0):
-            return estimate
-        return wilson(estimate.value, units, self.confidence)
+    def share(self, right: Any, among: Any) -> Estimate:
+        """How many of some images are right; NaN where there are none."""
+        if not among.any():
+            return Estimate(NAN, NAN, NAN)
+        if not self.grouped:
+            return wilson(float(right[among].mean()), int(among.sum()), self.confidence)
+        return share_of_groups(right[among], self.unit[among], self.confidence)

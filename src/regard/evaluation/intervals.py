@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regard.errors import UsageError
-from regard.evaluation.predictions import Floats
+from regard.evaluation.predictions import Floats, units
 
 NAN = math.nan
 
@@ -81,14 +81,6 @@ def percentile(
     method: Any = "linear" if np.isfinite(drawn).all() else "nearest"  # no inf - inf
     low, high = np.quantile(drawn, [1 - upper, upper], method=method)
     return Estimate(value, min(float(low), value), max(float(high), value))
-
-
-def units(groups: Sequence[str] | None, count: int) -> tuple[NDArray[np.int64], int]:
-    """The bootstrap unit of each of `count` images, and how many there are: groups, or images."""
-    if groups is None:
-        return np.arange(count), count
-    names, unit = np.unique(np.array(groups), return_inverse=True)
-    return unit, len(names)
 
 
 def bootstrapped_mean(
@@ -198,6 +190,60 @@ def wilson(share: float, units: int, confidence: float) -> Estimate:
         return Estimate(share, NAN, NAN)
     low, high = wilson_interval(round(share * units), units, confidence)
     return Estimate(share, min(low, share), max(high, share))
+
+
+def share_of_groups(right: NDArray[Any], unit: NDArray[Any], confidence: float) -> Estimate:
+    """A share of images that come in groups, with Wilson's interval for them.
+
+    That of the number of independent images that would have the same variance between groups
+    (their effective sample size), never more than there are images, with Student's t of as many
+    degrees of freedom as groups less one (after Korn & Graubard, Survey Methodology 1998, and
+    Dean & Pagano, Survey Methodology 2015). Where all or none are right, the variance is not
+    known, and each group counts as one image. One group has no interval.
+
+    Args:
+        right: (N,) whether each image is, at least one image.
+        unit: (N,) the group of each.
+        confidence: between 0 and 1.
+    """
+    _, unit = np.unique(unit, return_inverse=True)
+    whole = np.bincount(unit)
+    n_groups, n = len(whole), len(unit)
+    share = float(right.mean())
+    if n_groups < 2 or share in (0.0, 1.0):
+        return wilson(share, n_groups, confidence)
+    between = float(np.square(np.bincount(unit, right - share)).sum()) * n_groups / (n_groups - 1)
+    variance = max(between / n**2, share * (1 - share) / n)
+    return _wilson_of_variance(share, variance, n_groups, confidence)
+
+
+def area(value: float, drawn: Floats, confidence: float, n_units: int) -> Estimate:
+    """An area between 0 and 1 with Wilson's interval for the variance of bootstrap samples.
+
+    Percentiles are too narrow for few images of a kind, and near 1.
+
+    Args:
+        value: the area.
+        drawn: (resamples,) those of samples; NaN ones are left out.
+        confidence: between 0 and 1.
+        n_units: independent units of the kind of images that has fewer, at least 2.
+    """
+    drawn = drawn[~np.isnan(drawn)]
+    if drawn.size < 2 or not 0 < value < 1:
+        return percentile(value, drawn, confidence, n_units)
+    variance = float(drawn.var(ddof=1)) * n_units / (n_units - 1)
+    return _wilson_of_variance(value, variance, n_units, confidence)
+
+
+def _wilson_of_variance(value: float, variance: float, n_units: int, confidence: float) -> Estimate:
+    """Wilson's interval of as many images as have this variance, with Student's t of the units."""
+    from scipy.stats import t
+
+    q = float(t.ppf((1 + confidence) / 2, n_units - 1))
+    z = q * q * variance / (value * (1 - value))
+    center = (value + z / 2) / (1 + z)
+    half = math.sqrt(z * value * (1 - value) + z * z / 4) / (1 + z)
+    return Estimate(value, max(min(center - half, value), 0.0), min(max(center + half, value), 1.0))
 
 
 def reach_of_none(units: float, confidence: float) -> float:

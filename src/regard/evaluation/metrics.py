@@ -19,8 +19,9 @@ Their intervals:
   transformed.
 - The others are expanded percentiles of `resamples` bootstrap samples of the images. A class
   without images in a sample is left out of that sample's means.
-- With groups all are expanded percentiles of samples of whole groups (cluster bootstrap). With
-  fewer than about 20 groups these are still too narrow; docs/evaluation.md has their coverage.
+- With groups these shares have Wilson's interval for images in groups
+  (`regard.evaluation.intervals.share_of_groups`), and the others expanded percentiles of samples
+  of whole groups (cluster bootstrap). docs/evaluation.md has the coverage of all.
 - ece is biased upward: its interval allows for that, and reaches 0 for a calibrated network
   (see `regard.evaluation.intervals.calibration_interval`).
 - Where all or no images are correct the resamples do not vary. The interval is then Wilson's,
@@ -45,6 +46,7 @@ from regard.evaluation.intervals import (
     check_settings,
     draws,
     percentile,
+    share_of_groups,
     wilson,
 )
 from regard.evaluation.predictions import BINS, Floats, Ints, Outcomes, Predictions, outcomes
@@ -164,10 +166,10 @@ def evaluate(
     present, images = _present_only(outcomes(predictions))
     n_classes, more_than_5 = len(present), len(predictions.classes) > 5
     measured = _measure(images, np.ones(len(predictions)), n_classes, more_than_5)
-    drawn = _Resamples(resamples, n_classes if grouped else 0)
+    drawn = _Resamples()
     for times in draws(images.n_units, resamples, seed):
         drawn.add(_measure(images, times[images.unit], n_classes, more_than_5))
-    units = _units(images, n_classes)
+    shares = _shares(images, n_classes)
     shape = (len(predictions.classes),) * 2
     ones = np.ones(len(predictions), dtype=np.int64)
     return Evaluation(
@@ -175,8 +177,8 @@ def evaluate(
         n_groups=images.n_units if grouped else None,
         classes=list(predictions.classes),
         confusion=csr_array((ones, (present[images.true], present[images.predicted])), shape),
-        metrics=_metrics(measured, drawn, images.n_units, units[0], grouped, confidence),
-        per_class=_per_class(predictions, present, measured.shares, units, drawn, confidence),
+        metrics=_metrics(images, measured, drawn, shares[0], grouped, confidence),
+        per_class=_per_class(predictions, present, shares, confidence),
         confidence=confidence,
     )
 
@@ -195,7 +197,6 @@ class _Measured:
 
     values: dict[str, float]
     gaps: Floats
-    shares: Floats
 
 
 class ClassificationStatistics:
@@ -213,19 +214,15 @@ class ClassificationStatistics:
 
 
 class _Resamples:
-    """What the bootstrap samples gave; the classes' shares only with groups, in float32."""
+    """What the bootstrap samples gave."""
 
-    def __init__(self, resamples: int, n_classes: int) -> None:
+    def __init__(self) -> None:
         self.values: dict[str, list[float]] = {}
         self.gaps: list[Floats] = []
-        size = (3, n_classes, resamples if n_classes else 0)
-        self.shares: NDArray[np.float32] = np.empty(size, np.float32)
 
     def add(self, sample: _Measured) -> None:
         for name, value in sample.values.items():
             self.values.setdefault(name, []).append(value)
-        if self.shares.size:
-            self.shares[:, :, len(self.gaps)] = sample.shares
         self.gaps.append(sample.gaps)
 
 
@@ -251,43 +248,55 @@ def _measure(images: Outcomes, weights: Floats, n_classes: int, top5: bool) -> _
     values["macro_recall"] = values["balanced_accuracy"]
     values["nll"] = float(weights @ images.nll / total)
     gaps = np.bincount(images.bin, weights * images.overconfidence, BINS) / total
-    return _Measured(values, gaps, shares)
+    return _Measured(values, gaps)
 
 
 def _f1(jaccard: Any) -> Any:
     return 2 * jaccard / (1 + jaccard)
 
 
-def _units(images: Outcomes, n_classes: int) -> Ints:
-    """(3, C) numbers of units that are of the class, were predicted as it, or either."""
+_Shares = list[tuple[Floats, Ints]]
+"""Of each class: which of some images are right, and the unit of each."""
 
-    def of(*labels: Ints) -> Ints:
-        pairs = np.concatenate([label * images.n_units + images.unit for label in labels])
-        return np.bincount(np.unique(pairs) // images.n_units, minlength=n_classes)
 
-    true, predicted = images.true, images.predicted
-    return np.stack([of(true), of(predicted), of(true, predicted)])
+def _shares(images: Outcomes, n_classes: int) -> tuple[_Shares, _Shares, _Shares]:
+    """Correct images among those of each class, those predicted as it, and either of the two."""
+
+    def of(label: Ints, unit: Ints, right: Floats) -> _Shares:
+        order = np.argsort(label, kind="stable")
+        ends = np.searchsorted(label[order], np.arange(1, n_classes))
+        parts = np.split(right[order], ends), np.split(unit[order], ends)
+        return list(zip(*parts, strict=True))
+
+    true, predicted, unit, correct = images.true, images.predicted, images.unit, images.correct
+    wrong = correct == 0
+    either = (
+        np.concatenate(pair)
+        for pair in ((true, predicted[wrong]), (unit, unit[wrong]), (correct, correct[wrong]))
+    )
+    return of(true, unit, correct), of(predicted, unit, correct), of(*either)
 
 
 def _metrics(
+    images: Outcomes,
     measured: _Measured,
     drawn: _Resamples,
-    n_units: int,
-    class_units: Ints,
+    of_class: _Shares,
     grouped: bool,
     confidence: float,
 ) -> dict[str, Estimate]:
     """The metrics with the intervals that the module describes."""
-    present = class_units[class_units > 0]
+    n_units = images.n_units
+    present = np.array([len(np.unique(unit)) for _, unit in of_class if len(unit)])
     effective = min(int(len(present) ** 2 / (1 / present).sum()), n_units)
 
     def metric(name: str, value: float) -> Estimate:
-        extreme = value in (0.0, 1.0)
         if n_units < 2:
             return Estimate(value, NAN, NAN)
-        if name in ("top1", "top5") and (extreme or not grouped):
-            return wilson(value, n_units, confidence)
-        if name in _MACRO and extreme:
+        if name in ("top1", "top5"):
+            right = images.correct if name == "top1" else images.correct5
+            return _share(right, images.unit, grouped, confidence)
+        if name in _MACRO and value in (0.0, 1.0):
             return wilson(value, effective, confidence)
         return percentile(value, np.array(drawn.values[name]), confidence, n_units)
 
@@ -297,31 +306,26 @@ def _metrics(
     return metrics
 
 
+def _share(right: Floats, unit: Ints, grouped: bool, confidence: float) -> Estimate:
+    """NaN where there are no images."""
+    if not len(right):
+        return Estimate(NAN, NAN, NAN)
+    if grouped:
+        return share_of_groups(right, unit, confidence)
+    return wilson(float(right.mean()), len(right), confidence)
+
+
 def _per_class(
     predictions: Predictions,
     present: Ints,
-    shares: Floats,
-    units: Ints,
-    drawn: _Resamples,
+    shares: tuple[_Shares, _Shares, _Shares],
     confidence: float,
 ) -> list[ClassResult]:
-    nothing = Estimate(NAN, NAN, NAN)
-
-    def estimate(kind: int, k: int) -> Estimate:
-        value, n = float(shares[kind, k]), int(units[kind, k])
-        if n == 0:
-            return nothing
-        if not drawn.shares.size or value in (0.0, 1.0):
-            return wilson(value, n, confidence)
-        samples = drawn.shares[kind, k]
-        if n < 2:
-            return Estimate(value, NAN, NAN)
-        return percentile(value, samples, confidence, n)
-
-    counts = np.bincount(predictions.labels, minlength=len(predictions.classes)).tolist()
+    grouped, nothing = predictions.groups is not None, Estimate(NAN, NAN, NAN)
+    sizes = np.bincount(predictions.labels, minlength=len(predictions.classes)).tolist()
     results = [ClassResult(name, 0, nothing, nothing, nothing) for name in predictions.classes]
-    for k, c in enumerate(present.tolist()):
-        recall, precision, jaccard = (estimate(kind, k) for kind in range(3))
+    for c, *kinds in zip(present.tolist(), *shares, strict=True):
+        recall, precision, jaccard = (_share(*kind, grouped, confidence) for kind in kinds)
         f1 = Estimate(*(_f1(number) for number in (jaccard.value, jaccard.low, jaccard.high)))
-        results[c] = ClassResult(predictions.classes[c], counts[c], recall, precision, f1)
+        results[c] = ClassResult(predictions.classes[c], sizes[c], recall, precision, f1)
     return results

@@ -1,7 +1,7 @@
 """A network's predictions for a set of images, validated, and per-image statistics of them."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,9 +172,14 @@ def outcomes(predictions: Predictions) -> Outcomes:
 
 def units_of(predictions: Predictions) -> tuple[Ints, int]:
     """The bootstrap unit of each image, (N,), and how many there are: groups, or the images."""
-    if predictions.groups is None:
-        return np.arange(len(predictions)), len(predictions)
-    names, unit = np.unique(predictions.groups, return_inverse=True)
+    return units(predictions.groups, len(predictions))
+
+
+def units(groups: Sequence[str] | NDArray[np.str_] | None, count: int) -> tuple[Ints, int]:
+    """The bootstrap unit of each of `count` images, and how many there are: groups, or images."""
+    if groups is None:
+        return np.arange(count), count
+    names, unit = np.unique(np.array(groups), return_inverse=True)
     return unit, len(names)
 
 

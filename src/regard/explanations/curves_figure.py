@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from regard.evaluation.intervals import draws, percentile_band, units
+from regard.evaluation.intervals import draws, percentile_band
+from regard.evaluation.predictions import units
 from regard.explanations.deletion import CONTROLS, Floats, MapScore
 from regard.explanations.print_style import (
     LINE,

@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from regard.errors import UsageError
 from regard.evaluation import Estimate
-from regard.evaluation.intervals import bootstrapped_mean, units, wilson
+from regard.evaluation.intervals import bootstrapped_mean, share_of_groups, wilson
+from regard.evaluation.predictions import units
 from regard.explanations.overlay import Box, place
 
 Mask = NDArray[np.bool_]
@@ -42,8 +43,8 @@ class Pointing:
 class PointingScore:
     """The means over images of `Pointing`, with 95 % intervals.
 
-    The share of hits has Wilson's interval, the others the bootstrap's; where images come in
-    groups, all are of whole groups. One image or group has no interval.
+    The share of hits has Wilson's interval (of images in groups `share_of_groups`), the others
+    the bootstrap's, of whole groups where there are any. One image or group has no interval.
     """
 
     images: int
@@ -65,13 +66,13 @@ class PointingScore:
             seed: of the bootstrap.
             groups: one for each image, such as its patient; default: images are independent.
         """
-        _, count = units(groups, len(each))
+        unit, count = units(groups, len(each))
 
         def mean(name: str) -> Estimate:
             values = np.array([float(getattr(p, name)) for p in each])
             value = float(values.mean())
-            if name == "hit" and count > 1 and (groups is None or value in (0.0, 1.0)):
-                return wilson(value, count, 0.95)
+            if name == "hit":
+                return share_of_groups(values, unit, 0.95) if groups else wilson(value, count, 0.95)
             return bootstrapped_mean(values, groups, seed)
 
         chance = float(np.mean([p.chance for p in each]))

@@ -82,10 +82,11 @@ def _band(
             sample = ranking.curve(times[unit])
             if sample.tp[-1] and sample.fp[-1]:
                 drawn.append(_at(*points(sample), side))
-    if len(drawn) < RESAMPLES // 2:
+    rarer = min(len(np.unique(unit[kind])) for kind in (positive, ~positive))
+    if len(drawn) < RESAMPLES // 2 or rarer < 2:
         nothing = np.empty(0)
         return Band(x, y, nothing, nothing, nothing)
-    low, high = percentile_band(np.stack(drawn), 0.95, n_units)
+    low, high = percentile_band(np.stack(drawn), 0.95, rarer)
     return Band(x, y, GRID, low, high)
 
 

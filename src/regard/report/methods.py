@@ -278,7 +278,10 @@ class _Sentences:
         if not found.metrics["top1"].has_interval:
             return f"One {'image' if found.n_groups is None else 'group'} gives no intervals."
         if self.source.predictions.groups is not None:
-            return "95 % intervals are of 1000 bootstrap samples of whole groups."
+            return (
+                "95 % intervals: Wilson's for shares of images, with Student's t and the effective "
+                "sample size of the groups, else of 1000 bootstrap samples of whole groups."
+            )
         return (
             "95 % intervals: Wilson's for shares of independent images, else of 1000 bootstrap "
             "samples of images."
