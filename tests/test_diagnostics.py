@@ -597,6 +597,21 @@ def test_wrong_temperatures_are_refused():
         fit_temperature(hard([0], [0], 2))
 
 
+def test_bars_of_a_reliability_diagram_count_patients():
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.5, 1.0, 40)
+    labels = (rng.random(40) > p).astype(int)
+    probabilities, groups = np.stack([p, 1 - p], axis=1), [f"p{k:02}" for k in range(40)]
+    once = reliability(Predictions(probabilities, labels, ["a", "b"], groups), bins=4)
+    nine = Predictions(np.repeat(probabilities, 9, 0), np.repeat(labels, 9), ["a", "b"])
+    copies = reliability(dataclasses.replace(nine, groups=np.repeat(groups, 9)), bins=4)
+    for a, b, images in zip(once, copies, reliability(nine, bins=4), strict=True):
+        assert b.interval == pytest.approx(a.interval, abs=0.02)
+        assert images.interval[1] - images.interval[0] < 0.6 * (b.interval[1] - b.interval[0])
+    one = reliability(Predictions(probabilities[:3], labels[:3], ["a", "b"], ["p"] * 3), bins=1)
+    assert one[0].interval == (0.0, 1.0)
+
+
 # ---- coverage ---------------------------------------------------------------------------
 
 

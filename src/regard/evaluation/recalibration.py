@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regard.errors import UsageError
-from regard.evaluation.intervals import NAN, wilson_interval
+from regard.evaluation.intervals import NAN, share_of_groups, wilson_interval
 from regard.evaluation.predictions import BINS, Floats, Predictions
 from regard.evaluation.statistics import Values, class_index
 
@@ -84,7 +84,8 @@ def reliability(
 ) -> list[ReliabilityBin]:
     """The bins with images of a reliability diagram of the top-1 probability.
 
-    Intervals are Wilson's, of images; they are too narrow where images come in groups.
+    Intervals are Wilson's; of images in groups `share_of_groups`, from 0 to 1 in a bin of one
+    group.
 
     Args:
         predictions: of any images.
@@ -109,6 +110,9 @@ def reliability(
         inside = index == b
         n, hits = int(inside.sum()), int(right[inside].sum())
         interval = wilson_interval(hits, n, confidence)
+        if predictions.groups is not None:
+            share = share_of_groups(right[inside], predictions.groups[inside], confidence)
+            interval = (share.low, share.high) if share.has_interval else (0.0, 1.0)
         mean = float(top[inside].mean())
         rows.append(ReliabilityBin(edges[b], edges[b + 1], n, mean, hits / n, interval))
     return rows

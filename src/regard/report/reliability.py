@@ -101,9 +101,7 @@ def _diagram(
 
 def _caption(of: str, plain: Predictions, calibrated: Predictions) -> str:
     caption = f"Calibrated probabilities{of} lie on the dotted line. Bars: Wilson's 95 % interval"
-    caption += (
-        " of images, too narrow where images come in groups." if plain.groups is not None else "."
-    )
+    caption += " for images in groups." if plain.groups is not None else "."
     if calibrated is not plain:
         caption += " Before and after temperature scaling, drawn side by side."
     return caption
