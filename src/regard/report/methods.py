@@ -277,14 +277,12 @@ class _Sentences:
         found = self.source.evaluation
         if not found.metrics["top1"].has_interval:
             return f"One {'image' if found.n_groups is None else 'group'} gives no intervals."
-        if self.source.predictions.groups is not None:
-            return (
-                "95 % intervals: Wilson's for shares of images, with Student's t and the effective "
-                "sample size of the groups, else of 1000 bootstrap samples of whole groups."
-            )
+        grouped = self.source.predictions.groups is not None
+        shares = " with the effective sample size of the groups" if grouped else ""
         return (
-            "95 % intervals: Wilson's for shares of independent images, else of 1000 bootstrap "
-            "samples of images."
+            f"95 % intervals: Wilson's for shares{shares}, and for areas with the variance of 1000 "
+            f"bootstrap samples of {'whole groups' if grouped else 'images'}; else these samples' "
+            "expanded percentiles."
         )
 
     def _threshold(self) -> str:
