@@ -208,3 +208,24 @@ def test_wrong_metrics_are_refused():
     p = make(20, 3)
     with pytest.raises(ValueError, match="metrics: 'auc' is none of"):
         compare_metrics(p, p, metrics=["auc"], resamples=10)
+
+
+def test_a_difference_of_a_class_is_as_uncertain_as_its_few_patients():
+    """Of 60 patients: with one ill nothing is claimed, and six are too few for what 30 show."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(2, 60))
+    found = {}
+    for ill in (1, 6, 30):
+        labels = (np.arange(60) < ill).astype(int)
+        both = []
+        for k in range(2):
+            score = 1 / (1 + np.exp(-(noise[k] + (2.0 - 1.2 * k) * (2 * labels - 1))))
+            both.append(Predictions(np.stack([1 - score, score], 1), labels, ["well", "ill"]))
+        found[ill] = by_name(compare_metrics(*both, positive="ill", resamples=300))
+    for name in ("positive/sensitivity", "positive/average_precision", "balanced_accuracy"):
+        alone, few, many = (found[ill][name] for ill in (1, 6, 30))
+        assert alone.test == "none"
+        assert math.isnan(alone.p_value)
+        assert few.detectable > 1.5 * many.detectable
+    for name in ("positive/specificity", "nll"):
+        assert math.isfinite(found[1][name].p_value)

@@ -2,11 +2,13 @@
 
 The difference has the interval of the paired bootstrap (each sample has both networks on the
 same images or groups; expanded percentiles), and the p-value at which this interval touches 0.
+Numbers of one class against the rest, and means over two classes, are as uncertain as the rarer
+of the two kinds makes them: its images or groups count.
 Two metrics have a better test: top1 that of `compare`, and the ROC AUC of the positive class,
 without groups, DeLong's. The p-values are adjusted by Holm's correction over the metrics.
 
 The smallest detectable difference is what a test of Student's t shows with a power of 80 %, from
-the bootstrap's standard error and as many degrees of freedom as images (groups) less one; with
+the bootstrap's standard error and as many degrees of freedom as these less one; with
 DeLong's test, (z(1 - alpha/2) + z(0.8)) times its standard error. Where no sample differs, the
 interval and the detectable difference of a share are Wilson's for none of as many images (groups).
 """
@@ -39,8 +41,10 @@ from regard.evaluation.statistics import (
     OneClassStatistics,
     RankStatistics,
     Values,
+    class_index,
 )
 
+_OVER_CLASSES = ("balanced_accuracy", "macro_", "roc_auc", "average_precision", "mcc", "kappa")
 LOWER_IS_BETTER = ("nll", "ece", "brier", "lr_negative")
 _LARGEST = {"nll": math.inf, "lr_positive": math.inf, "lr_negative": math.inf,
             "mcc": 2.0, "kappa": 2.0, "quadratic_kappa": 2.0, "brier": 2.0}  # fmt: skip
@@ -158,9 +162,9 @@ def compare_metrics(
         if name not in values_a:
             raise UsageError(f"metrics: {name!r} is none of {', '.join(values_a)}")
     drawn = _differences(one, other, a, chosen, resamples, seed)
-    units = len(a), units_of(a)[1]
     compared = []
     for name in chosen:
+        units = len(a), _units_behind(name, a, positive)
         c = _by_bootstrap(name, units, values_a[name], values_b[name], drawn[name], confidence)
         if name == "top1":
             c = _by_mcnemar(c, a, b, resamples, seed)
@@ -223,6 +227,24 @@ def _differences(
     return dict(zip(names, np.array(rows, dtype=np.float64).T, strict=True))
 
 
+def _units_behind(name: str, predictions: Predictions, positive: str | None) -> int:
+    """Independent units that a difference is as uncertain as: those of the rarer of two kinds.
+
+    All, where it is of all images alike, or a mean over more than two classes.
+    """
+    unit, n_units = units_of(predictions)
+    kinds = predictions.labels
+    if name.startswith("positive/") and positive is not None:
+        kinds = kinds == class_index(predictions, positive)
+    elif not name.startswith(_OVER_CLASSES):
+        return n_units
+    present = np.unique(kinds)
+    if len(present) != 2:
+        return n_units
+    each = [len(np.unique(unit[kinds == kind])) for kind in present]
+    return {"positive/specificity": each[0], "positive/sensitivity": each[1]}.get(name, min(each))
+
+
 def _by_bootstrap(
     name: str, counts: tuple[int, int], a: float, b: float, drawn: Floats, confidence: float
 ) -> MetricComparison:
@@ -230,7 +252,7 @@ def _by_bootstrap(
     n, n_units = counts
     value = a - b if math.isfinite(a) and math.isfinite(b) else NAN
     drawn = drawn[np.isfinite(drawn)]
-    if math.isnan(value) or len(drawn) < 2:
+    if math.isnan(value) or len(drawn) < 2 or n_units < 2:
         nothing = Estimate(value, NAN, NAN)
         return MetricComparison(name, n, a, b, nothing, NAN, NAN, NAN, "none", confidence)
     test, largest = "paired bootstrap", _LARGEST.get(name.rpartition("/")[2], 1.0)
