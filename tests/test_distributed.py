@@ -355,6 +355,38 @@ def test_a_group_that_the_caller_made_trains_as_one_and_again_after_an_error(tmp
     assert facts["processes"] == 2
 
 
+# ----------------------------------------------------------------------- restarted by torchrun
+# The first process comes late the second time: the other one could read its address of before.
+KILLED = """
+import os, signal, sys, time
+import regard.training.run as r
+from regard.cli import main
+after = r.Run._after_step
+def killed(self, trainer, loss):
+    if place == "00" and trainer.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    after(self, trainer, loss)
+r.Run._after_step = killed
+place = os.environ["RANK"] + os.environ["TORCHELASTIC_RESTART_COUNT"]
+time.sleep(5 * (place == "01"))
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_again_go_on(tmp_path):
+    (tmp_path / "driver.py").write_text(KILLED)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+        "--max-restarts", "1", str(tmp_path / "driver.py"), "train", "digits", *QUICK,
+        "--limit", "100", "--batch-size", "8", "--steps", "8", "--eval-every", "0.5",
+        "--out", str(tmp_path / "run"), "--resume", "auto", "--device", "cpu",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed after step 4 of 8" in done.stdout
+
+
 # ---------------------------------------------------------------------------------- by itself
 class Store:
     """The processes' store, in which another one may fail."""

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from regard.cli import run_command
 from regard.errors import FileError, NotFiniteError, Stopped, StudyStopped, UsageError
 from regard.training import distributed, run
-from regard.training.places import VARIABLES, checked_places
+from regard.training.places import VARIABLES, agreed_attempt, checked_places
 
 
 @pytest.fixture
@@ -145,3 +147,25 @@ def test_a_process_that_is_lost_before_the_run_is_opened_is_told(monkeypatch):
 def test_errors_reach_another_process_whole(error):
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+# --------------------------------------------------------------------------------- restarts
+def test_processes_that_are_started_again_meet_those_of_their_own_attempt():
+    """Of an earlier one the store still has the name; its first process has ended."""
+    store = torch.distributed.HashStore()
+
+    def attempt() -> set[str]:
+        with ThreadPoolExecutor(3) as pool:
+            # the first process comes last, when the others have read the name of before
+            late = [pool.submit(agreed_attempt, store, rank, 3, 20) for rank in (1, 2)]
+            time.sleep(0.3)
+            return {agreed_attempt(store, 0, 3, 20), *(each.result() for each in late)}
+
+    first, second = attempt(), attempt()
+    assert len(first) == len(second) == 1
+    assert first != second
+    with pytest.raises(torch.distributed.DistStoreError):
+        agreed_attempt(store, 0, 3, 0.2)  # killed before the others came
+    third = attempt()
+    assert len(third) == 1
+    assert not third & (first | second)

@@ -25,7 +25,7 @@ from regard.data.workers import kill_workers
 from regard.errors import FileError, RegardError, UsageError
 from regard.files import reason
 from regard.machine import choose_device
-from regard.training.places import checked_places, unreachable_told, waiting_told
+from regard.training.places import checked_places, meeting, unreachable_told, waiting_told
 
 # the others wait while the first process downloads, groups and hashes images; NCCL's own is 10
 # minutes. One that has failed is not waited for: see Watch
@@ -65,7 +65,9 @@ def start_accelerator(device: str = "auto") -> Accelerator:
             mixed_precision="no",
             cpu=True if on_cpu else None,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_EXCHANGE)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(init_method=meeting(), timeout=LONGEST_EXCHANGE)
+            ],
         )
     here = os.environ.get("LOCAL_WORLD_SIZE")
     if len(set(several := gathered(accelerator, here))) > 1:

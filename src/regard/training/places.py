@@ -5,9 +5,14 @@ import logging
 import os
 import socket
 import threading
+import time
+import uuid
 from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
 
 import torch
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from regard.errors import FileError, UsageError
 from regard.files import reason
@@ -131,3 +136,54 @@ def unreachable_told() -> Iterator[None]:
             f"the run's processes can't reach each other at {at} ({reason(error, 160)}): is "
             "another run there? torchrun --standalone chooses a free port"
         ) from error
+
+
+# ------------------------------------------------------------------------------- restarts
+POLL = 0.2  # seconds between looks into the store
+SCHEME = "regard-attempt"
+
+
+def meeting() -> str | None:
+    """The init_method of the run's group; None: torch's own.
+
+    Where torchrun may start the processes again, all attempts share one store, and a process
+    can find the address of one that ended in the attempt before (PyTorch issue 135712).
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    again = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if not (shared and again):
+        return None
+    with contextlib.suppress(RuntimeError):  # it is registered already
+        register_rendezvous_handler(SCHEME, _meet)
+    return f"{SCHEME}://"
+
+
+def _meet(_: str, timeout: timedelta, **more: Any) -> Iterator[tuple[Any, int, int]]:
+    store, rank, world = next(rendezvous("env://", timeout=timeout, **more))
+    name = agreed_attempt(store, rank, world, timeout.total_seconds())
+    yield torch.distributed.PrefixStore(f"regard/{name}", store), rank, world
+
+
+def agreed_attempt(store: Any, rank: int, world: int, longest: float) -> str:
+    """A name that all processes of this attempt have, and none of an earlier one had.
+
+    The first process chooses it, and lets the others go on once each has seen it. One that ended
+    meanwhile can't, and the name that it chose is given up for the next one's.
+
+    Raises:
+        DistStoreError: not all came within `longest` seconds.
+    """
+    ends, mine = time.monotonic() + longest, ""
+    if rank == 0:
+        store.set("regard/attempt", mine := uuid.uuid4().hex)
+    while time.monotonic() < ends:
+        name = mine if rank == 0 else store.get("regard/attempt").decode()
+        if rank == 0 and store.add(f"regard/{name}/seen", 0) == world - 1:
+            store.set(f"regard/{name}/go", "")
+        if name != mine and store.add(f"regard/{name}/{rank}", 1) == 1:
+            store.add(f"regard/{name}/seen", 1)
+            mine = name  # otherwise it is an earlier attempt's, in which this rank was
+        if name == mine and store.check([f"regard/{name}/go"]):
+            return name
+        time.sleep(POLL)
+    raise torch.distributed.DistStoreError(f"not all of {world} processes came")
