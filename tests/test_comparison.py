@@ -148,7 +148,7 @@ def test_few_groups_claim_no_more_than_their_level_and_have_the_stated_power(uni
         for _ in range(500):
             each = rng.normal(effect, 1.0, units)
             times = rng.multinomial(units, np.full(units, 1 / units), 400)
-            args = ("nll", (6 * units, units), each.mean(), 0.0, times @ each / units, 0.95)
+            args = ("nll", (6 * units, units, units), each.mean(), 0.0, times @ each / units, 0.95)
             made.append(_by_bootstrap(*args))
         out = [not one.difference.low <= 0 <= one.difference.high for one in made]
         assert out == [one.p_value <= 0.05 for one in made]
@@ -211,7 +211,7 @@ def test_wrong_metrics_are_refused():
 
 
 def test_a_difference_of_a_class_is_as_uncertain_as_its_few_patients():
-    """Of 60 patients: with one ill nothing is claimed, and six are too few for what 30 show."""
+    """Of 60 patients: with one ill nothing is claimed, and six don't show what 30 do."""
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(2, 60))
     found = {}
@@ -226,6 +226,7 @@ def test_a_difference_of_a_class_is_as_uncertain_as_its_few_patients():
         alone, few, many = (found[ill][name] for ill in (1, 6, 30))
         assert alone.test == "none"
         assert math.isnan(alone.p_value)
-        assert few.detectable > 1.5 * many.detectable
+        assert few.detectable > 1.3 * many.detectable
+        assert "nan" not in alone.sentence()
     for name in ("positive/specificity", "nll"):
         assert math.isfinite(found[1][name].p_value)

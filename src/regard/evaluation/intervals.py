@@ -66,7 +66,11 @@ def draws(n_units: int, resamples: int, seed: int) -> Iterator[Floats]:
 
 
 def percentile(
-    value: float, drawn: NDArray[Any], confidence: float, n_units: int | None = None
+    value: float,
+    drawn: NDArray[Any],
+    confidence: float,
+    n_units: int | None = None,
+    rarer: int | None = None,
 ) -> Estimate:
     """The percentile bootstrap interval, widened to contain `value`; NaN samples are left out.
 
@@ -77,7 +81,7 @@ def percentile(
     drawn = drawn[~np.isnan(drawn)]
     if drawn.size == 0 or math.isnan(value):
         return Estimate(value, NAN, NAN)
-    upper = (1 + confidence) / 2 if n_units is None else _expanded(confidence, n_units)
+    upper = (1 + confidence) / 2 if n_units is None else _expanded(confidence, n_units, rarer)
     method: Any = "linear" if np.isfinite(drawn).all() else "nearest"  # no inf - inf
     low, high = np.quantile(drawn, [1 - upper, upper], method=method)
     return Estimate(value, min(float(low), value), max(float(high), value))
@@ -111,7 +115,7 @@ def percentile_band(drawn: Floats, confidence: float, n_units: int) -> tuple[Flo
 
 
 def percentile_test(
-    value: float, drawn: Floats, confidence: float, n_units: int
+    value: float, drawn: Floats, confidence: float, n_units: int, rarer: int | None = None
 ) -> tuple[Estimate, float]:
     """The expanded percentile interval, and the two-sided p-value at which it touches 0.
 
@@ -123,14 +127,17 @@ def percentile_test(
         drawn: (resamples,) finite samples, not all alike.
         confidence: of the interval.
         n_units: independent units, at least 2.
+        rarer: those of the rarer of two kinds on which the number depends, at least 2: a
+            bootstrap misses more of its variance; default: n_units.
     """
     from scipy.stats import norm, t
 
+    rarer = n_units if rarer is None else rarer
     one_sample = 1 / (len(drawn) + 1)
     error = float(drawn.std(ddof=1))
-    interval = percentile(value, drawn, confidence, n_units)
-    scale = _scale(n_units)
-    if 1 - _expanded(confidence, n_units) < one_sample:
+    interval = percentile(value, drawn, confidence, n_units, rarer)
+    scale = _scale(rarer)
+    if 1 - _expanded(confidence, n_units, rarer) < one_sample:
         half = float(t.ppf((1 + confidence) / 2, n_units - 1)) * scale * error
         low, high = min(interval.low, value - half), max(interval.high, value + half)
         interval = Estimate(value, low, high)
@@ -155,11 +162,12 @@ def _scale(n_units: int) -> float:
 
 
 @lru_cache
-def _expanded(confidence: float, n_units: int) -> float:
+def _expanded(confidence: float, n_units: int, rarer: int | None = None) -> float:
     """The upper quantile of the expanded percentile interval."""
     from scipy.stats import norm, t
 
-    return float(norm.cdf(t.ppf((1 + confidence) / 2, n_units - 1) * _scale(n_units)))
+    scale = _scale(n_units if rarer is None else rarer)
+    return float(norm.cdf(t.ppf((1 + confidence) / 2, n_units - 1) * scale))
 
 
 def calibration_interval(gaps: Floats, drawn: Floats, confidence: float) -> Estimate:

@@ -2,13 +2,13 @@
 
 The difference has the interval of the paired bootstrap (each sample has both networks on the
 same images or groups; expanded percentiles), and the p-value at which this interval touches 0.
-Numbers of one class against the rest, and means over two classes, are as uncertain as the rarer
-of the two kinds makes them: its images or groups count.
+Where it is of one class against the rest, or a mean over two classes, the samples' variance is
+taken for that of the rarer of the two kinds (it misses one of its images or groups).
 Two metrics have a better test: top1 that of `compare`, and the ROC AUC of the positive class,
 without groups, DeLong's. The p-values are adjusted by Holm's correction over the metrics.
 
 The smallest detectable difference is what a test of Student's t shows with a power of 80 %, from
-the bootstrap's standard error and as many degrees of freedom as these less one; with
+the bootstrap's standard error and as many degrees of freedom as images (groups) less one; with
 DeLong's test, (z(1 - alpha/2) + z(0.8)) times its standard error. Where no sample differs, the
 interval and the detectable difference of a share are Wilson's for none of as many images (groups).
 """
@@ -95,10 +95,11 @@ class MetricComparison:
             if d.has_interval
             else ""
         )
-        numbers = (
-            f"{self.a:.4f} and {self.b:.4f}, difference {d.value:+.4f} "
-            f"({interval}p = {self.adjusted:.3g}, {self.test})"
-        )
+        how = "no test is possible"
+        if not math.isnan(self.p_value):
+            how = f"{interval}p = {self.adjusted:.3g}, {self.test}"
+        by = "no difference" if math.isnan(d.value) else f"difference {d.value:+.4f}"
+        numbers = f"{self.a:.4f} and {self.b:.4f}, {by} ({how})"
         if self.shown != "not shown":
             return f"{a} is shown to be {self.shown} than {b} in {name}: {numbers}."
         could = "these images cannot tell how large a difference they could have shown"
@@ -164,8 +165,8 @@ def compare_metrics(
     drawn = _differences(one, other, a, chosen, resamples, seed)
     compared = []
     for name in chosen:
-        units = len(a), _units_behind(name, a, positive)
-        c = _by_bootstrap(name, units, values_a[name], values_b[name], drawn[name], confidence)
+        counts = len(a), units_of(a)[1], _units_behind(name, a, positive)
+        c = _by_bootstrap(name, counts, values_a[name], values_b[name], drawn[name], confidence)
         if name == "top1":
             c = _by_mcnemar(c, a, b, resamples, seed)
         elif name == "positive/roc_auc" and groups is None and positive is not None:
@@ -228,7 +229,7 @@ def _differences(
 
 
 def _units_behind(name: str, predictions: Predictions, positive: str | None) -> int:
-    """Independent units that a difference is as uncertain as: those of the rarer of two kinds.
+    """Independent units of the rarer of two kinds of images that a metric depends on.
 
     All, where it is of all images alike, or a mean over more than two classes.
     """
@@ -246,25 +247,25 @@ def _units_behind(name: str, predictions: Predictions, positive: str | None) -> 
 
 
 def _by_bootstrap(
-    name: str, counts: tuple[int, int], a: float, b: float, drawn: Floats, confidence: float
+    name: str, counts: tuple[int, int, int], a: float, b: float, drawn: Floats, confidence: float
 ) -> MetricComparison:
-    """From (resamples,) differences; `counts` are those of images and of independent units."""
-    n, n_units = counts
+    """From (resamples,) differences; counts: images, independent units, and `_units_behind`."""
+    n, n_units, rarer = counts
     value = a - b if math.isfinite(a) and math.isfinite(b) else NAN
     drawn = drawn[np.isfinite(drawn)]
-    if math.isnan(value) or len(drawn) < 2 or n_units < 2:
+    if math.isnan(value) or len(drawn) < 2 or rarer < 2:
         nothing = Estimate(value, NAN, NAN)
         return MetricComparison(name, n, a, b, nothing, NAN, NAN, NAN, "none", confidence)
     test, largest = "paired bootstrap", _LARGEST.get(name.rpartition("/")[2], 1.0)
     error = float(drawn.std(ddof=1))
     if error < 1e-12:  # but for rounding no resample differs, though other images might
-        reach = reach_of_none(n_units, confidence) if math.isfinite(largest) else NAN
+        reach = reach_of_none(rarer, confidence) if math.isfinite(largest) else NAN
         interval, p = Estimate(value, value - reach, value + reach), 1.0 if value == 0 else NAN
         detectable = reach
     else:
-        interval, p = percentile_test(value, drawn, confidence, n_units)
-        # the bootstrap's standard error is that of n_units instead of n_units - 1
-        error *= math.sqrt(n_units / (n_units - 1))
+        interval, p = percentile_test(value, drawn, confidence, n_units, rarer)
+        # the bootstrap's standard error is that of `rarer` units instead of one less
+        error *= math.sqrt(rarer / (rarer - 1))
         detectable = detectable_factor(n_units - 1, confidence) * error
         detectable = detectable if detectable <= largest else math.inf
     low, high = max(interval.low, -largest), min(interval.high, largest)
