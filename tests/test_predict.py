@@ -24,6 +24,7 @@ from regard.cli import run_command
 from regard.commands import predict as module
 from regard.commands.predictions_csv import PredictionsCsv
 from regard.data.content import file_hash
+from regard.data.walk import images_below
 from regard.errors import UsageError
 from regard.evaluation import Predictions
 from regard.evaluation.calibration import fit_calibration, write_calibration
@@ -477,3 +478,26 @@ def test_shards_share_the_images_and_each_goes_on_where_it_stopped(whole, scans,
     for wrong in ("0/3", "4/3", "1", "a/b", "1/0", "-1/2", "٣/٤", f"1/{10**30}", f"1/{'9' * 5000}"):
         assert run_command(["predict", str(whole), *few, "--shard", wrong]) == 2
         assert wrong in capsys.readouterr().err
+
+
+def test_names_that_are_no_images_are_refused_before_anything_is_read(whole, monkeypatch, capsys):
+    for command in ("predict", "explain"):
+        for images in ([""], ["a.png", ""], ["-", "-"]):  # "" would be the current folder
+            assert run_command([command, str(whole), *images]) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(sys, "stdin", None)  # as `<&-` in a shell
+    for command in ("predict", "explain"):
+        assert run_command([command, str(whole), "-"]) == 2
+        assert "standard input is closed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_in_a_folder_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # no suffix: its first bytes would be read
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    found: list[list[Path]] = []
+    listing = threading.Thread(target=lambda: found.append(list(images_below([tmp_path]))))
+    listing.daemon = True
+    listing.start()
+    listing.join(timeout=20)
+    assert found == [[tmp_path / "a.png"]]

@@ -158,3 +158,20 @@ def test_several_images_are_answered_in_turn_and_pictures_can_be_enlarged(
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert problems == []
     page.close()
+
+
+def test_the_probability_in_the_list_stands_next_to_its_own_class(browser, server, photo, tmp_path):
+    page = browser.new_page()
+    said = {"classes": [{"class": "1", "probability": 0.7}], "decision": "2"}  # at a threshold
+    page.route("**/api/predict*", lambda route: route.fulfill(json=said))
+    page.goto(server.url)
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(photo)
+    page.set_input_files("#file", [tmp_path / "a.jpg", tmp_path / "b.jpg"])
+    page.wait_for_selector("#files li:nth-child(2) button:has-text('70.0')")
+    shown = page.locator("#files button").nth(1).inner_text()
+    assert shown.index(": 1 70.0") < shown.index("decision: 2")
+    page.route("**/api/predict*", lambda r: r.fulfill(status=503, json={"detail": "try again"}))
+    page.set_input_files("#file", [tmp_path / "a.jpg", tmp_path / "b.jpg"])
+    page.wait_for_selector("#files li:nth-child(2) button:has-text('try again')", timeout=10_000)
+    page.close()

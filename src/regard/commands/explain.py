@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag, PrecisionFlag
+from regard.commands.flags import DeviceFlag, PrecisionFlag, check_image_names
 from regard.errors import UsageError
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def _sources(images: Sequence[str]) -> Iterator[list["Source"]]:
 
     if not images:
         raise UsageError("IMAGES: give image files or folders, or - for standard input")
+    check_image_names(images)
     for name in images:
         if name.startswith("-") and name != "-" and not os.path.exists(name):
             raise UsageError(f"unknown option {name} (see `regard explain --help`)")
@@ -127,8 +128,6 @@ def _sources(images: Sequence[str]) -> Iterator[list["Source"]]:
                 "own --out, or average their maps in Python with "
                 "regard.Ensemble.load([RUN, RUN]).explain(image)"
             )
-    if images.count("-") > 1:
-        raise UsageError("-: standard input holds one image")
     files = [name for name in images if name != "-"]
     with tempfile.TemporaryDirectory(prefix="regard-") as folder:
         sources = list_sources(files) if files else []

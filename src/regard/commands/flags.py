@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -120,6 +121,20 @@ def use_engine(
             classifier, use.engine or "eager", precision=use.precision, sizes=sizes,
             images=probe_images(reads), count=count,
         )  # fmt: skip
+
+
+def check_image_names(images: Sequence[str]) -> None:
+    """Refuses names that can't be those of images.
+
+    Raises:
+        UsageError: an empty one, standard input twice, or closed standard input.
+    """
+    if "" in images:  # an unset variable in quotes; as a path it would be the current folder
+        raise UsageError("IMAGES: '' names no file")
+    if images.count("-") > 1:
+        raise UsageError("-: standard input holds one image")
+    if "-" in images and sys.stdin is None:
+        raise UsageError("-: standard input is closed")
 
 
 def leading_networks(names: Sequence[str]) -> int:

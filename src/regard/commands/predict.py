@@ -20,6 +20,7 @@ from regard.commands.flags import (
     DeviceFlag,
     EngineFlags,
     TtaFlag,
+    check_image_names,
     leading_networks,
     use_engine,
 )
@@ -168,6 +169,7 @@ def _check_arguments(
         raise UsageError("IMAGES: give image files or folders, or - for standard input")
     from regard.data.sources import KINDS, NAMES
 
+    check_image_names(images)
     for name in images:
         if name.startswith("-") and name != "-" and not os.path.exists(name):
             raise UsageError(f"unknown option {name} (see `regard predict --help`)")
@@ -176,8 +178,6 @@ def _check_arguments(
                 f"{name}: predict reads image files and folders; `regard evaluate RUN {name}` "
                 "takes labeled data"
             )
-    if images.count("-") > 1:
-        raise UsageError("-: standard input holds one image")
     if top < 1:
         raise UsageError(f"--top {top}: at least 1")
     if json and csv is not None:

@@ -1,10 +1,7 @@
-"""Data sets that are known by their name or format: digits, CIFAR, MedMNIST, Hugging Face."""
+"""Data sets that are known by their name or format: digits, CIFAR, MedMNIST."""
 
 import os
 import zipfile
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -12,11 +9,9 @@ from urllib.error import HTTPError
 import numpy as np
 from numpy.typing import NDArray
 
-from regard.data.folders import split_word
 from regard.data.table import SPLITS, ImageTable, StackedArrays
 from regard.errors import FileError, UsageError
-from regard.extras import require
-from regard.files import NPZ_FAULTS, plural, reason, shortened
+from regard.files import NPZ_FAULTS, reason
 
 
 def _in_memory(
@@ -150,102 +145,3 @@ def _medmnist_part(
     if labels.min(initial=0) < 0:
         raise UsageError(f"{where} has the label {labels.min()}")
     return images, np.array(labels.reshape(-1))
-
-
-# ---- Hugging Face
-
-
-def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
-    """A data set of the hub or a local folder; its image files are unpacked into the cache.
-
-    Images without a label (None or -1) and rows without an image are left out, with a warning.
-
-    Raises:
-        UsageError: the extra is not installed, or the columns or splits are not usable.
-        FileError: it can't be loaded.
-    """
-    require("hf", name)
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(source)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FileError(f"{name}: can't be loaded ({' '.join(str(error).split())})") from error
-    features = next(iter(loaded.values())).features
-    image = _column(name, features, datasets.Image)
-    label = _column(name, features, datasets.ClassLabel)
-    rows = _labeled_rows(name, loaded, image, label, cache)
-    if not rows.files:
-        raise UsageError(f"{name}: has no image with a label")
-    lines = [f"{plural(n, 'image')} of {what}" for what, n in rows.left_out.items() if n]
-    return ImageTable(
-        name=name,
-        classes=list(features[label].names),
-        labels=np.array(rows.labels, np.int64),
-        splits=np.array(rows.splits, "U5"),
-        files=rows.files,
-        base=str(cache / "hf"),
-        location=os.path.abspath(source) if os.path.exists(source) else "",
-        warnings=(f"left out: {shortened(lines, 6)}",) if lines else (),
-    )
-
-
-@dataclass
-class _Rows:
-    """The rows of all splits that have an image and a label."""
-
-    files: list[str] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    splits: list[str] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-
-
-def _labeled_rows(
-    name: str, loaded: Mapping[str, Any], image: str, label: str, cache: Path
-) -> _Rows:
-    import datasets
-
-    rows = _Rows()
-    for key, part in loaded.items():
-        split = split_word(key)
-        if split is None or split in rows.splits:
-            kind = "another" if split else "no"
-            raise UsageError(f"{name}: {key!r} is {kind} train, validation or test split")
-        labels = part[label]
-        known = [i for i, value in enumerate(labels) if value is not None and value >= 0]
-        encoded = part.cast_column(image, datasets.Image(decode=False))
-        files = _unpack(encoded, known, image, key, cache)
-        rows.left_out[f"{key} without a label"] += len(part) - len(known)
-        rows.left_out[f"{key} without an image"] += len(known) - len(files)
-        rows.files += files.values()
-        rows.labels += [int(labels[i]) for i in files]
-        rows.splits += [split] * len(files)
-    return rows
-
-
-def _column(name: str, features: Mapping[str, Any], kind: type) -> str:
-    columns = [column for column, feature in features.items() if isinstance(feature, kind)]
-    if len(columns) != 1:
-        needed = f"{name}: needs one column of type {kind.__name__}, has {columns or 'none'}"
-        raise UsageError(f"{needed} among {', '.join(features)}")
-    return columns[0]
-
-
-def _unpack(part: Any, rows: list[int], image: str, key: str, cache: Path) -> dict[int, str]:
-    """{row: file} of the rows that have an image; files that are there already stay."""
-    folder = cache / "hf" / part._fingerprint
-    folder.mkdir(parents=True, exist_ok=True)
-    files: dict[int, str] = {}
-    wanted = set(rows)
-    for i, row in enumerate(part.select_columns([image])):
-        held = row[image] if i in wanted else None
-        if held is None:
-            continue
-        path = held["path"]
-        if held["bytes"] is not None:
-            path = str(folder / f"{key}-{i:08d}{Path(path or '').suffix}")
-            if not os.path.exists(path):
-                Path(path + ".part").write_bytes(held["bytes"])
-                os.replace(path + ".part", path)
-        files[i] = path
-    return files

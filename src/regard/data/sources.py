@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from regard.data.folders import READINGS, open_folder
-from regard.data.known import open_cifar, open_digits, open_hugging_face, open_medmnist
+from regard.data.hugging_face import open_hugging_face
+from regard.data.known import open_cifar, open_digits, open_medmnist
 from regard.data.manifest import SUFFIXES, open_manifest
 from regard.data.table import SPLITS, ImageTable, as_known, class_counts
 from regard.data.walk import images_below

@@ -60,14 +60,7 @@ def _black(pixels: NDArray[Any], bits: int) -> NDArray[Any]:
     return pixels.dtype.type(2**bits - 1) - pixels
 
 
-def read_with_tifffile(file: Any) -> tuple[NDArray[Any], int]:
-    """The first page of a TIFF that PIL can't read: (H, W, 1 or 3) as stored, and orientation.
-
-    Of more than three bands the first three are read; alpha is laid on white for integers.
-
-    Raises:
-        ImageError: tifffile is not installed, or can't read it.
-    """
+def _opened(file: Any) -> Any:
     if missing("tiff", "tifffile"):
         raise ImageError(
             "is a TIFF of a kind that Pillow can't read (such as 64-bit floats, floats in color "
@@ -77,7 +70,32 @@ def read_with_tifffile(file: Any) -> tuple[NDArray[Any], int]:
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its reasons come as exceptions
     file.seek(0)
-    with tifffile.TiffFile(file) as tiff:
+    return tifffile.TiffFile(file)
+
+
+def size_with_tifffile(file: Any) -> tuple[int, int, int]:
+    """Width, height and bytes a pixel of the first page, from its header; decodes nothing.
+
+    Tiles that are larger than the image count as its size, since they are decoded as a whole.
+
+    Raises:
+        ImageError: tifffile is not installed. What tifffile raises for a broken file escapes.
+    """
+    with _opened(file) as tiff:
+        page = tiff.pages[0]
+        width, height = max(page.imagewidth, page.tilewidth), max(page.imagelength, page.tilelength)
+        return width, height, -(-int(page.samplesperpixel) * int(page.bitspersample) // 8)
+
+
+def read_with_tifffile(file: Any) -> tuple[NDArray[Any], int]:
+    """The first page of a TIFF that PIL can't read: (H, W, 1 or 3) as stored, and orientation.
+
+    Of more than three bands the first three are read; alpha is laid on white for integers.
+
+    Raises:
+        ImageError: tifffile is not installed, or can't read it.
+    """
+    with _opened(file) as tiff:
         page: Any = tiff.pages[0]
         limit = Image.MAX_IMAGE_PIXELS
         if limit and page.imagewidth * page.imagelength * page.samplesperpixel > 6 * limit:

@@ -162,6 +162,8 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
     if suffix and not suffix[1:].isdigit():  # DICOM files are often named by their number
         return False
     try:
+        if not entry.is_file():  # a pipe would block
+            return False
         with open(entry.path, "rb") as file:
             head = file.read(132)
     except OSError:

@@ -24,6 +24,7 @@ from regard.serve.uploads import Limits
 log: logging.Logger = logging.getLogger(__name__)
 
 PATIENCE = 10.0  # seconds for the headers of a request
+BACKLOG = 2048  # connections that wait to be accepted
 GRACE = 7.0  # seconds after SIGTERM for requests in work; stalled ones are then hung up on
 
 
@@ -56,6 +57,8 @@ class _Server(uvicorn.Server):
         self.ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # what a second signal or the time limit cuts off is no fault that needs a traceback
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         asyncio.get_running_loop().call_later(GRACE, self._hang_up)
         await super().shutdown(sockets=sockets)
 
@@ -112,7 +115,7 @@ def serve(
         tested: the result of `read_test_result`, shown on the page.
 
     Raises:
-        UsageError: no such port.
+        UsageError: no host, or no such port.
         FileError: the address can't be listened on.
         SystemExit: 0, after a signal.
     """
@@ -124,7 +127,7 @@ def serve(
     config = uvicorn.Config(
         create_app(classifier, limits=limits, host=host, tested=tested), http=_Protocol,
         log_level="error", timeout_keep_alive=5, timeout_graceful_shutdown=int(GRACE) + 2,
-        h11_max_incomplete_event_size=65536, server_header=False,
+        h11_max_incomplete_event_size=65536, server_header=False, backlog=BACKLOG,
     )  # fmt: skip
     # the limits are checked before anything is decoded; Pillow's own warning adds nothing
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -137,11 +140,14 @@ def serve(
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not host:  # would be every address of this machine
+        raise UsageError("host='': a name or an address, such as 127.0.0.1, is needed")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     if os.name == "posix":  # on Windows it would let two servers share a port
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)  # only now is the port taken
     except OSError as error:
         listener.close()
         raise FileError(f"can't listen on {host}:{port} ({error.strerror})") from error

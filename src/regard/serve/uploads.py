@@ -1,6 +1,7 @@
 """Reading uploads: the bytes of one image, with every limit checked before it is decoded."""
 
 import asyncio
+import email
 import io
 import math
 import os
@@ -14,7 +15,9 @@ from pathlib import Path
 from fastapi import HTTPException, Request
 from PIL import Image, UnidentifiedImageError
 
+from regard.data.dicom import is_dicom
 from regard.data.images import FORMATS
+from regard.data.tiff import is_tiff, size_with_tifffile
 from regard.errors import ImageError, UsageError
 
 SIDE = 32_768  # pixels of the longer side
@@ -30,7 +33,8 @@ class Limits:
     Attributes:
         megabytes: size of an upload.
         megapixels: size of an image, from its header, before it is decoded; half of it for
-            DICOM, float and 32-bit images. Its sides are limited too, see SIDE and ASPECT.
+            DICOM, float and 32-bit images, and less for TIFFs of many or wide bands. Its sides
+            are limited too, see SIDE and ASPECT.
         requests: maximum concurrent requests; further ones get HTTP 503.
         seconds: time limit of a request; a third of it for the upload.
 
@@ -62,7 +66,7 @@ async def read_image_bytes(request: Request, limits: Limits) -> bytes:
     if kind.get_content_type() == "multipart/form-data":
         body = _file_of_form(body, str(kind.get_param("boundary") or ""))
     if not body:
-        raise HTTPException(400, "send the bytes of an image as the body of the request")
+        raise HTTPException(400, "the image is empty (0 bytes): send it as the body of the request")
     return body
 
 
@@ -93,12 +97,20 @@ def _file_of_form(body: bytes, boundary: str) -> bytes:
     parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"))
     for part in parts[1:] if boundary else []:
         head, _, content = part.partition(b"\r\n\r\n")
-        if b"filename" in head.lower():
+        name = _file_name(head)
+        if name or (name is not None and content):  # a browser sends a field left empty as ""
             files.append(content)
     if len(files) != 1:
         found = "no file" if not files else f"{len(files)} files"
         raise HTTPException(400, f"{found} in the form: send one, as curl -F file=@image.jpg does")
     return files[0]
+
+
+def _file_name(head: bytes) -> str | None:
+    """The file name in the headers of a part of a form; None: it is a field of text."""
+    # the name may hold bytes of any encoding, which alone decides nothing here
+    headers = email.message_from_string(head.lstrip(b"\r\n").decode("latin-1"))
+    return headers.get_filename()
 
 
 def _too_large(what: str, limits: Limits) -> HTTPException:
@@ -111,19 +123,18 @@ def check(body: bytes, limits: Limits) -> int:
 
     Returns:
         The number of pixels; those of DICOM, float and 32-bit images, which take more memory,
-        count twice.
+        count twice, and those of TIFFs with many or wide bands once for every 8 bytes.
 
     Raises:
         HTTPException: 413 too many pixels, or too long for its width; 422 no image that can be
             read.
     """
-    dicom = body[128:132] == b"DICM" or body[:2] == b"\x08\x00"  # the same test as read_image
     try:
-        width, height, deep = _dicom_size(body) if dicom else _size(body)
+        width, height, times = _dicom_size(body) if is_dicom(body[:132]) else _size(body)
     except Image.DecompressionBombError:
         raise _too_large("far too many pixels", limits) from None
-    size = f"{width} x {height} pixels{' of more than 16 bits' * deep}"
-    pixels = width * height * (2 if deep else 1)
+    size = f"{width} x {height} pixels{' of more than 16 bits' * (times > 1)}"
+    pixels = width * height * times
     if pixels > limits.megapixels * 1e6:
         raise _too_large(size, limits)
     if max(width, height) > min(SIDE, ASPECT * min(width, height)):
@@ -132,15 +143,24 @@ def check(body: bytes, limits: Limits) -> int:
     return pixels
 
 
-def _size(body: bytes) -> tuple[int, int, bool]:
+def _size(body: bytes) -> tuple[int, int, int]:
+    """Width, height, and how often a pixel counts."""
     try:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:
-            return *image.size, image.mode in ("F", "I")
+            return *image.size, 2 if image.mode in ("F", "I") else 1
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        if not is_tiff(body):
+            raise HTTPException(422, _NO_IMAGE) from None
+    try:  # as read_image does
+        width, height, deep = size_with_tifffile(io.BytesIO(body))
+        return width, height, max(2, -(-deep // 8))
+    except ImageError as error:
+        raise HTTPException(422, f"the image {error}") from None
+    except Exception:  # tifffile raises nearly anything for broken files
         raise HTTPException(422, _NO_IMAGE) from None
 
 
-def _dicom_size(body: bytes) -> tuple[int, int, bool]:
+def _dicom_size(body: bytes) -> tuple[int, int, int]:
     try:
         import pydicom
     except ImportError:
@@ -149,7 +169,7 @@ def _dicom_size(body: bytes) -> tuple[int, int, bool]:
         raise HTTPException(422, "deflated DICOM is not accepted: send it uncompressed")
     try:
         header = pydicom.dcmread(io.BytesIO(body), force=True, stop_before_pixels=True)
-        return int(header.Columns), int(header.Rows), True  # read as floats
+        return int(header.Columns), int(header.Rows), 2  # read as floats
     except Exception:  # pydicom raises nearly anything for broken files
         raise HTTPException(422, _NO_IMAGE) from None
 

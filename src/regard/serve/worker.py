@@ -6,11 +6,12 @@ differ by less than 1e-6, as they do within `regard predict` of several files.
 """
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from regard.attention import attention_kinds
 from regard.cores import cores
 from regard.data.images import read_image
+from regard.errors import ImageError
 from regard.explanations.explanation import Explanation, explain_batch
 from regard.explanations.overlay import Box, Picture
 from regard.explanations.reading import as_picture
@@ -87,13 +89,20 @@ class BatchingWorker:
 
         Raises:
             HTTPException: 422 it can't be read.
+            ImageError: its answer is not finite.
         """
         loop = asyncio.get_running_loop()
         mine = _Waiting(await self.in_reader(self._decode, upload), loop.create_future())
         self.waiting.append(mine)
         if self.task is None or self.task.done():
             self.task = loop.create_task(self._answer())
-        return self.classifier.prediction("the image", *await mine.answer, top)
+        return self._prediction(*await mine.answer, top)
+
+    def _prediction(self, probabilities: Tensor, distance: float | None, top: int) -> Prediction:
+        prediction = self.classifier.prediction("the image", probabilities, distance, top)
+        if prediction.error is not None:
+            raise ImageError(prediction.error)
+        return prediction
 
     async def _answer(self) -> None:
         """Answers all waiting requests, a batch at a time; newcomers form the next batch."""
@@ -131,17 +140,22 @@ class BatchingWorker:
 
         Raises:
             HTTPException: 422 it can't be read.
+            ImageError: its answer is not finite.
         """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.thread, self._explain, upload, target)
 
     def _explain(self, upload: Upload, target: str | None) -> tuple[Explanation, Box, float | None]:
         preprocess, model = self.classifier.preprocess, self.classifier.model
+        names = self.classifier.class_names
         with self._file_of(upload) as path:
             decoded = self.classifier.decode(path)[None]
             x = preprocess.normalize(decoded)
             pixels = read_image(path, value_range=preprocess.value_range)
             picture = _shown(pixels)
+        # an engine's answer differs in its last digits: both routes then give the engine's
+        told = self.classifier.engine is not None or self.classifier.familiarity is not None
+        said = self._prediction(*self._run([decoded[0]])[0], len(names)) if told else None
         box = preprocess.seen(*pixels.shape[:2])
         down, across = picture.shape[0] / pixels.shape[0], picture.shape[1] / pixels.shape[1]
         device = next(model.parameters()).device
@@ -149,12 +163,16 @@ class BatchingWorker:
         (explanation,) = explain_batch(
             model, x.to(device).contiguous(memory_format=torch.channels_last), [picture],
             [(box[0] * across, box[1] * down, box[2] * across, box[3] * down)],
-            classes=self.classifier.class_names, target=target, methods=(*own, "gradcam"),
-            temperature=self.classifier.temperature,
+            classes=names, target=said.classes[0][0] if said and target is None else target,
+            methods=(*own, "gradcam"), temperature=self.classifier.temperature,
         )  # fmt: skip
-        known = self.classifier.familiarity is not None
-        (distance,) = self.classifier.with_distances(decoded)[1] if known else [None]
-        return explanation, box, distance
+        if said is None:
+            if not all(math.isfinite(share) for _, share in explanation.classes):
+                raise ImageError("the image: its answer is not finite")
+            return explanation, box, None
+        name = explanation.target[0]
+        target_said = name, dict(said.classes)[name]
+        return replace(explanation, classes=said.classes, target=target_said), box, said.distance
 
     def close(self) -> None:
         """Waits for the work in progress; work that has not started is dropped."""

@@ -1,0 +1,225 @@
+"""Data sets of the Hugging Face hub, and local ones that `datasets` reads."""
+
+import os
+import re
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regard.data.folders import split_word
+from regard.data.table import ImageTable
+from regard.errors import FileError, UsageError
+from regard.extras import require
+from regard.files import plural, reason, shortened
+
+_IMAGES = ("image", "img")  # names of the column to take where there are several
+_LABELS = ("label", "labels")
+_ADVICE = "load it with `datasets` and give the folder that `save_to_disk` writes"
+_WORDS = "ClassLabel, or of strings or integers called label"
+_NUMBER = re.compile(r"-?[0-9]+")
+_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,9}")
+
+
+def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
+    """A data set of the hub or a local folder; its image files are unpacked into the cache.
+
+    Images are the column of type Image (of several the one named image or img), labels the
+    column of type ClassLabel (of several the one named label or labels), else strings or integers
+    in a column of that name. Images without a label (None, -1 or "") and rows without an image
+    are left out, with a warning, as are splits that are no train, validation or test split.
+
+    Raises:
+        UsageError: the extra is not installed, or the columns or splits are not usable.
+        FileError: it can't be loaded, or not be unpacked.
+    """
+    require("hf", name)
+    path = os.path.expanduser(source)
+    if os.path.isfile(path):
+        raise UsageError(f"{name}: is a file; give the folder that holds it")
+    loaded = _load(name, path if os.path.exists(path) else source)
+    rows = _labeled_rows(name, loaded, cache)
+    if not rows.files:
+        raise UsageError(f"{name}: has no image with a label")
+    number = {label: i for i, label in enumerate(rows.classes)}
+    location = os.path.abspath(path) if os.path.exists(path) else ""
+    inside = bool(location) and rows.files[0].startswith(os.path.join(location, ""))
+    lines = [f"{plural(n, 'image')} of {what}" for what, n in rows.left_out.items() if n]
+    return ImageTable(
+        name=name,
+        classes=rows.classes,
+        labels=np.array([number[label] for label in rows.labels], np.int64),
+        splits=np.array(rows.splits, "U5"),
+        files=rows.files,
+        base=location if inside else str(cache / "hf"),
+        location=location,
+        warnings=(f"left out: {shortened(lines, 6)}",) if lines else (),
+    )
+
+
+def _load(name: str, source: str) -> Mapping[str, Any]:
+    """The splits, by name."""
+    import datasets
+
+    try:
+        if os.path.isfile(os.path.join(source, "state.json")):  # `save_to_disk` of one split
+            part = datasets.load_from_disk(source)
+            return {str(part.split or "train"): part}
+        if os.path.isfile(os.path.join(source, "dataset_dict.json")):  # and of several
+            return dict(datasets.load_from_disk(source))
+        return dict(datasets.load_dataset(source))
+    except Exception as error:  # the loader raises nearly anything for broken files
+        broken = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        cause = error.__cause__ if broken else None  # its own words say "an error occurred"
+        why = reason(cause or error).partition("Example of usage")[0].strip()
+        advice = f"; {_ADVICE}" if why.startswith("Config name is missing") else ""
+        raise FileError(f"{name}: can't be loaded ({why}){advice}") from error
+
+
+@dataclass
+class _Rows:
+    """The rows of all splits that have an image and a label, which is a class's name."""
+
+    files: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
+    import datasets
+
+    rows, splits = _Rows(), _splits(name, list(loaded))
+    for key, part in loaded.items():
+        if key not in splits:
+            rows.left_out[f"{key}, which is no train, validation or test split"] = len(part)
+            continue
+        image = _image_column(name, part.features)
+        classes, labels = _labels(f"{name}: {key}", name, part)
+        rows.classes += [c for c in classes if c not in rows.classes]
+        known = {i for i, label in enumerate(labels) if label is not None}
+        encoded = part.cast_column(image, datasets.Image(decode=False))
+        files = _unpack(encoded, known, image, key, cache)
+        rows.left_out[f"{key} without a label"] += len(part) - len(known)
+        rows.left_out[f"{key} without an image"] += len(known) - len(files)
+        rows.files += files.values()
+        rows.labels += [str(labels[i]) for i in files]
+        rows.splits += [splits[key]] * len(files)
+    if not any(isinstance(f, datasets.ClassLabel) for f in part.features.values()):
+        rows.classes.sort(key=lambda c: (0, int(c), "") if _NUMBER.fullmatch(c) else (1, 0, c))
+    return rows
+
+
+def _splits(name: str, keys: list[str]) -> dict[str, str]:
+    """{name of a split: train, val or test}; '' for the only one, if it is none of these.
+
+    Raises:
+        UsageError: two are the same split, or none of several is one.
+    """
+    words = {key: word for key in keys if (word := split_word(key)) is not None}
+    if len(keys) == 1:
+        return words or {keys[0]: ""}
+    if not words:
+        raise UsageError(f"{name}: no train, validation or test split among {', '.join(keys)}")
+    for word in words.values():
+        same = [key for key, other in words.items() if other == word]
+        if len(same) > 1:
+            raise UsageError(f"{name}: {' and '.join(same)} are both a {word} split; {_ADVICE}")
+    return words
+
+
+def _image_column(name: str, features: Mapping[str, Any]) -> str:
+    import datasets
+
+    def holds_images(feature: Any) -> bool:
+        # a struct is what a parquet file holds that was written without `datasets`
+        struct = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+        return struct or isinstance(feature, datasets.Image)
+
+    return _column(name, features, holds_images, "Image", _IMAGES)
+
+
+def _labels(where: str, name: str, part: Any) -> tuple[list[str], list[str | None]]:
+    """The classes of a split, and each row's class; None: it has no label.
+
+    Raises:
+        UsageError: no usable column, or a number that has no name.
+    """
+    import datasets
+
+    features = part.features
+
+    def named(feature: Any) -> bool:
+        return isinstance(feature, datasets.ClassLabel)
+
+    if not any(map(named, features.values())):
+        usual = {column: features[column] for column in _LABELS if column in features}
+        column = _column(name, usual, _is_word, _WORDS, _LABELS, features)
+        values = [None if v in (None, "", -1) else v for v in part[column]]
+        words = [None if v is None else str(v) for v in values]
+        return list({word for word in words if word is not None}), words
+    column = _column(name, features, named, "ClassLabel", _LABELS)
+    classes = list(features[column].names)
+    numbers = [-1 if v is None else int(v) for v in part[column]]
+    if numbers and max(numbers) >= len(classes):
+        raise UsageError(f"{where}: has the label {max(numbers)}, of {len(classes)} classes")
+    return classes, [None if number < 0 else classes[number] for number in numbers]
+
+
+def _is_word(feature: Any) -> bool:
+    """Whether a column holds strings or integers."""
+    kind = str(getattr(feature, "dtype", ""))
+    return kind in ("string", "large_string", "bool") or kind.lstrip("u").startswith("int")
+
+
+def _column(
+    name: str,
+    features: Mapping[str, Any],
+    fits: Callable[[Any], bool],
+    kind: str,
+    usual: Sequence[str],
+    among: Mapping[str, Any] | None = None,
+) -> str:
+    """The column that fits; of several the first that has a usual name."""
+    columns = [column for column, feature in features.items() if fits(feature)]
+    chosen = columns if len(columns) == 1 else [column for column in usual if column in columns]
+    if chosen:
+        return chosen[0]
+    has = f"has {shortened(columns, 6)}, none called {usual[0]}" if columns else "has none"
+    raise UsageError(
+        f"{name}: needs one column of type {kind}, {has} (columns: "
+        f"{', '.join(among or features)}); to change that, {_ADVICE}"
+    )
+
+
+def _unpack(part: Any, rows: set[int], image: str, key: str, cache: Path) -> dict[int, str]:
+    """{row: file} of the rows that have an image; files that are there already stay.
+
+    Raises:
+        FileError: they can't be written.
+    """
+    folder, own = cache / "hf" / part._fingerprint, uuid.uuid4().hex
+    files: dict[int, str] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, row in enumerate(part.select_columns([image])):
+            held = row[image] if i in rows else None
+            path = "" if held is None else held["path"] or ""
+            if held is None or (held["bytes"] is None and not path):
+                continue
+            if held["bytes"] is not None:
+                ending = os.path.splitext(path)[1]
+                ending = ending if _SUFFIX.fullmatch(ending) else ""
+                path = str(folder / f"{key}-{i:08d}{ending}")
+                if not os.path.exists(path):  # other processes may write the same files
+                    Path(f"{path}.{own}").write_bytes(held["bytes"])
+                    os.replace(f"{path}.{own}", path)
+            files[i] = path
+    except OSError as error:
+        raise FileError(f"{folder} can't be written ({reason(error)})") from error
+    return files

@@ -1,0 +1,217 @@
+"""`hf:NAME`: what `datasets` loads becomes a table of labeled images."""
+
+import os
+import sys
+import types
+
+import pytest
+
+from regard.data import hugging_face
+from regard.data.hugging_face import open_hugging_face
+from regard.data.sources import class_counts, open_data
+from regard.errors import FileError, UsageError
+from tests.test_sources import picture
+
+
+class Picture:
+    """Stands for `datasets.Image`."""
+
+    def __init__(self, decode: bool = True) -> None:
+        pass
+
+
+class ClassLabel:
+    def __init__(self, *names: str) -> None:
+        self.names = list(names)
+
+
+class Value:
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+
+
+class Part:
+    """Stands for `datasets.Dataset`: columns of values with a feature each."""
+
+    _fingerprint = "0123"
+
+    def __init__(self, **columns: tuple[object, list]) -> None:
+        self.features = {name: feature for name, (feature, _) in columns.items()}
+        self.values = {name: values for name, (_, values) in columns.items()}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    def __getitem__(self, column: str) -> list:
+        return self.values[column]
+
+    def cast_column(self, *_: object) -> "Part":
+        return self
+
+    def select_columns(self, names: list[str]) -> list[dict]:
+        return [{name: self.values[name][i] for name in names} for i in range(len(self))]
+
+
+def pictures(*names: str) -> tuple[Picture, list]:
+    return Picture(), [{"bytes": name.encode(), "path": name} for name in names]
+
+
+@pytest.fixture
+def loads(monkeypatch, tmp_path):
+    """Has `datasets` give these splits, or raise this error, to `open_hugging_face`."""
+    module = types.ModuleType("datasets")
+    module.Image, module.ClassLabel = Picture, ClassLabel
+    module.exceptions = types.SimpleNamespace(DatasetGenerationError=BrokenError)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setattr(hugging_face, "require", lambda *_: None)
+
+    def load(splits):
+        def loaded(_):
+            if isinstance(splits, Exception):
+                raise splits
+            return splits
+
+        module.load_dataset = loaded
+        return open_hugging_face("hf:pets", "someone/pets", tmp_path / "cache")
+
+    return load
+
+
+class BrokenError(Exception):
+    """Stands for `datasets.exceptions.DatasetGenerationError`, which is no ValueError."""
+
+
+@pytest.mark.parametrize(
+    ("feature", "values", "classes", "labels"),
+    [
+        (Value("string"), ["cat", None, "ant", ""], ["ant", "cat"], [1, 0]),
+        (Value("int64"), [10, 9, -1, 10], ["9", "10"], [1, 0, 1]),
+        (Value("bool"), [True, False, None, True], ["False", "True"], [1, 0, 1]),
+        (ClassLabel("b", "a"), [1, 0, None, -1], ["b", "a"], [1, 0]),
+    ],
+)
+def test_labels_of_any_kind_are_classes(loads, feature, values, classes, labels):
+    table = loads({"train": Part(img=pictures(*"1234"), label=(feature, values))})
+    assert table.classes == classes
+    assert table.labels.tolist() == labels
+    assert f"{4 - len(labels)} image" in table.warnings[0]
+
+
+def test_each_split_is_read_with_its_own_names(loads):
+    table = loads({
+        "train": Part(image=pictures("1", "2"), label=(ClassLabel("a", "b"), [0, 1])),
+        "dev": Part(image=pictures("3", "4"), label=(ClassLabel("b", "c"), [0, 1])),
+        "extra": Part(image=pictures("5"), label=(ClassLabel("a", "b"), [0])),
+    })  # fmt: skip
+    assert table.classes == ["a", "b", "c"]
+    assert [table.classes[i] for i in table.labels] == ["a", "b", "b", "c"]
+    assert table.splits.tolist() == ["train", "train", "val", "val"]
+    assert "1 image of extra" in table.warnings[0]
+    only = loads({"full": Part(image=pictures("1", "2"), label=(ClassLabel("a", "b"), [0, 1]))})
+    assert only.splits.tolist() == ["", ""]
+
+
+def test_of_several_columns_the_usual_names_are_taken(loads):
+    table = loads({
+        "train": Part(
+            mask=pictures("8", "9"), image=pictures("1", "2"),
+            sex=(ClassLabel("f", "m"), [0, 0]), label=(ClassLabel("a", "b"), [0, 1]),
+        )
+    })  # fmt: skip
+    assert table.classes == ["a", "b"]
+    with open(table.files[0], "rb") as file:
+        assert file.read() == b"1"
+    struct = {"bytes": Value("binary"), "path": Value("string")}
+    plain = Part(image=(struct, pictures("1")[1]), label=(ClassLabel("a"), [0]))
+    assert len(loads({"train": plain}).files) == 1
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": Part(image=pictures("1"), label=(ClassLabel("a", "b"), [7]))}, "label 7, of 2"),
+        ({"train": Part(image=pictures("1"), kind=(Value("string"), ["a"]))}, "has none"),
+        ({"train": Part(image=pictures("1"), label=(Value("float32"), [0.0]))}, "has none"),
+        (
+            {"train": Part(
+                image=pictures("1"), fine=(ClassLabel("a"), [0]), coarse=(ClassLabel("b"), [0]),
+            )},
+            "fine, coarse",
+        ),
+        ({"train": Part(label=(ClassLabel("a"), [0]))}, "Image, has none"),
+        ({"validation": Part(a=(Value("x"), [])), "dev": Part(a=(Value("x"), []))}, "and dev"),
+        ({"x": Part(a=(Value("x"), [])), "y": Part(a=(Value("x"), []))}, "x, y"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_used_is_named(loads, splits, message):
+    with pytest.raises(UsageError, match=message):
+        loads(splits)
+
+
+def test_whatever_the_loader_raises_is_one_line_with_its_cause(loads):
+    broken = BrokenError("An error occurred")
+    broken.__cause__ = ValueError("can't cast\nlabel")
+    for error, message in (
+        (broken, r"can't cast label\)"),
+        (LookupError("no\nsuch"), r"no such\)"),
+        (ValueError("Config name is missing: ['a']\nExample of usage: load()"), r"\['a'\]\); load"),
+    ):
+        with pytest.raises(FileError, match=message) as caught:
+            loads(error)
+        assert "\n" not in str(caught.value)
+        assert "Example of usage" not in str(caught.value)
+
+
+def test_names_within_the_data_name_no_files(loads):
+    paths = ["../../x.png", "b." + "x" * 300, "c.p\0g", None]
+    held = [{"bytes": b"1", "path": path} for path in paths] + [{"bytes": None, "path": None}]
+    part = Part(image=(Picture(), held), label=(ClassLabel("a"), [0] * 5))
+    table = loads({"train": part})
+    names = [os.path.basename(path) for path in table.files]
+    assert names == ["train-00000000.png", *(f"train-{i:08d}" for i in (1, 2, 3))]
+    assert "1 image of train without an image" in table.warnings[0]
+
+
+def test_several_processes_may_unpack_the_same_files(loads, monkeypatch):
+    splits = {"train": Part(image=pictures("1", "2"), label=(ClassLabel("a", "b"), [0, 1]))}
+    replace, others = os.replace, []
+
+    def meanwhile(old, new):
+        if not others:  # another process, between the writing and the renaming
+            others.append(True)
+            others.append(loads(splits))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    table = loads(splits)
+    assert list(table.files) == list(others[1].files)
+    for path, content in zip(table.files, (b"1", b"2"), strict=True):
+        with open(path, "rb") as file:
+            assert file.read() == content
+    assert len(os.listdir(os.path.dirname(table.files[0]))) == 2
+
+
+def test_a_cache_that_can_not_be_written_and_a_file_are_one_line(loads, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    with pytest.raises(FileError, match="can't be written"):
+        loads({"train": Part(image=pictures("1"), label=(ClassLabel("a"), [0]))})
+    with pytest.raises(UsageError, match="is a file"):
+        open_hugging_face("hf:pets", str(tmp_path / "cache"), tmp_path)
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the extra 'hf' is not installed")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for c in ("cat", "dog"):
+        for i in range(2):
+            picture(tmp_path / "pets" / "train" / c / f"{i}.png", ord(c[0]))
+    loaded = datasets.load_dataset(str(tmp_path / "pets"), cache_dir=str(tmp_path / "hf"))
+    loaded.save_to_disk(str(tmp_path / "all"))
+    loaded["train"].save_to_disk(str(tmp_path / "one"))
+    for name in ("all", "one"):
+        table = open_data(f"hf:~/{name}", root=tmp_path / "cache")
+        assert class_counts(table) == {"train": {"cat": 2, "dog": 2}}
+        assert table.read(0)[0, 0, 0] == ord("c")
+    # a folder's images keep their names in it wherever it is
+    table = open_data(f"hf:{tmp_path / 'pets'}", root=tmp_path / "cache")
+    assert table.key(0) == os.path.join("train", "cat", "0.png")

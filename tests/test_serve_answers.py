@@ -1,0 +1,165 @@
+"""What `regard serve` takes and answers, by the ways that people send images."""
+
+import asyncio
+import json
+import signal
+import socket
+import struct
+import time
+
+import numpy as np
+import pydicom
+import pytest
+import tifffile
+import torch
+from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+from regard import load
+from regard.errors import FileError, ImageError, UsageError
+from regard.serve.server import _listen
+from regard.serve.uploads import Limits, check
+from regard.serve.worker import BatchingWorker, Upload
+from tests.helpers import Server
+
+
+def scan_without_preamble(path, *, meta: bool) -> None:
+    """A DICOM file that begins with its meta information, or with its data set."""
+    scan = Dataset()
+    scan.SOPClassUID = "1.2.840.10008.5.1.4.1.1.7"  # in group 0008
+    scan.PhotometricInterpretation, scan.SamplesPerPixel = "MONOCHROME2", 1
+    scan.Rows, scan.Columns = 24, 32
+    scan.BitsAllocated, scan.BitsStored, scan.HighBit = 16, 12, 11
+    scan.PixelRepresentation, scan.WindowCenter, scan.WindowWidth = 0, 2048, 4096
+    scan.PixelData = (np.arange(24 * 32) * 5 % 4096).astype("<u2").tobytes()
+    if not meta:
+        scan.save_as(path, implicit_vr=False, little_endian=True)
+        return
+    scan.file_meta = pydicom.dataset.FileMetaDataset()
+    scan.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    scan.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+    scan.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    scan.save_as(path, enforce_file_format=True)
+    path.write_bytes(path.read_bytes()[132:])
+
+
+def test_whatever_predict_reads_is_answered_alike(server, whole, tmp_path):
+    shown = np.random.default_rng(0).random((24, 32, 3))
+    tifffile.imwrite(tmp_path / "doubles.tif", shown[..., 0])
+    tifffile.imwrite(tmp_path / "color.tif", shown.astype(np.float32), photometric="rgb")
+    scan_without_preamble(tmp_path / "meta.dcm", meta=True)
+    scan_without_preamble(tmp_path / "plain.dcm", meta=False)
+    classifier = load(whole)
+    for path in sorted(tmp_path.iterdir()):
+        (said,) = classifier.predict(path)
+        status, answer = server.json("POST", "/api/predict", path.read_bytes())
+        assert status == 200, (path.name, answer)
+        found = [(c["class"], c["probability"]) for c in answer["classes"]]
+        assert found == said.classes, path.name
+        assert server.json("POST", "/api/explain", path.read_bytes())[0] == 200
+
+
+def test_tiffs_for_the_other_reader_are_bounded_by_their_header(server, tmp_path):
+    path = tmp_path / "doubles.tif"
+    tifffile.imwrite(path, np.zeros((16, 16)), tile=(16, 16))
+    plain = path.read_bytes()
+    with tifffile.TiffFile(path) as file:
+        at = {name: file.pages[0].tags[name] for name in ("ImageWidth", "TileWidth", "TileLength")}
+    for names, status in ((("ImageWidth",), 413), (("TileWidth", "TileLength"), 413), ((), 200)):
+        changed = bytearray(plain)
+        for name in names:
+            kind = {3: "<H", 4: "<I"}[int(at[name].dtype)]
+            struct.pack_into(kind, changed, at[name].valueoffset, 32_000)
+        assert server.json("POST", "/api/predict", bytes(changed))[0] == status, names
+    assert server.json("POST", "/api/predict", plain[:40])[0] == 422
+    bands = {"photometric": "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(path, np.zeros((10, 10, 16)), **bands)
+    assert check(path.read_bytes(), Limits()) == 100 * 16  # 8 bytes each
+
+
+def test_a_field_of_text_is_no_file_whatever_it_is_called(server, photo):
+    kind = {"Content-Type": "multipart/form-data; boundary=XX"}
+    expected = server.ask("POST", "/api/predict", photo)[2]
+    file = b'--XX\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r\n%s\r\n'
+    text = b'--XX\r\nContent-Disposition: form-data; name="filename"\r\n\r\na.jpg\r\n'
+    left_empty = file % (b"", b"")
+    for name in (b"a.jpg", 'Å;\\"<b>\u0085.jpg'.encode(), b'x"; name="y'):
+        for other in (text, left_empty):
+            body = other + file % (name, photo) + b"--XX--\r\n"
+            status, _, answer = server.ask("POST", "/api/predict", body, **kind)
+            assert (status, answer) == (200, expected), (name, other)
+    for body, fault in (
+        (text, "no file"),
+        (left_empty, "no file"),
+        (file % (b"a", b""), "0 bytes"),
+    ):
+        status, _, answer = server.ask("POST", "/api/predict", body + b"--XX--\r\n", **kind)
+        assert status == 400
+        assert fault in json.loads(answer)["detail"]
+
+
+def test_both_routes_give_the_engines_answer(whole, photo):
+    classifier = load(whole)
+    shares = [0.2, 0.3, 0.5]
+    classifier.engine = lambda images: torch.tensor([shares] * len(images))
+    upload = Upload(photo, check(photo, Limits()))
+
+    async def ask():
+        worker = BatchingWorker(classifier)
+        told = await worker.predict(upload, 3)
+        explanation, _, _ = await worker.explain(upload, None)
+        other, _, _ = await worker.explain(upload, classifier.class_names[0])
+        worker.close()
+        return told, explanation, other
+
+    told, explanation, other = asyncio.run(ask())
+    assert explanation.classes == told.classes
+    assert explanation.target == (classifier.class_names[2], pytest.approx(0.5))
+    assert other.target == (classifier.class_names[0], pytest.approx(0.2))
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_an_answer_that_is_not_finite_is_an_error(whole, photo, engine):
+    classifier = load(whole)
+    if engine:
+        classifier.engine = lambda images: torch.full((len(images), 3), torch.nan)
+    else:
+        list(classifier.model.parameters())[-1].data.fill_(torch.nan)
+    upload = Upload(photo, check(photo, Limits()))
+
+    async def ask():
+        worker = BatchingWorker(classifier)
+        found = await asyncio.gather(
+            worker.predict(upload, 3), worker.explain(upload, None), return_exceptions=True
+        )
+        worker.close()
+        return found
+
+    for found in asyncio.run(ask()):
+        assert isinstance(found, ImageError)
+        assert "not finite" in str(found)
+
+
+def test_no_host_is_refused_and_a_port_is_taken_at_once():
+    with pytest.raises(UsageError, match="host=''"):  # would be every address
+        _listen("", 0)
+    first = _listen("127.0.0.1", 0)
+    with first, pytest.raises(FileError, match="in use"):
+        _listen("127.0.0.1", first.getsockname()[1])
+
+
+def test_a_second_signal_ends_it_at_once_without_a_traceback(whole, photo):
+    server = Server(whole)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
+        head = f"POST /api/explain HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(photo)}"
+        client.sendall(f"{head}\r\n\r\n".encode() + photo[:1000])  # and waits
+        assert server.ask("GET", "/healthz")[0] == 200
+        begun = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGINT)
+        _, errors = server.process.communicate(timeout=60)
+    assert time.monotonic() - begun < 6  # not all of the time for requests in work
+    assert server.process.returncode == 0
+    assert errors == ""
