@@ -19,6 +19,7 @@ from regard.commands.tables import print_comparison, print_evaluation
 from regard.evaluation import (
     Predictions,
     compare,
+    compare_metrics,
     evaluate,
 )
 from regard.evaluation.intervals import share_of_groups, wilson_interval
@@ -314,8 +315,10 @@ def test_all_right_is_not_certainty():
     e = evaluate(hard(true, true, 2), resamples=20)
     assert ends(e.metrics["top1"]) == wilson_interval(100, 100)
     assert ends(e.per_class[1].recall) == wilson_interval(10, 10)
+    below = [1 - wilson_interval(n, n)[0] for n in (90, 10)]
+    balanced = ends(e.metrics["balanced_accuracy"])
+    assert balanced == pytest.approx((1 - math.hypot(*below) / 2, 1.0))
     # worth 2² / (1/90 + 1/10) = 36 images
-    assert ends(e.metrics["balanced_accuracy"]) == wilson_interval(36, 36)
     assert ends(e.metrics["macro_f1"]) == wilson_interval(36, 36)
     grouped = evaluate(hard(true, true, 2, np.arange(100) // 5), resamples=20)
     assert ends(grouped.metrics["top1"]) == wilson_interval(20, 20)
@@ -324,6 +327,36 @@ def test_all_right_is_not_certainty():
     none = evaluate(hard(true, 1 - true, 2), resamples=20)
     assert ends(none.metrics["top1"]) == wilson_interval(0, 100)
     assert ends(none.metrics["macro_f1"]) == wilson_interval(0, 36)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_balanced_accuracy_is_as_uncertain_as_its_recalls(size):
+    """Of 12 groups 2 are ill and none is found: samples without them would have 100 %."""
+    true, groups = np.repeat([1, 0], [2, 10]), np.arange(12)
+    p = hard(np.repeat(true, size), np.zeros(12 * size, int), 2, np.repeat(groups, size))
+    e = evaluate(p, resamples=300)
+    below, above = 1 - wilson_interval(10, 10)[0], wilson_interval(0, 2)[1]
+    expected = pytest.approx((0.5 - below / 2, 0.5 + above / 2))
+    assert ends(e.metrics["balanced_accuracy"]) == ends(e.metrics["macro_recall"]) == expected
+    assert e.metrics["macro_f1"].high <= 0.5
+    assert e.metrics["macro_precision"].high <= 0.5
+    same = compare_metrics(p, p, metrics=["balanced_accuracy"], resamples=50)[0]
+    assert same.difference.value == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("apart", [True, False])
+def test_intervals_of_balanced_accuracy_cover(apart):
+    """Groups of one class each, and such as have images of all three."""
+
+    def simulate(rng):
+        groups = np.repeat(np.arange(24), 5)
+        true = groups % 3 if apart else rng.integers(0, 3, 120)
+        easy = rng.beta(3, 1, size=24)[groups]
+        right = rng.random(120) < easy
+        return hard(true, np.where(right, true, (true + 1) % 3), 3, groups)
+
+    assert 0.91 <= coverage(simulate, 0.75, "balanced_accuracy", 200) <= 0.99
 
 
 def test_one_group_has_no_interval():

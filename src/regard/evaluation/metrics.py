@@ -17,8 +17,11 @@ Their intervals:
   which has good coverage near 0 and 1 and for few images (Brown, Cai & DasGupta, Statistical
   Science 2001). F1 = 2J / (1 + J), where J is the Jaccard index; the interval is J's,
   transformed.
+- balanced_accuracy and macro_recall are means of recalls of different images; their interval is
+  made of the recalls' own (Zou & Donner, Statistics in Medicine 2008: the distance to each end
+  is the root of the sum of the squared distances), unless images of one group differ in class.
 - The others are expanded percentiles of `resamples` bootstrap samples of the images. A class
-  without images in a sample is left out of that sample's means.
+  without images in a sample has the values there that it has of all images.
 - With groups these shares have Wilson's interval for images in groups
   (`regard.evaluation.intervals.share_of_groups`), and the others expanded percentiles of samples
   of whole groups (cluster bootstrap). docs/evaluation.md has the coverage of all.
@@ -31,6 +34,7 @@ Their intervals:
   for a class with one image or group.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,10 +52,12 @@ from regard.evaluation.intervals import (
     percentile,
     share_of_groups,
     wilson,
+    wilson_interval,
 )
 from regard.evaluation.predictions import BINS, Floats, Ints, Outcomes, Predictions, outcomes
 from regard.files import plural
 
+_OF_RECALLS = ("balanced_accuracy", "macro_recall")
 _MACRO = ("balanced_accuracy", "macro_f1", "macro_precision", "macro_recall")
 
 
@@ -165,10 +171,11 @@ def evaluate(
     grouped = predictions.groups is not None
     present, images = _present_only(outcomes(predictions))
     n_classes, more_than_5 = len(present), len(predictions.classes) > 5
-    measured = _measure(images, np.ones(len(predictions)), n_classes, more_than_5)
+    measured = _measure(images, np.ones(len(predictions)), more_than_5, n_classes)
     drawn = _Resamples()
     for times in draws(images.n_units, resamples, seed):
-        drawn.add(_measure(images, times[images.unit], n_classes, more_than_5))
+        weights = times[images.unit]
+        drawn.add(_measure(images, weights, more_than_5, n_classes, measured.shares))
     shares = _shares(images, n_classes)
     shape = (len(predictions.classes),) * 2
     ones = np.ones(len(predictions), dtype=np.int64)
@@ -197,6 +204,7 @@ class _Measured:
 
     values: dict[str, float]
     gaps: Floats
+    shares: Floats
 
 
 class ClassificationStatistics:
@@ -205,11 +213,12 @@ class ClassificationStatistics:
     def __init__(self, predictions: Predictions) -> None:
         self.images: Outcomes
         present, self.images = _present_only(outcomes(predictions))
-        self.n_classes: int = len(present)
-        self.more_than_5: bool = len(predictions.classes) > 5
+        self.how: tuple[bool, int] = len(predictions.classes) > 5, len(present)
+        ones = np.ones(len(predictions))
+        self.shares: Floats = _measure(self.images, ones, *self.how).shares
 
     def __call__(self, weights: Floats) -> dict[str, float]:
-        measured = _measure(self.images, weights, self.n_classes, self.more_than_5)
+        measured = _measure(self.images, weights, *self.how, self.shares)
         return {**measured.values, "ece": float(abs(measured.gaps).sum())}
 
 
@@ -231,14 +240,23 @@ def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> Floats:
     return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
 
 
-def _measure(images: Outcomes, weights: Floats, n_classes: int, top5: bool) -> _Measured:
-    """The metrics of the images, each counted `weights` times."""
+def _measure(
+    images: Outcomes, weights: Floats, top5: bool, n_classes: int, whole: Floats | None = None
+) -> _Measured:
+    """The metrics of the images, each counted `weights` times.
+
+    whole: the `shares` of all images, of which those are taken that a sample lacks.
+    """
     total = weights.sum()
     count = np.bincount(images.true, weights, n_classes)
     called = np.bincount(images.predicted, weights, n_classes)
     hits = np.bincount(images.true, weights * images.correct, n_classes)
-    shares = np.stack([_ratio(hits, whole) for whole in (count, called, count + called - hits)])
-    recall, precision, jaccard = shares[:, count > 0]
+    shares = np.stack([_ratio(hits, of) for of in (count, called, count + called - hits)])
+    present = count > 0
+    if whole is not None:
+        shares = np.where(present, shares, whole)
+        present = ~np.isnan(whole[0])
+    recall, precision, jaccard = shares[:, present]
     values = {"top1": float(weights @ images.correct / total)}
     if top5:
         values["top5"] = float(weights @ images.correct5 / total)
@@ -248,7 +266,7 @@ def _measure(images: Outcomes, weights: Floats, n_classes: int, top5: bool) -> _
     values["macro_recall"] = values["balanced_accuracy"]
     values["nll"] = float(weights @ images.nll / total)
     gaps = np.bincount(images.bin, weights * images.overconfidence, BINS) / total
-    return _Measured(values, gaps)
+    return _Measured(values, gaps, shares)
 
 
 def _f1(jaccard: Any) -> Any:
@@ -287,6 +305,7 @@ def _metrics(
 ) -> dict[str, Estimate]:
     """The metrics with the intervals that the module describes."""
     n_units = images.n_units
+    apart = sum(len(np.unique(unit)) for _, unit in of_class) == n_units
     present = np.array([len(np.unique(unit)) for _, unit in of_class if len(unit)])
     effective = min(int(len(present) ** 2 / (1 / present).sum()), n_units)
 
@@ -296,6 +315,8 @@ def _metrics(
         if name in ("top1", "top5"):
             right = images.correct if name == "top1" else images.correct5
             return _share(right, images.unit, grouped, confidence)
+        if name in _OF_RECALLS and apart:
+            return _mean_of_shares(value, of_class, grouped, confidence)
         if name in _MACRO and value in (0.0, 1.0):
             return wilson(value, effective, confidence)
         return percentile(value, np.array(drawn.values[name]), confidence, n_units)
@@ -313,6 +334,21 @@ def _share(right: Floats, unit: Ints, grouped: bool, confidence: float) -> Estim
     if grouped:
         return share_of_groups(right, unit, confidence)
     return wilson(float(right.mean()), len(right), confidence)
+
+
+def _mean_of_shares(value: float, of_class: _Shares, grouped: bool, confidence: float) -> Estimate:
+    """The mean of the classes' shares, made of their intervals, as they are independent."""
+    below = above = 0.0
+    each = [(right, unit) for right, unit in of_class if len(right)]
+    for right, unit in each:
+        share = _share(right, unit, grouped, confidence)
+        low, high = share.low, share.high
+        if not share.has_interval:  # of one image or group
+            low, high = wilson_interval(round(share.value), 1, confidence)
+        below += max(share.value - low, 0.0) ** 2
+        above += max(high - share.value, 0.0) ** 2
+    low, high = value - math.sqrt(below) / len(each), value + math.sqrt(above) / len(each)
+    return Estimate(value, max(low, 0.0), min(high, 1.0))
 
 
 def _per_class(
