@@ -9,12 +9,14 @@ import pytest
 
 import regard
 from regard.cli import run_command
-from regard.evaluation import diagnose, diagnose_class, evaluate, with_temperature
+from regard.evaluation import Predictions, diagnose, diagnose_class, evaluate, with_temperature
 from regard.explanations.inputs import is_ours
 from regard.explanations.print_style import for_print
 from regard.report import Report, write_report
 from regard.report.figures import charts, measure
 from regard.report.methods import as_text, methods_of
+from regard.report.page import _code
+from regard.report.reliability import calibration_chart
 from regard.report.sections import calibration_section, subgroup_section
 from regard.report.source import RunSource
 from regard.report.subgroups import file_of
@@ -181,3 +183,19 @@ def test_wrong_calls_of_report_are_one_line(source, tmp_path, monkeypatch, capsy
     assert message in err
     assert err.count("\n") == 1
     assert Path("mine.txt").read_text(encoding="utf-8") == "my own\n"
+
+
+def test_commands_in_a_sentence_are_code_and_nothing_else_is():
+    assert _code("`regard calibrate <b>` fits") == ("<code>regard calibrate &lt;b&gt;</code> fits")
+    assert _code("a ` alone, 5 < 6") == "a ` alone, 5 &lt; 6"
+
+
+def test_a_slope_that_is_not_defined_is_no_number():
+    """Of classes that are told apart without an error there is no calibration slope."""
+    score = np.array([0.1, 0.2, 0.3, 0.8, 0.9])
+    said = Predictions(np.stack([1 - score, score], 1), [0, 0, 0, 1, 1], ["well", "ill"])
+    chart = calibration_chart(said, said, "ill", 3.4)
+    texts = [text.get_text() for legend in chart.figure.legends for text in legend.get_texts()]
+    assert len(texts) == 1
+    assert "nan" not in texts[0]
+    assert "intercept" in texts[0]

@@ -290,12 +290,17 @@ def _viridis() -> str:
     return " ".join("".join(f"{round(255 * c):02x}" for c in color[:3]) for color in colors)
 
 
+def _code(sentence: str) -> Markup:
+    """A sentence with what stands in backticks as <code>."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(sentence))))
+
+
 def _render(report: Report) -> str:
     _check(report)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=percent, percent_range=percent_range)
+    environment.filters.update(percent=percent, percent_range=percent_range, code=_code)
     environment.tests.update(nan=math.isnan)
     evaluation = report.evaluation
     wrong, right = _gallery(report.explanations)

@@ -1,5 +1,6 @@
 """Reliability diagrams, calibration plots and decision curves as figures."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,8 +47,11 @@ def calibration_chart(
 
     def fit(said: Predictions) -> str:
         found = CalibrationStatistics(said, positive)(np.ones(len(said)))
-        slope, intercept = found["calibration_slope"], found["calibration_intercept"]
-        return f"slope {slope:.2f}, intercept {intercept:.2f}"
+        slope, intercept = (
+            f"{value:.2f}" if math.isfinite(value) else "not defined"
+            for value in (found["calibration_slope"], found["calibration_intercept"])
+        )
+        return f"slope {slope}, intercept {intercept}"
 
     figure, words = _diagram(plain, calibrated, width, positive, [fit(plain), fit(calibrated)])
     figure.axes[0].set_ylabel(f"share of {short(positive, 24)}")
