@@ -50,6 +50,18 @@ def test_variables_that_can_not_be_right_are_named(place, variables, named):
         distributed.start_accelerator("cpu")
 
 
+@pytest.mark.parametrize(
+    ("tasks", "task", "world", "said"),
+    [("8", "0", "1", True), ("8", "3", "1", False), ("1", "0", "1", False), ("8", "0", "2", False)],
+)
+def test_tasks_that_each_train_alone_are_told_once(place, caplog, tasks, task, world, said):
+    place(SLURM_STEP_NUM_TASKS=tasks, SLURM_PROCID=task, WORLD_SIZE=world, MASTER_ADDR="localhost")
+    if world == "1":
+        os.environ.pop("MASTER_ADDR")
+    with checked_places("cpu"):
+        assert ("8 tasks" in caplog.text) == said
+
+
 def test_what_another_program_left_is_hidden_from_accelerate_and_put_back(place):
     left = {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "ACCELERATE_TORCH_DEVICE": "cuda"}
     place(**left)

@@ -50,6 +50,7 @@ def checked_places(device: str) -> Iterator[None]:
         _take_places_of_group()
     elif _number_of_processes(device) == 1 and "MASTER_ADDR" not in os.environ:
         hidden += ["LOCAL_RANK", "WORLD_SIZE"]
+        _warn_of_single_tasks()
     if not os.environ.get(DEVICE, device).startswith(device):
         hidden.append(DEVICE)
     before = {name: os.environ.pop(name) for name in hidden if name in os.environ}
@@ -57,6 +58,16 @@ def checked_places(device: str) -> Iterator[None]:
         yield
     finally:
         os.environ.update(before)
+
+
+def _warn_of_single_tasks() -> None:
+    """srun starts as many copies of a command as there are tasks, which know nothing of others."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and os.environ.get("SLURM_PROCID") == "0":
+        log.warning(
+            f"srun started {tasks} tasks, and each trains a run of its own: for one run of several "
+            "processes let srun start torchrun, once on each machine"
+        )
 
 
 def _number_of_processes(device: str) -> int:
