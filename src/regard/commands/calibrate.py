@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from regard.commands.flags import DeviceFlag, SplitsFlag, TtaFlag, naming_flags, require_data
 from regard.errors import UsageError
+from regard.files import plural
 
 if TYPE_CHECKING:
     from regard.evaluation import Calibration
@@ -113,7 +114,7 @@ def _check(
 
 
 def _print(run: Path, found: "Calibration") -> None:
-    groups = "" if found.groups is None else f" of {found.groups:,} groups"
+    groups = "" if found.groups is None else f" in {plural(found.groups, 'group')}"
     print(f"{run}, on {found.images:,} {found.source}{groups}")
     before, after = found.before, found.after
     if found.temperature != 1.0:
