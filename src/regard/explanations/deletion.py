@@ -5,7 +5,9 @@ removed from the image, or put onto a baseline without detail, step by step, and
 of the class is recorded. The better the map shows what the answer depends on, the faster the
 probability falls (deletion) or rises (insertion). Every map is compared with the same random
 maps, which have the resolution of the finest map, and with a blob in the center, where
-photographers put things.
+photographers put things. What a random order has left to delete is a random part of the image,
+as is what it has inserted: on average its insertion is its deletion, whatever its resolution, and
+fine maps vary least.
 """
 
 from collections.abc import Callable, Mapping, Sequence
