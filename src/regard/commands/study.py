@@ -99,8 +99,8 @@ def command(
     folds
         Folds of a cross-validation, by group where there are groups. 1 is a single split.
     rows
-        Names or numbers of the rows to train and compare, the first of the table's as reference.
-        Default: all.
+        Names or numbers of the rows to train and compare; the one that comes first in the study is
+        the reference. Default: all.
     only
         Train the i-th of n parts of the runs (i/n), for an array of jobs.
     jobs
