@@ -17,6 +17,7 @@ from regard.cli import run_command
 from regard.evaluation import (
     Predictions,
     choose_threshold,
+    compare_metrics,
     decision_curve,
     diagnose,
     evaluate,
@@ -630,6 +631,32 @@ def test_an_area_is_as_uncertain_as_the_rarer_of_two_kinds():
         widths.append(area.high - area.low)
     assert np.mean(held) >= 0.93
     assert np.mean(widths) < 0.6
+
+
+def test_two_classes_have_one_interval_for_one_number():
+    labels = (np.arange(60) < 6).astype(int)
+    score = 1 / (1 + np.exp(-(np.random.default_rng(1).normal(size=60) + 3 * labels - 2)))
+    p = Predictions(np.stack([1 - score, score], axis=1), labels, ["well", "sick"])
+    found = diagnose(p, positive="sick", resamples=200)
+    for name, other in (("mcc", "mcc"), ("roc_auc", "roc_auc_macro")):
+        a, b = found.one_class.metrics[name], found.metrics[other]
+        assert (a.low, a.value, a.high) == pytest.approx((b.low, b.value, b.high))
+    same = {c.metric: c for c in compare_metrics(
+        p, with_temperature(p, 2.0), positive="sick", ordered=["well", "sick"], resamples=100
+    )}  # fmt: skip
+    a, b = same["kappa"].difference, same["quadratic_kappa"].difference
+    assert (a.low, a.high) == pytest.approx((b.low, b.high))
+
+
+def test_a_class_of_one_image_takes_no_interval_from_the_others():
+    labels = np.repeat([0, 1, 2], [30, 30, 1])
+    p = Predictions(np.eye(3)[labels] * 0.7 + 0.1, labels, ["a", "b", "rare"])
+    areas = diagnose(p, resamples=50).per_class
+    for name in ("a", "b"):
+        found = areas[name]["roc_auc"]
+        assert (found.value, found.high) == (1.0, 1.0)
+        assert 0.8 < found.low < 0.95
+    assert not areas["rare"]["roc_auc"].has_interval
 
 
 @pytest.mark.parametrize("grouped", [False, True])

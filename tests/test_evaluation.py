@@ -315,10 +315,8 @@ def test_all_right_is_not_certainty():
     e = evaluate(hard(true, true, 2), resamples=20)
     assert ends(e.metrics["top1"]) == wilson_interval(100, 100)
     assert ends(e.per_class[1].recall) == wilson_interval(10, 10)
-    below = [1 - wilson_interval(n, n)[0] for n in (90, 10)]
-    balanced = ends(e.metrics["balanced_accuracy"])
-    assert balanced == pytest.approx((1 - math.hypot(*below) / 2, 1.0))
     # worth 2² / (1/90 + 1/10) = 36 images
+    assert ends(e.metrics["balanced_accuracy"]) == wilson_interval(36, 36)
     assert ends(e.metrics["macro_f1"]) == wilson_interval(36, 36)
     grouped = evaluate(hard(true, true, 2, np.arange(100) // 5), resamples=20)
     assert ends(grouped.metrics["top1"]) == wilson_interval(20, 20)
@@ -335,13 +333,39 @@ def test_a_balanced_accuracy_is_as_uncertain_as_its_recalls(size):
     true, groups = np.repeat([1, 0], [2, 10]), np.arange(12)
     p = hard(np.repeat(true, size), np.zeros(12 * size, int), 2, np.repeat(groups, size))
     e = evaluate(p, resamples=300)
-    below, above = 1 - wilson_interval(10, 10)[0], wilson_interval(0, 2)[1]
-    expected = pytest.approx((0.5 - below / 2, 0.5 + above / 2))
+    # a variance of 0.25 (1/2 + 1/10) / 4, and t of 12 groups
+    z = 2.200985**2 * 0.0375 / 0.25
+    half = (z / 4 + z * z / 4) ** 0.5 / (1 + z)
+    expected = pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
     assert ends(e.metrics["balanced_accuracy"]) == ends(e.metrics["macro_recall"]) == expected
     assert e.metrics["macro_f1"].high <= 0.5
     assert e.metrics["macro_precision"].high <= 0.5
     same = compare_metrics(p, p, metrics=["balanced_accuracy"], resamples=50)[0]
     assert same.difference.value == 0
+
+
+@pytest.mark.parametrize(("classes", "images"), [(2, 10), (10, 20), (40, 5)])
+def test_balanced_accuracy_of_few_and_of_many_classes_is_covered(classes, images):
+    """By the distance to the ends of each recall's own interval 10 classes have 0.90."""
+    true = np.repeat(np.arange(classes), images)
+    held = []
+    for seed in range(300):
+        right = np.random.default_rng(seed).random(len(true)) < 0.9
+        p = hard(true, np.where(right, true, (true + 1) % classes), classes)
+        found = evaluate(p, resamples=2).metrics["balanced_accuracy"]
+        held.append(found.low <= 0.9 <= found.high)
+    assert 0.92 <= np.mean(held) <= 0.99
+
+
+def test_one_wrong_image_makes_no_share_surer():
+    """Where all are right each group counts as one image, and that goes on without a jump."""
+    for groups, images in ((60, 5), (5, 60)):
+        unit, low = np.repeat(np.arange(groups), images), 0.0
+        for wrong in (0, 1, 2, 3):
+            right = np.arange(groups * images) >= wrong
+            found = share_of_groups(right[::-1], unit, 0.95)
+            assert found.low < low + 0.1 if wrong else found.low > 0
+            low = found.low
 
 
 @pytest.mark.slow

@@ -111,6 +111,17 @@ def test_each_split_is_read_with_its_own_names(loads):
     assert only.splits.tolist() == ["", ""]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_split_that_is_left_out_orders_no_classes(loads, first):
+    extra = {"extra": Part(image=pictures("5"), size=(Value("int64"), [3]))}
+    splits = {
+        name: Part(image=pictures(name, name + "2"), label=(ClassLabel("zebra", "ant"), [0, 1]))
+        for name in ("train", "test")
+    }
+    table = loads(extra | splits if first else splits | extra)
+    assert table.classes == ["zebra", "ant"]
+
+
 def test_of_several_columns_the_usual_names_are_taken(loads):
     table = loads({
         "train": Part(

@@ -269,6 +269,15 @@ def test_muons_products_are_timms_in_float32(shape, decay, steps):
     assert (found - expected).norm() <= 2e-3 * expected.norm()  # bf16: 0.006 to 0.9
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_muons_products_of_narrow_matrices_are_in_float32(dtype):
+    x = matrix(64, 576, torch.logspace(0, -3, 64)).to(dtype)
+    coefficients = muon_coefficients("polar_express")
+    found = orthogonal_by_gram(x, 5, coefficients, eps=1e-7)
+    expected = zeropower_via_newtonschulz(x.double(), 5, coefficients, dtype=torch.float64)
+    assert (found - expected).norm() <= 2e-3 * expected.norm()
+
+
 def test_muon_multiplies_in_float32_on_a_cpu_and_moves_no_matrix_without_a_gradient():
     layer = torch.nn.Linear(64, 32, bias=False)
     start = layer.weight.detach().clone()

@@ -35,6 +35,7 @@ def place(monkeypatch):
     ("variables", "named"),
     [
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
         ({"RANK": "x", "LOCAL_RANK": "0"}, "RANK=x"),
         ({"RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "RANK=3"),
@@ -63,7 +64,10 @@ def test_tasks_that_each_train_alone_are_told_once(place, caplog, tasks, task, w
 
 
 def test_what_another_program_left_is_hidden_from_accelerate_and_put_back(place):
-    left = {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "ACCELERATE_TORCH_DEVICE": "cuda"}
+    left = {
+        "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4", "RANK": "0", "WORLD_SIZE": "1",
+        "ACCELERATE_TORCH_DEVICE": "cuda",
+    }  # fmt: skip
     place(**left)
     with checked_places("cpu"):
         assert not left.keys() & os.environ.keys()

@@ -92,6 +92,10 @@ def test_a_field_of_text_is_no_file_whatever_it_is_called(server, photo):
         (text, "no file"),
         (left_empty, "no file"),
         (file % (b"a", b""), "0 bytes"),
+        # headers whose parsing would take a minute, and names of encodings that there are not
+        (file % (b"a" + b";" * 1_000_000, photo), "headers of over"),
+        (file.replace(b"filename=", b"filename*=utf\0-8''") % (b"x", photo), "can't be read"),
+        (file.replace(b"filename=", b"filename*=idna''") % (b"%ff", photo), "can't be read"),
     ):
         status, _, answer = server.ask("POST", "/api/predict", body + b"--XX--\r\n", **kind)
         assert status == 400

@@ -95,6 +95,7 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
     import datasets
 
     rows, splits = _Rows(), _splits(name, list(loaded))
+    named = False
     for key, part in loaded.items():
         if key not in splits:
             rows.left_out[f"{key}, which is no train, validation or test split"] = len(part)
@@ -103,6 +104,7 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
         classes, labels = _labels(f"{name}: {key}", name, part)
         rows.classes += [c for c in classes if c not in rows.classes]
         known = {i for i, label in enumerate(labels) if label is not None}
+        named |= any(isinstance(f, datasets.ClassLabel) for f in part.features.values())
         encoded = part.cast_column(image, datasets.Image(decode=False))
         files = _unpack(encoded, known, image, key, cache)
         rows.left_out[f"{key} without a label"] += len(part) - len(known)
@@ -110,7 +112,7 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
         rows.files += files.values()
         rows.labels += [str(labels[i]) for i in files]
         rows.splits += [splits[key]] * len(files)
-    if not any(isinstance(f, datasets.ClassLabel) for f in part.features.values()):
+    if not named:
         rows.classes.sort(key=lambda c: (0, int(c), "") if _NUMBER.fullmatch(c) else (1, 0, c))
     return rows
 

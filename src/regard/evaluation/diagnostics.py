@@ -8,11 +8,11 @@ brier, calibration_slope, calibration_intercept, and with `max_fpr` the partial_
 
 Intervals are of bootstrap samples of images or, with groups, of whole groups: expanded percentiles,
 and of areas Wilson's for the samples' variance (`regard.evaluation.intervals.area`). The numbers
-of one class against the rest are as uncertain as the rarer of the two kinds makes them: its units
-count, and one alone gives no interval. Sensitivity, specificity, ppv and npv have Wilson's (with
-groups `share_of_groups`), as have areas where no resample differs, such as an AUC of 1. Areas of
-all classes have no interval where it would take much more than 20 s, with 1000 resamples from
-about 10,000 images of 12 classes on.
+of one class against the rest, and of two classes, are as uncertain as the rarer of the two kinds
+makes them: its units count, and one alone gives no interval. Sensitivity, specificity, ppv and
+npv have Wilson's (with groups `share_of_groups`), as have areas where no resample differs, such
+as an AUC of 1. Areas of all classes have no interval where it would take much more than 20 s,
+with 1000 resamples from about 10,000 images of 12 classes on.
 
 A likelihood ratio may be infinite, and no resample differs where it is 0 or infinite. Its interval
 then goes as far as the ratio does when a sensitivity or specificity of 0 or 1 is taken at the
@@ -289,33 +289,40 @@ class _Bootstrap:
             return {name: Estimate(value, NAN, NAN) for name, value in values.items()}
         drawn = self.samples(statistic)
         rarest = self._rarest(self.labels if rare is None else rare)
-        units = dict.fromkeys(values, self.n_units if rare is None else rarest)
+        two = rare is not None or len(np.unique(self.labels)) == 2
+        units = dict.fromkeys(values, rarest if two else self.n_units)
+        alike = dict.fromkeys(values, rarest)
         if isinstance(statistic, RankStatistics):
-            units |= self._ranked_units(statistic)
+            of_classes = self._ranked_units(statistic)
+            units, alike = units | of_classes, alike | of_classes
         return {
-            name: self._estimate(name, value, drawn[name], units[name], rarest)
+            name: self._estimate(name, value, drawn[name], units[name], alike[name])
             for name, value in values.items()
         }
 
     def _ranked_units(self, statistic: RankStatistics) -> dict[str, int]:
-        """Of each class's areas against the rest, and of the means of only two classes."""
-        found = {}
-        for kind in ("roc_auc", "average_precision"):
-            for c in statistic.present:
-                found[f"{kind}/{statistic.names[c]}"] = self._rarest(self.labels == c)
-            if len(statistic.present) == 2:
-                means = [f"{kind}_macro", f"{kind}_weighted"]
-                found |= dict.fromkeys(means, self._rarest(self.labels))
-        return found
+        """Of each class's areas: units with images of it or of the rest, whichever are fewer."""
+        pairs = np.unique(self.labels * self.n_units + self.unit)
+        of_class, unit = pairs // self.n_units, pairs % self.n_units
+        alone = np.bincount(unit)[unit] == 1  # units with images of one class
+        own, only = (
+            np.bincount(classes, minlength=statistic.n_classes)
+            for classes in (of_class, of_class[alone])
+        )
+        fewer = np.minimum(own, self.n_units - only)
+        return {
+            f"{kind}/{statistic.names[c]}": int(fewer[c])
+            for kind in _AREAS for c in statistic.present
+        }  # fmt: skip
 
-    def _estimate(
-        self, name: str, value: float, drawn: Floats, units: int, rarest: int
-    ) -> Estimate:
+    def _estimate(self, name: str, value: float, drawn: Floats, units: int, alike: int) -> Estimate:
         drawn = drawn[~np.isnan(drawn)]
         if not math.isfinite(value) or not drawn.size or units < 2:
             return Estimate(value, NAN, NAN)
         if drawn.min() == drawn.max() and value in (0.0, 1.0):
-            interval = wilson(value, rarest, self.confidence)
+            interval = wilson(value, alike, self.confidence)
+            if not interval.has_interval:
+                return interval
             if name.endswith(("mcc", "kappa")):  # from -1 to 1
                 low = 2 * interval.low - 1
                 return Estimate(value, low, 1.0) if value else Estimate(value, NAN, NAN)

@@ -207,7 +207,8 @@ def share_of_groups(right: NDArray[Any], unit: NDArray[Any], confidence: float) 
     (their effective sample size), never more than there are images, with Student's t of as many
     degrees of freedom as groups less one (after Korn & Graubard, Survey Methodology 1998, and
     Dean & Pagano, Survey Methodology 2015). Where all or none are right, the variance is not
-    known, and each group counts as one image. One group has no interval.
+    known, and each group counts as one image; where k images are unlike the others, images count
+    as at least 1 / (k + 1) of that. One group has no interval.
 
     Args:
         right: (N,) whether each image is, at least one image.
@@ -221,8 +222,10 @@ def share_of_groups(right: NDArray[Any], unit: NDArray[Any], confidence: float) 
     if n_groups < 2 or share in (0.0, 1.0):
         return wilson(share, n_groups, confidence)
     between = float(np.square(np.bincount(unit, right - share)).sum()) * n_groups / (n_groups - 1)
-    variance = max(between / n**2, share * (1 - share) / n)
-    return _wilson_of_variance(share, variance, n_groups, confidence)
+    unlike = min(right.sum(), n - right.sum())
+    fewest = max(1.0, n / n_groups / (unlike + 1))  # images that count as one
+    variance = max(between / n**2, share * (1 - share) / n * fewest)
+    return wilson_of_variance(share, variance, n_groups, confidence)
 
 
 def area(value: float, drawn: Floats, confidence: float, n_units: int) -> Estimate:
@@ -240,11 +243,18 @@ def area(value: float, drawn: Floats, confidence: float, n_units: int) -> Estima
     if drawn.size < 2 or not 0 < value < 1:
         return percentile(value, drawn, confidence, n_units)
     variance = float(drawn.var(ddof=1)) * n_units / (n_units - 1)
-    return _wilson_of_variance(value, variance, n_units, confidence)
+    return wilson_of_variance(value, variance, n_units, confidence)
 
 
-def _wilson_of_variance(value: float, variance: float, n_units: int, confidence: float) -> Estimate:
-    """Wilson's interval of as many images as have this variance, with Student's t of the units."""
+def wilson_of_variance(value: float, variance: float, n_units: int, confidence: float) -> Estimate:
+    """Wilson's interval of as many images as have this variance, with Student's t of the units.
+
+    Args:
+        value: a share or an area, above 0 and below 1.
+        variance: of its estimate.
+        n_units: independent units, at least 2.
+        confidence: between 0 and 1.
+    """
     from scipy.stats import t
 
     q = float(t.ppf((1 + confidence) / 2, n_units - 1))

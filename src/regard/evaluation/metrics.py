@@ -17,9 +17,8 @@ Their intervals:
   which has good coverage near 0 and 1 and for few images (Brown, Cai & DasGupta, Statistical
   Science 2001). F1 = 2J / (1 + J), where J is the Jaccard index; the interval is J's,
   transformed.
-- balanced_accuracy and macro_recall are means of recalls of different images; their interval is
-  made of the recalls' own (Zou & Donner, Statistics in Medicine 2008: the distance to each end
-  is the root of the sum of the squared distances), unless images of one group differ in class.
+- balanced_accuracy and macro_recall are means of recalls of different images; they have Wilson's
+  interval for the sum of the recalls' variances, unless images of one group differ in class.
 - The others are expanded percentiles of `resamples` bootstrap samples of the images. A class
   without images in a sample has the values there that it has of all images.
 - With groups these shares have Wilson's interval for images in groups
@@ -34,7 +33,6 @@ Their intervals:
   for a class with one image or group.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,7 +50,7 @@ from regard.evaluation.intervals import (
     percentile,
     share_of_groups,
     wilson,
-    wilson_interval,
+    wilson_of_variance,
 )
 from regard.evaluation.predictions import BINS, Floats, Ints, Outcomes, Predictions, outcomes
 from regard.files import plural
@@ -315,8 +313,8 @@ def _metrics(
         if name in ("top1", "top5"):
             right = images.correct if name == "top1" else images.correct5
             return _share(right, images.unit, grouped, confidence)
-        if name in _OF_RECALLS and apart:
-            return _mean_of_shares(value, of_class, grouped, confidence)
+        if name in _OF_RECALLS and apart and 0 < value < 1:
+            return _mean_of_shares(value, of_class, grouped, n_units, confidence)
         if name in _MACRO and value in (0.0, 1.0):
             return wilson(value, effective, confidence)
         return percentile(value, np.array(drawn.values[name]), confidence, n_units)
@@ -336,19 +334,28 @@ def _share(right: Floats, unit: Ints, grouped: bool, confidence: float) -> Estim
     return wilson(float(right.mean()), len(right), confidence)
 
 
-def _mean_of_shares(value: float, of_class: _Shares, grouped: bool, confidence: float) -> Estimate:
-    """The mean of the classes' shares, made of their intervals, as they are independent."""
-    below = above = 0.0
-    each = [(right, unit) for right, unit in of_class if len(right)]
-    for right, unit in each:
-        share = _share(right, unit, grouped, confidence)
-        low, high = share.low, share.high
-        if not share.has_interval:  # of one image or group
-            low, high = wilson_interval(round(share.value), 1, confidence)
-        below += max(share.value - low, 0.0) ** 2
-        above += max(high - share.value, 0.0) ** 2
-    low, high = value - math.sqrt(below) / len(each), value + math.sqrt(above) / len(each)
-    return Estimate(value, max(low, 0.0), min(high, 1.0))
+def _mean_of_shares(
+    value: float, of_class: _Shares, grouped: bool, n_units: int, confidence: float
+) -> Estimate:
+    """The mean of the classes' shares, by the sum of their variances, as they are independent.
+
+    A class of one unit has the mean variance of the others', and where none varies, all images
+    have the mean's.
+    """
+    variances, sizes = [], []
+    for right, unit in of_class:
+        if not len(right):
+            continue
+        whole = np.unique(unit, return_inverse=True)[1] if grouped else np.arange(len(unit))
+        k, share = int(whole.max()) + 1, float(right.mean())
+        sizes.append(k)
+        if k > 1:
+            spread = np.square(np.bincount(whole, right - share)).sum() / len(right) ** 2
+            variances.append(float(spread) * k / (k - 1))
+    count = len(sizes)
+    alike = value * (1 - value) * float(np.mean(1 / np.array(sizes)))
+    variance = float(np.mean(variances)) if variances else 0.0
+    return wilson_of_variance(value, (variance or alike) / count, n_units, confidence)
 
 
 def _per_class(

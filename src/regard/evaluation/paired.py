@@ -44,7 +44,10 @@ from regard.evaluation.statistics import (
     class_index,
 )
 
-_OVER_CLASSES = ("balanced_accuracy", "macro_", "roc_auc", "average_precision", "mcc", "kappa")
+_OVER_CLASSES = (
+    "balanced_accuracy", "macro_", "roc_auc", "average_precision", "mcc", "kappa",
+    "quadratic_kappa", "brier",
+)  # fmt: skip
 LOWER_IS_BETTER = ("nll", "ece", "brier", "lr_negative")
 _LARGEST = {"nll": math.inf, "lr_positive": math.inf, "lr_negative": math.inf,
             "mcc": 2.0, "kappa": 2.0, "quadratic_kappa": 2.0, "brier": 2.0}  # fmt: skip
@@ -98,7 +101,7 @@ class MetricComparison:
         how = "no test is possible"
         if not math.isnan(self.p_value):
             how = f"{interval}p = {self.adjusted:.3g}, {self.test}"
-        by = "no difference" if math.isnan(d.value) else f"difference {d.value:+.4f}"
+        by = "difference not defined" if math.isnan(d.value) else f"difference {d.value:+.4f}"
         numbers = f"{self.a:.4f} and {self.b:.4f}, {by} ({how})"
         if self.shown != "not shown":
             return f"{a} is shown to be {self.shown} than {b} in {name}: {numbers}."

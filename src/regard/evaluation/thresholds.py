@@ -177,7 +177,9 @@ def decision_curve(
     unit, n_units = units_of(predictions)
     model = net_benefit(np.ones(len(predictions)))
     drawn = np.stack([net_benefit(t[unit]) for t in draws(n_units, resamples, seed)])
-    low, high = percentile_band(drawn, confidence, n_units)
+    ill = predictions.labels == c
+    rarer = min(len(np.unique(unit[kind])) for kind in (ill, ~ill) if kind.any())
+    low, high = percentile_band(drawn, confidence, rarer)
     share = float((predictions.labels == c).mean())
     treat_all = share - odds * (1 - share)
     return DecisionCurve(at, model, np.minimum(low, model), np.maximum(high, model), treat_all)

@@ -90,14 +90,19 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     return bytes(body)
 
 
+MOST_HEAD = 8192  # bytes of a part's headers, whose parsing takes quadratic time
+
+
 def _file_of_form(body: bytes, boundary: str) -> bytes:
     """The one file of a multipart/form-data body (RFC 7578)."""
     files = []
     # every delimiter but the first follows a line break, which belongs to it
     parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"))
     for part in parts[1:] if boundary else []:
-        head, _, content = part.partition(b"\r\n\r\n")
-        name = _file_name(head)
+        head, end, content = part[:MOST_HEAD].partition(b"\r\n\r\n")
+        if not end and len(part) > MOST_HEAD:
+            raise HTTPException(400, f"a part of the form has headers of over {MOST_HEAD:,} bytes")
+        name, content = _file_name(head), content + part[MOST_HEAD:]
         if name or (name is not None and content):  # a browser sends a field left empty as ""
             files.append(content)
     if len(files) != 1:
@@ -110,7 +115,10 @@ def _file_name(head: bytes) -> str | None:
     """The file name in the headers of a part of a form; None: it is a field of text."""
     # the name may hold bytes of any encoding, which alone decides nothing here
     headers = email.message_from_string(head.lstrip(b"\r\n").decode("latin-1"))
-    return headers.get_filename()
+    try:
+        return headers.get_filename()
+    except ValueError:  # of an encoding that there is not, or of a number of 5,000 digits
+        raise HTTPException(400, "the file's name in the form can't be read") from None
 
 
 def _too_large(what: str, limits: Limits) -> HTTPException:

@@ -87,7 +87,7 @@ class Muon(timm.optim.Muon):
 def orthogonal_by_gram(
     matrices: Tensor, steps: int, coefficients: list[tuple[float, float, float]], eps: float
 ) -> Tensor:
-    """timm's `zeropower_via_newtonschulz` in the matrices' own precision and fewer products.
+    """timm's `zeropower_via_newtonschulz` in float32 or more, with fewer products.
 
     Each of its steps maps X to (a + b A + c A A) X with A = X X'. These factors commute, so the
     next A and the product of all factors are made of the first A alone: of a 512 x 4608 matrix,
@@ -95,14 +95,15 @@ def orthogonal_by_gram(
     A is made anew, as its rounding errors grow fourfold with each.
 
     Args:
-        matrices: (B, m, n), float32 or float64. Rounding of A costs half of its digits for the
-            smallest singular values, which bf16 doesn't have.
+        matrices: (B, m, n); float64 stays float64, all else becomes float32. Rounding of A costs
+            half of its digits for the smallest singular values, which bf16 doesn't have.
         steps, coefficients, eps: as timm's; the last coefficients are repeated.
 
     Returns:
         (B, m, n), with singular values near 1.
     """
     x = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    x = x if x.dtype == torch.float64 else x.float()
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     rest = max(steps - len(coefficients), 0)
     factors = coefficients[:steps] + coefficients[-1:] * rest

@@ -12,7 +12,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from regard.errors import FileError, UsageError
 from regard.files import reason
@@ -29,7 +28,7 @@ VARIABLES = {
     ),
 }  # fmt: skip
 DEVICE = "ACCELERATE_TORCH_DEVICE"  # which Accelerate takes before any other
-ADVICE = "torchrun sets these variables for several processes; unset them to train in one"
+ADVICE = "torchrun (or MPI) sets such variables for several processes; unset them to train in one"
 LONG = 30.0  # seconds of waiting after which it is said
 
 
@@ -48,8 +47,8 @@ def checked_places(device: str) -> Iterator[None]:
     hidden = []
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _take_places_of_group()
-    elif _number_of_processes(device) == 1 and "MASTER_ADDR" not in os.environ:
-        hidden += ["LOCAL_RANK", "WORLD_SIZE"]
+    elif _number_of_processes(device) == 1 and not os.environ.get("MASTER_ADDR"):
+        hidden += list(VARIABLES)
         _warn_of_single_tasks()
     if not os.environ.get(DEVICE, device).startswith(device):
         hidden.append(DEVICE)
@@ -87,7 +86,7 @@ def _number_of_processes(device: str) -> int:
         raise UsageError(f"{variable}={here} with {of}={world}: {ADVICE}")
     if os.environ.get("MASTER_PORT"):
         _number("MASTER_PORT")
-    if world > 1 and "MASTER_ADDR" not in os.environ:
+    if world > 1 and not os.environ.get("MASTER_ADDR"):
         raise UsageError(f"{of}={world}, but MASTER_ADDR is not set: {ADVICE}")
     return max(1, world)
 
@@ -120,6 +119,9 @@ def _take_places_of_group() -> None:
 @contextlib.contextmanager
 def waiting_told() -> Iterator[None]:
     """Says after a while that other processes are waited for, which may not have been started."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        yield
+        return
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     said = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
     line = f"the run's other processes have not come yet ({said}). {ADVICE}"
@@ -164,12 +166,16 @@ def meeting() -> str | None:
     again = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if not (shared and again):
         return None
+    from torch.distributed.rendezvous import register_rendezvous_handler
+
     with contextlib.suppress(RuntimeError):  # it is registered already
         register_rendezvous_handler(SCHEME, _meet)
     return f"{SCHEME}://"
 
 
 def _meet(_: str, timeout: timedelta, **more: Any) -> Iterator[tuple[Any, int, int]]:
+    from torch.distributed.rendezvous import rendezvous
+
     store, rank, world = next(rendezvous("env://", timeout=timeout, **more))
     name = agreed_attempt(store, rank, world, timeout.total_seconds())
     yield torch.distributed.PrefixStore(f"regard/{name}", store), rank, world
