@@ -8,9 +8,9 @@ import pytest
 from scipy.stats import norm, ttest_1samp
 from sklearn import metrics as sk
 
-from regard.evaluation import Predictions, adjust, compare, compare_metrics
-from regard.evaluation.intervals import wilson_interval
-from regard.evaluation.paired import _by_bootstrap
+from regard.evaluation import Predictions, adjust, compare, compare_metrics, decision_curve
+from regard.evaluation.intervals import draws, wilson_interval
+from regard.evaluation.paired import _by_bootstrap, _units_behind
 from regard.evaluation.significance import delong, holm
 from tests.test_diagnostics import binary
 from tests.test_evaluation import ends, make, pair
@@ -230,3 +230,38 @@ def test_a_difference_of_a_class_is_as_uncertain_as_its_few_patients():
         assert "nan" not in alone.sentence()
     for name in ("positive/specificity", "nll"):
         assert math.isfinite(found[1][name].p_value)
+
+
+def test_bands_and_tests_allow_for_the_rarer_kind():
+    """Of 60 patients 3 are ill: what resamples vary is widened for 3 units, not for 60."""
+    labels = (np.arange(60) < 3).astype(int)
+    rng = np.random.default_rng(2)
+    score = 1 / (1 + np.exp(-(rng.normal(size=60) + labels)))
+    p = Predictions(np.stack([1 - score, score], 1), labels, ["well", "ill"])
+    drawn = rng.normal(0.0, 0.05, 400)
+    args = (0.0, 0.0, drawn, 0.95)
+    few, many = (_by_bootstrap("brier", (60, 60, rarer), *args) for rarer in (3, 60))
+    assert few.detectable == pytest.approx(many.detectable * (3 / 2 * 59 / 60) ** 0.5)
+    assert few.difference.high > 1.15 * many.difference.high
+    counts = {name: _units_behind(name, p, np.arange(60), "ill") for name in (
+        "top1", "nll", "kappa", "balanced_accuracy", "positive/f1", "positive/sensitivity",
+        "positive/specificity",
+    )}  # fmt: skip
+    assert list(counts.values()) == [60, 60, 3, 3, 3, 3, 57]
+    # for 3 units the band is as wide as the samples
+    band = decision_curve(p, "ill", thresholds=[0.05], resamples=400, seed=0)
+    benefit = []
+    called = p.probabilities[:, 1] >= 0.05
+    for times in draws(60, 400, 0):
+        tp, fp = times @ (called & (labels == 1)), times @ (called & (labels == 0))
+        benefit.append((tp - 0.05 / 0.95 * fp) / 60)
+    assert band.high[0] == pytest.approx(max(benefit), abs=1e-3)
+    assert band.low[0] == pytest.approx(min(benefit), abs=1e-3)
+
+
+def test_p_values_agree_with_intervals_that_allow_for_the_rarer_kind():
+    rng = np.random.default_rng(3)
+    for value in np.linspace(0.08, 0.2, 40):
+        drawn = value + rng.normal(0.0, 0.05, 2000)
+        found = _by_bootstrap("brier", (60, 60, 3), value, 0.0, drawn, 0.95)
+        assert (found.difference.low > 0) == (found.p_value <= 0.05)

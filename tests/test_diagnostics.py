@@ -28,7 +28,7 @@ from regard.evaluation import (
     subgroups_csv,
     with_temperature,
 )
-from regard.evaluation.intervals import draws, wilson_interval
+from regard.evaluation.intervals import area, draws, wilson_interval
 from regard.evaluation.statistics import OneClassStatistics, RankStatistics
 from regard.runs import RunFolder
 from tests.helpers import rows_of
@@ -631,6 +631,16 @@ def test_an_area_is_as_uncertain_as_the_rarer_of_two_kinds():
         widths.append(area.high - area.low)
     assert np.mean(held) >= 0.93
     assert np.mean(widths) < 0.6
+
+
+def test_an_area_by_hand():
+    drawn = np.array([0.7, 0.8, 0.9, math.nan])
+    # a variance of 0.01, of 4 units one is missing; t of 3 degrees of freedom
+    z = 3.182446**2 * 0.01 * 4 / 3 / 0.16
+    half = (z * 0.16 + z * z / 4) ** 0.5 / (1 + z)
+    found = area(0.8, drawn, 0.95, 4)
+    center = (0.8 + z / 2) / (1 + z)
+    assert (found.low, found.high) == pytest.approx((center - half, center + half), abs=1e-6)
 
 
 def test_two_classes_have_one_interval_for_one_number():

@@ -9,6 +9,7 @@ from torch import nn
 from regard.attention import own_maps
 from regard.evaluation.intervals import bootstrapped_mean, wilson_interval
 from regard.explanations import faithfulness
+from regard.explanations.curves_figure import curves_figure
 from regard.explanations.deletion import (
     CENTER,
     RANDOM,
@@ -329,6 +330,12 @@ def test_images_of_the_same_patients_widen_every_interval(images):
                 assert many.high - many.low < 0.7 * (found.high - found.low)
     assert (alone.over, grouped.over) == ("images", f"{len(x)} groups")
     assert grouped.to_dict()["groups"] == len(x)
+    areas = []  # of the shaded intervals in the figure
+    for found in (counted, grouped):
+        (shaded, *_) = curves_figure(found.scores).axes[0].collections
+        x, y = shaded.get_paths()[0].vertices.T
+        areas.append(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
+    assert areas[1] > 1.3 * areas[0]
     one = faithfulness.summarize(each, groups=["p"] * len(each))
     assert one.over == ""
     assert all(np.isnan(s.deletion.low) for s in one.scores.values())

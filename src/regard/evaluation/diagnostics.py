@@ -40,7 +40,7 @@ from regard.evaluation.intervals import (
     wilson,
 )
 from regard.evaluation.metrics import evaluate
-from regard.evaluation.predictions import Floats, Ints, Predictions, units_of
+from regard.evaluation.predictions import Floats, Predictions, rarer_units, units_of
 from regard.evaluation.recalibration import CalibrationStatistics
 from regard.evaluation.statistics import (
     LabelStatistics,
@@ -288,7 +288,7 @@ class _Bootstrap:
         if not intervals or self.n_units < 2:
             return {name: Estimate(value, NAN, NAN) for name, value in values.items()}
         drawn = self.samples(statistic)
-        rarest = self._rarest(self.labels if rare is None else rare)
+        rarest = rarer_units(self.labels if rare is None else rare, self.unit)
         two = rare is not None or len(np.unique(self.labels)) == 2
         units = dict.fromkeys(values, rarest if two else self.n_units)
         alike = dict.fromkeys(values, rarest)
@@ -329,10 +329,6 @@ class _Bootstrap:
             return interval
         make = area if name.partition("/")[0].startswith(_AREAS) else percentile
         return make(value, drawn, self.confidence, units)
-
-    def _rarest(self, kinds: Ints) -> int:
-        """Units of the kind of image that has fewest."""
-        return min(len(np.unique(self.unit[kinds == k])) for k in np.unique(kinds))
 
     def share(self, right: Any, among: Any) -> Estimate:
         """How many of some images are right; NaN where there are none."""

@@ -76,7 +76,7 @@ def percentile(
 
     With the number of independent units it is the expanded percentile interval (Hesterberg, The
     American Statistician 2015), which allows for what resampling few units misses: as wide as
-    Student's t interval where the samples are normal.
+    Student's t interval where the samples are normal. `rarer`: see `percentile_test`.
     """
     drawn = drawn[~np.isnan(drawn)]
     if drawn.size == 0 or math.isnan(value):

@@ -34,7 +34,7 @@ from regard.evaluation.intervals import (
     reach_of_none,
 )
 from regard.evaluation.metrics import ClassificationStatistics
-from regard.evaluation.predictions import Floats, Predictions, units_of
+from regard.evaluation.predictions import Floats, Ints, Predictions, rarer_units, units_of
 from regard.evaluation.significance import delong, holm
 from regard.evaluation.statistics import (
     LabelStatistics,
@@ -166,9 +166,9 @@ def compare_metrics(
         if name not in values_a:
             raise UsageError(f"metrics: {name!r} is none of {', '.join(values_a)}")
     drawn = _differences(one, other, a, chosen, resamples, seed)
-    compared = []
+    compared, (unit, n_units) = [], units_of(a)
     for name in chosen:
-        counts = len(a), units_of(a)[1], _units_behind(name, a, positive)
+        counts = len(a), n_units, _units_behind(name, a, unit, positive)
         c = _by_bootstrap(name, counts, values_a[name], values_b[name], drawn[name], confidence)
         if name == "top1":
             c = _by_mcnemar(c, a, b, resamples, seed)
@@ -231,22 +231,21 @@ def _differences(
     return dict(zip(names, np.array(rows, dtype=np.float64).T, strict=True))
 
 
-def _units_behind(name: str, predictions: Predictions, positive: str | None) -> int:
-    """Independent units of the rarer of two kinds of images that a metric depends on.
+def _units_behind(name: str, predictions: Predictions, unit: Ints, positive: str | None) -> int:
+    """Units with images of the rarer of two kinds that a metric depends on.
 
     All, where it is of all images alike, or a mean over more than two classes.
     """
-    unit, n_units = units_of(predictions)
     kinds = predictions.labels
     if name.startswith("positive/") and positive is not None:
         kinds = kinds == class_index(predictions, positive)
     elif not name.startswith(_OVER_CLASSES):
-        return n_units
-    present = np.unique(kinds)
-    if len(present) != 2:
-        return n_units
-    each = [len(np.unique(unit[kinds == kind])) for kind in present]
-    return {"positive/specificity": each[0], "positive/sensitivity": each[1]}.get(name, min(each))
+        return len(np.unique(unit))
+    if len(np.unique(kinds)) != 2:
+        return len(np.unique(unit))
+    if name in ("positive/sensitivity", "positive/specificity"):
+        return len(np.unique(unit[kinds == (name == "positive/sensitivity")]))
+    return rarer_units(kinds, unit)
 
 
 def _by_bootstrap(

@@ -195,3 +195,8 @@ def _rank(probabilities: NDArray[Any], true: Ints) -> Ints:
         before = (block > of_true) | ((block == of_true) & earlier)
         rank[start : start + rows] = before.sum(axis=1)
     return rank
+
+
+def rarer_units(kinds: NDArray[Any], unit: Ints) -> int:
+    """How many units have images of the kind that fewest units have; kinds, unit: (N,)."""
+    return min(len(np.unique(unit[kinds == kind])) for kind in np.unique(kinds))

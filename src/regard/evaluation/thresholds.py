@@ -9,7 +9,7 @@ import numpy as np
 
 from regard.errors import UsageError
 from regard.evaluation.intervals import check_settings, draws, finite_or_none, percentile_band
-from regard.evaluation.predictions import Floats, Predictions, units_of
+from regard.evaluation.predictions import Floats, Predictions, rarer_units, units_of
 from regard.evaluation.statistics import Curve, Ranking, class_index
 
 _RULES = "sensitivity=0.95, specificity=0.9, youden, cost=5:1 (false negative : false positive)"
@@ -177,9 +177,7 @@ def decision_curve(
     unit, n_units = units_of(predictions)
     model = net_benefit(np.ones(len(predictions)))
     drawn = np.stack([net_benefit(t[unit]) for t in draws(n_units, resamples, seed)])
-    ill = predictions.labels == c
-    rarer = min(len(np.unique(unit[kind])) for kind in (ill, ~ill) if kind.any())
-    low, high = percentile_band(drawn, confidence, rarer)
+    low, high = percentile_band(drawn, confidence, rarer_units(predictions.labels == c, unit))
     share = float((predictions.labels == c).mean())
     treat_all = share - odds * (1 - share)
     return DecisionCurve(at, model, np.minimum(low, model), np.maximum(high, model), treat_all)

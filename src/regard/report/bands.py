@@ -8,7 +8,7 @@ import numpy as np
 
 from regard.evaluation import Predictions
 from regard.evaluation.intervals import draws, percentile_band
-from regard.evaluation.predictions import Floats, units_of
+from regard.evaluation.predictions import Floats, rarer_units, units_of
 from regard.evaluation.statistics import Curve, Ranking, class_index
 
 RESAMPLES = 300
@@ -82,7 +82,7 @@ def _band(
             sample = ranking.curve(times[unit])
             if sample.tp[-1] and sample.fp[-1]:
                 drawn.append(_at(*points(sample), side))
-    rarer = min(len(np.unique(unit[kind])) for kind in (positive, ~positive))
+    rarer = rarer_units(positive, unit)
     if len(drawn) < RESAMPLES // 2 or rarer < 2:
         nothing = np.empty(0)
         return Band(x, y, nothing, nothing, nothing)

@@ -92,7 +92,7 @@ def orthogonal_by_gram(
     Each of its steps maps X to (a + b A + c A A) X with A = X X'. These factors commute, so the
     next A and the product of all factors are made of the first A alone: of a 512 x 4608 matrix,
     X is multiplied twice instead of ten times, and all else is 512 x 512. After `TOGETHER` steps
-    A is made anew, as its rounding errors grow fourfold with each.
+    A is computed again, as its rounding errors grow fourfold with each.
 
     Args:
         matrices: (B, m, n); float64 stays float64, all else becomes float32. Rounding of A costs
