@@ -29,6 +29,7 @@ from regard.evaluation import (
     with_temperature,
 )
 from regard.evaluation.intervals import area, draws, wilson_interval
+from regard.evaluation.recalibration import calibration_line
 from regard.evaluation.statistics import OneClassStatistics, RankStatistics
 from regard.runs import RunFolder
 from tests.helpers import rows_of
@@ -144,6 +145,50 @@ def test_calibration_slope_is_scikit_learns_and_finds_a_distortion():
     assert good["calibration_intercept"].low < 0 < good["calibration_intercept"].high
     apart = diagnose(hard([0, 0, 1, 1], [0, 0, 1, 1], 2), positive="c1", resamples=20)
     assert math.isnan(apart.one_class.metrics["calibration_slope"].value)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_calibration_errors_are_those_of_a_jackknife(size):
+    """Leaving each image or group out in turn, with scikit-learn's regression."""
+    groups = np.arange(240) // size
+    effect = np.random.default_rng(3).normal(0.0, 0.7 * (size > 1), 240)[groups]
+    p = binary(240, seed=5, groups=groups if size > 1 else None)
+    logit = np.log(p.probabilities[:, 1] / p.probabilities[:, 0]) + effect
+    q = 1 / (1 + np.exp(-logit))
+    p = Predictions(np.stack([1 - q, q], 1), p.labels, p.classes, p.groups)
+    slope = calibration_line(p, "sick")["calibration_slope"]
+    left = []
+    for g in range(240 // size):
+        kept = groups != g
+        fit = LogisticRegression(C=np.inf, tol=1e-8).fit(logit[kept, None], p.labels[kept])
+        left.append(fit.coef_[0, 0])
+    n = len(left)
+    error = math.sqrt((n - 1) / n * np.square(left - np.mean(left)).sum())
+    rarer = min(len(np.unique(groups[p.labels == c])) for c in (0, 1))
+    half = stats.t.ppf(0.975, rarer - 1) * error
+    assert slope.high - slope.value == pytest.approx(half, rel=0.05)
+    assert slope.value - slope.low == pytest.approx(half, rel=0.05)
+
+
+def test_calibration_slopes_of_few_patients_have_intervals_that_hold_the_true_one():
+    """12 patients of 5 images each; percentiles of a bootstrap held it in 83 % of such tests."""
+    held, tests = 0, 300
+    for seed in range(tests):
+        rng = np.random.default_rng([11, seed])
+        patient = np.repeat(np.arange(12), 5)
+        ill = (rng.random(12) < 0.4)[patient]
+        if ill.all() or not ill.any():
+            tests -= 1
+            continue
+        # the logit is normal with deviation 1 and mean +-1, so that twice it is the log odds
+        logit = 2 * ill - 1 + rng.normal(0, 0.6, 12)[patient] + rng.normal(0, 0.8, 60)
+        p = 1 / (1 + np.exp(-(2 * logit)))
+        predictions = Predictions(
+            np.stack([1 - p, p], 1), ill.astype(int), ["well", "sick"], patient.astype(str)
+        )
+        slope = calibration_line(predictions, "sick")["calibration_slope"]
+        held += slope.low <= 1 <= slope.high
+    assert 0.93 <= held / tests <= 0.995
 
 
 def test_intervals_and_counts_of_one_class():

@@ -1,7 +1,7 @@
 """The accuracy of two networks on the same images, with exact tests.
 
-The interval of the difference is the percentile bootstrap's, of images or, with groups, of
-whole groups; each resample has both networks on the same images. Where every image (or group)
+The interval of the difference is the paired bootstrap's, of images or, with groups, of whole
+groups: at each end the wider of expanded percentiles and Student's t. Where every image (or group)
 has the same difference no resample differs, and the interval reaches as far as Wilson's for no
 success in as many images (groups). With one group low and high are NaN.
 
@@ -22,10 +22,10 @@ from regard.evaluation import display
 from regard.evaluation.intervals import (
     NAN,
     Estimate,
+    bootstrap_test,
     check_settings,
     draws,
     finite_or_none,
-    percentile_test,
     reach_of_none,
 )
 from regard.evaluation.predictions import Floats, Ints, Predictions
@@ -168,7 +168,7 @@ def _difference(
         reach = reach_of_none(n_units, confidence)
         interval = Estimate(value, value - reach, value + reach)
     else:
-        interval, _ = percentile_test(value, drawn, confidence, n_units)
+        interval, _ = bootstrap_test(value, drawn, confidence, n_units)
     return Estimate(value, max(interval.low, -1.0), min(interval.high, 1.0))
 
 

@@ -7,11 +7,12 @@ sensitivity, specificity, ppv, npv, lr_positive and lr_negative (likelihood rati
 brier, calibration_slope, calibration_intercept, and with `max_fpr` the partial_roc_auc.
 
 Intervals are of bootstrap samples of images or, with groups, of whole groups: expanded percentiles,
-and of areas Wilson's for the samples' variance (`regard.evaluation.intervals.area`). The numbers
-of one class against the rest, and of two classes, are as uncertain as the rarer of the two kinds
-makes them: its units count, and one alone gives no interval. Sensitivity, specificity, ppv and
-npv have Wilson's (with groups `share_of_groups`), as have areas where no resample differs, such
-as an AUC of 1. Areas of all classes have no interval where it would take much more than 20 s,
+and of areas Wilson's for the samples' variance (`regard.evaluation.intervals.area`). Calibration
+slope and intercept have Student's t (`regard.evaluation.recalibration.calibration_line`). The
+numbers of one class against the rest, and of two classes, are as uncertain as the rarer of the two
+kinds makes them: its units count, and one alone gives no interval. Sensitivity, specificity, ppv
+and npv have Wilson's (with groups `share_of_groups`), as have areas where no resample differs,
+such as an AUC of 1. Areas of all classes have no interval where it would take much more than 20 s,
 with 1000 resamples from about 10,000 images of 12 classes on.
 
 A likelihood ratio may be infinite, and no resample differs where it is 0 or infinite. Its interval
@@ -41,7 +42,7 @@ from regard.evaluation.intervals import (
 )
 from regard.evaluation.metrics import evaluate
 from regard.evaluation.predictions import Floats, Predictions, rarer_units, units_of
-from regard.evaluation.recalibration import CalibrationStatistics
+from regard.evaluation.recalibration import calibration_line
 from regard.evaluation.statistics import (
     LabelStatistics,
     OneClassStatistics,
@@ -204,7 +205,7 @@ def diagnose_calibration(
     if positive is not None:
         one = OneClassStatistics(predictions, positive)
         found["brier_positive"] = bootstrap(one, rare=one.positive)["brier"]
-        found |= bootstrap(CalibrationStatistics(predictions, positive), rare=one.positive)
+        found |= calibration_line(predictions, positive, confidence)
     return found
 
 
@@ -231,7 +232,7 @@ def _one_class(
         ("lr_negative", _complement(sensitivity), specificity),
     ):
         metrics[name] = _ratio(metrics[name], one, other)
-    metrics |= bootstrap(CalibrationStatistics(predictions, positive), rare=statistic.positive)
+    metrics |= calibration_line(predictions, positive, bootstrap.confidence)
     return OneClass(positive, threshold, counts, metrics)
 
 

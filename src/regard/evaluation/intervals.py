@@ -76,7 +76,7 @@ def percentile(
 
     With the number of independent units it is the expanded percentile interval (Hesterberg, The
     American Statistician 2015), which allows for what resampling few units misses: as wide as
-    Student's t interval where the samples are normal. `rarer`: see `percentile_test`.
+    Student's t interval where the samples are normal. `rarer`: see `unbounded`.
     """
     drawn = drawn[~np.isnan(drawn)]
     if drawn.size == 0 or math.isnan(value):
@@ -114,37 +114,48 @@ def percentile_band(drawn: Floats, confidence: float, n_units: int) -> tuple[Flo
     return low, high
 
 
-def percentile_test(
+def unbounded(
     value: float, drawn: Floats, confidence: float, n_units: int, rarer: int | None = None
-) -> tuple[Estimate, float]:
-    """The expanded percentile interval, and the two-sided p-value at which it touches 0.
+) -> Estimate:
+    """The interval of a number without bounds, as a difference, a loss, or a slope.
 
-    So p is at most 1 - confidence where the interval lies on one side of 0. Beyond what so many
-    samples can tell, both are those of Student's t with the samples' standard error.
+    At each end the wider of the expanded percentile interval, which follows skewed samples, and
+    of Student's t with their standard error, as percentiles alone are too narrow for few units
+    and miss the true value where the samples' middle is not the estimate.
 
     Args:
         value: the estimate.
-        drawn: (resamples,) finite samples, not all alike.
-        confidence: of the interval.
+        drawn: (resamples,) finite samples.
+        confidence: between 0 and 1.
         n_units: independent units, at least 2.
         rarer: those of the rarer of two kinds on which the number depends, at least 2: a
             bootstrap misses more of its variance; default: n_units.
     """
+    from scipy.stats import t
+
+    if drawn.size < 2:
+        return Estimate(value, NAN, NAN)
+    interval = percentile(value, drawn, confidence, n_units, rarer)
+    half = float(t.ppf((1 + confidence) / 2, n_units - 1)) * _error(drawn, rarer or n_units)
+    return Estimate(value, min(interval.low, value - half), max(interval.high, value + half))
+
+
+def bootstrap_test(
+    value: float, drawn: Floats, confidence: float, n_units: int, rarer: int | None = None
+) -> tuple[Estimate, float]:
+    """The interval of a difference, `unbounded`, and the two-sided p-value at which it touches 0.
+
+    So p is the larger of the percentiles' and of Student's t, and at most 1 - confidence where
+    the interval lies on one side of 0. The arguments are those of `unbounded`; the samples are
+    not all alike.
+    """
     from scipy.stats import norm, t
 
-    rarer = n_units if rarer is None else rarer
-    one_sample = 1 / (len(drawn) + 1)
-    error = float(drawn.std(ddof=1))
-    interval = percentile(value, drawn, confidence, n_units, rarer)
-    scale = _scale(rarer)
-    if 1 - _expanded(confidence, n_units, rarer) < one_sample:
-        half = float(t.ppf((1 + confidence) / 2, n_units - 1)) * scale * error
-        low, high = min(interval.low, value - half), max(interval.high, value + half)
-        interval = Estimate(value, low, high)
-    beyond = min(one_sample, float(norm.cdf(-abs(value) / error)))
-    share = max(_share_below(np.sort(drawn if value > 0 else -drawn)), beyond)
-    p = 2 * float(t.sf(-norm.ppf(min(share, 0.5)) / scale, n_units - 1))
-    return interval, min(p, 1.0) if value else 1.0
+    interval = unbounded(value, drawn, confidence, n_units, rarer)
+    rarer = rarer or n_units
+    share = _share_below(np.sort(drawn if value > 0 else -drawn))
+    sizes = abs(value) / _error(drawn, rarer), -norm.ppf(min(share, 0.5)) / _scale(rarer)
+    return interval, 2 * float(t.sf(min(sizes), n_units - 1))
 
 
 def _share_below(ordered: Floats) -> float:
@@ -159,6 +170,11 @@ def _share_below(ordered: Floats) -> float:
 def _scale(n_units: int) -> float:
     """How much a bootstrap's standard error is too small."""
     return math.sqrt(n_units / (n_units - 1))
+
+
+def _error(drawn: Floats, n_units: int) -> float:
+    """The standard error by (resamples,) samples of so many units."""
+    return float(drawn.std(ddof=1)) * _scale(n_units)
 
 
 @lru_cache

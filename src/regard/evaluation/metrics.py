@@ -19,8 +19,9 @@ Their intervals:
   transformed.
 - balanced_accuracy and macro_recall are means of recalls of different images; they have Wilson's
   interval for the sum of the recalls' variances, unless images of one group differ in class.
-- The others are expanded percentiles of `resamples` bootstrap samples of the images. A class
-  without images in a sample has the values there that it has of all images.
+- The others are expanded percentiles of `resamples` bootstrap samples of the images, nll's the
+  wider, at each end, of these and of Student's t. A class without images in a sample has the
+  values there that it has of all images.
 - With groups these shares have Wilson's interval for images in groups
   (`regard.evaluation.intervals.share_of_groups`), and the others expanded percentiles of samples
   of whole groups (cluster bootstrap). docs/evaluation.md has the coverage of all.
@@ -49,6 +50,7 @@ from regard.evaluation.intervals import (
     draws,
     percentile,
     share_of_groups,
+    unbounded,
     wilson,
     wilson_of_variance,
 )
@@ -317,7 +319,11 @@ def _metrics(
             return _mean_of_shares(value, of_class, grouped, n_units, confidence)
         if name in _MACRO and value in (0.0, 1.0):
             return wilson(value, effective, confidence)
-        return percentile(value, np.array(drawn.values[name]), confidence, n_units)
+        samples = np.array(drawn.values[name])
+        if name == "nll":
+            e = unbounded(value, samples, confidence, n_units)
+            return Estimate(value, max(e.low, 0.0), e.high)
+        return percentile(value, samples, confidence, n_units)
 
     metrics = {name: metric(name, value) for name, value in measured.values.items()}
     ece = calibration_interval(measured.gaps, np.stack(drawn.gaps), confidence)

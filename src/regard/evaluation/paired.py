@@ -1,7 +1,8 @@
 """Two networks on the same images, in any metric: what is shown, and what could have been.
 
 The difference has the interval of the paired bootstrap (each sample has both networks on the
-same images or groups; expanded percentiles), and the p-value at which this interval touches 0.
+same images or groups), at each end the wider of expanded percentiles and Student's t with the
+samples' standard error, and the p-value at which this interval touches 0.
 Where it is of one class against the rest, or a mean over two classes, the samples' variance is
 taken for that of the rarer of the two kinds (it misses one of its images or groups).
 Two metrics have a better test: top1 that of `compare`, and the ROC AUC of the positive class,
@@ -26,11 +27,11 @@ from regard.evaluation.comparison import common_groups, compare
 from regard.evaluation.intervals import (
     NAN,
     Estimate,
+    bootstrap_test,
     check_settings,
     detectable_factor,
     draws,
     finite_or_none,
-    percentile_test,
     reach_of_none,
 )
 from regard.evaluation.metrics import ClassificationStatistics
@@ -265,7 +266,7 @@ def _by_bootstrap(
         interval, p = Estimate(value, value - reach, value + reach), 1.0 if value == 0 else NAN
         detectable = reach
     else:
-        interval, p = percentile_test(value, drawn, confidence, n_units, rarer)
+        interval, p = bootstrap_test(value, drawn, confidence, n_units, rarer)
         # the bootstrap's standard error is that of `rarer` units instead of one less
         error *= math.sqrt(rarer / (rarer - 1))
         detectable = detectable_factor(n_units - 1, confidence) * error

@@ -6,58 +6,83 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regard.errors import UsageError
-from regard.evaluation.intervals import NAN, share_of_groups, wilson_interval
-from regard.evaluation.predictions import BINS, Floats, Predictions
-from regard.evaluation.statistics import Values, class_index
+from regard.evaluation.intervals import NAN, Estimate, share_of_groups, wilson_interval
+from regard.evaluation.predictions import BINS, Floats, Ints, Predictions, rarer_units, units_of
+from regard.evaluation.statistics import class_index
 
 _STEPS, _TOLERANCE = 50, 1e-10  # of Newton's method
 
 
-class CalibrationStatistics:
+def calibration_line(
+    predictions: Predictions, positive: str, confidence: float = 0.95
+) -> dict[str, Estimate]:
     """Calibration slope and intercept of a class's probability (Cox 1958; Steyerberg 2019).
 
     calibration_slope: b of the logistic regression of the class on a + b logit(p); 1 is ideal,
         below 1 is overconfident.
     calibration_intercept: a where b is 1 (calibration in the large); 0 is ideal, below 0 is
         probabilities that are too high.
-    Both are NaN where the class is separated perfectly, or is absent.
+    Both are NaN where the class is separated perfectly, or is absent. Their intervals are
+    Student's t with the robust standard errors of the images or groups (Liang & Zeger,
+    Biometrika 1986), and as many degrees of freedom as there are of the rarer kind, less one.
+
+    Raises:
+        UsageError: no such class.
     """
+    c = class_index(predictions, positive)
+    # float32 softmax rounds to 0 and 1; 1e-7 is its resolution
+    p = np.clip(predictions.probabilities[:, c].astype(np.float64), 1e-7, 1 - 1e-7)
+    logit = np.log(p / (1 - p))
+    is_positive = predictions.labels == c
+    if is_positive.all() or not is_positive.any():
+        nothing = Estimate(NAN, NAN, NAN)
+        return {"calibration_slope": nothing, "calibration_intercept": nothing}
+    unit, _ = units_of(predictions)
+    ones, y = np.ones_like(logit), is_positive.astype(np.float64)
+    regressions = {
+        "calibration_slope": _logistic(np.stack([logit, ones], axis=1), y, 0.0, unit),
+        "calibration_intercept": _logistic(ones[:, None], y, logit, unit),
+    }
+    rarer = rarer_units(is_positive, unit)
+    return {
+        name: _students(value, error, rarer, confidence)
+        for name, (value, error) in regressions.items()
+    }
 
-    def __init__(self, predictions: Predictions, positive: str) -> None:
-        c = class_index(predictions, positive)
-        p = predictions.probabilities[:, c].astype(np.float64)
-        # float32 softmax rounds to 0 and 1; 1e-7 is its resolution
-        p = np.clip(p, 1e-7, 1 - 1e-7)
-        self.logit: Floats = np.log(p / (1 - p))
-        self.y: Floats = (predictions.labels == c).astype(np.float64)
 
-    def __call__(self, weights: Floats) -> Values:
-        y, logit = self.y, self.logit
-        if not 0 < weights @ y < weights.sum():
-            return {"calibration_slope": NAN, "calibration_intercept": NAN}
-        slope = _logistic(np.stack([np.ones_like(y), logit], axis=1), y, weights, 0.0)[1]
-        intercept = _logistic(np.ones((len(y), 1)), y, weights, logit)[0]
-        return {"calibration_slope": float(slope), "calibration_intercept": float(intercept)}
+def _students(value: float, error: float, units: int, confidence: float) -> Estimate:
+    from scipy.stats import t
+
+    if units < 2:
+        return Estimate(value, NAN, NAN)
+    half = float(t.ppf((1 + confidence) / 2, units - 1)) * error
+    return Estimate(value, value - half, value + half)
 
 
-def _logistic(x: Floats, y: Floats, weights: Floats, offset: Floats | float) -> Floats:
-    """Maximum-likelihood coefficients of a logistic regression, NaN if there are none."""
+def _logistic(x: Floats, y: Floats, offset: Floats | float, unit: Ints) -> tuple[float, float]:
+    """A logistic regression's first coefficient and its robust standard error.
+
+    NaN where the likelihood has no maximum.
+    """
     beta = np.zeros(x.shape[1])
-    nothing = np.full_like(beta, NAN)
     for _ in range(_STEPS):
-        eta = np.clip(x @ beta + offset, -30, 30)
-        p = 1 / (1 + np.exp(-eta))
-        hessian = (x * (weights * p * (1 - p))[:, None]).T @ x
+        p = 1 / (1 + np.exp(-np.clip(x @ beta + offset, -30, 30)))
+        scores = x * (y - p)[:, None]
+        hessian = (x * (p * (1 - p))[:, None]).T @ x
         try:
-            step = np.linalg.solve(hessian, x.T @ (weights * (y - p)))
+            step = np.linalg.solve(hessian, scores.sum(axis=0))
         except np.linalg.LinAlgError:
-            return nothing
+            break
         beta = beta + np.clip(step, -5, 5)
-        if np.abs(beta).max() > 100:  # separated: the likelihood has no maximum
-            return nothing
+        if np.abs(beta).max() > 100:  # separated
+            break
         if np.abs(step).max() < _TOLERANCE:
-            return beta
-    return nothing
+            of_units = np.stack([np.bincount(unit, score) for score in scores.T], axis=1)
+            moved = of_units @ np.linalg.inv(hessian)[0]  # by each unit
+            n_units = len(moved)
+            scale = n_units / (n_units - 1) if n_units > 1 else NAN
+            return float(beta[0]), float(np.sqrt(scale * moved @ moved))
+    return NAN, NAN
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from regard.evaluation import Estimate, OneClass, Predictions, decision_curve, reliability
 from regard.evaluation.predictions import Floats
-from regard.evaluation.recalibration import CalibrationStatistics, ReliabilityBin
+from regard.evaluation.recalibration import ReliabilityBin, calibration_line
 from regard.explanations.print_style import INK, LINE, MAIN, MUTED, SECOND, new_figure, short
 from regard.report.curves import Chart, number, share_axes
 
@@ -46,10 +46,10 @@ def calibration_chart(
     """The share of a class over its probability, and how many images have it."""
 
     def fit(said: Predictions) -> str:
-        found = CalibrationStatistics(said, positive)(np.ones(len(said)))
+        found = calibration_line(said, positive)
         slope, intercept = (
-            f"{value:.2f}" if math.isfinite(value) else "not defined"
-            for value in (found["calibration_slope"], found["calibration_intercept"])
+            f"{e.value:.2f}" if math.isfinite(e.value) else "not defined"
+            for e in (found["calibration_slope"], found["calibration_intercept"])
         )
         return f"slope {slope}, intercept {intercept}"
 
