@@ -7,9 +7,10 @@ import types
 import pytest
 
 from regard.data import hugging_face
-from regard.data.hugging_face import open_hugging_face
+from regard.data.hugging_face import name_and_configuration, open_hugging_face
 from regard.data.sources import class_counts, open_data
 from regard.errors import FileError, UsageError
+from regard.trained_on import own_data
 from tests.test_sources import picture
 
 
@@ -66,7 +67,7 @@ def loads(monkeypatch, tmp_path):
     monkeypatch.setattr(hugging_face, "require", lambda *_: None)
 
     def load(splits):
-        def loaded(_):
+        def loaded(_, configuration):
             if isinstance(splits, Exception):
                 raise splits
             return splits
@@ -165,7 +166,10 @@ def test_whatever_the_loader_raises_is_one_line_with_its_cause(loads):
     for error, message in (
         (broken, r"can't cast label\)"),
         (LookupError("no\nsuch"), r"no such\)"),
-        (ValueError("Config name is missing: ['a']\nExample of usage: load()"), r"\['a'\]\); load"),
+        (
+            ValueError("Config name is missing: ['a']\nExample of usage: load()"),
+            r"\['a'\]\); add it: hf:pets:C",
+        ),
     ):
         with pytest.raises(FileError, match=message) as caught:
             loads(error)
@@ -226,3 +230,48 @@ def test_what_save_to_disk_wrote_is_read(tmp_path, monkeypatch):
     # a folder's images keep their names in it wherever it is
     table = open_data(f"hf:{tmp_path / 'pets'}", root=tmp_path / "cache")
     assert table.key(0) == os.path.join("train", "cat", "0.png")
+
+
+def test_a_configuration_follows_the_name(tmp_path, monkeypatch):
+    """Two configurations of a local data set, and the run's data are found again."""
+    datasets = pytest.importorskip("datasets", reason="the extra 'hf' is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    pets = tmp_path / "pets"
+    for configuration, classes in (("small", "ab"), ("large", "abc")):
+        for c in classes:
+            picture(pets / configuration / "train" / c / "0.png", ord(c))
+    configurations = "".join(
+        f"- config_name: {c}\n  drop_labels: false\n  data_files:\n"
+        f"  - split: train\n    path: {c}/train/**\n"
+        for c in ("small", "large")
+    )
+    (pets / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n", encoding="utf-8")
+    for name, classes in (("small", 2), ("large", 3)):
+        table = open_data(f"hf:{pets}:{name}", root=tmp_path / "cache")
+        assert len(table.classes) == classes
+        plan = {"data": f"hf:{pets}:{name}", "location": table.location}
+        assert len(own_data(tmp_path, plan, tmp_path / "cache").classes) == classes
+    with pytest.raises(FileError, match=r"small.*; add it: hf:.*pets:CONFIG"):
+        open_data(f"hf:{pets}", root=tmp_path / "cache")
+    with pytest.raises(FileError, match="medium"):
+        open_data(f"hf:{pets}:medium", root=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("someone/pets", ("someone/pets", None)),
+        ("someone/pets:small", ("someone/pets", "small")),
+        ("C:\\pets", ("C:\\pets", None)),
+        ("C:\\pets:small", ("C:\\pets", "small")),
+    ],
+)
+def test_the_last_colon_separates_name_and_configuration(source, parts):
+    assert name_and_configuration(source) == parts
+
+
+def test_a_folder_with_a_colon_in_its_name_is_a_folder(tmp_path):
+    (tmp_path / "pets:small").mkdir()
+    source = str(tmp_path / "pets:small")
+    assert name_and_configuration(source) == (source, None)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regard.data.content import UNREADABLE, content_hashes, file_hash
+from regard.data.hugging_face import name_and_configuration
 from regard.data.sources import SPLITS, ImageTable, open_data
 from regard.data.splits_file import Row, read_rows, read_splits
 from regard.errors import StateError, UsageError
@@ -154,13 +155,15 @@ def own_data(run: Path, plan: dict[str, Any], root: str | Path | None = None) ->
     if location:
         kind = next((k for k in ("medmnist:", "hf:", "wds:") if data.startswith(k)), "")
         there = os.path.exists(location) or kind == "wds:"  # which is a pattern
-        path = location if there else data.removeprefix(kind)
+        given = data.removeprefix(kind)
+        given, configuration = name_and_configuration(given) if kind == "hf:" else (given, None)
+        path = location if there else given
         if kind != "wds:" and not os.path.exists(os.path.expanduser(path)):
             raise UsageError(
                 f"{run} was trained on {location}, which does not exist any more: give DATA, its "
                 "new place"
             )
-        data = kind + path
+        data = kind + path + (f":{configuration}" if configuration else "")
     table = open_data(data, root=root or plan.get("root"), splits=plan.get("reading", "auto"))
     return replace(table, name=plan["data"])
 

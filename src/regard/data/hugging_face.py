@@ -28,20 +28,22 @@ _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,9}")
 def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
     """A data set of the hub or a local folder; its image files are unpacked into the cache.
 
-    Images are the column of type Image (of several the one named image or img), labels the
-    column of type ClassLabel (of several the one named label or labels), else strings or integers
-    in a column of that name. Images without a label (None, -1 or "") and rows without an image
-    are left out, with a warning, as are splits that are no train, validation or test split.
+    Of a data set with several configurations `source` is NAME:CONFIG. Images are the column of
+    type Image (of several the one named image or img), labels the column of type ClassLabel (of
+    several the one named label or labels), else strings or integers in a column of that name.
+    Images without a label (None, -1 or "") and rows without an image are left out, with a
+    warning, as are splits that are no train, validation or test split.
 
     Raises:
         UsageError: the extra is not installed, or the columns or splits are not usable.
         FileError: it can't be loaded, or not be unpacked.
     """
     require("hf", name)
+    source, configuration = name_and_configuration(source)
     path = os.path.expanduser(source)
     if os.path.isfile(path):
         raise UsageError(f"{name}: is a file; give the folder that holds it")
-    loaded = _load(name, path if os.path.exists(path) else source)
+    loaded = _load(name, path if os.path.exists(path) else source, configuration)
     rows = _labeled_rows(name, loaded, cache)
     if not rows.files:
         raise UsageError(f"{name}: has no image with a label")
@@ -61,22 +63,36 @@ def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
     )
 
 
-def _load(name: str, source: str) -> Mapping[str, Any]:
+def name_and_configuration(source: str) -> tuple[str, str | None]:
+    """What is before and after the last colon of NAME:CONFIG; the whole and None of a NAME."""
+    name, colon, configuration = source.rpartition(":")
+    drive = len(name) == 1  # of a path on Windows
+    if not colon or not name or drive or os.path.exists(os.path.expanduser(source)):
+        return source, None
+    return name, configuration
+
+
+def _load(name: str, source: str, configuration: str | None) -> Mapping[str, Any]:
     """The splits, by name."""
     import datasets
 
+    one, several = (  # splits that `save_to_disk` wrote
+        os.path.isfile(os.path.join(source, file)) for file in ("state.json", "dataset_dict.json")
+    )
+    if configuration is not None and (one or several):
+        raise UsageError(f"{name}: what save_to_disk wrote has no configuration {configuration!r}")
     try:
-        if os.path.isfile(os.path.join(source, "state.json")):  # `save_to_disk` of one split
+        if one:
             part = datasets.load_from_disk(source)
             return {str(part.split or "train"): part}
-        if os.path.isfile(os.path.join(source, "dataset_dict.json")):  # and of several
+        if several:
             return dict(datasets.load_from_disk(source))
-        return dict(datasets.load_dataset(source))
+        return dict(datasets.load_dataset(source, configuration))
     except Exception as error:  # the loader raises nearly anything for broken files
         broken = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = error.__cause__ if broken else None  # its own words say "an error occurred"
         why = reason(cause or error).partition("Example of usage")[0].strip()
-        advice = f"; {_ADVICE}" if why.startswith("Config name is missing") else ""
+        advice = f"; add it: {name}:CONFIG" if why.startswith("Config name is missing") else ""
         raise FileError(f"{name}: can't be loaded ({why}){advice}") from error
 
 
