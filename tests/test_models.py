@@ -290,6 +290,64 @@ def test_a_new_classifier_fits_its_network(name):
         assert model(small_input(model, batch=1).bfloat16()).shape == (1, 5)
 
 
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_a_new_classifier_keeps_the_pooling_and_tells_its_width(name):
+    model = regard.create_model(name, num_classes=3, global_pool="max").eval()
+    features = model.forward_features(small_input(model))
+    model.reset_classifier(5)
+    assert model.global_pool.pool_type == "max"
+    pools = ["avg", "avgmax"] if "sononet" in name else ["avg", "catavgmax"]
+    for made in (model, regard.create_model(name, num_classes=3, global_pool=pools[1])):
+        for pool in pools:
+            vectors = made.eval().forward_head(features, pre_logits=True)
+            assert vectors.shape[1] == made.head_hidden_size
+            made.reset_classifier(4, pool)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["attention56_cifar", "attention56", "cbam_resnet18", "se_mobilenet_070", "sononet8",
+     "ag_sononet8"],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_pruned_network_gives_its_last_map(name):
+    for index in (0, 2):
+        model = regard.create_model(name, num_classes=3).eval()
+        x = small_input(model, batch=1)
+        (wanted,) = model.forward_intermediates(x, indices=[index], intermediates_only=True)
+        assert model.prune_intermediate_layers([index]) == [index]
+        final, (found,) = model.forward_intermediates(x, indices=[index])
+        for each in (final, found, model.forward_features(x), model(x)):
+            assert torch.equal(each, wanted)
+        assert model.num_features == wanted.shape[1]
+        model.reset_classifier(4, "max")
+        assert torch.equal(model.forward_head(final, pre_logits=True), wanted.amax(dim=(2, 3)))
+        assert torch.equal(model(x), model.forward_head(final))
+        assert model(x).shape == (1, 4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_device_and_precision_are_arguments(name):
+    model = regard.create_model(name, num_classes=3, dtype=torch.float64).eval()
+    assert {t.dtype for t in model.parameters()} == {torch.float64}
+    assert model(small_input(model).double()).dtype == torch.float64
+    model = regard.create_model(name, num_classes=3, device="meta")
+    assert all(t.is_meta for t in model.state_dict().values())
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_torchvision_and_fx_trace_it_unasked(name):
+    model = regard.create_model(name, num_classes=3).eval()
+    x, larger = small_input(model), small_input(model, batch=1, side=96)
+    node = model.feature_info[2]["module"]
+    extractor = create_feature_extractor(model, [node], suppress_diff_warning=True)
+    (wanted,) = model.forward_intermediates(x, indices=[2], intermediates_only=True)
+    assert torch.equal(extractor(x)[node], wanted)
+    assert torch.equal(torch.fx.symbolic_trace(model)(larger), model(larger))
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [("sononet8", {}), *(("ag_sononet8", {"aggregation": a}) for a in ("mean", "concat", "deep_sup",

@@ -37,6 +37,12 @@ class StagedNetwork(nn.Module):
         self.head_hidden_size: int = 0
         self.global_pool: Any
         self.fc: Any
+        self.maxpool: Any  # of the networks that have one after the stem
+
+    def _place(self, device: Any, dtype: Any) -> None:
+        """Moves the finished network to where and to what timm's arguments ask for."""
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
 
     def _entry(self, x: Tensor) -> Tensor:
         """What comes before the first map's stage."""
@@ -73,6 +79,7 @@ class StagedNetwork(nn.Module):
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         new = create_classifier(self.num_features, num_classes, pool)
         self.global_pool, self.fc = (fitted(self, module) for module in new)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         if num_classes > 0:
             nn.init.kaiming_normal_(self.fc.weight, nonlinearity="relu")
             nn.init.zeros_(self.fc.bias)
@@ -117,6 +124,8 @@ class StagedNetwork(nn.Module):
         cut = last < count - 1
         for name in self.stage_names[last + 1 :]:
             setattr(self, name, nn.Sequential())
+        if last == 0 and hasattr(self, "maxpool"):  # it follows the stem's map
+            self.maxpool = nn.Identity()
         if cut:
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if (prune_norm or cut) and hasattr(self, "norm"):

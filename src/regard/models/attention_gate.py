@@ -17,6 +17,7 @@ from regard.models.initialization import pytorch_default
 NORMALIZATIONS = ("mean_flow", "softmax", "sigmoid", "mean", "range")
 
 
+@torch.fx.wrap
 @register_notrace_function
 def normalize_map(score: Tensor, how: str) -> Tensor:
     """The gate's map of a score: GateMap's formulas, in float32 under half precision.

@@ -127,6 +127,8 @@ class AttentionMobileNet(StagedNetwork):
         *,
         width: float = 1.0,
         attention: Attention | None = None,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__(num_classes, in_chans, drop_rate, [f"layer{n}" for n in range(1, 6)])
         if not 32 * width >= 1:
@@ -145,10 +147,11 @@ class AttentionMobileNet(StagedNetwork):
             )
         self.layer1, self.layer2, self.layer3, self.layer4, self.layer5 = stages
         self.num_features = channels
-        self.head_hidden_size: int = channels
-        self.global_pool: nn.Module
+        self.global_pool: Any
         self.fc: nn.Module
         self.global_pool, self.fc = create_classifier(channels, num_classes, global_pool)
+        self.head_hidden_size: int = channels * self.global_pool.feat_mult()
+        self._place(device, dtype)
 
     @torch.jit.ignore
     def init_weights(self) -> None:

@@ -24,7 +24,7 @@ from torch import nn
 
 from regard.errors import FileError, UsageError
 from regard.files import reason
-from regard.models._common import GATE_ARGUMENTS, IMAGENET_CFG, choose, fitted
+from regard.models._common import GATE_ARGUMENTS, IMAGENET_CFG, choose
 from regard.models._shipped import generate_default_cfgs, register_model
 from regard.models.cbam import CBAM, SE, start_neutral
 from regard.models.hub import cached_weights
@@ -84,12 +84,6 @@ class AttentionResNet(ResNet):
             for m in self.modules():
                 if hasattr(m, "zero_init_last"):
                     m.zero_init_last()
-
-    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
-        """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
-        super().reset_classifier(num_classes, global_pool)
-        self.fc: nn.Module = fitted(self, self.get_classifier())
-        self.global_pool: nn.Module = fitted(self, self.global_pool)
 
 
 def _init_layer(layer: nn.Module, generator: torch.Generator) -> None:

@@ -140,6 +140,7 @@ def _units(unit: Unit, channels: int, count: int) -> nn.Sequential:
     return nn.Sequential(*[unit(channels, channels) for _ in range(count)])
 
 
+@torch.fx.wrap
 @register_notrace_function
 def normalize_mask(x: Tensor, activation: str) -> Tensor:
     """MaskActivation's f2 ("channel") and f3 ("spatial"), in float32 under half precision."""
@@ -279,6 +280,7 @@ class AttentionModule(nn.Module):
         return self.post(trunk)
 
 
+@torch.fx.wrap
 @register_notrace_function
 def check_size(x: Tensor, least: int, stem_stride: int) -> None:
     """Refuses a map that the masks can't pool; no underscore, or FX would trace into it."""
@@ -333,6 +335,8 @@ class ResidualAttentionNet(StagedNetwork):
         attention: str = "residual",
         mask: str = "encoder_decoder",
         mask_activation: str = "mixed",
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         stages = [f"layer{n}" for n in range(1, len(channels))]
         super().__init__(num_classes, in_chans, drop_rate, ["", *stages])
@@ -341,7 +345,6 @@ class ResidualAttentionNet(StagedNetwork):
                 raise UsageError(f"{name}={count}: a count of residual units, at least 1")
         preact = choose("unit", unit, ("preact", "resnext")) == "preact"
         self.num_features: int = channels[-1]
-        self.head_hidden_size: int = self.num_features
         self._make_stem(in_chans, channels[0], choose("stem", stem, ("imagenet", "cifar")))
         # a map of n is pooled to ceil((n - 1) / 2), and the next stage halves it as well
         pools = mask != "local" and attention != "none"
@@ -355,11 +358,12 @@ class ResidualAttentionNet(StagedNetwork):
             nn.BatchNorm2d(channels[-1]) if preact else nn.Identity()
         )
         self.act: nn.ReLU | nn.Identity = nn.ReLU(inplace=True) if preact else nn.Identity()
-        self.global_pool: nn.Module
+        self.global_pool: Any
         self.fc: nn.Module
         self.global_pool, self.fc = create_classifier(
             channels[-1], num_classes, pool_type=global_pool
         )
+        self.head_hidden_size: int = self.num_features * self.global_pool.feat_mult()
         names = ["act1", "layer1", "layer2", "layer3", "layer4"][: len(channels)]
         names[-1] = "act" if preact else names[-1]
         strides = [2, 4, 8, 16, 32] if stem == "imagenet" else [1, 1, 2, 4, 8]
@@ -367,6 +371,7 @@ class ResidualAttentionNet(StagedNetwork):
             {"num_chs": c, "reduction": s, "module": n}
             for c, s, n in zip(channels, strides, names, strict=False)
         ]
+        self._place(device, dtype)
 
     def _make_stem(self, in_chans: int, width: int, stem: str) -> None:
         imagenet = stem == "imagenet"

@@ -52,6 +52,7 @@ def _block(in_channels: int, channels: int, convs: int, *, pool: bool) -> nn.Seq
     return nn.Sequential(*layers)
 
 
+@torch.fx.wrap
 @register_notrace_function
 def check_size(x: Tensor) -> None:
     """Refuses an image that four poolings leave nothing of; no underscore, or FX traces it."""
@@ -170,11 +171,14 @@ class SonoNet(_SonoNetBase):
         *,
         features: int = 8,
         convs: Sequence[int] = (3, 3, 3, 2, 2),
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__(in_chans, features, convs, num_classes, drop_rate)
         self.num_features: int = self.widths[4]
         self.head_hidden_size: int = self.num_features
         self.reset_classifier(num_classes, global_pool)
+        self._place(device, dtype)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifier; 0 classes gives pooled features, and pool "" the map."""
@@ -182,7 +186,7 @@ class SonoNet(_SonoNetBase):
         if global_pool is not None:
             self.global_pool: nn.Module = fitted(self, _pool(global_pool))
         if num_classes > 0:
-            self.adapt: nn.Module = fitted(self, _conv(self.widths[4], self.widths[2], 1))
+            self.adapt: nn.Module = fitted(self, _conv(self.num_features, self.widths[2], 1))
             self.classifier: nn.Module = fitted(
                 self, _conv(self.widths[2], num_classes, 1, relu=False)
             )
@@ -240,6 +244,8 @@ class AGSonoNet(_SonoNetBase):
         UsageError: an argument is not among its choices, or an input is too small.
     """
 
+    __constants__: ClassVar[list[str]] = ["is_gated"]
+
     @initialized_by_name
     def __init__(
         self,
@@ -252,23 +258,28 @@ class AGSonoNet(_SonoNetBase):
         convs: Sequence[int] = (3, 3, 3, 2, 2),
         aggregation: str = "mean",
         normalize: str = "mean_flow",
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__(in_chans, features, convs, num_classes, drop_rate)
         self.aggregation: str = choose("aggregation", aggregation, AGGREGATIONS)
         _, _, third, fourth, fifth = self.widths
         self.vectors = [third, fourth, fifth]
+        self.is_gated = True
         self.num_features: int = third + fourth + fifth
         self.head_hidden_size: int = self.num_features
-        self.gate3 = AttentionGate(third, fifth, normalize=normalize)
-        self.gate4 = AttentionGate(fourth, fifth, normalize=normalize)
+        self.gate3: nn.Module = AttentionGate(third, fifth, normalize=normalize)
+        self.gate4: nn.Module = AttentionGate(fourth, fifth, normalize=normalize)
         self.reset_classifier(num_classes, global_pool)
+        self._place(device, dtype)
 
     __jit_unused_properties__: ClassVar[list[str]] = ["head_weights"]
 
     @property
     def head_weights(self) -> tuple[float, ...]:
         """The weight of each head's cross-entropy in the paper's loss."""
-        return {"mean": (1.0, 1.0, 1.0), "deep_sup": (1.0, 0.1, 0.1, 0.1)}.get(
+        count = len(self.vectors)
+        return {"mean": (1.0,) * count, "deep_sup": (1.0, *[0.1] * count)}.get(
             self.aggregation, (1.0,)
         )
 
@@ -284,7 +295,7 @@ class AGSonoNet(_SonoNetBase):
         self.heads: nn.ModuleList = fitted(
             self, nn.ModuleList([nn.Linear(w, num_classes) for w in widths])
         )
-        inputs = num_classes * 3 if self.aggregation == "ft" else self.num_features
+        inputs = num_classes * len(self.vectors) if self.aggregation == "ft" else self.num_features
         joint = some and self.aggregation != "mean"
         last = nn.Linear(inputs, num_classes) if joint else nn.Identity()
         self.classifier: nn.Module = fitted(self, last)
@@ -295,7 +306,20 @@ class AGSonoNet(_SonoNetBase):
         name = "heads" if self.aggregation == "mean" else "classifier"
         return name if name_only else getattr(self, name)
 
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As the other networks'; without block 5 there is no gate, and its vector is the map's."""
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if not len(self.block5):
+            self.gate3, self.gate4 = nn.Identity(), nn.Identity()
+            self.is_gated, self.vectors = False, [self.num_features]
+        return take
+
     def _last_map(self, block3: Tensor, block4: Tensor, block5: Tensor) -> Tensor:
+        if not self.is_gated:
+            return block5
         gated = torch.cat([self.gate3(block3, block5), self.gate4(block4, block5)], dim=1)
         height, width = block5.shape[-2:]
         everywhere = gated[:, :, None, None].expand(-1, -1, height, width)
@@ -317,6 +341,8 @@ class AGSonoNet(_SonoNetBase):
         """
         if not self.pooled:
             return x
+        if not self.is_gated:
+            return self._head([self.global_pool(x)], pre_logits)
         third, fourth, _ = self.vectors
         gated = third + fourth
         attended3, attended4 = x[:, :third, 0, 0], x[:, third:gated, 0, 0]
@@ -351,6 +377,8 @@ class AGSonoNet(_SonoNetBase):
         block3, block4, block5 = self._maps(x)
         if not self.pooled:
             return self._last_map(block3, block4, block5)
+        if not self.is_gated:
+            return self._head([self.global_pool(block5)])
         attended3, attended4 = self.gate3(block3, block5), self.gate4(block4, block5)
         return self._head([attended3, attended4, self.global_pool(block5)])
 
