@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +223,44 @@ def test_the_range_of_values_of_a_run_is_that_of_its_predictions(tmp_path):
     assert expected.max() > expected.min() > 0
     for same in (tmp_path / "float.tif", values.astype(np.float64), torch.from_numpy(values)):
         assert torch.equal(net.decode(same), expected)
+
+
+def answer(c: regard.Classifier, image) -> list:
+    """All that a classifier says and shows of an image."""
+    (said,), shown = c.predict(image), c.explain(image)
+    maps = [m.values.tolist() for m in [*shown.modules, *shown.maps]]
+    return [said.probabilities, said.distance, shown.classes, maps]
+
+
+def test_the_answer_is_the_same_whatever_torch_is_set_to():
+    image = load_sample_image("china.jpg")
+    name = "ag_sononet8.digits"
+    classifier = regard.load(name)
+    wanted = answer(classifier, image)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert answer(classifier, image) == wanted
+            assert answer(regard.load(name), image) == wanted
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        assert answer(classifier, image) == wanted
+        loaded = regard.load(name)
+    assert answer(loaded, image) == wanted
+
+
+@pytest.mark.parametrize("name", ["ag_sononet8.digits", "cbam_resnet18.imagenette"])
+def test_other_threads_images_stay_out_of_an_answer(name):
+    classifier = regard.load(name)
+    image, other = (load_sample_image(n) for n in ("china.jpg", "flower.jpg"))
+    wanted, own = answer(classifier, image), threading.get_ident()
+
+    def meanwhile(*_):
+        if threading.get_ident() == own:
+            thread = threading.Thread(target=classifier.predict, args=(other,))
+            thread.start()
+            thread.join()
+
+    classifier.model.register_forward_hook(meanwhile)
+    assert answer(classifier, image) == wanted

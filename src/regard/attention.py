@@ -6,7 +6,9 @@ and SE's gates, "spatial" for AG-SonoNet's. A network of one's own is recorded a
 its submodules say the same.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -83,8 +85,19 @@ def _refuse_compiled(model: nn.Module) -> None:
             )
 
 
+def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's hook that passes over the calls of other threads, which use the network too."""
+    own = threading.get_ident()
+
+    @functools.wraps(hook)
+    def watch(*args: Any) -> Any:
+        return hook(*args) if threading.get_ident() == own else None
+
+    return watch
+
+
 @contextmanager
-def record(model: nn.Module) -> Iterator[AttentionMaps]:
+def record(model: nn.Module, *, this_thread: bool = False) -> Iterator[AttentionMaps]:
     """Records a network's attention maps while the block runs.
 
     Examples:
@@ -95,6 +108,10 @@ def record(model: nn.Module) -> Iterator[AttentionMaps]:
 
     The maps are those of the last call. Recording changes no bit of the output and leaves
     nothing behind, also after an exception.
+
+    Args:
+        model: the network.
+        this_thread: keep no maps of other threads' calls, where they use the network too.
 
     Raises:
         UsageError: the network has no attention maps, or is compiled.
@@ -120,7 +137,8 @@ def record(model: nn.Module) -> Iterator[AttentionMaps]:
     handles = []
     try:
         for name, kind in kinds.items():
-            handles.append(model.get_submodule(name).register_forward_hook(keep(name, kind)))
+            hook = of_this_thread(keep(name, kind)) if this_thread else keep(name, kind)
+            handles.append(model.get_submodule(name).register_forward_hook(hook))
         yield maps
     finally:
         for handle in handles:
@@ -237,7 +255,7 @@ def own_maps(model: nn.Module, x: Tensor, reduce: Reduce = "mean") -> dict[str, 
     if not attention_kinds(model):
         return {}
     by_name: dict[str, list[Tensor]] = {}
-    with torch.no_grad(), evaluating(model), record(model) as maps:
+    with torch.no_grad(), evaluating(model), record(model, this_thread=True) as maps:
         model(x)
     for i in range(len(x)):
         for m in attention_stages(maps, i, reduce=reduce):

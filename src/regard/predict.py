@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from regard.attention import of_this_thread
 from regard.data.content import file_hash
 from regard.data.images import ImageSource, name_of, read_image
 from regard.data.loading import InMemoryLoader, StreamingLoader, default_workers, read_ahead
@@ -331,11 +332,12 @@ def last_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """What the modules are given meanwhile, in the order of their calls."""
+    """What the modules are given meanwhile by this thread, in the order of their calls."""
     recorded: list[Tensor] = []
     with contextlib.ExitStack() as hooks:
         for module in modules:
-            hook = module.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0]))
+            keep = of_this_thread(lambda _, inputs: recorded.append(inputs[0]))
+            hook = module.register_forward_pre_hook(keep)
             hooks.callback(hook.remove)
         yield recorded
 
@@ -406,6 +408,7 @@ def load(
     )
 
 
+@torch.inference_mode(False)  # its parameters must do for Grad-CAM, whoever loads it
 def load_as(
     kind: type[Kind],
     folder: str | Path,

@@ -28,11 +28,11 @@ _CONSTANTS: dict[Any, Tensor] = {}
 
 
 def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
-    """Numbers as a tensor on a device, made once for each accelerator: making one waits for it."""
+    """Numbers in float32 on a device, made once for each accelerator: making them waits for it."""
     if device.type == "cpu" or torch.compiler.is_compiling():
-        return torch.tensor(values, device=device)
+        return torch.tensor(values, dtype=torch.float32, device=device)
     if (values, device) not in _CONSTANTS:
-        _CONSTANTS[values, device] = torch.tensor(values, device=device)
+        _CONSTANTS[values, device] = torch.tensor(values, dtype=torch.float32, device=device)
     return _CONSTANTS[values, device]
 
 

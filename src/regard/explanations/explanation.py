@@ -376,7 +376,7 @@ def _explain_batch(
     own = "attention" in methods and (attention_kinds(model) or len(methods) == 1)
     with torch.no_grad(), evaluating(model):
         if own:
-            with record(model) as maps:
+            with record(model, this_thread=True) as maps:
                 logits = model(x)
         else:
             logits = model(x)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.attention import evaluating
+from regard.attention import evaluating, of_this_thread
 from regard.errors import UsageError
 
 
@@ -73,7 +73,8 @@ def _outputs(model: nn.Module, x: Tensor) -> list[tuple[str, Tensor]]:
 
         return hook
 
-    handles = [m.register_forward_hook(hook_of(n)) for n, m in model.named_modules() if n]
+    named = [(n, m) for n, m in model.named_modules() if n]
+    handles = [m.register_forward_hook(of_this_thread(hook_of(n))) for n, m in named]
     try:
         with torch.no_grad(), evaluating(model):
             model(x[:1])
@@ -93,7 +94,8 @@ def _last_that_matters(model: nn.Module, x: Tensor, names: Sequence[str]) -> lis
 
         return hook
 
-    handles = [model.get_submodule(n).register_forward_hook(hook_of(n)) for n in names]
+    layers = [(n, model.get_submodule(n)) for n in names]
+    handles = [m.register_forward_hook(of_this_thread(hook_of(n))) for n, m in layers]
     try:
         with torch.enable_grad(), evaluating(model):
             logits = model(x[:1].detach().requires_grad_())
@@ -174,7 +176,7 @@ def gradcam(
             kept[:] = [output.detach().requires_grad_()]
             return kept[0].clone()
 
-        handle = model.get_submodule(name).register_forward_hook(hook)
+        handle = model.get_submodule(name).register_forward_hook(of_this_thread(hook))
         try:
             logits = model(x)
         finally:
@@ -182,6 +184,7 @@ def gradcam(
         if not kept:
             raise UsageError(f"layer={name!r} did not run: give a layer in use, model uncompiled")
         targets = check_targets(logits.argmax(dim=1) if target is None else target, logits)
+        targets = targets.clone()  # one made in inference mode can't be saved for the backward pass
         scores = logits.gather(1, targets[:, None]).sum()
         if not scores.requires_grad:
             raise UsageError(f"layer={name!r}: the class does not depend on it")

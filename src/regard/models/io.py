@@ -186,7 +186,8 @@ def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     config = read_config(folder / "config.json")
     _check_has_weights(folder)
     try:
-        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        with _float32_by_default():
+            model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # timm raises nearly anything for damaged files
         raise UsageError(f"{folder}: its network can't be loaded ({reason(error, 300)})") from error
     classes = config.get("num_classes", config.get("pretrained_cfg", {}).get("num_classes"))
@@ -201,6 +202,17 @@ def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
             f"{folder / 'config.json'}: {len(names)} label_names for {model.num_classes} classes"
         )
     return model, config
+
+
+@contextlib.contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Within, networks are made in float32, as they are saved, whatever torch's default is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _check_has_weights(folder: Path) -> None:
