@@ -382,6 +382,14 @@ def test_pointing_and_energy():
         point(attention, np.zeros((40, 40), dtype=bool))
 
 
+def test_a_uniform_map_has_the_energy_of_chance_also_of_a_part_of_the_image():
+    mask = np.zeros((40, 100), dtype=bool)
+    mask[10:30, 40:60] = True  # 10 % of the image, a quarter of its square center
+    found = point(np.ones((7, 7)), mask, box=(30, 0, 70, 40))
+    assert found.energy == pytest.approx(0.25)
+    assert found.chance == pytest.approx(0.25)
+
+
 def test_pointing_scores_have_intervals_over_images():
     attention, mask = np.zeros((4, 4)), np.zeros((40, 40), dtype=bool)
     attention[0, 3] = 1.0

@@ -81,6 +81,45 @@ def test_on_networks_whose_last_layer_is_no_single_map(name, more, shape):
     assert any(not torch.equal(maps[0], m) for m in maps[1:])
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "size", "layer", "grid"),
+    [
+        ("vit_tiny_patch16_224", {"dynamic_img_size": True, "depth": 2}, (64, 256), None, (4, 16)),
+        ("vit_tiny_patch16_224", {"dynamic_img_size": True, "depth": 2}, (48, 80), None, (3, 5)),
+        ("xcit_nano_12_p16_224", {"depth": 2}, (64, 256), None, (4, 16)),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2}, (64, 64),
+         "patch_embed.proj", (16, 16)),
+        ("convnext_tiny", {"depths": (1, 1, 1, 1)}, (64, 96), "stages.2.blocks.0.norm", (4, 6)),
+    ],
+)  # fmt: skip
+def test_positions_are_those_of_the_input_whatever_its_shape_and_the_layers(
+    name, more, size, layer, grid
+):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **more).eval()
+    x = torch.randn(1, 3, *size)
+    where = layer or default_layer(model, x)
+    kept = []
+
+    def keep(module, inputs, output):
+        output.retain_grad()
+        kept.append(output)
+
+    handle = model.get_submodule(where).register_forward_hook(keep)
+    model(x)[0, 1].backward()
+    handle.remove()
+    features, slopes = kept[0].detach()[0], kept[0].grad[0]
+    if where == "patch_embed.proj":  # channels first
+        expected = (slopes.mean(dim=(1, 2))[:, None, None] * features).sum(dim=0)
+    else:  # channels last, or tokens
+        flat, each = features.flatten(0, -2), slopes.flatten(0, -2)
+        skip = len(flat) - grid[0] * grid[1]
+        expected = (each[skip:].mean(dim=0) * flat[skip:]).sum(dim=1).view(grid)
+    found = gradcam(model, x, 1, layer=layer)[0]
+    assert found.shape == grid
+    torch.testing.assert_close(found, expected.relu(), rtol=1e-4, atol=1e-8)
+
+
 def test_wrong_layers_and_classes_are_named():
     model, x = regard.create_model("ag_sononet8"), torch.randn(1, 1, 32, 32)
     with pytest.raises(ValueError, match="layer='block9': no such layer"):

@@ -5,6 +5,7 @@ import pytest
 from sklearn.datasets import load_digits, load_sample_image
 
 from regard.explanations.overlay import color_bar, color_key, describe, overlay, resize_image
+from regard.explanations.overlay import place as laid
 
 
 def digit(index=0):
@@ -110,6 +111,26 @@ def test_a_strip_is_drawn_where_the_network_saw_a_pixel_of_it(shape):
     assert (colorfulness(picture) > 0).sum() >= 1
     with pytest.raises(ValueError, match="holds no pixel"):
         overlay(np.zeros(shape, np.uint8), np.eye(7), box=(6000, 0, 6100, 1))
+
+
+@pytest.mark.parametrize("box", [(0, 0, 60, 40), (7, -3.3, 42, 57.9), (-9.6, 1, 70.7, 39)])
+def test_a_map_that_reaches_beyond_the_image_lies_where_its_box_says(box):
+    left, top, right, bottom = box
+    values = np.add.outer(100.0 * (np.arange(12) + 0.5), np.arange(16) + 0.5)  # 100 row + column
+    placed = laid(values, (40, 60), box=box, outside=np.nan)
+    y, x = np.mgrid[:40, :60] + 0.5
+    row, column = 12 * (y - top) / (bottom - top), 16 * (x - left) / (right - left)
+    inner = (row > 0.5) & (row < 11.5) & (column > 0.5) & (column < 15.5)
+    np.testing.assert_allclose(placed[inner], (100 * row + column)[inner], atol=1e-3)
+    covered = (y > top) & (y < bottom) & (x > left) & (x < right)
+    assert (~np.isnan(placed) == covered).all()
+
+
+def test_a_strip_far_wider_than_its_input_needs_no_square_of_its_width():
+    placed = laid(np.eye(14), (20, 60_000), box=(0, -29_990, 60_000, 30_010))
+    assert placed.shape == (20, 60_000)
+    assert placed[10, 30_000] == pytest.approx(0.5, abs=0.01)  # between two cells of the diagonal
+    assert placed[:, 10_000].max() == 0
 
 
 def test_the_image_is_seen_under_the_strongest_attention():

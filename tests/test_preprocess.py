@@ -58,6 +58,30 @@ def test_the_box_is_a_centered_part_of_the_image(image, size, crop_pct, resize):
         assert (rows, columns) == (height, width)
 
 
+@pytest.mark.parametrize("shape", [(300, 200), (200, 301), (97, 61)])
+@pytest.mark.parametrize("size", [(64, 64), (48, 96)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.9])
+@pytest.mark.parametrize("options", [
+    {"resize": "crop"}, {"resize": "crop", "resize_first": True}, {"resize": "squash"},
+    {"resize": "pad"},
+])  # fmt: skip
+def test_what_is_seen_is_where_the_inputs_pixels_come_from(shape, size, crop_pct, options):
+    """In an image whose values are coordinates, the input's values say where they come from."""
+    preprocess = plain(*size, crop_pct=crop_pct, **options)
+    y, x = np.meshgrid(*(np.arange(n) + 0.5 for n in shape), indexing="ij")
+    left, top, right, bottom = preprocess.seen(*shape)
+    for axis, values, low, high in ((0, y, top, bottom), (1, x, left, right)):
+        (fitted,) = preprocess.fit(torch.from_numpy(values[None].astype(np.float32)))
+        found = fitted.movedim(axis, 0)[:, size[1 - axis] // 2].numpy()
+        cell = (high - low) / size[axis]
+        wanted = low + cell * (np.arange(size[axis]) + 0.5)
+        # apart from the borders, where the filter is cut, and the margins
+        inner = (wanted > 1.5 * cell + 2) & (wanted < shape[axis] - 1.5 * cell - 2)
+        inner[[0, 1, 2, -3, -2, -1]] = False
+        assert inner.sum() > 10
+        np.testing.assert_allclose(found[inner], wanted[inner], atol=0.26)
+
+
 def test_a_known_crop():
     assert plain(224, 224).box(480, 640) == (80, 0, 560, 480)
     assert plain(224, 224, crop_pct=0.875).box(480, 640) == (110, 30, 530, 450)

@@ -98,6 +98,13 @@ def test_the_networks_own_mean_is_named_by_where_it_comes_from():
     assert "starting weights" not in preprocessing(recipe, PREPROCESS)
 
 
+def test_resizing_before_the_crop_is_not_called_squashing():
+    """`resize_first` keeps the image's aspect, as torchvision's Resize does."""
+    said = preprocessing(_recipe(), {**PREPROCESS, "resize": "crop", "resize_first": True})
+    assert "the whole image resized, then cropped" in said
+    assert "squash" not in said
+
+
 def test_a_step_is_of_all_batches_and_processes():
     accumulated = training(_recipe(batch_size=8, accumulate=2), FACTS | {"batches": [8, 2]})
     assert "steps of 16 images (2 batches of 8)" in accumulated

@@ -189,6 +189,6 @@ def _pointing_line(name: str, score: "PointingScore") -> str:
     return (
         f"{name}: its maximum lies inside the mask in {interval(score.hits, 2)} of "
         f"{plural(score.images, 'image')}{groups}; {interval(score.energy, 2)} of its sum does, "
-        f"where {score.chance:.2f} of the image is marked; above half of its range it overlaps the "
-        f"mask with IoU {interval(score.iou, 2)}, Dice {interval(score.dice, 2)}"
+        f"where {score.chance:.2f} of what the network saw is marked; above half of its range it "
+        f"overlaps the mask with IoU {interval(score.iou, 2)}, Dice {interval(score.dice, 2)}"
     )

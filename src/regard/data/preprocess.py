@@ -129,8 +129,13 @@ class Preprocess:
     def seen(self, height: int, width: int) -> Box:
         """(left, top, right, bottom) of what the input shows, in the image's own pixels.
 
-        As `box`, but where there are margins ("pad") it reaches beyond the image.
+        As `box`, but where there are margins ("pad") it reaches beyond the image, and with
+        `resize_first` it is to the fraction of a pixel what was cut.
         """
+        if self._resizes_first(height, width):
+            (h, w), (rows, columns) = self.size, self._whole_size(height, width)
+            (top, left), y, x = self._corner(rows, columns), height / rows, width / columns
+            return left * x, top * y, (left + w) * x, (top + h) * y
         if self.resize != "pad":
             left, top, right, bottom = self.box(height, width)
             return float(left), float(top), float(right), float(bottom)
@@ -158,11 +163,7 @@ class Preprocess:
     def fit(self, image: Tensor) -> Tensor:
         """(C, H, W) of any size in 0..255 -> (C, *size), the same type."""
         _, height, width = image.shape
-        if (
-            self.resize_first
-            and self.resize == "crop"
-            and (max(height, width) <= LONGEST * min(height, width))
-        ):
+        if self._resizes_first(height, width):
             return self._resize_and_crop(image)
         box = self.box(height, width)
         if self.resize != "pad":
@@ -175,22 +176,34 @@ class Preprocess:
         out[:, top : top + inner[0], left : left + inner[1]] = small
         return out
 
+    def _resizes_first(self, height: int, width: int) -> bool:
+        """Whether an image is resized as a whole, and then cut."""
+        short = max(height, width) <= LONGEST * min(height, width)
+        return self.resize_first and self.resize == "crop" and short
+
     def _resize_and_crop(self, image: Tensor) -> Tensor:
         """(C, H, W) -> (C, *size): torchvision's Resize of the side that limits, CenterCrop."""
         (h, w), resized = self.size, self._resized(image)
-        top, left = round((resized.shape[-2] - h) / 2), round((resized.shape[-1] - w) / 2)
+        top, left = self._corner(*resized.shape[-2:])
         return resized[:, top : top + h, left : left + w].contiguous()
+
+    def _corner(self, rows: int, columns: int) -> tuple[int, int]:
+        """The first row and column of the center of a resized image, as CenterCrop cuts it."""
+        return round((rows - self.size[0]) / 2), round((columns - self.size[1]) / 2)
 
     def _resized(self, image: Tensor) -> Tensor:
         """(C, H, W) -> the whole image with the side that limits at size / crop_pct."""
-        (_, height, width), (h, w) = image.shape, self.size
+        _, height, width = image.shape
+        return resample(image, (0, 0, width, height), self._whole_size(height, width))
+
+    def _whole_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of what `_resized` returns."""
+        h, w = self.size
         if h / height >= w / width:
             rows = math.floor(h / self.crop_pct)
-            columns = max(w, int(rows * width / height))
-        else:
-            columns = math.floor(w / self.crop_pct)
-            rows = max(h, int(columns * height / width))
-        return resample(image, (0, 0, width, height), (rows, columns))
+            return rows, max(w, int(rows * width / height))
+        columns = math.floor(w / self.crop_pct)
+        return max(h, int(columns * height / width)), columns
 
     def at_size(self, height: int, width: int) -> "Preprocess":
         """The same preprocessing, with the same crop_pct, for another size of the input."""

@@ -3,7 +3,6 @@
 The map is the layer's own size and unscaled: nothing is enlarged, divided or cut off here.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ def default_layer(model: nn.Module, x: Tensor) -> str:
     timm's `feature_info` says which it is; for a vision transformer it is the first norm of
     the last block, as the last block's own patches don't reach the class token. For a network
     that says nothing, or names a layer of several maps (HRNet, CrossViT), it is the last
-    submodule that gives a map of more than one position, or else tokens of a square grid.
+    submodule that gives a map of more than one position, or else tokens of a grid.
 
     Raises:
         UsageError: no submodule gives a map.
@@ -48,11 +47,11 @@ def default_layer(model: nn.Module, x: Tensor) -> str:
             return name
     info = list(getattr(model, "feature_info", None) or [])
     name = info[-1].get("module", "") if info and isinstance(info[-1], dict) else ""
-    outputs = _outputs(model, x)
+    outputs, size = _outputs(model, x), (x.shape[-2], x.shape[-1])
     maps = [n for n, t in outputs if t.ndim == 4 and t[0, 0].numel() > 1]
     if name and any(n == name for n, _ in outputs):
         return name
-    tokens = [n for n, t in outputs if t.ndim == 3 and t.shape[1] > 4 and _grid(t, model)]
+    tokens = [n for n, t in outputs if t.ndim == 3 and t.shape[1] > 4 and _grid(t, model, size)]
     if found := _last_that_matters(model, x, tokens) or maps:
         return found[-1]
     raise UsageError(f"{type(model).__name__} has no layer that gives a map: name one, layer=")
@@ -112,24 +111,45 @@ def _last_that_matters(model: nn.Module, x: Tensor, names: Sequence[str]) -> lis
     ]
 
 
-def _grid(tokens: Tensor, model: nn.Module) -> tuple[int, int, int] | None:
-    """Leading tokens that are no patches, and the patches' rows and columns; None: no grid."""
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    for square in (False, True):
-        for prefix in (getattr(model, "num_prefix_tokens", 0), 0, 1, 2):
-            count = tokens.shape[1] - prefix
-            rows, columns = (math.isqrt(max(count, 0)),) * 2 if square else grid or (0, 0)
-            if count > 0 and rows * columns == count:
+def _fits(grid: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether a grid of square patches can cover an input: both sides rounded down, or both up."""
+    (rows, columns), (height, width) = grid, size
+    down = max(height / (rows + 1), width / (columns + 1)) < min(height / rows, width / columns)
+    up = max((rows - 1) / height, (columns - 1) / width) < min(rows / height, columns / width)
+    return down or up
+
+
+def _grid(tokens: Tensor, model: nn.Module, size: tuple[int, int]) -> tuple[int, int, int] | None:
+    """Leading tokens that are no patches, and the patches' rows and columns; None: no grid.
+
+    The grid is the one of the model's patches, or else the one of square patches on an input of
+    this height and width.
+    """
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    high, wide = patch if isinstance(patch, tuple) else (patch or 0,) * 2
+    prefixes = dict.fromkeys((getattr(model, "num_prefix_tokens", 0), 0, 1, 2))
+    counts = [(prefix, tokens.shape[1] - prefix) for prefix in prefixes]
+    for prefix, count in counts:
+        for up in (0, 1) if high and wide else ():  # rounded down or up
+            rows, columns = (size[0] + up * (high - 1)) // high, (size[1] + up * (wide - 1)) // wide
+            if rows * columns == count > 0:
                 return prefix, rows, columns
+    for prefix, count in counts:
+        for rows in range(1, count + 1):
+            if count % rows == 0 and _fits((rows, count // rows), size):
+                return prefix, rows, count // rows
     return None
 
 
-def _channels_first(values: Tensor, model: nn.Module) -> Tensor:
+def _channels_first(values: Tensor, model: nn.Module, size: tuple[int, int]) -> Tensor:
     """A layer's output as (B, C, h, w): from NCHW, NHWC as Swin's, or tokens (B, N, C)."""
     if values.ndim == 4:
-        last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        _, a, b, c = values.shape
+        first, last = _fits((b, c), size), _fits((a, b), size)
+        if first == last:  # the shape does not say
+            last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         return values.permute(0, 3, 1, 2) if last else values
-    if values.ndim == 3 and (grid := _grid(values, model)) is not None:
+    if values.ndim == 3 and (grid := _grid(values, model, size)) is not None:
         prefix, rows, columns = grid
         return values[:, prefix:].transpose(1, 2).unflatten(2, (rows, columns))
     raise UsageError(f"the layer gives {tuple(values.shape)}, no map: choose another, layer=")
@@ -191,6 +211,9 @@ def gradcam(
         (slope,) = torch.autograd.grad(scores, kept[0], allow_unused=True)
         if slope is None:
             raise UsageError(f"layer={name!r}: the class does not depend on it")
-    values = _channels_first(kept[0].detach().float(), model)
-    weights = _channels_first(slope.float(), model).mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+    size = x.shape[-2], x.shape[-1]
+    values = _channels_first(kept[0].detach().float(), model, size)
+    weights = _channels_first(slope.float(), model, size).mean(
+        dim=(2, 3), keepdim=True
+    )  # (B, C, 1, 1)
     return (weights * values).sum(dim=1).relu()

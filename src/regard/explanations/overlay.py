@@ -94,10 +94,12 @@ def has_few_cells(attention: ArrayLike) -> bool:
     return np.size(attention) <= FEW_CELLS
 
 
-def _whole(low: float, high: float, size: int) -> tuple[int, int]:
-    """Rounded to whole pixels, at least one of them among the `size` of the image."""
-    start = min(round(low), size - 1)
-    return start, max(round(high), start + 1, 1)
+def _covered(low: float, high: float, size: int, cells: int) -> tuple[slice, tuple[float, float]]:
+    """The pixels of `size`, at least one, between `low` and `high`, and their part of the cells."""
+    first = min(max(round(low), 0), size - 1)
+    pixels = slice(first, max(min(round(high), size), first + 1))
+    ends = [cells * (at - low) / (high - low) for at in (pixels.start, pixels.stop)]
+    return pixels, (max(ends[0], 0.0), min(ends[1], float(cells)))
 
 
 def place(
@@ -113,9 +115,9 @@ def place(
     Args:
         attention: (h, w) floats.
         size: (height, width) of the image, in pixels.
-        box: left, top, right and bottom of what the map covers, in the same pixels, rounded to
-            whole ones; it may reach beyond the image, where a network saw padding. The whole
-            image by default.
+        box: left, top, right and bottom of what the map covers, in the same pixels; of these
+            whole ones are covered. It may reach beyond the image, where a network saw padding.
+            The whole image by default.
         outside: the value of pixels that the map does not cover.
         smooth: False enlarges each value to a rectangle of its own.
 
@@ -133,15 +135,15 @@ def place(
         or min(right, bottom) <= 0
     ):
         raise UsageError(f"box={box}: it holds no pixel of an image {width} wide, {height} high")
-    (left, right), (top, bottom) = _whole(left, right, width), _whole(top, bottom, height)
-    rows, columns = (max(top, 0), min(bottom, height)), (max(left, 0), min(right, width))
-    small = Image.fromarray(values.astype(np.float32))
+    columns, across = _covered(left, right, width, values.shape[1])
+    rows, down = _covered(top, bottom, height, values.shape[0])
     how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
-    large = small.resize((right - left, bottom - top), how)
+    large = Image.fromarray(values.astype(np.float32)).resize(
+        (columns.stop - columns.start, rows.stop - rows.start), how,
+        box=(across[0], down[0], across[1], down[1]),
+    )  # fmt: skip
     placed = np.full(size, outside, np.float64)
-    placed[slice(*rows), slice(*columns)] = np.asarray(large)[
-        rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left
-    ]
+    placed[rows, columns] = np.asarray(large)
     return placed
 
 

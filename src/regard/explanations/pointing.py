@@ -24,7 +24,7 @@ class Pointing:
     Attributes:
         hit: whether the map's highest value lies inside the mask.
         energy: the share of the map's sum that lies inside the mask.
-        chance: the share of the image that is marked: the energy of a uniform map.
+        chance: the share that is marked of what the map covers: the energy of a uniform map.
         iou, dice: overlap of the mask with what the map marks, the pixels above half of its range.
         map_box: left, top, right, bottom of what the map marks, in the image's pixels.
         mask_box: of the mask.
@@ -100,17 +100,18 @@ def point(attention: ArrayLike, mask: Mask, *, box: Box | None = None) -> Pointi
     """
     if not mask.any():
         raise UsageError("the mask marks nothing")
-    grown = place(attention, (mask.shape[0], mask.shape[1]), box=box, outside=0.0)
-    top = np.flatnonzero(grown == grown.max())
+    size = mask.shape[0], mask.shape[1]
+    grown = place(attention, size, box=box, outside=0.0)
+    seen = place(np.ones((1, 1)), size, box=box, outside=0.0) > 0
+    top = np.flatnonzero(seen & (grown == grown[seen].max()))
     total = float(grown.sum())
     energy = float(grown[mask].sum()) / total if total > 0 else 0.0
     values = np.asarray(attention)
     low, high = float(values.min()), float(values.max())
-    seen = place(np.ones((1, 1)), (mask.shape[0], mask.shape[1]), box=box, outside=0.0) > 0
     marked = (grown >= low + LEVEL * (high - low)) & seen
     both, either = int((marked & mask).sum()), int((marked | mask).sum())
     return Pointing(
-        hit=bool(mask.flat[top].mean() > 0.5), energy=energy, chance=float(mask.mean()),
+        hit=bool(mask.flat[top].mean() > 0.5), energy=energy, chance=float(mask[seen].mean()),
         iou=both / either, dice=2 * both / (both + either), map_box=_box(marked),
         mask_box=_box(mask),
     )  # fmt: skip

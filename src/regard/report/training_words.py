@@ -120,14 +120,14 @@ def preprocessing(
     how = _RESIZE.get(preprocess.get("resize", ""), "scaled to")
     share = preprocess.get("crop_pct", 1.0)
     cut = f" (a crop of {share:g} of the shorter side)" if share != 1 else ""
-    squashed = " (squashed first, then cropped)" if preprocess.get("resize_first") else ""
+    first = " (the whole image resized, then cropped)" if preprocess.get("resize_first") else ""
     whose = "starting weights" if started else "network's configuration"
     normal = {
         "data": "with the mean and deviation of the training images",
         "image": "with each image's own mean and deviation",
     }.get(recipe["normalization"], f"with the mean and deviation of the {whose}")
     channels = "grayscale" if c == 1 else "color" if c == 3 else f"{c} channels"
-    said = f"Images were {how} {w}×{h} pixels{cut}{squashed}, {channels}, and normalized {normal}."
+    said = f"Images were {how} {w}×{h} pixels{cut}{first}, {channels}, and normalized {normal}."
     if (values := preprocess.get("value_range")) is not None:
         said += f" Pixel values from {values[0]:g} to {values[1]:g} became 0 to 1."
     if recipe["full_decode"]:
