@@ -2,6 +2,8 @@
 
 import gc
 import weakref
+from contextlib import contextmanager
+from threading import Event, Thread, Timer
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ import torch
 from torch import nn
 
 import regard
-from regard.attention import attention_kinds
+from regard.attention import attention_kinds, evaluating, record
+from regard.explanations.gradcam import gradcam
+from regard.predict import inputs_of
 from tests.golden import filled_model
 
 FAMILIES = {
@@ -392,3 +396,77 @@ def test_maps_keep_the_networks_precision():
     with regard.record(model.bfloat16()) as maps:
         model(x.bfloat16())
     assert {m.values.dtype for m in maps.values()} == {torch.bfloat16}
+
+
+# ---------------------------------------------------------------------------- threads
+@contextmanager
+def another_thread_within(module, call):
+    """Has another thread do something as soon as the module runs the next time."""
+    others = []
+
+    def between(module, inputs):
+        if not others:
+            others.append(Thread(target=call))
+            others[0].start()
+            others[0].join()
+
+    with module.register_forward_pre_hook(between):
+        yield
+    assert others
+
+
+def test_what_another_thread_computes_meanwhile_is_not_recorded():
+    torch.manual_seed(0)
+    model = regard.create_model("cbam_resnet18", num_classes=3).eval()
+    x, other = torch.randn(1, 3, 32, 32), torch.randn(1, 3, 32, 32)
+    with torch.no_grad(), regard.record(model) as alone:
+        model(x)
+    wanted, cam = {n: m.values for n, m in alone.items()}, gradcam(model, x, 0)
+
+    def call():
+        with torch.no_grad():
+            model(other)
+
+    within, recording = another_thread_within(model.fc, call), record(model, this_thread=True)
+    with within, torch.no_grad(), recording as maps:
+        model(x)
+    assert all(torch.equal(maps[name].values, values) for name, values in wanted.items())
+    with another_thread_within(model.fc, call):
+        assert torch.equal(gradcam(model, x, 0), cam)
+    with another_thread_within(model.fc, call), inputs_of([model.fc]) as given, torch.no_grad():
+        model(x)
+    assert [len(features) for features in given] == [1]
+
+
+def test_two_threads_do_not_restore_each_others_modes():
+    model = regard.create_model("ag_sononet8").train()
+    entered, leave, modes = Event(), Event(), []
+
+    def first():
+        with evaluating(model):
+            entered.set()
+            leave.wait(5)
+            modes.append(model.training)
+
+    def second():
+        entered.wait(5)
+        Timer(0.1, leave.set).start()
+        with evaluating(model):
+            threads[0].join()
+            modes.append(model.training)
+
+    threads = [Thread(target=first), Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert modes == [False, False]
+    assert all(module.training for module in model.modules())
+
+
+def test_grad_cam_works_within_inference_mode():
+    torch.manual_seed(0)
+    model, x = regard.create_model("ag_sononet8", num_classes=3).eval(), torch.randn(2, 1, 32, 32)
+    wanted = gradcam(model, x)
+    with torch.inference_mode():
+        assert torch.equal(gradcam(model, x, model(x).argmax(dim=1)), wanted)

@@ -498,3 +498,25 @@ def test_a_table_of_boxes_that_can_not_be_used_is_an_error_before_the_work(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not Path("explained").exists()
+
+
+def test_an_image_without_a_finite_answer_is_named_and_the_others_are_explained(
+    small, scene, monkeypatch, capsys
+):
+    from regard.models.sononet import AGSonoNet
+
+    forward = AGSonoNet.forward
+
+    def forward_of(model, x):
+        return forward(model, x) + torch.where(x.mean() > 1, torch.nan, 0.0)
+
+    monkeypatch.setattr(AGSonoNet, "forward", forward_of)
+    Image.new("L", (24, 20), 255).save("a/white.png")
+    Image.new("L", (24, 20), 0).save("a/x.png")
+    with pytest.raises(ValueError, match=r"white\.png: its answer is not finite"):
+        regard.explain(small, "a/white.png")
+    assert command(small, "a") == 1
+    said = capsys.readouterr()
+    assert "white.png: its answer is not finite" in said.err
+    assert Path("explained/x.png.explained.npz").is_file()
+    assert not Path("explained/white.png.explained.npz").exists()

@@ -264,21 +264,28 @@ def own_maps(model: nn.Module, x: Tensor, reduce: Reduce = "mean") -> dict[str, 
     return {name: torch.stack(each) for name, each in by_name.items()}
 
 
+_ONE_AT_A_TIME = threading.RLock()  # modes belong to a network, not to the thread that sets them
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The network in evaluation mode and without gradient checkpointing while the block runs.
 
-    Every submodule's own mode is restored, also after an exception.
+    Every submodule's own mode is restored, also after an exception. One thread runs such a block
+    at a time.
     """
-    modes = [(m, m.training) for m in model.modules()]
-    checkpointed = [m for m in model.modules() if getattr(m, "grad_checkpointing", False) is True]
-    try:
-        model.eval()
-        for m in checkpointed:
-            m.grad_checkpointing = False  # type: ignore[assignment]
-        yield
-    finally:
-        for m in checkpointed:
-            m.grad_checkpointing = True  # type: ignore[assignment]
-        for m, mode in modes:
-            m.training = mode
+    with _ONE_AT_A_TIME:
+        modes = [(m, m.training) for m in model.modules()]
+        checkpointed = [
+            m for m in model.modules() if getattr(m, "grad_checkpointing", False) is True
+        ]
+        try:
+            model.eval()
+            for m in checkpointed:
+                m.grad_checkpointing = False  # type: ignore[assignment]
+            yield
+        finally:
+            for m in checkpointed:
+                m.grad_checkpointing = True  # type: ignore[assignment]
+            for m, mode in modes:
+                m.training = mode

@@ -8,6 +8,7 @@
 import base64
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from regard.attention import (
     record,
 )
 from regard.data.images import ImageSource, name_of
-from regard.errors import UsageError
+from regard.errors import ImageError, UsageError
 from regard.explanations.averaging import average_explanations
 from regard.explanations.figure import contact_sheet, explanation_figure
 from regard.explanations.gradcam import check_targets, default_layer, gradcam
@@ -230,7 +231,7 @@ def explain(
         One explanation per image.
 
     Raises:
-        ImageError: an image can't be read.
+        ImageError: an image can't be read, or has no finite answer.
         UsageError: no network there, or an argument is not among its choices.
     """
     if isinstance(network, nn.Module):
@@ -307,6 +308,7 @@ def explain_batch(
 
     Raises:
         UsageError: an argument is not among its choices, or counts don't agree.
+        ImageError: an image's answer is not finite.
     """
     check_reduce(reduce)
     boxes, paths = _checked(x, images, boxes, paths, methods)
@@ -318,6 +320,8 @@ def explain_batch(
         each = target if target is None or isinstance(target, int) else target[part]
         of = (methods, reduce, layer, keep_channels, temperature)
         for i, answer in enumerate(_explain_batch(model, x[part], classes, each, *of), start):
+            if not all(math.isfinite(p) for _, p in answer["classes"]):
+                raise ImageError(f"{paths[i]}: its answer is not finite")
             explanations.append(
                 Explanation(path=paths[i], image=np.asarray(images[i]), box=boxes[i], **answer)
             )

@@ -6,7 +6,6 @@ differ by less than 1e-6, as they do within `regard predict` of several files.
 """
 
 import asyncio
-import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -164,11 +163,9 @@ class BatchingWorker:
             model, x.to(device).contiguous(memory_format=torch.channels_last), [picture],
             [(box[0] * across, box[1] * down, box[2] * across, box[3] * down)],
             classes=names, target=said.classes[0][0] if said and target is None else target,
-            methods=(*own, "gradcam"), temperature=self.classifier.temperature,
+            methods=(*own, "gradcam"), temperature=self.classifier.temperature, paths=["the image"],
         )  # fmt: skip
         if said is None:
-            if not all(math.isfinite(share) for _, share in explanation.classes):
-                raise ImageError("the image: its answer is not finite")
             return explanation, box, None
         name = explanation.target[0]
         target_said = name, dict(said.classes)[name]
