@@ -235,7 +235,8 @@ def test_the_picture_can_be_read_whatever_the_images_shape(shape):
         assert len(boxes) == 3
         assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
     # "0 > 99.9 %" would read as a comparison
-    assert [t.get_text() for t in fig.texts] == ["a.png: 0 (> 99.9 %)", "then 6 (< 0.1 %)"]
+    lines = [t.get_text().replace("\u00a0", " ") for t in fig.texts]
+    assert lines == ["a.png: 0 (> 99.9 %)", "then 6 (< 0.1 %)"]
 
 
 def test_one_line_of_python_explains_files_arrays_and_pil_images(tmp_path, photos):
@@ -498,6 +499,28 @@ def test_a_table_of_boxes_that_can_not_be_used_is_an_error_before_the_work(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not Path("explained").exists()
+
+
+@pytest.mark.parametrize(("shape", "resize", "frame"), [
+    ((40, 120), "crop", (40, 80, 0, 40)), ((120, 40), "crop", (0, 40, 40, 80)),
+    ((40, 120), "pad", None), ((40, 120), "squash", None), ((40, 40), "crop", None),
+])  # fmt: skip
+def test_the_frame_is_around_what_was_seen_and_only_of_a_part(shape, resize, frame):
+    preprocess = Preprocess((3, 64, 64), (0.0,) * 3, (1.0,) * 3, resize=resize)
+    shown = Explanation(
+        path="a.png", image=np.zeros(shape, np.uint8), box=preprocess.seen(*shape),
+        classes=[("0", 1.0)], target=("0", 1.0), maps=[],
+    )  # fmt: skip
+    axes = shown.figure().axes[0]
+    if frame is None:
+        assert not axes.lines
+        return
+    (x0, x1), (y1, y0) = axes.get_xlim(), axes.get_ylim()
+    for line in axes.lines:
+        x = (line.get_xdata() - x0) / (x1 - x0) * shape[1]
+        y = (line.get_ydata() - y0) / (y1 - y0) * shape[0]
+        assert (min(x), max(x), min(y), max(y)) == pytest.approx(frame)
+        assert not line.get_clip_on()
 
 
 def test_an_image_without_a_finite_answer_is_named_and_the_others_are_explained(

@@ -16,7 +16,7 @@ from regard.data.images import read_image
 from regard.errors import UsageError
 from regard.explanations.overlay import overlay
 from regard.report import MAX_BYTES
-from regard.report.browse import Browser, browser_of
+from regard.report.browse import Browser, _rounded, browser_of
 from regard.report.build import report_run
 from regard.report.source import RunSource, choose
 
@@ -38,6 +38,12 @@ def marked(whole, scans, tmp_path_factory):
 def data_of(folder):
     html = (folder / "report.html").read_text(encoding="utf-8")
     return json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
+
+
+@pytest.mark.parametrize(("p", "stored"), [(0.0, 0), (1.0, 1), (0.99998, 0.9999), (2e-6, 0.0001),
+                                          (0.25, 0.25)])  # fmt: skip
+def test_what_only_rounds_to_0_or_1_is_stored_as_neither(p, stored):
+    assert _rounded(p) == stored
 
 
 def test_every_test_image_is_listed_with_its_name_answer_and_thumbnail(marked):

@@ -185,13 +185,19 @@ def test_many_classes_are_each_against_the_rest_and_the_worst_of_many_are_drawn(
     p = rng.dirichlet(np.ones(30), 400)
     names = [f"_class ${i}$" for i in range(30)]  # neither hidden nor a formula
     found = Predictions(p, rng.integers(0, 30, 400), names)
-    chart = roc(found, diagnose(found, resamples=20), None, 3.3)
+    with for_print():
+        chart = roc(found, diagnose(found, resamples=20), None, 3.3)
+        chart.figure.draw_without_rendering()
     (axes,) = chart.figure.axes
-    texts = [t.get_text() for t in axes.get_legend().get_texts()]
+    assert axes.get_legend() is None
+    (legend,) = chart.figure.legends
+    texts = [t.get_text() for t in legend.get_texts()]
     assert len(texts) == 12
     assert "$" in texts[0]
     assert "12 of 30" in chart.caption
-    chart.figure.draw_without_rendering()
+    # it hides no curve, and no axis is squeezed by it
+    assert legend.get_window_extent().y1 <= axes.get_tightbbox().y0
+    assert axes.get_window_extent().height > 0.7 * 3.3 * chart.figure.dpi
 
 
 def test_the_positive_class_is_the_rarer_of_two():
@@ -323,6 +329,36 @@ def test_the_confusion_matrix_has_counts_and_shares():
         assert text.get_text() == f"{share:.0f} %\n{count}"
 
 
+@pytest.mark.parametrize("count", [2, 8, 10, 12])
+def test_the_numbers_of_a_confusion_matrix_fit_their_cells_whatever_the_names(count):
+    labels = np.arange(count).repeat(120)
+    names = [f"a long name of a class {i}" for i in range(count)]
+    with for_print():
+        chart = confusion(evaluate(Predictions(np.eye(count)[labels], labels, names)), 3.3)
+        chart.figure.draw_without_rendering()
+    axes = chart.figure.axes[0]
+    cell = axes.get_window_extent().width / count
+    assert len(axes.texts) == count
+    for text in axes.texts:
+        assert text.get_window_extent().width <= cell
+        assert text.get_fontsize() > 3.6
+        assert text.get_text() in ("100 %\n120", "120")
+    assert ("percentages" in chart.caption) == ("%" in axes.texts[0].get_text())
+
+
+@pytest.mark.parametrize("ends", [(0.0, 0.005), (0.1, 0.1), (0.42, 0.44), (0.1, 0.9), (0.98, 0.99)])
+def test_the_ticks_of_accuracy_say_different_numbers(ends):
+    rows = [{"epoch": e, "loss": 1.0, "accuracy": a} for e, a in zip((1.0, 2.0), ends, strict=True)]
+    with for_print():
+        figure = learning([{**row, "learning_rate": 0.1} for row in rows], None, 3.3).figure
+        figure.draw_without_rendering()
+    axes = next(a for a in figure.axes if a.get_title(loc="left") == "Accuracy")
+    low, high = axes.get_ylim()
+    for tick, place in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True):
+        if low <= place <= high:
+            assert float(tick.get_text().removesuffix(" %")) == pytest.approx(100 * place)
+
+
 def test_learning_curves_mark_the_chosen_epoch_and_break_where_a_loss_is_not_finite():
     history = [
         {"epoch": n, "loss": 2 / n, "objective": 3 / n, "accuracy": 1 - 0.5 / n,
@@ -383,7 +419,7 @@ def test_an_explanation_fits_a_column_with_its_true_class_its_mask_and_named_sca
     )  # fmt: skip
     figure = shown.figure(width=85 / 25.4)
     figure.draw_without_rendering()
-    heading = " ".join(t.get_text() for t in figure.texts)
+    heading = " ".join(t.get_text() for t in figure.texts).replace("\u00a0", " ")
     assert "scan 7.png: benign (80.0 %)" in heading
     assert "true class malignant (wrong)" in heading
     right = figure.get_figwidth() * figure.dpi

@@ -193,8 +193,8 @@ def _heading(shown: "Explanation", width: float) -> list[tuple[str, float]]:
 
 def _percent(p: float) -> str:
     if 0.0 < p < 0.001:
-        return "< 0.1 %"
-    return "> 99.9 %" if 0.999 < p < 1.0 else f"{100 * p:.1f} %"
+        return "<\u00a00.1\u00a0%"
+    return ">\u00a099.9\u00a0%" if 0.999 < p < 1.0 else f"{100 * p:.1f}\u00a0%"
 
 
 def explanation_figure(shown: "Explanation", *, width: float = 7.16) -> Figure:
@@ -296,14 +296,16 @@ def _outline(axes: Axes, mask: Any, size: tuple[int, int]) -> None:
 def _frame(axes: Axes, shown: "Explanation", size: tuple[int, int]) -> None:
     """A dashed frame around what the network saw, where that is not the whole image."""
     height, width = shown.image.shape[:2]
-    left, top, right, bottom = shown.box
+    left, top, right, bottom = np.clip(shown.box, 0, (width, height) * 2).tolist()
     if (round(left), round(top), round(right), round(bottom)) == (0, 0, width, height):
         return
-    x, y = size[1] / width, size[0] / height
-    across, down = [left * x, right * x], [top * y, bottom * y]
+    x, y = size[1] / width, size[0] / height  # an axis begins half a pixel before its first center
+    across = [left * x - 0.5, right * x - 0.5]
+    down = [top * y - 0.5, bottom * y - 0.5]
     path = ([across[i] for i in (0, 1, 1, 0, 0)], [down[i] for i in (0, 0, 1, 1, 0)])
-    axes.plot(*path, color="black", linewidth=1.6, scalex=False, scaley=False)
-    axes.plot(*path, color="white", linewidth=0.9, linestyle="--", scalex=False, scaley=False)
+    options: dict[str, Any] = {"scalex": False, "scaley": False, "clip_on": False}
+    axes.plot(*path, color="black", linewidth=1.6, **options)
+    axes.plot(*path, color="white", linewidth=0.9, linestyle="--", **options)
 
 
 # ---- contact sheet -----------------------------------------------------------------------

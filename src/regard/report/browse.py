@@ -85,7 +85,7 @@ def browser_of(source: RunSource) -> Browser:
     order += sorted(set(range(len(said))) - set(order))
     size = 0
     for i in order:
-        top = [[said.classes.index(name), round(p, 4)] for name, p in ranked(said, i)[:3]]
+        top = [[said.classes.index(name), _rounded(p)] for name, p in ranked(said, i)[:3]]
         row = [_clean(source.name(i)), int(said.labels[i]), top, -1]
         size += len(json.dumps(row, ensure_ascii=False).encode(errors="replace"))
         if size > LIST_BYTES:
@@ -94,6 +94,11 @@ def browser_of(source: RunSource) -> Browser:
         browser.listed.append(row)
     _add_thumbs(browser, source, list(browser.places))
     return browser
+
+
+def _rounded(p: float) -> float:
+    """To four digits; 0 and 1 are exact."""
+    return p if p in (0.0, 1.0) else min(max(round(p, 4), 0.0001), 0.9999)
 
 
 def _clean(name: str) -> str:

@@ -44,32 +44,42 @@ def confusion(evaluation: Evaluation, width: float) -> Chart | None:
                         rotation_mode="anchor", parse_math=False)  # fmt: skip
         axes.set_yticks(places, names, parse_math=False)
     axes.tick_params(length=0, labelsize=SMALL if len(classes) <= 20 else SMALL - 1.5)
-    if len(classes) <= MOST_NUMBERED:
-        _cells(axes, counts, shares, width)
     bar = figure.colorbar(picture, ax=axes, fraction=0.045, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label("share of the true class")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    numbered = ""
+    if len(classes) <= MOST_NUMBERED:
+        figure.draw_without_rendering()  # lays it out: the names may leave little room
+        numbered = _cells(axes, counts, shares, 72 * axes.get_window_extent().width / figure.dpi)
     hits = int(np.trace(counts))
     words = f"Confusion matrix of {len(classes)} classes: {hits} of {counts.sum()} images right"
-    caption = (
-        "A row per true class, a column per top-1 class. Shade and percentages: share of the true "
-        "class"
-    ) + ("; below, the number of images." if len(classes) <= MOST_NUMBERED else ".")
+    caption = f"A row per true class, a column per top-1 class. {numbered or _SHADE}."
     return Chart("confusion", "Confusion matrix", figure, words, caption)
 
 
-def _cells(axes: Axes, counts: np.ndarray, shares: np.ndarray, width: float) -> None:
-    """Share and count of each cell, in the size that fits."""
-    size = min(SMALL, 72 * width * 0.7 / len(counts) / 3.4)
+_SHADE = "Shade: share of the true class"
+
+
+def _cells(axes: Axes, counts: np.ndarray, shares: np.ndarray, width: float) -> str:
+    """Writes share and count into each cell of a matrix `width` points wide, and says so.
+
+    Where both would be too small to be read it is the count alone.
+    """
+    room, digits = width / len(counts), len(f"{counts.max():,}")
+    both = room / 3.7 > 3.6
+    size = min(SMALL, room / 3.7 if both else room / (0.65 * digits + 0.6))
     for (i, j), count in np.ndenumerate(counts):
         if not count:
             continue
-        text = f"{100 * shares[i, j]:.0f} %\n{count:,}" if size > 3.6 else f"{count:,}"
+        text = f"{100 * shares[i, j]:.0f} %\n{count:,}" if both else f"{count:,}"
         color = (
             "white" if shares[i, j] > 0.5 else "black"
         )  # not INK: cells stay light on dark pages
         axes.text(j, i, text, ha="center", va="center", fontsize=size, color=color)
+    if both:
+        return "Shade and percentages: share of the true class; below, the number of images"
+    return f"{_SHADE}; the numbers are images"
 
 
 # ---- training ----------------------------------------------------------------------------
@@ -152,9 +162,11 @@ def _panel(
         )  # fmt: skip
     finite = [y for v in lines.values() for _, y in v if math.isfinite(y)]
     if title == "Accuracy":
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
         axes.set_ylim(top=min(1.005, max(finite) + 0.1) if max(finite) > 0.9 else None)
+        apart = float(np.diff(axes.get_yticks()).min())  # the numbers of the ticks must differ
+        decimals = max(0, math.ceil(-math.log10(100 * apart) - 1e-9))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=decimals, symbol=" %"))
     else:
         axes.set_ylim(bottom=_bottom(finite))
     if chosen is not None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,6 +13,8 @@ from regard.explanations.print_style import LINE, MUTED, SECOND, line_style, new
 from regard.report.bands import Band, precision_recall_of, roc_of
 
 MOST_CURVES = 12  # of more classes, those of lowest area are drawn
+_WITHIN = 3  # the legend of more curves would hide them and stands below the axes
+_LINE = 0.135  # inches, of a legend
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +67,7 @@ def roc(
     figure, axes, words, which = drawn
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)))
     share_axes(axes, "false positive rate (1 - specificity)", "sensitivity")
-    axes.legend(loc="lower right", handlelength=2.0, borderaxespad=0.2)
+    _legend(figure, axes, "lower right")
     one = found.one_class
     if positive is not None and one is not None:
         at = 1 - one.metrics["specificity"].value, one.metrics["sensitivity"].value
@@ -93,9 +96,18 @@ def precision_recall(
         axes.axhline(share, color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)))
         caption += f" The dotted line is the share of {positive}, {share:.1%}."
     share_axes(axes, "recall (sensitivity)", "precision (positive predictive value)")
-    axes.legend(loc="lower left", handlelength=2.0, borderaxespad=0.2)
+    _legend(figure, axes, "lower left")
     title = "Precision and recall"
     return Chart("precision-recall", title, figure, f"Precision over recall: {words}", caption)
+
+
+def _legend(figure: Figure, axes: Axes, where: Literal["lower left", "lower right"]) -> None:
+    """Within the axes of few curves, below those of many."""
+    handles = axes.get_legend_handles_labels()[0]
+    if len(handles) <= _WITHIN:
+        axes.legend(loc=where, handlelength=2.0, borderaxespad=0.2)
+    else:
+        figure.legend(handles=handles, loc="outside lower left", handlelength=2.0)
 
 
 _BAND = "Shaded, of up to 3 curves: pointwise 95 % interval; in brackets that of the area."
@@ -116,8 +128,9 @@ def _curves(
     names = [n for n in names if n in areas and not math.isnan(areas[n].value)]
     if not names:
         return None
-    figure, (axes,) = new_figure(width, width * 0.95)
     shown = names[:MOST_CURVES]
+    below = _LINE * len(shown) if len(shown) > _WITHIN else 0.0
+    figure, (axes,) = new_figure(width, width * 0.95 + below)
     for i, name in enumerate(shown):
         band = make(predictions, name, interval=len(shown) <= 3)
         if band is None:
