@@ -14,7 +14,7 @@ from torch import nn
 import regard
 from regard.attention import attention_kinds, evaluating, record
 from regard.explanations.gradcam import gradcam
-from regard.predict import inputs_of
+from regard.features import inputs_of
 from tests.golden import filled_model
 
 FAMILIES = {

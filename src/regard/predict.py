@@ -1,6 +1,5 @@
 """A trained network with all that its folder says: `load` reads it, and it classifies images."""
 
-import contextlib
 import logging
 import math
 import os
@@ -13,11 +12,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regard.attention import of_this_thread
 from regard.data.content import file_hash
 from regard.data.images import ImageSource, name_of, read_image
 from regard.data.loading import InMemoryLoader, StreamingLoader, default_workers, read_ahead
@@ -26,6 +23,7 @@ from regard.errors import ImageError, UsageError
 from regard.evaluation import familiarity
 from regard.evaluation.calibration import FILE, Calibration, read_calibration
 from regard.evaluation.familiarity import Familiarity, read_familiarity
+from regard.features import appearance, inputs_of, joined_features, last_layers
 from regard.machine import choose_device, in_channels_last
 from regard.models.io import load_model, network_folder
 
@@ -202,17 +200,23 @@ class Classifier:
         self, images: Tensor, unscaled: bool = False
     ) -> tuple[Tensor, list[NDArray[np.float32]]]:
         """(B, C, H, W) in 0..255 -> probabilities, and `features`."""
-        if self.engine is not None:
-            probabilities, vectors = self.engine.with_features(images)  # type: ignore[attr-defined]
-            if not unscaled:
-                probabilities = with_temperature(probabilities, self.temperature)
-        else:
-            with inputs_of(last_layers(self.model)) as recorded:
-                probabilities = self._unscaled(images) if unscaled else self.probabilities(images)
-            if not recorded:
-                raise UsageError("this network's classifier is given no features")
-            vectors = joined_features(recorded)
+        if self.engine is None:
+            answer = self._unscaled if unscaled else self.probabilities
+            return self._recorded(answer, images)
+        probabilities, vectors = self.engine.with_features(images)  # type: ignore[attr-defined]
+        if not unscaled:
+            probabilities = with_temperature(probabilities, self.temperature)
         return probabilities, [vectors.cpu().numpy(), appearance(images)]
+
+    def _recorded(
+        self, answer: Callable[[Tensor], Tensor], images: Tensor
+    ) -> tuple[Tensor, list[NDArray[np.float32]]]:
+        """What the network answers, and `features`."""
+        with inputs_of(last_layers(self.model)) as recorded:
+            answered = answer(images)
+        if not recorded:
+            raise UsageError("this network's classifier is given no features")
+        return answered, [joined_features(recorded).cpu().numpy(), appearance(images)]
 
     def features(self, images: Tensor) -> list[NDArray[np.float32]]:
         """(B, C, H, W) in 0..255 -> what the last layer is given, and `appearance`; each (B, D).
@@ -220,11 +224,7 @@ class Classifier:
         Raises:
             UsageError: the network has none.
         """
-        engine, self.engine = self.engine, None
-        try:
-            return self._with_features(images)[1]
-        finally:
-            self.engine = engine
+        return self._recorded(self.answers, images)[1]
 
     def predict(
         self, images: ImageSource | Iterable[ImageSource], top: int = 5
@@ -319,49 +319,6 @@ def stacked(images: list[Tensor]) -> Tensor:
     if len({i.dtype for i in images}) > 1:
         images = [i.float() for i in images]
     return torch.stack(images)
-
-
-def last_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules that make up a network's classifier."""
-    get: Any = getattr(model, "get_classifier", None)
-    last = None if get is None else get()
-    if isinstance(last, nn.ModuleList | tuple | list):
-        return list(last)
-    return [last] if isinstance(last, nn.Module) else []
-
-
-@contextlib.contextmanager
-def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """What the modules are given meanwhile by this thread, in the order of their calls."""
-    recorded: list[Tensor] = []
-    with contextlib.ExitStack() as hooks:
-        for module in modules:
-            keep = of_this_thread(lambda _, inputs: recorded.append(inputs[0]))
-            hook = module.register_forward_pre_hook(keep)
-            hooks.callback(hook.remove)
-        yield recorded
-
-
-def joined_features(features: Sequence[Tensor]) -> Tensor:
-    """Vectors (B, d), or maps (B, d, h, w) that are averaged, as one (B, D), float32."""
-    vectors = [f.flatten(2).mean(dim=2) if f.ndim > 2 else f for f in features]
-    return torch.cat(vectors, dim=1).float()
-
-
-def appearance(images: Tensor) -> NDArray[np.float32]:
-    """Statistics of pixels: (B, C, H, W) in 0..255 -> (B, 2 C + 4).
-
-    Each channel's mean and logarithmic deviation, and the logarithmic mean differences of
-    neighbors along the rows and the columns, in the image and in one 4 times smaller.
-    """
-    x = images.detach().float().cpu() / 255
-    found = [x.mean(dim=(2, 3)), (x.std(dim=(2, 3), correction=0) + 1e-3).log()]
-    small = F.adaptive_avg_pool2d(x, (max(2, x.shape[2] // 4), max(2, x.shape[3] // 4)))
-    for pixels in (x, small):
-        for axis in (2, 3):
-            difference = pixels.diff(dim=axis).abs().mean(dim=(1, 2, 3))
-            found.append((difference + 1e-3).log()[:, None])
-    return torch.cat(found, dim=1).numpy()
 
 
 def with_temperature(probabilities: Tensor, temperature: float) -> Tensor:

@@ -25,8 +25,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from regard.attention import attention_kinds
 from regard.data.preprocess import Preprocess
 from regard.errors import UsageError
+from regard.features import joined_features, last_layers
 from regard.files import reason
-from regard.predict import joined_features, last_layers
 
 
 class Deployed(nn.Module):

@@ -1,7 +1,7 @@
 """How far an image is from all that a network was trained on, by features of it.
 
 The features are those that the network's last layer is given, and simple statistics of the pixels
-(`regard.predict.appearance`), which tell blank images and noise that the network may not. Of each
+(`regard.features.appearance`), which tell blank images and noise that the network may not. Of each
 the distance is Mahalanobis', to the nearest class mean, with one covariance for all classes (Lee
 et al., NeurIPS 2018, arXiv 1807.03888), shrunk as Ledoit and Wolf do; the larger one counts, each
 relative to what validation images have. benchmarks/familiarity.csv compares it with the energy
