@@ -19,6 +19,7 @@ from regard.evaluation import (
     evaluate_subgroups,
     with_temperature,
 )
+from regard.evaluation.intervals import draws
 from regard.explanations.explanation import Explanation
 from regard.explanations.print_style import for_print, width_in_inches
 from regard.report.bands import GRID, precision_recall_of, roc_of
@@ -150,6 +151,21 @@ def test_curves_are_scikit_learns_and_lie_within_their_bands():
     steps = (np.diff(band.x) * band.y[1:]).sum()
     assert steps == pytest.approx(average_precision_score(truth, score))
     assert band.x[-1] == 1.0
+
+
+def test_the_band_of_few_patients_is_as_wide_as_the_samples():
+    """For 3 ill patients of 60 the expanded percentiles lie beyond what 300 samples have."""
+    labels = (np.arange(60) < 3).astype(int)
+    score = 1 / (1 + np.exp(-(np.random.default_rng(2).normal(size=60) + labels)))
+    few = Predictions(np.stack([1 - score, score], 1), labels, ["well", "ill"])
+    band = roc_of(few, "ill", seed=0)
+    drawn = []
+    for times in draws(60, 300, 0):
+        if times[:3].any():
+            fpr, tpr, _ = roc_curve(labels, score, sample_weight=times, drop_intermediate=False)
+            drawn.append([tpr[fpr <= x + 1e-9].max() for x in GRID])
+    np.testing.assert_allclose(band.low, np.min(drawn, axis=0), atol=1e-3)
+    np.testing.assert_allclose(band.high, np.max(drawn, axis=0), atol=1e-3)
 
 
 def test_bands_of_groups_are_wider():
