@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,18 @@ from regard.cli import run_command
 from regard.data.workers import WaitInterrupted
 from regard.errors import Stopped
 from regard.training.config import Recipe
+from regard.training.loop import Trainer
 from regard.training.scoring import Scorer
-from tests.helpers import ENVIRONMENT, rows_of, run, same_results, settings, start, stopped_by
+from tests.helpers import (
+    ENVIRONMENT,
+    rows_of,
+    run,
+    same_network,
+    same_results,
+    settings,
+    start,
+    stopped_by,
+)
 
 VARIANTS = {
     "held": [],
@@ -269,3 +280,29 @@ def test_stops_in_one_evaluation_time_and_again_are_told_and_lose_nothing(
         assert f"after step {told.value.step}" in str(told.value)
     regard.train(str(scans), out=tmp_path / "run", resume=True, **given)
     assert same_results(tmp_path / "whole", tmp_path / "run")
+
+
+def test_what_was_left_out_stays_left_out_where_files_got_other_names(scans, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(scans, data)
+    for name in "012":
+        (data / name / "07.png").write_text(f"broken {name}")
+    given = {
+        "model": "ag_sononet8", "size": 16, "val": 0.2, "test": 0.0, "epochs": 2, "flip": 0.0,
+        "faithfulness_images": 0, "trackers": ("none",), "max_unreadable": 0.1,
+    }  # fmt: skip
+    regard.train(str(data), out=tmp_path / "whole", **given)
+    real = Trainer.update
+
+    def stopping(self):
+        real(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "update", stopping)
+        with pytest.raises(Stopped):
+            regard.train(str(data), out=tmp_path / "run", **given)
+    for path in list(data.rglob("*.png")):
+        path.rename(path.with_name(f"scan {path.name}"))
+    regard.train(str(data), out=tmp_path / "run", resume=True, **given)
+    assert same_network(tmp_path / "whole", tmp_path / "run")

@@ -11,10 +11,10 @@ from PIL import Image
 
 from regard.data.content import content_hashes, file_hash
 from regard.data.sources import open_data
-from regard.data.splits_file import read_rows
+from regard.data.splits_file import read_rows, write_splits
 from regard.run_data import predictions_of, run_table
 from regard.runs import RunFolder, choose_out
-from regard.trained_on import attach_splits, known_images, watch
+from regard.trained_on import attach_splits, known_images, moved_table, watch
 from tests.helpers import answer, rows_of, run
 
 
@@ -277,6 +277,38 @@ def test_a_run_is_resumed_where_its_data_is_now(moved, scans, tmp_path, monkeypa
     (tmp_path / "other/0/new0.png").rename(tmp_path / "other/0/00.png")
     said = run("train", tmp_path / "other", "--resume", "--out", moved, code=2)
     assert "1 image not as the run was trained with, such as 0/00.png" in said
+
+
+def test_a_resumed_run_keeps_its_labels_whatever_became_of_the_folder(tmp_path):
+    data, run_folder = tmp_path / "data", tmp_path / "run"
+    new_images(data, 9)
+    shutil.copy(data / "0/new0.png", data / "2/new0.png")  # one picture, two labels
+    run_folder.mkdir()
+    table = open_data(str(data))
+    write_splits(table, run_folder / "splits.csv", content_hashes(table))
+    plan = {"classes": table.classes, "location": str(data)}
+
+    def labels() -> list[tuple[str, int]]:
+        now, keys = moved_table(run_folder, plan, str(data), None)
+        assert now.classes == ["0", "1", "2"]
+        assert [now.key(i) for i in range(len(now))] == [keys[key] for key in before]
+        return list(zip(before, now.labels.tolist(), strict=True))
+
+    before = [table.key(i) for i in range(len(table))]
+    started = list(zip(before, table.labels.tolist(), strict=True))
+    assert labels() == started
+    shutil.copytree(data / "1", data / "00")  # a further class, which sorts before others
+    (data / "0/new3.png").rename(data / "0/other name.png")
+    assert labels() == started
+    (data / "1/new1.png").rename(data / "2/new1.png")
+    shutil.rmtree(data / "00")
+    with pytest.raises(ValueError, match=r"2/new1\.png is '2' now, and was '1' when"):
+        labels()
+    (data / "2/new1.png").rename(data / "1/new1.png")
+    (data / "2/new0.png").unlink()
+    (data / "0").rename(data / "null")
+    with pytest.raises(ValueError, match=r"null/new0\.png is 'null' now, and was '0' when"):
+        labels()
 
 
 @pytest.mark.slow

@@ -168,15 +168,31 @@ def own_data(run: Path, plan: dict[str, Any], root: str | Path | None = None) ->
     return replace(table, name=plan["data"])
 
 
-def moved_table(run: Path, plan: dict[str, Any], data: str, root: str | Path | None) -> ImageTable:
-    """The data of a run where DATA says it is now, with the run's splits and in its order.
+def moved_table(
+    run: Path, plan: dict[str, Any], data: str, root: str | Path | None
+) -> tuple[ImageTable, dict[str, str]]:
+    """The data of a run where DATA says it is now, with the run's splits, order and classes.
+
+    Returns:
+        The table, and the key that each image has in it, by the key that it had.
 
     Raises:
-        UsageError: it is not the data of the run.
+        UsageError: it is not the data of the run, or an image has another label.
     """
     table = open_data(data, root=root, splits=plan.get("reading", "auto"))
     moved = table.location != (plan.get("location") or "")
-    return attach_splits(table, run / "splits.csv", verify=moved)
+    table, rows = _attach(table, run / "splits.csv", verify=moved)
+    keys = [table.key(i) for i in range(len(table))]
+    for key, row, label in zip(keys, rows, table.labels, strict=True):
+        if (name := table.classes[label]) != row.label:
+            raise UsageError(
+                f"{table.name}: {key} is {name!r} now, and was {row.label!r} when {run} was "
+                "started: name it as it was to resume, or start a new run"
+            )
+    index = {name: i for i, name in enumerate(plan["classes"])}  # others may have come
+    labels = np.array([index[row.label] for row in rows], np.int64)
+    table = replace(table, classes=list(plan["classes"]), labels=labels)
+    return table, {row.key: key for row, key in zip(rows, keys, strict=True)}
 
 
 def attach_splits(table: ImageTable, splits_csv: Path, *, verify: bool = False) -> ImageTable:
@@ -193,14 +209,20 @@ def attach_splits(table: ImageTable, splits_csv: Path, *, verify: bool = False) 
     Raises:
         UsageError: an image of the run is missing, or another one has its place.
     """
+    return _attach(table, splits_csv, verify)[0]
+
+
+def _attach(table: ImageTable, splits_csv: Path, verify: bool) -> tuple[ImageTable, list[Row]]:
+    """The table of `attach_splits`, and the row of each of its images."""
     rows = list(read_rows(splits_csv))
     try:
         table = read_splits(table, splits_csv)
     except UsageError:
-        by_content = _attached_by_content(table, [row for row in rows if row.content])
+        rows = [row for row in rows if row.content]
+        by_content = _attached_by_content(table, rows)
         if by_content is None:
             raise
-        return by_content
+        return by_content, rows
     places = {table.key(i): i for i in range(len(table))}
     order = np.array([places[row.key] for row in rows], np.int64)
     in_order = bool((order == np.arange(len(order))).all())
@@ -213,13 +235,23 @@ def attach_splits(table: ImageTable, splits_csv: Path, *, verify: bool = False) 
                 f"{table.name}: {plural(int(other.sum()), 'image')} not as the run was trained "
                 f"with, such as {table.key(int(other.argmax()))}"
             )
-    return table
+    return table, rows
 
 
 def _attached_by_content(table: ImageTable, rows: list[Row]) -> ImageTable | None:
-    """The images of these rows; None where one is missing."""
-    places = {h: i for i, h in reversed(list(enumerate(content_hashes(table).tolist())))}
-    at = np.array([places.get(row.content, -1) for row in rows], np.int64)
+    """The images of these rows; None where one is missing.
+
+    Of several with the same content it is the one with the row's path, else with its label.
+    """
+    places: dict[tuple[int, str], int] = {}
+    for i, content in reversed(list(enumerate(content_hashes(table).tolist()))):
+        label = table.classes[table.labels[i]]
+        places |= {(content, name): i for name in ("", f"label {label}", f"path {table.key(i)}")}
+    found = (
+        (places.get((row.content, name)) for name in (f"path {row.key}", f"label {row.label}", ""))
+        for row in rows
+    )
+    at = np.array([next((i for i in each if i is not None), -1) for each in found], np.int64)
     if not rows or (at < 0).any():
         return None
     warnings = table.warnings

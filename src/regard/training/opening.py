@@ -78,14 +78,15 @@ def _open(asked: Request, out: str | Path | None, resume: Resume, world: int) ->
         plan, table = new_plan(asked, world)
         return Opened(folder.path, plan, table, {}, False, False, False)
     plan, states = resumed_plan(folder, asked, world), Checkpoints(folder.path / "state")
-    table = moved_table(folder.path, folder.read_plan(), asked.data, plan.root)
+    table, keys = moved_table(folder.path, folder.read_plan(), asked.data, plan.root)
     folder.attach(table)
+    stored = folder.read_measured()
+    if "left_out" in stored:  # under the names that the files have now
+        stored["left_out"] = {keys.get(key, key): why for key, why in stored["left_out"].items()}
     if folder.finished:
         states.clear()
         log.info(f"{folder.path} is finished: nothing is left to do")
-    return Opened(
-        folder.path, plan, table, folder.read_measured(), True, states.any(), folder.finished
-    )
+    return Opened(folder.path, plan, table, stored, True, states.any(), folder.finished)
 
 
 def _holds_run(out: str | Path | None, data: str, model: str | None) -> bool:
