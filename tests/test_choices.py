@@ -11,11 +11,14 @@ import timm
 import torch
 from PIL import Image
 
+import regard
 from regard.data.sources import ImageTable, open_data
 from regard.machine import cpu_has_bf16
 from regard.models import create_model, list_models
 from regard.models.create import load_weights, make_model
 from regard.models.io import save_model
+from regard.runs import RunFolder
+from regard.training.build import jumped_over
 from regard.training.config import Recipe, load_recipe
 from regard.training.optim import rate_factor
 from regard.training.plan import (
@@ -394,6 +397,24 @@ def test_bf16_where_it_is_asked_for_or_computed():
     assert choose_precision("bf16", cpu) == "bf16"
     assert choose_precision("fp32", cpu) == "fp32"
     assert choose_precision("auto", cpu) == ("bf16" if cpu_has_bf16() else "fp32")
+
+
+def test_no_bf16_where_torch_computes_wrong_gradients_in_it(scans, tmp_path, monkeypatch):
+    monkeypatch.setattr("regard.training.plan.has_bf16", lambda device: True)
+    model = timm.create_model("resnet10t")  # at 16 pixels 8, 4, 4, 2, 1 and a stride of 2
+    assert jumped_over(model, (3, 16, 16)) == "layer4.0.conv1"
+    assert jumped_over(model, (3, 16, 32)) is jumped_over(model, (3, 32, 32)) is None
+    assert model.training
+    given = {
+        "model": "resnet10t", "steps": 1, "batch_size": 8, "faithfulness_images": 0,
+        "trackers": ("none",),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"precision=bf16: layer4.0.conv1 has a stride wider"):
+        regard.train(scans, out=tmp_path / "a", size=16, precision="bf16", **given)
+    out = regard.train(scans, out=tmp_path / "a", size=16, precision="auto", **given)
+    assert RunFolder(out).read_facts()["precision"] == "fp32"
+    out = regard.train(scans, out=tmp_path / "b", size=32, precision="auto", **given)
+    assert RunFolder(out).read_facts()["precision"] == "bf16"
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells what its CPU can")

@@ -1,5 +1,9 @@
 """The parts of a run: its network, its loaders and its trainer."""
 
+import logging
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
@@ -22,6 +26,8 @@ from regard.training.plan import (
 )
 from regard.training.run_plan import Plan
 from regard.training.splits import LoadedSplit
+
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def build_model(plan: Plan, device: torch.device, *, start: bool) -> nn.Module:
@@ -84,8 +90,50 @@ def build_trainer(
         total=choose_steps(recipe, len(table), plan.processes),
         accelerator=accelerator,
         class_weights=None if weights is None else weights.to(device),
-        precision=choose_precision(recipe.precision, device),
+        precision=_precision(plan, model, device),
     )
+
+
+def _precision(plan: Plan, model: nn.Module, device: torch.device) -> str:
+    """The precision to train in; fp32 where bf16 gives wrong gradients on this device.
+
+    Raises:
+        UsageError: the recipe asks for bf16 there, or for what the device can't compute in.
+    """
+    asked, size = plan.recipe.precision, plan.preprocess.input_size
+    precision = choose_precision(asked, device)
+    if precision != "bf16" or device.type != "cpu" or not (name := jumped_over(model, size)):
+        return precision
+    why = f"{name} has a stride wider than its input, and torch's bf16 gradient of it is wrong"
+    if asked == "bf16":
+        raise UsageError(f"precision=bf16: {why} on CPUs; choose fp32, or a larger size")
+    log.info(f"note: precision fp32 instead of bf16: {why} on CPUs")
+    return "fp32"
+
+
+def jumped_over(model: nn.Module, input_size: Sequence[int]) -> str | None:
+    """A convolution whose stride is wider than its input, for images of (C, H, W), or None.
+
+    In bf16 on CPUs (seen in torch 2.14, oneDNN) the gradient of its weights is partly memory that
+    was never written.
+    """
+    names, found = {m: name for name, m in model.named_modules()}, list[str]()
+
+    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args[0].shape[-1] < module.stride[-1]:  # type: ignore[index]
+            found.append(names[module])
+
+    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    training, parameter = model.training, next(model.parameters())
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
 def fuse(model: nn.Module, choice: str, device: torch.device, name: str) -> None:
