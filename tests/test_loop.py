@@ -301,6 +301,14 @@ def test_a_partial_batch_ends_each_epoch():
     assert np.sum([n for _, n in spans]) == 100
 
 
+@pytest.mark.parametrize("count", [97, 98, 100, 128, 3])
+@pytest.mark.parametrize("partial", [False, True])
+def test_the_images_of_steps_are_those_of_their_batches(count, partial):
+    plan = StepPlan(count, 16, 2, partial=partial)
+    for first, end in ((0, 0), (0, 9), (2, 5), (4, 13)):
+        assert plan.images_in(first, end) == sum(n for _, n in plan.spans(0, first, end))
+
+
 def test_the_average_is_of_every_weight_also_once_it_is_scored():
     """`to` copies weights of (N, 1, 1, 1) each time, and the average knows them by their place."""
     depthwise = nn.Sequential(

@@ -104,7 +104,7 @@ def run_facts(
         "epochs": t.total / t.steps_an_epoch,
         "seconds": t.seconds,
         "waited": t.waited / max(t.seconds, 1e-9),
-        "images_a_second": t.total * t.images_a_step / max(t.seconds, 1e-9),
+        "images_a_second": t.steps.images_in(0, t.total) / max(t.seconds, 1e-9),
         "best": best,
         "selected": selected(plan, trainer, best),
         "warnings": list(table.warnings),

@@ -318,7 +318,8 @@ def loss_weights(table: ImageTable, recipe: Recipe) -> Tensor | None:
         return None
     if recipe.class_weights == "balanced":
         counts = np.bincount(table.labels, minlength=len(table.classes))
-        weights = len(table) / (len(table.classes) * np.maximum(counts, 1))
+        # 0 for a class without images, which label smoothing would count as the rarest
+        weights = np.where(counts, len(table) / (len(counts) * np.maximum(counts, 1)), 0.0)
     else:
         weights = parse_weights(recipe.class_weights, table.classes, "class_weights")
     return torch.from_numpy(weights).float()

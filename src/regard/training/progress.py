@@ -72,7 +72,8 @@ class Display:
         done = t.step - self.first
         seconds = max(1e-9, time.monotonic() - self.started)
         left = seconds / max(1, done) * (t.total - t.step)
-        return done * t.images_a_step / seconds, t.waited / max(1e-9, t.seconds), left
+        images = t.steps.images_in(self.first, t.step)
+        return images / seconds, t.waited / max(1e-9, t.seconds), left
 
     def epoch(self, step: int) -> str:
         """Such as "epoch 3/15": the one that a step is in, counted from 1."""

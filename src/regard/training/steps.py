@@ -60,6 +60,19 @@ class StepPlan:
         """Steps of that many epochs, at least one."""
         return max(1, math.ceil(epochs * self.an_epoch - 1e-6))  # 0.07 * 100 exceeds 7
 
+    def images_in(self, first: int, end: int) -> int:
+        """Images of the steps from `first` to before `end`; those that end an epoch may be less."""
+        if not self._ends_epochs:
+            return (end - first) * self.images
+        an_epoch = int(self.an_epoch)
+        whole = min(self.count, an_epoch * self.images)
+
+        def before(step: int) -> int:
+            epochs, k = divmod(step, an_epoch)
+            return epochs * whole + k * self.images
+
+        return before(end) - before(first)
+
     def positions(self, step: int) -> tuple[int, int]:
         """The first position of a step (from 0), and how many it takes."""
         if not self._ends_epochs:
