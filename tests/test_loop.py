@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -299,6 +300,17 @@ def test_a_partial_batch_ends_each_epoch():
     assert list(spans) == [(64, 32), (96, 4), (100, 32), (132, 32)]
     assert list(spans[1:3]) == [(96, 4), (100, 32)]
     assert np.sum([n for _, n in spans]) == 100
+
+
+@pytest.mark.parametrize(("count", "batch"), [(20, 3), (111, 100), (272, 100), (96, 7)])
+@pytest.mark.parametrize("every", ["0.2", "0.3", "1", "2"])
+def test_evaluations_are_due_with_the_step_that_ends_their_part(count, batch, every):
+    run = SimpleNamespace(
+        recipe=Recipe(eval_every=float(every)), steps_an_epoch=count / batch, total=1000
+    )
+    exact = Fraction(count, batch) * Fraction(every)
+    for step in range(1, 300):
+        assert Trainer.epoch_ends(run, step) == (step // exact > (step - 1) // exact), step
 
 
 @pytest.mark.parametrize("count", [97, 98, 100, 128, 3])
