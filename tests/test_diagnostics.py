@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
@@ -145,6 +145,18 @@ def test_calibration_slope_is_scikit_learns_and_finds_a_distortion():
     assert good["calibration_intercept"].low < 0 < good["calibration_intercept"].high
     apart = diagnose(hard([0, 0, 1, 1], [0, 0, 1, 1], 2), positive="c1", resamples=20)
     assert math.isnan(apart.one_class.metrics["calibration_slope"].value)
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(2.0, 0.3), (-2.5, 0.3), (2.0, 0.0), (0.0, 9.0)])
+def test_calibration_in_the_large_is_where_the_mean_is_the_share(mean, deviation):
+    """Far from the start a step of Newton's method goes beyond the maximum."""
+    logit = np.random.default_rng(0).normal(mean, deviation, 200)
+    p = 1 / (1 + np.exp(-logit))
+    labels = (np.arange(200) % 5 < 2).astype(int)
+    found = calibration_line(Predictions(np.stack([1 - p, p], 1), labels, ["well", "ill"]), "ill")
+    root = optimize.brentq(lambda a: (1 / (1 + np.exp(-(logit + a)))).mean() - 0.4, -30, 30)
+    assert found["calibration_intercept"].value == pytest.approx(root, abs=1e-5)
+    assert math.isnan(found["calibration_slope"].value) == (deviation == 0)
 
 
 @pytest.mark.parametrize("size", [1, 4])

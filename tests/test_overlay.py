@@ -133,6 +133,12 @@ def test_a_strip_far_wider_than_its_input_needs_no_square_of_its_width():
     assert placed[:, 10_000].max() == 0
 
 
+def test_a_box_within_one_pixel_marks_that_pixel():
+    for low, high in ((4.6, 4.9), (4.1, 4.4), (9.6, 9.9), (0.1, 0.2)):
+        placed = laid(np.ones((7, 7)), (10, 10), box=(low, 0, high, 10))
+        assert np.flatnonzero(placed[0]).tolist() == [int(low)]
+
+
 def test_the_image_is_seen_under_the_strongest_attention():
     image = np.array([[0, 255], [255, 0]], np.uint8)
     picture = overlay(image, np.ones((1, 1)), limits=(0.0, 1.0)).astype(int)

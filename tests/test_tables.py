@@ -251,7 +251,7 @@ def test_hugging_face_rows_without_label_or_image_are_left_out(tmp_path, monkeyp
 
     train, test, unlabeled = rows(0, None, 1, -1), rows(1, 1, 0), rows(-1, -1)
     test.rows[1]["image"] = None
-    module.load_dataset = lambda source: {"train": train, "test": test, "validation": unlabeled}
+    module.load_dataset = lambda *_: {"train": train, "test": test, "validation": unlabeled}
     monkeypatch.setitem(sys.modules, "datasets", module)
     table = open_data("hf:pets", root=tmp_path)
     assert table.labels.tolist() == [0, 1, 1, 0]
@@ -265,6 +265,6 @@ def test_hugging_face_rows_without_label_or_image_are_left_out(tmp_path, monkeyp
         )
     )  # fmt: skip
     assert all(os.path.exists(path) for path in table.files)
-    module.load_dataset = lambda source: {"train": rows(None, -1)}
+    module.load_dataset = lambda *_: {"train": rows(None, -1)}
     with pytest.raises(ValueError, match="no image with a label"):
         open_data("hf:pets", root=tmp_path)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -264,17 +265,24 @@ def own_maps(model: nn.Module, x: Tensor, reduce: Reduce = "mean") -> dict[str, 
     return {name: torch.stack(each) for name, each in by_name.items()}
 
 
-_ONE_AT_A_TIME = threading.RLock()  # modes belong to a network, not to the thread that sets them
+_LOCKS: "WeakKeyDictionary[nn.Module, Any]" = WeakKeyDictionary()
+_LOCKING = threading.Lock()
+
+
+def _lock_of(model: nn.Module) -> Any:
+    """The network's own lock: modes belong to a network, not to the thread that sets them."""
+    with _LOCKING:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The network in evaluation mode and without gradient checkpointing while the block runs.
 
-    Every submodule's own mode is restored, also after an exception. One thread runs such a block
-    at a time.
+    Every submodule's own mode is restored, also after an exception. Of one network one thread runs
+    such a block at a time.
     """
-    with _ONE_AT_A_TIME:
+    with _lock_of(model):
         modes = [(m, m.training) for m in model.modules()]
         checkpointed = [
             m for m in model.modules() if getattr(m, "grad_checkpointing", False) is True

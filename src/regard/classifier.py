@@ -31,7 +31,7 @@ class Classifier(Predictor):
             A `regard.Explanation`: classes, maps, figure(), overlay(name), save_figure, save_npz.
 
         Raises:
-            ImageError: it can't be read.
+            ImageError: it can't be read, or has no finite answer.
             UsageError: an option is not among its choices.
         """
         from regard.explanations.explanation import explain  # it draws: matplotlib is slow to load

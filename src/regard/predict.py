@@ -224,7 +224,8 @@ class Classifier:
         Raises:
             UsageError: the network has none.
         """
-        return self._recorded(self.answers, images)[1]
+        with torch.no_grad():
+            return self._recorded(self._logits, images)[1]
 
     def predict(
         self, images: ImageSource | Iterable[ImageSource], top: int = 5

@@ -157,6 +157,8 @@ def own_data(run: Path, plan: dict[str, Any], root: str | Path | None = None) ->
         there = os.path.exists(location) or kind == "wds:"  # which is a pattern
         given = data.removeprefix(kind)
         given, configuration = name_and_configuration(given) if kind == "hf:" else (given, None)
+        if configuration is not None and location.endswith(f":{configuration}"):
+            configuration = None  # a folder with a colon in its name
         path = location if there else given
         if kind != "wds:" and not os.path.exists(os.path.expanduser(path)):
             raise UsageError(

@@ -69,16 +69,15 @@ def name_and_configuration(source: str) -> tuple[str, str | None]:
     drive = len(name) == 1  # of a path on Windows
     if not colon or not name or drive or os.path.exists(os.path.expanduser(source)):
         return source, None
-    return name, configuration
+    return name, configuration or None
 
 
 def _load(name: str, source: str, configuration: str | None) -> Mapping[str, Any]:
     """The splits, by name."""
     import datasets
 
-    one, several = (  # splits that `save_to_disk` wrote
-        os.path.isfile(os.path.join(source, file)) for file in ("state.json", "dataset_dict.json")
-    )
+    one = os.path.isfile(os.path.join(source, "state.json"))  # split that `save_to_disk` wrote
+    several = os.path.isfile(os.path.join(source, "dataset_dict.json"))
     if configuration is not None and (one or several):
         raise UsageError(f"{name}: what save_to_disk wrote has no configuration {configuration!r}")
     try:

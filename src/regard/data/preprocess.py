@@ -178,8 +178,8 @@ class Preprocess:
 
     def _resizes_first(self, height: int, width: int) -> bool:
         """Whether an image is resized as a whole, and then cut."""
-        short = max(height, width) <= LONGEST * min(height, width)
-        return self.resize_first and self.resize == "crop" and short
+        is_strip = max(height, width) > LONGEST * min(height, width)
+        return self.resize_first and self.resize == "crop" and not is_strip
 
     def _resize_and_crop(self, image: Tensor) -> Tensor:
         """(C, H, W) -> (C, *size): torchvision's Resize of the side that limits, CenterCrop."""

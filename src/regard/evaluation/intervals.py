@@ -125,7 +125,7 @@ def unbounded(
 
     Args:
         value: the estimate.
-        drawn: (resamples,) finite samples.
+        drawn: (resamples,) samples; those that are not finite are left out.
         confidence: between 0 and 1.
         n_units: independent units, at least 2.
         rarer: those of the rarer of two kinds on which the number depends, at least 2: a
@@ -133,10 +133,11 @@ def unbounded(
     """
     from scipy.stats import t
 
+    drawn = drawn[np.isfinite(drawn)]
     if drawn.size < 2:
         return Estimate(value, NAN, NAN)
     interval = percentile(value, drawn, confidence, n_units, rarer)
-    half = float(t.ppf((1 + confidence) / 2, n_units - 1)) * _error(drawn, rarer or n_units)
+    half = float(t.ppf((1 + confidence) / 2, n_units - 1)) * standard_error(drawn, rarer or n_units)
     return Estimate(value, min(interval.low, value - half), max(interval.high, value + half))
 
 
@@ -154,7 +155,7 @@ def bootstrap_test(
     interval = unbounded(value, drawn, confidence, n_units, rarer)
     rarer = rarer or n_units
     share = _share_below(np.sort(drawn if value > 0 else -drawn))
-    sizes = abs(value) / _error(drawn, rarer), -norm.ppf(min(share, 0.5)) / _scale(rarer)
+    sizes = abs(value) / standard_error(drawn, rarer), -norm.ppf(min(share, 0.5)) / _scale(rarer)
     return interval, 2 * float(t.sf(min(sizes), n_units - 1))
 
 
@@ -172,7 +173,7 @@ def _scale(n_units: int) -> float:
     return math.sqrt(n_units / (n_units - 1))
 
 
-def _error(drawn: Floats, n_units: int) -> float:
+def standard_error(drawn: Floats, n_units: int) -> float:
     """The standard error by (resamples,) samples of so many units."""
     return float(drawn.std(ddof=1)) * _scale(n_units)
 

@@ -23,8 +23,8 @@ Their intervals:
   wider, at each end, of these and of Student's t. A class without images in a sample has the
   values there that it has of all images.
 - With groups these shares have Wilson's interval for images in groups
-  (`regard.evaluation.intervals.share_of_groups`), and the others expanded percentiles of samples
-  of whole groups (cluster bootstrap). docs/evaluation.md has the coverage of all.
+  (`regard.evaluation.intervals.share_of_groups`), and the others those of samples of whole groups
+  (cluster bootstrap). docs/evaluation.md has the coverage of all.
 - ece is biased upward: its interval allows for that, and reaches 0 for a calibrated network
   (see `regard.evaluation.intervals.calibration_interval`).
 - Where all or no images are correct the resamples do not vary. The interval is then Wilson's,

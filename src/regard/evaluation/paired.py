@@ -33,6 +33,7 @@ from regard.evaluation.intervals import (
     draws,
     finite_or_none,
     reach_of_none,
+    standard_error,
 )
 from regard.evaluation.metrics import ClassificationStatistics
 from regard.evaluation.predictions import Floats, Ints, Predictions, rarer_units, units_of
@@ -260,15 +261,13 @@ def _by_bootstrap(
         nothing = Estimate(value, NAN, NAN)
         return MetricComparison(name, n, a, b, nothing, NAN, NAN, NAN, "none", confidence)
     test, largest = "paired bootstrap", _LARGEST.get(name.rpartition("/")[2], 1.0)
-    error = float(drawn.std(ddof=1))
-    if error < 1e-12:  # but for rounding no resample differs, though other images might
+    if drawn.std() < 1e-12:  # but for rounding no resample differs, though other images might
         reach = reach_of_none(rarer, confidence) if math.isfinite(largest) else NAN
         interval, p = Estimate(value, value - reach, value + reach), 1.0 if value == 0 else NAN
         detectable = reach
     else:
         interval, p = bootstrap_test(value, drawn, confidence, n_units, rarer)
-        # the bootstrap's standard error is that of `rarer` units instead of one less
-        error *= math.sqrt(rarer / (rarer - 1))
+        error = standard_error(drawn, rarer)
         detectable = detectable_factor(n_units - 1, confidence) * error
         detectable = detectable if detectable <= largest else math.inf
     low, high = max(interval.low, -largest), min(interval.high, largest)

@@ -10,7 +10,7 @@ from regard.evaluation.intervals import NAN, Estimate, share_of_groups, wilson_i
 from regard.evaluation.predictions import BINS, Floats, Ints, Predictions, rarer_units, units_of
 from regard.evaluation.statistics import class_index
 
-_STEPS, _TOLERANCE = 50, 1e-10  # of Newton's method
+_STEPS, _TOLERANCE = 50, 1e-7  # of Newton's method
 
 
 def calibration_line(
@@ -22,9 +22,10 @@ def calibration_line(
         below 1 is overconfident.
     calibration_intercept: a where b is 1 (calibration in the large); 0 is ideal, below 0 is
         probabilities that are too high.
-    Both are NaN where the class is separated perfectly, or is absent. Their intervals are
-    Student's t with the robust standard errors of the images or groups (Liang & Zeger,
-    Biometrika 1986), and as many degrees of freedom as there are of the rarer kind, less one.
+    Both are NaN where the class is separated perfectly or has none or all of the images, and the
+    slope where all probabilities are alike. Their intervals are Student's t with the robust
+    standard errors of the images or groups (Liang & Zeger, Biometrika 1986), and as many degrees
+    of freedom as there are of the rarer kind, less one.
 
     Raises:
         UsageError: no such class.
@@ -62,8 +63,15 @@ def _students(value: float, error: float, units: int, confidence: float) -> Esti
 def _logistic(x: Floats, y: Floats, offset: Floats | float, unit: Ints) -> tuple[float, float]:
     """A logistic regression's first coefficient and its robust standard error.
 
-    NaN where the likelihood has no maximum.
+    NaN where the likelihood has no maximum, or not one alone.
     """
+
+    def likelihood(beta: Floats) -> float:
+        eta = np.clip(x @ beta + offset, -30, 30)
+        return float(y @ eta - np.logaddexp(0, eta).sum())
+
+    if np.linalg.matrix_rank(x) < x.shape[1]:
+        return NAN, NAN
     beta = np.zeros(x.shape[1])
     for _ in range(_STEPS):
         p = 1 / (1 + np.exp(-np.clip(x @ beta + offset, -30, 30)))
@@ -73,10 +81,13 @@ def _logistic(x: Floats, y: Floats, offset: Floats | float, unit: Ints) -> tuple
             step = np.linalg.solve(hessian, scores.sum(axis=0))
         except np.linalg.LinAlgError:
             break
-        beta = beta + np.clip(step, -5, 5)
+        largest, size = np.abs(step).max(), 1.0
+        while size > 1e-6 and likelihood(beta + size * step) < likelihood(beta):
+            size /= 2  # far from the maximum a step goes beyond it
+        beta = beta + size * step
         if np.abs(beta).max() > 100:  # separated
             break
-        if np.abs(step).max() < _TOLERANCE:
+        if largest < _TOLERANCE * (1 + np.abs(beta).max()):
             of_units = np.stack([np.bincount(unit, score) for score in scores.T], axis=1)
             moved = of_units @ np.linalg.inv(hessian)[0]  # by each unit
             n_units = len(moved)

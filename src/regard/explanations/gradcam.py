@@ -126,7 +126,7 @@ def _grid(tokens: Tensor, model: nn.Module, size: tuple[int, int]) -> tuple[int,
     this height and width.
     """
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    high, wide = patch if isinstance(patch, tuple) else (patch or 0,) * 2
+    high, wide = patch if isinstance(patch, tuple | list) else (patch or 0,) * 2
     prefixes = dict.fromkeys((getattr(model, "num_prefix_tokens", 0), 0, 1, 2))
     counts = [(prefix, tokens.shape[1] - prefix) for prefix in prefixes]
     for prefix, count in counts:

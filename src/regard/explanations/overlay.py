@@ -96,7 +96,7 @@ def has_few_cells(attention: ArrayLike) -> bool:
 
 def _covered(low: float, high: float, size: int, cells: int) -> tuple[slice, tuple[float, float]]:
     """The pixels of `size`, at least one, between `low` and `high`, and their part of the cells."""
-    first = min(max(round(low), 0), size - 1)
+    first = min(max(round(low), 0), math.ceil(high) - 1, size - 1)
     pixels = slice(first, max(min(round(high), size), first + 1))
     ends = [cells * (at - low) / (high - low) for at in (pixels.start, pixels.stop)]
     return pixels, (max(ends[0], 0.0), min(ends[1], float(cells)))

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,15 +205,19 @@ def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     return model, config
 
 
+_ONE_AT_A_TIME = threading.Lock()  # torch's default is the whole process's
+
+
 @contextlib.contextmanager
 def _float32_by_default() -> Iterator[None]:
     """Within, networks are made in float32, as they are saved, whatever torch's default is."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    with _ONE_AT_A_TIME:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def _check_has_weights(folder: Path) -> None:

@@ -10,7 +10,11 @@ const item = k => {
   const [name, truth, top, thumb] = data.listed[k];
   return { k, name, truth, top, thumb, said: top[0][0], p: top[0][1], right: top[0][0] === truth };
 };
-const percent = p => p > .999 && p < 1 ? "> 99.9\u00a0%" : p > 0 && p < .001 ? "< 0.1\u00a0%" : (100 * p).toFixed(1) + "\u00a0%";
+const percent = p => {
+  if (p > .999 && p < 1) return "> 99.9\u00a0%";
+  if (p > 0 && p < .001) return "< 0.1\u00a0%";
+  return (100 * p).toFixed(1) + "\u00a0%";
+};
 const make = (tag, text = "", name = "") => {
   const made = document.createElement(tag);
   if (text) made.textContent = text;

@@ -279,13 +279,16 @@ class _Sentences:
             return f"One {'image' if found.n_groups is None else 'group'} gives no intervals."
         grouped = self.source.predictions.groups is not None
         shares = " with the effective sample size of the groups" if grouped else ""
-        line = ""
+        calibration = ""
         if self.measured.diagnostics.one_class is not None:
-            line = "; for calibration slope and intercept Student's t with robust standard errors"
+            calibration = (
+                "; for calibration slope and intercept Student's t with robust standard errors"
+            )
         return (
             f"95 % intervals: Wilson's for shares{shares}, and for areas with the variance of 1000 "
-            f"bootstrap samples of {'whole groups' if grouped else 'images'}{line}; else these "
-            "samples' expanded percentiles, for the log-likelihood Student's t where it is wider."
+            f"bootstrap samples of {'whole groups' if grouped else 'images'}{calibration}; else "
+            "these samples' expanded percentiles, for the log-likelihood Student's t where that is "
+            "wider."
         )
 
     def _threshold(self) -> str:

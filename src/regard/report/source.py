@@ -180,7 +180,7 @@ class RunSource:
         """An evaluated image as `regard explain` explains it, with its true class and its mask.
 
         Raises:
-            ImageError: it can't be read.
+            ImageError: it can't be read, or has no finite answer.
         """
         pixels = self.pixels(i)
         assert self.found is not None

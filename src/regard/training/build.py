@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
+from regard.attention import evaluating
 from regard.data.loading import InMemoryLoader, SampleOrder, StreamingLoader
 from regard.data.workers import default_workers
 from regard.errors import UsageError
@@ -117,20 +118,19 @@ def jumped_over(model: nn.Module, input_size: Sequence[int]) -> str | None:
     In bf16 on CPUs (seen in torch 2.14, oneDNN) the gradient of its weights is partly memory that
     was never written.
     """
-    names, found = {m: name for name, m in model.named_modules()}, list[str]()
+    names = {m: name for name, m in model.named_modules()}
+    found: list[str] = []
 
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
         if args[0].shape[-1] < module.stride[-1]:  # type: ignore[index]
             found.append(names[module])
 
     hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, nn.Conv2d)]
-    training, parameter = model.training, next(model.parameters())
-    model.eval()
+    parameter = next(model.parameters())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             model(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return found[0] if found else None

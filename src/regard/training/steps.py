@@ -61,7 +61,7 @@ class StepPlan:
         return max(1, math.ceil(epochs * self.an_epoch - 1e-6))  # 0.07 * 100 exceeds 7
 
     def images_in(self, first: int, end: int) -> int:
-        """Images of the steps from `first` to before `end`; those that end an epoch may be less."""
+        """Images of the steps from `first` to before `end`; an epoch's last may have fewer."""
         if not self._ends_epochs:
             return (end - first) * self.images
         an_epoch = int(self.an_epoch)
