@@ -1,4 +1,4 @@
-"""How often two equal networks are said to differ, by simulation.
+"""How often tests claim a difference between two equal networks, by simulation.
 
     python benchmarks/false_differences.py [--repetitions 300] [--resamples 200]
 
@@ -39,11 +39,11 @@ def draw(n: int, group_size: int, seed: int) -> list[Predictions]:
     return both
 
 
-def told_apart(
+def false_positives(
     n: int, group_size: int, repetitions: int, resamples: int
 ) -> dict[str, tuple[float, int]]:
     """The share of tests with p <= 0.05, and how many there were, by metric."""
-    told: Counter[str] = Counter()
+    significant: Counter[str] = Counter()
     tests: Counter[str] = Counter()
     for seed in range(repetitions):
         a, b = draw(n, group_size, 5000 + seed)
@@ -52,8 +52,8 @@ def told_apart(
         for c in compare_metrics(a, b, positive="ill", resamples=resamples, seed=seed):
             if not np.isnan(c.p_value):
                 tests[c.metric] += 1
-                told[c.metric] += c.p_value <= 0.05
-    return {name: (told[name] / count, count) for name, count in tests.items()}
+                significant[c.metric] += c.p_value <= 0.05
+    return {name: (significant[name] / count, count) for name, count in tests.items()}
 
 
 def main() -> None:
@@ -64,10 +64,10 @@ def main() -> None:
     options = parser.parse_args()
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["images", "per_patient", "metric", "told_apart", "tests"])
+        writer.writerow(["images", "per_patient", "metric", "false_positives", "tests"])
         for n, group_size in DESIGNS:
-            found = told_apart(n, group_size, options.repetitions, options.resamples)
-            for name, (share, count) in found.items():
+            rates = false_positives(n, group_size, options.repetitions, options.resamples)
+            for name, (share, count) in rates.items():
                 row = [n, group_size, name, f"{share:.3f}", count]
                 writer.writerow(row)
                 print(*row)

@@ -366,7 +366,7 @@ def load(
     )
 
 
-@torch.inference_mode(False)  # its parameters must do for Grad-CAM, whoever loads it
+@torch.inference_mode(False)  # parameters made in it would have no gradients for Grad-CAM
 def load_as(
     kind: type[Kind],
     folder: str | Path,
