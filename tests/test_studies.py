@@ -568,6 +568,29 @@ def test_a_training_says_how_far_it_is_to_who_started_it(tmp_path, monkeypatch):
     display.step(0.5)  # a file that can't be written ends no training
 
 
+def test_a_training_shows_its_speed_without_evaluations_and_its_time_with_them(caplog, monkeypatch):
+    from regard.training import progress
+    from regard.training.steps import StepPlan
+
+    caplog.set_level("INFO", "regard")
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    trainer = SimpleNamespace(
+        step=10, total=50, steps_an_epoch=10, seconds=20.0, waited=2.0,
+        steps=StepPlan(count=40, batch=4),
+    )  # fmt: skip
+    row = {"loss": 1.0, "accuracy": 0.5}
+    with progress.Display(trainer, SimpleNamespace(close=list, log=lambda *_: None)) as display:
+        now[0] += 7.0  # resumed, it evaluates first
+        display.evaluated(row)
+        now[0] += 13.0
+        trainer.step, trainer.seconds = 20, 25.0
+        display.evaluated(row)
+    before, after = (record.getMessage() for record in caplog.records)
+    assert before.endswith("2 images/s  10% waiting  1 min 20 s left")  # 40 steps of 2 s
+    assert after.endswith("8 images/s  8% waiting  1 min 0 s left")  # 10 steps in 20 s, 5 of them
+
+
 def test_the_display_has_runs_failures_time_left_and_the_table(tmp_path, trainer, caplog):
     from rich.console import Console
 

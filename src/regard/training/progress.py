@@ -36,6 +36,7 @@ class Display:
         self.started: float = time.monotonic()
         self.shown: float = self.started
         self.first: int = self.trainer.step
+        self.seconds_before: float = self.trainer.seconds
         if self.trackers is None:
             return self
         self.noted: float = self.started
@@ -67,13 +68,19 @@ class Display:
             self.trackers.close()
 
     def _rates(self) -> tuple[float, float, float]:
-        """Images a second, share of waiting, seconds left."""
+        """Images a second in training, share of waiting, seconds left.
+
+        Evaluations count only for the time left. A resumed run goes by what it did before,
+        until it has done a step.
+        """
         t = self.trainer
-        done = t.step - self.first
-        seconds = max(1e-9, time.monotonic() - self.started)
-        left = seconds / max(1, done) * (t.total - t.step)
-        images = t.steps.images_in(self.first, t.step)
-        return images / seconds, t.waited / max(1e-9, t.seconds), left
+        first, seconds, passed = 0, t.seconds, t.seconds
+        if t.step > self.first:
+            first, seconds = self.first, t.seconds - self.seconds_before
+            passed = time.monotonic() - self.started
+        speed = t.steps.images_in(first, t.step) / max(1e-9, seconds)
+        left = passed / max(1, t.step - first) * (t.total - t.step)
+        return speed, t.waited / max(1e-9, t.seconds), left
 
     def epoch(self, step: int) -> str:
         """Such as "epoch 3/15": the one that a step is in, counted from 1."""
