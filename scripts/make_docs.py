@@ -112,7 +112,8 @@ def commands_page() -> str:
 
 def recipes_page() -> str:
     """Every field of a recipe, and every shipped recipe."""
-    from regard.training.config import Recipe, fields_of, shipped, summary
+    from regard.training.config import Recipe, fields_of
+    from regard.training.recipe_files import shipped, summary
 
     types = get_type_hints(Recipe)
     intro = "A recipe is a TOML file; each value is also a flag of `regard train`."

@@ -19,7 +19,7 @@ from regard.models.create import load_weights, make_model
 from regard.models.io import save_model
 from regard.runs import RunFolder
 from regard.training.build import jumped_over
-from regard.training.config import Recipe, load_recipe
+from regard.training.config import Recipe
 from regard.training.optim import rate_factor
 from regard.training.plan import (
     check_batch,
@@ -36,6 +36,7 @@ from regard.training.plan import (
     parse_weights,
     plain_twin,
 )
+from regard.training.recipe_files import load_recipe
 from regard.training.start import network_of
 from regard.training.steps import step_plan
 

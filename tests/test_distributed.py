@@ -20,8 +20,8 @@ from regard.data.loading import SampleOrder
 from regard.errors import UsageError
 from regard.run_data import predictions_of
 from regard.training import distributed
-from regard.training.config import load_recipe
 from regard.training.plan import image_weights
+from regard.training.recipe_files import load_recipe
 from regard.training.run import Run
 from tests.helpers import ENVIRONMENT, QUICK, dense, run, same_results
 

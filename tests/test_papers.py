@@ -6,7 +6,7 @@ import timm
 from regard.errors import UsageError
 from regard.models.arguments import arguments
 from regard.papers import PAPERS, load_table, parse_table, tables, train_command
-from regard.training.config import load_recipe
+from regard.training.recipe_files import load_recipe
 
 ROW = '[[rows]]\nname = "a"\nnetwork = "cbam_resnet18"\n'
 

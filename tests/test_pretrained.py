@@ -18,7 +18,8 @@ from regard.data.splits import assign_splits
 from regard.errors import FileError, UsageError
 from regard.models import hub
 from regard.models.create import make_model
-from regard.training.config import Recipe, load_recipe
+from regard.training.config import Recipe
+from regard.training.recipe_files import load_recipe
 from regard.training.start import choose_start
 from tests.helpers import QUICK, messages
 from tests.hub import Hub, point_at, seconds_of

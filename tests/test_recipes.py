@@ -16,14 +16,7 @@ import regard
 from regard.data.loading import Reader
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, open_data
-from regard.training.config import (
-    Recipe,
-    fields_of,
-    load_recipe,
-    parse_recipe,
-    recipe_toml,
-    shipped,
-)
+from regard.training.config import Recipe, fields_of
 from regard.training.optim import gate_and_head_parameters, make_optimizer, rate_factor
 from regard.training.plan import (
     choose_steps,
@@ -33,6 +26,7 @@ from regard.training.plan import (
     noisy_labels,
     parse_weights,
 )
+from regard.training.recipe_files import load_recipe, parse_recipe, recipe_toml, shipped
 from regard.training.steps import StepPlan, step_plan
 
 

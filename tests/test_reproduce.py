@@ -9,7 +9,7 @@ import timm
 
 import regard
 from regard.cli import run_command
-from regard.training.config import load_recipe
+from regard.training.recipe_files import load_recipe
 from tests.helpers import same_network
 
 SHORT = {"faithfulness_images": 0, "batch_size": 16, "epochs": 2, "val": 0.2, "test": 0.2}

@@ -10,9 +10,9 @@ import pytest
 from regard.data.preprocess import Preprocess
 from regard.evaluation import Predictions, evaluate
 from regard.runs import RunFolder
-from regard.training.config import load_recipe
 from regard.training.finish import accuracy_words
 from regard.training.model_card import write_model_card
+from regard.training.recipe_files import load_recipe
 from regard.training.run_plan import Plan
 from tests.helpers import QUICK, run
 

@@ -37,7 +37,7 @@ from regard.studies.plan import (
 from regard.studies.progress import Progress, Running
 from regard.studies.results import gather, to_dict, write_results
 from regard.studies.runner import is_finished, run_all
-from regard.training.config import load_recipe, recipe_toml
+from regard.training.recipe_files import load_recipe, recipe_toml
 
 TABLE = """
 title = "Gates on digits"

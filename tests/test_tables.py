@@ -14,7 +14,7 @@ from PIL import Image
 from regard.data.paths import PathList
 from regard.data.sources import as_known, open_data
 from regard.data.table import ImageTable, StackedArrays
-from regard.training.config import load_recipe
+from regard.training.recipe_files import load_recipe
 
 
 def manifest(folder, text, *, encoding="utf-8", name="list.csv"):

@@ -140,7 +140,7 @@ def _training(asked: _Asked, device: Any) -> list[dict[str, Any]]:
     import torch
 
     from regard.training.bench import USUAL, bench_training, trainable
-    from regard.training.config import load_recipe
+    from regard.training.recipe_files import load_recipe
 
     cases = trainable(asked.engines or USUAL, asked.precisions, device)
     results = []

@@ -14,7 +14,7 @@ def command(name: str | None = None) -> int:
     name
         Name of a recipe; its TOML file is printed, to start your own from.
     """
-    from regard.training.config import load_recipe, shipped, summary
+    from regard.training.recipe_files import load_recipe, shipped, summary
 
     texts = shipped()
     if name is None:

@@ -176,8 +176,8 @@ def _asked(table: "Table", data: str, train: TrainFlags, flags: Any) -> "dict[st
             is trained; or a flag is given for what a row sets.
     """
     from regard.commands.study_runs import Asked
-    from regard.training.config import load_recipe
     from regard.training.plan import choose_model
+    from regard.training.recipe_files import load_recipe
 
     given = {k: v for k, v in vars(flags).items() if v is not None}
     found = {}

@@ -16,8 +16,9 @@ from regard.errors import UsageError
 from regard.runs import RunFolder
 from regard.studies.facts import OF_THE_MACHINE, shown
 from regard.studies.plan import PlannedRun
-from regard.training.config import Recipe, fields_of, load_recipe
+from regard.training.config import Recipe, fields_of
 from regard.training.plan import choose_model, fit_schedule, is_scaled, plain_twin
+from regard.training.recipe_files import load_recipe
 from regard.training.start import full_name
 
 _FROM_DATA = ("in_chans", "img_size", "stem")  # arguments that a run chooses by its images

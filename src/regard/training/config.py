@@ -1,8 +1,7 @@
 """Training recipes: one dataclass, which TOML files and the flags of `regard train` fill.
 
 Each field's type holds its choices and its range: the command line and the reader of TOML
-files check against the same types. `regard recipes` lists the shipped recipes; the header of
-each file gives the source, the command, the hardware and what was measured.
+files check against the same types.
 """
 
 # ruff: noqa: RUF009 (`_field` is dataclasses.field with a help text)
@@ -10,11 +9,8 @@ each file gives the source, the command, the hardware and what was measured.
 import dataclasses
 import difflib
 import math
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter
@@ -312,8 +308,7 @@ class Recipe:
             UsageError: a name is unknown, a value has a wrong type or is out of range, or it is
                 not used beside the others.
         """
-        _check_names(changes, [f.name for f in dataclasses.fields(self)])
-        values = {k: _cast(k, v, _HINTS[k]) for k, v in changes.items()}
+        values = cast(changes, [f.name for f in dataclasses.fields(self)])
         given = {k for k, v in values.items() if v is not None}
         for one, other in (("epochs", "steps"), ("steps", "epochs")):
             if one in given:
@@ -408,15 +403,21 @@ def fields_of() -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(Recipe) if "help" in f.metadata]
 
 
-def _check_names(names: Iterable[str], known: list[str]) -> None:
-    for name in names:
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def cast(values: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """Values of TOML or Python as their fields' types.
+
+    Raises:
+        UsageError: a name is not among the `known`, or a value has another type.
+    """
+    for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
             raise UsageError(f"a recipe has no {name!r}; {hint}")
-
-
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return {name: _cast(name, value, _HINTS[name]) for name, value in values.items()}
 
 
 def _cast(name: str, value: Any, hint: Any) -> Any:
@@ -444,71 +445,3 @@ def _cast(name: str, value: Any, hint: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-# --------------------------------------------------------------------------- recipe files
-def shipped() -> dict[str, str]:
-    """The text of each shipped recipe's TOML file, by name."""
-    folder = resources.files("regard.training").joinpath("recipes")
-    names = sorted(p.name for p in folder.iterdir() if p.name.endswith(".toml"))
-    return {n.removesuffix(".toml"): folder.joinpath(n).read_text(encoding="utf-8") for n in names}
-
-
-def summary(text: str) -> str:
-    """The first line of a recipe's header."""
-    return text.splitlines()[0].lstrip("# ").strip()
-
-
-def load_recipe(name: str | Path = "quick") -> Recipe:
-    """A shipped recipe by name, or the one in a TOML file.
-
-    Raises:
-        UsageError: no recipe has this name, the file can't be read, or a key or value is wrong.
-    """
-    texts = shipped()
-    if str(name) in texts:
-        return parse_recipe(texts[str(name)], str(name))
-    path = Path(name)
-    if path.suffix != ".toml" and not path.is_file():
-        near = difflib.get_close_matches(str(name), texts, n=2)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(f"no recipe {str(name)!r}; {hint}choose {', '.join(texts)}, or a file")
-    try:
-        return parse_recipe(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: can't be read as a recipe ({error})") from error
-
-
-def parse_recipe(text: str, name: str) -> Recipe:
-    """The recipe in a TOML text; its [model] table holds the network's `name` and arguments.
-
-    Raises:
-        UsageError: the text is no TOML, or a key or value is wrong; the message starts with
-            `name`.
-    """
-    try:
-        values = tomllib.loads(text)
-        network = values.pop("model", {})
-        if not isinstance(network, dict) or not isinstance(network.get("name", ""), str):
-            raise UsageError(f"model={network!r}: a table, [model], with the network's name")
-        _check_names(values, [*(f.name for f in fields_of()), "model"])
-        cast = {key: _cast(key, value, _HINTS[key]) for key, value in values.items()}
-        return Recipe(model=network.pop("name", None), model_args=network, **cast)
-    except ValueError as error:  # TOMLDecodeError is one
-        raise UsageError(f"recipe {name}: {error}") from error
-
-
-def recipe_toml(recipe: Recipe, header: str = "") -> str:
-    """The recipe as TOML that `parse_recipe` reads back, every field written out."""
-    import tomli_w
-
-    values: dict[str, Any] = {
-        f.name: list(v) if isinstance(v, tuple) else v
-        for f in fields_of()
-        if (v := getattr(recipe, f.name)) is not None
-    }
-    network = {"name": recipe.model, **recipe.model_args}
-    network = {k: list(v) if isinstance(v, tuple) else v for k, v in network.items()}
-    values["model"] = {k: v for k, v in network.items() if v is not None}
-    comment = "".join(f"# {line}\n" for line in header.splitlines())
-    return comment + tomli_w.dumps(values)

@@ -32,7 +32,7 @@ from regard.runs import RunFolder
 from regard.training.build import build_loader, build_model, build_trainer
 from regard.training.checkpoint import Checkpoints
 from regard.training.compile import choose_compiled
-from regard.training.config import Recipe, load_recipe, recipe_toml
+from regard.training.config import Recipe
 from regard.training.distributed import (
     Ranks,
     Requests,
@@ -50,6 +50,7 @@ from regard.training.memory import fit_memory
 from regard.training.opening import Opened, Resume, open_run
 from regard.training.plan import check_batch, precision_note
 from regard.training.progress import Display
+from regard.training.recipe_files import load_recipe, recipe_toml
 from regard.training.run_plan import Plan, Request, accumulation_now
 from regard.training.scoring import Scorer
 from regard.training.signals import Signals

@@ -15,7 +15,7 @@ from regard.data.sources import NAMES, ImageTable, open_data
 from regard.errors import UsageError
 from regard.models._common import as_json
 from regard.runs import RunFolder
-from regard.training.config import Recipe, load_recipe
+from regard.training.config import Recipe
 from regard.training.plan import (
     choose_model,
     choose_preprocess,
@@ -26,6 +26,7 @@ from regard.training.plan import (
     own_recipe,
     plain_twin,
 )
+from regard.training.recipe_files import load_recipe
 from regard.training.start import Start, choose_start, full_name, network_of
 
 log: logging.Logger = logging.getLogger(__name__)
