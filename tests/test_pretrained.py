@@ -242,6 +242,30 @@ def test_a_run_decides_once_and_says_what_it_took(elsewhere, scans, tmp_path):  
     assert run_command([*call, "--resume", "--pretrained", "yes"]) == 2
 
 
+def test_a_recipes_values_for_random_weights_are_taken_for_those_alone(scans, tmp_path, capsys):
+    own = tmp_path / "own.toml"
+    own.write_text(
+        "batch_size = 16\nsteps = 2\npretrained = 'auto'\nlr = 0.05\n"
+        "[random_start]\noptimizer = 'muon'\nlr = 0.015\nweight_decay = 0.1\n"
+    )
+    calls = {
+        "random": [], "loaded": ["--weights", tmp_path / "random"], "by-hand": ["--lr", "0.02"],
+    }  # fmt: skip
+    for name, more in calls.items():
+        call = ["train", scans, *QUICK, "--recipe", own, "--out", tmp_path / name, *more]
+        assert run_command([*map(str, call)]) == 0
+        assert run_command([*map(str, call), "--resume"]) == 0  # the same call is the same run
+    trained = {name: load_recipe(tmp_path / name / "recipe.toml") for name in calls}
+    values = {name: (r.optimizer, r.lr, r.random_start) for name, r in trained.items()}
+    assert values == {
+        "random": ("muon", 0.015, {}), "loaded": ("sgd", 0.05, {}), "by-hand": ("sgd", 0.02, {}),
+    }  # fmt: skip
+    call = ["train", scans, *QUICK, "--recipe", own, "--out", tmp_path / "by-hand", "--resume"]
+    capsys.readouterr()
+    assert run_command([*map(str, call)]) == 2
+    assert "was started with" in capsys.readouterr().err
+
+
 def test_weights_that_come_with_regard_are_recorded_by_their_tag(scans, tmp_path, capsys):
     options = ["--weights", "ag_sononet8", "--size", "16", "--steps", "1", "--channels", "1"]
     call = ["train", str(scans), *options, "--out", str(tmp_path / "r")]

@@ -1,6 +1,7 @@
 """Recipes: the papers' numbers, step by step; round trips; and errors for people."""
 
 import csv
+import dataclasses
 import math
 import re
 import shlex
@@ -16,6 +17,7 @@ import regard
 from regard.data.loading import Reader
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, open_data
+from regard.errors import UsageError
 from regard.training.config import Recipe, fields_of
 from regard.training.optim import gate_and_head_parameters, make_optimizer, rate_factor
 from regard.training.plan import (
@@ -220,6 +222,55 @@ def test_a_value_replaces_what_excludes_it():
     ):
         with pytest.raises(ValueError, match=message):
             recipe.changed(**values)
+
+
+STARTS = """
+lr = 0.05
+random_crop = "shift"
+[random_start]
+optimizer = "muon"
+lr = 0.015
+crop_scale = [0.35, 1]
+random_crop = "resized"
+"""
+
+
+def test_a_recipe_can_have_other_values_for_random_weights():
+    recipe = parse_recipe(STARTS, "mine")
+    assert parse_recipe(recipe_toml(recipe), "again") == recipe
+    assert (recipe.optimizer, recipe.lr) == ("sgd", 0.05)
+    random = recipe.for_start(random=True)
+    assert (random.optimizer, random.lr, random.momentum) == ("muon", 0.015, recipe.momentum)
+    assert (random.random_crop, random.crop_scale) == ("resized", (0.35, 1.0))
+    loaded = recipe.for_start(random=False)
+    assert loaded == dataclasses.replace(recipe, random_start={})
+    # one of them set by hand: the others would be another optimizer's
+    assert recipe.changed(lr=0.1).for_start(random=True, given=["lr"]) == loaded.changed(lr=0.1)
+    other = recipe.changed(flip=0.0).for_start(random=True, given=["flip"])
+    assert (other.optimizer, other.flip) == ("muon", 0.0)
+    for one in (random, loaded):
+        assert one.random_start == {}
+        assert "random_start" not in recipe_toml(one)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("size = 64", "random_start has 'size'; it can have optimizer, lr, "),
+        ("pretrained = 'no'", "random_start has 'pretrained'"),
+        ("learning_rate = 1", "random_start has 'learning_rate'"),
+        ("lr = 'fast'", "lr='fast': a number is needed"),
+        ("lr = -1", "lr=-1.0: must be >= 0"),
+        ("optimizer = 'lion'", "optimizer='lion': choose one of sgd, adamw, muon"),
+        ("crop_scale = [0.5, 1.0]", "crop_scale=.*not used with random_crop=shift"),
+    ],
+)
+def test_what_random_start_can_not_have(table, message):
+    text = f"random_crop = 'shift'\n[random_start]\n{table}"
+    with pytest.raises(UsageError, match=f"recipe mine: {message}"):
+        parse_recipe(text, "mine")
+    with pytest.raises(UsageError, match="recipe mine: random_start=3: a table"):
+        parse_recipe("random_start = 3", "mine")
 
 
 def test_a_size_is_height_and_width():

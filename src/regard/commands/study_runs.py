@@ -78,7 +78,8 @@ def _differences(run: PlannedRun, asked: Asked) -> Iterator[_Difference]:
     plan, stored = folder.read_plan(), load_recipe(run.folder / "recipe.toml")
     words = run.command
     fold = {"fold": words[words.index("--fold") + 1]} if "--fold" in words else {}
-    wanted = asked.base.changed(**asked.changes, **fold)
+    random = not plan.get("pretrained") and plan.get("weights") is None
+    wanted = asked.base.changed(**asked.changes, **fold).for_start(random, given=asked.changes)
     if not _same_data(plan, asked.data):
         yield "data", plan.get("location") or plan["data"], _place(asked.data)
     if asked.data in NAMES and plan.get("root") != asked.root:

@@ -9,7 +9,7 @@ files check against the same types.
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -46,6 +46,8 @@ class Recipe:
     Attributes:
         size: (height, width); one number is taken for both.
         model, model_args: the network and its arguments, a TOML file's [model] table.
+        random_start: other values where the weights start at random, its [random_start] table;
+            `for_start` puts them in.
 
     Raises:
         UsageError: a value is not among its choices, out of range, or unused beside the others.
@@ -266,8 +268,10 @@ class Recipe:
     # of the network, not flags
     model: str | None = None
     model_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    random_start: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "random_start", _checked_table(self.random_start))
         for f in fields_of():
             _check(f.name, getattr(self, f.name), _HINTS[f.name])
         if self.size is not None:
@@ -297,6 +301,18 @@ class Recipe:
 
         names = [f.name for f in dataclasses.fields(Augmentation)]
         return Augmentation(**{name: getattr(self, name) for name in names})
+
+    def for_start(self, random: bool, given: Collection[str] = ()) -> "Recipe":
+        """The recipe of a run whose weights start at random, or not; it has no table any more.
+
+        Args:
+            random: whether they do.
+            given: names of values that the user has set. The table's values belong together:
+                where one of them is among these, none is taken.
+        """
+        taken = random and not {*given} & {*self.random_start}
+        values = dict(self.random_start) if taken else {}
+        return dataclasses.replace(self, random_start={}).changed(**values)
 
     def changed(self, **changes: Any) -> "Recipe":
         """The recipe with other values; lists are taken for tuples.
@@ -373,6 +389,22 @@ def _check(name: str, value: Any, hint: Any) -> None:
                 shown = ", ".join(map(str, value)) if isinstance(value, tuple) else value
                 reason = str(error).rstrip(".")
                 raise UsageError(f"{name}={shown}: {reason[0].lower()}{reason[1:]}") from None
+
+
+def _checked_table(values: Any) -> dict[str, Any]:
+    """The values of `random_start` as their fields' types.
+
+    Raises:
+        UsageError: it is no table, or has what is decided before the start is.
+    """
+    if not isinstance(values, Mapping):
+        raise UsageError(f"random_start={values!r}: a table of a recipe's values")
+    groups = ("Optimizer", "Loss", "Augmentation")
+    known = [f.name for f in fields_of() if f.metadata["group"] in groups]
+    for name in values:
+        if name not in known:
+            raise UsageError(f"random_start has {name!r}; it can have {', '.join(known)}")
+    return cast(values, known)
 
 
 def _check_together(recipe: Recipe) -> None:

@@ -58,8 +58,14 @@ def parse_recipe(text: str, name: str) -> Recipe:
         network = values.pop("model", {})
         if not isinstance(network, dict) or not isinstance(network.get("name", ""), str):
             raise UsageError(f"model={network!r}: a table, [model], with the network's name")
-        known = [*(f.name for f in fields_of()), "model"]
-        return Recipe(model=network.pop("name", None), model_args=network, **cast(values, known))
+        table = values.pop("random_start", {})
+        known = [*(f.name for f in fields_of()), "model", "random_start"]
+        recipe = Recipe(
+            model=network.pop("name", None), model_args=network, random_start=table,
+            **cast(values, known),
+        )  # fmt: skip
+        recipe.for_start(random=True)  # raises where the table doesn't fit the rest
+        return recipe
     except ValueError as error:  # TOMLDecodeError is one
         raise UsageError(f"recipe {name}: {error}") from error
 
@@ -76,5 +82,8 @@ def recipe_toml(recipe: Recipe, header: str = "") -> str:
     network = {"name": recipe.model, **recipe.model_args}
     network = {k: list(v) if isinstance(v, tuple) else v for k, v in network.items()}
     values["model"] = {k: v for k, v in network.items() if v is not None}
+    if recipe.random_start:
+        table = recipe.random_start.items()
+        values["random_start"] = {k: list(v) if isinstance(v, tuple) else v for k, v in table}
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     return comment + tomli_w.dumps(values)

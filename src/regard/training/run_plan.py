@@ -133,6 +133,7 @@ def new_plan(
         weights=asked.weights,
     )  # fmt: skip
     recipe = recipe.changed(pretrained="yes" if start.pretrained else "no")
+    recipe = recipe.for_start(start.random, given=asked.changes)
     images = int(np.count_nonzero(table.splits == "train"))
     recipe = own_recipe(recipe, name, arguments, preprocess)
     recipe = fit_schedule(recipe, asked.base, asked.changes, images, processes)
@@ -152,7 +153,9 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
     stored, recipe = folder.read_plan(), load_recipe(folder.path / "recipe.toml")
     given = dict(asked.changes)
     if asked.has_recipe:
-        given = {f.name: getattr(asked.recipe, f.name) for f in dataclasses.fields(Recipe)}
+        random = not stored["pretrained"] and stored["weights"] is None
+        wanted = asked.recipe.for_start(random, given=asked.changes)
+        given = {f.name: getattr(wanted, f.name) for f in dataclasses.fields(Recipe)}
     model = asked.model or stored["model"]
     if plain_twin(model) == stored["model"]:  # what choose_stem made of it
         model = stored["model"]

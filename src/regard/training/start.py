@@ -49,6 +49,11 @@ class Start:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
+    @property
+    def random(self) -> bool:
+        """Whether no weights are loaded at all."""
+        return not self.pretrained and self.weights is None
+
     def prepare(self, preprocess: Preprocess) -> Preprocess:
         """The preprocessing with what the weights were trained with, if it has as many channels."""
         channels, mean, std = preprocess.input_size[0], self.mean, self.std
