@@ -327,6 +327,8 @@ def test_weights_of_classes_are_read():
     read = parse_weights("a=2, c=d=0.5,", CLASSES, "x")
     assert read.tolist() == [2, 1, 0.5]
     assert parse_weights("", CLASSES, "x").tolist() == [1, 1, 1]
+    named = ["cat", "drake, male", "x,y", ""]
+    assert parse_weights("drake, male=2, cat=0.5,x,y=3", named, "x").tolist() == [0.5, 2, 3, 1]
 
 
 @pytest.mark.parametrize(
@@ -335,6 +337,7 @@ def test_weights_of_classes_are_read():
         ("cat=1", r"x: 'cat=1' .*with one of a, b, c=d"),
         ("a", r"x: 'a' "),
         ("a=1,b=heavy", r"x: 'b=heavy' "),
+        ("a=1,cat=2,b=3", r"x: 'cat=2,b=3' .*with one of a, b, c=d"),
         ("a=-1", r"x=a=-1: .*at least 0"),
         ("a=nan", "finite"),
         ("a=inf", "finite"),

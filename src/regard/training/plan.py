@@ -278,15 +278,20 @@ def parse_weights(text: str, classes: list[str], name: str) -> NDArray[np.float6
             starts with `name`.
     """
     weights = np.ones(len(classes))
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    part = ""
+    for piece in text.split(","):
+        part = f"{part},{piece}".strip(", ")
         label, equals, value = part.rpartition("=")
-        if not equals or label not in classes:
-            known = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
-            raise UsageError(f"{name}: {part!r} is not CLASS=WEIGHT with one of {known}")
+        if not equals or label not in classes:  # a class has a comma, or there is no such class
+            continue
         try:
             weights[classes.index(label)] = float(value)
         except ValueError:
             raise UsageError(f"{name}: {part!r} has no number as weight") from None
+        part = ""
+    if part:
+        known = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
+        raise UsageError(f"{name}: {part!r} is not CLASS=WEIGHT with one of {known}")
     if not (weights >= 0).all() or not np.isfinite(weights).all() or not weights.any():
         raise UsageError(f"{name}={text}: weights must be finite, at least 0, and not all 0")
     return weights
