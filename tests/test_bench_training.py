@@ -38,7 +38,7 @@ def test_the_command_prints_every_network_with_its_ratio_to_the_plain_twin(capsy
     content = json.loads(capsys.readouterr().out)
     (result,) = content["results"]
     assert [e["network"] for e in result["engines"]] == ["resnet18", "cbam_resnet18"]
-    assert (result["batch"], result["recipe"]) == (4, "quick")
+    assert (result["batch"], result["recipe"], result["optimizer"]) == (4, "quick", "sgd")
 
 
 def test_a_step_is_the_recipes_and_moves_weights_and_average():

@@ -143,14 +143,18 @@ def _training(asked: _Asked, device: Any) -> list[dict[str, Any]]:
     from regard.training.recipe_files import load_recipe
 
     cases = trainable(asked.engines or USUAL, asked.precisions, device)
+    recipe = load_recipe(asked.recipe)
     results = []
     for batch in dict.fromkeys(asked.batches):
         log.info("training, batch %d", batch)
         timings = bench_training(
-            asked.networks, cases, load_recipe(asked.recipe), device, batch=batch,
-            size=asked.size, rounds=asked.rounds,
+            asked.networks, cases, recipe, device, batch=batch, size=asked.size,
+            rounds=asked.rounds,
         )  # fmt: skip
-        results.append({"batch": batch, "recipe": asked.recipe, "engines": timings})
+        results.append({
+            "batch": batch, "recipe": asked.recipe, "optimizer": recipe.optimizer,
+            "engines": timings,
+        })  # fmt: skip
         torch.compiler.reset()
     return results
 
@@ -161,7 +165,8 @@ def _print(machine: dict[str, Any], results: list[dict[str, Any]], train: bool) 
     print(describe(machine))
     for r in results:
         if train:
-            print(f"\ntraining steps of recipe {r['recipe']}, batch {r['batch']}")
+            named = f"{r['recipe']} ({r['optimizer']})"
+            print(f"\ntraining steps of recipe {named}, batch {r['batch']}")
             _print_training(r["engines"], r["batch"])
         else:
             print(f"\n{r['network']}, batch {r['batch']}, {'x'.join(map(str, r['size']))}")
