@@ -364,7 +364,7 @@ def command(tmp_path, trainer, monkeypatch):
     monkeypatch.setattr(runner, "run_all", functools.partial(run_all, python=trainer))
     path = tmp_path / "gates.toml"
     path.write_text(TABLE)
-    recipe = load_recipe("quick").changed(pretrained="no")
+    recipe = load_recipe("quick").changed(pretrained="no").for_start(random=True)
     (tmp_path / "recipe.toml").write_text(recipe_toml(recipe))
 
     def call(*words: str, out: str = "s") -> tuple[int, dict]:
