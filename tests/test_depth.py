@@ -118,6 +118,21 @@ def test_the_bytes_order_and_compression_change_no_value(kind, compression, endi
         assert np.array_equal(pixels, several.reshape(pixels.shape))
 
 
+@pytest.mark.parametrize("photometric", ["rgb", "minisblack"])
+@pytest.mark.parametrize("compression", [None, "zlib", "lzw"])
+@pytest.mark.parametrize("kind", ["u1", "u2", "i2", "f4"])
+def test_bands_one_after_the_other_are_those_of_each_pixel(kind, compression, photometric):
+    tifffile = pytest.importorskip("tifffile", reason="the extra 'tiff' is not installed")
+    bands = (np.random.default_rng(0).random((3, 17, 21)) * 250).astype(kind)
+    content = io.BytesIO()
+    tifffile.imwrite(content, bands, compression=compression, photometric=photometric,
+                     planarconfig="separate")  # fmt: skip
+    pixels = read_stored(content.getvalue()).pixels
+    if kind == "u2" and pixels.dtype == np.uint8:  # of 16-bit color that it reads PIL keeps 8
+        bands >>= 8
+    assert np.array_equal(pixels, np.moveaxis(bands, 0, 2))
+
+
 def test_sixteen_bits_where_small_values_are_white_are_inverted(tmp_path):
     values = (RAMP * 65535).astype(np.uint16)
     pixels = read_image(tiff(tmp_path / "a.tif", values, photometric=0))
@@ -168,6 +183,14 @@ def test_gray_and_alpha_of_sixteen_bits_stay_gray_of_sixteen_bits(tmp_path):
     with Image.open(io.BytesIO(content)) as opened:
         assert np.array_equal(read_image(opened), pixels)
     assert np.array_equal(read_image(np.stack([gray, alpha], axis=2)), pixels)
+
+
+def test_the_transparent_gray_of_sixteen_bits_is_white(tmp_path):
+    values = np.array([[0, 1000], [30000, 65000]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=30000)
+    pixels = read_image(tmp_path / "a.png")
+    assert pixels.dtype == np.uint16
+    assert pixels[..., 0].tolist() == [[0, 1000], [65535, 65000]]
 
 
 def test_palettes_that_are_gray_count_as_gray(tmp_path):

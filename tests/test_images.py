@@ -347,6 +347,11 @@ def test_dicom_of_both_monochromes_after_a_table_and_in_floats(tmp_path):
         dataset.FloatPixelData = np.array([0.25, -3], np.float32).tobytes()
         dataset.save_as(tmp_path / "f.dcm", enforce_file_format=True)
         assert read_stored(tmp_path / "f.dcm").pixels.ravel().tolist() == values
+        dataset.WindowCenter, dataset.WindowWidth = 0, 1
+        dataset.VOILUTFunction = "LINEAR_EXACT"
+        dataset.save_as(tmp_path / "f.dcm", enforce_file_format=True)
+        shown = [0.75, 0] if name == "MONOCHROME2" else [0.25, 1]
+        assert read_image(tmp_path / "f.dcm").ravel().tolist() == shown
 
 
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
@@ -444,6 +449,28 @@ def test_dicom_padding_is_left_out_of_the_range(tmp_path):
     # and a range of the whole data set is above that of one image
     ranged = read_image(path, value_range=(100.0, 900.0))
     assert ranged[..., 0].tolist() == [[0, 0, 0.125], [0.25, 0.5, 0]]
+
+
+def test_a_dicom_padding_of_the_other_sign_is_the_same_bits(tmp_path):
+    pydicom = pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+    for kind, tag, value in (("i2", "US", 63536), ("u2", "SS", -2000)):
+        stored = np.array([[-2000, 100], [300, 500]], np.int16).view(kind)
+        dataset = pydicom.dcmread(dicom(tmp_path / "a.dcm", stored))
+        dataset.add_new(0x00280120, tag, value)
+        dataset.save_as(tmp_path / "a.dcm")
+        assert read_image(tmp_path / "a.dcm")[..., 0].tolist() == [[0, 0], [0.5, 1]]
+
+
+@pytest.mark.parametrize("empty", ["RescaleSlope", "RescaleIntercept", "VOILUTFunction",
+                                   "PixelPaddingValue"])  # fmt: skip
+def test_an_empty_dicom_element_has_its_default(tmp_path, empty):
+    stored = np.array([[100, 200], [300, 500]], np.uint16)
+    tags = {"RescaleSlope": 2, "RescaleIntercept": -300, "WindowCenter": 300, "WindowWidth": 401}
+    slope, intercept = 1 + (empty != "RescaleSlope"), -300 * (empty != "RescaleIntercept")
+    x = stored.astype(float) * slope + intercept
+    path = dicom(tmp_path / "a.dcm", stored, **{**tags, empty: None})
+    expected = np.clip((x - 299.5) / 400 + 0.5, 0, 1)  # PS3.3 C.11.2.1.2.1
+    assert np.abs(read_image(path)[..., 0] - expected).max() < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import regard
+from regard.data.images import read_image
 from regard.data.preprocess import Preprocess
+from regard.engines import standalone
 from regard.export import export
 from tests.test_engines import lively
 
@@ -100,6 +102,27 @@ def packages(tmp_path_factory) -> Path:
         if not path.name.startswith(("torch", "regard", "timm", "_", "accelerate")):
             (folder / path.name).symlink_to(path)
     return folder
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("kind", ["u1", "u2", "i2", "i4", "f4"])
+def test_the_program_reads_or_refuses_tiffs_as_predict_reads_them(kind, compression, separate):
+    tifffile = pytest.importorskip("tifffile", reason="the extra 'tiff' is not installed")
+    bands = (np.random.default_rng(0).random((3, 9, 7)) * 200).astype(kind)
+    for photometric in ("rgb", "minisblack") if separate else ("minisblack",):
+        content = io.BytesIO()
+        tifffile.imwrite(
+            content, bands if separate else bands[0], byteorder=">", compression=compression,
+            photometric=photometric, planarconfig="separate" if separate else None,
+        )  # fmt: skip
+        try:
+            pixels = standalone._decode(content.getvalue(), [0, 200])
+        except (standalone.ImageError, Image.UnidentifiedImageError):
+            assert separate
+        else:
+            expected = read_image(content.getvalue(), value_range=(0, 200))
+            assert np.allclose(pixels, expected, atol=1e-6)
 
 
 def network(folder: Path, preprocess: Preprocess) -> Path:

@@ -9,6 +9,13 @@ from PIL import Image
 from regard.errors import ImageError
 from regard.extras import hint, missing
 
+# Elements that mean nothing, or their default, where they are empty, as de-identification leaves
+# them; pydicom would compute with None
+_MAY_BE_EMPTY = {
+    "RescaleSlope": 1, "RescaleIntercept": 0, "VOILUTFunction": "LINEAR", "PixelPaddingValue": None,
+    "PixelPaddingRangeLimit": None,
+}  # fmt: skip
+
 # What the first group's first element starts with, in a file without the preamble: the
 # dataset's (0008) or the meta information's (0002), little endian, then big endian
 _GROUPS = (b"\x08\x00", b"\x02\x00", b"\x00\x08", b"\x00\x02")
@@ -92,12 +99,15 @@ def _gray(stored: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], tuple[float
     """
     from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
+    _fill_empty(dataset)
     values = apply_modality_lut(stored, dataset)
     inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
     if dataset.get("VOILUTSequence"):
         bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
         shown = apply_voi(np.rint(values).astype(np.int64), dataset) / (2**bits - 1)
     elif _has_window(dataset):
+        if "BitsStored" not in dataset:  # of floats; only the ratio to the range below counts
+            dataset.BitsStored, dataset.PixelRepresentation = 16, 0
         # the range that pydicom maps the window to, seen from values beyond its ends
         with np.errstate(over="ignore"):
             black, white = apply_windowing(np.array([-1e30, 1e30]), dataset)
@@ -109,6 +119,15 @@ def _gray(stored: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], tuple[float
         own = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
         return values, own
     return np.clip(1 - shown if inverted else shown, 0, 1).astype(np.float32), None
+
+
+def _fill_empty(dataset: Any) -> None:
+    """Gives what is there without a value its default, or takes it out."""
+    for name, default in _MAY_BE_EMPTY.items():
+        if name in dataset and dataset.get(name) in (None, ""):
+            delattr(dataset, name)
+            if default is not None:
+                setattr(dataset, name, default)
 
 
 def _ends(dataset: Any) -> float:
@@ -139,5 +158,8 @@ def _padding(stored: NDArray[Any], dataset: Any) -> NDArray[np.bool_]:
     if value is None:
         return np.zeros(stored.shape, bool)
     limit = dataset.get("PixelPaddingRangeLimit")
-    ends = sorted((int(value), int(value if limit is None else limit)))
+    ends = [int(value), int(value if limit is None else limit)]
+    if stored.dtype.kind in "iu" and stored.dtype.itemsize == 2:  # -2000 is stored as 63536, too
+        ends = np.array(ends).astype(stored.dtype).tolist()
+    ends.sort()
     return (stored >= ends[0]) & (stored <= ends[1])

@@ -23,7 +23,7 @@ from regard.compat import read_in_native_order, silence_libtiff
 from regard.data.arrays import array_pixels, over_white, tensor_pixels
 from regard.data.dicom import is_dicom, read_dicom
 from regard.data.members import Member, open_binary
-from regard.data.tiff import is_tiff, read_with_tifffile, stored_tiff
+from regard.data.tiff import is_misread, is_tiff, read_with_tifffile, stored_tiff
 from regard.errors import ImageError, UsageError
 from regard.files import reason
 
@@ -311,6 +311,8 @@ def _read_with_pil(file: Any, at_least: int | None) -> Stored:
         if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (at_least, at_least))
         if image.format == "TIFF":
+            if is_misread(image):
+                raise Image.UnidentifiedImageError("a TIFF of separate bands")
             silence_libtiff()
             read_in_native_order(image)
         return _stored_pil(image)
@@ -372,7 +374,8 @@ def _pixels(image: Image.Image) -> NDArray[Any]:
     if hasattr(image, "tag_v2") and (stored := stored_tiff(image)) is not None:
         return stored
     if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.uint16)[..., None]
+        values = np.asarray(image).astype(np.uint16)[..., None]
+        return np.where(values == image.info.get("transparency", -1), np.uint16(65535), values)
     if image.mode == "I":  # PIL's container for 16 bits, wherever the values fit
         values = np.asarray(image)
         wide = values.min() < 0 or values.max() > 65535

@@ -11,6 +11,7 @@ from regard.errors import ImageError
 from regard.extras import hint, missing
 
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF 6.0, sections 8 and 19
+_SAMPLES, _PLANAR = 277, 284
 _MIN_IS_WHITE = 0
 _SIGNED = 2
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
@@ -22,6 +23,18 @@ _warned: set[str] = set()
 def is_tiff(head: bytes) -> bool:
     """Whether a file that starts so is a TIFF."""
     return head[:4] in _MAGIC
+
+
+def is_misread(image: Any) -> bool:
+    """Whether PIL (seen in 13.0) opens a TIFF whose bands lie one after the other, but errs.
+
+    It takes uncompressed 16-bit bands for bytes, and reads only the first where they are no RGB.
+    """
+    samples = image.tag_v2.get(_SAMPLES, 1)
+    if samples == 1 or image.tag_v2.get(_PLANAR) != 2:
+        return False
+    raw = image.tag_v2.get(_BITS, (1,))[0] != 8 and image.tile[0].codec_name == "raw"
+    return raw or len(image.getbands()) < min(samples, 3)
 
 
 def stored_tiff(image: Any) -> NDArray[Any] | None:

@@ -165,6 +165,8 @@ def _decode(content: bytes, value_range: list[float] | None) -> Array:
         content = content[:12] + header + checksum + content[33:]
     Image.init()
     with Image.open(io.BytesIO(content), formats=[f for f in FORMATS if f in Image.OPEN]) as image:
+        if image.format == "TIFF":
+            _correct_tiff(image)
         image.load()
         try:
             orientation = int(image.getexif().get(0x0112, 1))
@@ -191,7 +193,8 @@ def _pixels(image: Any) -> Array:
     if hasattr(image, "tag_v2") and (stored := _tiff_pixels(image)) is not None:
         return stored[..., None]
     if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.uint16)[..., None]
+        values = np.asarray(image).astype(np.uint16)[..., None]
+        return np.where(values == image.info.get("transparency", -1), np.uint16(65535), values)
     if image.mode == "I":  # also Pillow's container for 16 bits
         values = np.asarray(image)
         wide = values.min() < 0 or values.max() > 65535
@@ -207,6 +210,22 @@ def _pixels(image: Any) -> Array:
         return array[..., None]
     gray = palette and bool((array[..., 1:] == array[..., :1]).all())
     return array[..., :1].copy() if gray else array
+
+
+def _correct_tiff(image: Any) -> None:
+    """Corrects what Pillow (seen in 13.0) would misread of a TIFF, or refuses it."""
+    samples, bits = image.tag_v2.get(277, 1), image.tag_v2.get(258, (1,))[0]
+    if samples > 1 and image.tag_v2.get(284) == 2:  # bands one after the other
+        raw = bits != 8 and image.tile[0].codec_name == "raw"
+        if raw or len(image.getbands()) < min(samples, 3):
+            raise ImageError("is a TIFF of separate bands, which Pillow misreads: convert it first")
+    if sys.byteorder == "little":  # libtiff has swapped the bytes already
+        native = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
+        image.tile = [
+            tile._replace(args=(native[tile.args[0]], *tile.args[1:]))
+            if tile.codec_name == "libtiff" and tile.args[0] in native else tile
+            for tile in image.tile
+        ]  # fmt: skip
 
 
 def _tiff_pixels(image: Any) -> Array | None:
