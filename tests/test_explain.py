@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -320,6 +321,16 @@ def test_a_file_that_is_not_ours_is_replaced_only_when_asked(small, scene, capsy
     more = ["--out", ".", "--overwrite"]
     assert command(small, "x.png", "x.png.explained.png", *more) == 2
     assert contents(scene) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_image_and_blocks_nothing(small, scene, capsys):
+    os.mkfifo("pipe.png")
+    os.symlink("missing.png", "link.png")
+    assert command(small, "x.png", "pipe.png", "link.png", "--out", "o") == 1
+    said = capsys.readouterr().err
+    assert "pipe.png: is not a regular file" in said
+    assert "link.png: no such file" in said
 
 
 @pytest.mark.slow

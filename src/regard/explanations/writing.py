@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from regard.attention import Reduce, check_reduce
-from regard.data.images import read_image
+from regard.data.images import read_image, read_stored
 from regard.errors import ImageError, UsageError
 from regard.explanations.curves_figure import curves_figure
 from regard.explanations.deletion import BASELINES
@@ -190,6 +190,8 @@ class Writer:
         picture, file = self.out / f"{source.name}{PICTURE}", self.out / f"{source.name}{NUMBERS}"
         score_settings = self.options.score_settings() if scored else None
         try:
+            if not source.path.is_file():
+                read_stored(source.path)  # raises, and says why; a pipe would block when hashed
             settings = self.options.settings(self.network, file_id(source.path))
             record = read_record(file, settings, score_settings) if picture.is_file() else None
             if record is None:
