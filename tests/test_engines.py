@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -247,6 +248,26 @@ def test_an_engine_gives_the_features_that_tell_unlike_images(engine):
     of_both = found.with_distances(views)[1]
     found.engine = ready
     assert found.with_distances(views)[1] == pytest.approx(of_both, rel=1e-2)
+
+
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino"])
+def test_threads_have_each_their_own_answers(engine):
+    found = classifier("ag_sononet8")
+    ready = ENGINES[engine](found.model, found.preprocess, (1,), "fp32", features=True)
+    images = some_images("ag_sononet8", 6).split(1)
+    expected = [ready.with_features(x) for x in images]
+
+    def agrees(k: int) -> bool:
+        pairs = zip(ready.with_features(images[k % 6]), expected[k % 6], strict=True)
+        return all(torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in pairs)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(6) as threads:
+            assert all(threads.map(agrees, range(48)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_faster_engine_is_the_default_only_of_a_long_job(tmp_path, monkeypatch, caplog):

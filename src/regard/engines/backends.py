@@ -1,6 +1,7 @@
 """The engines: each maps images (B, C, H, W) in 0..255 to probabilities (B, classes)."""
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from regard.engines.conversion import (
 )
 from regard.errors import UsageError
 from regard.extras import require
+from regard.features import inputs_of, joined_features, last_layers
 from regard.log import silence_libraries
 from regard.machine import cpu_has_bf16, keep_freed_memory
 
@@ -28,6 +30,8 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 
 class Engine:
     """A network compiled for fixed batch sizes; smaller batches are padded, larger ones split.
+
+    Several threads may call it.
 
     Args:
         model: in evaluation mode. Not changed.
@@ -130,10 +134,13 @@ class Eager(Engine):
     def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
         bf16 = self.precision == "bf16"
         own = fold_batch_norms(model).bfloat16() if bf16 else copy.deepcopy(model)
-        deployed = self._deployed(own.to(memory_format=torch.channels_last), preprocess)
+        deployed = Deployed(own.to(memory_format=torch.channels_last), preprocess)
+        layers = last_layers(own) if self.gives_features else []
 
         def run(x: Tensor) -> Sequence[Tensor]:
-            return _several(deployed(x.contiguous(memory_format=torch.channels_last)))
+            with inputs_of(layers) as given:  # of this call alone: several threads may call
+                answers = _several(deployed(x.contiguous(memory_format=torch.channels_last)))
+            return [*answers, joined_features(given)] if self.gives_features else answers
 
         return run
 
@@ -190,10 +197,13 @@ class OpenVino(_OutsideTorch):
         for size in self.sizes:  # a fixed shape is faster than a dynamic one
             converted.reshape([size, *preprocess.input_size])
             runs[size] = compile_openvino(converted, self.precision).create_infer_request()
+        alone = threading.Lock()  # a request holds the answers of one call
 
         def run(x: Tensor) -> Sequence[Tensor]:
-            answers = runs[len(x)].infer([x.cpu().contiguous().numpy()], share_inputs=True)
-            return [torch.from_numpy(answers[i].copy()) for i in range(len(answers))]
+            images = x.cpu().contiguous().numpy()
+            with alone:
+                answers = runs[len(x)].infer([images], share_inputs=True)
+                return [torch.from_numpy(answers[i].copy()) for i in range(len(answers))]
 
         return run
 
