@@ -461,8 +461,7 @@ def test_a_dicom_padding_of_the_other_sign_is_the_same_bits(tmp_path):
         assert read_image(tmp_path / "a.dcm")[..., 0].tolist() == [[0, 0], [0.5, 1]]
 
 
-@pytest.mark.parametrize("empty", ["RescaleSlope", "RescaleIntercept", "VOILUTFunction",
-                                   "PixelPaddingValue"])  # fmt: skip
+@pytest.mark.parametrize("empty", ["RescaleSlope", "RescaleIntercept", "VOILUTFunction"])
 def test_an_empty_dicom_element_has_its_default(tmp_path, empty):
     stored = np.array([[100, 200], [300, 500]], np.uint16)
     tags = {"RescaleSlope": 2, "RescaleIntercept": -300, "WindowCenter": 300, "WindowWidth": 401}

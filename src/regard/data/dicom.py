@@ -9,12 +9,8 @@ from PIL import Image
 from regard.errors import ImageError
 from regard.extras import hint, missing
 
-# Elements that mean nothing, or their default, where they are empty, as de-identification leaves
-# them; pydicom would compute with None
-_MAY_BE_EMPTY = {
-    "RescaleSlope": 1, "RescaleIntercept": 0, "VOILUTFunction": "LINEAR", "PixelPaddingValue": None,
-    "PixelPaddingRangeLimit": None,
-}  # fmt: skip
+# Defaults of elements that de-identification may leave empty, with which pydicom would fail
+_MAY_BE_EMPTY = {"RescaleSlope": 1, "RescaleIntercept": 0, "VOILUTFunction": "LINEAR"}
 
 # What the first group's first element starts with, in a file without the preamble: the
 # dataset's (0008) or the meta information's (0002), little endian, then big endian
@@ -122,12 +118,10 @@ def _gray(stored: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], tuple[float
 
 
 def _fill_empty(dataset: Any) -> None:
-    """Gives what is there without a value its default, or takes it out."""
+    """Gives what is there without a value its default."""
     for name, default in _MAY_BE_EMPTY.items():
         if name in dataset and dataset.get(name) in (None, ""):
-            delattr(dataset, name)
-            if default is not None:
-                setattr(dataset, name, default)
+            setattr(dataset, name, default)
 
 
 def _ends(dataset: Any) -> float:
