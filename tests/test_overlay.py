@@ -182,6 +182,8 @@ def test_the_range_in_words():
     assert describe(np.full((12, 12), 1 / 144)) == "attention 0.0069 everywhere"
     # enough digits to tell the ends apart, however close they are
     assert describe([[0.5011, 0.5032, 0.5018]]) == "attention 0.5011–0.5032; mean 0.5020"
+    assert describe([[0, 2.31e-4, 2e-5]]) == "attention 0.00000–0.00023; mean 0.00008"
+    assert describe([[7e-6, 3.1e-5, 1.3e-5]]) == "attention 7e-06–3.1e-05; mean 1.7e-05"
     assert describe([[1e-12, 3e-12]]) == "attention 1e-12–3e-12; mean 2e-12"
 
 

@@ -234,10 +234,10 @@ def _decimals(value: float) -> int:
 def _numbers(low: float, high: float, between: float) -> list[str]:
     """Three numbers of equal precision, enough to tell `low` from `high`."""
     decimals = _decimals(high - low)
-    if decimals > 7:
+    if decimals > 5:  # longer ones run into each other below a scale
         digits = 2 + math.floor(math.log10(max(abs(low), abs(high)) / (high - low)))
         return [f"{value:.{max(digits, 2)}g}" for value in (low, high, between)]
-    decimals = min(max(decimals, min(_decimals(between), decimals + 1)), 7)
+    decimals = min(max(decimals, min(_decimals(between), decimals + 1)), 5)
     return [f"{value:.{decimals}f}" for value in (low, high, between)]
 
 
