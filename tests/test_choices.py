@@ -37,6 +37,7 @@ from regard.training.plan import (
     plain_twin,
 )
 from regard.training.recipe_files import load_recipe
+from regard.training.run_plan import Request, new_plan
 from regard.training.start import network_of
 from regard.training.steps import step_plan
 
@@ -53,7 +54,7 @@ def arrays(height: int, width: int, channels: int = 1, labels=(0, 0, 0, 1, 1, 2)
 
 
 def chosen(name: str, recipe: Recipe, table: ImageTable, pretrained: bool = False):
-    preprocess, arguments = choose_preprocess(name, {}, recipe, table, lambda height: pretrained)
+    preprocess, arguments = choose_preprocess(name, {}, recipe, table, lambda *_: 3 * pretrained)
     _, arguments = choose_stem(
         name, arguments, preprocess.input_size[1], pretrained=pretrained, weights=None
     )
@@ -163,7 +164,7 @@ def test_preprocessing_is_the_recipes():
     table = arrays(64, 64, 3)
 
     def made(**values):
-        return choose_preprocess("cbam_resnet18", {}, Recipe(**values), table, lambda _: False)[0]
+        return choose_preprocess("cbam_resnet18", {}, Recipe(**values), table, lambda *_: 0)[0]
 
     assert (made(crop_pct=0.9).resize, made(crop_pct=0.9).crop_pct) == ("crop", 0.9)
     for resize in ("squash", "pad"):  # the whole image
@@ -255,6 +256,42 @@ def test_without_a_network_the_weights_own_is_trained(tmp_path):
     assert network_of("ag_sononet8.digits")[0] == "ag_sononet8"
     (tmp_path / "config.json").unlink()
     assert network_of(str(tmp_path)) == network_of(str(tmp_path / "net.pth")) == (None, {})
+
+
+def test_weights_of_the_named_network_bring_its_arguments_and_its_stem(scans, tmp_path):
+    """Some change no tensor's shape: without them the weights would be another network's."""
+    own = {"channels": [8, 8, 8, 8], "order": "spatial_channel"}
+    saved(tmp_path / "large", "cbam_resnet18", 3, **own)
+    saved(tmp_path / "small", "cbam_resnet18", 3, stem="cifar", **own)
+
+    def planned(weights: str | None, size: int, **arguments):
+        recipe = Recipe(size=size)
+        named = None if weights is None else str(tmp_path / weights)
+        asked = Request(str(scans), "cbam_resnet18", recipe, named, None, "auto", arguments,
+                        recipe, {}, True)  # fmt: skip
+        return new_plan(asked, 1)[0].model_args
+
+    assert planned("large", 64) == planned("large", 32) == own
+    assert planned("small", 64) == planned("small", 32) == {"stem": "cifar", **own}
+    assert planned("small", 32, order="parallel")["order"] == "parallel"
+    assert planned(None, 32) == {"stem": "cifar"}
+
+
+def test_gray_images_get_the_channels_of_the_weights_that_they_start_from(scans, tmp_path):
+    saved(tmp_path / "color", "attention56_cifar", 3, channels=[8, 8, 8, 16, 16])
+    saved(tmp_path / "gray", "ag_sononet8", 3)
+
+    def channels(weights: str | None, **values) -> int:
+        recipe = Recipe(size=16, **values)
+        named = None if weights is None else str(tmp_path / weights)
+        asked = Request(str(scans), None, recipe, named, None, "auto", {}, recipe, {}, True)
+        return new_plan(asked, 1)[0].preprocess.input_size[0]
+
+    assert [channels(w) for w in ("color", "gray", None)] == [3, 1, 1]
+    assert channels("color", channels=1) == 1  # refused when the weights are loaded
+    table = arrays(16, 16, 3)
+    color = choose_preprocess("ag_sononet8", {}, Recipe(size=16), table, lambda *_: 1)[0]
+    assert color.input_size[0] == 3
 
 
 def test_weights_that_are_not_there_are_told(tmp_path):

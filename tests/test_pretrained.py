@@ -21,6 +21,7 @@ from regard.models.create import make_model
 from regard.training.config import Recipe
 from regard.training.recipe_files import load_recipe
 from regard.training.start import choose_start
+from regard.weights import find_shipped
 from tests.helpers import QUICK, messages
 from tests.hub import Hub, point_at, seconds_of
 from tests.test_weights import add, elsewhere  # noqa: F401 (a fixture)
@@ -48,8 +49,8 @@ def served(tmp_path, monkeypatch):
         running.close()
 
 
-def started(name, table, height=64, recipe=AUTO, **arguments):
-    return choose_start(name, arguments, recipe, height, table)
+def started(name, table, height=64, recipe=AUTO, seen=1, **arguments):
+    return choose_start(name, arguments, recipe, height, table, channels=seen)
 
 
 def test_a_hub_is_asked_once_and_its_weights_are_grafted(served, table):
@@ -206,6 +207,21 @@ def test_own_weights_are_taken_where_they_fit(elsewhere, table):  # noqa: F811
     assert started("attention92_cifar", table, 32).weights is None  # other arguments
     assert started("attention92_cifar", table, 96, **arguments).weights is None  # larger images
     assert started("attention92_cifar", table, 32, Recipe(), **arguments).weights is None
+
+
+def test_own_weights_are_taken_for_images_of_their_channels(elsewhere, table):  # noqa: F811
+    name = "attention92_cifar.small"
+    own = {"channels": [8, 8, 8, 16, 16]}
+    add(elsewhere, name, **own)
+    mark(elsewhere, name)
+    assert find_shipped(name).config["model_args"].get("in_chans", 3) == 3
+    gray = started("attention92_cifar", table, 32, **own)
+    assert (gray.weights, gray.channels) == (name, 3)
+    assert started("attention92_cifar", table, 32, seen=3, **own).weights == name
+    one = started("attention92_cifar", table, 32, AUTO.changed(channels=1), **own)
+    assert one.weights is None
+    assert "they are for images of 3 channels" in one.words
+    assert started("attention92_cifar", table, 32, in_chans=1, **own).weights is None
 
 
 def test_own_weights_that_saw_the_images_are_not_taken(elsewhere, table):  # noqa: F811

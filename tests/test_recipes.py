@@ -245,8 +245,10 @@ def test_a_recipe_can_have_other_values_for_random_weights():
     loaded = recipe.for_start(random=False)
     assert loaded == dataclasses.replace(recipe, random_start={})
     # one of them set by hand: the others would be another optimizer's
-    assert recipe.changed(lr=0.1).for_start(random=True, given=["lr"]) == loaded.changed(lr=0.1)
-    other = recipe.changed(flip=0.0).for_start(random=True, given=["flip"])
+    assert recipe.changed(lr=0.1).for_start(random=True) == loaded.changed(lr=0.1)
+    # not used beside random_crop = "resized"
+    assert recipe.changed(crop_shift=0.2).for_start(random=True) == loaded.changed(crop_shift=0.2)
+    other = recipe.changed(flip=0.0).for_start(random=True)
     assert (other.optimizer, other.flip) == ("muon", 0.0)
     for one in (random, loaded):
         assert one.random_start == {}

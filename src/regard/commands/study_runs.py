@@ -19,7 +19,7 @@ from regard.studies.plan import PlannedRun
 from regard.training.config import Recipe, fields_of
 from regard.training.plan import choose_model, fit_schedule, is_scaled, plain_twin
 from regard.training.recipe_files import load_recipe
-from regard.training.start import full_name
+from regard.training.start import full_name, network_of
 
 _FROM_DATA = ("in_chans", "img_size", "stem")  # arguments that a run chooses by its images
 _CLOSE = 0.01  # relative: the images that can't be read are not counted when a run is planned
@@ -79,7 +79,7 @@ def _differences(run: PlannedRun, asked: Asked) -> Iterator[_Difference]:
     words = run.command
     fold = {"fold": words[words.index("--fold") + 1]} if "--fold" in words else {}
     random = not plan.get("pretrained") and plan.get("weights") is None
-    wanted = asked.base.changed(**asked.changes, **fold).for_start(random, given=asked.changes)
+    wanted = asked.base.changed(**asked.changes, **fold).for_start(random)
     if not _same_data(plan, asked.data):
         yield "data", plan.get("location") or plan["data"], _place(asked.data)
     if asked.data in NAMES and plan.get("root") != asked.root:
@@ -128,7 +128,9 @@ def _close(was: Any, now: Any) -> bool:
 def _of_the_network(stored: Recipe, wanted: Recipe, asked: Asked) -> Iterator[_Difference]:
     if stored.model is None:
         return
-    network, arguments = choose_model(asked.network, wanted, asked.arguments)
+    network, arguments = choose_model(
+        asked.network, wanted, asked.arguments, network_of(asked.weights)
+    )
     if stored.model not in (network, plain_twin(network)):  # `choose_stem` makes it the twin
         yield "model", stored.model, network
     for name in {**stored.model_args, **arguments}:

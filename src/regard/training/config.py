@@ -9,7 +9,7 @@ files check against the same types.
 import dataclasses
 import difflib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -47,7 +47,8 @@ class Recipe:
         size: (height, width); one number is taken for both.
         model, model_args: the network and its arguments, a TOML file's [model] table.
         random_start: other values where the weights start at random, its [random_start] table;
-            `for_start` puts them in.
+            `for_start` puts them in. They belong together: `changed` drops all of them where it
+            sets one, or a value that is not used beside them.
 
     Raises:
         UsageError: a value is not among its choices, out of range, or unused beside the others.
@@ -302,23 +303,16 @@ class Recipe:
         names = [f.name for f in dataclasses.fields(Augmentation)]
         return Augmentation(**{name: getattr(self, name) for name in names})
 
-    def for_start(self, random: bool, given: Collection[str] = ()) -> "Recipe":
-        """The recipe of a run whose weights start at random, or not; it has no table any more.
-
-        Args:
-            random: whether they do.
-            given: names of values that the user has set. The table's values belong together:
-                where one of them is among these, none is taken.
-        """
-        taken = random and not {*given} & {*self.random_start}
-        values = dict(self.random_start) if taken else {}
+    def for_start(self, random: bool) -> "Recipe":
+        """The recipe of a run whose weights start at random, or not; it has no table any more."""
+        values = self.random_start if random else {}
         return dataclasses.replace(self, random_start={}).changed(**values)
 
     def changed(self, **changes: Any) -> "Recipe":
         """The recipe with other values; lists are taken for tuples.
 
         A value replaces what excludes it: `steps` the recipe's epochs, another `schedule` the
-        milestones of the one before.
+        milestones of the one before, one of `random_start` that whole table.
 
         Raises:
             UsageError: a name is unknown, a value has a wrong type or is out of range, or it is
@@ -336,6 +330,9 @@ class Recipe:
             if f.name in given:
                 raise UsageError(f"{f.name}={after[f.name]!r}: not used with {reason}")
             values[f.name] = f.default
+        started = {**after, **self.random_start}
+        if any(k in self.random_start or (k in after and _unused(k, started)) for k in given):
+            values["random_start"] = {}
         return dataclasses.replace(self, **values)
 
 

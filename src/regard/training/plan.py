@@ -35,14 +35,24 @@ CPU_SIZE = 128  # the largest that is chosen without a GPU; --size takes any
 
 
 def choose_model(
-    name: str | None, recipe: Recipe, given: Mapping[str, Any] | None = None
+    name: str | None,
+    recipe: Recipe,
+    given: Mapping[str, Any] | None = None,
+    trained: tuple[str | None, Mapping[str, Any]] = (None, {}),
 ) -> tuple[str, dict[str, Any]]:
     """The network's name and its arguments: those of the recipe that it takes, then `given`.
+
+    Args:
+        name: of the network, if one is asked for; else it is the recipe's.
+        recipe: of the run.
+        given: arguments of the network.
+        trained: the network that the run's weights are of, see `network_of`: without a name or a
+            recipe's it is that one, and where it is, it has its arguments unless others are given.
 
     Raises:
         UsageError: there is no such network, or it does not take a given argument.
     """
-    chosen = name or recipe.model or DEFAULT_MODEL
+    chosen = name or recipe.model or trained[0] or DEFAULT_MODEL
     outline = _outline(chosen)  # an unknown name is an error before any image is read
     arguments = dict(recipe.model_args)
     if name is not None and recipe.model is not None and name != recipe.model:
@@ -50,6 +60,8 @@ def choose_model(
             arguments = {}
         elif "cbam" in recipe.model and "cbam" not in name:
             arguments = {k: v for k, v in arguments.items() if k == "stem"}
+    if chosen == trained[0]:
+        arguments = {**trained[1], **arguments}
     if given:
         if "num_classes" in given:
             raise UsageError("num_classes: it is the number of classes in the data")
@@ -63,7 +75,7 @@ def choose_preprocess(
     arguments: Mapping[str, Any],
     recipe: Recipe,
     table: ImageTable,
-    starts_pretrained: Callable[[int], bool],
+    start_channels: Callable[[int, int], int],
 ) -> tuple[Preprocess, dict[str, Any]]:
     """The preprocessing by recipe, network and data, and the network's arguments.
 
@@ -71,7 +83,8 @@ def choose_preprocess(
         name, arguments: the network.
         recipe: of the run.
         table: its images.
-        starts_pretrained: whether images of this height are for weights of color images.
+        start_channels: the input channels of the weights to start from, for images of this
+            height and with so many channels; 0: there are no weights, or it is not known.
 
     Raises:
         UsageError: no image of a sample can be read.
@@ -81,12 +94,14 @@ def choose_preprocess(
     default = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
     arguments = dict(arguments)
     if cfg is not None and cfg.fixed_input_size:  # a transformer; its weights are for one size
-        height, width = recipe.size or default[1:]
+        own = arguments.get("img_size", default[1:])
+        height, width = recipe.size or (own if isinstance(own, tuple | list) else (own, own))
         if (height, width) != default[1:]:
             arguments.setdefault("img_size", height if height == width else (height, width))
     else:
         height, width = _size(recipe, default, seen.shorter_sides)
-    wanted = 3 if starts_pretrained(height) else seen.channels
+    # gray images are repeated; color is left out only where that is asked for
+    wanted = max(seen.channels, start_channels(height, seen.channels))
     channels = recipe.channels or wanted
     in_chans = int(arguments.pop("in_chans", channels))
     mean, std = (0.5,) * in_chans, (0.25,) * in_chans
@@ -115,7 +130,8 @@ def choose_stem(
     Args:
         name, arguments: the network that is asked for.
         height: of the images, in pixels.
-        pretrained: whether it starts from timm's weights, which have the ImageNet stem.
+        pretrained: whether it starts from weights that have their stem: timm's, which have the
+            ImageNet stem, or a folder's of this network.
         weights: what a network of timm's starts from; it then stays as it is.
     """
     if pretrained or height > CIFAR_STEM_UP_TO:

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,47 +92,39 @@ class Plan:
         return f"{first}\n{made}\nThe same run again: {again}"
 
 
-def new_plan(
-    asked: Request,
-    processes: int,
-    agreed: Callable[[Callable[[], Start]], Start] = lambda decide: decide(),
-) -> tuple[Plan, ImageTable]:
+def new_plan(asked: Request, processes: int) -> tuple[Plan, ImageTable]:
     """The plan of a new run, and its images with their splits.
 
     Args:
         asked: for what.
         processes: how many train it.
-        agreed: has one of them decide what the run starts from, for all.
 
     Raises:
         UsageError: the data can't be used, or there is no such network.
     """
     recipe = asked.recipe
     table = choose_splits(open_data(asked.data, root=asked.root, splits=asked.splits), recipe)
-    model: str | None = asked.model
-    own: dict[str, Any] = {}
-    if model is None and recipe.model is None and asked.weights is not None:
-        model, own = network_of(asked.weights)
-    name, arguments = choose_model(model, recipe, {**own, **(asked.model_args or {})})
+    trained = network_of(asked.weights)
+    name, arguments = choose_model(asked.model, recipe, asked.model_args, trained)
     decided: list[Start] = []
 
-    def starts_pretrained(height: int) -> bool:
+    def start_channels(height: int, channels: int) -> int:
         decided.append(
-            agreed(lambda: choose_start(name, arguments, recipe, height, table, asked.weights))
+            choose_start(name, arguments, recipe, height, table, asked.weights, channels)
         )
-        return decided[0].pretrained
+        return decided[0].channels
 
-    preprocess, arguments = choose_preprocess(name, arguments, recipe, table, starts_pretrained)
+    preprocess, arguments = choose_preprocess(name, arguments, recipe, table, start_channels)
     start = decided[0]
     if recipe.normalization == "model":
         preprocess = start.prepare(preprocess)
     log.info(f"starts from {start.words}")
     name, arguments = choose_stem(
-        name, arguments, preprocess.input_size[1], pretrained=start.pretrained,
-        weights=asked.weights,
+        name, arguments, preprocess.input_size[1],
+        pretrained=start.pretrained or name == trained[0], weights=asked.weights,
     )  # fmt: skip
     recipe = recipe.changed(pretrained="yes" if start.pretrained else "no")
-    recipe = recipe.for_start(start.random, given=asked.changes)
+    recipe = recipe.for_start(start.random)
     images = int(np.count_nonzero(table.splits == "train"))
     recipe = own_recipe(recipe, name, arguments, preprocess)
     recipe = fit_schedule(recipe, asked.base, asked.changes, images, processes)
@@ -154,7 +145,7 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
     given = dict(asked.changes)
     if asked.has_recipe:
         random = not stored["pretrained"] and stored["weights"] is None
-        wanted = asked.recipe.for_start(random, given=asked.changes)
+        wanted = asked.recipe.for_start(random)
         given = {f.name: getattr(wanted, f.name) for f in dataclasses.fields(Recipe)}
     model = asked.model or stored["model"]
     if plain_twin(model) == stored["model"]:  # what choose_stem made of it

@@ -16,6 +16,7 @@ from regard.data.content import content_hashes
 from regard.data.preprocess import Preprocess
 from regard.data.table import ImageTable
 from regard.errors import FileError, UsageError
+from regard.files import plural
 from regard.models._common import FREE_ARGUMENTS, GATE_ARGUMENTS, as_json
 from regard.models.create import plain_source
 from regard.models.hub import fetch_weights, has_weights
@@ -38,6 +39,7 @@ class Start:
         pretrained: whether the network is made with pretrained weights.
         weights: a run's folder, an authors' checkpoint or shipped weights, or None.
         words: what it is, for people.
+        channels: input channels of these weights; 0: there are none, or it is not known.
         normalization, mean, std: of the images that these weights were trained with, for
             recipe.normalization "model"; None where that is not known, or timm knows it.
     """
@@ -45,6 +47,7 @@ class Start:
     pretrained: bool
     weights: str | None
     words: str
+    channels: int = 0
     normalization: str | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -71,6 +74,7 @@ def choose_start(
     height: int,
     table: ImageTable,
     weights: str | None = None,
+    channels: int = 1,
 ) -> Start:
     """What a new run starts from; with "auto" it is looked for.
 
@@ -80,6 +84,7 @@ def choose_start(
         height: of the images, in pixels.
         table: the run's images, with their splits.
         weights: a run's folder or an authors' checkpoint to start from, or None.
+        channels: of the images.
 
     Raises:
         UsageError: with "yes" there are no pretrained weights.
@@ -89,9 +94,10 @@ def choose_start(
     if weights is not None:
         named = full_name(weights)
         whose = "Regard's own weights" if named in shipped() else "the weights of"
-        return _with_scale(Start(bool(words), named, f"{whose} {named}"), named)
+        start = Start(bool(words), named, f"{whose} {named}", channels=3 if words else 0)
+        return _with_scale(start, named)
     if words:
-        start = Start(True, None, words)
+        start = Start(True, None, words, channels=3)
         brought = None if plain_source(name) is not None else find_shipped(name)
         return start if brought is None else _with_scale(start, brought.name)
     if recipe.pretrained == "no":
@@ -103,13 +109,14 @@ def choose_start(
             try:
                 origin = fetch_weights(base)
                 tag = timm.models.get_pretrained_cfg(base).tag
-                return Start(True, None, f"timm's weights {base}.{tag}, from {origin}")
+                return Start(True, None, f"timm's weights {base}.{tag}, from {origin}", channels=3)
             except FileError as error:
                 why = str(error)
         reasons.append(f"timm's weights of {base}: {why}")
     for each in (w for w in shipped().values() if w.architecture == name and w.start):
         _, own = choose_stem(name, arguments, height, pretrained=False, weights=None)
-        if (why := _unfit_shipped(each, own, height, table)) is None:
+        asked = arguments.get("in_chans", recipe.channels)
+        if (why := _unfit_shipped(each, own, height, table, channels, asked)) is None:
             start = Start(False, each.name, f"Regard's own weights {each.name}")
             return _with_scale(start, each.name)
         reasons.append(f"{each.name}: {why}")
@@ -125,7 +132,14 @@ def _with_scale(start: Start, weights: str) -> Start:
     cfg = config.get("pretrained_cfg", {})
     own = config.get("regard", {}).get("normalization", "fixed")
     mean, std = (tuple(cfg.get(name) or ()) for name in ("mean", "std"))
+    start = replace(start, channels=_channels_of(config))
     return replace(start, normalization=own, mean=mean, std=std) if mean and std else start
+
+
+def _channels_of(config: Mapping[str, Any]) -> int:
+    """The input channels of a folder's network by its config.json; 0: it does not say."""
+    size = config.get("pretrained_cfg", {}).get("input_size") or (0,)
+    return int(config.get("model_args", {}).get("in_chans") or size[0])
 
 
 def full_name(weights: str) -> str:
@@ -154,12 +168,10 @@ def _pretrained(name: str) -> str:
         raise FileError(f"pretrained=yes: {words} can't be had: {error}") from error
 
 
-def network_of(weights: str) -> tuple[str | None, dict[str, Any]]:
+def network_of(weights: str | None) -> tuple[str | None, dict[str, Any]]:
     """The network and its arguments that weights are of; None for an authors' checkpoint."""
-    folder = find_folder(weights)
-    if folder is None:
-        return None, {}
-    if not (folder / "config.json").is_file():
+    folder = None if weights is None else find_folder(weights)
+    if folder is None or not (folder / "config.json").is_file():
         return None, {}
     config = read_config(folder / "config.json")
     own = config.get("model_args") or {}
@@ -178,7 +190,12 @@ def _unfit(name: str, arguments: Mapping[str, Any], height: int) -> str | None:
 
 
 def _unfit_shipped(
-    found: Weights, arguments: Mapping[str, Any], height: int, table: ImageTable
+    found: Weights,
+    arguments: Mapping[str, Any],
+    height: int,
+    table: ImageTable,
+    channels: int,
+    asked_channels: int | None,
 ) -> str | None:
     """Why shipped weights are not taken, or None."""
     trained = {
@@ -190,6 +207,9 @@ def _unfit_shipped(
     size = found.pretrained_cfg()["input_size"][1]
     if not size / 2 <= height <= 2 * size:
         return f"they are for images of {size} pixels"
+    theirs = _channels_of(found.config)
+    if theirs < channels if asked_channels is None else theirs != asked_channels:
+        return f"they are for images of {plural(theirs, 'channel')}"
     known = known_images(found.folder)
     if known is not None and (known.splits_of(content_hashes(table)) != "").any():
         return "they were trained or tested with images of this data"
