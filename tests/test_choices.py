@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import regard
+from regard.commands.study_runs import Asked, _of_the_network
 from regard.data.sources import ImageTable, open_data
 from regard.machine import cpu_has_bf16
 from regard.models import create_model, list_models
@@ -265,11 +266,13 @@ def test_weights_of_the_named_network_bring_its_arguments_and_its_stem(scans, tm
     saved(tmp_path / "small", "cbam_resnet18", 3, stem="cifar", **own)
 
     def planned(weights: str | None, size: int, **arguments):
-        recipe = Recipe(size=size)
+        name, recipe = "cbam_resnet18", Recipe(size=size)
         named = None if weights is None else str(tmp_path / weights)
-        asked = Request(str(scans), "cbam_resnet18", recipe, named, None, "auto", arguments,
-                        recipe, {}, True)  # fmt: skip
-        return new_plan(asked, 1)[0].model_args
+        asked = Request(str(scans), name, recipe, named, None, "auto", arguments, recipe, {}, True)
+        plan = new_plan(asked, 1)[0]
+        row = Asked(network=name, base=recipe, data=str(scans), weights=named, arguments=arguments)
+        assert not list(_of_the_network(plan.recipe, recipe, row))  # a study called again
+        return plan.model_args
 
     assert planned("large", 64) == planned("large", 32) == own
     assert planned("small", 64) == planned("small", 32) == {"stem": "cifar", **own}
