@@ -255,6 +255,23 @@ def test_a_recipe_can_have_other_values_for_random_weights():
         assert "random_start" not in recipe_toml(one)
 
 
+def test_a_table_goes_where_one_of_its_values_is_changed_or_not_used():
+    recipe = parse_recipe(STARTS, "mine")
+    same = recipe.changed(optimizer="muon").for_start(random=True)
+    assert (same.optimizer, same.lr) == ("muon", 0.015)
+    for changes in ({"optimizer": "sgd"}, {"lr": 0.02}, {"random_crop": "none"}):
+        assert recipe.changed(**changes).random_start == {}
+    table = "[random_start]\nmomentum = 0.8"
+    adamw = parse_recipe(table, "mine").changed(optimizer="adamw")
+    assert adamw.for_start(random=True).momentum == Recipe().momentum
+
+
+def test_quick_takes_muon_from_random_weights_and_sgd_from_others():
+    quick = load_recipe("quick")
+    values = [(r.optimizer, r.lr, r.weight_decay) for r in map(quick.for_start, (True, False))]
+    assert values == [("muon", 0.015, 0.1), ("sgd", 0.05, 5e-4)]
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [

@@ -630,6 +630,18 @@ def test_a_study_in_a_pipe_says_what_ended_and_json_stays_alone(command, capsys)
     assert "4 of 4 runs are finished already" in capsys.readouterr().out
 
 
+def test_rows_that_leave_the_values_for_random_weights_are_named(command, tmp_path, caplog):
+    command("--dry-run")
+    assert "random_start" not in caplog.text
+    with (tmp_path / "gates.toml").open("a") as file:
+        file.write('[[rows]]\nname = "faster"\nnetwork = "sononet16"\nchanges = { lr = 0.02 }\n')
+    command("--dry-run")
+    assert "faster will be trained without the recipe's [random_start]" in caplog.text
+    caplog.clear()
+    command("--dry-run", "--optimizer", "sgd")  # no row has them then
+    assert "random_start" not in caplog.text
+
+
 def test_a_run_that_was_killed_before_its_report_is_finished_first(tmp_path, trainer):
     """Its report writes the scores of its maps last: without them the results would differ."""
     table, runs = planned(tmp_path, seeds=1)

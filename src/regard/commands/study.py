@@ -197,7 +197,19 @@ def _asked(table: "Table", data: str, train: TrainFlags, flags: Any) -> "dict[st
             root=None if train.root is None else str(train.root), splits=train.splits,
             weights=None if train.weights is None else str(train.weights),
         )  # fmt: skip
+    with_table = [a for a in found.values() if a.base.random_start]
+    alone = [r for r, a in found.items() if a.base.random_start and not _starts_at_random(a)]
+    if alone and len(alone) < len(with_table):
+        log.warning(
+            f"from random weights {', '.join(alone)} will be trained without the recipe's "
+            "[random_start], a value of which they change, and the other rows with it"
+        )
     return found
+
+
+def _starts_at_random(asked: "Asked") -> bool:
+    """Whether the row keeps its recipe's values for random weights."""
+    return bool(asked.base.changed(**asked.changes).random_start)
 
 
 def _check_data(study: str, source: str | None, data: str, root: Path | None) -> None:

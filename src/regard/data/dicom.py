@@ -118,7 +118,7 @@ def _gray(stored: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], tuple[float
 
 
 def _fill_empty(dataset: Any) -> None:
-    """Gives what is there without a value its default."""
+    """Fills in the defaults of empty elements."""
     for name, default in _MAY_BE_EMPTY.items():
         if name in dataset and dataset.get(name) in (None, ""):
             setattr(dataset, name, default)
@@ -154,6 +154,8 @@ def _padding(stored: NDArray[Any], dataset: Any) -> NDArray[np.bool_]:
     limit = dataset.get("PixelPaddingRangeLimit")
     ends = [int(value), int(value if limit is None else limit)]
     if stored.dtype.kind in "iu" and stored.dtype.itemsize == 2:  # -2000 is stored as 63536, too
-        ends = np.array(ends).astype(stored.dtype).tolist()
+        wrapped = np.array(ends).astype(stored.dtype).tolist()
+        if (wrapped[0] <= wrapped[1]) == (ends[0] <= ends[1]):  # else it would be all but these
+            ends = wrapped
     ends.sort()
     return (stored >= ends[0]) & (stored <= ends[1])

@@ -26,7 +26,7 @@ def is_tiff(head: bytes) -> bool:
 
 
 def is_misread(image: Any) -> bool:
-    """Whether PIL (seen in 13.0) opens a TIFF whose bands lie one after the other, but errs.
+    """Whether PIL (seen in 13.0) opens a planar TIFF, but decodes it wrongly.
 
     It takes uncompressed 16-bit bands for bytes, and reads only the first where they are no RGB.
     """
@@ -76,8 +76,8 @@ def _black(pixels: NDArray[Any], bits: int) -> NDArray[Any]:
 def _opened(file: Any) -> Any:
     if missing("tiff", "tifffile"):
         raise ImageError(
-            "is a TIFF of a kind that Pillow can't read (such as 64-bit floats, floats in color "
-            f"or five bands); {hint('tiff')} brings a reader"
+            "is a TIFF of a kind that Pillow can't read (such as 64-bit floats, floats in color, "
+            f"five bands, or separate planes); {hint('tiff')} brings a reader"
         )
     import tifffile
 

@@ -157,11 +157,12 @@ class Compiled(Engine):
             folded = folded.bfloat16()
         compiled = torch.compile(self._deployed(folded, preprocess), dynamic=False)
         on_cpu = self.device.type == "cpu"
+        alone = threading.Lock()  # the settings are the process's, the features the network's
 
         def run(x: Tensor) -> Sequence[Tensor]:
             # not an option of torch.compile: dynamo reads it before inductor sees the options,
             # and would pass the weights as inputs, which can't be frozen
-            with torch._inductor.config.patch(freezing=on_cpu):
+            with alone, torch._inductor.config.patch(freezing=on_cpu):
                 return _several(compiled(x.contiguous(memory_format=torch.channels_last)))
 
         return run

@@ -1,6 +1,7 @@
 """The file formats of `regard export`: writing, metadata, 8 bits, and loading again."""
 
 import json
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -136,10 +137,12 @@ class OpenVino(Format):
     def open(self, path: Path, precision: str = "fp32") -> Run:
         compiled = compile_openvino(import_openvino().Core().read_model(str(path)), precision)
         count = len(compiled.outputs)
+        alone = threading.Lock()  # calls share one request, which holds the answers
 
         def run(x: Tensor) -> list[Tensor]:
-            answers = compiled(x.contiguous().numpy())
-            return [torch.from_numpy(answers[k].copy()) for k in range(count)]
+            with alone:
+                answers = compiled(x.contiguous().numpy())
+                return [torch.from_numpy(answers[k].copy()) for k in range(count)]
 
         return run
 

@@ -48,7 +48,7 @@ class Recipe:
         model, model_args: the network and its arguments, a TOML file's [model] table.
         random_start: other values where the weights start at random, its [random_start] table;
             `for_start` puts them in. They belong together: `changed` drops all of them where it
-            sets one, or a value that is not used beside them.
+            sets one to another value, or one of them is not used beside the others.
 
     Raises:
         UsageError: a value is not among its choices, out of range, or unused beside the others.
@@ -304,7 +304,7 @@ class Recipe:
         return Augmentation(**{name: getattr(self, name) for name in names})
 
     def for_start(self, random: bool) -> "Recipe":
-        """The recipe of a run whose weights start at random, or not; it has no table any more."""
+        """The recipe of a run whose weights start at random, or not; without the table."""
         values = self.random_start if random else {}
         return dataclasses.replace(self, random_start={}).changed(**values)
 
@@ -312,7 +312,7 @@ class Recipe:
         """The recipe with other values; lists are taken for tuples.
 
         A value replaces what excludes it: `steps` the recipe's epochs, another `schedule` the
-        milestones of the one before, one of `random_start` that whole table.
+        milestones of the one before, another value than `random_start`'s that whole table.
 
         Raises:
             UsageError: a name is unknown, a value has a wrong type or is out of range, or it is
@@ -330,8 +330,10 @@ class Recipe:
             if f.name in given:
                 raise UsageError(f"{f.name}={after[f.name]!r}: not used with {reason}")
             values[f.name] = f.default
-        started = {**after, **self.random_start}
-        if any(k in self.random_start or (k in after and _unused(k, started)) for k in given):
+        table = self.random_start
+        moved = any(after[k] != value for k, value in table.items() if k in given)
+        started = {**after, **table}
+        if moved or any(_unused(k, started) for k in {*given, *table} & {*after}):
             values["random_start"] = {}
         return dataclasses.replace(self, **values)
 
@@ -392,7 +394,7 @@ def _checked_table(values: Any) -> dict[str, Any]:
     """The values of `random_start` as their fields' types.
 
     Raises:
-        UsageError: it is no table, or has what is decided before the start is.
+        UsageError: not a table, or it sets what is needed before the start is chosen.
     """
     if not isinstance(values, Mapping):
         raise UsageError(f"random_start={values!r}: a table of a recipe's values")
