@@ -401,3 +401,13 @@ def test_an_export_answers_and_decides_as_predict_does(mine, scans, tmp_path, ca
 
     facts = FORMATS["onnx"].metadata(tmp_path / "net.onnx")
     assert facts["calibration"]["temperature"] == found.temperature
+
+
+@pytest.mark.parametrize(("count", "sure"), [(20, 0.8), (500, 0.8), (20, 1 - 2e-30)])
+def test_a_network_that_has_all_images_right_is_made_no_surer_than_they_show(count, sure):
+    """n images of n right, and one of each class alike: (n + 1/3) / (n + 1) in three classes."""
+    said = np.full((count, 3), (1 - sure) / 2 or 1e-30)
+    said[:, 0] = sure
+    p = Predictions(said, np.zeros(count, np.int64), ["a", "b", "c"])
+    scaled = with_temperature(p, fit_temperature(p)).probabilities[:, 0]
+    assert scaled == pytest.approx(np.full(count, (count + 1 / 3) / (count + 1)), abs=1e-4)

@@ -128,7 +128,9 @@ def test_bands_one_after_the_other_are_those_of_each_pixel(kind, compression, ph
     tifffile.imwrite(content, bands, compression=compression, photometric=photometric,
                      planarconfig="separate")  # fmt: skip
     pixels = read_stored(content.getvalue()).pixels
-    if kind == "u2" and compression and pixels.dtype == np.uint8:  # of 16-bit color that it reads PIL keeps 8
+    if (
+        kind == "u2" and compression and pixels.dtype == np.uint8
+    ):  # of 16-bit color that it reads PIL keeps 8
         bands >>= 8
     assert np.array_equal(pixels, np.moveaxis(bands, 0, 2))
 

@@ -157,6 +157,9 @@ def reliability(
 def fit_temperature(validation: Predictions) -> float:
     """The temperature that minimizes the negative log-likelihood (Guo et al., ICML 2017).
 
+    One more image, of no class more than another, counts with the n of the validation, as in
+    Platt (1999): where all n are right the likelihood would grow for ever with the confidence.
+
     Args:
         validation: predictions of images that neither trained the network nor test it.
 
@@ -170,12 +173,13 @@ def fit_temperature(validation: Predictions) -> float:
         raise UsageError(f"{len(validation)} validation image: a temperature needs 2 or more")
     from scipy.optimize import minimize_scalar
 
-    logits, rows = _logits(validation.probabilities), np.arange(len(validation))
+    logits, n = _logits(validation.probabilities), len(validation)
+    rows = np.arange(n)
 
     def loss(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
         scaled -= scaled.max(axis=1, keepdims=True)
-        of_true = scaled[rows, validation.labels]
+        of_true = (n * scaled[rows, validation.labels] + scaled.mean(axis=1)) / (n + 1)
         return float((np.log(np.exp(scaled).sum(axis=1)) - of_true).mean())
 
     bounds = (np.log(0.01), np.log(100.0))
