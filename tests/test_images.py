@@ -461,6 +461,16 @@ def test_a_dicom_padding_of_the_other_sign_is_the_same_bits(tmp_path):
         assert read_image(tmp_path / "a.dcm")[..., 0].tolist() == [[0, 0], [0.5, 1]]
 
 
+def test_a_dicom_padding_that_contradicts_the_bits_blanks_no_image(tmp_path):
+    """From -100 to 100 in unsigned pixels; bit by bit that would be nearly all values."""
+    pydicom = pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+    dataset = pydicom.dcmread(dicom(tmp_path / "a.dcm", np.array([[50, 200], [300, 600]], "u2")))
+    dataset.add_new(0x00280120, "SS", -100)
+    dataset.add_new(0x00280121, "SS", 100)
+    dataset.save_as(tmp_path / "a.dcm")
+    assert read_image(tmp_path / "a.dcm")[..., 0].tolist() == [[0, 0], [0.25, 1]]
+
+
 @pytest.mark.parametrize("empty", ["RescaleSlope", "RescaleIntercept", "VOILUTFunction"])
 def test_an_empty_dicom_element_has_its_default(tmp_path, empty):
     stored = np.array([[100, 200], [300, 500]], np.uint16)
