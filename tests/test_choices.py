@@ -41,6 +41,7 @@ from regard.training.recipe_files import load_recipe
 from regard.training.run_plan import Request, new_plan
 from regard.training.start import network_of
 from regard.training.steps import step_plan
+from tests.golden import authors_networks, fill
 
 CLASSES = ["a", "b", "c=d"]
 
@@ -250,13 +251,14 @@ def test_weights_of_another_network_are_refused(tmp_path, trained, wanted, chann
 def test_without_a_network_the_weights_own_is_trained(tmp_path):
     """With its arguments, but for the number of classes and of channels, which the data has."""
     saved(tmp_path, "cbam_resnet18", 3, stem="cifar", kernel_size=5)
-    name, arguments = network_of(str(tmp_path))
+    name, arguments = network_of(str(tmp_path), None)
     assert (name, dict(arguments)) == ("cbam_resnet18", {"stem": "cifar", "kernel_size": 5})
     model = make_model(name, arguments, 4, (3, 32, 32), False, str(tmp_path))
     assert model.get_classifier().out_features == 4
-    assert network_of("ag_sononet8.digits")[0] == "ag_sononet8"
+    assert network_of("ag_sononet8.digits", None)[0] == "ag_sononet8"
     (tmp_path / "config.json").unlink()
-    assert network_of(str(tmp_path)) == network_of(str(tmp_path / "net.pth")) == (None, {})
+    for missing in (tmp_path, tmp_path / "net.pth"):
+        assert network_of(str(missing), "ag_sononet8") == (None, {})
 
 
 def test_weights_of_the_named_network_bring_its_arguments_and_its_stem(scans, tmp_path):
@@ -295,6 +297,48 @@ def test_gray_images_get_the_channels_of_the_weights_that_they_start_from(scans,
     table = arrays(16, 16, 3)
     color = choose_preprocess("ag_sononet8", {}, Recipe(size=16), table, lambda *_: 1)[0]
     assert color.input_size[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("theirs", "name", "arguments", "normalization"),
+    [
+        ("ag_sononet8_concat", "ag_sononet8", {"aggregation": "concat"}, "image"),
+        ("cbam_resnet18", "cbam_resnet18", {}, "fixed"),
+    ],
+)
+def test_an_authors_checkpoint_starts_a_network_of_other_classes(
+    scans, tmp_path, caplog, theirs, name, arguments, normalization
+):
+    network = authors_networks()[theirs]
+    tensors = {n: torch.from_numpy(fill(n, shape)) for n, shape in network["tensors"]}
+    classes = len(tensors[network["tensors"][-1][0]])
+    torch.save(tensors, tmp_path / "theirs.pth")
+    recipe = Recipe(normalization="model", size=32)
+    weights = str(tmp_path / "theirs.pth")
+    asked = Request(str(scans), name, recipe, weights, None, "auto", {}, recipe, {}, True)
+    plan = new_plan(asked, 1)[0]
+    assert plan.preprocess.normalization == normalization
+    assert plan.preprocess.input_size[0] == network["input"][1]  # the scans are gray
+    assert plan.model_args == arguments  # no CIFAR stem, though the images are small
+    row = Asked(network=name, base=recipe, data=str(scans), weights=weights)
+    assert not list(_of_the_network(plan.recipe, recipe, row))
+    size = plan.preprocess.input_size
+    with caplog.at_level("INFO", logger="regard"):
+        model = make_model(name, arguments, 7, size, False, weights, [f"{n}" for n in range(7)])
+    head = model.get_classifier()
+    assert head.out_features == 7
+    assert "start at random" in caplog.text
+    first = next(iter(tensors))
+    assert torch.equal(next(model.parameters()), tensors[first])
+    whole = make_model(name, arguments, classes, size, False, weights)
+    direct = create_model(name, in_chans=size[0], num_classes=classes, **arguments)
+    regard.load_authors_weights(direct, tensors)
+    for key, tensor in direct.state_dict().items():
+        assert torch.equal(whole.state_dict()[key], tensor), key
+        own = model.state_dict()[key]
+        assert torch.equal(own, tensor) or own.shape[0] == 7, key
+    with pytest.raises(ValueError, match=r"it is .* for images of . channel.*; another shape of"):
+        make_model(name, arguments, 7, (4 - size[0], *size[1:]), False, weights)
 
 
 def test_weights_that_are_not_there_are_told(tmp_path):

@@ -129,7 +129,7 @@ def _of_the_network(stored: Recipe, wanted: Recipe, asked: Asked) -> Iterator[_D
     if stored.model is None:
         return
     network, arguments = choose_model(
-        asked.network, wanted, asked.arguments, network_of(asked.weights)
+        asked.network, wanted, asked.arguments, network_of(asked.weights, asked.network)
     )
     if stored.model not in (network, plain_twin(network)):  # `choose_stem` makes it the twin
         yield "model", stored.model, network

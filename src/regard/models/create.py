@@ -20,7 +20,7 @@ from regard.models.graft import graft as insert
 from regard.models.hub import cached_weights
 from regard.models.initialization import preserved_rng_state
 from regard.models.io import check_loadable, find_folder, load_model
-from regard.models.original_weights import load_authors_weights
+from regard.models.original_weights import arguments_of, load_authors_weights, read_tensors
 from regard.models.zoo import twins_of
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -181,15 +181,13 @@ def load_weights(model: nn.Module, source: Path, classes: Sequence[str] | None =
         source: the folder or the checkpoint.
         classes: names of the model's classes. The classifier's rows are copied by name where
             the folder has other classes; rows of new classes, and tensors of the classifier
-            that do not fit, stay as they were initialized. It is logged.
+            that do not fit, stay as they were initialized. It is logged. A checkpoint names no
+            classes: its classifier is taken where the shapes are the model's.
 
     Raises:
         UsageError: the source can't be read, or more than the classifier does not fit.
     """
-    if not source.is_dir():
-        load_authors_weights(model, source)
-        return
-    trained, config = load_model(source)
+    trained, config = load_model(source) if source.is_dir() else _load_authors(model, source)
     found, own = trained.state_dict(), model.state_dict()
     heads = tuple(f"{m}." for m in (*classifier_modules(model), *classifier_modules(trained)))
     before = config.get("label_names")
@@ -214,6 +212,22 @@ def load_weights(model: nn.Module, source: Path, classes: Sequence[str] | None =
     if wrong:
         raise UsageError(f"{source} does not fit: {_described(config)} {shortened(wrong, 3)}")
     model.load_state_dict(fitting, strict=False)
+    if "label_names" not in config and (new := [k for k in own if k not in fitting]):
+        log.info(f"{source} has another classifier: {shortened(new, 3)} start at random")
+
+
+def _load_authors(model: nn.Module, source: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """An authors' checkpoint as the network that it is of, and what a config.json would say."""
+    tensors = read_tensors(source)
+    cfg: Any = model.pretrained_cfg
+    name = cfg["architecture"]
+    made_with: Any = getattr(model, "_model_args", None) or {}
+    arguments = {**made_with, **arguments_of(name, tensors)}
+    arguments.pop("pretrained_plain", None)
+    with preserved_rng_state():
+        trained = make(name, arguments)
+    load_authors_weights(trained, tensors)
+    return trained, {"architecture": name, "model_args": arguments}
 
 
 def _described(config: Mapping[str, Any]) -> str:

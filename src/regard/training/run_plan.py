@@ -104,7 +104,7 @@ def new_plan(asked: Request, processes: int) -> tuple[Plan, ImageTable]:
     """
     recipe = asked.recipe
     table = choose_splits(open_data(asked.data, root=asked.root, splits=asked.splits), recipe)
-    trained = network_of(asked.weights)
+    trained = network_of(asked.weights, asked.model or recipe.model)
     name, arguments = choose_model(asked.model, recipe, asked.model_args, trained)
     decided: list[Start] = []
 

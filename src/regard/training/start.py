@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -21,6 +22,7 @@ from regard.models._common import FREE_ARGUMENTS, GATE_ARGUMENTS, as_json
 from regard.models.create import plain_source
 from regard.models.hub import fetch_weights, has_weights
 from regard.models.io import find_folder, read_config
+from regard.models.original_weights import arguments_of, authors_normalization, read_tensors
 from regard.trained_on import known_images
 from regard.training.config import Recipe
 from regard.training.plan import CIFAR_STEM_UP_TO, choose_stem
@@ -59,6 +61,8 @@ class Start:
 
     def prepare(self, preprocess: Preprocess) -> Preprocess:
         """The preprocessing with what the weights were trained with, if it has as many channels."""
+        if self.normalization == "image":  # by each image's own mean and deviation
+            return replace(preprocess, normalization="image")
         channels, mean, std = preprocess.input_size[0], self.mean, self.std
         if len(mean) == 1:  # of gray images, which are repeated
             mean, std = mean * channels, std * channels
@@ -95,11 +99,11 @@ def choose_start(
         named = full_name(weights)
         whose = "Regard's own weights" if named in shipped() else "the weights of"
         start = Start(bool(words), named, f"{whose} {named}", channels=3 if words else 0)
-        return _with_scale(start, named)
+        return _with_scale(start, named, name)
     if words:
         start = Start(True, None, words, channels=3)
         brought = None if plain_source(name) is not None else find_shipped(name)
-        return start if brought is None else _with_scale(start, brought.name)
+        return start if brought is None else _with_scale(start, brought.name, name)
     if recipe.pretrained == "no":
         return Start(False, None, "random weights")
     reasons = []
@@ -118,17 +122,18 @@ def choose_start(
         asked = arguments.get("in_chans", recipe.channels)
         if (why := _unfit_shipped(each, own, height, table, channels, asked)) is None:
             start = Start(False, each.name, f"Regard's own weights {each.name}")
-            return _with_scale(start, each.name)
+            return _with_scale(start, each.name, name)
         reasons.append(f"{each.name}: {why}")
     return Start(False, None, f"random weights ({'; '.join(reasons) or 'there are none to take'})")
 
 
-def _with_scale(start: Start, weights: str) -> Start:
-    """The start with what the folder of its weights says of their images."""
-    folder = find_folder(weights)
-    if folder is None or not (folder / "config.json").is_file():  # an authors' checkpoint
-        return start
-    config = read_config(folder / "config.json")
+def _with_scale(start: Start, weights: str, name: str) -> Start:
+    """The start with what its weights say of their images; `name` is the run's network."""
+    config = _config_of(weights)
+    if config is None:
+        told = _authors_arguments(weights, name)
+        scale = authors_normalization(name) if told else None
+        return replace(start, channels=told.get("in_chans", 0), normalization=scale)
     cfg = config.get("pretrained_cfg", {})
     own = config.get("regard", {}).get("normalization", "fixed")
     mean, std = (tuple(cfg.get(name) or ()) for name in ("mean", "std"))
@@ -168,14 +173,36 @@ def _pretrained(name: str) -> str:
         raise FileError(f"pretrained=yes: {words} can't be had: {error}") from error
 
 
-def network_of(weights: str | None) -> tuple[str | None, dict[str, Any]]:
-    """The network and its arguments that weights are of; None for an authors' checkpoint."""
-    folder = None if weights is None else find_folder(weights)
-    if folder is None or not (folder / "config.json").is_file():
-        return None, {}
-    config = read_config(folder / "config.json")
-    own = config.get("model_args") or {}
-    return config.get("architecture"), {k: v for k, v in own.items() if k not in FREE_ARGUMENTS}
+def network_of(weights: str | None, asked: str | None) -> tuple[str | None, dict[str, Any]]:
+    """The network and its arguments that weights are of.
+
+    Args:
+        weights: a run's folder, shipped weights or an authors' checkpoint; None: there are none.
+        asked: the network that is asked for, which an authors' checkpoint does not name.
+    """
+    config = None if weights is None else _config_of(weights)
+    if config is not None:
+        name, own = config.get("architecture"), config.get("model_args") or {}
+    else:
+        own = {} if weights is None or asked is None else _authors_arguments(weights, asked)
+        name = asked if own else None
+    return name, {k: v for k, v in own.items() if k not in FREE_ARGUMENTS}
+
+
+def _config_of(weights: str) -> dict[str, Any] | None:
+    """The config.json of weights; None: an authors' checkpoint, or nothing that is there."""
+    folder = find_folder(weights)
+    path = None if folder is None else folder / "config.json"
+    return read_config(path) if path is not None and path.is_file() else None
+
+
+def _authors_arguments(path: str, name: str) -> dict[str, Any]:
+    """What an authors' checkpoint tells of the network `name`; {} without such a file.
+
+    Raises:
+        CheckpointError: the file is no checkpoint.
+    """
+    return arguments_of(name, read_tensors(path)) if Path(path).is_file() else {}
 
 
 def _unfit(name: str, arguments: Mapping[str, Any], height: int) -> str | None:
