@@ -471,6 +471,53 @@ def test_a_dicom_padding_that_contradicts_the_bits_blanks_no_image(tmp_path):
     assert read_image(tmp_path / "a.dcm")[..., 0].tolist() == [[0, 0], [0.25, 1]]
 
 
+@pytest.mark.parametrize("kind", [np.uint16, np.int16])
+def test_dicom_values_are_cut_out_of_their_words(tmp_path, kind):
+    """In the upper twelve bits, or in the lower ones below an overlay (PS3.5 8.1.1)."""
+    signed = kind == np.int16
+    values = np.array([[0, 100, 2047], [1, 1000, -2048 if signed else 4095]])
+    bits = {"BitsStored": 12, "PixelRepresentation": int(signed), "RescaleSlope": 1,
+            "RescaleIntercept": 0}  # fmt: skip
+    low, high = values.min(), values.max()
+    plain = (values & 0xFFF).astype(np.uint16)
+    overlay = plain | (np.array([[1, 0, 1], [0, 1, 0]]) << 12).astype(np.uint16)
+    upper = (plain << 4) | 5
+    extended = values.astype(kind)
+    cases = {
+        "extended": (extended, {"HighBit": 11}),
+        "overlay": (overlay.view(kind), {"HighBit": 11, "OverlayBitPosition": 12}),
+        "upper": (upper.view(kind), {"HighBit": 15}),
+    }
+    for name, (stored, tags) in cases.items():
+        place = tags.pop("OverlayBitPosition", None)
+        path = dicom(tmp_path / f"{name}.dcm", stored, **bits, **tags)
+        if place is not None:
+            pydicom = pytest.importorskip("pydicom")
+            dataset = pydicom.dcmread(path)
+            dataset.add_new((0x6000, 0x0102), "US", place)
+            dataset.save_as(path)
+        read = read_image(path)
+        assert np.allclose(read[..., 0], (values - low) / (high - low)), name
+
+
+@pytest.mark.parametrize(("declared", "largest"), [(16, 65535), (16, 255), (8, 255)])
+def test_a_dicom_palette_of_eight_bits_is_not_dark_where_16_are_declared(
+    tmp_path, declared, largest
+):
+    stored = np.array([[0, 1], [2, 3]], np.uint8)
+    path = dicom(tmp_path / "p.dcm", stored, PhotometricInterpretation="PALETTE COLOR")
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(path)
+    colors = np.array([[0, 1, 0, 0.2], [0, 0, 1, 0.4], [0, 0, 0, 1]])
+    kind = "<u2" if declared == 16 else np.uint8
+    for number, values in enumerate(colors):  # red, green, blue
+        dataset.add_new((0x0028, 0x1101 + number), "US", [4, 0, declared])
+        data = np.rint(values * largest).astype(kind).tobytes()
+        dataset.add_new((0x0028, 0x1201 + number), "OW", data)
+    dataset.save_as(path)
+    assert np.allclose(read_image(path).reshape(4, 3), colors.T, atol=1e-4)
+
+
 @pytest.mark.parametrize("empty", ["RescaleSlope", "RescaleIntercept", "VOILUTFunction"])
 def test_an_empty_dicom_element_has_its_default(tmp_path, empty):
     stored = np.array([[100, 200], [300, 500]], np.uint16)

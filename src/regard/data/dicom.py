@@ -48,6 +48,12 @@ def read_dicom(file: Any) -> tuple[NDArray[Any], tuple[float, float] | None]:
             else pydicom.uid.ExplicitVRLittleEndian if little
             else pydicom.uid.ExplicitVRBigEndian
         )  # fmt: skip
+    bits, high = (int(dataset.get(name) or 0) for name in ("BitsStored", "HighBit"))
+    in_upper_bits = (
+        0 < bits <= high < dataset.BitsAllocated and not meta.TransferSyntaxUID.is_compressed
+    )
+    if in_upper_bits:  # as old files have it: pydicom takes the lower ones
+        dataset.pixel_array_options(correct_unused_bits=False)
     try:
         stored = dataset.pixel_array
     except RuntimeError as error:  # a compression for which no plugin is installed, or broken
@@ -57,15 +63,30 @@ def read_dicom(file: Any) -> tuple[NDArray[Any], tuple[float, float] | None]:
                 f"is DICOM compressed as {name}; {hint('dicom')} brings a decoder"
             ) from error
         raise
+    if in_upper_bits:
+        stored = _cut(stored, bits, high)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         stored = pydicom.pixels.apply_color_lut(stored, dataset)
-        bits = int(dataset.RedPaletteColorLookupTableDescriptor[2])
-    else:
-        bits = int(dataset.get("BitsStored") or 0)  # floats have none
+        bits = _palette_bits(dataset)
     if stored.ndim == 3:
         return (stored / (2**bits - 1)).astype(np.float32), None
     pixels, own_range = _gray(stored, dataset)
     return pixels[..., None], own_range
+
+
+def _cut(words: NDArray[Any], bits: int, high: int) -> NDArray[Any]:
+    """Words -> the values in their bits up to `high`, with their sign where there is one."""
+    word = 8 * words.dtype.itemsize
+    return (words << (word - 1 - high)) >> (word - bits)
+
+
+def _palette_bits(dataset: Any) -> int:
+    """Bits of a palette's values: 8 also where 16 are declared and none is larger than 255."""
+    from pydicom.pixels import apply_color_lut
+
+    entries, first, bits = (int(v) for v in dataset.RedPaletteColorLookupTableDescriptor)
+    whole = apply_color_lut(np.arange(first, first + (entries or 2**16)), dataset)
+    return 8 if whole.max() < 2**8 else bits
 
 
 def _check_single_image(dataset: Any) -> None:
