@@ -16,6 +16,10 @@ EVERY = regard.list_models()
 KINDS = ["attention56_cifar", "attentionnext56", "cbam_resnet18", "cbam_resnet50", "se_resnet18",
          "se_mobilenet_070", "wide_resnet18_1_5", "plain_attention56_cifar", "sononet8",
          "ag_sononet8"]  # fmt: skip
+_LARGE = {"attentionnext56", "cbam_resnet50", "se_mobilenet_070"}
+LARGE_ONES_SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) if name in _LARGE else name for name in KINDS
+]
 HEADS = {"mean": 3, "deep_sup": 4}
 
 
@@ -196,7 +200,7 @@ def test_gradients_of_the_largest_survive_compiling_in_half_precision(largest, p
     assert (compiled - exact).norm() < 0.1 * exact.norm()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", LARGE_ONES_SLOW)
 @torch.no_grad()
 def test_exports_with_dynamic_batch(name):
     model = regard.create_model(name, num_classes=3).eval()
@@ -209,7 +213,7 @@ def test_exports_with_dynamic_batch(name):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", LARGE_ONES_SLOW)
 @torch.no_grad()
 def test_torchscript_and_fx(name):
     with timm.layers.set_scriptable(True):

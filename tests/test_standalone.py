@@ -126,6 +126,34 @@ def test_the_program_reads_or_refuses_tiffs_as_predict_reads_them(kind, compress
             assert np.allclose(pixels, expected, atol=1e-6)
 
 
+def test_the_program_lays_gray_with_multiplied_alpha_on_white():
+    tifffile = pytest.importorskip("tifffile", reason="the extra 'tiff' is not installed")
+    gray = np.array([[0, 60], [120, 90]], np.uint8)
+    alpha = np.array([[255, 255], [128, 180]], np.uint8)
+    content = io.BytesIO()
+    tifffile.imwrite(
+        content, np.dstack([gray, alpha]), photometric="minisblack", planarconfig="contig",
+        extrasamples=["assocalpha"],
+    )  # fmt: skip
+    pixels = standalone._decode(content.getvalue(), None)
+    assert np.abs(pixels[..., 0] - (gray + 255.0 - alpha)).max() <= 1
+    assert np.array_equal(pixels, read_image(content.getvalue()))
+
+
+def test_an_answer_that_is_not_finite_is_an_error_and_no_nan_in_the_json(tmp_path):
+    for name in ("a", "b"):
+        Image.new("L", (4, 4), 9).save(tmp_path / f"{name}.png")
+    program = object.__new__(standalone.Network)
+    program.facts = {
+        "input_size": [1, 4, 4], "resize": "squash", "crop_pct": 1.0, "class_names": ["x", "y"],
+    }  # fmt: skip
+    program.run = lambda images: np.array([[np.nan, np.nan], [0.25, 0.75]])
+    paths = [str(tmp_path / f"{name}.png") for name in ("a", "b")]
+    first, second = program.predict(paths, top=1)
+    assert first == {"path": paths[0], "error": f"{paths[0]}: its answer is not finite"}
+    assert second["classes"] == [{"class": "y", "probability": 0.75}]
+
+
 def network(folder: Path, preprocess: Preprocess) -> Path:
     """An untrained network whose answers depend on the image."""
     model = lively("ag_sononet8", 3, preprocess.input_size[0])

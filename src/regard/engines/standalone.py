@@ -63,6 +63,9 @@ class Network:
                     yield {"path": path, "error": x}
                     continue
                 shares = next(answers)
+                if not np.isfinite(shares).all():  # NaN would be no JSON
+                    yield {"path": path, "error": f"{path}: its answer is not finite"}
+                    continue
                 order = np.argsort(-shares, kind="stable")[:top]
                 classes = [
                     {"class": self.facts["class_names"][i], "probability": float(shares[i])}
@@ -201,7 +204,9 @@ def _pixels(image: Any) -> Array:
         return values.astype(np.int64 if wide else np.uint16)[..., None]
     if image.mode == "F":
         return np.asarray(image).astype(np.float64)[..., None]
-    gray, palette = image.mode in ("1", "L", "LA", "La"), image.mode == "P"
+    if image.mode == "La":  # alpha multiplied in, which PIL converts to LA alone
+        image = image.convert("LA")
+    gray, palette = image.mode in ("1", "L", "LA"), image.mode == "P"
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
