@@ -476,9 +476,10 @@ def test_dicom_values_are_cut_out_of_their_words(tmp_path, kind):
     """In the upper twelve bits, or in the lower ones below an overlay (PS3.5 8.1.1)."""
     signed = kind == np.int16
     values = np.array([[0, 100, 2047], [1, 1000, -2048 if signed else 4095]])
+    low, high = int(values.min()), int(values.max())
     bits = {"BitsStored": 12, "PixelRepresentation": int(signed), "RescaleSlope": 1,
-            "RescaleIntercept": 0}  # fmt: skip
-    low, high = values.min(), values.max()
+            "RescaleIntercept": 0, "WindowCenter": (low + high) / 2, "WindowWidth": high - low,
+            "VOILUTFunction": "LINEAR_EXACT"}  # fmt: skip
     plain = (values & 0xFFF).astype(np.uint16)
     overlay = plain | (np.array([[1, 0, 1], [0, 1, 0]]) << 12).astype(np.uint16)
     upper = (plain << 4) | 5
