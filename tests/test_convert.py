@@ -97,6 +97,12 @@ def test_images_are_standardized_as_the_authors_do(tmp_path, capsys, checkpoint)
         assert shares[0] == pytest.approx(shares[1], abs=1e-4)
 
 
+def test_a_checkpoint_of_other_classes_is_not_tested_with_a_random_classifier(checkpoint):
+    table = ImageTable("a", ["x", "y"], np.zeros(1, np.int64), np.full(1, ""))
+    with pytest.raises(ValueError, match=r"is of a network of 14 classes, and a has 2$"):
+        _named("ag_sononet8", table, checkpoint)
+
+
 def test_an_argument_that_the_weights_do_not_show_is_given_by_hand(tmp_path, checkpoint):
     out = tmp_path / "new" / "folder"  # made with its parents
     call = ["convert", str(checkpoint), "--model", "ag_sononet8", "--out", str(out)]

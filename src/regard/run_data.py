@@ -246,7 +246,12 @@ def _named(name: str, table: ImageTable, weights: str | Path | None) -> Classifi
     size = (3, 224, 224) if cfg is None else tuple(cfg.input_size)
     seen = arguments_of(name, read_tensors(weights))
     size = (seen.pop("in_chans", size[0]), *size[1:])
-    seen.pop("num_classes", None)
+    classes = seen.pop("num_classes", None)
+    if classes not in (None, len(table.classes)):  # its classifier would start at random
+        raise UsageError(
+            f"{weights} is of a network of {classes:,} classes, and {table.name} has "
+            f"{len(table.classes):,}"
+        )
     model = make_model(name, seen, len(table.classes), size, False, str(weights))
     preprocess = Preprocess.from_config(data_config_of(model), authors_normalization(name))
     return Classifier(model, table.classes, preprocess)

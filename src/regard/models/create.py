@@ -19,7 +19,7 @@ from regard.models.cbam import CBAM, SE
 from regard.models.graft import graft as insert
 from regard.models.hub import cached_weights
 from regard.models.initialization import preserved_rng_state
-from regard.models.io import check_loadable, find_folder, load_model
+from regard.models.io import arguments_now, check_loadable, find_folder, load_model
 from regard.models.original_weights import arguments_of, load_authors_weights, read_tensors
 from regard.models.zoo import twins_of
 
@@ -221,9 +221,7 @@ def _load_authors(model: nn.Module, source: Path) -> tuple[nn.Module, dict[str, 
     tensors = read_tensors(source)
     cfg: Any = model.pretrained_cfg
     name = cfg["architecture"]
-    made_with: Any = getattr(model, "_model_args", None) or {}
-    arguments = {**made_with, **arguments_of(name, tensors)}
-    arguments.pop("pretrained_plain", None)
+    arguments = {**arguments_now(model), **arguments_of(name, tensors)}
     with preserved_rng_state():
         trained = make(name, arguments)
     load_authors_weights(trained, tensors)

@@ -89,13 +89,13 @@ def _described_as_it_is(model: nn.Module) -> Iterator[None]:
     """Within, timm's record of the arguments is what makes the network as it is now."""
     made_with: Any = getattr(model, "_model_args", None)
     try:
-        model._model_args = _arguments(model)  # type: ignore[assignment]
+        model._model_args = arguments_now(model)  # type: ignore[assignment]
         yield
     finally:
         model._model_args = made_with
 
 
-def _arguments(model: nn.Module) -> dict[str, Any]:
+def arguments_now(model: nn.Module) -> dict[str, Any]:
     """What makes the network again: create_model's arguments, with the classes that it has now."""
     made_with: Any = getattr(model, "_model_args", None) or {}
     kept = {k: v for k, v in made_with.items() if k not in _NOT_SAVED}
@@ -112,7 +112,7 @@ def check_loadable(model: nn.Module) -> None:
     name = cfg.get("architecture")
     if name is None or not timm.is_model(name):
         raise UsageError(f"{type(model).__name__} was not made by create_model(): it has no name")
-    arguments = _arguments(model)
+    arguments = arguments_now(model)
     with torch.device("meta"):
         made = timm.create_model(name, **arguments).state_dict()
     own = model.state_dict()
