@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from regard.errors import UsageError
 from regard.models._common import choose, largest_over_channels, largest_over_positions
+from regard.models._inductor import Conv2d
 from regard.models.initialization import pytorch_default
 
 CHANNEL_POOLS = ("both", "avg", "max")
@@ -82,7 +83,7 @@ class SpatialGate(nn.Module):
             raise UsageError(f"kernel_size={kernel_size}: choose 7 or 3 (the paper's), or any odd")
         learned = choose("spatial_pool", pool, SPATIAL_POOLS) == "conv"
         self.pool: nn.Conv2d | None = nn.Conv2d(channels, 1, 1, bias=False) if learned else None
-        self.conv: nn.Conv2d = nn.Conv2d(
+        self.conv: nn.Conv2d = Conv2d(
             1 if learned else 2, 1, kernel_size, padding=kernel_size // 2, bias=False
         )
         self.bn: nn.BatchNorm2d = nn.BatchNorm2d(1, eps=1e-5, momentum=0.01)
