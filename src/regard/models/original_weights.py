@@ -40,8 +40,8 @@ def load_authors_weights(model: nn.Module, source: Source) -> None:
 
     Raises:
         CheckpointError: the file can't be read, the network has no authors' layout, or
-            tensors are missing, extra, or of another shape; the message names them all.
-            The model is unchanged then.
+            tensors are missing, extra, or of another shape; the message names the first
+            and counts the others. The model is unchanged then.
     """
     tensors = read_tensors(source)
     names = authors_names(model, tensors)
@@ -53,10 +53,10 @@ def load_authors_weights(model: nn.Module, source: Source) -> None:
             "names do not: remove it"
         )
     if missing := sorted(theirs for theirs in names.values() if theirs not in tensors):
-        problems.append(f"missing: {', '.join(missing)}")
+        problems.append(f"missing: {shortened(missing, 8)}")
     if extra := sorted(set(tensors) - set(names.values())):
-        problems.append(f"extra: {', '.join(extra)}")
-    found = {}
+        problems.append(f"extra: {shortened(extra, 8)}")
+    found, misshaped = {}, []
     for ours, theirs in names.items():
         if theirs in tensors:
             tensor, shape = tensors[theirs], target[ours].shape
@@ -64,9 +64,11 @@ def load_authors_weights(model: nn.Module, source: Source) -> None:
             if _no_ones(tensor.shape) == _no_ones(shape):
                 found[ours] = tensor.reshape(shape)
             else:
-                problems.append(
+                misshaped.append(
                     f"shape of {theirs}: {tuple(tensor.shape)}, the network's is {tuple(shape)}"
                 )
+    if misshaped:
+        problems.append(shortened(misshaped, 4))
     if problems:
         raise CheckpointError("the checkpoint does not fit the network; " + "; ".join(problems))
     if broken := [names[ours] for ours, t in found.items() if not bool(t.isfinite().all())]:
