@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from regard.machine import VARIABLE
+from regard.models.create import create_model
 from regard.predict import load
+from regard.training import muon
+from regard.training.config import Recipe
+from regard.training.optim import make_optimizer
 from tests.helpers import ENVIRONMENT, QUICK, run
 from tests.test_fused import apart, end_of_a_block, maps, step
 
@@ -104,3 +108,23 @@ def test_recorded_passes_are_the_eager_ones(name, tmp_path):
         )
     for eager, recorded in zip(rows["no"], rows["graphs"], strict=True):
         assert float(recorded["loss"]) == pytest.approx(float(eager["loss"]), rel=2e-3)
+
+
+def test_muon_replayed_is_muon(monkeypatch):
+    """The same products, asked for at once: the first step is eager, the second records."""
+    torch.manual_seed(0)
+    model = create_model("attention56_cifar").to(GPU, memory_format=torch.channels_last)
+    recipe = Recipe(optimizer="muon", lr=0.015, weight_decay=0.1)
+    replayed, eager = copy.deepcopy(model), copy.deepcopy(model)
+    one, other = make_optimizer(replayed, recipe), make_optimizer(eager, recipe)
+    for _ in range(5):
+        for p, q in zip(replayed.parameters(), eager.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        one.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(muon._Recording, "__call__", lambda _, *a: muon.directions(*a))
+            other.step()
+    assert [r.graph is not None for r in one._recordings.values()] == [True]
+    for p, q in zip(replayed.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -1,14 +1,17 @@
 """Muon, with the matrices of one shape orthogonalized at once.
 
 A network has a hundred matrices in a dozen shapes, and orthogonalizing takes fifteen small
-products: asked for one matrix at a time, they take a GPU's host longer than the whole step.
+products: asked for one matrix at a time, they take a GPU's host longer than the whole step. On
+CUDA all of them are recorded as one graph, too, which is asked for by one call.
+
 Which parameters are matrices, the polynomials, and the state that is saved are timm's. Where
 timm multiplies in bf16 on any machine, a CPU, or a GPU without bf16, does so in float32 here:
 without the hardware bf16 is emulated, 30 times slower.
 """
 
+import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm.optim
@@ -17,7 +20,10 @@ from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
 from torch import Tensor
 
 from regard.compat import is_a_matrix_to_muon, muon_coefficients
+from regard.files import reason
 from regard.machine import has_bf16
+
+log: logging.Logger = logging.getLogger(__name__)
 
 TOGETHER = 5
 """Steps from one product X X'; float32 allows no more."""
@@ -30,6 +36,15 @@ class Muon(timm.optim.Muon):
     `nesterov`, the others move by NAdamW. Arguments and state are those of timm's Muon.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._recordings: dict[int, _Recording] = defaultdict(_Recording)  # by group
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, and of a state that is loaded."""
+        super().__setstate__(state)
+        self._recordings = defaultdict(_Recording)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Moves the parameters that have a gradient; returns what `closure` does, if given."""
@@ -38,10 +53,10 @@ class Muon(timm.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         hidden = []
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             matrices = [p for p in group["params"] if p.grad is not None and self._is_matrix(p)]
             if matrices:
-                self._orthogonal_step(matrices, group)
+                self._orthogonal_step(matrices, group, self._recordings[number])
             hidden += [(p, p.grad) for p in matrices]
         for p, _ in hidden:
             p.grad = None
@@ -56,7 +71,9 @@ class Muon(timm.optim.Muon):
             state["use_muon"] = is_a_matrix_to_muon(p)
         return bool(state["use_muon"])
 
-    def _orthogonal_step(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+    def _orthogonal_step(
+        self, matrices: list[Tensor], group: dict[str, Any], recording: "_Recording"
+    ) -> None:
         rate, momentum = group["lr"], group["momentum"]
         gradients = [p.grad for p in matrices if p.grad is not None]  # all have one
         for p in matrices:
@@ -68,20 +85,81 @@ class Muon(timm.optim.Muon):
         updates: Any = buffers
         if group["nesterov"]:
             updates = torch._foreach_lerp(gradients, buffers, weight=momentum)
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for p, update in zip(matrices, updates, strict=True):
-            by_shape[p.shape].append((p, update))
-        coefficients = muon_coefficients(group["ns_coefficients"])
-        device = matrices[0].device
-        orthogonal = zeropower_via_newtonschulz
-        if device.type == "cpu" or not has_bf16(device):
-            orthogonal = orthogonal_by_gram
-        for shape, pairs in by_shape.items():
-            stacked = torch.stack([update.flatten(1) for _, update in pairs])
-            directions = orthogonal(stacked, group["ns_steps"], coefficients, eps=group["eps"])
-            scale = get_lr_scale(directions.shape, group["adjust_lr_fn"])
-            moves = [d.reshape(shape) for d in directions.to(pairs[0][0].dtype)]
-            torch._foreach_add_([p for p, _ in pairs], moves, alpha=-rate * scale)
+        by_scale: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for p, direction in zip(matrices, recording(updates, group), strict=True):
+            scale = get_lr_scale(p.flatten(1).shape, group["adjust_lr_fn"])
+            by_scale[scale].append((p, direction))
+        for scale, pairs in by_scale.items():
+            moved, moves = map(list, zip(*pairs, strict=True))
+            torch._foreach_add_(moved, moves, alpha=-rate * scale)
+
+
+class _Recording:
+    """`directions`; on CUDA recorded in the second call, and replayed from then on.
+
+    The first call lets the libraries allocate what they keep.
+    """
+
+    def __init__(self) -> None:
+        self.key: object = None
+        self.graph: Any = None
+        self.updates: list[Tensor] = []
+        self.found: list[Tensor] = []
+        self.refused = False
+
+    def __call__(self, updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        if updates[0].device.type != "cuda" or self.refused:
+            return directions(updates, group)
+        how = [group[k] for k in ("ns_steps", "ns_coefficients", "eps")]
+        key = how, [(u.shape, u.stride(), u.dtype, u.device) for u in updates]
+        if key != self.key:
+            self.key, self.graph = key, None
+            return directions(updates, group)
+        if self.graph is None:
+            try:
+                self._record(updates, group)
+            except RuntimeError as error:
+                log.info(f"Muon is not recorded as a CUDA graph: {reason(error)}")
+                self.refused = True
+                return directions(updates, group)
+        torch._foreach_copy_(self.updates, updates)
+        self.graph.replay()
+        return self.found
+
+    def _record(self, updates: list[Tensor], group: dict[str, Any]) -> None:
+        self.updates = [u.clone() for u in updates]
+        graph = torch.cuda.CUDAGraph()
+        # only this thread is recorded: another brings images to the device
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.found = directions(self.updates, group)
+        self.graph = graph
+
+
+def directions(updates: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """Each matrix or convolution orthogonalized, those of one shape at once.
+
+    Args:
+        updates: (m, n) or (m, ...) each, all on one device.
+        group: of the optimizer, with ns_steps, ns_coefficients and eps.
+
+    Returns:
+        Tensors of the same shapes, in the same order.
+    """
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+    for number, update in enumerate(updates):
+        by_shape[update.shape].append(number)
+    coefficients = muon_coefficients(group["ns_coefficients"])
+    device = updates[0].device
+    orthogonal = zeropower_via_newtonschulz
+    if device.type == "cpu" or not has_bf16(device):
+        orthogonal = orthogonal_by_gram
+    found: dict[int, Tensor] = {}
+    for shape, numbers in by_shape.items():
+        stacked = torch.stack([updates[k].flatten(1) for k in numbers])
+        made = orthogonal(stacked, group["ns_steps"], coefficients, eps=group["eps"])
+        made = made.to(stacked.dtype)
+        found |= {k: m.reshape(shape) for k, m in zip(numbers, made, strict=True)}
+    return [found[k] for k in range(len(updates))]
 
 
 def orthogonal_by_gram(
