@@ -1,6 +1,7 @@
 """The fused end of CBAM's ResNet blocks: the modules' numbers, and only in training."""
 
 import copy
+import gc
 import os
 import pickle
 import subprocess
@@ -75,6 +76,30 @@ def test_equal_largest_values_share_the_gradient_as_amax_has_it():
     y = y.mul(2).round().div(2)  # most values are there several times
     expected = step(norm, gates, y, k, t)
     assert apart(step(norm, gates, y, k, t, fused_torch), expected) < 1e-12
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("of_gates", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_map", [torch.float32, torch.bfloat16])
+def test_what_a_call_shares_is_freed_with_its_graph(of_map, of_gates, backward):
+    """A gate kept as it is belongs to the graph, whose nodes keep it: memory grew by each step."""
+    norm, gates = end_of_a_block(8, torch.float32)
+    gates = gates.to(of_gates)
+    for module in (gates.channel.mlp, gates.spatial.conv):  # as autocast converts what they take
+        module.register_forward_pre_hook(lambda _, x: x[0].to(of_gates))
+    y, k, _ = maps((2, 8, 5, 4), of_map)
+    y = y.contiguous(memory_format=LAST).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is looked at may be deprecated
+        gc.collect()
+        before = sum(type(each) is fused._Shared for each in gc.get_objects())
+        out = fused_end(y, k.contiguous(memory_format=LAST), norm, gates, fused_torch)
+        assert sum(type(each) is fused._Shared for each in gc.get_objects()) == before + 1
+        if backward:
+            out.float().sum().backward()
+        del out
+        gc.collect()
+        assert sum(type(each) is fused._Shared for each in gc.get_objects()) == before
 
 
 def test_a_mean_far_from_zero_costs_no_digits_of_the_deviation():

@@ -38,7 +38,8 @@ from regard.models.cbam import CBAM
 class _Shared:
     """What the three functions of one call leave for each other.
 
-    Small tensors are in float32 (float64), so that each is converted once.
+    Small tensors are in float32 (float64), so that each is converted once. None may belong to the
+    graph whose nodes hold this: nothing would free either.
     """
 
     passes: Any  # the module with the passes over the map
@@ -124,7 +125,7 @@ class _Pooled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, c: Tensor, shared: _Shared) -> Tensor:
-        shared.c = gate = c[:, None].to(shared.g.dtype)
+        shared.c = gate = c.detach().to(shared.g.dtype)[:, None]
         shared.gc, shared.bc = shared.g * gate, shared.b * gate
         pooled: Tensor = shared.passes.pooled(y, shared.mean, shared.gc, shared.bc)
         ctx.save_for_backward(y, pooled)
@@ -157,7 +158,7 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, k: Tensor, s: Tensor, shared: _Shared) -> Tensor:
-        shared.s = s.to(shared.g.dtype)
+        shared.s = s.detach().to(shared.g.dtype)
         out: Tensor = shared.passes.output(y, k, shared.mean, shared.gc, shared.bc, shared.s)
         ctx.save_for_backward(y, out)
         ctx.shared, ctx.kinds = shared, (k.dtype, s.dtype)

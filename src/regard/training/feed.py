@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.training.graphs import ALONE
+
 AHEAD = 2  # batches on the device besides the one in use
 POLL = 0.2  # seconds between looks at whether the reader has given up
 
@@ -67,7 +69,7 @@ class Mover:
         """A batch with a method `moved`, on the device, and the event of its arrival."""
         if self.device.type not in ("cuda", "xpu"):
             return batch.moved(self), None
-        with (stream := _side_stream(self.device)):
+        with ALONE, (stream := _side_stream(self.device)):
             return batch.moved(self), stream.record_event()
 
     def receive(self, batch: Any, arrival: Any) -> Any:

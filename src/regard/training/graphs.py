@@ -6,6 +6,7 @@ the eager network, and so are the numbers.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 
 from regard.machine import fastest_kernels
 from regard.models.fused import fused_at_every_size
+
+ALONE = threading.Lock()
+"""Held while a graph is recorded, and by the thread that copies images while it asks for that: a
+recording and what other threads ask of the device keep out of each other's way."""
 
 
 class Graphed:
@@ -46,9 +51,10 @@ class Graphed:
             _passes(whole, images)  # the first makes what is made once
             with _waits_refused():
                 _passes(whole, images)
-            self._replayed: Any = torch.cuda.make_graphed_callables(
-                whole, (images,), allow_unused_input=True
-            )
+            with ALONE:
+                self._replayed: Any = torch.cuda.make_graphed_callables(
+                    whole, (images,), allow_unused_input=True
+                )
 
     def __call__(self, images: Tensor) -> Tensor:
         forward = self._replayed if images.shape == self.shape else self.model

@@ -22,6 +22,7 @@ from torch import Tensor
 from regard.compat import is_a_matrix_to_muon, muon_coefficients
 from regard.files import reason
 from regard.machine import has_bf16
+from regard.training.graphs import ALONE
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class _Recording:
         self.updates = [u.clone() for u in updates]
         graph = torch.cuda.CUDAGraph()
         # only this thread is recorded: another brings images to the device
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with ALONE, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.found = directions(self.updates, group)
         self.graph = graph
 
