@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import regard
-from regard.models import _inductor
+from regard.models import _inductor, cbam
 from regard.models.cbam import CBAM
 
 
@@ -21,14 +21,14 @@ def operands(layout: torch.memory_format) -> tuple[torch.Tensor, torch.Tensor, t
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_output_gradients_and_layouts_are_those_that_are_promised(layout):
     x, weight, gradient = operands(layout)
-    out = _inductor._convolution(x, weight, 3)
+    out = _inductor.convolution(x, weight, 3)
     assert torch.equal(out, F.conv2d(x, weight, padding=3))
     found = torch.autograd.grad(out, (x, weight), gradient)
     expected = torch.autograd.grad(F.conv2d(x, weight, padding=3), (x, weight), gradient)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(_inductor._convolution, (x, weight, 3), test_utils=checks)
+    torch.library.opcheck(_inductor.convolution, (x, weight, 3), test_utils=checks)
     of_gradient = (gradient, x.detach(), weight.detach(), 3)
     torch.library.opcheck(_inductor._backward, of_gradient, test_utils=checks)
 
@@ -36,15 +36,14 @@ def test_output_gradients_and_layouts_are_those_that_are_promised(layout):
 def test_compiled_for_training_the_gates_are_the_eager_ones(monkeypatch):
     """As on CUDA, where alone the operator is taken."""
     calls = []
-    operator = _inductor._convolution
 
     def counted(*arguments):
         calls.append(1)
-        return operator(*arguments)
+        return _inductor.convolution(*arguments)
 
-    monkeypatch.setattr(_inductor, "_convolution", counted)
+    monkeypatch.setattr(cbam, "convolution", counted)
     monkeypatch.setattr(
-        _inductor, "_compiled_for_training",
+        cbam, "compiled_for_training",
         lambda x: torch.compiler.is_compiling() and x.requires_grad,
     )  # fmt: skip
     gates = CBAM(32).to(memory_format=torch.channels_last).train()

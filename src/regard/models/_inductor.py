@@ -7,27 +7,17 @@ gate's convolution, of two channels to one, cuDNN gives others, and the step end
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d of stride 1, without groups, dilation and bias, with such an operator.
-
-    Shapes: (B, C, H, W) -> (B, D, H', W').
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and _compiled_for_training(x):
-            return _convolution(x, self.weight.to(x.dtype), int(self.padding[0]))
-        return self._conv_forward(x, self.weight, self.bias)
-
-
-def _compiled_for_training(x: Tensor) -> bool:
+def compiled_for_training(x: Tensor) -> bool:
+    """Whether x belongs to a network that is compiled for training on CUDA."""
     return torch.compiler.is_compiling() and x.requires_grad and x.is_cuda
 
 
 @torch.library.custom_op("regard::convolution", mutates_args=())
-def _convolution(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+def convolution(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """A convolution of stride 1, without groups, dilation and bias: F.conv2d's."""
     return F.conv2d(x, weight, padding=padding).contiguous()
 
 
@@ -40,7 +30,7 @@ def _backward(gradient: Tensor, x: Tensor, weight: Tensor, padding: int) -> tupl
     return dx.contiguous(), dweight.contiguous()
 
 
-@_convolution.register_fake
+@convolution.register_fake
 def _(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     height, width = (
         s + 2 * padding - k + 1 for s, k in zip(x.shape[2:], weight.shape[2:], strict=True)
@@ -62,4 +52,4 @@ def _gradients(ctx, gradient):
     return *_backward(gradient, *ctx.saved_tensors, ctx.padding), None
 
 
-_convolution.register_autograd(_gradients, setup_context=_keep)
+convolution.register_autograd(_gradients, setup_context=_keep)

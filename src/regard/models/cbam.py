@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from regard.errors import UsageError
 from regard.models._common import choose, largest_over_channels, largest_over_positions
-from regard.models._inductor import Conv2d
+from regard.models._inductor import compiled_for_training, convolution
 from regard.models.initialization import pytorch_default
 
 CHANNEL_POOLS = ("both", "avg", "max")
@@ -83,7 +83,7 @@ class SpatialGate(nn.Module):
             raise UsageError(f"kernel_size={kernel_size}: choose 7 or 3 (the paper's), or any odd")
         learned = choose("spatial_pool", pool, SPATIAL_POOLS) == "conv"
         self.pool: nn.Conv2d | None = nn.Conv2d(channels, 1, 1, bias=False) if learned else None
-        self.conv: nn.Conv2d = Conv2d(
+        self.conv: nn.Conv2d = nn.Conv2d(
             1 if learned else 2, 1, kernel_size, padding=kernel_size // 2, bias=False
         )
         self.bn: nn.BatchNorm2d = nn.BatchNorm2d(1, eps=1e-5, momentum=0.01)
@@ -107,7 +107,14 @@ class SpatialGate(nn.Module):
             pooled = self.pool(x)  # (B, C, H, W) -> (B, 1, H, W)
         else:  # (B, C, H, W) -> (B, 2, H, W)
             pooled = torch.cat([largest_over_channels(x), x.mean(dim=1, keepdim=True)], dim=1)
-        return torch.sigmoid(self.bn(self.conv(pooled)))
+        return torch.sigmoid(self.bn(self._convolve(pooled)))
+
+    def _convolve(self, pooled: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and compiled_for_training(pooled):
+            weight = self.conv.weight.to(pooled.dtype)
+            return convolution(pooled, weight, self.conv.kernel_size[0] // 2)
+        convolved: Tensor = self.conv(pooled)
+        return convolved
 
 
 class CBAM(nn.Module):
