@@ -1,5 +1,6 @@
 """What goes wrong around a training: it always ends, says why, and loses nothing."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -7,10 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -139,6 +143,24 @@ def test_a_stop_is_heard_while_images_are_awaited(scans, monkeypatch):
     with pytest.raises(WaitInterrupted):
         next(iter(loader.batches([(0, 2)])))
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("read", [1, 4], ids=["in the middle", "with the last batch"])
+def test_batches_that_are_closed_leave_no_files_threads_and_data(scans, monkeypatch, read):
+    monkeypatch.setattr("regard.data.loading.shared_memory_free", lambda: float("inf"))
+    before = psutil.Process().num_fds(), threading.active_count()
+    table = open_data(str(scans))
+    data = weakref.ref(table)
+    reader = Reader(table, Preprocess((1, 16, 16), (0.5,), (0.25,)), Augmentation())
+    loader = StreamingLoader(reader, None, 0, 2)
+    batches = loader.batches(Spans(range(0, 16, 4), 4))
+    for _ in range(read):  # a training closes them once it has the last
+        next(batches)
+    loader.close()
+    del table, reader, loader, batches
+    gc.collect()
+    assert (psutil.Process().num_fds(), threading.active_count()) == before
+    assert data() is None
 
 
 def test_waiting_for_images_has_a_limit(monkeypatch):

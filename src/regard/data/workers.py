@@ -25,6 +25,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from regard.compat import release_killed
 from regard.cores import cores, processes_here
 from regard.errors import RegardError, ResourceError
 
@@ -95,9 +96,9 @@ def read_by_processes(
     finally:
         if finished:
             del source  # which ends the workers
-        else:  # torch would wait for busy workers, and for a lock that a killed one held
-            _abandoned.append(source)
+        else:  # torch would wait for busy workers
             _kill(mine)
+            release_killed(source)
         _alive.difference_update(mine)
 
 
@@ -185,7 +186,6 @@ def _signals_blocked() -> Iterator[None]:
 
 
 _alive: set[Any] = set()  # workers
-_abandoned: list[Any] = []  # loaders whose workers were killed; torch must not end them again
 
 
 @atexit.register  # before multiprocessing's own, which would wait for workers without end
