@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -161,6 +162,27 @@ def test_batches_that_are_closed_leave_no_files_threads_and_data(scans, monkeypa
     gc.collect()
     assert (psutil.Process().num_fds(), threading.active_count()) == before
     assert data() is None
+
+
+def close_early(scans: Path, folder: str) -> None:
+    """Ends workers that have handed over a batch, in a process whose temporary files lie there."""
+    tempfile.tempdir = folder
+    reader = Reader(open_data(str(scans)), Preprocess((1, 16, 16), (0.5,), (0.25,)), Augmentation())
+    loader = StreamingLoader(reader, None, 0, 2)
+    next(loader.batches(Spans(range(0, 16, 4), 4)))
+    loader.close()
+
+
+def test_workers_that_are_killed_leave_no_temporary_files(scans, monkeypatch):
+    monkeypatch.setattr("regard.data.loading.shared_memory_free", lambda: float("inf"))
+    with tempfile.TemporaryDirectory() as folder:  # a short path, as sockets lie there
+        process = multiprocessing.get_context("fork").Process(
+            target=close_early, args=(scans, folder)
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert os.listdir(folder) == []
 
 
 def test_waiting_for_images_has_a_limit(monkeypatch):
