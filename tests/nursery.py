@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -150,6 +151,7 @@ def serve(address: str) -> dict:
         if sys.stdin.buffer in sources:
             for pid in children:  # nobody is there any more
                 os.killpg(pid, signal.SIGKILL)
+            shutil.rmtree(Path(address).parent, ignore_errors=True)
             os._exit(0)
         if bell in sources:
             os.read(bell, 1000)

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from regard.training import distributed
 from regard.training.plan import image_weights
 from regard.training.recipe_files import load_recipe
 from regard.training.run import Run
+from regard.training.signals import Signals, Stop
 from tests.helpers import ENVIRONMENT, QUICK, dense, run, same_results
 
 # Each process is the command line, and tells in the folder TOLD what it had at the end. The
@@ -464,12 +466,14 @@ def test_what_is_asked_again_before_it_was_heard_is_done_once(world, steps):
 
 def test_a_step_of_several_processes_gets_some_seconds_to_begin(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("regard.training.run.time.monotonic", lambda: now[0])
-    for world, overdue in ((1, [True, True]), (2, [False, True])):
-        run = SimpleNamespace(world=world, asked_at=None, _stop_asked=lambda: True)
-        found = []
+    monkeypatch.setattr("regard.training.signals.time.monotonic", lambda: now[0])
+    for several, overdue in ((False, [True, True]), (True, [False, True])):
+        requests = SimpleNamespace(several=several, heard=lambda number: number)
+        signals = Signals()
+        signals.stop = signal.SIGINT
+        stop, found = Stop(signals, requests), []
         for now[0] in (100.0, 111.0):
-            found.append(Run._stop_overdue(run))
+            found.append(stop.overdue())
         assert found == overdue
 
 

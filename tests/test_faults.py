@@ -1,5 +1,6 @@
 """What goes wrong around a training: it always ends, says why, and loses nothing."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -7,10 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -139,6 +144,45 @@ def test_a_stop_is_heard_while_images_are_awaited(scans, monkeypatch):
     with pytest.raises(WaitInterrupted):
         next(iter(loader.batches([(0, 2)])))
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("read", [1, 4], ids=["in the middle", "with the last batch"])
+def test_batches_that_are_closed_leave_no_files_threads_and_data(scans, monkeypatch, read):
+    monkeypatch.setattr("regard.data.loading.shared_memory_free", lambda: float("inf"))
+    before = psutil.Process().num_fds(), threading.active_count()
+    table = open_data(str(scans))
+    data = weakref.ref(table)
+    reader = Reader(table, Preprocess((1, 16, 16), (0.5,), (0.25,)), Augmentation())
+    loader = StreamingLoader(reader, None, 0, 2)
+    batches = loader.batches(Spans(range(0, 16, 4), 4))
+    for _ in range(read):  # a training closes them once it has the last
+        next(batches)
+    loader.close()
+    del table, reader, loader, batches
+    gc.collect()
+    assert (psutil.Process().num_fds(), threading.active_count()) == before
+    assert data() is None
+
+
+def close_early(scans: Path, folder: str) -> None:
+    """Ends workers that have handed over a batch, in a process whose temporary files lie there."""
+    tempfile.tempdir = folder
+    reader = Reader(open_data(str(scans)), Preprocess((1, 16, 16), (0.5,), (0.25,)), Augmentation())
+    loader = StreamingLoader(reader, None, 0, 2)
+    next(loader.batches(Spans(range(0, 16, 4), 4)))
+    loader.close()
+
+
+def test_workers_that_are_killed_leave_no_temporary_files(scans, monkeypatch):
+    monkeypatch.setattr("regard.data.loading.shared_memory_free", lambda: float("inf"))
+    with tempfile.TemporaryDirectory() as folder:  # a short path, as sockets lie there
+        process = multiprocessing.get_context("fork").Process(
+            target=close_early, args=(scans, folder)
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert os.listdir(folder) == []
 
 
 def test_waiting_for_images_has_a_limit(monkeypatch):

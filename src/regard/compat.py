@@ -6,6 +6,7 @@ A name that has moved ends here with a sentence, not somewhere else with an Attr
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,15 @@ def read_in_native_order(image: Any) -> None:
         if tile.codec_name == "libtiff" and tile.args[0] in _BIG_ENDIAN else tile
         for tile in image.tile
     ]  # fmt: skip
+
+
+def release_killed(batches: Any) -> None:
+    """Frees the pipes, threads and data of a DataLoader's iterator whose workers were killed.
+
+    torch (seen in 2.14) tells them to end by an event, whose lock one of them may have held.
+    """
+    batches._workers_done_event = threading.Event()
+    batches._shutdown_workers()
 
 
 def default_store() -> Any:

@@ -68,8 +68,13 @@ class Ensemble(Classifier):
                 raise UsageError(f"{name} is an ensemble: give its members")
         self.class_names: list[str] = list(members[0].class_names)
         self.config: dict[str, Any] = {}
-        self.members: list[Classifier] = list(members)
+        self._members: list[Classifier] = list(members)
         self._orders = [[m.class_names.index(c) for c in self.class_names] for m in members]
+
+    @property
+    def members(self) -> list[Classifier]:
+        """The networks whose probabilities it averages."""
+        return self._members
 
     @property
     def preprocess(self) -> Preprocess:  # type: ignore[override]

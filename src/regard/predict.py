@@ -77,7 +77,6 @@ class Classifier:
         calibration: the temperature that scales the probabilities, and the threshold; or None.
         familiarity: what tells images that are unlike the training images; or None.
         flipped_calibration: the same for use with flips, see `use_flips`; or None.
-        members: the networks whose probabilities it averages: itself alone, see `Ensemble`.
     """
 
     def __init__(
@@ -95,7 +94,11 @@ class Classifier:
         self.calibration: Calibration | None = None
         self.flipped_calibration: Calibration | None = None
         self.familiarity: Familiarity | None = None
-        self.members: Sequence[Classifier] = [self]
+
+    @property
+    def members(self) -> Sequence["Classifier"]:
+        """The networks whose probabilities it averages: itself alone, see `Ensemble`."""
+        return [self]  # not kept: what holds itself is freed by the garbage collector alone
 
     @property
     def mirrors(self) -> bool:

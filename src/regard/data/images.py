@@ -124,23 +124,27 @@ def read_stored(source: ImageSource, *, at_least: int | None = None) -> Stored:
     name = name_of(source)
     try:
         return _read(source, at_least)
-    except ImageError as error:
-        fault = str(error)
-        cause: Exception = error
-    except Image.UnidentifiedImageError as error:
-        fault = "is no PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, JPEG 2000, AVIF or DICOM image"
-        cause = error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        fault, cause = f"too large, maybe a decompression bomb ({error})", error
-    except FileNotFoundError as error:
-        fault, cause = "no such file", error
-    except PermissionError as error:
-        fault, cause = "no permission to read it", error
-    except MemoryError as error:
-        fault, cause = "out of memory while reading it", error
     except Exception as error:  # decoders raise nearly anything for broken files
-        fault, cause = f"can't be read as an image ({reason(error)})", error
-    raise ImageError(f"{name}: {fault}" if name else fault) from cause
+        fault = _fault(error)
+        raise ImageError(f"{name}: {fault}" if name else fault) from error
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with an image whose reading raised this."""
+    match error:
+        case ImageError():
+            return str(error)
+        case Image.UnidentifiedImageError():
+            return "is no PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, JPEG 2000, AVIF or DICOM image"
+        case Image.DecompressionBombError() | Image.DecompressionBombWarning():
+            return f"too large, maybe a decompression bomb ({error})"
+        case FileNotFoundError():
+            return "no such file"
+        case PermissionError():
+            return "no permission to read it"
+        case MemoryError():
+            return "out of memory while reading it"
+    return f"can't be read as an image ({reason(error)})"
 
 
 def format_of(path: str | os.PathLike[str]) -> str | None:

@@ -11,6 +11,7 @@ import errno
 import logging
 import math
 import multiprocessing.connection
+import multiprocessing.util
 import shutil
 import signal
 import sys
@@ -25,6 +26,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from regard.compat import release_killed
 from regard.cores import cores, processes_here
 from regard.errors import RegardError, ResourceError
 
@@ -71,6 +73,8 @@ def read_by_processes(
         ResourceError: a worker was killed, or no batch came for `LONGEST_WAIT`.
     """
     before = set(multiprocessing.active_children())
+    # from now on workers have this process's temporary folder, which one that is killed leaves
+    multiprocessing.util.get_temp_dir()
     with warnings.catch_warnings(), _signals_blocked(), worker_errors():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = DataLoader(
@@ -85,19 +89,19 @@ def read_by_processes(
         source = iter(loader)
     mine = set(multiprocessing.active_children()) - before
     _alive.update(mine)
-    finished = False
+    left = len(spans)
     try:
         for _ in spans:
             with worker_errors(), lost_connections(mine):
                 batch = _waited(partial(_poll, source), stop)
+            left -= 1
             yield batch
-        finished = True
     finally:
-        if finished:
+        if not left:
             del source  # which ends the workers
-        else:  # torch would wait for busy workers, and for a lock that a killed one held
-            _abandoned.append(source)
+        else:  # torch would wait for busy workers
             _kill(mine)
+            release_killed(source)
         _alive.difference_update(mine)
 
 
@@ -185,7 +189,6 @@ def _signals_blocked() -> Iterator[None]:
 
 
 _alive: set[Any] = set()  # workers
-_abandoned: list[Any] = []  # loaders whose workers were killed; torch must not end them again
 
 
 @atexit.register  # before multiprocessing's own, which would wait for workers without end

@@ -143,7 +143,7 @@ class _Pooled(torch.autograd.Function):
             sums, shared.count, shared.share = shared.passes.pooled_backward(
                 y, shared.mean, shared.gc, shared.bc, shared.means[1], pooled, dpooled
             )
-        shared.pooled = pooled, dpooled
+        shared.pooled = pooled.detach(), dpooled  # saved outputs are of the graph
         shared.sums = sums.add_(shared.sums)
         dc = torch.addcmul(sums[0] * shared.b, sums[1], shared.g)[:, 0]
         return None, dc.to(ctx.kind), None

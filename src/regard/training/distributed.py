@@ -117,9 +117,12 @@ def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
             error = raised
     if accelerator.num_processes > 1:
         error, result = broadcast_object_list([error, result], from_process=0)
-    if error is not None:
-        raise error
-    return result
+    try:
+        if error is not None:
+            raise error
+        return result
+    finally:
+        del error  # whose traceback holds this frame, and those of the run
 
 
 def gathered(accelerator: Accelerator, value: Any) -> list[Any]:

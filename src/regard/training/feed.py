@@ -145,7 +145,10 @@ def _by_thread(
         while True:
             kind, value = done.get()
             if kind == "error":
-                raise value
+                try:
+                    raise value
+                finally:
+                    del value  # whose traceback holds this frame, and those of the training
             if kind == "end":
                 return
             yield value

@@ -53,13 +53,11 @@ from regard.training.progress import Display
 from regard.training.recipe_files import load_recipe, recipe_toml
 from regard.training.run_plan import Plan, Request, accumulation_now
 from regard.training.scoring import Scorer
-from regard.training.signals import Signals
+from regard.training.signals import Signals, Stop
 from regard.training.splits import LoadedSplit, load_splits, measured
 from regard.training.trackers import Trackers, check_trackers
 
 log: logging.Logger = logging.getLogger(__name__)
-
-PATIENCE = 10.0  # seconds that a step of several processes gets to begin after a stop
 
 
 def train(
@@ -122,10 +120,10 @@ class Run:
         self.world: int = accelerator.num_processes
         self.signals: Signals = Signals()
         self.requests: Requests = Requests(accelerator)
+        self.stop: Stop = Stop(self.signals, self.requests)
         self.states: Checkpoints = Checkpoints(self.folder.path / "state")
         self.saved_at: float = time.monotonic()
         self.saved_after: int = -1  # steps
-        self.asked_at: float | None = None  # when a stop was first heard of
         self.best: dict[str, float] = {}
         self.resumed: bool = opened.resumed
         self.has_state: bool = opened.has_state
@@ -277,13 +275,13 @@ class Run:
     # ----------------------------------------------------------------- while it trains
     def _train(self) -> None:
         trackers = None
-        self.scorer: Scorer = Scorer(self.trainer, self.plan.classes, self._stop_asked)
+        self.scorer: Scorer = Scorer(self.trainer, self.plan.classes, self.stop.asked)
         if self.main:
             config = {**dataclasses.asdict(self.plan.recipe), "model": self.plan.model}
             trackers = Trackers(self.tracker_names, self.folder.path, config, self.trainer.step)
         source = self.trainer.source
         if isinstance(source, StreamingLoader):
-            source.stop = self._stop_overdue
+            source.stop = self.stop.overdue
         self.display: Display
         with Display(self.trainer, trackers) as self.display:
             try:
@@ -293,21 +291,6 @@ class Run:
                 self.trainer.fit(after_step=self._after_step)
             except WaitInterrupted:
                 self._stop_while_waiting()
-
-    def _stop_asked(self) -> bool:
-        return self.requests.heard(self.signals.stop) != 0
-
-    def _stop_overdue(self) -> bool:
-        """Whether a stop was asked for, and a step that does not begin is not to be waited for.
-
-        Several processes can save only after a step that all of them end: it gets some seconds.
-        """
-        if not self._stop_asked():
-            return False
-        if self.world == 1:
-            return True
-        self.asked_at = self.asked_at or time.monotonic()
-        return time.monotonic() - self.asked_at > PATIENCE
 
     def _stop_while_waiting(self) -> None:
         """Stops a run whose next images did not come; a step begins when all of its are there."""

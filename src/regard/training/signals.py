@@ -6,13 +6,17 @@ send ahead of a time limit, saves and goes on. A second SIGINT ends at once, wit
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
+
+from regard.training.distributed import Requests
 
 STOPPING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 SAVING = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
+PATIENCE = 10.0  # seconds that a step of several processes gets to begin after a stop
 
 
 class Signals:
@@ -54,3 +58,33 @@ class Signals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class Stop:
+    """Whether a run was asked to stop: its loaders ask, and so it holds nothing of the run.
+
+    Args:
+        signals: of this process.
+        requests: of all of the run's.
+    """
+
+    def __init__(self, signals: Signals, requests: Requests) -> None:
+        self.signals: Signals = signals
+        self.requests: Requests = requests
+        self.asked_at: float | None = None  # when it was first heard of
+
+    def asked(self) -> bool:
+        """Whether any process was asked to."""
+        return self.requests.heard(self.signals.stop) != 0
+
+    def overdue(self) -> bool:
+        """Whether a stop was asked for, and a step that does not begin is not to be waited for.
+
+        Several processes can save only after a step that all of them end: it gets some seconds.
+        """
+        if not self.asked():
+            return False
+        if not self.requests.several:
+            return True
+        self.asked_at = self.asked_at or time.monotonic()
+        return time.monotonic() - self.asked_at > PATIENCE
