@@ -1,5 +1,6 @@
 """Exported files: they answer as the network does, say what they are, or are not there."""
 
+import logging
 import os
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 
 import regard
 from regard.attention import record
-from regard.engines.conversion import Deployed
+from regard.engines.conversion import Deployed, quiet
 from regard.engines.formats import FORMATS, Onnx, OpenVino, Torch
 from regard.engines.program import program, program_path
 from regard.engines.standalone import _open_openvino
@@ -108,6 +109,15 @@ def test_eight_bits_that_lose_too_much_are_not_kept(whole, tmp_path, monkeypatch
         export(whole, to="onnx", out=out, int8=True)
     assert list(tmp_path.iterdir()) == []
     assert export(whole, to="onnx", out=out, int8=True, force=True) == out
+
+
+def test_a_library_that_logs_while_a_file_is_written_has_nothing_printed_twice(monkeypatch, capfd):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])  # as in a command, without pytest's own
+    with quiet():
+        logging.warning("of a library")  # adds a handler to the root where there is none
+    assert root.handlers == []
+    assert capfd.readouterr().err == ""
 
 
 class Anything:

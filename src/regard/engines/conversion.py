@@ -185,9 +185,14 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Suppresses what exporters print and their own deprecation warnings."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)  # a library's logging.info() would add one that prints, and stays
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.removeHandler(handler)
 
 
 def exported(deployed: Deployed) -> torch.export.ExportedProgram:
