@@ -128,6 +128,26 @@ def test_answers_are_those_of_the_network(name, engine, precision):
     assert torch.equal(ready(images.float()), ready(images))
 
 
+def pale_images(count: int = 8) -> torch.Tensor:
+    """(count, 1, 32, 40): waves of 2 gray levels around 200, as floats and as whole numbers."""
+    rows, columns = torch.arange(32.0)[:, None], torch.arange(40.0)
+    waves = [torch.sin(rows * k / 9) * torch.cos(columns * (k % 3 + 1) / 7) for k in range(count)]
+    images = 200.3 + torch.stack(waves)[:, None]
+    images[1::2] = images[1::2].round()
+    return images
+
+
+@pytest.mark.parametrize("engine", ["eager", "openvino"])
+def test_bf16_leaves_an_image_of_few_gray_levels_its_answer(engine):
+    if not has_bf16():
+        pytest.skip("this machine has no bf16")
+    found, images = classifier("ag_sononet8"), pale_images()
+    ready = ENGINES[engine](found.model, found.preprocess, (8,), "bf16")
+    # this network's answers move little: 0.03 where the mean was rounded
+    assert (ready(images) - found.probabilities(images)).abs().max() < 0.006
+    assert torch.equal(found.preprocess.without_normalization().normalize(images), images)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's, torch 2.11
 def test_the_compiled_network_answers_the_same():
     found = classifier("ag_sononet8")

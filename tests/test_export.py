@@ -1,6 +1,8 @@
 """Exported files: they answer as the network does, say what they are, or are not there."""
 
+import logging
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +10,12 @@ import torch
 
 import regard
 from regard.attention import record
-from regard.engines.formats import FORMATS, Onnx, Torch
+from regard.engines.conversion import Deployed, quiet
+from regard.engines.formats import FORMATS, Onnx, OpenVino, Torch
 from regard.engines.program import program, program_path
+from regard.engines.standalone import _open_openvino
 from regard.errors import ExportError, UsageError
-from regard.export import export
+from regard.export import export, metadata
 from tests.helpers import messages, run
 
 pytestmark = pytest.mark.native
@@ -67,6 +71,21 @@ def test_a_file_in_bf16_answers_within_its_bound(whole, tmp_path):
         export(whole, to="torch", out=tmp_path / "x.pt2", precision="fp8")
 
 
+def test_a_file_in_eight_bits_normalizes_each_image_in_fp32(whole, tmp_path):
+    run, path = regard.load(whole), tmp_path / "net.xml"
+    run.preprocess = replace(run.preprocess, normalization="image")
+    deployed = Deployed(run.model, run.preprocess)
+    OpenVino().write(path, deployed, metadata(run, deployed, "int8"))  # it says so, and is not
+    rows, columns = torch.arange(16.0)[:, None], torch.arange(16.0)
+    waves = [torch.sin(rows * k / 5) * torch.cos(columns * k / 4) / 2 for k in range(1, 9)]
+    images = 200.3 + torch.stack(waves)[:, None]  # one gray level, as of a 16-bit file
+    facts, by_program = _open_openvino(str(path))
+    assert facts["precision"] == "int8"
+    found = [OpenVino().open(path, "int8")(images)[0], torch.from_numpy(by_program(images.numpy()))]
+    for answer in found:
+        assert (answer - run.probabilities(images)).abs().max() < 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["onnx", "openvino"])
 def test_eight_bits_say_what_they_cost(whole, tmp_path, to, caplog):
@@ -90,6 +109,15 @@ def test_eight_bits_that_lose_too_much_are_not_kept(whole, tmp_path, monkeypatch
         export(whole, to="onnx", out=out, int8=True)
     assert list(tmp_path.iterdir()) == []
     assert export(whole, to="onnx", out=out, int8=True, force=True) == out
+
+
+def test_a_library_that_logs_while_a_file_is_written_has_nothing_printed_twice(monkeypatch, capfd):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])  # as in a command, without pytest's own
+    with quiet():
+        logging.warning("of a library")  # adds a handler to the root where there is none
+    assert root.handlers == []
+    assert capfd.readouterr().err == ""
 
 
 class Anything:

@@ -23,11 +23,12 @@ from regard.calibrating import remove_calibration
 from regard.cli import run_command
 from regard.commands import predict as module
 from regard.commands.predictions_csv import PredictionsCsv
+from regard.commands.written_rows import WrittenRows
 from regard.data.content import file_hash
 from regard.data.walk import images_below
 from regard.errors import UsageError
 from regard.evaluation import Predictions
-from regard.evaluation.calibration import fit_calibration, write_calibration
+from regard.evaluation.calibration import fit_calibration, read_calibration, write_calibration
 from regard.predict import Classifier
 from tests.helpers import ENVIRONMENT, rows_of, start
 
@@ -407,6 +408,19 @@ def test_resume_refuses_decisions_of_another_threshold(whole, scans, tmp_path, c
     assert out.read_bytes() == rows
 
 
+def test_resume_takes_a_decision_within_the_rounding_of_its_threshold(whole, tmp_path):
+    classifier, out = regard.load(whole), tmp_path / "x.csv"
+    calibrated(tmp_path, 1.0, 0.50000006)
+    classifier.familiarity, classifier.calibration = None, read_calibration(tmp_path)
+    for share in (0.4999978, 0.49999749, 0.4999974):
+        shares = torch.tensor([0.5 - share, share, 0.5])
+        with PredictionsCsv(out, 1, classifier, resume=False) as table:
+            table.write(found := classifier.prediction("a.png", shares, None, 1))
+        with PredictionsCsv(out, 1, classifier, resume=True) as table:
+            WrittenRows(table).add(1, table.cells(found))
+        assert rows_of(out)[0]["decision"] == ("not 1" if share == 0.4999974 else "1")
+
+
 class Bf16:
     """An engine whose answers are those of bf16: two to three digits."""
 
@@ -436,6 +450,10 @@ def test_resume_in_bf16_tells_rounding_from_another_temperature(whole, scans, tm
             for p in classifier.predict_each(list(left)[table.repeated :], 1):
                 table.write(p)
 
+    resumed(1.0, True)
+    with pytest.raises(UsageError, match="or precision"):
+        resumed(1.0, False)
+    out.unlink()
     resumed(1.0, False)
     lines = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(b"".join(lines[:65]))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from regard.predict import Prediction
 
 _SENSITIVE, _SPREAD = 4, 8  # images that are predicted again, at most, and the last one
-_ROUNDING = 3e-6  # of a probability in the file, near a threshold
+_ROUNDING = 4e-6  # 5e-7 of a probability in the file, 2.6e-6 of a threshold, see `reaches`
 _DISTANCE = 0.01  # relative difference of an image's distance by two engines in fp32
 _SLOPE = 0.1  # relative difference of the log-odds, in bf16
 
@@ -111,8 +111,8 @@ class WrittenRows:
 
     def _refusal(self, row: list[str], what: str) -> UsageError:
         return UsageError(
-            f"--resume: {self.table.path} is of another network or calibration: {row[0]} was "
-            f"{what}; give the same, or --overwrite"
+            f"--resume: {self.table.path} is of another network, calibration or precision: "
+            f"{row[0]} was {what}; give the same, or --overwrite"
         )
 
 

@@ -209,6 +209,11 @@ class Preprocess:
         """The same preprocessing, with the same crop_pct, for another size of the input."""
         return replace(self, input_size=(self.input_size[0], height, width))
 
+    def without_normalization(self) -> "Preprocess":
+        """The same preprocessing, with a `normalize` that leaves the values as they are."""
+        mean, std = (0.0,) * self.input_size[0], (1 / 255,) * self.input_size[0]
+        return replace(self, mean=mean, std=std, normalization="fixed")
+
     def normalize(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in 0..255 -> standardized float32."""
         x = images.float()

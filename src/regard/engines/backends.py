@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from regard.data.preprocess import Preprocess
@@ -187,21 +188,29 @@ class OnnxRuntime(_OutsideTorch):
 
 
 class OpenVino(_OutsideTorch):
-    """OpenVINO on the CPU; in bf16 it chooses the layers itself."""
+    """OpenVINO on the CPU; in bf16 it chooses the layers itself.
+
+    Each image's own normalization is then done before, in float32: in bf16 the mean, and pixels
+    between whole numbers, are rounded by up to half a gray level, which is much of a pale image.
+    """
 
     name = "openvino"
     needs: tuple[str, ...] = ("openvino",)
 
     def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
+        before = self.precision == "bf16" and preprocess.normalization == "image"
+        preprocess = preprocess.without_normalization() if before else preprocess
         converted = self._convert(self._deployed(fold_batch_norms(model).cpu(), preprocess))
         runs = {}
         for size in self.sizes:  # a fixed shape is faster than a dynamic one
             converted.reshape([size, *preprocess.input_size])
-            runs[size] = compile_openvino(converted, self.precision).create_infer_request()
+            compiled = compile_openvino(converted, self.precision, preprocess.normalization)
+            runs[size] = compiled.create_infer_request()
         alone = threading.Lock()  # a request holds the answers of one call
 
         def run(x: Tensor) -> Sequence[Tensor]:
             images = x.cpu().contiguous().numpy()
+            images = _normalize_each(images) if before else images
             with alone:
                 answers = runs[len(x)].infer([images], share_inputs=True)
                 return [torch.from_numpy(answers[i].copy()) for i in range(len(answers))]
@@ -213,6 +222,14 @@ class OpenVino(_OutsideTorch):
 
 
 ENGINES: dict[str, type[Engine]] = {e.name: e for e in (Eager, Compiled, OnnxRuntime, OpenVino)}
+
+
+def _normalize_each(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`regard.data.preprocess.normalize_each` by numpy, see `_OutsideTorch._as_floats`."""
+    rest = images - images.mean(axis=(1, 2, 3), keepdims=True)
+    std = np.sqrt(np.square(rest).mean(axis=(1, 2, 3), keepdims=True))
+    rest /= np.maximum(std, np.float32(1e-3))
+    return rest
 
 
 def _several(answer: Tensor | tuple[Tensor, ...]) -> Sequence[Tensor]:
@@ -230,13 +247,14 @@ def onnxruntime_session(model: str | bytes) -> Any:
     return onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
 
 
-def compile_openvino(model: Any, precision: str) -> Any:
+def compile_openvino(model: Any, precision: str, normalization: str) -> Any:
     """A model compiled for this CPU with as many threads as torch has.
 
     With "int8", layers that are not quantized compute in bf16 where the CPU does, which is
-    OpenVINO's default.
+    OpenVINO's default; but in fp32 if they normalize each image by itself, see `OpenVino`.
     """
-    bf16 = precision == "bf16" or (precision == "int8" and cpu_has_bf16())
+    wide = precision == "int8" and normalization == "fixed" and cpu_has_bf16()
+    bf16 = precision == "bf16" or wide
     return (
         import_openvino()
         .Core()

@@ -135,7 +135,8 @@ class OpenVino(Format):
         return {name: json.loads(text) for name, text in texts.items()}
 
     def open(self, path: Path, precision: str = "fp32") -> Run:
-        compiled = compile_openvino(import_openvino().Core().read_model(str(path)), precision)
+        model = import_openvino().Core().read_model(str(path))
+        compiled = compile_openvino(model, precision, self.metadata(path)["normalization"])
         count = len(compiled.outputs)
         alone = threading.Lock()  # calls share one request, which holds the answers
 

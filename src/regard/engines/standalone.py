@@ -108,8 +108,9 @@ def _open_openvino(path: str) -> Opened:
     model = core.read_model(path)
     texts = model.get_rt_info(["regard"]).value
     facts = {k: json.loads(v if isinstance(v, str) else v.value) for k, v in texts.items()}
-    # by default it would compute in bf16 where the processor does
-    hint = {"INFERENCE_PRECISION_HINT": "f32"} if facts["precision"] == "fp32" else {}
+    # by default it would compute in bf16 where the processor does, also each image's own mean
+    f32 = facts["precision"] == "fp32" or facts["normalization"] == "image"
+    hint = {"INFERENCE_PRECISION_HINT": "f32"} if f32 else {}
     compiled = core.compile_model(model, "CPU", hint)
     return facts, lambda x: compiled(x)[0].copy()
 
