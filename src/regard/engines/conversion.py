@@ -27,7 +27,6 @@ from regard.data.preprocess import Preprocess
 from regard.errors import UsageError
 from regard.features import joined_features, last_layers
 from regard.files import reason
-from regard.models._inductor import Conv2d as GateConv2d
 
 
 class Deployed(nn.Module):
@@ -123,12 +122,11 @@ class _Tracer(fx.Tracer):
         self._leaves = tuple(get_notrace_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaves = (*self._leaves, GateConv2d)
-        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _joined(
-    model: nn.Module, first: tuple[type[nn.Module], ...], then: type[nn.Module]
+    model: nn.Module, first: type[nn.Module], then: type[nn.Module]
 ) -> list[tuple[str, str]]:
     """Pairs of module names, the second called once, on nothing but the output of the first.
 
@@ -142,8 +140,8 @@ def _joined(
     modules = dict(model.named_modules())
     calls = Counter(node.target for node in nodes if node.op == "call_module")
 
-    def is_one(node: fx.Node, *kinds: type[nn.Module]) -> bool:  # not of a subclass
-        return node.op == "call_module" and type(modules[str(node.target)]) in kinds
+    def is_one(node: fx.Node, kind: type[nn.Module]) -> bool:
+        return node.op == "call_module" and type(modules[str(node.target)]) is kind
 
     found = []
     for node in nodes:
@@ -152,7 +150,7 @@ def _joined(
         before = node.args[0]
         while is_one(before, nn.Identity) and len(before.users) == 1:
             before = before.args[0]
-        if is_one(before, *first) and calls[before.target] == 1 and len(before.users) == 1:
+        if is_one(before, first) and calls[before.target] == 1 and len(before.users) == 1:
             found.append((before.target, node.target))
     return found
 
@@ -171,7 +169,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     units) stays. A network that can't be traced is copied unchanged.
     """
     model = copy.deepcopy(model).eval()
-    for of_conv, of_bn in _joined(model, (nn.Conv2d, GateConv2d), nn.BatchNorm2d):
+    for of_conv, of_bn in _joined(model, nn.Conv2d, nn.BatchNorm2d):
         conv: Any = model.get_submodule(of_conv)
         bn: Any = model.get_submodule(of_bn)
         conv.weight, conv.bias = fuse_conv_bn_weights(
