@@ -1,6 +1,8 @@
 """Engines answer as eager fp32 does, and `auto` takes the one that measuring favors."""
 
 import dataclasses
+import functools
+import gc
 import json
 import re
 import subprocess
@@ -25,6 +27,7 @@ from regard.engines import (
     open_if_it_pays,
 )
 from regard.engines import choose as choosing
+from regard.engines.backends import Compiled, Eager
 from regard.engines.choose import Measurement, cheapest
 from regard.evaluation.familiarity import fit_familiarity
 from regard.machine import has_bf16
@@ -390,3 +393,34 @@ def test_the_libraries_complaints_are_not_shown():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "regard: ours\n"
+
+
+def test_as_many_networks_as_one_likes_are_compiled(monkeypatch):
+    compiled = []
+
+    def note(graph, _):
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=note))
+    preprocess = Preprocess((1, 4, 4), (0.5,), (0.25,))
+    for _ in range(10):  # dynamo's limit for one code object is 8
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)).eval()
+        answer = Compiled(model, preprocess, (2,))(torch.ones(2, 1, 4, 4))
+        expected = Eager(model, preprocess, (2,))(torch.ones(2, 1, 4, 4))
+        torch.testing.assert_close(answer, expected)
+    assert len(compiled) == 10
+
+
+def test_the_eager_engine_goes_with_its_last_name():
+    model = regard.create_model("ag_sononet8", num_classes=3).eval()
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(type(each) is nn.Conv2d for each in gc.get_objects())
+        engine = Eager(model, Preprocess((1, 16, 16), (0.5,), (0.25,)), (2,), features=True)
+        assert engine.gives_features
+        del engine
+        assert sum(type(each) is nn.Conv2d for each in gc.get_objects()) == before
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -136,12 +137,13 @@ class Eager(Engine):
         bf16 = self.precision == "bf16"
         own = fold_batch_norms(model).bfloat16() if bf16 else copy.deepcopy(model)
         deployed = Deployed(own.to(memory_format=torch.channels_last), preprocess)
-        layers = last_layers(own) if self.gives_features else []
+        features = self.gives_features  # `run` holds the network, but not the engine that holds it
+        layers = last_layers(own) if features else []
 
         def run(x: Tensor) -> Sequence[Tensor]:
             with inputs_of(layers) as given:  # of this call alone: several threads may call
                 answers = _several(deployed(x.contiguous(memory_format=torch.channels_last)))
-            return [*answers, joined_features(given)] if self.gives_features else answers
+            return [*answers, joined_features(given)] if features else answers
 
         return run
 
@@ -156,7 +158,7 @@ class Compiled(Engine):
         folded = fold_batch_norms(model).to(memory_format=torch.channels_last)
         if self.precision == "bf16":
             folded = folded.bfloat16()
-        compiled = torch.compile(self._deployed(folded, preprocess), dynamic=False)
+        compiled = torch.compile(_own_code(self._deployed(folded, preprocess)), dynamic=False)
         on_cpu = self.device.type == "cpu"
         alone = threading.Lock()  # the settings are the process's, the features the network's
 
@@ -167,6 +169,21 @@ class Compiled(Engine):
                 return _several(compiled(x.contiguous(memory_format=torch.channels_last)))
 
         return run
+
+
+def _own_code(module: torch.nn.Module) -> Callable[[Tensor], Any]:
+    """A function that calls a module, with a code object of its own.
+
+    Dynamo keeps what it compiles at the code object, for as long as that lives and at most 8 times:
+    a ninth network, or batch size, would run eagerly.
+    """
+
+    def call(images: Tensor) -> Any:
+        return module(images)
+
+    return types.FunctionType(
+        call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__
+    )
 
 
 class OnnxRuntime(_OutsideTorch):
