@@ -10,12 +10,13 @@ import torch
 
 import regard
 from regard.attention import record
+from regard.data.sources import open_data
 from regard.engines.conversion import Deployed, quiet
 from regard.engines.formats import FORMATS, Onnx, OpenVino, Torch
 from regard.engines.program import program, program_path
 from regard.engines.standalone import _open_openvino
 from regard.errors import ExportError, UsageError
-from regard.export import export, metadata
+from regard.export import _some, export, metadata
 from tests.helpers import messages, run
 
 pytestmark = pytest.mark.native
@@ -96,6 +97,16 @@ def test_eight_bits_say_what_they_cost(whole, tmp_path, to, caplog):
     images = torch.rand(3, 1, 16, 16) * 255
     (answer,) = FORMATS[to].open(path)(images)
     assert torch.allclose(answer, regard.load(whole).probabilities(images), atol=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_eight_bits_of_the_network_of_digits_answer_nearly_as_it_does(tmp_path, to):
+    path = export("ag_sononet8.digits", to=to, out=tmp_path / FILES[to], data="digits", int8=True)
+    classifier = regard.load("ag_sononet8.digits")
+    images = _some(classifier, open_data("digits"), 1797)
+    (answers,) = FORMATS[to].open(path, "int8")(images)
+    assert (answers - classifier.probabilities(images)).abs().max() < 0.1
 
 
 @pytest.mark.slow

@@ -260,10 +260,13 @@ def openvino_int8(deployed: Deployed, images: Tensor) -> Any:
     """OpenVINO's model in 8 bits, calibrated on `images` (n, C, H, W) in 0..255.
 
     Only convolutions are quantized: they have nearly all of the arithmetic, and gates, masks
-    and sums in bf16 are as fast and lose less.
+    and sums in bf16 are as fast and lose less. Ranges hold the values of all images: NNCF's
+    default, the mean of each image's extremes, cuts off many. Its correction of biases is left
+    out. With both, a probability of the digits network was 0.21 off, without 0.03.
     """
     import_openvino()
     import nncf
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     model = openvino_model(deployed)
@@ -272,6 +275,10 @@ def openvino_int8(deployed: Deployed, images: Tensor) -> Any:
         return nncf.quantize(
             model, nncf.Dataset([image.numpy() for image in images.split(1)]),
             preset=nncf.QuantizationPreset.MIXED, subset_size=len(images),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                disable_bias_correction=True,
+                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
+            ),
             # NNCF's graph lacks some of the other types, which its validation would refuse
             ignored_scope=nncf.IgnoredScope(types=sorted(others), validate=False),
         )  # fmt: skip
