@@ -149,7 +149,8 @@ def test_a_stop_is_heard_while_images_are_awaited(scans, monkeypatch):
 @pytest.mark.parametrize("read", [1, 4], ids=["in the middle", "with the last batch"])
 def test_batches_that_are_closed_leave_no_files_threads_and_data(scans, monkeypatch, read):
     monkeypatch.setattr("regard.data.loading.shared_memory_free", lambda: float("inf"))
-    before = psutil.Process().num_fds(), threading.active_count()
+    gc.collect()  # what earlier tests have left
+    files, threads = psutil.Process().num_fds(), threading.active_count()
     table = open_data(str(scans))
     data = weakref.ref(table)
     reader = Reader(table, Preprocess((1, 16, 16), (0.5,), (0.25,)), Augmentation())
@@ -160,7 +161,8 @@ def test_batches_that_are_closed_leave_no_files_threads_and_data(scans, monkeypa
     loader.close()
     del table, reader, loader, batches
     gc.collect()
-    assert (psutil.Process().num_fds(), threading.active_count()) == before
+    assert psutil.Process().num_fds() <= files
+    assert threading.active_count() <= threads
     assert data() is None
 
 
