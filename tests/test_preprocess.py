@@ -15,8 +15,9 @@ from timm.data import create_transform
 from torchvision.transforms.v2.functional import normalize
 
 from regard.data.images import read_image
-from regard.data.preprocess import RESIZES, Preprocess, to_tensor
+from regard.data.preprocess import RESIZES, Preprocess, normalize_each, to_tensor
 from regard.engines import standalone
+from regard.engines.backends import _normalize_each
 from regard.errors import UsageError
 
 PHOTOS = load_sample_images().images  # two of (427, 640, 3)
@@ -287,3 +288,13 @@ def test_resizing_first_is_left_out_where_it_would_need_much_memory():
     ours = Preprocess((1, 64, 64), (0.5,), (0.2,), "crop", 0.875, resize_first=True)
     strip = torch.zeros(1, 1, 2_000_000, dtype=torch.uint8)  # resized whole: 9 GB
     assert ours.fit(strip).shape == (1, 64, 64)
+
+
+def test_numpy_normalizes_each_image_as_torch_does():
+    """Ordinary images, pale ones, and one of a single gray level."""
+    images = torch.rand(4, 3, 9, 8, generator=torch.Generator().manual_seed(0)) * 255
+    images[1] = 128 + images[1] / 255
+    images[2] = 1 + images[2] / 2**18  # below the least deviation
+    images[3] = 7.0
+    found = torch.from_numpy(_normalize_each(images.numpy()))
+    torch.testing.assert_close(found, normalize_each(images), rtol=1e-3, atol=1e-3)
