@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     paths = sorted(p for p in args.folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    if not paths:
+        parser.error(f"{args.folder}: no JPEG files in it")
     files = [_resized(p, args.side) for p in paths[:: max(1, len(paths) // args.images)]]
     files = files[: args.images]
     cores = len(os.sched_getaffinity(0))

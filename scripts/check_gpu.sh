@@ -4,8 +4,10 @@
 #
 #     scripts/check_gpu.sh OUT [FOLDER_OF_JPEG_FILES]
 set -u
-out=$(mkdir -p "$1" && cd "$1" && pwd)
-images=${2:-}
+[ $# -ge 1 ] || { echo "check_gpu: name a folder for what is printed: $0 OUT [FOLDER_OF_JPEG_FILES]" >&2; exit 2; }
+[ -z "${2:-}" ] || [ -d "$2" ] || { echo "check_gpu: $2: no such folder" >&2; exit 2; }
+out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
+images=${2:+$(cd "$2" && pwd)}
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD/src PYTHONUNBUFFERED=1
 

@@ -110,6 +110,7 @@ class SpatialGate(nn.Module):
         return torch.sigmoid(self.bn(self._convolve(pooled)))
 
     def _convolve(self, pooled: Tensor) -> Tensor:
+        """self.conv; compiled for training, by an operator that Inductor takes as it is."""
         if not torch.jit.is_scripting() and compiled_for_training(pooled):
             weight = self.conv.weight.to(pooled.dtype)
             return convolution(pooled, weight, self.conv.kernel_size[0] // 2)
