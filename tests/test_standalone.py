@@ -18,6 +18,7 @@ from sklearn.datasets import load_sample_images
 import regard
 from regard.data.images import read_image
 from regard.data.preprocess import Preprocess
+from regard.data.walk import JUNK, Skipped, list_images
 from regard.engines import standalone
 from regard.export import export
 from tests.test_engines import lively
@@ -202,6 +203,23 @@ def test_the_program_answers_as_predict_does(name, photos, packages, scans, tmp_
             spread.append(found["a"])
     assert sum("error" in row for row in rows) < 10
     assert np.std(spread) > 0.02  # the answers do depend on the images
+
+
+def test_a_folder_is_listed_as_predict_lists_it(tmp_path):
+    folder, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    names = ("a.png", "sub/b.PNG", "._a.png", ".thumbnails/a.png", "__MACOSX/a.png", "@eaDir/a.jpg")
+    for path in (*(folder / name for name in names), elsewhere / "c.jpg"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "sub/again").symlink_to(folder)
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    expected = list_images(str(folder), Skipped())
+    assert [path.removeprefix(str(folder)) for path in expected] == [
+        "/a.png", "/gone.png", "/linked/c.jpg", "/sub/b.PNG",
+    ]  # fmt: skip
+    assert list(standalone._files([str(folder)])) == expected
+    assert set(standalone.JUNK) == JUNK
 
 
 def test_a_folder_is_searched_and_wrong_calls_are_refused(tmp_path, photos):

@@ -14,6 +14,7 @@ import argparse
 import io
 import json
 import math
+import os
 import sys
 import warnings
 import zlib
@@ -33,6 +34,7 @@ SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm",
     ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif",
 )  # fmt: skip
+JUNK = ("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information")
 BATCH = 16
 
 
@@ -378,11 +380,25 @@ def _resized_axis(pixels: Array, size: int, axis: int) -> Array:
 def _files(names: list[str]) -> Iterator[str]:
     """The files given, and the images below the folders given."""
     for name in names:
-        if Path(name).is_dir():
-            below = (p for p in Path(name).rglob("*") if p.suffix.lower() in SUFFIXES)
-            yield from map(str, sorted(p for p in below if p.is_file()))
+        if os.path.isdir(name):
+            yield from sorted(_below(name))
         else:
             yield name
+
+
+def _below(folder: str) -> Iterator[str]:
+    """Images at any depth, links followed, without hidden files and systems' own folders."""
+    seen = set()  # a folder that is reached twice through links is listed once
+    for here, folders, files in os.walk(folder, followlinks=True):
+        identity = os.stat(here).st_dev, os.stat(here).st_ino
+        new = identity not in seen
+        seen.add(identity)
+        folders[:] = [n for n in folders if new and n[0] != "." and n.lower() not in JUNK]
+        for name in files if new else ():
+            path = os.path.join(here, name)
+            shown = name[0] != "." and name.lower().endswith(SUFFIXES)
+            if shown and (os.path.isfile(path) or not os.path.exists(path)):  # no pipes
+                yield path
 
 
 def main() -> int:
