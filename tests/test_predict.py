@@ -421,6 +421,20 @@ def test_resume_takes_a_decision_within_the_rounding_of_its_threshold(whole, tmp
         assert rows_of(out)[0]["decision"] == ("not 1" if share == 0.4999974 else "1")
 
 
+def test_a_full_disk_is_told_without_rows_that_are_not_on_it(whole, tmp_path):
+    classifier, out = regard.load(whole), tmp_path / "x.csv"
+    found = classifier.prediction("a.png", torch.tensor([0.2, 0.5, 0.3]), None, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(FileError) as caught, PredictionsCsv(out, 1, classifier, resume=False) as t:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            t.write(found)
+            t.__exit__()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value) == f"{out}: file too large; --resume goes on after its last whole row"
+
+
 class Bf16:
     """An engine whose answers are those of bf16: two to three digits."""
 

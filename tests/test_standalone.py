@@ -232,7 +232,13 @@ def test_a_folder_is_searched_and_wrong_calls_are_refused(tmp_path, photos):
     found = list(standalone._files([str(tmp_path), "x.png"]))
     assert found == [str(tmp_path / "a.JPG"), str(tmp_path / "sub/b.png"), "x.png"]
     script = Path(standalone.__file__)
-    for arguments, word in ((["x.png", "--top", "0"], "at least 1"), (["x.png"], "no such file")):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "net.onnx").write_bytes(b"")  # not looked into, as there is nothing to predict
+    for arguments, word in (
+        (["x.png", "--top", "0"], "at least 1"),
+        (["x.png"], "no such file"),
+        ([tmp_path / "empty", "--model", tmp_path / "net.onnx"], "no image below"),
+    ):
         done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
         assert done.returncode == 2
         assert word in done.stderr

@@ -95,7 +95,6 @@ class PredictionsCsv:
         self.flips: bool = classifier.mirrors
         self.columns += ["tta"] if self.flips else []
         self.columns += [*(f"p_{name}" for name in classifier.class_names), "error"]
-        self.rows: int = 0
         self.repeated: int = 0
         self._flushed = time.monotonic()
         with contextlib.ExitStack() as undo:
@@ -165,7 +164,6 @@ class PredictionsCsv:
     def write(self, p: "Prediction") -> None:
         """Appends one row; it is on the disk within a second."""
         self._put(self.cells(p))
-        self.rows += 1
 
     def cells(self, p: "Prediction") -> list[str]:
         """The row of a prediction."""
@@ -199,7 +197,9 @@ class PredictionsCsv:
 
     def _unwritten(self, error: OSError) -> FileError:
         reason = (error.strerror or str(error)).lower()
-        return FileError(f"{self.path}: {reason}, after {self.rows} rows")
+        # rows may be lost with the buffer, and one may be cut
+        hint = "; --resume goes on after its last whole row" if self.path.is_file() else ""
+        return FileError(f"{self.path}: {reason}{hint}")
 
     def skip_done(self, names: Iterator[str]) -> tuple[int, int, Iterator[str]]:
         """Compares the rows that are there with the images, one by one.
@@ -235,7 +235,6 @@ class PredictionsCsv:
                 written.add(number, row)
                 started = [*started, name] if number % BATCH else []
         written.check()
-        self.rows = answered + failed
         if "-" in started:  # standard input can't be read twice
             return answered, failed, names
         self.repeated = len(started)

@@ -413,8 +413,11 @@ def main() -> int:
     if arguments.model.suffix not in (".onnx", ".xml", ".pt2") or not arguments.model.is_file():
         parser.error(f"--model {arguments.model}: no such file of .onnx, .xml or .pt2")
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd tags of a file
+    names = list(_files(arguments.images))
+    if not names:
+        parser.error(f"no image below {', '.join(arguments.images)}")
     answered = failed = 0
-    for answer in Network(arguments.model).predict(list(_files(arguments.images)), arguments.top):
+    for answer in Network(arguments.model).predict(names, arguments.top):
         print(json.dumps(answer), flush=True)
         failed += "error" in answer
         answered += "error" not in answer
