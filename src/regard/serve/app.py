@@ -18,6 +18,7 @@ from PIL import Image
 from regard.attention import StageMap, attention_kinds
 from regard.explanations.explanation import Explanation
 from regard.explanations.overlay import Box, describe, overlay
+from regard.explanations.print_style import for_print
 from regard.models.counting import count_parameters
 from regard.predict import Classifier
 from regard.serve.safety import add_safety, is_loopback
@@ -174,7 +175,8 @@ def _signs(
 def _as_png(explanation: Explanation) -> bytes:
     """The figure, as `regard explain` draws it."""
     buffer = io.BytesIO()
-    explanation.figure().savefig(buffer, format="png", dpi=200)
+    with for_print():
+        explanation.figure().savefig(buffer, format="png", dpi=200)
     return buffer.getvalue()
 
 
