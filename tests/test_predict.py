@@ -125,6 +125,16 @@ def test_a_pipe_is_not_waited_for(network, pictures, tmp_path, capsys):
     assert "pipe.png: is not a regular file" in capsys.readouterr().err
 
 
+def test_a_path_that_can_not_be_looked_up_is_named_and_the_others_are_answered(
+    network, pictures, capsys
+):
+    a, long = str(pictures / "a.png"), str(pictures / f"{'x' * 300}.png")
+    assert run_command(["predict", str(network), a, long, a]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("a.png: ") == 2
+    assert f"regard: {long}: can't be read as an image (File name too long)" in err.splitlines()
+
+
 def test_a_url_is_named_as_one(predict):
     assert "is a URL" in predict("https://example.org/a.png", code=2)
 

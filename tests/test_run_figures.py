@@ -2,7 +2,9 @@
 
 import itertools
 import re
+import threading
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.collections import FillBetweenPolyCollection
@@ -176,6 +178,30 @@ def test_bands_of_groups_are_wider():
     width = [np.ptp(np.stack([b.low, b.high]), axis=0).mean()
              for b in (roc_of(copies, "malignant"), roc_of(grouped, "malignant"))]  # fmt: skip
     assert width[1] > 1.3 * width[0]
+
+
+def test_threads_that_draw_at_once_leave_each_other_the_settings():
+    before, inside, other = dict(matplotlib.rcParams), threading.Event(), threading.Event()
+    found = []
+
+    def first():
+        with for_print():
+            inside.set()
+            other.wait(0.2)
+
+    def second():
+        inside.wait(10)
+        with for_print():
+            other.set()
+            one.join(0.2)  # where it was in its block as well, it leaves it now
+            found.append(matplotlib.rcParams["text.parse_math"])
+
+    one, two = threading.Thread(target=first), threading.Thread(target=second)
+    one.start()
+    two.start()
+    two.join(10)
+    assert found == [False]
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_the_legend_has_the_areas_of_evaluate_and_the_point_is_the_decision():

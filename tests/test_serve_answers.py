@@ -15,8 +15,11 @@ import torch
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+import regard
 from regard import load
+from regard.data.preprocess import Preprocess
 from regard.errors import FileError, ImageError, UsageError
+from regard.serve.app import create_app
 from regard.serve.server import _listen
 from regard.serve.uploads import Limits, check
 from regard.serve.worker import BatchingWorker, Upload
@@ -57,6 +60,39 @@ def test_whatever_predict_reads_is_answered_alike(server, whole, tmp_path):
         found = [(c["class"], c["probability"]) for c in answer["classes"]]
         assert found == said.classes, path.name
         assert server.json("POST", "/api/explain", path.read_bytes())[0] == 200
+
+
+def asked(app, verb: str, path: str, query: bytes = b"", body: bytes = b""):
+    """Status and content of an answer, without a server."""
+    sent = []
+    scope = {"type": "http", "method": verb, "path": path, "query_string": query,
+             "headers": [(b"host", b"localhost")]}  # fmt: skip
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"], json.loads(b"".join(m.get("body", b"") for m in sent[1:]))
+
+
+def test_classes_named_by_bytes_that_are_no_utf8_are_answered_and_no_top_is_refused(photo):
+    names = ["a\udcff", "Å, b"]  # of class folders b"a\xff" and "Å, b"
+    model = regard.create_model("ag_sononet8", num_classes=2).eval()
+    classifier = regard.Classifier(model, names, Preprocess((1, 32, 32), (0.5,), (0.25,)))
+    (said,) = classifier.predict(photo)
+    app = create_app(classifier)
+    assert asked(app, "GET", "/api/model")[1]["classes"] == names
+    for path in ("/api/predict", "/api/explain"):
+        status, answer = asked(app, "POST", path, body=photo)
+        assert status == 200, answer
+        assert [c["class"] for c in answer["classes"]] == [name for name, _ in said.classes]
+        assert asked(app, "POST", path, b"top=0", photo)[0] == 422  # as `predict --top 0`
+    status, answer = asked(app, "POST", "/api/explain", b"target=c", photo)
+    assert status == 422
+    assert answer["detail"] == r"target='c': choose one of 'a\udcff', 'Å, b'"
 
 
 def test_tiffs_for_the_other_reader_are_bounded_by_their_header(server, tmp_path):

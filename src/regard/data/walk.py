@@ -81,7 +81,7 @@ def images_below(paths: Sequence[Path]) -> Iterator[Path]:
     """
     skipped = Skipped()
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):  # False for what can't be looked up, which its reader names
             yield from map(Path, list_images(str(path), skipped))
         else:
             yield path

@@ -10,6 +10,7 @@ and each line also has a style of its own.
 import contextlib
 import re
 import textwrap
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -63,9 +64,13 @@ def _fonts() -> list[str]:
     return [name for name in wanted if name in known] + ["DejaVu Sans"]
 
 
+# matplotlib's settings are the process's: a thread that left would take them from the others
+_settings_lock = threading.RLock()
+
+
 @contextlib.contextmanager
 def for_print() -> Iterator[None]:
-    """The settings that figures are made and saved with."""
+    """The settings that figures are made and saved with; one thread at a time is in the block."""
     settings: Any = {
         "font.family": _fonts(), "font.size": SMALL, "pdf.fonttype": 42, "ps.fonttype": 42,
         "svg.fonttype": "none", "svg.hashsalt": "regard", "text.usetex": False,
@@ -80,7 +85,7 @@ def for_print() -> Iterator[None]:
         "xtick.major.size": 2.0, "ytick.major.size": 2.0, "legend.fontsize": SMALL,
         "legend.frameon": False, "lines.linewidth": 1.2, "figure.dpi": 100,
     }  # fmt: skip
-    with matplotlib.rc_context(settings):
+    with _settings_lock, matplotlib.rc_context(settings):
         yield
 
 

@@ -3,21 +3,23 @@
 import base64
 import html
 import io
+import json
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from PIL import Image
 
 from regard.attention import StageMap, attention_kinds
 from regard.explanations.explanation import Explanation
 from regard.explanations.overlay import Box, describe, overlay
+from regard.explanations.print_style import for_print
 from regard.models.counting import count_parameters
 from regard.predict import Classifier
 from regard.serve.safety import add_safety, is_loopback
@@ -43,6 +45,17 @@ IMAGE_BODY: dict[str, Any] = {
         "content": {"application/octet-stream": _BINARY, "multipart/form-data": _FORM},
     }
 }
+
+
+Top = Annotated[int, Query(ge=1)]
+
+
+class AsciiJSON(JSONResponse):
+    """JSON as `predict --json` writes it: a class folder's name may be bytes that are no UTF-8."""
+
+    def render(self, content: Any) -> bytes:
+        """The content as bytes."""
+        return json.dumps(content, allow_nan=False).encode("ascii")
 
 
 def create_app(
@@ -71,7 +84,7 @@ def create_app(
 
     app = FastAPI(
         title="Regard", version=__version__, description=NOTICE, docs_url=None, redoc_url=None,
-        lifespan=lifespan,
+        lifespan=lifespan, default_response_class=AsciiJSON,
     )  # fmt: skip
     _add_pages(app, classifier, tested)
     _add_api(app, classifier, worker, limits)
@@ -132,17 +145,17 @@ def _add_api(app: FastAPI, classifier: Classifier, worker: BatchingWorker, limit
         "/api/predict", summary="Classify an image", openapi_extra=IMAGE_BODY,
         description=SAME if classifier.engine is None else f"Answered by {classifier.engine!r}.",
     )  # fmt: skip
-    async def predict(request: Request, top: int = 5) -> dict[str, Any]:
-        p = await worker.predict(await image_of(request), max(1, min(top, most)))
+    async def predict(request: Request, top: Top = 5) -> dict[str, Any]:
+        p = await worker.predict(await image_of(request), min(top, most))
         classes = [{"class": name, "probability": share} for name, share in p.classes]
         return {"classes": classes, **_signs(p.decision, p.distance, p.unlike_training)}
 
     @app.post("/api/explain", summary="Where the network looked", openapi_extra=IMAGE_BODY)
     async def explain(
-        request: Request, target: str | None = None, form: str = "json", top: int = 5
+        request: Request, target: str | None = None, form: str = "json", top: Top = 5
     ) -> Response:
         if target is not None and target not in classifier.class_names:
-            names = ", ".join(classifier.class_names[:20])
+            names = ", ".join(map(repr, classifier.class_names[:20]))
             raise HTTPException(422, f"target={target!r}: choose one of {names}")
         if form not in ("json", "png", "npz"):
             raise HTTPException(422, f"form={form!r}: choose one of json, png, npz")
@@ -155,7 +168,7 @@ def _add_api(app: FastAPI, classifier: Classifier, worker: BatchingWorker, limit
         answer = await worker.in_reader(_as_json, explanation, box, top)
         shares = dict(explanation.classes)
         decision = classifier.decision([shares[name] for name in classifier.class_names])
-        return JSONResponse(answer | _signs(decision, distance, classifier.is_unlike(distance)))
+        return AsciiJSON(answer | _signs(decision, distance, classifier.is_unlike(distance)))
 
 
 # ---- answers ------------------------------------------------------------------------------
@@ -174,7 +187,8 @@ def _signs(
 def _as_png(explanation: Explanation) -> bytes:
     """The figure, as `regard explain` draws it."""
     buffer = io.BytesIO()
-    explanation.figure().savefig(buffer, format="png", dpi=200)
+    with for_print():
+        explanation.figure().savefig(buffer, format="png", dpi=200)
     return buffer.getvalue()
 
 
@@ -187,7 +201,7 @@ def _as_npz(explanation: Explanation, box: Box) -> bytes:
 
 
 def _as_json(explanation: Explanation, box: Box, top: int) -> dict[str, Any]:
-    shown = explanation.classes[: max(1, top)]
+    shown = explanation.classes[:top]
     return {
         "classes": [{"class": name, "probability": p} for name, p in shown],
         "target": {"class": explanation.target[0], "probability": explanation.target[1]},
