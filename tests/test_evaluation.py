@@ -344,6 +344,17 @@ def test_a_balanced_accuracy_is_as_uncertain_as_its_recalls(size):
     assert same.difference.value == 0
 
 
+def test_a_balanced_accuracy_is_never_sure_where_one_class_is_always_predicted():
+    """One group has images of both classes, and no sample of groups differs from 1/2."""
+    true, groups = np.repeat([1, 0], [2, 10]), np.append(0, np.append(1, np.arange(1, 11)))
+    e = evaluate(hard(true, np.zeros(12, int), 2, groups), resamples=300)
+    # as above, with t of 11 groups
+    z = 2.228139**2 * 0.0375 / 0.25
+    half = (z / 4 + z * z / 4) ** 0.5 / (1 + z)
+    expected = pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
+    assert ends(e.metrics["balanced_accuracy"]) == ends(e.metrics["macro_recall"]) == expected
+
+
 @pytest.mark.parametrize(("classes", "images"), [(2, 10), (10, 20), (40, 5)])
 def test_balanced_accuracy_of_few_and_of_many_classes_is_covered(classes, images):
     """By the distance to the ends of each recall's own interval 10 classes have 0.90."""

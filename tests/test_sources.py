@@ -198,9 +198,30 @@ def test_manifests_with_a_mistake(tmp_path, text, told):
     assert "list.csv" in str(caught.value)
 
 
-def test_a_manifest_that_is_not_utf8(tmp_path):
-    with pytest.raises(ValueError, match="is not UTF-8"):
-        open_data(manifest(tmp_path, "path,label\nx.png,süß\n", encoding="cp1252"))
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("path,label\nx.png,süß\n", "line 2: label 's"),
+        ("path,label,Größe\nx.png,a,1\n", "line 1: column 'gr"),
+        ("path,label,site\nx.png,a,Rom\ny.png,b,Köln\n", "line 3: site 'K"),
+    ],
+)
+def test_a_manifest_that_is_not_utf8(tmp_path, text, told):
+    """Further columns, too: they are written with the predictions once a run has ended."""
+    with pytest.raises(ValueError, match=f"{told}.*is not UTF-8"):
+        open_data(manifest(tmp_path, text, encoding="cp1252"))
+
+
+def test_names_that_may_be_meant_as_one_are_told(tmp_path):
+    text = "path,label,group\nx.png,Benign,P 007\ny.png,benign,p7\nsub/z.png,b,p70\n"
+    table = open_data(manifest(tmp_path, text))
+    assert table.classes == ["Benign", "b", "benign"]
+    assert table.warnings == (
+        "classes that are spelled alike count as different ones: 'Benign' and 'benign'",
+        "groups that are spelled alike count as different ones: 'P 007' and 'p7'",
+    )
+    text = "path,label,group\nx.png,1,1.05\ny.png,10,1.5\nsub/z.png,100,105\n"
+    assert open_data(manifest(tmp_path, text)).warnings == ()
 
 
 # ---- data sets

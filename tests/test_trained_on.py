@@ -90,6 +90,18 @@ def test_its_own_data_is_tested_by_its_own_splits(whole, scans, tmp_path, splits
     assert len(predictions_of(whole, part)[1]) == 7
 
 
+def test_copies_in_two_splits_of_a_run_are_told(whole, scans, tmp_path, splits, warned):
+    copy, original = splits["test"][0], splits["train"][0]
+    data, run = shutil.copytree(scans, tmp_path / "data"), shutil.copytree(whole, tmp_path / "run")
+    hashes = [f"{file_hash(data / key):016x}" for key in (copy, original)]
+    shutil.copy(data / original, data / copy)
+    text = (run / "splits.csv").read_text(encoding="utf-8")
+    (run / "splits.csv").write_text(text.replace(*hashes), encoding="utf-8")
+    named, said, _ = predictions_of(run, str(data))
+    assert (named, len(said)) == ("test", len(splits["test"]) - 1)
+    assert "2 images in several splits of the run (copies)" in warned()
+
+
 def test_its_own_images_without_its_test_are_said_to_be_no_test(
     whole, scans, tmp_path, splits, warned
 ):

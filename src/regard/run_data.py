@@ -184,6 +184,11 @@ def _run_table(
     if (mine != "").all():
         if folder.exists and np.isin(known.own, hashes).all():
             folder.attach(table)
+        if divided := int(np.isin(hashes, known.divided).sum()):
+            logger.warning(
+                f"{table.name}: {plural(divided, 'image')} in several splits of the run (copies): "
+                "they count as trained on, or else as validated with"
+            )
         table = replace(table, splits=mine)
     return table, mine
 

@@ -44,6 +44,7 @@ class KnownImages:
     def __init__(self, splits_csv: Path) -> None:
         self.contents: NDArray[np.uint64]
         self.own: NDArray[np.uint64]  # without the originals of copies
+        self.divided: NDArray[np.uint64] = np.zeros(0, np.uint64)  # in more than one split
         if splits_csv.suffix == ".npz":
             self.contents, self._codes = _read_known(splits_csv)
             self.own = self.contents
@@ -55,8 +56,9 @@ class KnownImages:
             for row in listed for content in {row.content, row.original}
         ]  # fmt: skip
         known = np.array([row for row in rows if row[0] != UNREADABLE], np.uint64).reshape(-1, 2)
-        known = known[np.lexsort((known[:, 1], known[:, 0]))]
-        self.contents, first = np.unique(known[:, 0], return_index=True)
+        known = np.unique(known, axis=0)
+        self.contents, first, splits = np.unique(known[:, 0], return_index=True, return_counts=True)
+        self.divided = self.contents[splits > 1]
         self._codes = known[first, 1].astype(np.int64)
 
     def __len__(self) -> int:

@@ -182,7 +182,8 @@ def _lines(check: "DataCheck") -> Iterator[str]:
     yield "depth  " + ", ".join(f"{d} ({n})" for d, n in check.depths.items())
     if check.value_range is not None:
         low, high = check.value_range
-        yield f"values  {low:.6g} to {high:.6g}, which become 0 to 1 in every image"
+        span = f"values  {low:.6g} to {high:.6g}"
+        yield f"{span}, which become 0 to 1 in every image without a range of its own"
     yield "mean  " + ", ".join(f"{m:.4f}" for m in check.mean)
     yield "deviation  " + ", ".join(f"{s:.4f}" for s in check.std)
     if g := check.groups:

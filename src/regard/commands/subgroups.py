@@ -144,39 +144,23 @@ def evaluated(
 
 
 def print_subgroups(found: Sequence["Subgroups"]) -> None:
-    """Prints a table for each column, with the largest gaps."""
+    """Prints tables for each column, as wide as the console, with the largest gaps."""
     from rich.console import Console
     from rich.text import Text
 
-    from regard.commands.tables import (
-        DIAGNOSTIC_NAMES,
-        NAMES,
-        estimate_cells,
-        plain_table,
-        print_table,
-    )
+    from regard.commands.tables import DIAGNOSTIC_NAMES, NAMES
 
     console = Console()
+    names = {m: {**DIAGNOSTIC_NAMES, **NAMES}[m].partition(" (")[0] for m in _SHOWN}
     for each in found:
-        names = {**DIAGNOSTIC_NAMES, **NAMES}
         metrics = [m for m in _SHOWN if any(m in p.metrics for p in each.parts.values())]
-        table = plain_table(each.column)
-        for heading in ("images", "groups"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        console.print(Text(f"By {each.column}", style="bold"))
+        _print_parts(console, each, {m: names[m] for m in metrics})
         for metric in metrics:
-            table.add_column(names[metric].partition(" (")[0], justify="right", no_wrap=True)
-            table.add_column("interval", justify="right", no_wrap=True)
-        for name, part in each.parts.items():
-            groups = "" if part.n_groups is None else str(part.n_groups)
-            cells = [c for m in metrics for c in estimate_cells(part.metrics.get(m))]
-            if part.too_small:
-                cells = ["too small", *cells[1:]]
-            table.add_row(Text(name), str(part.n), groups, *cells)
-        print_table(console, f"By {each.column}", table)
-        for metric in metrics:
-            if (gap := each.gap(metric)) is not None:
+            gap = each.gap(metric)
+            if gap is not None and gap[2] > 0:
                 high, low, difference = gap
-                line = f"{names[metric].partition(' (')[0]}: {100 * difference:.1f} points"
+                line = f"{names[metric]}: {100 * difference:.1f} points"
                 console.print(Text(f"largest gap in {line}, {high} over {low}"))
         small = [name for name, part in each.parts.items() if part.too_small]
         if small:
@@ -184,3 +168,40 @@ def print_subgroups(found: Sequence["Subgroups"]) -> None:
             line = f"too small (fewer than {each.at_least} {kind}): {', '.join(small)}"
             console.print(Text(line))
         console.print()
+
+
+def _print_parts(console: Any, found: "Subgroups", titles: dict[str, str]) -> None:
+    """The parts' metrics, in as many tables as the console's width asks for."""
+    unbounded = console.options.update(width=10_000)  # else it measures the console's width
+    shown: dict[str, str] = {}
+    for metric, title in titles.items():
+        wider = {**shown, metric: title}
+        width = console.measure(_parts_table(found, wider), options=unbounded).maximum
+        if shown and width > console.width:
+            console.print(_parts_table(found, shown))
+            console.print()
+            wider = {metric: title}
+        shown = wider
+    console.print(_parts_table(found, shown))
+    console.print()
+
+
+def _parts_table(found: "Subgroups", titles: dict[str, str]) -> Any:
+    """A row for each part, with these metrics."""
+    from rich.text import Text
+
+    from regard.commands.tables import estimate_cells, plain_table
+
+    table = plain_table(found.column)
+    for heading in ("images", "groups"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for title in titles.values():
+        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("interval", justify="right", no_wrap=True)
+    for name, part in found.parts.items():
+        groups = "" if part.n_groups is None else str(part.n_groups)
+        cells = [c for m in titles for c in estimate_cells(part.metrics.get(m))]
+        if part.too_small:
+            cells = ["too small", *cells[1:]]
+        table.add_row(Text(name), str(part.n), groups, *cells)
+    return table

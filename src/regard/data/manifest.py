@@ -79,6 +79,8 @@ class _Manifest:
             if wanted not in self.columns and wanted in ("path", "label"):
                 columns = shortened([c[:40] for c in self.columns if c.isprintable()], 8)
                 self.fault(f"no column {wanted!r} among {columns}", self.head_line)
+        for column in self.columns:
+            self._check_text("column", column, self.head_line)
         self.paths = PathList.of(self._rows())
         if not self.paths:
             raise UsageError(f"{self.name}: lists no images")
@@ -98,8 +100,10 @@ class _Manifest:
                 )
             fields += [""] * (len(self.columns) - len(fields))
             self._add({c: fields[i].strip() for c, i in at.items()})
-            for cells in self.further.values():
-                cells.add(fields[cells.place].strip())
+            for column, cells in self.further.items():
+                cell = fields[cells.place].strip()
+                self._check_text(column, cell)
+                cells.add(cell)
             yield os.path.normpath(os.path.join(self.base, fields[at["path"]].strip()))
 
     def _add(self, row: dict[str, str]) -> None:
@@ -109,8 +113,8 @@ class _Manifest:
             if "\0" in cell or "\n" in cell or "\r" in cell:
                 kind = "NUL byte" if "\0" in cell else "line break"
                 self.fault(f"a {kind} in {column} {cell[:40]!r}")
-            if column != "path" and not cell.isascii() and not _encodable(cell):
-                self.fault(f"{column} {cell!r} is not UTF-8; save the file as UTF-8")
+            if column != "path":
+                self._check_text(column, cell)
         split = _SPLIT_CELLS.get(row.get("split", "").lower())
         if split is None:
             self.fault(f"split {row['split']!r}: choose train, val, test or leave it empty")
@@ -119,6 +123,11 @@ class _Manifest:
         self.labels.append(self.label_index.setdefault(row["label"], len(self.label_index)))
         group = row.get("group", "")
         self.groups.append(self.group_index.setdefault(group, len(self.group_index)))
+
+    def _check_text(self, column: str, cell: str, line: int | None = None) -> None:
+        """All but paths is text that is written again, into files of UTF-8."""
+        if not cell.isascii() and not _encodable(cell):
+            self.fault(f"{column} {cell[:40]!r} is not UTF-8; save the file as UTF-8", line)
 
     def _check_repeated(self) -> None:
         hashes = np.fromiter((hash(path) for path in self.paths), np.int64, len(self.paths))

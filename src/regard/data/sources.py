@@ -5,8 +5,14 @@ arrays). A million files are listed in seconds: folders are listed, files are no
 """
 
 import os
+import re
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from regard.data.folders import READINGS, open_folder
 from regard.data.hugging_face import open_hugging_face
@@ -32,6 +38,7 @@ __all__ = [
     "open_data",
 ]
 
+_LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
 _CHOICES = (
     "digits, a folder of class folders, a CSV file (path, label, optional split and group), "
     "cifar10, cifar100, medmnist:FILE.npz, wds:SHARDS or hf:NAME"
@@ -68,7 +75,26 @@ def open_data(
     if len(table.classes) < min_classes:
         only = f"only one class ({table.classes[0]!r})" if table.classes else "no class"
         raise UsageError(f"{table.name}: {only}; two or more are needed")
-    return replace(table, reading=splits)
+    lines = (_spelled_alike("classes", table.classes), _spelled_alike("groups", table.groups))
+    warnings = (*table.warnings, *(line for line in lines if line))
+    return replace(table, reading=splits, warnings=warnings)
+
+
+def _spelled_alike(kind: str, names: Sequence[str] | NDArray[np.str_] | None) -> str | None:
+    """Names that may be meant as one: other letters' case, spaces, or zeros in front."""
+    first: dict[str, str] = {}
+    alike = []
+    for name in [] if names is None else np.unique(names).tolist():
+        folded = "".join(unicodedata.normalize("NFKC", name).casefold().split())
+        key = _LEADING_ZEROS.sub("", folded)
+        if key in first:
+            alike.append((first[key], name))
+        first.setdefault(key, name)
+    if not alike:
+        return None
+    more = f" ({len(alike)} such pairs)" if len(alike) > 1 else ""
+    one, other = alike[0]
+    return f"{kind} that are spelled alike count as different ones: {one!r} and {other!r}{more}"
 
 
 def _opened(data: str, cache: Path, splits: str) -> ImageTable:

@@ -315,11 +315,12 @@ def _metrics(
         if name in ("top1", "top5"):
             right = images.correct if name == "top1" else images.correct5
             return _share(right, images.unit, grouped, confidence)
-        if name in _OF_RECALLS and apart and 0 < value < 1:
+        samples = np.array(drawn.values[name])
+        # no sample differs where each class is always right or always wrong
+        if name in _OF_RECALLS and 0 < value < 1 and (apart or np.ptp(samples) < 1e-12):
             return _mean_of_shares(value, of_class, grouped, n_units, confidence)
         if name in _MACRO and value in (0.0, 1.0):
             return wilson(value, effective, confidence)
-        samples = np.array(drawn.values[name])
         if name == "nll":
             e = unbounded(value, samples, confidence, n_units)
             return Estimate(value, max(e.low, 0.0), e.high)

@@ -129,7 +129,10 @@ def preprocessing(
     channels = "grayscale" if c == 1 else "color" if c == 3 else f"{c} channels"
     said = f"Images were {how} {w}×{h} pixels{cut}{first}, {channels}, and normalized {normal}."
     if (values := preprocess.get("value_range")) is not None:
-        said += f" Pixel values from {values[0]:g} to {values[1]:g} became 0 to 1."
+        said += (
+            f" Pixel values from {values[0]:g} to {values[1]:g} became 0 to 1 in images without a "
+            "range of their own (signed, 32-bit and float ones, DICOM without a window)."
+        )
     if recipe["full_decode"]:
         said += " JPEG files were decoded at full size."
     augmentation = _augmentation(recipe, color=c == 3)

@@ -115,7 +115,10 @@ def choose_preprocess(
     )  # fmt: skip
     if seen.value_range is not None:
         low, high = seen.value_range
-        log.info(f"pixel values from {low:.6g} to {high:.6g} become 0 to 1, in every image")
+        log.info(
+            f"pixel values from {low:.6g} to {high:.6g} become 0 to 1, in every image without a "
+            "range of its own"
+        )
     return preprocess, arguments
 
 
