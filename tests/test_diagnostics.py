@@ -388,6 +388,17 @@ def test_bands_of_few_groups_are_of_expanded_percentiles():
 # ---- subgroups --------------------------------------------------------------------------
 
 
+def test_a_part_without_a_class_has_no_gap_of_balanced_accuracy():
+    labels = np.array([0, 1] * 30 + [0] * 30)
+    right = np.r_[np.tile([1, 0, 0, 1], 15), np.tile([1, 1, 0], 10)].astype(bool)
+    called = np.where(right, labels, 1 - labels)
+    p = Predictions(np.eye(2)[called] * 0.8 + 0.1, labels, ["benign", "malignant"])
+    s = evaluate_subgroups(p, "site", ["A"] * 30 + ["B"] * 30 + ["C"] * 30, resamples=20)
+    assert s.parts["C"].metrics["balanced_accuracy"].value == pytest.approx(2 / 3)  # of one class
+    assert s.gap("top1") == ("C", "A", pytest.approx(2 / 3 - 0.5))
+    assert "C" not in s.gap("balanced_accuracy")[:2]
+
+
 def test_each_part_is_evaluated_by_itself():
     p = make(200, 3, groups=np.arange(200) // 2)
     sites = np.where(np.arange(200) < 150, "a", "b").astype(object)

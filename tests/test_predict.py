@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from regard.commands.predictions_csv import PredictionsCsv
 from regard.commands.written_rows import WrittenRows
 from regard.data.content import file_hash
 from regard.data.walk import images_below
-from regard.errors import UsageError
+from regard.errors import FileError, UsageError
 from regard.evaluation import Predictions
 from regard.evaluation.calibration import fit_calibration, read_calibration, write_calibration
 from regard.predict import Classifier
@@ -435,13 +436,14 @@ def test_a_full_disk_is_told_without_rows_that_are_not_on_it(whole, tmp_path):
     classifier, out = regard.load(whole), tmp_path / "x.csv"
     found = classifier.prediction("a.png", torch.tensor([0.2, 0.5, 0.3]), None, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(FileError) as caught, PredictionsCsv(out, 1, classifier, resume=False) as t:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        try:
-            t.write(found)
-            t.__exit__()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    table = PredictionsCsv(out, 1, classifier, resume=False)
+    table.write(found)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(FileError) as caught:
+            table.__exit__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(caught.value) == f"{out}: file too large; --resume goes on after its last whole row"
 
 

@@ -58,7 +58,7 @@ from regard.evaluation.predictions import BINS, Floats, Ints, Outcomes, Predicti
 from regard.files import plural
 
 _OF_RECALLS = ("balanced_accuracy", "macro_recall")
-_MACRO = ("balanced_accuracy", "macro_f1", "macro_precision", "macro_recall")
+MACRO = ("balanced_accuracy", "macro_f1", "macro_precision", "macro_recall")  # over the classes
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def _metrics(
         # no sample differs where each class is always right or always wrong
         if name in _OF_RECALLS and 0 < value < 1 and (apart or np.ptp(samples) < 1e-12):
             return _mean_of_shares(value, of_class, grouped, n_units, confidence)
-        if name in _MACRO and value in (0.0, 1.0):
+        if name in MACRO and value in (0.0, 1.0):
             return wilson(value, effective, confidence)
         if name == "nll":
             e = unbounded(value, samples, confidence, n_units)

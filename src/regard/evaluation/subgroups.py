@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from regard.errors import UsageError
 from regard.evaluation.diagnostics import diagnose_class
 from regard.evaluation.intervals import Estimate, finite_or_none
-from regard.evaluation.metrics import Evaluation, evaluate
+from regard.evaluation.metrics import MACRO, Evaluation, evaluate
 from regard.evaluation.predictions import Predictions
 
 MISSING = "(missing)"
@@ -41,6 +41,12 @@ class Part:
     def too_small(self) -> bool:
         return self.evaluation is None
 
+    @property
+    def present(self) -> set[str]:
+        """The classes of its images; empty where it is too small."""
+        per_class = () if self.evaluation is None else self.evaluation.per_class
+        return {each.name for each in per_class if each.count}
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -66,10 +72,15 @@ class Subgroups:
     def gap(self, metric: str = "top1") -> tuple[str, str, float] | None:
         """The values with the highest and the lowest metric, and their difference.
 
-        None where fewer than 2 parts have the metric. The gap of many small parts is large by
-        chance alone: read it with their intervals.
+        None where fewer than 2 parts have the metric; a mean over classes is compared only
+        among parts with images of every class, as one of fewer classes is another quantity. The
+        gap of many small parts is large by chance alone: read it with their intervals.
         """
-        values = {n: p.metrics[metric].value for n, p in self.parts.items() if metric in p.metrics}
+        parts = {name: part for name, part in self.parts.items() if metric in part.metrics}
+        if metric in MACRO:
+            every = set().union(*(part.present for part in parts.values()))
+            parts = {name: part for name, part in parts.items() if part.present == every}
+        values = {name: part.metrics[metric].value for name, part in parts.items()}
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         if len(values) < 2:
             return None
