@@ -224,6 +224,23 @@ def test_names_that_may_be_meant_as_one_are_told(tmp_path):
     assert open_data(manifest(tmp_path, text)).warnings == ()
 
 
+def test_a_column_of_patients_that_is_not_the_groups_is_told(tmp_path):
+    rows = ["x.png,a,7", "y.png,b,7", "sub/z.png,a,8"]
+    told = open_data(manifest(tmp_path, "\n".join(["path,label,Patient ID", *rows]))).warnings[1]
+    assert told.startswith("images with the same 'patient id' may come into different splits")
+    for head in ("path,label,group", "path,label,site"):
+        assert len(open_data(manifest(tmp_path, "\n".join([head, *rows]))).warnings) < 2
+    every = ["path,label,patient", "x.png,a,7", "y.png,b,9", "sub/z.png,a,8"]
+    assert len(open_data(manifest(tmp_path, "\n".join(every))).warnings) == 1  # one image each
+
+
+def test_a_manifest_that_excel_named_the_separator_of(tmp_path):
+    text = "sep=|\r\npath|label\r\nx.png|a,b;c\r\ny.png|b\r\nsub/z.png|b\r\n"
+    assert open_data(manifest(tmp_path, text)).classes == ["a,b;c", "b"]
+    with pytest.raises(ValueError, match="line 3: split 'nowhere'"):
+        open_data(manifest(tmp_path, "sep=;\npath;label;split\nx.png;a;nowhere\n"))
+
+
 # ---- data sets
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ _USED = ("path", "label", "split", "group")
 _SPLITS = ("", *SPLITS)
 _SPLIT_CELLS = {"": "", "training": "train", "testing": "test", **SPLIT_WORDS}
 _MOST_VALUES = 100_000  # of a further column; one with more, such as a text, is not read
+# columns that may say which images belong together
+_OF_GROUPS = re.compile("patient|subject|participant|person|case|donor|animal|lesion|study")
+_EXCELS_SEPARATOR = re.compile("sep=(.)", re.IGNORECASE)  # alone in the first line
 _CONTENT = "content"  # a further column of the splits.csv that a run writes
 
 
@@ -55,7 +59,10 @@ class _Manifest:
         while head and not head.strip():
             head = file.readline()
             self.head_line += 1
-        delimiter = max(",;\t", key=head.count)
+        if told := _EXCELS_SEPARATOR.fullmatch(head.strip("\r\n")):
+            head = file.readline()
+            self.head_line += 1
+        delimiter = told[1] if told else max(",;\t", key=head.count)
         cells = next(csv.reader([head], delimiter=delimiter), [])
         self.columns = [c.strip().lower() for c in cells]
         self.reader = csv.reader(file, delimiter=delimiter)
@@ -170,9 +177,25 @@ class _Manifest:
             files=self.paths,
             base=self.base,
             location=os.path.abspath(path),
-            warnings=_further_line(list(self.further)),
+            warnings=tuple(self._further_lines()),
             columns={c: cells.array() for c, cells in self.further.items() if cells.usable},
         )
+
+    def _further_lines(self) -> Iterator[str]:
+        if not self.further:
+            return
+        yield f"columns that are used for subgroups only: {shortened(list(self.further), 6)}"
+        if "group" in self.columns:
+            return
+        for name, cells in self.further.items():
+            # some have several images, and they are too many for a category
+            if _OF_GROUPS.search(name) and len(self.labels) / 20 < len(cells.index) < len(
+                self.labels
+            ):
+                yield (
+                    f"images with the same {name!r} may come into different splits, which makes "
+                    "scores too good: call the column 'group' to keep them together"
+                )
 
 
 class _Cells:
@@ -193,12 +216,6 @@ class _Cells:
     def array(self) -> NDArray[np.object_]:
         """(N,) strings, of which equal ones are one object."""
         return np.array(list(self.index), dtype=object)[np.asarray(self.codes)]
-
-
-def _further_line(columns: list[str]) -> tuple[str, ...]:
-    if not columns:
-        return ()
-    return (f"columns that are used for subgroups only: {shortened(columns, 6)}",)
 
 
 def _from_windows(path: str) -> str:
