@@ -25,6 +25,7 @@ from regard.cli import _explained, run_command
 from regard.commands.study_display import StudyDisplay
 from regard.cores import cores
 from regard.errors import StudyStopped, UsageError
+from regard.evaluation.calibration import Calibration, write_calibration
 from regard.papers import parse_table
 from regard.studies.page import write_page
 from regard.studies.plan import (
@@ -773,6 +774,12 @@ def test_compare_pairs_images_and_refuses_others(tmp_path, trainer, capsys, monk
     assert top1["sentence"] in page.read_text().replace("&#39;", "'")
     other = tmp_path / "other"
     shutil.copytree(gated, other)
+    assert "stored temperature" not in capsys.readouterr().err
+    write_calibration(other, Calibration(2.0, None, "val", 20, None, {}, {}, [], []))
+    assert run_command(["compare", plain, str(other), "--metric", "top1", "nll", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["comparisons"][1]["a"] == nll["a"]
+    assert err == f"regard: {other}: compared without its stored temperature and threshold\n"
     with np.load(other / "predictions.npz") as file:
         arrays = dict(file)
     arrays["paths"][0] = "x"

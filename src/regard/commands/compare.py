@@ -1,6 +1,7 @@
 """`regard compare`: finished runs on the same test images, with what is shown and what is not."""
 
 import json as json_module
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,8 @@ from regard.files import plural
 if TYPE_CHECKING:
     from regard.evaluation.paired import MetricComparison
     from regard.studies.cost import Cost
+
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def command(
@@ -31,7 +34,8 @@ def command(
     Each run's metrics are compared with the first run's: paired differences with 95 % intervals,
     p-values corrected for all comparisons (Holm), and whether anything is shown. Runs of one
     seed each: what is shown holds for these trained networks; `regard study` compares networks
-    over seeds.
+    over seeds. Networks are compared as they were trained: without a temperature or threshold
+    that `regard calibrate` stored, so the most probable class decides.
 
     Parameters
     ----------
@@ -50,6 +54,7 @@ def command(
     json
         Print JSON.
     """
+    from regard.evaluation.calibration import read_calibration
     from regard.evaluation.paired import adjust
     from regard.studies.cost import measure_costs
 
@@ -58,6 +63,9 @@ def command(
     if len({run.resolve() for run in runs}) < len(runs):
         raise UsageError("compare: one run is given twice")
     split, predictions = _aligned(runs)
+    for run in runs:
+        if read_calibration(run) is not None:
+            log.warning(f"{run}: compared without its stored temperature and threshold")
     costs = measure_costs(runs)
     found: list[MetricComparison] = []
     pairs: list[Path] = []
