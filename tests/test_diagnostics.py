@@ -14,6 +14,7 @@ from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
 from regard.cli import run_command
+from regard.commands.subgroups import print_subgroups
 from regard.evaluation import (
     Predictions,
     choose_threshold,
@@ -397,6 +398,22 @@ def test_a_part_without_a_class_has_no_gap_of_balanced_accuracy():
     assert s.parts["C"].metrics["balanced_accuracy"].value == pytest.approx(2 / 3)  # of one class
     assert s.gap("top1") == ("C", "A", pytest.approx(2 / 3 - 0.5))
     assert "C" not in s.gap("balanced_accuracy")[:2]
+
+
+def test_the_tables_of_parts_fit_the_console(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    sites = ["Universitätsklinikum"] * 100 + ["Rome"] * 100
+    found = evaluate_subgroups(make(200, 3), "site", sites, resamples=20, positive="c1")
+    print_subgroups([found])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    tables = [line for line in lines if line.strip().startswith("Universitätsklinikum")]
+    shown = [name for name in lines if "interval" in name]
+    assert len(tables) == len(shown) > 1
+    for name, metric in (("accuracy", "top1"), ("sensitivity", "sensitivity")):
+        at = next(i for i, line in enumerate(shown) if name in line.split())
+        value = found.parts["Universitätsklinikum"].metrics[metric].value
+        assert f"{100 * value:.2f}" in tables[at] or f"{value:.3f}" in tables[at]
 
 
 def test_each_part_is_evaluated_by_itself():

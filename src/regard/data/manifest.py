@@ -187,11 +187,10 @@ class _Manifest:
         yield f"columns that are used for subgroups only: {shortened(list(self.further), 6)}"
         if "group" in self.columns:
             return
+        count = len(self.labels)
         for name, cells in self.further.items():
             # some have several images, and they are too many for a category
-            if _OF_GROUPS.search(name) and len(self.labels) / 20 < len(cells.index) < len(
-                self.labels
-            ):
+            if _OF_GROUPS.search(name) and count / 20 < len(cells.index) < count:
                 yield (
                     f"images with the same {name!r} may come into different splits, which makes "
                     "scores too good: call the column 'group' to keep them together"
