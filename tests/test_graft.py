@@ -150,13 +150,26 @@ def test_the_plain_network_is_left_as_it_was():
     assert not grafted.layer2[0].se.spatial.bn.training
 
 
+SMALL_DENSENET = {"growth_rate": 8, "block_config": (2, 2, 2, 2)}
+
+
+def without_stages():
+    plain = timm.create_model("densenet121", **SMALL_DENSENET)
+    plain.feature_info = []
+    return plain
+
+
 @pytest.mark.parametrize(
     ("make", "attention", "message"),
     [
         (lambda: timm.create_model("seresnet50"), regard.CBAM, "attention already: SEModule"),
         (lambda: regard.create_model("cbam_resnet18"), regard.CBAM, "attention already: CBAM"),
         (lambda: regard.graft(trained()), regard.SE, "attention already: CBAM"),
-        (lambda: timm.create_model("densenet121"), regard.CBAM, "no residual branches in DenseNet"),
+        (
+            without_stages,
+            regard.CBAM,
+            "no residual branches in DenseNet, as nothing is added to a map, nor stages",
+        ),
         (lambda: nn.Linear(2, 2), regard.CBAM, "takes a network of timm's, not Linear"),
         (
             lambda: timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32),
@@ -290,7 +303,7 @@ def test_a_grafted_partial_is_saved_with_its_arguments(tmp_path, attention):
     assert torch.equal(loaded(x), plain(x))
 
 
-# network, arguments that make it small, and the branches of two or three blocks
+# network, arguments that make it small, and the branches of two or three blocks, or the stages
 FAMILIES = {
     "resnet26d": ({"layers": (1, 1, 1, 1)}, 4),  # no twin by name
     "resnet18": ({"norm_layer": "groupnorm"}, 8),
@@ -300,6 +313,9 @@ FAMILIES = {
     "convnext_atto": ({"depths": (1, 1, 1, 1)}, 4),  # layer scale, not a norm, ends a branch
     "convnextv2_atto": ({"depths": (1, 1, 1, 1)}, 4),  # GRN adds within itself
     "mobilenetv2_035": ({}, 10),
+    "densenet121": (SMALL_DENSENET, 5),  # nothing is added: its stages
+    "selecsls42": ({}, 3),
+    "sononet8": ({"in_chans": 3}, 5),
 }
 
 
@@ -321,6 +337,35 @@ def test_other_networks_answer_bit_for_bit_and_are_saved(tmp_path, name):
     regard.save_model(grafted, tmp_path / "run")
     again = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
     assert_same_answers(plain, again, images())
+
+
+def test_gates_of_a_stage_see_its_last_map():
+    """After the ReLU that ends it, and before the pooling that follows; checkpoints pass them."""
+    grafted = regard.graft(regard.create_model("sononet8", num_classes=3, convs=(2, 1, 1, 1, 1)))
+    places = [name for name, m in grafted.named_modules() if isinstance(m, regard.CBAM)]
+    assert places == [f"block{n}.1.2.attention" for n in range(1, 6)]
+    sizes = []
+    for name in places:
+        gate = grafted.get_submodule(name)
+        gate.register_forward_pre_hook(lambda _, x: sizes.append((x[0].shape[-1], x[0].min() >= 0)))
+    x = torch.randn(4, 1, 32, 32)
+    recomputed = copy.deepcopy(grafted)
+    recomputed.set_grad_checkpointing()
+    found = []
+    for model in (grafted, recomputed):
+        torch.manual_seed(0)
+        model.train()(x).sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert sizes[:5] == [(32, True), (16, True), (8, True), (4, True), (2, True)]
+    assert all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.slow
+def test_vgg_has_no_gate_after_a_pooling():
+    grafted = regard.graft(timm.create_model("vgg11_bn", num_classes=3))
+    names = [n.rpartition(".attention")[0] for n in gates(grafted) if n.endswith("channel")]
+    assert names == [f"features.{k}" for k in (2, 6, 13, 20, 27)]
+    assert all(type(grafted.get_submodule(n).module) is nn.ReLU for n in names)
 
 
 def test_a_gate_of_another_network_learns():

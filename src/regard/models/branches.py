@@ -1,8 +1,9 @@
-"""Where the residual branches of a network end, found by watching one image go through it.
+"""Where gates go in a network: where its residual branches end, else where its stages do.
 
-Where two maps of one size are added, the one that took more operations is the branch. Additions
-within blocks that are merged into one convolution for prediction (timm's `reparameterize_model`)
-are none.
+Residual branches are found by watching one image go through the network: where two maps of one
+size are added, the one that took more operations is the branch. Additions within blocks that are
+merged into one convolution for prediction (timm's `reparameterize_model`) are none. A network
+that adds nothing (VGG, DenseNet, SonoNet) has stages, which its `feature_info` names.
 """
 
 import copy
@@ -20,6 +21,7 @@ from regard.attention import evaluating
 from regard.errors import UsageError
 
 _AFFINE_NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 _ADDITIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 
 Tap = dict[str, Any]
@@ -28,7 +30,7 @@ Tap = dict[str, Any]
 
 @dataclass
 class End:
-    """Where a residual branch ends: the module that makes it, and arguments of the gates."""
+    """Where a branch or stage ends: the module that makes it, and arguments of the gates."""
 
     made_by: str  # innermost: the gates may follow a module that holds it
     tap: Tap
@@ -63,6 +65,7 @@ class _Watch(TorchFunctionMode):
         self.inside: list[nn.Module] = []  # the modules that run now
         self.merged: int = 0  # additions within what becomes one layer
         self.branches: list[tuple[list[str], torch.Size]] = []  # who made it, and its shape
+        self.shapes: dict[str, torch.Size] = {}  # of what each module gave last
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -107,6 +110,7 @@ class _Watch(TorchFunctionMode):
             self.inside.pop()
             self.calls[name] = self.calls.get(name, 0) + 1
             if isinstance(output, Tensor):
+                self.shapes[name] = output.shape
                 passed = any(t is output for t in inputs)
                 alone = len(inputs) == 1 and isinstance(inputs[0], Tensor) and not named
                 (self.passed_by if passed else self.made_by).setdefault(id(output), []).extend(
@@ -119,8 +123,10 @@ class _Watch(TorchFunctionMode):
 def find_ends(model: nn.Module, x: Tensor) -> dict[str, End]:
     """The end of each residual branch, by the name of the module that gates follow.
 
+    Of a network without residual branches: the end of each stage.
+
     Raises:
-        UsageError: there is none, or a branch does not end in a module, or not in a map.
+        UsageError: there are neither, or a branch does not end in a module, or not in a map.
     """
     merging = {n: m for n, m in model.named_modules() if n and _merges(m)}
     watch = _Watch(x, merging)
@@ -149,11 +155,31 @@ def find_ends(model: nn.Module, x: Tensor) -> dict[str, End]:
         last = _channels_last(model, model.get_submodule(names[0]), shape)
         tap = {"channels": shape[3 if last else 1], "channels_last": last}
         ends[apart[0]] = End(names[0], tap)
+    if not ends and watch.merged:
+        raise UsageError(
+            f"graft() found no residual branches in {kind}: its blocks merge their layers for "
+            "prediction, and would merge away the gates"
+        )
+    ends = ends or _stage_ends(model, watch)
     if not ends:
-        why = "nothing is added to a map"
-        if watch.merged:
-            why = "its blocks merge their layers for prediction, and would merge away the gates"
-        raise UsageError(f"graft() found no residual branches in {kind}: {why}")
+        raise UsageError(
+            f"graft() found no residual branches in {kind}, as nothing is added to a map, nor "
+            "stages that end in a map"
+        )
+    return ends
+
+
+def _stage_ends(model: nn.Module, watch: _Watch) -> dict[str, End]:
+    """The last layer of each stage that ends in a map, before the pooling that may follow."""
+    ends: dict[str, End] = {}
+    for stage in getattr(model, "feature_info", None) or ():
+        name = str(stage["module"])
+        while type(module := model.get_submodule(name)) is nn.Sequential and len(module):
+            name = f"{name}.{len(module) - 1}"  # which timm's checkpoints of a stage look into
+        shape = watch.shapes.get(name, ())
+        if len(shape) == 4 and watch.calls[name] == 1 and not isinstance(module, _POOLS):
+            last = _channels_last(model, module, shape)
+            ends[name] = End(name, {"channels": shape[3 if last else 1], "channels_last": last})
     return ends
 
 

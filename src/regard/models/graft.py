@@ -1,10 +1,11 @@
 """Grafting: attention under trained weights, without changing one bit of an answer.
 
-`graft` finds where the residual branches of any network of timm's end (`regard.models.branches`),
-and the gates follow the modules that made them (`Gated`). Every gate starts at exactly 1/2; the
-factor that this costs goes into the branch's last norm where that is affine (powers of two are
-exact), and otherwise the map is multiplied by it, so that the product with the gates starts at
-exactly 1. Then both networks answer random images, in evaluation and in training, and must agree.
+`graft` finds where the residual branches of any network of timm's end, or its stages where it has
+no such branches (`regard.models.branches`), and the gates follow the modules that made them
+(`Gated`). Every gate starts at exactly 1/2; the factor that this costs goes into the branch's last
+norm where that is affine (powers of two are exact), and otherwise the map is multiplied by it, so
+that the product with the gates starts at exactly 1. Then both networks answer random images, in
+evaluation and in training, and must agree.
 
 A grafted network that has no name of its own is saved as `grafted`, with its plain
 network's name and arguments and the list of modules that have gates.
@@ -84,12 +85,16 @@ class Gated(nn.Module):
 def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
     """A copy of a network of timm's with attention in every residual branch.
 
+    A network without residual branches, such as VGG, DenseNet or SonoNet, gets it at the end of
+    every stage.
+
     The copy's outputs equal those of `plain` bit for bit, in evaluation and in training, and
     training moves the gates from there. Weights that are loaded under fresh gates any other
     way lose accuracy at once.
 
     Args:
-        plain: any network of timm's, of whatever weights, whose residual branches end in maps.
+        plain: any network of timm's or Regard's without attention, of whatever weights, whose
+            residual branches or stages end in maps.
         attention: CBAM, SE, or a partial of CBAM.
 
     Returns:
@@ -98,8 +103,8 @@ def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
         `attention` of the `Gated` module that ends a branch.
 
     Raises:
-        UsageError: the network has attention already, has no residual branches that end in
-            maps, or would not answer the same; the message says where and why.
+        UsageError: the network has attention already, has neither residual branches nor stages
+            that end in maps, or would not answer the same; the message says where and why.
     """
     kind, arguments = _kind_of(attention)
     if not getattr(plain, "pretrained_cfg", None):

@@ -207,8 +207,8 @@ class Recipe:
 
     graft: Literal["none", "se", "cbam"] = _field(
         "none", "Network",
-        "Insert attention into the residual branches of a plain network. It starts neutral: the "
-        "network's answers stay the same.",
+        "Insert attention into the residual branches of a plain network, or at the end of its "
+        "stages if it has none. It starts neutral: the network's answers stay the same.",
     )  # fmt: skip
 
     pretrained: Literal["auto", "yes", "no"] = _field(
