@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from regard.cli import main
+from regard.data import near_duplicates
 from regard.data.audit import check_data
 from regard.data.near_duplicates import (
     NearDuplicate,
@@ -195,6 +197,27 @@ def test_cells_of_a_clustering_find_what_all_pairs_do(monkeypatch):
     own = [(i, i + 150) in pairs or (i + 150, i) in pairs for i in range(150)]
     assert np.mean(own) > 0.97
     assert len(pairs) < 8 * 300
+
+
+def test_products_are_of_one_thread_whatever_the_machine_has(tmp_path, monkeypatch):
+    """Several runs of 16 threads each on 16 cores made no step for minutes."""
+    for i in range(4):
+        scene(i).save(tmp_path / f"{i}.png")
+    table = table_of(sorted(tmp_path.iterdir()))
+    seen = []
+
+    def threads():
+        return {pool["num_threads"] for pool in threadpool_info()}
+
+    def looked(*arguments):
+        seen.append(threads())
+        return find_candidates(*arguments)
+
+    monkeypatch.setattr(near_duplicates, "find_candidates", looked)
+    with threadpool_limits(3):
+        find_near_duplicates(table, read_thumbnails(table))
+        assert threads() == {3}
+    assert seen == [{1}]
 
 
 def test_the_same_answer_each_time(tmp_path):

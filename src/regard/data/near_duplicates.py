@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from threadpoolctl import threadpool_limits
 
 from regard.cores import cores
 from regard.data.registration import Agreement, agreement, correlation, register
@@ -137,6 +138,18 @@ def find_near_duplicates(
         same: groups of rows with identical pixels, of which only the first is compared.
         progress: called with (images done, images in total).
     """
+    # The products are many and small. Threads of BLAS wait for each other at each, and where they
+    # are more than free cores, as beside other runs, without end: ten seconds become minutes.
+    with threadpool_limits(1):
+        return _found(table, thumbnails, same, progress)
+
+
+def _found(
+    table: ImageTable,
+    thumbnails: Thumbnails,
+    same: Iterable[Sequence[int]],
+    progress: Callable[[int, int], None] | None,
+) -> list[NearDuplicate]:
     deviations = _deviations(thumbnails.pixels)
     usable = (thumbnails.sides >= _SMALLEST) & (deviations >= _FLAT)
     if thumbnails.sides.max(initial=0) < _SMALL:
