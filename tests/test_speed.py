@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -521,7 +522,13 @@ def test_a_network_that_waits_for_the_device_is_not_recorded(waits, monkeypatch)
     """A recording that CUDA refuses leaves torch before 2.13 without memory."""
     modes, recorded = [], []
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def set_mode(mode):
+        modes.append(mode)
+        if mode == "error":  # torch does so once
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
     monkeypatch.setattr(
         torch.cuda,
         "make_graphed_callables",

@@ -7,6 +7,7 @@ the eager network, and so are the numbers.
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -92,7 +93,11 @@ def _waits_refused() -> Iterator[None]:
     another stream has used: a run that went on without would keep each of its batches.
     """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # torch tells that not every wait is found
+        warnings.filterwarnings(
+            "ignore", message="Synchronization debug mode", category=UserWarning
+        )
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
