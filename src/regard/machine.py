@@ -66,6 +66,25 @@ def fastest_kernels() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+@contextlib.contextmanager
+def one_cpu_thread(device: torch.device) -> Iterator[None]:
+    """Within, torch has one thread on the CPU, if that is not where the network is.
+
+    What is left for the CPU is small, an image at a time: as many threads as cores don't make it
+    faster, and those of several runs on one machine wait for each other longer than they work.
+    Where OMP_NUM_THREADS is set, it decides.
+    """
+    if device.type == "cpu" or os.environ.get("OMP_NUM_THREADS"):
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def in_channels_last(model: M) -> M:
     """The network with its weights in channels_last, which decide the layout of what it computes.
 

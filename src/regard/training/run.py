@@ -26,7 +26,7 @@ from regard.data.workers import WaitInterrupted, worker_errors
 from regard.errors import NotFiniteError, Stopped
 from regard.evaluation import Predictions
 from regard.files import check_space, shortened
-from regard.machine import memory_errors
+from regard.machine import memory_errors, one_cpu_thread
 from regard.models.counting import count_parameters
 from regard.runs import RunFolder
 from regard.training.build import build_loader, build_model, build_trainer
@@ -83,7 +83,7 @@ def train(
     if isinstance(changes.get("pretrained"), bool):  # as timm's functions take it
         changes["pretrained"] = "yes" if changes["pretrained"] else "no"
     watch = contextlib.closing(Watch()) if world > 1 else contextlib.nullcontext()
-    with watch, lost_processes(world):
+    with watch, lost_processes(world), one_cpu_thread(accelerator.device):
         base = on_main(  # which alone may have the file
             accelerator, lambda: recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         )
