@@ -231,6 +231,7 @@ def test_the_command_calibrates_for_flips_and_other_ways_of_asking_do_not_use_it
     ("how", "used"),
     [
         ({"size": (16, 16)}, True), ({"size": (24, 24)}, False), ({"ten_crop": True}, False),
+        ({"crop_pct": 1.0}, True), ({"crop_pct": 0.8}, False),
         ({"flips": True}, False), ({"size": (24, 24), "calibrated": False}, None),
     ],
 )  # fmt: skip

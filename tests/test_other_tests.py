@@ -1,6 +1,7 @@
 """`regard evaluate --size --ten-crop`: the test of a network at another size, of ten views."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -92,10 +93,41 @@ def test_the_command_tests_at_that_size_and_keeps_the_runs_own_file(whole, tmp_p
     assert "24x24" in capsys.readouterr().out
 
 
+@torch.no_grad()
+def test_the_center_that_is_tested_is_chosen_by_crop_pct(whole, tmp_path, capsys):
+    file = tmp_path / "p.npz"
+    call = ["evaluate", str(whole), "--crop-pct", "0.75", "--predictions", str(file)]
+    assert run_command(call) == 0
+    assert "keeps 0.75 of the shorter side" in capsys.readouterr().out
+    said = RunFolder(tmp_path).read_predictions("p.npz")[1]
+    classifier = regard.load(whole)
+    image = torch.from_numpy(np.array(Image.open(said.paths[0]).convert("L")))[None]
+    low, high = (round(side / 8) for side in (image.shape[1], 7 * image.shape[1]))
+    center = image[:, low:high, low:high]  # of a square image
+    logits = classifier.model(classifier.preprocess.normalize(classifier.preprocess.fit(center)))
+    np.testing.assert_allclose(said.probabilities[0], logits.softmax(1)[0], atol=1e-5)
+    assert run_command(["evaluate", str(whole), "--crop-pct", "0.75", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["crop_pct"] == 0.75
+
+
+def test_images_that_are_not_cropped_have_no_crop_pct(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    text = file.read_text("utf-8")
+    assert text.count('"center"') == 1
+    file.write_text(text.replace('"center"', '"squash"'), "utf-8")
+    assert regard.load(tmp_path / "run").preprocess.resize == "squash"
+    assert run_command(["evaluate", str(tmp_path / "run"), "--crop-pct", "0.9"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "0.9" in line
+    assert "squash" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
         (["--size", "8"], "16x16"),
+        (["--crop-pct", "0"], "--crop-pct"),
         (["--size", "24", "24", "24"], "height and width"),
         (["--size", "2"], "--size"),
         (["--predictions", "p.csv"], ".npz"),

@@ -47,6 +47,7 @@ def predictions_of(
     splits: str = "auto",
     renamed: Mapping[str, str] | None = None,
     size: tuple[int, int] | None = None,
+    crop_pct: float | None = None,
     ten_crop: bool = False,
     flips: bool = False,
     device: str = "cpu",
@@ -69,13 +70,16 @@ def predictions_of(
         splits: whether a folder's top folders are splits, as for `open_data`.
         renamed: the network's class for a class of the data; '' leaves its images out.
         size: height and width of the input, where they differ from the network's own.
+        crop_pct: fraction of the shorter side that the center crop keeps, where it differs from the
+            network's own.
         ten_crop: the mean of the probabilities of ten crops of each image, see `TenCrop`.
         flips: the mean of the probabilities of each image and its mirror image, see `Flips`.
         device: where the network computes, as for `regard.load`.
         prepare: may give the network an engine; called with what reads the images.
         choose: as `choose_split`, in place of `split`.
         calibrated: use the temperature that is stored in the run, if it was fitted for such
-            probabilities: not with another size or ten crops, and with flips only one for flips.
+            probabilities: not with another size or crop or ten crops, and with flips only one for
+            flips.
         warn: log what the data warns of.
 
     Returns:
@@ -83,8 +87,8 @@ def predictions_of(
         and a line for each image that can't be read.
 
     Raises:
-        UsageError: no such network, data or split, no class that the network knows, or a size
-            that the network can't take.
+        UsageError: no such network, data or split, no class that the network knows, a size that
+            the network can't take, or a crop of images that are not cropped.
         FileError: no image can be read.
     """
     if flips and ten_crop:
@@ -107,6 +111,8 @@ def predictions_of(
             classifier.use_flips()
     if size is not None:
         _resize(classifier, size)
+    if crop_pct is not None:
+        _crop(classifier, crop_pct)
     preprocess = classifier.preprocess
     if ten_crop:
         preprocess = TenCrop.of(preprocess)
@@ -130,6 +136,23 @@ def _resize(classifier: Classifier, size: tuple[int, int]) -> None:
     if preprocess.input_size != classifier.preprocess.input_size:
         classifier.drop_calibration()
     classifier.preprocess = preprocess
+
+
+def _crop(classifier: Classifier, crop_pct: float) -> None:
+    """Has a network see this fraction of an image's shorter side; another without its calibration.
+
+    Raises:
+        UsageError: its images are not cropped.
+    """
+    preprocess = classifier.preprocess
+    if preprocess.resize != "crop":
+        raise UsageError(
+            f"crop_pct={crop_pct:g}: images of this network are fitted by "
+            f"resize={preprocess.resize!r}; only resize='crop' cuts the center"
+        )
+    if crop_pct != preprocess.crop_pct:
+        classifier.drop_calibration()
+    classifier.preprocess = replace(preprocess, crop_pct=crop_pct)
 
 
 def _predictions(

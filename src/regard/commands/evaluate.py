@@ -43,6 +43,13 @@ class InputFlags:
             validator=Number(gte=4, lte=8192),
         ),
     ] = None
+    crop_pct: Annotated[
+        float | None,
+        Parameter(
+            help="Fraction of the shorter side that the center crop keeps. Default: the network's.",
+            validator=Number(gte=0.1, lte=1),
+        ),
+    ] = None
     ten_crop: Annotated[
         bool,
         Parameter(
@@ -51,6 +58,11 @@ class InputFlags:
             negative=(),
         ),
     ] = False
+
+    @property
+    def differs(self) -> bool:
+        """Whether anything is asked for."""
+        return self != InputFlags()
 
     @property
     def height_and_width(self) -> tuple[int, int] | None:
@@ -139,7 +151,10 @@ def command(
         stored.append(classifier.calibration)
         if len(runs) == 1:
             classifier.calibration = None  # scaled afterwards
-        tested.update(size=list(classifier.preprocess.size), ten_crop=input.ten_crop, tta=tta)
+        tested.update(
+            size=list(classifier.preprocess.size), crop_pct=classifier.preprocess.crop_pct,
+            ten_crop=input.ten_crop, tta=tta,
+        )  # fmt: skip
         count = len(reader.table)
         rows = range(0, count, max(1, count // 64))
         reads = [lambda i=i: classifier.preprocess.fit(reader.decode(i)) for i in rows]
@@ -151,8 +166,8 @@ def command(
         with naming_flags():
             return predictions_of(
                 network, data, split=which, weights=weights, root=root, splits=splits,
-                renamed=_renamed(map or []), size=size, ten_crop=input.ten_crop, device=device,
-                flips=tta == "flips", prepare=prepare,
+                renamed=_renamed(map or []), size=size, crop_pct=input.crop_pct,
+                ten_crop=input.ten_crop, device=device, flips=tta == "flips", prepare=prepare,
                 # the validation images of one network, which come second, choose new ones
                 calibrated=numbers.calibrate is None and not (len(runs) == 1 and stored),
             )  # fmt: skip
@@ -162,7 +177,7 @@ def command(
             log.warning("threshold and temperature fit images that are also tested on")
         folder = find_folder(run) if weights is None else None
         own = folder is not None
-        if folder is not None and size is None and not input.ten_crop and tta is None:
+        if folder is not None and not input.differs and tta is None:
             return validation_predictions(folder, root=root)
         return predict(None if own else source, "val")[1]
 
@@ -177,7 +192,7 @@ def command(
     if predictions is not None:
         write_predictions(predictions, named, found)
     if not json:
-        print(_heading(" + ".join(runs), source, named, size, tested))
+        print(_heading(" + ".join(runs), source, named, input, tested))
     result = study(found, numbers, validation, calibration)
     columns = evaluated(result.predictions, parts, result.diagnostics.one_class)
     _print(result, columns, {"split": named, **tested}, unreadable, json)
@@ -237,13 +252,15 @@ def _check_output(path: Path | None) -> None:
 
 
 def _heading(
-    run: str, source: str | None, named: str, size: tuple[int, int] | None, tested: dict[str, Any]
+    run: str, source: str | None, named: str, given: InputFlags, tested: dict[str, Any]
 ) -> str:
     """What was tested, on what, and how where it is not as the network was trained."""
     which = "all" if named == "all" else f"the {named}"
     line = f"{run} on {which} images of {source or 'its own data'}"
-    if size is not None:
+    if given.size is not None:
         line += " at {}x{}".format(*tested["size"])
+    if given.crop_pct is not None:
+        line += f", of which the center crop keeps {tested['crop_pct']:g} of the shorter side"
     line += ", the mean of ten crops" if tested["ten_crop"] else ""
     line += ", the mean of each image and its mirror image" if tested["tta"] else ""
     return line + _spread(tested.get("ensemble"))
