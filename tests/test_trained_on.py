@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from regard.calibrating import validation_predictions
+from regard.cli import run_command
 from regard.data.content import content_hashes, file_hash
 from regard.data.sources import open_data
 from regard.data.splits_file import read_rows, write_splits
 from regard.run_data import predictions_of, run_table
 from regard.runs import RunFolder, choose_out
-from regard.trained_on import attach_splits, known_images, moved_table, watch
-from tests.helpers import answer, rows_of, run
+from regard.trained_on import attach_splits, changed_line, known_images, moved_table, watch
+from tests.helpers import QUICK, answer, rows_of, run
 
 
 @pytest.fixture
@@ -391,6 +392,28 @@ def test_a_run_is_resumed_where_its_data_is_now(moved, scans, tmp_path, monkeypa
     (tmp_path / "other/0/new0.png").rename(tmp_path / "other/0/00.png")
     said = run("train", tmp_path / "other", "--resume", "--out", moved, code=2)
     assert "1 image not as the run was trained with, such as 0/00.png" in said
+
+
+def test_images_that_changed_under_their_names_are_told(scans, tmp_path, warned, capsys):
+    data, out = shutil.copytree(scans, tmp_path / "data"), tmp_path / "run"
+    call = [*map(str, ["train", data, *QUICK, "--steps", "1", "--out", out])]
+    (data / "0/03.png").write_text("broken")
+    assert run_command([*call, "--max-unreadable", "1"]) == 0
+    assert len(predictions_of(out)[1]) == 24
+    assert changed_line(open_data(str(data)), out / "splits.csv") is None
+    content = json.loads((out / "run.json").read_text())
+    assert content.pop("status") == "finished"
+    (out / "run.json").write_text(json.dumps({**content, "status": "running"}))
+    keys = sorted(row.key for row in read_rows(out / "splits.csv") if row.split == "test")
+    for key, other in zip(keys, reversed(keys), strict=True):  # renumbered
+        shutil.copy(scans / key, data / other)
+    shutil.copy(scans / "0/03.png", data / "0/03.png")  # which the run left out: no matter
+    assert "changed since" not in warned()
+    predictions_of(out)
+    assert f"24 of 24 images changed since the run was started, such as {keys[0]}" in warned()
+    capsys.readouterr()
+    assert run_command([*call, "--max-unreadable", "1", "--resume"]) == 0
+    assert f"note: {data}: 24 of 120 images changed since" in capsys.readouterr().out
 
 
 def test_a_resumed_run_keeps_its_labels_whatever_became_of_the_folder(tmp_path):

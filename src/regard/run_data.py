@@ -29,7 +29,7 @@ from regard.models.original_weights import (
 )
 from regard.predict import Classifier, load, probabilities_of
 from regard.runs import RunFolder
-from regard.trained_on import Overlap, known_images, own_table
+from regard.trained_on import Overlap, changed_line, known_images, own_table
 
 logger: logging.Logger = logging.getLogger(__name__)
 Choose = Callable[[ImageTable, Overlap | None], tuple[str, ImageTable]]
@@ -111,6 +111,9 @@ def predictions_of(
         classifier.drop_calibration()
     named, table = choose(table, shared) if choose else choose_split(table, split, shared)
     table = as_known(table, classifier.class_names, renamed)
+    if data is None and folder is not None and (folder / "splits.csv").is_file():
+        line = changed_line(table, folder / "splits.csv")
+        table = replace(table, warnings=(*table.warnings, line) if line else table.warnings)
     for line in table.warnings if warn else ():
         logger.warning(line)
     return named, *_predictions(classifier, Reader(table, preprocess), prepare)

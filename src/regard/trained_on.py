@@ -7,7 +7,7 @@ neither is another image of the same patient (the same group).
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,11 +20,12 @@ from regard.data.hugging_face import name_and_configuration
 from regard.data.sources import SPLITS, ImageTable, folded, open_data
 from regard.data.splits_file import Row, read_rows, read_splits
 from regard.errors import StateError, UsageError
-from regard.files import plural, read_npz
+from regard.files import plural, read_npz, spread
 
 logger: logging.Logger = logging.getLogger(__name__)
 PathT = TypeVar("PathT", str, Path)
 _NAMES = np.array(SPLITS, "U5")
+COMPARED = 20_000  # images that `changed_line` reads
 KNOWN = "images.npz"  # in the folder of weights that come with Regard, instead of splits.csv
 
 
@@ -297,6 +298,35 @@ def moved_table(
     labels = np.array([index[row.label] for row in rows], np.int64)
     table = replace(table, classes=list(plan["classes"]), labels=labels)
     return table, {row.key: key for row, key in zip(rows, keys, strict=True)}
+
+
+def changed_line(
+    table: ImageTable, splits_csv: Path, left_out: Container[str] = (), most: int = COMPARED
+) -> str | None:
+    """What to say where images of a run are no longer what they were when it was started.
+
+    Args:
+        table: images under the names that the run has for them.
+        splits_csv: the run's file of splits.
+        left_out: names of images that don't matter.
+        most: images that are looked at, evenly spread.
+    """
+    rows = spread(len(table), most)
+    names = [table.key(i) for i in rows.tolist()]
+    known = {row.key: row.content for row in read_rows(splits_csv)}
+    before = np.array([known.get(name, UNREADABLE) for name in names], np.uint64)
+    now = content_hashes(table.select(rows))
+    # what can't be read is told elsewhere
+    changed = (before != now) & (before != UNREADABLE) & (now != UNREADABLE)
+    found = [name for name, other in zip(names, changed, strict=True) if other]
+    found = [name for name in found if name not in left_out]
+    if not found:
+        return None
+    return (
+        f"{table.name}: {len(found):,} of {plural(len(rows), 'image')} changed since the run was "
+        f"started, such as {found[0]}; its splits go by their names, and one that was trained on "
+        "may have another name now"
+    )
 
 
 def attach_splits(table: ImageTable, splits_csv: Path, *, verify: bool = False) -> ImageTable:
