@@ -260,6 +260,19 @@ def test_its_own_images_by_other_groups_than_it_was_split_by(
     assert f"of {len(tests)} images 4 came from 4 groups that trained" in warned()
 
 
+def test_images_that_trained_the_weights_it_started_from_are_told(
+    whole, scans, tmp_path, splits, fresh, warned
+):
+    call = ["train", new_images(tmp_path / "own", 60, seed=3), *QUICK, "--steps", "1"]
+    assert run_command([*map(str, [*call, "--weights", whole, "--out", tmp_path / "tuned"])]) == 0
+    known = [*splits["train"][:3], splits["val"][0], *splits["test"][:2]]
+    rows = [(scans / key, key[0], k) for k, key in enumerate(known)]
+    rows += [(*image, f"new {k}") for k, image in enumerate(fresh)]
+    named, said, _ = predictions_of(tmp_path / "tuned", listed(tmp_path / "data.csv", *rows))
+    assert (named, len(said)) == ("all", 15)
+    assert "4 of 15 images trained or validated the weights that this run started" in warned()
+
+
 def test_calibration_leaves_out_patients_that_train_or_test(
     patients, scans, tmp_path, splits, fresh, warned
 ):

@@ -19,7 +19,7 @@ from regard.evaluation import Predictions
 from regard.files import plural
 from regard.log import Heartbeat
 from regard.machine import choose_device
-from regard.models.create import check_size, make_model
+from regard.models.create import check_size, make_model, plain_source
 from regard.models.io import find_folder
 from regard.models.original_weights import (
     arguments_of,
@@ -29,7 +29,7 @@ from regard.models.original_weights import (
 )
 from regard.predict import Classifier, load, probabilities_of
 from regard.runs import RunFolder
-from regard.trained_on import Overlap, changed_line, known_images, own_table
+from regard.trained_on import KnownImages, Overlap, changed_line, known_images, own_table
 
 logger: logging.Logger = logging.getLogger(__name__)
 Choose = Callable[[ImageTable, Overlap | None], tuple[str, ImageTable]]
@@ -182,6 +182,8 @@ def _run_table(
     progress = Heartbeat("images compared with the run's", level=logging.WARNING)
     hashes = content_hashes(table, progress)
     shared = known.overlap(hashes, table.groups)
+    if (start := _start_of(folder)) is not None:
+        shared = replace(shared, started=np.isin(start.splits_of(hashes), ("train", "val")))
     if shared.own:
         if folder.exists and np.isin(known.own, hashes).all():
             folder.attach(table)
@@ -192,6 +194,16 @@ def _run_table(
             )
         table = replace(table, splits=shared.images)
     return table, shared
+
+
+def _start_of(folder: RunFolder) -> KnownImages | None:
+    """The images of the run, or of Regard's own weights, that a run started from."""
+    plan = folder.read_plan() if folder.exists else {}
+    weights = plan.get("weights")
+    if plan.get("pretrained") and plain_source(plan["model"]) is None:  # Regard's own
+        weights = plan["model"]
+    start = None if weights is None else find_folder(weights)
+    return None if start is None else known_images(start)
 
 
 def choose_split(
@@ -240,6 +252,11 @@ def choose_split(
         logger.warning(line)
     if line := shared.namesakes_line(at, "train", "val"):
         logger.warning(f"{table.name}: {line}")
+    if shared.started is not None and (count := int((at & ~used & shared.started).sum())):
+        logger.warning(
+            f"{table.name}: {count:,} of {plural(int(at.sum()), 'image')} trained or validated the "
+            "weights that this run started from: no test of what it does with others"
+        )
     return chosen, table if at.all() else table.select(at)
 
 
