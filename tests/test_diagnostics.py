@@ -246,6 +246,17 @@ def test_ratios_whose_resamples_are_all_alike(tp, fn, tn, fp, name, value, low, 
     assert (found.value, found.low, found.high) == pytest.approx((value, low, high))
 
 
+@pytest.mark.parametrize(("right", "n"), [(True, 12), (False, 12), (False, 40)])
+def test_an_mcc_of_one_or_minus_one_is_no_certainty(right, n):
+    """Of 12 images a few bootstrap samples are of one class, whose MCC is 0 by convention."""
+    true = np.arange(n) % 2
+    d = diagnose(hard(true, true if right else 1 - true, 2), positive="c1")
+    least = 2 * wilson_interval(n // 2, n // 2)[0] - 1
+    for mcc in (d.metrics["mcc"], d.one_class.metrics["mcc"]):
+        expected = (1.0, least, 1.0) if right else (-1.0, -1.0, -least)
+        assert (mcc.value, mcc.low, mcc.high) == pytest.approx(expected)
+
+
 def test_what_cannot_be_measured_is_none_in_json():
     perfect = hard([0] * 20 + [1] * 10, [0] * 20 + [1] * 10, 2)
     d = diagnose(perfect, positive="c1", resamples=50)

@@ -3,8 +3,10 @@
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,14 +17,15 @@ from regard import weights
 from regard.cli import run_command
 from regard.data.sources import open_data
 from regard.data.splits import assign_splits
+from regard.data.splits_file import read_splits
 from regard.errors import FileError, UsageError
 from regard.models import hub
 from regard.models.create import make_model
 from regard.training.config import Recipe
 from regard.training.recipe_files import load_recipe
-from regard.training.start import choose_start
+from regard.training.start import Start, choose_start, seen_before
 from regard.weights import find_shipped
-from tests.helpers import QUICK, messages
+from tests.helpers import QUICK, messages, rows_of
 from tests.hub import Hub, point_at, seconds_of
 from tests.test_weights import add, elsewhere  # noqa: F401 (a fixture)
 
@@ -293,6 +296,37 @@ def test_weights_that_come_with_regard_are_recorded_by_their_tag(scans, tmp_path
     assert run_command([*call, "--resume"]) == 0
     call[3] = "other"
     assert run_command([*call, "--resume"]) == 2
+
+
+def test_test_images_that_trained_the_weights_are_told(whole, scans, tmp_path, capsys):
+    """Another seed of the splits makes test images of those that the weights were trained on."""
+    options = ["--split-seed", "1", "--steps", "1", "--weights", whole, "--out", tmp_path / "r"]
+    assert run_command([*map(str, ["train", scans, *QUICK, *options])]) == 0
+    were = {row["path"]: row["split"] for row in rows_of(whole / "splits.csv")}
+    rows = rows_of(tmp_path / "r/splits.csv")
+    tested = [were[row["path"]] for row in rows if row["split"] == "test"]
+    count = sum(split != "test" for split in tested)
+    assert 0 < count < len(tested)
+    line = f"{count} of {len(tested)} test images, or others of their groups, trained or"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "r/README.md").read_text(encoding="utf-8")
+    same = read_splits(open_data(str(scans)), whole / "splits.csv")
+    start = Start(False, str(whole), "")
+    assert seen_before(same, start, "ag_sononet8") is None
+    no_test = replace(same, splits=np.where(same.splits == "test", "val", "train"))
+    assert seen_before(no_test, start, "ag_sononet8") is None
+    trained, tested = (np.flatnonzero(same.splits == split)[:3] for split in ("train", "test"))
+    table = same.select([trained[0], *tested])  # whose second image is of the same patient
+    table = replace(table, splits=np.full(4, "test"), groups=np.array(["A", "A", "B", "C"]))
+    assert seen_before(table, start, "ag_sononet8").startswith("2 of 4 test images")
+
+
+def test_test_images_that_trained_regards_own_weights_are_told(table):
+    by_name = choose_start("ag_sononet8", {}, Recipe(pretrained="yes"), 16, table)
+    assert by_name.weights is None
+    whole = replace(table, splits=np.full(len(table), "test"))
+    assert "trained or validated ag_sononet8.digits" in seen_before(whole, by_name, "ag_sononet8")
+    assert seen_before(whole, Start(False, None, "random weights"), "ag_sononet8") is None
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,16 @@ def test_names_that_may_be_meant_as_one_are_told(tmp_path):
     assert open_data(manifest(tmp_path, text)).warnings == ()
 
 
+def test_patients_that_are_missing_are_told(tmp_path):
+    text = "path,label,group\nx.png,a,p1\ny.png,b,{}\nsub/z.png,b,{}\n"
+    for one, other, warned in (("NaN", "NaN", True), ("nan", "p2", False), ("nan", "NaN", False)):
+        warnings = open_data(manifest(tmp_path, text.format(one, other))).warnings
+        said = f"the 2 images of group {one!r} count as one group: where the group is not known"
+        assert any(line.startswith(said) for line in warnings) == warned
+    empty = open_data(manifest(tmp_path, text.replace("p1", "").format("", "")))
+    assert (empty.groups, empty.warnings) == (None, ())
+
+
 def test_a_column_of_patients_that_is_not_the_groups_is_told(tmp_path):
     rows = ["x.png,a,7", "y.png,b,7", "sub/z.png,a,8"]
     told = open_data(manifest(tmp_path, "\n".join(["path,label,Patient ID", *rows]))).warnings[1]

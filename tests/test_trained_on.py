@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regard.calibrating import validation_predictions
+from regard.cli import run_command
 from regard.data.content import content_hashes, file_hash
 from regard.data.sources import open_data
 from regard.data.splits_file import read_rows, write_splits
 from regard.run_data import predictions_of, run_table
 from regard.runs import RunFolder, choose_out
-from regard.trained_on import attach_splits, known_images, moved_table, watch
-from tests.helpers import answer, rows_of, run
+from regard.trained_on import attach_splits, changed_line, known_images, moved_table, watch
+from tests.helpers import QUICK, answer, rows_of, run
 
 
 @pytest.fixture
@@ -170,6 +172,120 @@ def test_names_that_are_not_utf8_go_through(whole, scans, tmp_path, splits):
     assert (tmp_path / "recipe.toml").read_text(encoding="utf-8") == "# of \\udcff\n"
 
 
+# ---- patients that were trained on
+
+
+@pytest.fixture
+def patients(whole, tmp_path, splits):
+    """A copy of the run whose images are of patients: "train 00", "train 01", ... of three each."""
+    group_of = {
+        key: f"{split} {k // 3:02d}" for split, keys in splits.items() for k, key in enumerate(keys)
+    }
+    rows = rows_of(shutil.copytree(whole, tmp_path / "run") / "splits.csv")
+    lines = [",".join({**row, "group": group_of[row["path"]]}.values()) for row in rows]
+    text = "\n".join([",".join(rows[0]), *lines, ""])
+    (tmp_path / "run/splits.csv").write_text(text, encoding="utf-8")
+    return tmp_path / "run"
+
+
+def listed(to, *rows):
+    """A CSV file of (path, label, group)."""
+    lines = ["path,label,group", *(",".join(map(str, row)) for row in rows)]
+    to.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(to)
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """[(path, label)] of nine images that nobody has."""
+    new_images(tmp_path / "fresh", 9)
+    return [(path, path.parent.name) for path in sorted((tmp_path / "fresh").rglob("*.png"))]
+
+
+def test_other_images_of_patients_that_were_trained_on_are_left_out(
+    patients, whole, scans, tmp_path, splits, fresh, warned
+):
+    # one image of patient A trained the network, one of B validated it; C is new
+    known = [(splits["train"][0], "A"), (splits["val"][0], "B"), (splits["test"][0], "C")]
+    groups = ["A", "A", "A", "B", "B", "C", "C", "C", "D"]
+    rows = [(scans / key, key[0], group) for key, group in known]
+    rows += [(*image, group) for image, group in zip(fresh, groups, strict=True)]
+    data = listed(tmp_path / "new.csv", *rows)
+    for run_folder in (patients, whole):  # whether or not the run knows groups itself
+        named, said, _ = predictions_of(run_folder, data)
+        assert (named, len(said), set(said.groups)) == ("new", 5, {"C", "D"})
+    assert "left out 7 images of 12 that" in warned()
+    assert "share a group with such images (5 of 2 groups)" in warned()
+    assert len(predictions_of(patients, data, split="all")[1]) == 12
+    assert (
+        "of 12 images 1 trained this network and 1 validated it and 5 came from 2 groups"
+        in warned()
+    )
+    with pytest.raises(
+        ValueError, match=r"all 6 images to test, or .* \(5 of 1 group\); split=all"
+    ):
+        predictions_of(whole, listed(tmp_path / "a.csv", rows[0], *((*i, "A") for i in fresh[:5])))
+
+
+def test_names_of_patients_count_where_images_show_that_they_mean_the_same(
+    patients, scans, tmp_path, splits, fresh, warned
+):
+    trained, tested = splits["train"][0], splits["test"][0]
+    groups = ["train 01", "Train1", "val 00", "test 00", "test 00", "E", "E", "E", "E"]
+    rows = [(*image, group) for image, group in zip(fresh, groups, strict=True)]
+    same = listed(tmp_path / "same.csv", (scans / tested, tested[0], "test 00"), *rows)
+    _, said, _ = predictions_of(patients, same)
+    assert (len(said), set(said.groups)) == (7, {"test 00", "E"})
+    assert "left out 3 images of 10" in warned()
+    assert "whose names" not in warned()
+    # nothing shows it, or an image shows the contrary: told, and tested
+    other = (scans / trained, trained[0], "test 01")
+    for more, n in (([], 9), ([(scans / tested, tested[0], "train 07"), other], 10)):
+        _, said, _ = predictions_of(patients, listed(tmp_path / f"{n}.csv", *more, *rows))
+        assert len(said) == n
+        assert "3 images of 3 groups whose names the run's train and val" in warned()
+    _, said, _ = predictions_of(patients, listed(tmp_path / "x.csv", *((*i, "E") for i in fresh)))
+    assert (len(said), warned().count("whose names")) == (9, 2)
+
+
+def test_its_own_images_by_other_groups_than_it_was_split_by(
+    whole, scans, tmp_path, splits, warned
+):
+    tests = splits["test"]
+    rows = [(key, f"t{n}") for n, key in enumerate(splits["train"])]
+    rows += [(key, f"t{n}" if n < 4 else f"own {n}") for n, key in enumerate(tests)]
+    data = listed(tmp_path / "own.csv", *((scans / key, key[0], group) for key, group in rows))
+    named, said, _ = predictions_of(whole, data)
+    assert (named, len(said)) == ("test", len(tests))
+    assert f"of {len(tests)} images 4 came from 4 groups that trained" in warned()
+
+
+def test_images_that_trained_the_weights_it_started_from_are_told(
+    whole, scans, tmp_path, splits, fresh, warned
+):
+    call = ["train", new_images(tmp_path / "own", 60, seed=3), *QUICK, "--steps", "1"]
+    assert run_command([*map(str, [*call, "--weights", whole, "--out", tmp_path / "tuned"])]) == 0
+    known = [*splits["train"][:3], splits["val"][0], *splits["test"][:2]]
+    rows = [(scans / key, key[0], k) for k, key in enumerate(known)]
+    rows += [(*image, f"new {k}") for k, image in enumerate(fresh)]
+    named, said, _ = predictions_of(tmp_path / "tuned", listed(tmp_path / "data.csv", *rows))
+    assert (named, len(said)) == ("all", 15)
+    assert "4 of 15 images trained or validated the weights that this run started" in warned()
+
+
+def test_calibration_leaves_out_patients_that_train_or_test(
+    patients, scans, tmp_path, splits, fresh, warned
+):
+    known = [(splits["train"][0], "A"), (splits["test"][0], "B"), (splits["val"][0], "C")]
+    groups = ["A", "A", "B", "C", "C", "C", "D", "D", "train 05"]
+    rows = [(scans / key, key[0], group) for key, group in known]
+    rows += [(*image, group) for image, group in zip(fresh, groups, strict=True)]
+    said = validation_predictions(patients, listed(tmp_path / "new.csv", *rows))
+    assert (len(said), set(said.groups)) == (7, {"C", "D", "train 05"})
+    assert "left out 5 images of 12" in warned()
+    assert "1 image of 1 group whose names the run's train and test" in warned()
+
+
 # ---- where the data is
 
 
@@ -289,6 +405,28 @@ def test_a_run_is_resumed_where_its_data_is_now(moved, scans, tmp_path, monkeypa
     (tmp_path / "other/0/new0.png").rename(tmp_path / "other/0/00.png")
     said = run("train", tmp_path / "other", "--resume", "--out", moved, code=2)
     assert "1 image not as the run was trained with, such as 0/00.png" in said
+
+
+def test_images_that_changed_under_their_names_are_told(scans, tmp_path, warned, capsys):
+    data, out = shutil.copytree(scans, tmp_path / "data"), tmp_path / "run"
+    call = [*map(str, ["train", data, *QUICK, "--steps", "1", "--out", out])]
+    (data / "0/03.png").write_text("broken")
+    assert run_command([*call, "--max-unreadable", "1"]) == 0
+    assert len(predictions_of(out)[1]) == 24
+    assert changed_line(open_data(str(data)), out / "splits.csv") is None
+    content = json.loads((out / "run.json").read_text())
+    assert content.pop("status") == "finished"
+    (out / "run.json").write_text(json.dumps({**content, "status": "running"}))
+    keys = sorted(row.key for row in read_rows(out / "splits.csv") if row.split == "test")
+    for key, other in zip(keys, reversed(keys), strict=True):  # renumbered
+        shutil.copy(scans / key, data / other)
+    shutil.copy(scans / "0/03.png", data / "0/03.png")  # which the run left out: no matter
+    assert "changed since" not in warned()
+    predictions_of(out)
+    assert f"24 of 24 images changed since the run was started, such as {keys[0]}" in warned()
+    capsys.readouterr()
+    assert run_command([*call, "--max-unreadable", "1", "--resume"]) == 0
+    assert f"note: {data}: 24 of 120 images changed since" in capsys.readouterr().out
 
 
 def test_a_resumed_run_keeps_its_labels_whatever_became_of_the_folder(tmp_path):

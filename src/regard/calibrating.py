@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from regard.data.sources import ImageTable
 from regard.errors import FileError, UsageError
@@ -17,6 +16,7 @@ from regard.files import plural, reason
 from regard.predict import load, network_hash
 from regard.run_data import predictions_of, run_table
 from regard.runs import RunFolder
+from regard.trained_on import Overlap
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ def calibrate(
             `regard.evaluation.choose_threshold`.
         temperature: whether to fit one.
         split: of `data`: train, val, test or all; default: its validation images or images
-            without a split. Images that trained or test the run are left out.
+            without a split. Images that trained or test the run are left out, and others of
+            their groups.
         root: folder of cifar10 and cifar100.
         splits: whether a folder's top folders are splits, as for `open_data`.
         device: where the network computes, as for `regard.load`; nothing is computed for the
@@ -127,8 +128,8 @@ def validation_predictions(
             return stored
         split = "val"
 
-    def choose(table: ImageTable, mine: NDArray[np.str_] | None) -> tuple[str, ImageTable]:
-        return "val", _to_calibrate_on(table, split, mine)
+    def choose(table: ImageTable, shared: Overlap | None) -> tuple[str, ImageTable]:
+        return "val", _to_calibrate_on(table, split, shared)
 
     _, found, unreadable = predictions_of(
         run, None if data is None else str(data), root=root, splits=splits, choose=choose,
@@ -151,15 +152,13 @@ def _check_has_validation(run: Path) -> None:
         )
 
 
-def _to_calibrate_on(
-    table: ImageTable, split: str | None, mine: NDArray[np.str_] | None
-) -> ImageTable:
+def _to_calibrate_on(table: ImageTable, split: str | None, shared: Overlap | None) -> ImageTable:
     """The images of a table that may choose a threshold.
 
     Args:
         table: any images.
         split: as for `calibrate`.
-        mine: (N,) the run's split of each image; '' for images of others; None: not known.
+        shared: what the images have in common with the run's; None: not known.
 
     Raises:
         UsageError: there are none.
@@ -173,14 +172,25 @@ def _to_calibrate_on(
     if not at.any():
         has = ", ".join(s for s in ("train", "val", "test") if (table.splits == s).any())
         raise UsageError(f"{table.name} has {has} images and none for validation: choose a split")
-    used = np.zeros(len(table), bool) if mine is None else np.isin(mine, ("train", "test"))
+    if shared is None:
+        return table.select(at)
+    related = shared.related("train", "test")
+    used = related | np.isin(shared.images, ("train", "test"))
     if count := int((at & used).sum()):
+        more = (
+            f" or share a group with such images ({n:,})"
+            if (n := int((at & related).sum()))
+            else ""
+        )
         if not (at & ~used).any():
             raise UsageError(
-                f"{table.name}: all {plural(count, 'image')} trained or test this run; give others"
+                f"{table.name}: all {plural(count, 'image')} trained or test this run{more}; give "
+                "others"
             )
         log.warning(
             f"{table.name}: left out {plural(count, 'image')} of {int(at.sum()):,} that trained "
-            "or test this run"
+            f"or test this run{more}"
         )
+    if line := shared.namesakes_line(at & ~used, "train", "test"):
+        log.warning(f"{table.name}: {line}")
     return table.select(at & ~used)

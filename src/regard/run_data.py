@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import timm
-from numpy.typing import NDArray
 
 from regard.data.content import content_hashes
 from regard.data.loading import Reader, StreamingLoader, default_workers
@@ -21,7 +19,7 @@ from regard.evaluation import Predictions
 from regard.files import plural
 from regard.log import Heartbeat
 from regard.machine import choose_device
-from regard.models.create import check_size, make_model
+from regard.models.create import check_size, make_model, plain_source
 from regard.models.io import find_folder
 from regard.models.original_weights import (
     arguments_of,
@@ -31,10 +29,10 @@ from regard.models.original_weights import (
 )
 from regard.predict import Classifier, load, probabilities_of
 from regard.runs import RunFolder
-from regard.trained_on import known_images, overlap_line, own_table
+from regard.trained_on import KnownImages, Overlap, changed_line, known_images, own_table
 
 logger: logging.Logger = logging.getLogger(__name__)
-Choose = Callable[[ImageTable, NDArray[np.str_] | None], tuple[str, ImageTable]]
+Choose = Callable[[ImageTable, Overlap | None], tuple[str, ImageTable]]
 
 
 def predictions_of(
@@ -64,7 +62,7 @@ def predictions_of(
         data: as for training; default: the run's own, with the splits it was trained with, which
             also apply where all images are the run's by their content.
         split: train, val, test or all; default: test, else val, else all; from other data
-            without the images that the run was trained on.
+            without the images that the run was trained on and others of their groups.
         weights: for a network's name: a run's folder or an authors' checkpoint.
         root: folder of cifar10 and cifar100.
         splits: whether a folder's top folders are splits, as for `open_data`.
@@ -93,11 +91,11 @@ def predictions_of(
     """
     if flips and ten_crop:
         raise UsageError("ten_crop and flips: ten crops are mirrored already; give one of them")
-    mine = None
+    shared = None
     folder = find_folder(run) if weights is None else None
     if folder is not None:
         classifier = load(folder, device, calibrated=calibrated, flips=flips)
-        table, mine = _run_table(folder, data, root, splits)
+        table, shared = _run_table(folder, data, root, splits)
     else:
         if data is None:
             missing = "" if os.path.exists(run) else " (no such folder), nor shipped weights"
@@ -117,8 +115,11 @@ def predictions_of(
     if ten_crop:
         preprocess = TenCrop.of(preprocess)
         classifier.drop_calibration()
-    named, table = choose(table, mine) if choose else choose_split(table, split, mine)
+    named, table = choose(table, shared) if choose else choose_split(table, split, shared)
     table = as_known(table, classifier.class_names, renamed)
+    if data is None and folder is not None and (folder / "splits.csv").is_file():
+        line = changed_line(table, folder / "splits.csv")
+        table = replace(table, warnings=(*table.warnings, line) if line else table.warnings)
     for line in table.warnings if warn else ():
         logger.warning(line)
     return named, *_predictions(classifier, Reader(table, preprocess), prepare)
@@ -184,8 +185,8 @@ def run_table(run: Path, data: str | None, root: str | Path | None) -> ImageTabl
 
 def _run_table(
     run: Path, data: str | None, root: str | Path | None, splits: str
-) -> tuple[ImageTable, NDArray[np.str_] | None]:
-    """The images, and for each the run's split of it, '' where it is not the run's."""
+) -> tuple[ImageTable, Overlap | None]:
+    """The images, and what they have in common with the run's; None: it is not known."""
     folder = RunFolder(run)
     if data is None and not (run / "splits.csv").is_file():  # weights that come with Regard
         if not folder.exists:
@@ -195,7 +196,7 @@ def _run_table(
             raise UsageError(f"{run.name} comes without the images it was trained on: give DATA")
     if data is None:
         table = own_table(run, folder.read_plan(), root)
-        return table, table.splits
+        return table, Overlap(table.splits)
     table = open_data(data, root=root, splits=splits, min_classes=1)
     known = known_images(run)
     if known is None:
@@ -203,8 +204,10 @@ def _run_table(
     # a warning goes to standard error: standard output is for results
     progress = Heartbeat("images compared with the run's", level=logging.WARNING)
     hashes = content_hashes(table, progress)
-    mine = known.splits_of(hashes)
-    if (mine != "").all():
+    shared = known.overlap(hashes, table.groups)
+    if (start := _start_of(folder)) is not None:
+        shared = replace(shared, started=np.isin(start.splits_of(hashes), ("train", "val")))
+    if shared.own:
         if folder.exists and np.isin(known.own, hashes).all():
             folder.attach(table)
         if divided := int(np.isin(hashes, known.divided).sum()):
@@ -212,20 +215,30 @@ def _run_table(
                 f"{table.name}: {plural(divided, 'image')} in several splits of the run (copies): "
                 "they count as trained on, or else as validated with"
             )
-        table = replace(table, splits=mine)
-    return table, mine
+        table = replace(table, splits=shared.images)
+    return table, shared
+
+
+def _start_of(folder: RunFolder) -> KnownImages | None:
+    """The images of the run, or of Regard's own weights, that a run started from."""
+    plan = folder.read_plan() if folder.exists else {}
+    weights = plan.get("weights")
+    if plan.get("pretrained") and plain_source(plan["model"]) is None:  # Regard's own
+        weights = plan["model"]
+    start = None if weights is None else find_folder(weights)
+    return None if start is None else known_images(start)
 
 
 def choose_split(
-    table: ImageTable, split: str | None, mine: NDArray[np.str_] | None = None
+    table: ImageTable, split: str | None, shared: Overlap | None = None
 ) -> tuple[str, ImageTable]:
     """The images to test on, and what they are: a split, all, or new (not trained on).
 
     Args:
         table: any images.
         split: train, val, test, all, or None: test, else val, else all, without images that
-            the run was trained on or validated with.
-        mine: (N,) the run's split of each image; '' for images of others; None: not known.
+            the run was trained on or validated with, and others of their groups.
+        shared: what the images have in common with the run's; None: not known.
 
     Raises:
         UsageError: the table has no such split, or all of its images were trained on.
@@ -238,24 +251,35 @@ def choose_split(
     at = np.ones(len(table), bool) if chosen == "all" else table.splits == chosen
     if split is None and chosen == "val":
         logger.warning(f"{table.name} has no test split: these are the validation images")
-    if mine is None:
+    if shared is None:
         return chosen, table if at.all() else table.select(at)
-    used = np.isin(mine, ("train", "val"))
-    own = bool((mine != "").all())
-    if split is None and not own and (at & used).any():
+    related = shared.related("train", "val")
+    used = related | np.isin(shared.images, ("train", "val"))
+    leave_out = split is None and not shared.own and bool((at & used).any())
+    if leave_out:
+        more = ""
+        if count := int((at & related).sum()):
+            groups = plural(shared.count_groups(at & related), "group")
+            more = f", or that share a group with such images ({count:,} of {groups})"
         if not (at & ~used).any():
             raise UsageError(
                 f"{table.name}: the run was trained on all {plural(int(at.sum()), 'image')} to "
-                "test; split=all tests them nevertheless"
+                f"test{more}; split=all tests them nevertheless"
             )
         logger.warning(
             f"{table.name}: left out {plural(int((at & used).sum()), 'image')} of {at.sum():,} "
-            "that this run was trained on or validated with; split=all tests them too"
+            f"that this run was trained on or validated with{more}; split=all tests them too"
         )
-        return "new" if chosen == "all" else chosen, table.select(at & ~used)
-    counts = Counter(mine[at].tolist())
-    if not (own and chosen in ("test", "val")) and (line := overlap_line(counts, int(at.sum()))):
+        chosen, at = "new" if chosen == "all" else chosen, at & ~used
+    elif not (shared.own and chosen == "val") and (line := shared.overlap_line(at)):
         logger.warning(line)
+    if line := shared.namesakes_line(at, "train", "val"):
+        logger.warning(f"{table.name}: {line}")
+    if shared.started is not None and (count := int((at & ~used & shared.started).sum())):
+        logger.warning(
+            f"{table.name}: {count:,} of {plural(int(at.sum()), 'image')} trained or validated the "
+            "weights that this run started from: no test of what it does with others"
+        )
     return chosen, table if at.all() else table.select(at)
 
 

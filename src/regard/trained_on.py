@@ -1,13 +1,14 @@
 """Which images a run was trained on: known by content, whatever they are called and wherever.
 
-An image that trained a network, or validated it while it was trained, is no test of it.
+An image that trained a network, or validated it while it was trained, is no test of it, and
+neither is another image of the same patient (the same group).
 """
 
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +17,15 @@ from numpy.typing import NDArray
 
 from regard.data.content import UNREADABLE, content_hashes, file_hash
 from regard.data.hugging_face import name_and_configuration
-from regard.data.sources import SPLITS, ImageTable, open_data
+from regard.data.sources import SPLITS, ImageTable, folded, open_data
 from regard.data.splits_file import Row, read_rows, read_splits
 from regard.errors import StateError, UsageError
-from regard.files import plural, read_npz
+from regard.files import plural, read_npz, spread
 
 logger: logging.Logger = logging.getLogger(__name__)
 PathT = TypeVar("PathT", str, Path)
 _NAMES = np.array(SPLITS, "U5")
+COMPARED = 20_000  # images that `changed_line` reads
 KNOWN = "images.npz"  # in the folder of weights that come with Regard, instead of splits.csv
 
 
@@ -45,6 +47,9 @@ class KnownImages:
         self.contents: NDArray[np.uint64]
         self.own: NDArray[np.uint64]  # without the originals of copies
         self.divided: NDArray[np.uint64] = np.zeros(0, np.uint64)  # in more than one split
+        self._group_of: dict[int, str] = {}  # by content
+        self._split_of: dict[str, str] = {}  # by the group's name
+        self._split_of_folded: dict[str, str] = {}
         if splits_csv.suffix == ".npz":
             self.contents, self._codes = _read_known(splits_csv)
             self.own = self.contents
@@ -60,6 +65,12 @@ class KnownImages:
         self.contents, first, splits = np.unique(known[:, 0], return_index=True, return_counts=True)
         self.divided = self.contents[splits > 1]
         self._codes = known[first, 1].astype(np.int64)
+        for row in sorted((row for row in listed if row.group), key=lambda row: _code(row.split)):
+            contents = {row.content, row.original} - {UNREADABLE}
+            self._group_of |= dict.fromkeys(contents, row.group)
+            if row.group not in self._split_of:
+                split = self._split_of[row.group] = SPLITS[_code(row.split)]
+                self._split_of_folded.setdefault(folded(row.group), split)
 
     def __len__(self) -> int:
         return len(self.contents)
@@ -73,6 +84,26 @@ class KnownImages:
         at = np.minimum(np.searchsorted(self.contents, hashes), len(self.contents) - 1)
         return np.where(self.contents[at] == hashes, _NAMES[self._codes[at]], "")
 
+    def overlap(
+        self, hashes: NDArray[np.uint64], groups: NDArray[np.str_] | None = None
+    ) -> "Overlap":
+        """What images with these hashes, of these groups, have in common with the run."""
+        images = self.splits_of(hashes)
+        if groups is None:
+            return Overlap(images)
+        names, codes = np.unique(groups, return_inverse=True)
+        named = [
+            self._split_of.get(name) or self._split_of_folded.get(folded(name), "")
+            for name in names.tolist()
+        ]
+        both = [
+            (self._group_of[content], name)
+            for content, name in zip(hashes.tolist(), groups.tolist(), strict=True)
+            if content in self._group_of
+        ]
+        same = bool(both) and all(own == name or folded(own) == folded(name) for own, name in both)
+        return Overlap(images, groups, np.array(named, "U5")[codes], same)
+
     def watch(self, paths: Iterable[PathT]) -> Iterator[PathT]:
         """The same paths; the run's own images among them are counted and logged at the end."""
         counts: Counter[str] = Counter()
@@ -81,6 +112,70 @@ class KnownImages:
             yield path
         if line := overlap_line(counts, counts.total()):
             logger.warning(line)
+
+
+@dataclass(frozen=True, eq=False)
+class Overlap:
+    """What N images have in common with a run's.
+
+    A group (a patient) is the run's where one of its images is. By its name alone it is only
+    where every image that the run has too is of the same group in both: any two hospitals have
+    patients called 1, 2 and 3.
+
+    Attributes:
+        images: (N,) the run's split of each image; '' for images of others.
+        groups: (N,) names, or None.
+        named: (N,) the run's split of the group with this name; '' where it has none.
+        same_names: whether the images that both have show that names mean the same in both.
+        started: (N,) whether each image trained or validated the weights that the run started
+            from; None: they are not known.
+    """
+
+    images: NDArray[np.str_]
+    groups: NDArray[np.str_] | None = None
+    named: NDArray[np.str_] | None = None
+    same_names: bool = False
+    started: NDArray[np.bool_] | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether every image is the run's."""
+        return bool((self.images != "").all())
+
+    def related(self, *splits: str) -> NDArray[np.bool_]:
+        """(N,) whether an image is not in these splits of the run, but its group is."""
+        own = np.isin(self.images, splits)
+        if self.groups is None or self.named is None:
+            return np.zeros_like(own)
+        found = np.isin(self.groups, np.unique(self.groups[own]))
+        if self.same_names:
+            found |= np.isin(self.named, splits)
+        return found & ~own
+
+    def overlap_line(self, at: NDArray[np.bool_]) -> str | None:
+        """As the function of this name, for the images in the mask."""
+        related = at & self.related("train", "val")
+        counts = Counter(self.images[at].tolist())
+        return overlap_line(counts, int(at.sum()), int(related.sum()), self.count_groups(related))
+
+    def count_groups(self, at: NDArray[np.bool_]) -> int:
+        """How many groups the images in the mask are of."""
+        return 0 if self.groups is None else len(np.unique(self.groups[at]))
+
+    def namesakes_line(self, at: NDArray[np.bool_], *splits: str) -> str | None:
+        """What to say where images in the mask are of groups that may be the run's; None: none."""
+        if self.groups is None or self.named is None or self.same_names:
+            return None
+        alike = at & np.isin(self.named, splits) & (self.images == "") & ~self.related(*splits)
+        if not alike.any():
+            return None
+        groups = plural(self.count_groups(alike), "group")
+        return (
+            f"{plural(int(alike.sum()), 'image')} of {groups} whose names the run's "
+            f"{' and '.join(splits)} images have too, such as {str(self.groups[alike][0])!r}: if "
+            "these are the same (patients), leave their images out, as the numbers are too good "
+            "with them; if not, give the groups other names"
+        )
 
 
 def _read_known(path: Path) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -113,13 +208,22 @@ def watch(run: str | os.PathLike[str], paths: Iterable[PathT]) -> Iterator[PathT
     return iter(paths) if known is None else known.watch(paths)
 
 
-def overlap_line(counts: Counter[str], total: int) -> str | None:
-    """What to say where images are the run's training or validation images; None: none is."""
+def overlap_line(counts: Counter[str], total: int, related: int = 0, groups: int = 0) -> str | None:
+    """What to say where images are the run's training or validation images; None: none is.
+
+    Args:
+        counts: images of each split of the run.
+        total: images.
+        related: other images of the groups of such images, of how many groups.
+    """
     parts = [
         f"{counts[split]:,} trained this network" if split == "train"
         else f"{counts[split]:,} validated it"
         for split in ("train", "val") if counts[split]
     ]  # fmt: skip
+    if related:
+        came = f"{related:,} came from {plural(groups, 'group')}"
+        parts.append(f"{came} that trained or validated this network")
     if not parts:
         return None
     return f"of {plural(total, 'image')} {' and '.join(parts)}: no test of what it does with others"
@@ -197,6 +301,35 @@ def moved_table(
     labels = np.array([index[row.label] for row in rows], np.int64)
     table = replace(table, classes=list(plan["classes"]), labels=labels)
     return table, {row.key: key for row, key in zip(rows, keys, strict=True)}
+
+
+def changed_line(
+    table: ImageTable, splits_csv: Path, left_out: Container[str] = (), most: int = COMPARED
+) -> str | None:
+    """What to say where images of a run are no longer what they were when it was started.
+
+    Args:
+        table: images under the names that the run has for them.
+        splits_csv: the run's file of splits.
+        left_out: names of images that don't matter.
+        most: images that are looked at, evenly spread.
+    """
+    rows = spread(len(table), most)
+    names = [table.key(i) for i in rows.tolist()]
+    known = {row.key: row.content for row in read_rows(splits_csv)}
+    before = np.array([known.get(name, UNREADABLE) for name in names], np.uint64)
+    now = content_hashes(table.select(rows))
+    # what can't be read is told elsewhere
+    changed = (before != now) & (before != UNREADABLE) & (now != UNREADABLE)
+    found = [name for name, other in zip(names, changed, strict=True) if other]
+    found = [name for name in found if name not in left_out]
+    if not found:
+        return None
+    return (
+        f"{table.name}: {len(found):,} of {plural(len(rows), 'image')} changed since the run was "
+        f"started, such as {found[0]}; its splits go by their names, and one that was trained on "
+        "may have another name now"
+    )
 
 
 def attach_splits(table: ImageTable, splits_csv: Path, *, verify: bool = False) -> ImageTable:

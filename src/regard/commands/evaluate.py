@@ -111,7 +111,7 @@ def command(
         splits. Images that the run was trained on are recognized by their content.
     split
         train, val, test or all. Default: test, else val, else all; from other data without the
-        images that the run was trained on.
+        images that the run was trained on and others of their groups (patients).
     splits
         Whether the top folders of DATA are splits rather than classes.
     map

@@ -151,7 +151,11 @@ class _Manifest:
         """A group in every row or in none."""
         empty = self.group_index.get("")
         if empty is not None and len(self.group_index) > 1:
-            self.fault("empty group", self.lines[self.groups.index(empty)])
+            self.fault(
+                "empty group, while others have one: give an image without a group a name of its "
+                "own",
+                self.lines[self.groups.index(empty)],
+            )
 
     def table(self, path: str) -> ImageTable:
         """What was read.

@@ -39,6 +39,8 @@ __all__ = [
 ]
 
 _LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
+# what programs write where a value is missing
+_MISSING = frozenset({"nan", "<na>", "na", "n/a", "#n/a", "none", "null", "unknown", "?", "-"})
 _CHOICES = (
     "digits, a folder of class folders, a CSV file (path, label, optional split and group), "
     "cifar10, cifar100, medmnist:FILE.npz, wds:SHARDS or hf:NAME"
@@ -75,9 +77,19 @@ def open_data(
     if len(table.classes) < min_classes:
         only = f"only one class ({table.classes[0]!r})" if table.classes else "no class"
         raise UsageError(f"{table.name}: {only}; two or more are needed")
-    lines = (_spelled_alike("classes", table.classes), _spelled_alike("groups", table.groups))
+    lines = (
+        _spelled_alike("classes", table.classes),
+        _spelled_alike("groups", table.groups),
+        _missing_groups(table.groups),
+    )
     warnings = (*table.warnings, *(line for line in lines if line))
     return replace(table, reading=splits, warnings=warnings)
+
+
+def folded(name: str) -> str:
+    """The name without what people and Excel change: case, spaces and zeros in front."""
+    plain = "".join(unicodedata.normalize("NFKC", name).casefold().split())
+    return _LEADING_ZEROS.sub("", plain)
 
 
 def _spelled_alike(kind: str, names: Sequence[str] | NDArray[np.str_] | None) -> str | None:
@@ -85,8 +97,7 @@ def _spelled_alike(kind: str, names: Sequence[str] | NDArray[np.str_] | None) ->
     first: dict[str, str] = {}
     alike = []
     for name in [] if names is None else np.unique(names).tolist():
-        folded = "".join(unicodedata.normalize("NFKC", name).casefold().split())
-        key = _LEADING_ZEROS.sub("", folded)
+        key = folded(name)
         if key in first:
             alike.append((first[key], name))
         first.setdefault(key, name)
@@ -95,6 +106,20 @@ def _spelled_alike(kind: str, names: Sequence[str] | NDArray[np.str_] | None) ->
     more = f" ({len(alike)} such pairs)" if len(alike) > 1 else ""
     one, other = alike[0]
     return f"{kind} that are spelled alike count as different ones: {one!r} and {other!r}{more}"
+
+
+def _missing_groups(groups: NDArray[np.str_] | None) -> str | None:
+    """Groups of several images whose name stands for a missing value."""
+    if groups is None:
+        return None
+    names, counts = np.unique(groups, return_counts=True)
+    for name, count in zip(names.tolist(), counts.tolist(), strict=True):
+        if count > 1 and folded(name) in _MISSING:
+            return (
+                f"the {count:,} images of group {name!r} count as one group: where the group is "
+                "not known, give each image a name of its own"
+            )
+    return None
 
 
 def _opened(data: str, cache: Path, splits: str) -> ImageTable:

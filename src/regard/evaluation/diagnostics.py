@@ -52,6 +52,7 @@ from regard.evaluation.statistics import (
 from regard.evaluation.thresholds import from_probability
 
 _AREAS = ("roc_auc", "average_precision")
+_ROUNDING = 1e-12
 MOST_WORK = 4 * 10**8  # of `RankStatistics.work` times resamples: about 20 s
 Statistic = Callable[[Floats], Values]
 
@@ -320,16 +321,20 @@ class _Bootstrap:
         drawn = drawn[~np.isnan(drawn)]
         if not math.isfinite(value) or not drawn.size or units < 2:
             return Estimate(value, NAN, NAN)
-        if drawn.min() == drawn.max() and value in (0.0, 1.0):
-            interval = wilson(value, alike, self.confidence)
-            if not interval.has_interval:
-                return interval
-            if name.endswith(("mcc", "kappa")):  # from -1 to 1
-                low = 2 * interval.low - 1
-                return Estimate(value, low, 1.0) if value else Estimate(value, NAN, NAN)
-            return interval
         make = area if name.partition("/")[0].startswith(_AREAS) else percentile
-        return make(value, drawn, self.confidence, units)
+        interval = make(value, drawn, self.confidence, units)
+        if interval.high - interval.low > _ROUNDING:
+            return interval
+        # but for a few samples of one class, all are alike, though other images might differ
+        end = round(value, 12)
+        if not name.endswith(("mcc", "kappa")):
+            return wilson(end, alike, self.confidence) if end in (0.0, 1.0) else interval
+        if abs(end) != 1:  # 0: no sample has the other class
+            return interval if end else Estimate(value, NAN, NAN)
+        least = 2 * wilson(1.0, alike, self.confidence).low - 1  # from -1 to 1
+        if math.isnan(least):
+            return Estimate(value, NAN, NAN)
+        return Estimate(value, least, 1.0) if end == 1 else Estimate(value, -1.0, -least)
 
     def share(self, right: Any, among: Any) -> Estimate:
         """How many of some images are right; NaN where there are none."""

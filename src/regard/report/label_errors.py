@@ -27,7 +27,7 @@ from regard.files import plural, write_text
 from regard.report.data_page import Pictures
 from regard.run_data import predictions_of
 from regard.runs import RunFolder
-from regard.trained_on import own_table
+from regard.trained_on import Overlap, own_table
 
 _SMALLEST = 1e-12  # a probability
 
@@ -139,9 +139,7 @@ def find_label_errors(
     return _ranked(sums), table
 
 
-def _of_split(
-    split: str, table: ImageTable, mine: NDArray[np.str_] | None
-) -> tuple[str, ImageTable]:
+def _of_split(split: str, table: ImageTable, shared: Overlap | None) -> tuple[str, ImageTable]:
     """The images of a split: that some of them trained the run is known here."""
     if not (table.splits == split).any():
         raise UsageError(f"{table.name} has no {split} images, as the run had")

@@ -1,5 +1,6 @@
 """What a run is, found out by its first process and told to all: they may share no disk."""
 
+import dataclasses
 import logging
 import os
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from regard.data.members import on_disk
 from regard.data.sources import ImageTable, open_data
 from regard.errors import FileError, UsageError
 from regard.runs import RunFolder, choose_out
-from regard.trained_on import moved_table
+from regard.trained_on import changed_line, moved_table
 from regard.training.checkpoint import Checkpoints
 from regard.training.distributed import on_main
 from regard.training.run_plan import Plan, Request, new_plan, resumed_plan
@@ -83,6 +84,8 @@ def _open(asked: Request, out: str | Path | None, resume: Resume, world: int) ->
     stored = folder.read_measured()
     if "left_out" in stored:  # under the names that the files have now
         stored["left_out"] = {keys.get(key, key): why for key, why in stored["left_out"].items()}
+    if line := changed_line(table, folder.path / "splits.csv", stored.get("left_out", ())):
+        table = dataclasses.replace(table, warnings=(*table.warnings, line))
     if folder.finished:
         states.clear()
         log.info(f"{folder.path} is finished: nothing is left to do")

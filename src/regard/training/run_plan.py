@@ -26,7 +26,7 @@ from regard.training.plan import (
     plain_twin,
 )
 from regard.training.recipe_files import load_recipe
-from regard.training.start import Start, choose_start, full_name, network_of
+from regard.training.start import Start, choose_start, full_name, network_of, seen_before
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -119,6 +119,8 @@ def new_plan(asked: Request, processes: int) -> tuple[Plan, ImageTable]:
     if recipe.normalization == "model":
         preprocess = start.prepare(preprocess)
     log.info(f"starts from {start.words}")
+    if line := seen_before(table, start, name):
+        table = dataclasses.replace(table, warnings=(*table.warnings, line))
     name, arguments = choose_stem(
         name, arguments, preprocess.input_size[1],
         pretrained=start.pretrained or name == trained[0], weights=asked.weights,

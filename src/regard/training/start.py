@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 
 from regard.data.content import content_hashes
@@ -214,6 +215,33 @@ def _unfit(name: str, arguments: Mapping[str, Any], height: int) -> str | None:
         k for k, v in arguments.items() if k not in neutral and (k, v) != ("stem", "imagenet")
     ]
     return f"they do not fit {', '.join(changed)}" if changed else None
+
+
+def seen_before(table: ImageTable, start: Start, name: str) -> str | None:
+    """What to say where test images trained the weights that a run starts from; None: none did.
+
+    Args:
+        table: images with their splits; without a test, the validation images are looked at.
+        start: of the run.
+        name: the network.
+    """
+    brought = start.pretrained and plain_source(name) is None  # Regard's own
+    weights = start.weights or (full_name(name) if brought else None)
+    folder = None if weights is None else find_folder(weights)
+    known = None if folder is None else known_images(folder)
+    split = next((s for s in ("test", "val") if (table.splits == s).any()), None)
+    if known is None or split is None:
+        return None
+    table = table.select(table.splits == split)
+    shared = known.overlap(content_hashes(table), table.groups)
+    used = ("train", "val") if split == "test" else ("train",)
+    count = int((np.isin(shared.images, used) | shared.related(*used)).sum())
+    if not count:
+        return None
+    return (
+        f"{count:,} of {len(table):,} {split} images, or others of their groups, trained or "
+        f"validated {weights}, which this run starts from: its {split} is too good"
+    )
 
 
 def _unfit_shipped(
