@@ -37,6 +37,7 @@ from regard.models._common import IMAGENET_CFG
 from regard.models.branches import Tap, find_ends, foldable_norm, resnet_ends
 from regard.models.cbam import CBAM, SE, start_at_half
 from regard.models.initialization import preserved_rng_state
+from regard.models.sononet import without_other_heads
 from regard.models.zoo import twins_of
 
 _KINDS: dict[str, Callable[..., CBAM]] = {"cbam": CBAM, "se": SE}
@@ -296,6 +297,7 @@ def grafted(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     Raises:
         UsageError: features_only of a network whose features can't be taken with gates.
     """
+    kwargs["pretrained_filter_fn"] = without_other_heads  # as SonoNet's own function has it
     if not kwargs.get("features_only"):
         model: nn.Module = build_model_with_cfg(_make_grafted, "grafted", pretrained, **kwargs)
         return model
