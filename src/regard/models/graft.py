@@ -87,15 +87,16 @@ def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
     """A copy of a network of timm's with attention in every residual branch.
 
     A network without residual branches, such as VGG, DenseNet or SonoNet, gets it at the end of
-    every stage.
+    every stage that ends in a map.
 
     The copy's outputs equal those of `plain` bit for bit, in evaluation and in training, and
     training moves the gates from there. Weights that are loaded under fresh gates any other
     way lose accuracy at once.
 
     Args:
-        plain: any network of timm's or Regard's without attention, of whatever weights, whose
-            residual branches or stages end in maps.
+        plain: any network of timm's or Regard's, of whatever weights, whose residual branches or
+            stages end in maps. Attention of timm's within its blocks, such as SE, stays before
+            the gates.
         attention: CBAM, SE, or a partial of CBAM.
 
     Returns:
@@ -104,8 +105,9 @@ def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
         `attention` of the `Gated` module that ends a branch.
 
     Raises:
-        UsageError: the network has attention already, has neither residual branches nor stages
-            that end in maps, or would not answer the same; the message says where and why.
+        UsageError: it is Regard's or a ResNet of timm's with attention already, has neither
+            residual branches nor stages that end in maps, or would not answer the same; the
+            message says where and why.
     """
     kind, arguments = _kind_of(attention)
     if not getattr(plain, "pretrained_cfg", None):
