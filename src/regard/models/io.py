@@ -243,6 +243,12 @@ def network_in(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], str]:
     return own.get("base"), {"in_chans": own.get("in_chans"), **base}, own.get("attention", "cbam")
 
 
+def network_words(config: Mapping[str, Any]) -> str:
+    """The network that a config.json is of, for people: "sononet8 + CBAM"."""
+    name, _, inserted = network_in(config)
+    return str(name) + (f" + {inserted.upper()}" if inserted != "none" else "")
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json, as far as it is what `save_model` writes.
 
