@@ -39,7 +39,7 @@ from regard.training.plan import (
 )
 from regard.training.recipe_files import load_recipe
 from regard.training.run_plan import Request, new_plan
-from regard.training.start import network_of
+from regard.training.start import inserted_in, network_of
 from regard.training.steps import step_plan
 from tests.golden import authors_networks, fill
 
@@ -234,7 +234,7 @@ def test_the_joint_classifier_is_trained_on_heads_that_were(tmp_path):
     ("trained", "wanted", "channels", "message"),
     [
         ("resnet18", "cbam_resnet18", 3, "it lacks layer1.0.se."),
-        ("cbam_resnet18", "resnet18", 3, "it has no layer1.0.se."),
+        ("cbam_resnet18", "resnet18", 3, "the network has no layer1.0.se."),
         ("cbam_resnet18", "cbam_resnet18", 1, "another shape of conv1.weight"),
         ("ag_sononet8", "ag_sononet16", 1, "another shape of"),
     ],
@@ -245,6 +245,24 @@ def test_weights_of_another_network_are_refused(tmp_path, trained, wanted, chann
         make_model(wanted, {}, 3, (channels, 64, 64), False, str(tmp_path))
     assert message in str(e.value)
     assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 400
+
+
+def test_weights_of_a_grafted_network_name_it(scans, tmp_path):
+    """With its arguments and its gates, not by the name that it is saved under."""
+    plain = regard.create_model("sononet8", num_classes=3, convs=(1, 1, 1, 1, 1))
+    regard.save_model(regard.graft(plain, regard.SE), tmp_path)
+    assert network_of(str(tmp_path), None) == ("sononet8", {"convs": [1, 1, 1, 1, 1]})
+    assert inserted_in(str(tmp_path)) == "se"
+    recipe, weights = Recipe(size=32), str(tmp_path)
+    for name, graft in ((None, "se"), ("sononet8", "none")):
+        asked = Request(str(scans), name, recipe, weights, None, "auto", {}, recipe, {}, True)
+        plan = new_plan(asked, 1)[0]
+        assert (plan.model, plan.recipe.graft) == ("sononet8", graft)
+    assert inserted_in("ag_sononet8.digits") == inserted_in(None) == "none"
+    with pytest.raises(ValueError, match=r"it is sononet8 \+ SE for images of 1 channel with") as e:
+        make_model("sononet8", {"convs": (1,) * 5}, 3, (1, 32, 32), False, str(tmp_path))
+    assert "the network has no block1.0.2.attention." in str(e.value)
     assert len(str(e.value)) < 400
 
 

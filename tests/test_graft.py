@@ -314,7 +314,8 @@ FAMILIES = {
     "convnextv2_atto": ({"depths": (1, 1, 1, 1)}, 4),  # GRN adds within itself
     "mobilenetv2_035": ({}, 10),
     "densenet121": (SMALL_DENSENET, 5),  # nothing is added: its stages
-    "selecsls42": ({}, 3),
+    "selecsls42": ({}, 6),  # its blocks give lists
+    "dpn68": ({"k_sec": (1, 1, 1, 1)}, 5),  # timm looks up its first convolution by name
     "sononet8": ({"in_chans": 3}, 5),
 }
 
@@ -358,6 +359,36 @@ def test_gates_of_a_stage_see_its_last_map():
         found.append([p.grad for p in model.parameters()])
     assert sizes[:5] == [(32, True), (16, True), (8, True), (4, True), (2, True)]
     assert all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_checkpoints_of_a_stage_that_ends_in_a_gate():
+    """Gates are within the stages, so that what sets a stage up for checkpoints finds it."""
+    grafted = regard.graft(timm.create_model("ese_vovnet19b_slim_dw", num_classes=3)).train()
+    places = [name for name, m in grafted.named_modules() if isinstance(m, regard.CBAM)]
+    assert places == ["stem.1.bn.attention"] + [
+        f"stages.{n}.blocks.0.attn.attention" for n in range(4)
+    ]
+    calls = dict.fromkeys(places, 0)
+
+    def count(name):
+        calls[name] += 1
+
+    for name in places:
+        grafted.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: count(name))
+    grafted.set_grad_checkpointing()
+    grafted(images()).sum().backward()
+    assert list(calls.values()) == [1, 2, 2, 2, 2]  # forward, and again for the gradient
+
+
+@torch.no_grad()
+def test_a_saved_grafted_sononet_takes_other_classes(tmp_path):
+    grafted = regard.graft(regard.create_model("sononet8", num_classes=3)).eval()
+    regard.save_model(grafted, tmp_path / "run")
+    saved = f"local-dir:{tmp_path / 'run'}"
+    other = timm.create_model(saved, pretrained=True, num_classes=5).eval()
+    x = torch.randn(2, 1, 32, 32)
+    assert other(x).shape == (2, 5)
+    assert torch.equal(other.forward_features(x), grafted.forward_features(x))
 
 
 @pytest.mark.slow

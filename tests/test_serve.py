@@ -21,9 +21,11 @@ import torch
 from fastapi import FastAPI, Request
 from PIL import Image
 
+import regard
 from regard import load
 from regard.cli import run_command
 from regard.predict import Prediction
+from regard.serve.app import name_of
 from regard.serve.safety import add_safety
 from regard.serve.server import read_test_result
 from regard.serve.uploads import Limits
@@ -538,3 +540,9 @@ def test_sigterm_ends_it_though_an_upload_stalls(whole, photo):
         assert server.stop() == 0
         assert time.monotonic() - begun < 12
     assert server.errors == ""
+
+
+def test_a_grafted_network_is_named_by_what_it_is(tmp_path):
+    plain = regard.create_model("sononet8", num_classes=3, convs=(1, 1, 1, 1, 1))
+    regard.save_model(regard.graft(plain, regard.SE), tmp_path)
+    assert name_of(load(tmp_path)) == "sononet8 + SE"

@@ -61,11 +61,12 @@ class _Watch(TorchFunctionMode):
         self.alive: list[Any] = [x]  # so that no id is used twice
         self.made_by: dict[int, list[str]] = {}  # from the innermost module outwards
         self.passed_by: dict[int, list[str]] = {}
+        self.given_by: dict[int, list[str]] = {}  # made or passed, in the order of their ends
         self.calls: dict[str, int] = {}
         self.inside: list[nn.Module] = []  # the modules that run now
         self.merged: int = 0  # additions within what becomes one layer
         self.branches: list[tuple[list[str], torch.Size]] = []  # who made it, and its shape
-        self.shapes: dict[str, torch.Size] = {}  # of what each module gave last
+        self.maps: dict[str, Tensor] = {}  # what each module gave last, or the first of several
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -109,13 +110,14 @@ class _Watch(TorchFunctionMode):
         def hook(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
             self.inside.pop()
             self.calls[name] = self.calls.get(name, 0) + 1
+            given = next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None)
+            if given is not None:
+                self.maps[name] = given
             if isinstance(output, Tensor):
-                self.shapes[name] = output.shape
                 passed = any(t is output for t in inputs)
                 alone = len(inputs) == 1 and isinstance(inputs[0], Tensor) and not named
-                (self.passed_by if passed else self.made_by).setdefault(id(output), []).extend(
-                    [name] * alone
-                )
+                for by in (self.passed_by if passed else self.made_by, self.given_by):
+                    by.setdefault(id(output), []).extend([name] * alone)
 
         return hook
 
@@ -170,16 +172,28 @@ def find_ends(model: nn.Module, x: Tensor) -> dict[str, End]:
 
 
 def _stage_ends(model: nn.Module, watch: _Watch) -> dict[str, End]:
-    """The last layer of each stage that ends in a map, before the pooling that may follow."""
+    """Each stage that ends in a map: its last layer, before the pooling that may follow.
+
+    The innermost one, as what holds it may be looked into: checkpoints of a stage, say. Of a stage
+    that gives several maps it is what gave the first, which is the one that timm names.
+    """
     ends: dict[str, End] = {}
     for stage in getattr(model, "feature_info", None) or ():
-        name = str(stage["module"])
-        while type(module := model.get_submodule(name)) is nn.Sequential and len(module):
-            name = f"{name}.{len(module) - 1}"  # which timm's checkpoints of a stage look into
-        shape = watch.shapes.get(name, ())
-        if len(shape) == 4 and watch.calls[name] == 1 and not isinstance(module, _POOLS):
-            last = _channels_last(model, module, shape)
-            ends[name] = End(name, {"channels": shape[3 if last else 1], "channels_last": last})
+        last = str(stage["module"])
+        found = watch.maps.get(last)
+        if found is None or found.ndim != 4:
+            continue
+        giving = watch.given_by.get(id(found), [])
+        names = giving[: giving.index(last)] if last in giving else giving
+        module = model.get_submodule(last)
+        for name in reversed(names):
+            whole = isinstance(module, _AFFINE_NORMS) or id(module) in watch.merging
+            if name.startswith(f"{last}.") and not whole:
+                last, module = name, model.get_submodule(name)
+        if last in giving and watch.calls[last] == 1 and not isinstance(module, _POOLS):
+            by = _channels_last(model, module, found.shape)
+            tap = {"channels": found.shape[3 if by else 1], "channels_last": by}
+            ends[last] = End(last, tap)
     return ends
 
 

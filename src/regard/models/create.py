@@ -19,7 +19,14 @@ from regard.models.cbam import CBAM, SE
 from regard.models.graft import graft as insert
 from regard.models.hub import cached_weights
 from regard.models.initialization import preserved_rng_state
-from regard.models.io import arguments_now, check_loadable, find_folder, load_model
+from regard.models.io import (
+    arguments_now,
+    check_loadable,
+    find_folder,
+    load_model,
+    network_in,
+    network_words,
+)
 from regard.models.original_weights import arguments_of, load_authors_weights, read_tensors
 from regard.models.zoo import twins_of
 
@@ -206,7 +213,7 @@ def load_weights(model: nn.Module, source: Path, classes: Sequence[str] | None =
             + (f" ({', '.join(shared[:5])}{', ...' * (len(shared) > 5)})" if shared else "")
         )
     fitting = {k: v for k, v in found.items() if k in own and v.shape == own[k].shape}
-    strange = {k: "it has no" for k in found if k not in own}
+    strange = {k: "the network has no" for k in found if k not in own}
     strange |= {k: "it lacks" if k not in found else "another shape of" for k in own}
     wrong = [f"{strange[k]} {k}" for k in strange if k not in fitting and not k.startswith(heads)]
     if wrong:
@@ -230,9 +237,10 @@ def _load_authors(model: nn.Module, source: Path) -> tuple[nn.Module, dict[str, 
 
 def _described(config: Mapping[str, Any]) -> str:
     """What a folder's network is, in words: its name, its channels and its other arguments."""
-    own = {k: v for k, v in (config.get("model_args") or {}).items() if k not in FREE_ARGUMENTS}
-    channels = (config.get("model_args") or {}).get("in_chans")
-    words = f"it is {config['architecture']}"
+    arguments = network_in(config)[1]
+    own = {k: v for k, v in arguments.items() if k not in FREE_ARGUMENTS}
+    channels = arguments.get("in_chans")
+    words = f"it is {network_words(config)}"
     words += "" if channels is None else f" for images of {plural(channels, 'channel')}"
     given = ", ".join(f"{key}={value!r}" for key, value in own.items())
     return words + (f" with {given};" if given else ";")

@@ -37,6 +37,7 @@ from regard.models._common import IMAGENET_CFG
 from regard.models.branches import Tap, find_ends, foldable_norm, resnet_ends
 from regard.models.cbam import CBAM, SE, start_at_half
 from regard.models.initialization import preserved_rng_state
+from regard.models.sononet import without_other_heads
 from regard.models.zoo import twins_of
 
 _KINDS: dict[str, Callable[..., CBAM]] = {"cbam": CBAM, "se": SE}
@@ -86,15 +87,16 @@ def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
     """A copy of a network of timm's with attention in every residual branch.
 
     A network without residual branches, such as VGG, DenseNet or SonoNet, gets it at the end of
-    every stage.
+    every stage that ends in a map.
 
     The copy's outputs equal those of `plain` bit for bit, in evaluation and in training, and
     training moves the gates from there. Weights that are loaded under fresh gates any other
     way lose accuracy at once.
 
     Args:
-        plain: any network of timm's or Regard's without attention, of whatever weights, whose
-            residual branches or stages end in maps.
+        plain: any network of timm's or Regard's, of whatever weights, whose residual branches or
+            stages end in maps. Attention of timm's within its blocks, such as SE, stays before
+            the gates.
         attention: CBAM, SE, or a partial of CBAM.
 
     Returns:
@@ -103,8 +105,9 @@ def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
         `attention` of the `Gated` module that ends a branch.
 
     Raises:
-        UsageError: the network has attention already, has neither residual branches nor stages
-            that end in maps, or would not answer the same; the message says where and why.
+        UsageError: it is Regard's or a ResNet of timm's with attention already, has neither
+            residual branches nor stages that end in maps, or would not answer the same; the
+            message says where and why.
     """
     kind, arguments = _kind_of(attention)
     if not getattr(plain, "pretrained_cfg", None):
@@ -296,6 +299,7 @@ def grafted(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     Raises:
         UsageError: features_only of a network whose features can't be taken with gates.
     """
+    kwargs["pretrained_filter_fn"] = without_other_heads  # as SonoNet's own function has it
     if not kwargs.get("features_only"):
         model: nn.Module = build_model_with_cfg(_make_grafted, "grafted", pretrained, **kwargs)
         return model

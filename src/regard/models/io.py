@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +229,24 @@ def _check_has_weights(folder: Path) -> None:
     found = {p.suffix for p in folder.iterdir() if p.is_file() and p.name != FAMILIARITY}
     if not found & {".safetensors", ".bin", ".pth", ".pt", ".tar"}:
         raise UsageError(f"{folder} holds no trained network (no model.safetensors)")
+
+
+def network_in(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], str]:
+    """The network that a config.json is of: its name, arguments, and the attention inserted.
+
+    The attention is "cbam", "se" or "none", as `--graft` takes it.
+    """
+    name, own = config.get("architecture"), config.get("model_args") or {}
+    if name != "grafted":
+        return name, own, "none"
+    base = own.get("base_args") or {}
+    return own.get("base"), {"in_chans": own.get("in_chans"), **base}, own.get("attention", "cbam")
+
+
+def network_words(config: Mapping[str, Any]) -> str:
+    """The network that a config.json is of, for people: "sononet8 + CBAM"."""
+    name, _, inserted = network_in(config)
+    return str(name) + (f" + {inserted.upper()}" if inserted != "none" else "")
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -383,7 +383,7 @@ class AGSonoNet(_SonoNetBase):
         return self._head([attended3, attended4, self.global_pool(block5)])
 
 
-def _without_other_heads(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def without_other_heads(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Trained weights without the tensors of a head for another number of classes.
 
     timm leaves out weight and bias of the layers that its configuration names; SonoNet's head
@@ -407,7 +407,7 @@ def _create(
         kwargs["pretrained_cfg_overlay"] = {"classifier": "classifier", **overlay}
     return build_model_with_cfg(
         variant, name, pretrained, feature_cfg={"flatten_sequential": False},
-        pretrained_filter_fn=_without_other_heads,
+        pretrained_filter_fn=without_other_heads,
         **{"features": features, **kwargs},
     )  # fmt: skip
 

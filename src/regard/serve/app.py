@@ -21,6 +21,7 @@ from regard.explanations.explanation import Explanation
 from regard.explanations.overlay import Box, describe, overlay
 from regard.explanations.print_style import for_print
 from regard.models.counting import count_parameters
+from regard.models.io import network_words
 from regard.predict import Classifier
 from regard.serve.safety import add_safety, is_loopback
 from regard.serve.uploads import Limits, check, read_image_bytes
@@ -94,7 +95,8 @@ def create_app(
 
 def name_of(classifier: Classifier) -> str:
     """The network's name."""
-    return str(classifier.config.get("architecture", type(classifier.model).__name__))
+    config = classifier.config
+    return network_words(config) if "architecture" in config else type(classifier.model).__name__
 
 
 def _add_pages(app: FastAPI, classifier: Classifier, tested: dict[str, Any] | None) -> None:

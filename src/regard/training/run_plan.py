@@ -26,7 +26,14 @@ from regard.training.plan import (
     plain_twin,
 )
 from regard.training.recipe_files import load_recipe
-from regard.training.start import Start, choose_start, full_name, network_of, seen_before
+from regard.training.start import (
+    Start,
+    choose_start,
+    full_name,
+    inserted_in,
+    network_of,
+    seen_before,
+)
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -106,6 +113,8 @@ def new_plan(asked: Request, processes: int) -> tuple[Plan, ImageTable]:
     table = choose_splits(open_data(asked.data, root=asked.root, splits=asked.splits), recipe)
     trained = network_of(asked.weights, asked.model or recipe.model)
     name, arguments = choose_model(asked.model, recipe, asked.model_args, trained)
+    if (asked.model or recipe.model) is None and recipe.graft == "none":
+        recipe = recipe.changed(graft=inserted_in(asked.weights))
     decided: list[Start] = []
 
     def start_channels(height: int, channels: int) -> int:

@@ -22,7 +22,7 @@ from regard.files import plural
 from regard.models._common import FREE_ARGUMENTS, GATE_ARGUMENTS, as_json
 from regard.models.create import plain_source
 from regard.models.hub import fetch_weights, has_weights
-from regard.models.io import find_folder, read_config
+from regard.models.io import find_folder, network_in, read_config
 from regard.models.original_weights import arguments_of, authors_normalization, read_tensors
 from regard.trained_on import known_images
 from regard.training.config import Recipe
@@ -183,11 +183,17 @@ def network_of(weights: str | None, asked: str | None) -> tuple[str | None, dict
     """
     config = None if weights is None else _config_of(weights)
     if config is not None:
-        name, own = config.get("architecture"), config.get("model_args") or {}
+        name, own, _ = network_in(config)
     else:
         own = {} if weights is None or asked is None else _authors_arguments(weights, asked)
         name = asked if own else None
     return name, {k: v for k, v in own.items() if k not in FREE_ARGUMENTS}
+
+
+def inserted_in(weights: str | None) -> str:
+    """The attention that was inserted into the network of weights, as `--graft` takes it."""
+    config = None if weights is None else _config_of(weights)
+    return "none" if config is None else network_in(config)[2]
 
 
 def _config_of(weights: str) -> dict[str, Any] | None:
