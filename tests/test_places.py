@@ -143,7 +143,8 @@ def test_who_did_not_get_the_signal_names_it_and_the_state_too(heard):
 
 
 def test_a_process_that_is_lost_before_the_run_is_opened_is_told(monkeypatch):
-    accelerator = SimpleNamespace(num_processes=2, is_main_process=True)
+    cpu = torch.device("cpu")
+    accelerator = SimpleNamespace(num_processes=2, is_main_process=True, device=cpu)
     text = "[/gloo/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:29107. See the logs. GL!"
 
     def lost(*_):
