@@ -243,12 +243,16 @@ def test_a_calibration_is_used_for_the_images_as_it_was_fitted(how, used, mine, 
     assert ("not used" in caplog.text) == (used is False)
 
 
-def test_a_threshold_is_chosen_anew_for_another_size(mine, capsys):
+@pytest.mark.parametrize(
+    ("words", "how"),
+    [(["--size", "24"], {"size": (24, 24)}), (["--crop-pct", "0.6"], {"crop_pct": 0.6})],
+)
+def test_a_threshold_is_chosen_anew_for_other_input(mine, words, how, capsys):
     regard.calibrate(mine, positive="1", rule="sensitivity=1")
-    flags = ["--size", "24", "--positive", "1", "--at", "youden", "--json"]
+    flags = [*words, "--positive", "1", "--at", "youden", "--json"]
     out, err = call("evaluate", mine, *flags, capsys=capsys)
     threshold = json.loads(out)["diagnostics"]["threshold"]
-    _, validation, _ = predictions_of(mine, split="val", size=(24, 24), calibrated=False)
+    _, validation, _ = predictions_of(mine, split="val", calibrated=False, **how)
     assert threshold["value"] == pytest.approx(
         choose_threshold(validation, "1", "youden").value, rel=1e-4
     )
