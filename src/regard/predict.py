@@ -32,7 +32,7 @@ log: logging.Logger = logging.getLogger(__name__)
 BATCH = 32
 UNFIT = (
     "the stored temperature and threshold were fitted for other probabilities and are not used "
-    "(these are of test-time augmentation or of another input size): calibrate for these"
+    "(these are of test-time augmentation or of another input size or crop): calibrate for these"
 )
 FLIPS_ALONE = "was fitted for test-time flips and is used with them alone"
 

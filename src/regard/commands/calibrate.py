@@ -37,8 +37,8 @@ def command(
 
     Both are stored in the run's calibration.json. predict, evaluate, explain, serve and export
     use them from then on, and say so; evaluate reports what they do on the test images. Another
-    way of asking the network (--tta, --size, --ten-crop) has other probabilities: what was fitted
-    with --tta flips is used with it alone, and nothing is used with the others.
+    way of asking the network (--tta, --size, --crop-pct, --ten-crop) has other probabilities: what
+    was fitted with --tta flips is used with it alone, and nothing is used with the others.
 
     Parameters
     ----------
