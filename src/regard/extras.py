@@ -12,6 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "dicom": ("pydicom",),
     "tiff": ("tifffile", "imagecodecs"),
     "hf": ("datasets",),
+    "gpu": ("torchcodec",),
     "cleanlab": ("cleanlab",),
     "ray": ("ray",),
     "wandb": ("wandb",),

@@ -350,16 +350,18 @@ def _unread_file(image: Image.Image) -> io.BytesIO | None:
 def _stored_pil(image: Image.Image) -> Stored:
     image.load()
     # after load(), by which PIL turns TIFFs upright and drops the tag
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     pixels = _pixels(image)
     return Stored(_upright(pixels, orientation))
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8; 1 where it has none."""
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        value = int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a broken EXIF block is no reason to lose a good picture
         return 1
+    return value if 1 <= value <= 8 else 1
 
 
 def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
@@ -418,7 +420,7 @@ def _gray_alpha_16(content: bytes) -> NDArray[np.uint16]:
         if max(image.size) > MAX_SIDE:
             raise ImageError(f"too large ({image.size[0]} x {image.size[1]} pixels)")
         image.load()
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
         values = np.asarray(image).view(">u2").astype(np.uint16)  # (H, W, 4) bytes -> (H, W, 2)
     return _upright(over_white(values), orientation)
 

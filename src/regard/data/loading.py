@@ -166,7 +166,7 @@ class Reader:
         return self.augmentation is not None and self.augmentation.random_crop == "resized"
 
 
-def _stack(images: Sequence[Tensor]) -> Tensor:
+def stacked(images: Sequence[Tensor]) -> Tensor:
     """(C, H, W) each -> (B, C, H, W); one float image makes all float."""
     if len({image.dtype for image in images}) > 1:
         images = [image.float() for image in images]
@@ -191,8 +191,8 @@ class _Batches(Dataset[Batch]):
             except ImageError as error:
                 unreadable.append((row, str(error)))
         shape = (0, *self.reader.preprocess.input_size)
-        stacked = _stack(images) if images else torch.zeros(shape)
-        batch = Batch(stacked, torch.from_numpy(rows)[readable], u[readable], unreadable)
+        together = stacked(images) if images else torch.zeros(shape)
+        batch = Batch(together, torch.from_numpy(rows)[readable], u[readable], unreadable)
         if get_worker_info() is not None:
             # here, where a failure is an error of this batch; the queue's thread would only
             # print it, and the batch would never arrive
@@ -323,7 +323,7 @@ class InMemoryLoader:
             return Batch(self.images[indices], indices, u, bad)
         images = [self.reader.crop(self.images[r], u[k]) for k, r in enumerate(rows.tolist())]
         shape = (0, *self.reader.preprocess.input_size)
-        return Batch(_stack(images) if images else torch.zeros(shape), indices, u, bad)
+        return Batch(stacked(images) if images else torch.zeros(shape), indices, u, bad)
 
 
 def decode_all(

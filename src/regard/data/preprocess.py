@@ -2,6 +2,7 @@
 prediction, explanation and export, read from and written to a network's folder.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -70,7 +71,11 @@ def _interpolate(image: Tensor, size: tuple[int, int]) -> Tensor:
     image = image.clone(memory_format=torch.contiguous_format) if 1 in image.shape else image
     image = image.contiguous()
     size = size[::-1] if transposed else size
-    resized = F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+    resize = functools.partial(F.interpolate, size=size, mode="bilinear", antialias=True)
+    if image.dtype == torch.uint8 and image.device.type != "cpu":  # GPUs resize floats alone
+        resized = resize(image[None].float())[0].round_().clamp_(0, 255).to(torch.uint8)
+    else:
+        resized = resize(image[None])[0]
     return resized.mT.contiguous() if transposed else resized
 
 

@@ -10,6 +10,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from regard.attention import evaluating
+from regard.data.device_decoding import DecodingLoader
 from regard.data.loading import InMemoryLoader, SampleOrder, StreamingLoader
 from regard.data.workers import default_workers
 from regard.errors import UsageError
@@ -67,6 +68,8 @@ def build_loader(
     if part.images is not None:
         threads = 0 if device.type == "cpu" else workers  # a CPU has no core that is idle
         return InMemoryLoader(part.reader, order, recipe.seed, part.images, part.missing, threads)
+    if split == "train" and recipe.decode == "device":
+        return DecodingLoader(part.reader, order, recipe.seed, workers)
     return StreamingLoader(part.reader, order, recipe.seed, workers)
 
 

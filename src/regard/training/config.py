@@ -249,6 +249,11 @@ class Recipe:
     memory: Literal["auto", "yes", "no"] = _field(
         "auto", "Run", "Hold decoded images in memory, or stream them."
     )
+    decode: Literal["cpu", "device"] = _field(
+        "cpu", "Run",
+        "Where JPEG files of streamed training images are decoded; device: by the GPU (CUDA, extra "
+        "gpu).",
+    )  # fmt: skip
     workers: Annotated[int, _limits(gte=0, lte=256)] | None = _field(
         None,
         "Run",

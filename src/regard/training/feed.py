@@ -58,19 +58,22 @@ class Mover:
         self.device = device
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device, in the stream of `copying` where that is entered."""
-        if self.device.type == "cpu":
+        """The tensor on the device, in the stream of `copy` where that is entered."""
+        if self.device.type == "cpu" or tensor.device.type != "cpu":
             return tensor
         if self.device.type not in ("cuda", "xpu"):
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def copy(self, batch: Any) -> tuple[Any, Any]:
-        """A batch with a method `moved`, on the device, and the event of its arrival."""
+    def copy(self, make: Callable[[Any], Any], batch: Any) -> tuple[Any, Any]:
+        """make(batch), which has a method `moved`, on the device, and the event of its arrival.
+
+        `make` may ask the device for work, such as decoding.
+        """
         if self.device.type not in ("cuda", "xpu"):
-            return batch.moved(self), None
+            return make(batch).moved(self), None
         with ALONE, (stream := _side_stream(self.device)):
-            return batch.moved(self), stream.record_event()
+            return make(batch).moved(self), stream.record_event()
 
     def receive(self, batch: Any, arrival: Any) -> Any:
         """The batch, for work that is given to the device from now on."""
@@ -104,7 +107,7 @@ def feed(batches: Iterator[Any], make: Callable[[Any], Any], device: torch.devic
     mover = Mover(device)
     if device.type == "mps":
         return (make(batch).moved(mover) for batch in batches)
-    placed = _by_thread(batches, lambda batch: mover.copy(make(batch)), device)
+    placed = _by_thread(batches, functools.partial(mover.copy, make), device)
     return (mover.receive(*each) for each in placed)
 
 

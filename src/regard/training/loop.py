@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from regard.compat import without_buffer_exchange
 from regard.data.augment import Augmentation, augment, blend, mixup_shares, neighbors
-from regard.data.loading import Batch, repeated
+from regard.data.device_decoding import EncodedBatch, ReadBatch
+from regard.data.loading import repeated
 from regard.data.preprocess import Preprocess
 from regard.errors import FileError, NotFiniteError
 from regard.machine import fastest_kernels, most_precise, seed_device
@@ -52,7 +53,7 @@ TINY = 1e-12  # the smallest sum of weights that is divided by
 class Source(Protocol):
     """Batches by (start position, count), such as loading.InMemoryLoader."""
 
-    def batches(self, spans: Any) -> Iterator[Batch]: ...
+    def batches(self, spans: Any) -> Iterator[ReadBatch]: ...
 
 
 @dataclass
@@ -237,12 +238,16 @@ class Trainer:
             self._count(outputs.detach(), batch, target, summed.detach(), weight)
         return loss
 
-    def place(self, batch: Batch) -> Placed:
+    def place(self, batch: ReadBatch) -> Placed:
         """A batch with its labels and its shares of mixup, still where the source made it.
+
+        Files are decoded on the device.
 
         The places of unreadable images are filled by others of the batch, which do not count:
         a network that is compiled or normalizes by batch sees batches of one size.
         """
+        if isinstance(batch, EncodedBatch):
+            batch = batch.decoded(self.device)
         count, unreadable = len(batch.indices), batch.unreadable
         if count and unreadable:
             batch = repeated(batch, count + len(unreadable))
@@ -253,7 +258,7 @@ class Trainer:
             partners = labels[neighbors(len(labels))][:count]
         return Placed(batch.images, u, labels[:count], shares, partners, count, unreadable)
 
-    def input_of(self, batch: Batch) -> Tensor:
+    def input_of(self, batch: ReadBatch) -> Tensor:
         """(B, C, H, W), what the network gets of a batch, on the device."""
         return self._input(self._readable(batch))
 
@@ -337,11 +342,11 @@ class Trainer:
         checkpoints = self.recipe.grad_checkpointing
         return frozen_statistics(self.model) if checkpoints else contextlib.nullcontext()
 
-    def _readable(self, batch: Batch | Placed) -> Placed:
+    def _readable(self, batch: ReadBatch | Placed) -> Placed:
         """The batch on the device, with its unreadable images noted."""
-        self.unreadable += batch.unreadable
-        if isinstance(batch, Batch):
+        if not isinstance(batch, Placed):
             batch = self.place(batch).moved(Mover(self.device))
+        self.unreadable += batch.unreadable
         if batch.count == 0:
             reason = batch.unreadable[0][1]
             raise FileError(f"no image of step {self.step + 1} can be read: {reason}")

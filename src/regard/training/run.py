@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from regard.data.device_decoding import check_device_decoding
 from regard.data.loading import InMemoryLoader, StreamingLoader
 from regard.data.near_duplicates import leak_line
 from regard.data.table import ImageTable
@@ -153,6 +154,8 @@ class Run:
         torch.manual_seed(self.plan.recipe.seed)
         model = self._model()
         check_batch(model, self.plan.recipe, int(np.count_nonzero(self.table.splits == "train")))
+        if self.plan.recipe.decode == "device":
+            check_device_decoding(self.accelerator.device)
         on_main(self.accelerator, lambda: self._claim(lock, model))
         self.parts: dict[str, LoadedSplit] = load_splits(
             self.table, self.plan.preprocess, self.plan.recipe,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regard.data.loading import Batch
+from regard.data.device_decoding import ReadBatch
 from regard.machine import seed_device, synchronize
 from regard.training.loop import Trainer
 from regard.training.optim import set_rate
@@ -37,7 +37,7 @@ def trial(trainer: Trainer, **changes: Any) -> Iterator[Trainer]:
             model.train(mode)
 
 
-def trial_step(trainer: Trainer, batches: Sequence[Batch], forward: Any = None) -> None:
+def trial_step(trainer: Trainer, batches: Sequence[ReadBatch], forward: Any = None) -> None:
     """One step with learning rate 0 on a step's batches, waited for until it is done.
 
     Nothing is exchanged between processes. `forward` is the network, or its compiled form.
@@ -50,7 +50,7 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch], forward: Any = None) 
 
 
 def loss_and_gradient(
-    trainer: Trainer, batches: Sequence[Batch], forward: Any
+    trainer: Trainer, batches: Sequence[ReadBatch], forward: Any
 ) -> tuple[float, float]:
     """A step's loss, and the norm of its gradients; nothing is exchanged between processes."""
     trainer._forward = forward
@@ -63,7 +63,7 @@ def loss_and_gradient(
     return float(loss), norm
 
 
-def first_batches(trainer: Trainer) -> list[Batch]:
+def first_batches(trainer: Trainer) -> list[ReadBatch]:
     """The batches of this process's next step."""
     spans = trainer.spans(trainer.step)[: trainer.recipe.accumulate]
     return list(trainer.source.batches(spans))

@@ -1,0 +1,189 @@
+"""JPEG files decoded where the network is: by nvJPEG on NVIDIA's GPUs, through torchcodec.
+
+Threads read the files and their headers; decoding, the crop and the change of size are the
+device's. What it may not show as Pillow does, or not read, is left to Pillow: other formats, CMYK,
+colors that are stored as red, green and blue, files that are cut short. Only training reads so:
+evaluation sees the pixels that prediction sees.
+"""
+
+import functools
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from regard.data.augment import random_numbers
+from regard.data.images import MAX_SIDE, orientation_of
+from regard.data.loading import Batch, Reader, SampleOrder, StreamingLoader, stacked
+from regard.data.members import open_binary
+from regard.data.workers import read_ahead
+from regard.errors import ImageError, UsageError
+from regard.extras import require
+
+UNKNOWN, PLAIN, OTHER = 0, 1, 2  # what a file is
+_RGB_IDS = [82, 71, 66]  # components called R, G and B, which libjpeg takes for just that
+
+
+def check_device_decoding(device: torch.device) -> None:
+    """Refuses a device that decodes no JPEG files.
+
+    Raises:
+        UsageError: neither CUDA nor a CPU, or torchcodec is not installed.
+    """
+    if device.type not in ("cuda", "cpu"):
+        raise UsageError(f"decode=device: CUDA decodes JPEG files, {device.type} does not; use cpu")
+    require("gpu", "decode=device")
+
+
+@dataclass
+class EncodedBatch:
+    """The files of a batch, as they are stored.
+
+    Attributes:
+        reader: crops the images.
+        indices: (B,) rows of the table.
+        random_numbers: (B, WIDTH) of the images.
+        files: by place in the batch, those that the device decodes.
+        images: by place, (C, H, W) of those that Pillow decoded, and cropped.
+        unreadable: reasons by place.
+    """
+
+    reader: Reader
+    indices: Tensor
+    random_numbers: Tensor
+    files: dict[int, bytes]
+    images: dict[int, Tensor]
+    unreadable: dict[int, str]
+
+    def decoded(self, device: torch.device) -> Batch:
+        """The batch, its images on the device."""
+        images: dict[int, Tensor] = {}
+        for k, image in zip(self.files, self._decoded(device), strict=True):
+            if image is not None:
+                pixels = in_channels(image, self.reader.preprocess.input_size[0])
+                images[k] = self.reader.crop(pixels, self.random_numbers[k])
+        for k, cropped in (self.images | self._by_pillow(set(self.files) - set(images))).items():
+            images[k] = cropped.to(device)
+        readable = sorted(images)
+        bad = [(int(self.indices[k]), why) for k, why in sorted(self.unreadable.items())]
+        some = [images[k] for k in readable]
+        empty = torch.zeros((0, *self.reader.preprocess.input_size), device=device)
+        return Batch(
+            stacked(some) if some else empty,
+            self.indices[readable], self.random_numbers[readable], bad,
+        )  # fmt: skip
+
+    def _decoded(self, device: torch.device) -> Sequence[Tensor | None]:
+        """(C, H, W) uint8 of each file, upright; None: it is broken."""
+        from torchcodec.decoders import decode_jpeg
+
+        decode = functools.partial(decode_jpeg, mode="UNCHANGED", device=device)
+        if not (files := list(self.files.values())):
+            return []
+        try:
+            return decode(files)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # of one broken file, for all of them
+            return [_attempted(decode, file) for file in files]
+
+    def _by_pillow(self, places: set[int]) -> dict[int, Tensor]:
+        """Images that the device could not decode; those that Pillow can't read are noted."""
+        images = {}
+        for k in sorted(places):
+            try:
+                decoded = self.reader.decode(int(self.indices[k]))
+                images[k] = self.reader.crop(decoded, self.random_numbers[k])
+            except ImageError as error:
+                self.unreadable[k] = str(error)
+        return images
+
+
+ReadBatch = Batch | EncodedBatch
+
+
+class DecodingLoader(StreamingLoader):
+    """Gives out `EncodedBatch`es in order, read ahead by threads, for a device that decodes them.
+
+    The random numbers of a position, and with them the crops, are those of `StreamingLoader`.
+    """
+
+    def __init__(self, reader: Reader, order: SampleOrder | None, seed: int, workers: int) -> None:
+        super().__init__(reader, order, seed, workers)
+        # headers are read once: by threads, they would hold up the one that trains
+        self._kinds: NDArray[np.int8] = np.full(len(reader.table), UNKNOWN, np.int8)
+        self._seed = seed
+
+    def _read(self, spans: Sequence[tuple[int, int]]) -> Iterator[EncodedBatch]:  # type: ignore[override]
+        if self.workers == 0:
+            return map(self._encoded, spans)
+        return read_ahead(spans, self._encoded, self.workers, self.workers + 1, self.stop)
+
+    def _encoded(self, span: tuple[int, int]) -> EncodedBatch:
+        start, count = span
+        u = random_numbers(self._seed, start, count)
+        rows = np.arange(start, start + count) if self.order is None else self.order.at(*span)
+        batch = EncodedBatch(self.reader, torch.from_numpy(rows), u, {}, {}, {})
+        by_pillow = set()
+        for k, row in enumerate(rows.tolist()):
+            if (file := self._file(row)) is None:
+                by_pillow.add(k)
+            else:
+                batch.files[k] = file
+        batch.images.update(batch._by_pillow(by_pillow))
+        return batch
+
+    def _file(self, row: int) -> bytes | None:
+        """A file that the device decodes as Pillow does."""
+        files = self.reader.table.files
+        if files is None or self._kinds[row] == OTHER:
+            return None
+        try:
+            with open_binary(files[row]) as file:
+                content = file.read()
+        except OSError:  # which Pillow's reading explains
+            return None
+        if self._kinds[row] == UNKNOWN:
+            self._kinds[row] = PLAIN if is_plain_jpeg(content) else OTHER
+        complete = content.rstrip(b"\0").endswith(b"\xff\xd9")  # the marker of the end
+        return content if complete and self._kinds[row] == PLAIN else None
+
+
+def is_plain_jpeg(content: bytes) -> bool:
+    """Whether this is a JPEG file that torchcodec shows as Pillow does: gray, or color as YCbCr."""
+    try:
+        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+            if image.format != "JPEG" or max(image.size) > MAX_SIDE:
+                return False
+            if "xmp" in image.info and orientation_of(image) != 1:  # Pillow looks there, too
+                return False
+            ids = [layer[0] for layer in getattr(image, "layer", [])]
+            stored_rgb = image.info.get("adobe_transform") == 0 or ids == _RGB_IDS
+            return image.mode == "L" or (image.mode == "RGB" and not stored_rgb)
+    except Exception:  # whatever Pillow raises for a broken file, it raises again where it reads it
+        return False
+
+
+def in_channels(image: Tensor, channels: int) -> Tensor:
+    """(1 or 3, H, W) uint8 -> (channels, H, W): gray is repeated, color becomes Pillow's "L"."""
+    if len(image) == channels:
+        return image
+    if channels == 3:
+        return image.expand(3, -1, -1)
+    red, green, blue = image.int()
+    luma = (19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16  # of 0.299, 0.587, 0.114
+    return luma.to(torch.uint8)[None]
+
+
+def _attempted(decode: functools.partial[Tensor], file: bytes) -> Tensor | None:
+    try:
+        return decode(file)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return None
