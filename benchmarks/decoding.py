@@ -2,24 +2,34 @@
 
     python benchmarks/decoding.py FOLDER [--side 375] [--images 1024] [--rounds 5]
 
-All files are held in memory, and decoded whole to RGB. With --side the images are made as large
-as asked first (their shorter side, JPEG at quality 90), as ImageNet's are some 500x375. The GPU's
-rows need CUDA; nvJPEG is torchvision's `decode_jpeg`, which decodes a list of files at once.
+All files are decoded whole to RGB, as often as there are rounds. With --side the images are made as
+large as asked first (their shorter side, JPEG at quality 90), as ImageNet's are some 500x375. The
+GPU's rows need CUDA; nvJPEG is torchcodec's `decode_jpeg`, which decodes a list of files at once.
+The last rows are of training's loaders, which crop at random and resize to 224 pixels, by one
+thread: `--decode cpu`, and `--decode device`, of which the CPU's share is shown as well.
 """
 
 import argparse
 import io
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchcodec.decoders import decode_jpeg
+
+from regard.data.augment import Augmentation
+from regard.data.device_decoding import DecodingLoader
+from regard.data.loading import Reader, SampleOrder, StreamingLoader
+from regard.data.preprocess import Preprocess
+from regard.data.table import ImageTable
 
 BATCH = 128
 
@@ -60,7 +70,47 @@ def main() -> None:
                 way()
                 seconds[name].append(time.perf_counter() - started)
     for name, times in seconds.items():
-        print(f"{name:24}{len(files) / statistics.median(times):10,.0f} images/s")
+        print(f"{name:40}{len(files) / statistics.median(times):10,.0f} images/s")
+    with tempfile.TemporaryDirectory() as folder:
+        _loaders(files, Path(folder), args.rounds)
+
+
+def _loaders(files: list[bytes], folder: Path, rounds: int) -> None:
+    """Prints how fast training's loaders are, by one thread."""
+    for k, file in enumerate(files):
+        (folder / f"{k}.jpg").write_bytes(file)
+    count = len(files) // BATCH * BATCH
+    paths = [str(folder / f"{k}.jpg") for k in range(count)]
+    no_splits = np.array([""] * count)
+    table = ImageTable("files", ["a", "b"], np.zeros(count, np.int64), no_splits, files=paths)
+    preprocess = Preprocess((3, 224, 224), (0.5,) * 3, (0.25,) * 3)
+    reader = Reader(table, preprocess, Augmentation(random_crop="resized"))
+    spans = [(first, BATCH) for first in range(0, count, BATCH)]
+    on_cpu, on_device = (
+        loader(reader, SampleOrder(count, 0), 0, 0) for loader in (StreamingLoader, DecodingLoader)
+    )
+    ways: dict[str, Callable[[], Any]] = {
+        "--decode cpu": lambda: list(on_cpu.batches(spans)),
+        "--decode device, the CPU's share": lambda: list(on_device.batches(spans)),
+    }
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        ways["--decode device"] = lambda: [
+            batch.decoded(device).images.sum().item() for batch in on_device.batches(spans)
+        ]
+    for name, way in ways.items():
+        times, spent = [], []
+        for _ in range(rounds + 1):
+            started, used = time.perf_counter(), time.process_time()
+            way()
+            times.append(time.perf_counter() - started)
+            spent.append(time.process_time() - used)
+        images_a_second = count / statistics.median(times[1:])
+        first, later = (1e3 * s / count for s in (spent[0], statistics.median(spent[1:])))
+        print(
+            f"{name:40}{images_a_second:10,.0f} images/s, {later:.3f} ms of a core each "
+            f"({first:.3f} in the first epoch)"
+        )
 
 
 def _resized(path: Path, side: int | None) -> bytes:
@@ -83,11 +133,7 @@ def _pillow(file: bytes) -> np.ndarray:
 
 def _nvjpeg(files: list[bytes]) -> None:
     for first in range(0, len(files), BATCH):
-        encoded = [
-            torch.frombuffer(bytearray(file), dtype=torch.uint8)
-            for file in files[first : first + BATCH]
-        ]
-        decode_jpeg(encoded, mode=ImageReadMode.RGB, device="cuda")
+        decode_jpeg(files[first : first + BATCH], mode="RGB", device="cuda")
     torch.cuda.synchronize()
 
 

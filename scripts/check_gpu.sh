@@ -54,6 +54,8 @@ short="--faithfulness-images 0 --log none"
 step tests 300 python3 -m pytest tests/test_gpu.py -n 4 --dist load -p no:cacheprovider -p no:benchmark
 step streamed 90 bash -c "$regard shrink digits $runs/digits --side 16 && $regard train $runs/digits/images.csv \
     --model ag_sononet8 --size 32 --steps 300 --memory no --workers 4 --compile graphs $short --out $runs/streamed"
+[ -z "$images" ] || step decoded 120 $regard train "$images" --model cbam_resnet18 --size 128 --steps 300 --memory no \
+    --decode device --compile graphs --pretrained no --random-crop resized $short --out "$runs/decoded"
 step fit-memory 120 $regard train digits --model cbam_resnet50 --size 448 --batch-size 1024 --steps 3 \
     --fit-memory --compile no --pretrained no $short --out "$runs/fit"
 step loop 60 $regard train digits --model attention56_cifar --size 32 --batch-size 1024 --steps 200 \

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from regard.machine import VARIABLE
 from regard.models.create import create_model
@@ -128,3 +130,39 @@ def test_muon_replayed_is_muon(monkeypatch):
     assert [r.graph is not None for r in one._recordings.values()] == [True]
     for p, q in zip(replayed.parameters(), eager.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_jpeg_files_are_decoded_there(tmp_path):
+    """nvJPEG rounds otherwise than libjpeg, and smooths colors otherwise between their samples."""
+    pytest.importorskip("torchcodec")
+    from regard.data.augment import Augmentation
+    from regard.data.device_decoding import DecodingLoader
+    from regard.data.loading import Reader, SampleOrder, StreamingLoader
+    from regard.data.preprocess import Preprocess
+    from regard.data.sources import open_data
+
+    for c, photo in enumerate(load_sample_images().images):
+        (tmp_path / "photos" / str(c)).mkdir(parents=True)
+        for k in range(40):
+            top, left, height, width = 5 * k, 7 * k, 150 + 3 * k, 200 + k
+            crop = Image.fromarray(photo[top : top + height, left : left + width])
+            crop.save(tmp_path / f"photos/{c}/{k}.jpg", progressive=k % 4 == 0, quality=90)
+    table = open_data(str(tmp_path / "photos"))
+    preprocess = Preprocess((3, 96, 96), (0.5,) * 3, (0.25,) * 3)
+    crops = Augmentation(random_crop="resized", crop_scale=(0.35, 1.0), full_decode=True)
+    reader, order = Reader(table, preprocess, crops), SampleOrder(80, 0)
+    spans = [(0, 40), (40, 40)]
+    theirs = StreamingLoader(reader, order, 0, 0).batches(spans)
+    for batch, expected in zip(
+        DecodingLoader(reader, order, 0, 2).batches(spans), theirs, strict=True
+    ):
+        found = batch.decoded(GPU)
+        assert found.images.device.type == "cuda"
+        assert found.images.dtype == torch.uint8
+        apart = (found.images.cpu().float() - expected.images.float()).abs()
+        assert apart.mean(dim=(1, 2, 3)).max() < 2.5  # of 255
+
+    told = regard("train", tmp_path / "photos", "--model", "cbam_resnet18", "--size", "64", "--steps",
+                  "40", "--memory", "no", "--decode", "device", "--compile", "graphs", "--batch-size",
+                  "16", "--out", tmp_path / "run", "--log", "none")  # fmt: skip
+    assert "streamed from files" in told
