@@ -162,7 +162,7 @@ def test_jpeg_files_are_decoded_there(tmp_path):
         apart = (found.images.cpu().float() - expected.images.float()).abs()
         assert apart.mean(dim=(1, 2, 3)).max() < 2.5  # of 255
 
-    told = regard("train", tmp_path / "photos", "--model", "cbam_resnet18", "--size", "64", "--steps",
-                  "40", "--memory", "no", "--decode", "device", "--compile", "graphs", "--batch-size",
-                  "16", "--out", tmp_path / "run", "--log", "none")  # fmt: skip
+    told = regard("train", tmp_path / "photos", "--model", "cbam_resnet18", "--size", "64",
+                  "--steps", "40", "--memory", "no", "--decode", "device", "--compile", "graphs",
+                  "--batch-size", "16", "--out", tmp_path / "run", "--log", "none")  # fmt: skip
     assert "streamed from files" in told
