@@ -240,6 +240,19 @@ def test_the_picture_can_be_read_whatever_the_images_shape(shape):
     assert lines == ["a.png: 0 (> 99.9 %)", "then 6 (< 0.1 %)"]
 
 
+@pytest.mark.parametrize("name", ["sononet8", "resnet18"])
+def test_the_panels_of_a_grafted_network_say_whole_where_their_gates_are(name):
+    model = regard.graft(regard.create_model(name, num_classes=3), regard.CBAM).eval()
+    preprocess = Preprocess((1 if name == "sononet8" else 3, 64, 64), (0.5,), (0.25,))
+    classifier = regard.Classifier(model, ["a", "b", "c"], preprocess)
+    (found,) = regard.explain(classifier, load_sample_images().images[0])
+    titles = {text.get_text() for axes in found.figure().axes for text in axes.texts}
+    blocks = {f"block{k}.{n}.2" for k, n in enumerate((2, 3, 3, 2, 2), start=1)}
+    stages = {f"layer{k}" for k in range(1, 5)}
+    assert (blocks if name == "sononet8" else stages) <= titles
+    assert not any("\u2026" in text for text in titles)
+
+
 def test_one_line_of_python_explains_files_arrays_and_pil_images(tmp_path, photos):
     network = saved(tmp_path / "net", "ag_sononet8", 64)
     china, flower = photos / "china.jpg", photos / "flower.png"

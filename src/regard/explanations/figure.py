@@ -54,8 +54,15 @@ def _short(text: str, length: int) -> str:
 
 
 def _label(m: StageMap) -> tuple[str, str]:
-    """A panel's two lines: which map, and its size and how it became one map."""
-    name = m.name.removesuffix(".map") if m.name.startswith(m.stage) else m.name
+    """A panel's two lines: which map, and its size and how it became one map.
+
+    Of a module's name what is before the gate's own, which all panels share: "block1.2.2", not
+    "block1.2.2.attention.spatial", of which the panel has no room for the end.
+    """
+    name = m.name
+    if name.startswith(m.stage):
+        for own in (".map", ".spatial", ".attention"):
+            name = name.removesuffix(own)
     return name, ", ".join(part for part in (size_of(m), m.reduction) if part)
 
 
