@@ -47,6 +47,12 @@ def test_each_fault_has_its_line(tmp_path, text, told):
     assert "\n" not in str(error.value)
 
 
+def test_further_columns_of_one_name_are_told(tmp_path):
+    table = open_data(manifest(tmp_path, "path,label,Site,site\nx.png,a,1,3\ny.png,b,2,4\n"))
+    assert table.columns["site"].tolist() == ["1", "2"]
+    assert "2 columns are called 'site': the first one is used" in table.warnings
+
+
 @pytest.mark.parametrize(
     ("text", "encoding"),
     [

@@ -189,6 +189,9 @@ class _Manifest:
         if not self.further:
             return
         yield f"columns that are used for subgroups only: {shortened(list(self.further), 6)}"
+        for name in self.further:
+            if (times := self.columns.count(name)) > 1:
+                yield f"{times} columns are called {name!r}: the first one is used"
         if "group" in self.columns:
             return
         count = len(self.labels)
