@@ -18,7 +18,7 @@ import regard
 from regard.data.augment import random_numbers
 from regard.data.loading import Batch, SampleOrder
 from regard.data.preprocess import Preprocess
-from regard.errors import NotFiniteError
+from regard.errors import NotFiniteError, UsageError
 from regard.predict import Classifier
 from regard.training.config import Recipe
 from regard.training.loop import Trainer
@@ -75,6 +75,37 @@ def first_step(trainer: Trainer) -> tuple[Tensor, list[Tensor]]:
     batches = trainer.source.batches(trainer.spans(0)[: trainer.recipe.accumulate])
     loss = trainer.gradients(iter(batches))
     return loss, [p.grad for p in trainer.model.parameters()]
+
+
+def test_self_adaptive_targets_move_towards_what_the_network_says(monkeypatch):
+    """Of eight steps the first two have the labels; the table is that of the paper's rule."""
+    trainer = trainer_of(weights=None, self_adaptive=0.9, label_smoothing=0.0)
+    outputs, losses, forward = [], [], trainer._outputs
+
+    def recorded(x: Tensor) -> Tensor:
+        said = forward(x)
+        outputs.append(said.detach())
+        return said
+
+    monkeypatch.setattr(trainer, "_outputs", recorded)
+    trainer.fit(after_step=lambda _, loss: losses.append(loss))
+    table = F.one_hot(trainer.labels, CLASSES).float()
+    for step, (said, loss) in enumerate(zip(outputs, losses, strict=True)):
+        rows = torch.arange(12 * step, 12 * step + 12) % COUNT
+        entropy = -(table[rows][:, None] * said.log_softmax(dim=2)).sum(dim=2).mean(dim=0)
+        expected = (entropy * torch.tensor(Heads.head_weights)).sum()
+        assert loss == pytest.approx(float(expected), rel=1e-6)
+        if step >= 2:
+            table[rows] = 0.9 * table[rows] + 0.1 * said[:, 0].softmax(dim=1)
+    torch.testing.assert_close(trainer.targets.table, table)
+    other = trainer_of(weights=None, self_adaptive=0.9)
+    other.load_state_dict(trainer.state_dict())
+    assert torch.equal(other.targets.table, table)
+
+
+def test_self_adaptive_training_takes_one_image_at_a_time():
+    with pytest.raises(UsageError, match=r"self_adaptive=0\.9 and mixup=0\.2: "):
+        Recipe(self_adaptive=0.9, mixup=0.2)
 
 
 LOSSES = [

@@ -34,7 +34,8 @@ from tests.helpers import (
 
 VARIANTS = {
     "held": [],
-    "streamed": ["--memory", "no", "--workers", "2", "--optimizer", "muon", "--lr", "0.005"],
+    "streamed": ["--memory", "no", "--workers", "2", "--optimizer", "muon", "--lr", "0.005",
+                 "--self-adaptive", "0.8"],
     "everything": ["--ema-decay", "0.9", "--accumulate", "2", "--mixup", "0.2",
                    "--optimizer", "adamw", "--lr", "0.003", "--rotate", "10",
                    "--random-erasing", "0.3",

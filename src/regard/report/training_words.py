@@ -20,6 +20,7 @@ _DEFAULTS: dict[str, Any] = {
     "decay_norm_and_bias": True, "backbone_lr_scale": 1.0, "clip_grad": 0.0, "ema_decay": 0.0,
     "schedule_unit": "epochs", "milestones": (), "lr_factors": (), "warmup": 0.0,
     "label_smoothing": 0.0, "class_weights": "none", "mixup": 0.0, "label_noise": 0.0,
+    "self_adaptive": 0.0,
     "sampler": "shuffled", "sampler_weights": "", "largest_class_weight": 1.0, "limit": None,
     "split_seed": 0, "fold": None, "keep_together": False, "normalization": "data",
     "full_decode": False, "random_crop": "none", "crop_shift": 0.125, "crop_scale": (0.08, 1.0),
@@ -183,11 +184,15 @@ def training(
         if r["label_noise"] else ""
     )  # fmt: skip
     smoothing = f"label smoothing {r['label_smoothing']:g}" if r["label_smoothing"] else ""
+    adaptive = (
+        f"self-adaptive training (momentum {r['self_adaptive']:g})" if r["self_adaptive"] else ""
+    )
     clip = f"gradients clipped to a norm of {r['clip_grad']:g}" if r["clip_grad"] else ""
     average = f"moving average of the weights (decay {r['ema_decay']:g})" if r["ema_decay"] else ""
     parts = [
         _OPTIMIZERS.get(r["optimizer"], r["optimizer"]), rate, _schedule(r), _momentum(r),
-        _decay(r), clip, average, _epochs(facts, r), batches(facts, r), loss, smoothing, noise,
+        _decay(r), clip, average, _epochs(facts, r), batches(facts, r), loss, smoothing, adaptive,
+        noise,
         f"{facts['precision']} arithmetic" if facts.get("precision") else "", f"seed {r['seed']}",
     ]  # fmt: skip
     time = f"in {facts['seconds']:.0f} s on {facts['device']}"

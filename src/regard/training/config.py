@@ -111,6 +111,11 @@ class Recipe:
         "(1 for a class that is not named).",
     )  # fmt: skip
     mixup: Annotated[float, _limits(gte=0, lte=10)] = _field(0.0, "Loss", "Mixup alpha (0 = off).")
+    self_adaptive: Annotated[float, _limits(gte=0, lt=1)] = _field(
+        0.0, "Loss",
+        "Self-adaptive training, for wrong labels: after a quarter of the steps each image's "
+        "target moves from its label to the network's predictions, with this momentum (0 = off).",
+    )  # fmt: skip
     label_noise: _Share = _field(
         0.0, "Loss", "Fraction of the training labels changed to another class."
     )
@@ -425,6 +430,11 @@ def _check_together(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if list(value) != sorted(value):
             raise UsageError(f"{name}={value}: must be in increasing order")
+    if recipe.self_adaptive and recipe.mixup:
+        raise UsageError(
+            f"self_adaptive={recipe.self_adaptive:g} and mixup={recipe.mixup:g}: what the network "
+            "says of mixed images says nothing of one; give one of them"
+        )
     factors, milestones = recipe.lr_factors, recipe.milestones
     if factors and len(factors) != len(milestones) + 1:
         raise UsageError(f"lr_factors={factors}: one more than the {len(milestones)} milestones")

@@ -28,6 +28,7 @@ class Placed:
         partners: (count,) labels of the images that are mixed in, or None.
         count: images that count; those after them fill the places of unreadable ones.
         unreadable: (row, reason) of the images left out.
+        rows: (count,) of the table of training images, where targets are looked up by them.
     """
 
     images: Tensor
@@ -37,6 +38,7 @@ class Placed:
     partners: Tensor | None
     count: int
     unreadable: list[tuple[int, str]]
+    rows: Tensor | None = None
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Placed":
         """The batch with each of its tensors moved."""
@@ -44,7 +46,7 @@ class Placed:
         partners = None if self.partners is None else move(self.partners)
         return Placed(
             move(self.images), move(self.random_numbers), move(self.labels), shares, partners,
-            self.count, self.unreadable,
+            self.count, self.unreadable, None if self.rows is None else move(self.rows),
         )  # fmt: skip
 
 

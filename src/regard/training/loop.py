@@ -43,6 +43,7 @@ from regard.training.losses import (
     total_weight,
 )
 from regard.training.optim import rate_factor, set_rate
+from regard.training.self_adaptive import START, SelfAdaptiveTargets
 from regard.training.steps import StepPlan, StepSpans, step_plan
 from regard.training.update import Updater
 
@@ -105,6 +106,10 @@ class Trainer:
         self.updater: Updater = Updater(self.model, recipe, self.device, self.precision)
         self.optimizer: torch.optim.Optimizer = self.updater.optimizer
         self.ema: ModelEmaV3 | None = self.updater.ema
+        self.targets: SelfAdaptiveTargets | None = None
+        if recipe.self_adaptive:
+            momentum = recipe.self_adaptive
+            self.targets = SelfAdaptiveTargets(self.labels, self.classes, momentum, self.device)
         # sums over this epoch: objective, weights, cross entropy, correct, images
         self.tally: Tensor = torch.zeros(5, dtype=torch.float64)
         self._forward: Any = self.model
@@ -160,6 +165,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if self.updater.scaler is None else self.updater.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "targets": None if self.targets is None else self.targets.table,
             "tally": self.tally.clone(),
             "history": self.history,
             "unreadable": self.unreadable,
@@ -175,6 +181,8 @@ class Trainer:
             self.updater.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+        if self.targets is not None:
+            self.targets.table.copy_(state["targets"])
         self.step, self.history = state["step"], state["history"]
         self.tally, self.seconds, self.waited = state["tally"], state["seconds"], state["waited"]
         self.unreadable = [tuple(u) for u in state["unreadable"]]
@@ -235,6 +243,8 @@ class Trainer:
                 with self._recomputing():
                     self.updater.backward(summed * share / whole)
             loss += summed.detach() * share / whole
+            if self.targets is not None and batch.rows is not None and self._targets_move:
+                self.targets.move(batch.rows, joined_heads(self.model, outputs.detach()))
             self._count(outputs.detach(), batch, target, summed.detach(), weight)
         return loss
 
@@ -256,7 +266,8 @@ class Trainer:
         if self.recipe.mixup and len(labels) > 1:
             shares = mixup_shares(u, self.recipe.mixup)
             partners = labels[neighbors(len(labels))][:count]
-        return Placed(batch.images, u, labels[:count], shares, partners, count, unreadable)
+        rows = None if self.targets is None else batch.indices[:count]
+        return Placed(batch.images, u, labels[:count], shares, partners, count, unreadable, rows)
 
     def input_of(self, batch: ReadBatch) -> Tensor:
         """(B, C, H, W), what the network gets of a batch, on the device."""
@@ -331,6 +342,11 @@ class Trainer:
                 **without_buffer_exchange(),  # `share_buffers` does it where they are used
             )
 
+    @property
+    def _targets_move(self) -> bool:
+        """Whether a self-adaptive run is at the steps in which its targets move."""
+        return self.step >= START * self.total
+
     def _synchronized(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Processes exchange gradients with the last batch of a step only."""
         if self._parallel is None or last:
@@ -353,7 +369,9 @@ class Trainer:
         return batch
 
     def _target(self, batch: Placed) -> Tensor:
-        """(count,) labels, or with mixup (count, classes) probabilities."""
+        """(count,) labels, or (count, classes) probabilities: with mixup, or self-adaptive."""
+        if self.targets is not None and batch.rows is not None and self._targets_move:
+            return self.targets.of(batch.rows)
         if batch.shares is None or batch.partners is None:
             return batch.labels
         own, other = (

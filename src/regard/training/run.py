@@ -24,7 +24,7 @@ from regard.data.loading import InMemoryLoader, StreamingLoader
 from regard.data.near_duplicates import leak_line
 from regard.data.table import ImageTable
 from regard.data.workers import WaitInterrupted, worker_errors
-from regard.errors import NotFiniteError, Stopped
+from regard.errors import NotFiniteError, Stopped, UsageError
 from regard.evaluation import Predictions
 from regard.files import check_space, shortened
 from regard.machine import memory_errors, one_cpu_thread
@@ -156,6 +156,11 @@ class Run:
         check_batch(model, self.plan.recipe, int(np.count_nonzero(self.table.splits == "train")))
         if self.plan.recipe.decode == "device":
             check_device_decoding(self.accelerator.device)
+        if self.plan.recipe.self_adaptive and self.world > 1:
+            raise UsageError(
+                "self_adaptive: each of several processes would know a part of the targets only; "
+                "train in one"
+            )
         on_main(self.accelerator, lambda: self._claim(lock, model))
         self.parts: dict[str, LoadedSplit] = load_splits(
             self.table, self.plan.preprocess, self.plan.recipe,

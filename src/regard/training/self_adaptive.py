@@ -1,0 +1,39 @@
+"""Targets that move from the labels towards what the network says, for labels that may be wrong.
+
+Self-adaptive training (Huang, Zhang and Zhang 2020, arXiv 2002.10319), without its weights of
+images: after the start of a run each image's target is the running mean of its label and the
+network's predictions of it, one for each time that it was seen.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+START = 0.25  # of the steps, in which the targets are the labels
+
+
+class SelfAdaptiveTargets:
+    """The target of each training image.
+
+    Args:
+        labels: (N,) of the images, on the CPU.
+        classes: how many.
+        momentum: the share of a target that stays when its image is seen.
+        device: where it trains.
+
+    Attributes:
+        table: (N, classes) probabilities, on the device.
+    """
+
+    def __init__(self, labels: Tensor, classes: int, momentum: float, device: torch.device) -> None:
+        self.momentum: float = momentum
+        self.table: Tensor = F.one_hot(labels, classes).float().to(device)
+
+    def of(self, rows: Tensor) -> Tensor:
+        """(B,) rows of the images -> (B, classes), their targets."""
+        return self.table[rows]
+
+    def move(self, rows: Tensor, logits: Tensor) -> None:
+        """Moves the targets of images (B,) towards what the network says of them (B, classes)."""
+        said = logits.detach().float().softmax(dim=1)
+        self.table[rows] = self.momentum * self.table[rows] + (1 - self.momentum) * said
