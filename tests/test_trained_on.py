@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -271,6 +272,28 @@ def test_images_that_trained_the_weights_it_started_from_are_told(
     named, said, _ = predictions_of(tmp_path / "tuned", listed(tmp_path / "data.csv", *rows))
     assert (named, len(said)) == ("all", 15)
     assert "4 of 15 images trained or validated the weights that this run started" in warned()
+
+
+def test_images_that_trained_the_first_of_a_chain_of_runs_are_told(
+    whole, scans, tmp_path, splits, fresh, warned, capsys, monkeypatch
+):
+    """Also where the first run is gone, and the second was named from another folder."""
+    first = shutil.copytree(whole, tmp_path / "first")
+    call = ["train", new_images(tmp_path / "own", 60, seed=3), *QUICK, "--steps", "1"]
+    assert run_command([*map(str, [*call, "--weights", first, "--out", tmp_path / "second"])]) == 0
+    shutil.rmtree(first)
+    monkeypatch.chdir(tmp_path)
+    call = ["train", scans, *QUICK, "--steps", "1", "--split-seed", "1", "--weights", "second"]
+    capsys.readouterr()
+    assert run_command([*map(str, [*call, "--out", "third"])]) == 0
+    used = {*splits["train"], *splits["val"]}
+    tested = [row["path"] for row in rows_of(Path("third/splits.csv")) if row["split"] == "test"]
+    count = len(used.intersection(tested))
+    assert f"{count} of 24 test images, or others of their" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path / "own")
+    rows = [(scans / key, key[0], n) for n, key in enumerate(tested)]
+    predictions_of(tmp_path / "third", listed(tmp_path / "data.csv", *rows, (*fresh[0], "new")))
+    assert f"{count} of 25 images trained or validated the weights that this run" in warned()
 
 
 def test_calibration_leaves_out_patients_that_train_or_test(

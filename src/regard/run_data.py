@@ -29,7 +29,14 @@ from regard.models.original_weights import (
 )
 from regard.predict import Classifier, load, probabilities_of
 from regard.runs import RunFolder
-from regard.trained_on import KnownImages, Overlap, changed_line, known_images, own_table
+from regard.trained_on import (
+    STARTED,
+    KnownImages,
+    Overlap,
+    changed_line,
+    known_images,
+    own_table,
+)
 
 logger: logging.Logger = logging.getLogger(__name__)
 Choose = Callable[[ImageTable, Overlap | None], tuple[str, ImageTable]]
@@ -205,7 +212,7 @@ def _run_table(
     progress = Heartbeat("images compared with the run's", level=logging.WARNING)
     hashes = content_hashes(table, progress)
     shared = known.overlap(hashes, table.groups)
-    if (start := _start_of(folder)) is not None:
+    if (start := known_start(run)) is not None:
         shared = replace(shared, started=np.isin(start.splits_of(hashes), ("train", "val")))
     if shared.own:
         if folder.exists and np.isin(known.own, hashes).all():
@@ -219,14 +226,33 @@ def _run_table(
     return table, shared
 
 
-def _start_of(folder: RunFolder) -> KnownImages | None:
-    """The images of the run, or of Regard's own weights, that a run started from."""
-    plan = folder.read_plan() if folder.exists else {}
-    weights = plan.get("weights")
-    if plan.get("pretrained") and plain_source(plan["model"]) is None:  # Regard's own
-        weights = plan["model"]
-    start = None if weights is None else find_folder(weights)
+def known_start(run: Path) -> KnownImages | None:
+    """The images of the weights that a run started from, and of those that these started from.
+
+    None: it started from none, or they are not known.
+    """
+    if (run / STARTED).is_file():
+        return KnownImages(run / STARTED)
+    folder = RunFolder(run)  # of an earlier version: what its weights say of themselves
+    start = start_folder(folder.read_plan()) if folder.exists else None
     return None if start is None else known_images(start)
+
+
+def start_folder(plan: Mapping[str, Any]) -> Path | None:
+    """The folder of the run, or of Regard's own weights, that a plan starts from; or None."""
+    weights = plan.get("weights")
+    if weights is None and plan.get("pretrained") and plain_source(plan["model"]) is None:
+        weights = plan["model"]  # Regard's own
+    return None if weights is None else find_folder(weights)
+
+
+def write_start(run: Path, plan: Mapping[str, Any]) -> None:
+    """Writes what `known_start` reads into the folder of a run that starts."""
+    if (start := start_folder(plan)) is None:
+        return
+    found = [known for known in (known_images(start), known_start(start)) if known is not None]
+    if found:
+        found[0].write(run / STARTED, *found[1:])
 
 
 def choose_split(

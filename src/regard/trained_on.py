@@ -27,6 +27,7 @@ PathT = TypeVar("PathT", str, Path)
 _NAMES = np.array(SPLITS, "U5")
 COMPARED = 20_000  # images that `changed_line` reads
 KNOWN = "images.npz"  # in the folder of weights that come with Regard, instead of splits.csv
+STARTED = "started.npz"  # the images of the weights that a run started from
 
 
 class KnownImages:
@@ -75,9 +76,12 @@ class KnownImages:
     def __len__(self) -> int:
         return len(self.contents)
 
-    def write(self, path: Path) -> None:
-        """Writes hashes and splits alone, 9 bytes an image, as an .npz file."""
-        np.savez_compressed(path, contents=self.contents, splits=self._codes.astype(np.uint8))
+    def write(self, path: Path, *more: "KnownImages") -> None:
+        """Writes hashes and splits alone, also those of `more`; an .npz file, 9 bytes an image."""
+        pairs = [(k.contents, k._codes.astype(np.uint64)) for k in (self, *more)]
+        rows = np.unique(np.concatenate([np.stack(pair, axis=1) for pair in pairs]), axis=0)
+        contents, first = np.unique(rows[:, 0], return_index=True)  # of its splits the first
+        np.savez_compressed(path, contents=contents, splits=rows[first, 1].astype(np.uint8))
 
     def splits_of(self, hashes: NDArray[np.uint64]) -> NDArray[np.str_]:
         """(N,) train, val or test for each hash; '' for an image that is not the run's."""

@@ -265,6 +265,7 @@ PREFIX = "hf-hub:"
 FILES = (
     "config.json", WEIGHTS, "README.md", "recipe.toml", "metrics.csv", "evaluation.json",
     "calibration.json", FAMILIARITY,  # without which it would answer otherwise
+    "started.npz",  # hashes, as KNOWN
 )  # fmt: skip
 KNOWN = "images.npz"  # hashes of the training images, instead of splits.csv
 

@@ -29,6 +29,7 @@ from regard.evaluation import Predictions
 from regard.files import check_space, shortened
 from regard.machine import memory_errors, one_cpu_thread
 from regard.models.counting import count_parameters
+from regard.run_data import write_start
 from regard.runs import RunFolder
 from regard.training.build import build_loader, build_model, build_trainer
 from regard.training.checkpoint import Checkpoints
@@ -246,7 +247,10 @@ class Run:
 
     def _start(self, chosen: dict[str, Any]) -> None:
         text = recipe_toml(self.plan.recipe, self.plan.header())
-        self.folder.start(dataclasses.asdict(self.plan), text, self.table, chosen)
+        plan = dataclasses.asdict(self.plan)
+        if not self.resumed:
+            write_start(self.folder.path, plan)
+        self.folder.start(plan, text, self.table, chosen)
 
     def _load_state(self) -> None:
         state, broken = on_main(self.accelerator, self.states.load)

@@ -24,6 +24,7 @@ from regard.models.create import plain_source
 from regard.models.hub import fetch_weights, has_weights
 from regard.models.io import find_folder, network_in, read_config
 from regard.models.original_weights import arguments_of, authors_normalization, read_tensors
+from regard.run_data import known_start
 from regard.trained_on import known_images
 from regard.training.config import Recipe
 from regard.training.plan import CIFAR_STEM_UP_TO, choose_stem
@@ -236,12 +237,16 @@ def seen_before(table: ImageTable, start: Start, name: str) -> str | None:
     folder = None if weights is None else find_folder(weights)
     known = None if folder is None else known_images(folder)
     split = next((s for s in ("test", "val") if (table.splits == s).any()), None)
-    if known is None or split is None:
+    if folder is None or known is None or split is None:
         return None
     table = table.select(table.splits == split)
-    shared = known.overlap(content_hashes(table), table.groups)
+    hashes = content_hashes(table)
+    shared = known.overlap(hashes, table.groups)
     used = ("train", "val") if split == "test" else ("train",)
-    count = int((np.isin(shared.images, used) | shared.related(*used)).sum())
+    seen = np.isin(shared.images, used) | shared.related(*used)
+    if (earlier := known_start(folder)) is not None:
+        seen |= np.isin(earlier.splits_of(hashes), used)
+    count = int(seen.sum())
     if not count:
         return None
     return (
