@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from regard.called import as_command
 from regard.data.preprocess import Preprocess
 from regard.evaluation import Predictions, evaluate
 from regard.runs import RunFolder
@@ -48,22 +49,44 @@ def _few(images, groups=None):
     return evaluate(Predictions(np.eye(3)[[0] * images], [0] * images, ["0", "1", "2"], groups))
 
 
+def _card(whole, to, found, data=None):
+    """The model card of a run with another result, in a folder of its own."""
+    for name in ("run.json", "recipe.toml"):
+        shutil.copy(whole / name, to)
+    folder = RunFolder(to)
+    stored = folder.read_plan()
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["preprocess"].items()}
+    plan = Plan(
+        data or stored["data"], None, stored["model"], stored["model_args"], None, False,
+        load_recipe(whole / "recipe.toml"), stored["classes"], Preprocess(**values),
+    )  # fmt: skip
+    write_model_card(folder, plan, folder.read_facts(), found)
+    return (to / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_has_the_command_that_started_the_run_and_a_name_of_the_data(
+    whole, tmp_path, monkeypatch
+):
+    """A resumed run is finished by another command; "." names no data."""
+    (tmp_path / "lesions").mkdir()
+    monkeypatch.chdir(tmp_path / "lesions")
+    with as_command(["train", ".", "--out", "run", "--resume"]):
+        text = _card(whole, tmp_path, _few(3), data=".")
+    command = (whole / "recipe.toml").read_text(encoding="utf-8").splitlines()[1].lstrip("# ")
+    assert command.startswith("regard train ")
+    assert f"```\n{command}\n```" in text
+    assert "--resume" not in text
+    assert "# ag_sononet8 on lesions\n" in text
+    assert "name: lesions" in text
+
+
 @pytest.mark.parametrize(
     ("found", "images", "more"),
     [(_few(1), "1 image", "more images"), (_few(3, ["a"] * 3), "3 images", "more groups")],
     ids=["one image", "one group"],
 )
 def test_without_an_interval_the_card_says_what_one_needs(whole, tmp_path, found, images, more):
-    shutil.copy(whole / "run.json", tmp_path)
-    folder = RunFolder(tmp_path)
-    stored = folder.read_plan()
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["preprocess"].items()}
-    plan = Plan(
-        stored["data"], None, stored["model"], stored["model_args"], None, False,
-        load_recipe(whole / "recipe.toml"), stored["classes"], Preprocess(**values),
-    )  # fmt: skip
-    write_model_card(folder, plan, folder.read_facts(), found)
-    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    text = _card(whole, tmp_path, found)
     assert f"On the {images} of the test split" in text
     assert more in text
     assert "| accuracy | 1.0000 | – |" in text

@@ -153,6 +153,11 @@ class RunFolder:
         """The resolved recipe, as its TOML file has it."""
         return tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
 
+    def read_command(self) -> str:
+        """The command that started the run, from the header of its recipe; '' without one."""
+        lines = (self.path / "recipe.toml").read_text(encoding="utf-8").splitlines()
+        return lines[1].removeprefix("# ") if len(lines) > 1 and lines[1].startswith("# ") else ""
+
     # --------------------------------------------------------------------------- writing
     def _write_run(self, run: dict[str, Any]) -> None:
         self.write_text("run.json", json.dumps(run, indent=2) + "\n")

@@ -113,9 +113,8 @@ class RunSource:
 
     @cached_property
     def command(self) -> str:
-        """The command of the run, from the header of its recipe."""
-        lines = (self.run.path / "recipe.toml").read_text(encoding="utf-8").splitlines()
-        return lines[1].removeprefix("# ") if len(lines) > 1 and lines[1].startswith("# ") else ""
+        """The command of the run."""
+        return self.run.read_command()
 
     @cached_property
     def calibrated(self) -> Predictions:

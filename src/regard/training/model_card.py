@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from regard.evaluation import Evaluation
 from regard.evaluation.display import cell
 from regard.files import about, plural, shortened, write_text
-from regard.runs import RunFolder
+from regard.runs import RunFolder, data_name
 from regard.training.run_plan import Plan
 
 CLASSES_SHOWN = 50
@@ -24,6 +24,7 @@ def write_model_card(
     """Writes README.md: data, classes, metrics with intervals, command, versions, intended use."""
     top1 = evaluation.metrics["top1"]
     data = Path(plan.data).name
+    data = data if data.strip(".") else data_name(plan.data)  # "." and ".." name no data
     metadata = ModelCardData(
         library_name="timm",
         tags=["image-classification", "regard", "timm"],
@@ -39,7 +40,7 @@ def write_model_card(
     )  # fmt: skip
     body = "\n\n".join([
         f"# {plan.network} on {data}", _network(plan, facts), _data(plan, facts),
-        _metrics(facts, evaluation), _use(folder), _command(plan, facts), _intended(),
+        _metrics(facts, evaluation), _use(folder), _command(folder, plan, facts), _intended(),
     ])  # fmt: skip
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
     write_text(folder.path / "README.md", str(card))
@@ -108,9 +109,9 @@ def _use(folder: RunFolder) -> str:
     )
 
 
-def _command(plan: Plan, facts: dict[str, Any]) -> str:
+def _command(folder: RunFolder, plan: Plan, facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    command = plan.header().splitlines()[1]
+    command = folder.read_command()  # this process's may be that of a resumed run
     return f"## How it was made\n\n```\n{command}\n```\n\nWith {versions}; seed {plan.recipe.seed}."
 
 
