@@ -28,6 +28,7 @@ class Hub:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.asked: list[str] = []
+        self.made: set[str] = set()
         self.delay = 0.0
         self.fault: str | int = ""
         self.stopped = threading.Event()
@@ -88,6 +89,7 @@ class Hub:
             return 200, {"errors": [], "warnings": []}
         if path == "/api/repos/create":
             name = json.loads(body)
+            self.made.add(f"{name.get('organization')}/{name['name']}")
             return 200, {"url": f"{self.url}/{name.get('organization')}/{name['name']}"}
         if "/preupload/" in path:
             files = [f["path"] for f in json.loads(body)["files"]]
@@ -99,6 +101,8 @@ class Hub:
             if row["key"] == "file":
                 content = base64.b64decode(row["value"]["content"])
                 self.files[f"{repository}/{row['value']['path']}"] = content
+            elif row["key"] == "deletedFile":
+                del self.files[f"{repository}/{row['value']['path']}"]
         return 200, {"commitUrl": f"{self.url}/{repository}/commit/{COMMIT}", "commitOid": COMMIT,
                      "success": True}  # fmt: skip
 
@@ -108,7 +112,7 @@ class Hub:
         if path.startswith("api/models/"):
             name = "/".join(path.split("/")[2:4])
             names = [f.removeprefix(f"{name}/") for f in self.files if f.startswith(f"{name}/")]
-            if not names and "/revision/" not in path:  # asked of an empty repository, too
+            if not names and name not in self.made:
                 return None, {"X-Error-Code": "RepoNotFound"}
             rows = [{"type": "file", "path": n, "size": len(self.files[f"{name}/{n}"]), "oid": "0"}
                     for n in names]  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import regard
+from regard.calibrating import calibrate, remove_calibration
 from regard.cli import run_command
 from regard.errors import FileError
 from regard.models import hub
@@ -54,6 +55,19 @@ def test_a_run_is_pushed_when_it_is_said_and_loaded_by_name(
     (folder / "model.safetensors").unlink()  # as where a download was broken off
     with pytest.raises(FileError, match="can't be reached"):
         regard.load("hf-hub:someone/digits")
+
+
+def test_what_the_run_has_no_more_is_deleted(whole, stand_in, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "good")
+    run = shutil.copytree(whole, tmp_path / "run")
+    calibrate(run)
+    hub.push(hub.push_files(run, "someone/digits"), "someone/digits")
+    stand_in.files["someone/digits/notes.md"] = b"somebody's own"
+    assert regard.load("hf-hub:someone/digits").calibration is not None
+    assert remove_calibration(run)
+    hub.push(hub.push_files(run, "someone/digits"), "someone/digits")
+    assert "someone/digits/calibration.json" not in stand_in.files
+    assert "someone/digits/notes.md" in stand_in.files
 
 
 @pytest.mark.parametrize("noticed", ["here", "by the HTTP library"])

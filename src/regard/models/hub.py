@@ -340,6 +340,9 @@ def push(
 ) -> str:
     """Uploads files in one commit, to a repository that is made where it is missing.
 
+    What an earlier push left there and the run has no more, such as a calibration that was
+    removed, is deleted: the network would answer by it.
+
     Returns:
         The repository's address.
 
@@ -348,12 +351,16 @@ def push(
     """
     _refusal(repository, "config.json")  # that it answers is enough: it need not be there
     api = huggingface_hub.HfApi()
-    operations = [
+    adds = [
         huggingface_hub.CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path)
         for path in (*files, *more)
     ]
+    gone = {*FILES, KNOWN} - {add.path_in_repo for add in adds}
     try:
         made = api.create_repo(repository, private=private, exist_ok=True)
+        there = gone.intersection(api.list_repo_files(repository))
+        deletes = [huggingface_hub.CommitOperationDelete(name) for name in sorted(there)]
+        operations = [*adds, *deletes]
         api.create_commit(repository, operations, commit_message="A run of Regard")
     except Exception as error:  # of the HTTP library, of the hub: a token that is missing or wrong
         hint = (
