@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,8 +26,10 @@ from regard.cli import _explained, run_command
 from regard.commands.study_display import StudyDisplay
 from regard.cores import cores
 from regard.errors import StudyStopped, UsageError
+from regard.evaluation import Predictions
 from regard.evaluation.calibration import Calibration, write_calibration
 from regard.papers import parse_table
+from regard.runs import RunFolder, write_predictions
 from regard.studies.page import write_page
 from regard.studies.plan import (
     choose_part,
@@ -39,6 +42,7 @@ from regard.studies.progress import Progress, Running
 from regard.studies.results import gather, to_dict, write_results
 from regard.studies.runner import is_finished, run_all
 from regard.training.recipe_files import load_recipe, recipe_toml
+from tests.helpers import rows_of
 
 TABLE = """
 title = "Gates on digits"
@@ -751,6 +755,40 @@ def test_the_stated_length_is_of_all_runs(tmp_path, trainer):
     assert (length.steps, length.images, length.most) == (40, 80, (48, 2.0, 96))
     assert "40 to 48 steps" in length.sentence()
     assert "2 epochs" in length.sentence()
+
+
+def test_images_are_paired_by_their_content(whole, scans, tmp_path, monkeypatch, capsys):
+    """Whatever DATA was called, and wherever it was, a path is no proof of an image."""
+    from regard.studies import cost
+
+    fixed = cost.Cost(parameters=10, macs=20, ms_an_image=1.0, ms_a_step=None)
+    monkeypatch.setattr(cost, "measure_costs", lambda folders: [fixed] * len(folders))
+    other = shutil.copytree(whole, tmp_path / "other")
+    split, said = RunFolder(whole).read_predictions()
+    paths = [str(Path(path).relative_to(scans.parent)) for path in said.paths]  # of DATA "scans"
+    write_predictions(other / "predictions.npz", split, replace(said, paths=paths))
+    call = ["compare", str(whole), str(other), "--metric", "top1", "--json"]
+    capsys.readouterr()
+    assert run_command(call) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 24
+    write_predictions(other / "predictions.npz", split, said)
+    tested = next(r for r in rows_of(other / "splits.csv") if r["split"] == "test")
+    text = (other / "splits.csv").read_text().replace(tested["content"], "0" * 15 + "1")
+    (other / "splits.csv").write_text(text)  # another image has its name
+    assert run_command(call) == 2
+    assert "different images (1 of 24 are missing" in capsys.readouterr().err
+
+
+def test_copies_of_an_image_are_told_apart_by_label_and_name(tmp_path):
+    rows = ["b.png,x,test,,7", "a.png,y,test,,7", "c.png,x,test,,", "n/b.png,x,train,,9"]
+    (tmp_path / "splits.csv").write_text("\n".join(["path,label,split,group,content", *rows]))
+    paths, file = [f"/d/{name}.png" for name in "bac"], tmp_path / "predictions.npz"
+    said = Predictions(np.eye(2)[[0, 1, 0]], [0, 1, 0], ["x", "y"], None, paths)
+    write_predictions(file, "test", said)
+    found = RunFolder(tmp_path).read_named()[1]
+    assert found.paths == [f"{7:016x} 1", f"{7:016x} 2", "c.png"]
+    write_predictions(file, "test", replace(said, paths=["b.png", "x", "y"]))
+    assert RunFolder(tmp_path).read_named()[1].paths == ["b.png", "x", "y"]
 
 
 def test_compare_pairs_images_and_refuses_others(tmp_path, trainer, capsys, monkeypatch):

@@ -8,7 +8,9 @@ import re
 import shutil
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from regard.data.content import content_hashes, original_hashes
+from regard.data.content import UNREADABLE, content_hashes, original_hashes
 from regard.data.sources import ImageTable
-from regard.data.splits_file import write_splits
+from regard.data.splits_file import rows_of, write_splits
 from regard.errors import FileError, StateError, UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate_subgroups, subgroup_columns
 from regard.files import read_npz, reason, write_atomically
@@ -313,6 +315,29 @@ class RunFolder:
             )  # fmt: skip
         except (ValueError, KeyError) as error:
             raise StateError(f"{self.path / name} can't be read ({reason(error)})") from error
+
+    def read_named(self, name: str = "predictions.npz") -> tuple[str, Predictions]:
+        """As `read_predictions`, with names by the images' contents instead of paths.
+
+        Two runs have the same names for the same images, wherever these were. Paths stay where
+        the run has no hashes of its images.
+
+        Raises:
+            StateError: as `read_predictions`.
+            UsageError: the file of splits is damaged.
+        """
+        split, said = self.read_predictions(name)
+        splits = self.path / "splits.csv"
+        rows = rows_of(said.paths or [], splits) if splits.is_file() else None
+        if rows is None:
+            return split, said
+        copies: Counter[int] = Counter()
+        names = {}
+        for row in sorted(rows, key=lambda row: (row.label, row.key)):
+            copies[row.content] += 1
+            known = f"{row.content:016x} {copies[row.content]}"
+            names[row.key] = known if row.content != UNREADABLE else row.key
+        return split, replace(said, paths=[names[row.key] for row in rows])
 
     def read_validation(self) -> Predictions | None:
         """The stored probabilities of the validation images; None where there are none."""

@@ -107,7 +107,7 @@ def _aligned(runs: list[Path]) -> tuple[str, list[Any]]:
         folder = RunFolder(path)
         if not folder.finished:
             raise UsageError(f"{path} is no finished run: train it to the end first")
-        read.append(folder.read_predictions())
+        read.append(folder.read_named())
     split, first = read[0]
     for path, (other, said) in zip(runs, read, strict=True):
         if other != split:

@@ -2,7 +2,8 @@
 
 import csv
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -75,6 +76,28 @@ def read_splits(table: ImageTable, path: str | Path) -> ImageTable:
             f"{path}: {len(extra)} images of it are not in {table.name}, as {min(extra)}"
         )
     return replace(table, splits=np.array([rows[key].split for key in keys], "U5"))
+
+
+def rows_of(paths: Sequence[str], path: str | Path) -> "list[Row] | None":
+    """The line of each image in a file that write_splits wrote, by the image's path.
+
+    The path may be from before the data was moved. None where an image has no line of its own.
+
+    Raises:
+        as `read_rows`.
+    """
+    rows = {row.key: row for row in read_rows(path)}
+    found = [
+        next((rows[key] for key in (image, *_endings(image)) if key in rows), None)
+        for image in paths
+    ]
+    known = [row for row in found if row is not None]
+    return known if len({row.key for row in known}) == len(paths) else None
+
+
+def _endings(path: str) -> Iterator[str]:
+    """What follows each folder, or kind of data, in a path: the longest first."""
+    return (path[found.end() :] for found in re.finditer(r"[/\\:]", path))
 
 
 class Row(NamedTuple):

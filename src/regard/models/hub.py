@@ -360,8 +360,7 @@ def push(
         made = api.create_repo(repository, private=private, exist_ok=True)
         there = gone.intersection(api.list_repo_files(repository))
         deletes = [huggingface_hub.CommitOperationDelete(name) for name in sorted(there)]
-        operations = [*adds, *deletes]
-        api.create_commit(repository, operations, commit_message="A run of Regard")
+        api.create_commit(repository, [*adds, *deletes], commit_message="A run of Regard")
     except Exception as error:  # of the HTTP library, of the hub: a token that is missing or wrong
         hint = (
             "; `hf auth login` stores a token" if "401" in str(error) or "403" in str(error) else ""

@@ -201,7 +201,7 @@ def _read_row(row: Row, runs: Sequence[PlannedRun], seeds: list[int], folds: int
             read.recipe = folder.read_recipe()
             read.folders.append(run.folder)
         if len(finished) == len(mine) == folds:
-            parts = [RunFolder(r.folder).read_predictions(r.predictions)[1] for r in finished]
+            parts = [RunFolder(r.folder).read_named(r.predictions)[1] for r in finished]
             read.predictions[seed], read.fold = _joined(parts)
             read.faithfulness[seed] = faithfulness_of([r.folder for r in finished])
     check_alike(row.name, read.folders)
