@@ -48,6 +48,20 @@ def rows_of(table) -> dict[str, list[str]]:
     return {row[0]: list(row[1:]) for row in table.rows}
 
 
+def test_images_are_found_by_their_names_in_the_data_where_one_could_not_be_read(
+    whole, scans, tmp_path
+):
+    """Of DATA "scans" the stored paths are relative, wherever the report is made."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    split, said = RunFolder(whole).read_predictions()
+    paths = [str(Path(path).relative_to(scans.parent)) for path in said.paths]
+    some = replace(said, paths=paths).select(np.arange(1, len(said)))
+    write_predictions(run / "predictions.npz", split, some)
+    found = RunSource(run)
+    assert [found.name(i) for i in range(3)] == [p.removeprefix("scans/") for p in paths[1:4]]
+    assert found.pixels(0).shape == (24, 24, 1)
+
+
 def test_a_run_stores_the_columns_that_make_subgroups(source):
     assert source.predictions.columns.keys() == {"site", "age"}
     assert source.predictions.columns["age"].tolist()[:2] == ["0", "1"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from regard.attention import attention_kinds
 from regard.data.loading import Reader
+from regard.data.splits_file import rows_of
 from regard.data.table import ImageTable
 from regard.errors import ImageError, UsageError
 from regard.evaluation import Calibration, Evaluation, Predictions, evaluate, with_temperature
@@ -139,9 +140,11 @@ class RunSource:
         paths = self.predictions.paths
         if paths is None:
             return None
-        places = {table.path(i): i for i in range(len(table))}
+        places = {name: i for i in range(len(table)) for name in (table.path(i), table.key(i))}
+        lines = rows_of(paths, self.run.path / "splits.csv")  # the data may have had another place
+        names = paths if lines is None else [row.key for row in lines]
         same = len(table) == len(paths)
-        rows = {i: places.get(path, i if same else -1) for i, path in enumerate(paths)}
+        rows = {i: places.get(name, i if same else -1) for i, name in enumerate(names)}
         rows = {i: row for i, row in rows.items() if row >= 0}
         return _Found(table, Reader(table, self.classifier.preprocess), rows)
 
