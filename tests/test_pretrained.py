@@ -21,6 +21,7 @@ from regard.data.splits_file import read_splits
 from regard.errors import FileError, UsageError
 from regard.models import hub
 from regard.models.create import make_model
+from regard.report.label_errors import find_label_errors
 from regard.training.config import Recipe
 from regard.training.recipe_files import load_recipe
 from regard.training.start import Start, choose_start, seen_before
@@ -310,6 +311,12 @@ def test_test_images_that_trained_the_weights_are_told(whole, scans, tmp_path, c
     line = f"{count} of {len(tested)} test images, or others of their groups, trained or"
     assert line in capsys.readouterr().out
     assert line in (tmp_path / "r/README.md").read_text(encoding="utf-8")
+    assert run_command(["evaluate", str(tmp_path / "r"), "--json"]) == 0
+    assert f"{count} of {len(tested)} images trained or validated" in capsys.readouterr().err
+    suspects, _ = find_label_errors([tmp_path / "r"])
+    assert sum(s.out_of_sample for s in suspects) == sum(
+        row["split"] != "train" and were[row["path"]] == "test" for row in rows
+    )
     same = read_splits(open_data(str(scans)), whole / "splits.csv")
     start = Start(False, str(whole), "")
     assert seen_before(same, start, "ag_sononet8") is None

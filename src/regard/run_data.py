@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import timm
+from numpy.typing import NDArray
 
-from regard.data.content import content_hashes
+from regard.data.content import UNREADABLE, content_hashes
 from regard.data.loading import Reader, StreamingLoader, default_workers
 from regard.data.preprocess import Preprocess, TenCrop
 from regard.data.sources import NAMES, ImageTable, as_known, open_data
+from regard.data.splits_file import read_rows
 from regard.errors import FileError, UsageError
 from regard.evaluation import Predictions
 from regard.files import plural
@@ -203,7 +205,7 @@ def _run_table(
             raise UsageError(f"{run.name} comes without the images it was trained on: give DATA")
     if data is None:
         table = own_table(run, folder.read_plan(), root)
-        return table, Overlap(table.splits)
+        return table, Overlap(table.splits, started=_started(run, table))
     table = open_data(data, root=root, splits=splits, min_classes=1)
     known = known_images(run)
     if known is None:
@@ -224,6 +226,15 @@ def _run_table(
             )
         table = replace(table, splits=shared.images)
     return table, shared
+
+
+def _started(run: Path, table: ImageTable) -> NDArray[np.bool_] | None:
+    """(N,) whether each of a run's own images was one of the weights that it started from."""
+    if (start := known_start(run)) is None:
+        return None
+    contents = {row.key: row.content for row in read_rows(run / "splits.csv")}
+    hashes = [contents.get(table.key(i), UNREADABLE) for i in range(len(table))]
+    return np.isin(start.splits_of(np.array(hashes, np.uint64)), ("train", "val"))
 
 
 def known_start(run: Path) -> KnownImages | None:

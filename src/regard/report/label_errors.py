@@ -8,7 +8,7 @@ the training lowered, so that many of their errors are missed; they say so.
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -42,7 +42,8 @@ class Suspect:
         predicted: the most probable class.
         probability, predicted_probability: of the label and of that class, mean over the runs.
         loss: cross entropy of the label, natural logarithm.
-        out_of_sample: whether none of those runs was trained on the image.
+        out_of_sample: whether none of those runs was trained on the image, nor the weights that
+            they started from.
         runs: how many runs' probabilities were averaged.
         cleanlab: whether confident learning takes the label for wrong; None: cleanlab is not
             installed, or the image is not out of sample.
@@ -68,11 +69,13 @@ class _Sums:
         self.labels: dict[str, int] = {}
         self.sums: dict[bool, dict[str, tuple[NDArray[np.float64], int]]] = {True: {}, False: {}}
 
-    def add(self, paths: Iterable[str], labels: Any, probabilities: Any, held_out: bool) -> None:
-        """Adds the probabilities of one run for images in its sample or out of it."""
-        sums = self.sums[held_out]
+    def add(
+        self, paths: Iterable[str], labels: Any, probabilities: Any, in_sample: Container[str]
+    ) -> None:
+        """Adds the probabilities of one run for images, of which some are in its sample."""
         for path, label, row in zip(paths, labels.tolist(), probabilities, strict=True):
             self.labels[path] = label
+            sums = self.sums[path not in in_sample]
             total, count = sums.get(path, (np.zeros(len(self.classes)), 0))
             sums[path] = total + row, count + 1
 
@@ -130,20 +133,27 @@ def find_label_errors(
         if other["classes"] != plan["classes"] or other["data"] != plan["data"]:
             raise UsageError(f"{run} and {runs[0]} were trained on different data")
         for split in RunFolder(run).read_facts()["counts"]:
+            used: set[str] = set()
             _, said, _ = predictions_of(
-                run, data, root=root, choose=partial(_of_split, split), warn=not sums.labels
+                run, data, root=root, choose=partial(_of_split, split, used), warn=not sums.labels
             )
-            held_out = split in ("val", "test")
-            sums.add(said.paths or [], said.labels, said.probabilities, held_out)
+            sums.add(said.paths or [], said.labels, said.probabilities, used)
     table = own_table(runs[0], plan, root) if data is None else open_data(data, root=root)
     return _ranked(sums), table
 
 
-def _of_split(split: str, table: ImageTable, shared: Overlap | None) -> tuple[str, ImageTable]:
-    """The images of a split: that some of them trained the run is known here."""
-    if not (table.splits == split).any():
+def _of_split(
+    split: str, used: set[str], table: ImageTable, shared: Overlap | None
+) -> tuple[str, ImageTable]:
+    """The images of a split; `used` gets those that trained the run, or what it started from."""
+    found = table.select(table.splits == split)
+    if not len(found):
         raise UsageError(f"{table.name} has no {split} images, as the run had")
-    return split, table.select(table.splits == split)
+    trained = np.full(len(found), split == "train")
+    if shared is not None and shared.started is not None:
+        trained |= shared.started[table.splits == split]
+    used.update(found.path(i) for i in np.flatnonzero(trained).tolist())
+    return split, found
 
 
 def _ranked(sums: _Sums) -> list[Suspect]:
