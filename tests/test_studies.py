@@ -744,6 +744,30 @@ def test_runs_of_another_recipe_are_not_pooled(edited):
         gather(table, runs)
 
 
+def test_runs_that_chose_other_sizes_on_other_machines_are_not_compared(tmp_path, trainer):
+    table, runs = planned(tmp_path, seeds=1)
+    run_all(runs, python=trainer)
+
+    def chosen(run, name, height):
+        content = json.loads((run.folder / "run.json").read_text())
+        content["plan"] = {
+            "model": name, "model_args": {}, "preprocess": {"input_size": [1, height, height]},
+        }  # fmt: skip
+        (run.folder / "run.json").write_text(json.dumps(content))
+
+    chosen(runs[0], "sononet8", 128)
+    chosen(runs[1], "ag_sononet8", 128)
+    assert gather(table, runs).done == 2
+    chosen(runs[1], "attention56_cifar", 32)  # for images of that size
+    assert gather(table, runs).done == 2
+    chosen(runs[1], "ag_sononet8", 224)
+    with pytest.raises(UsageError, match=r"224x224 pixels, and .* at 128x128"):
+        gather(table, runs)
+    own = f"size = [224, 224]\n{(runs[1].folder / 'recipe.toml').read_text()}"
+    (runs[1].folder / "recipe.toml").write_text(own)
+    assert gather(table, runs).done == 2
+
+
 def test_the_stated_length_is_of_all_runs(tmp_path, trainer):
     table, runs = planned(tmp_path)
     run_all(runs, python=trainer)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 
 from regard.errors import UsageError
 from regard.evaluation import Predictions
@@ -200,6 +201,32 @@ def check_alike(row: str, folders: Sequence[Path]) -> None:
             raise UsageError(
                 f"{row}: {folder} was trained with {name}={shown(this)}, and {folders[0]} with "
                 f"{name}={shown(first)}: they are not one row"
+            )
+
+
+def check_sizes(folders: Iterable[Path]) -> None:
+    """Checks that networks for images of one size were trained on images of one size.
+
+    A run without a size of its own takes larger images where there is a GPU: parts of a study on
+    several machines may differ.
+
+    Raises:
+        UsageError: two of these finished runs differ in the size that they chose.
+    """
+    first: dict[Any, tuple[Path, list[int]]] = {}
+    for folder in folders:
+        plan = RunFolder(folder).read_plan()
+        if RunFolder(folder).read_recipe().get("size") or "preprocess" not in plan:
+            continue
+        cfg = timm.models.get_pretrained_cfg(plan["model"])
+        own = cfg and cfg.input_size, str(plan["model_args"].get("img_size"))
+        size = plan["preprocess"]["input_size"][1:]
+        other, before = first.setdefault(own, (folder, size))
+        if size != before:
+            raise UsageError(
+                f"{folder} was trained at {size[0]}x{size[1]} pixels, and {other} at "
+                f"{before[0]}x{before[1]}, as machines with and without a GPU choose: give --size, "
+                "and --out another folder"
             )
 
 

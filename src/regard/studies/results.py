@@ -37,6 +37,7 @@ from regard.studies.facts import (
     as_printed,
     by_map,
     check_alike,
+    check_sizes,
     faithfulness_of,
     length_of,
     medians,
@@ -138,12 +139,13 @@ def gather(
         recipes: by row, the values of its recipe without changes, to say what was shortened.
 
     Raises:
-        UsageError: the runs were tested on different images, or those of a row were trained with
-            different recipes.
+        UsageError: the runs were tested on different images or chose different sizes, or those
+            of a row were trained with different recipes.
     """
     seeds = sorted({run.seed for run in runs})
     folds = max(1, len({run.fold for run in runs}))
     read = {row.name: _read_row(row, runs, seeds, folds) for row in table.rows}
+    check_sizes(folder for each in read.values() for folder in each.folders)
     _check_same_images(read)
     reference = read[table.rows[0].name]
     differences = {
