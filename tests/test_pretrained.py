@@ -311,6 +311,12 @@ def test_test_images_that_trained_the_weights_are_told(whole, scans, tmp_path, c
     line = f"{count} of {len(tested)} test images, or others of their groups, trained or"
     assert line in capsys.readouterr().out
     assert line in (tmp_path / "r/README.md").read_text(encoding="utf-8")
+    state = (tmp_path / "r/run.json").read_text(encoding="utf-8")
+    state = state.replace('"status": "finished"', '"status": "running"')
+    (tmp_path / "r/run.json").write_text(state, encoding="utf-8")
+    assert run_command([*map(str, ["train", scans, *QUICK, *options, "--resume"])]) == 0
+    assert line in (tmp_path / "r/README.md").read_text(encoding="utf-8")
+    capsys.readouterr()
     assert run_command(["evaluate", str(tmp_path / "r"), "--json"]) == 0
     assert f"{count} of {len(tested)} images trained or validated" in capsys.readouterr().err
     suspects, _ = find_label_errors([tmp_path / "r"])

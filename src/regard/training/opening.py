@@ -86,6 +86,8 @@ def _open(asked: Request, out: str | Path | None, resume: Resume, world: int) ->
         stored["left_out"] = {keys.get(key, key): why for key, why in stored["left_out"].items()}
     if line := changed_line(table, folder.path / "splits.csv", stored.get("left_out", ())):
         table = dataclasses.replace(table, warnings=(*table.warnings, line))
+    told = dict.fromkeys([*stored.get("warnings", ()), *table.warnings])  # when it was started
+    table = dataclasses.replace(table, warnings=tuple(told))
     if folder.finished:
         states.clear()
         log.info(f"{folder.path} is finished: nothing is left to do")

@@ -188,6 +188,7 @@ class Run:
             self.table.key_of(path): why
             for part in self.parts.values() for path, why in part.left_out
         }  # fmt: skip
+        chosen["warnings"] = list(self.table.warnings)
         on_main(self.accelerator, lambda: self._start(chosen))
         self._load_state()
         self._announce()
