@@ -321,7 +321,7 @@ def test_test_images_that_trained_the_weights_are_told(whole, scans, tmp_path, c
     assert f"{count} of {len(tested)} images trained or validated" in capsys.readouterr().err
     suspects, _ = find_label_errors([tmp_path / "r"])
     assert sum(s.out_of_sample for s in suspects) == sum(
-        row["split"] != "train" and were[row["path"]] == "test" for row in rows
+        row["split"] != "train" and were[row["path"]] != "train" for row in rows
     )
     same = read_splits(open_data(str(scans)), whole / "splits.csv")
     start = Start(False, str(whole), "")

@@ -272,6 +272,8 @@ def test_images_that_trained_the_weights_it_started_from_are_told(
     named, said, _ = predictions_of(tmp_path / "tuned", listed(tmp_path / "data.csv", *rows))
     assert (named, len(said)) == ("all", 15)
     assert "4 of 15 images trained or validated the weights that this run started" in warned()
+    validation_predictions(tmp_path / "tuned", tmp_path / "data.csv")
+    assert "3 of 15 images trained the weights that this run started from" in warned()
 
 
 def test_images_that_trained_the_first_of_a_chain_of_runs_are_told(

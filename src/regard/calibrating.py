@@ -191,6 +191,13 @@ def _to_calibrate_on(table: ImageTable, split: str | None, shared: Overlap | Non
             f"{table.name}: left out {plural(count, 'image')} of {int(at.sum()):,} that trained "
             f"or test this run{more}"
         )
+    started = np.zeros(len(table), bool) if shared.started is None else shared.started == "train"
+    if count := int((at & ~used & started).sum()):
+        log.warning(
+            f"{table.name}: {count:,} of {plural(int((at & ~used).sum()), 'image')} trained the "
+            "weights that this run started from: a temperature and threshold from them are for "
+            "images it knows"
+        )
     if line := shared.namesakes_line(at & ~used, "train", "test"):
         log.warning(f"{table.name}: {line}")
     return table.select(at & ~used)

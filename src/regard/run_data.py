@@ -215,7 +215,7 @@ def _run_table(
     hashes = content_hashes(table, progress)
     shared = known.overlap(hashes, table.groups)
     if (start := known_start(run)) is not None:
-        shared = replace(shared, started=np.isin(start.splits_of(hashes), ("train", "val")))
+        shared = replace(shared, started=start.splits_of(hashes))
     if shared.own:
         if folder.exists and np.isin(known.own, hashes).all():
             folder.attach(table)
@@ -228,13 +228,13 @@ def _run_table(
     return table, shared
 
 
-def _started(run: Path, table: ImageTable) -> NDArray[np.bool_] | None:
-    """(N,) whether each of a run's own images was one of the weights that it started from."""
+def _started(run: Path, table: ImageTable) -> NDArray[np.str_] | None:
+    """(N,) `Overlap.started` of a run's own images."""
     if (start := known_start(run)) is None:
         return None
     contents = {row.key: row.content for row in read_rows(run / "splits.csv")}
     hashes = [contents.get(table.key(i), UNREADABLE) for i in range(len(table))]
-    return np.isin(start.splits_of(np.array(hashes, np.uint64)), ("train", "val"))
+    return start.splits_of(np.array(hashes, np.uint64))
 
 
 def known_start(run: Path) -> KnownImages | None:
@@ -312,7 +312,8 @@ def choose_split(
         logger.warning(line)
     if line := shared.namesakes_line(at, "train", "val"):
         logger.warning(f"{table.name}: {line}")
-    if shared.started is not None and (count := int((at & ~used & shared.started).sum())):
+    started = np.isin("" if shared.started is None else shared.started, ("train", "val"))
+    if count := int((at & ~used & started).sum()):
         logger.warning(
             f"{table.name}: {count:,} of {plural(int(at.sum()), 'image')} trained or validated the "
             "weights that this run started from: no test of what it does with others"

@@ -131,15 +131,15 @@ class Overlap:
         groups: (N,) names, or None.
         named: (N,) the run's split of the group with this name; '' where it has none.
         same_names: whether the images that both have show that names mean the same in both.
-        started: (N,) whether each image trained or validated the weights that the run started
-            from; None: they are not known.
+        started: (N,) the split that each image was in for the weights that the run started from,
+            or those that these started from; '' for others; None: they are not known.
     """
 
     images: NDArray[np.str_]
     groups: NDArray[np.str_] | None = None
     named: NDArray[np.str_] | None = None
     same_names: bool = False
-    started: NDArray[np.bool_] | None = None
+    started: NDArray[np.str_] | None = None
 
     @property
     def own(self) -> bool:

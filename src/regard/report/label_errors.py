@@ -151,7 +151,7 @@ def _of_split(
         raise UsageError(f"{table.name} has no {split} images, as the run had")
     trained = np.full(len(found), split == "train")
     if shared is not None and shared.started is not None:
-        trained |= shared.started[table.splits == split]
+        trained |= shared.started[table.splits == split] == "train"
     used.update(found.path(i) for i in np.flatnonzero(trained).tolist())
     return split, found
 
