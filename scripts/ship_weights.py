@@ -116,7 +116,8 @@ def write_run(run: RunFolder, folder: Path) -> None:
     data = content["plan"]["data"]
     content = without_paths(content, data)
     content["plan"] |= {"root": None, "location": ""}
-    content["measured"].pop("left_out", None)
+    for name in ("left_out", "warnings"):  # with names of files
+        content["measured"].pop(name, None)
     write_text(folder / "run.json", json.dumps(content, indent=1) + "\n")
     recipe = (run.path / "recipe.toml").read_text(encoding="utf-8")
     write_text(folder / "recipe.toml", without_paths(recipe, data))
