@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,11 @@ from regard.data.preprocess import Preprocess, resample
 from regard.data.sources import open_data
 from regard.errors import UsageError
 from regard.training.feed import Mover
+
+try:
+    import torchcodec.decoders
+except (ImportError, OSError, RuntimeError):  # its wheel for CUDA beside a torch for CPUs
+    pytest.skip("torchcodec does not load beside this torch", allow_module_level=True)
 
 CPU = torch.device("cpu")
 ORIENTATION = 0x0112  # EXIF 2.3
@@ -142,8 +148,6 @@ def test_files_that_vanish_are_told(broken):
 
 def test_one_file_that_a_device_refuses_costs_no_other(broken, monkeypatch):
     """nvJPEG gives nothing of a list in which one file is broken."""
-    import torchcodec.decoders
-
     decode, calls = torchcodec.decoders.decode_jpeg, []
 
     def refuses(source, **how):
@@ -163,8 +167,6 @@ def test_one_file_that_a_device_refuses_costs_no_other(broken, monkeypatch):
 
 
 def test_memory_that_ran_out_is_no_broken_file(broken, monkeypatch):
-    import torchcodec.decoders
-
     def fails(source, **how):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -251,6 +253,12 @@ def test_devices_that_decode_nothing_are_refused():
     check_device_decoding(torch.device("cuda"))
     with pytest.raises(UsageError, match=r"^decode=device: .* mps does not"):
         check_device_decoding(torch.device("mps"))
+
+
+def test_a_torchcodec_that_does_not_load_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # importing it fails
+    with pytest.raises(UsageError, match=r"^decode=device: torchcodec does not load beside torch"):
+        check_device_decoding(CPU)
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch):

@@ -24,6 +24,7 @@ from regard.data.members import open_binary
 from regard.data.workers import read_ahead
 from regard.errors import ImageError, UsageError
 from regard.extras import require
+from regard.files import reason
 
 UNKNOWN, PLAIN, OTHER = 0, 1, 2  # what a file is
 _RGB_IDS = [82, 71, 66]  # components called R, G and B, which libjpeg takes for just that
@@ -33,11 +34,18 @@ def check_device_decoding(device: torch.device) -> None:
     """Refuses a device that decodes no JPEG files.
 
     Raises:
-        UsageError: neither CUDA nor a CPU, or torchcodec is not installed.
+        UsageError: neither CUDA nor a CPU, or torchcodec is not installed or does not load.
     """
     if device.type not in ("cuda", "cpu"):
         raise UsageError(f"decode=device: CUDA decodes JPEG files, {device.type} does not; use cpu")
     require("gpu", "decode=device")
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # of another version or build of torch
+        raise UsageError(
+            f"decode=device: torchcodec does not load beside torch {torch.__version__} "
+            f"({reason(error)}); install the release that fits, or use cpu"
+        ) from error
 
 
 @dataclass
