@@ -6,7 +6,6 @@ network's predictions of it, one for each time that it was seen.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 START = 0.25  # of the steps, in which the targets are the labels
@@ -27,7 +26,8 @@ class SelfAdaptiveTargets:
 
     def __init__(self, labels: Tensor, classes: int, momentum: float, device: torch.device) -> None:
         self.momentum: float = momentum
-        self.table: Tensor = F.one_hot(labels, classes).float().to(device)
+        table = torch.zeros(len(labels), classes, device=device)  # one_hot's are of 8 bytes
+        self.table: Tensor = table.scatter_(1, labels.to(device)[:, None], 1.0)
 
     def of(self, rows: Tensor) -> Tensor:
         """(B,) rows of the images -> (B, classes), their targets."""
