@@ -246,6 +246,17 @@ def test_an_orientation_in_more_than_16_bits(tmp_path, order, kind, plain):
     _same(tmp_path / "a.jpg")
 
 
+def test_an_orientation_after_fill_bytes(tmp_path):
+    """On a GPU torchcodec looks for EXIF by itself, and no further than those."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    photo().save(tmp_path / "a.jpg", exif=exif)
+    content = (tmp_path / "a.jpg").read_bytes()
+    assert is_plain_jpeg(content)
+    at = content.index(b"\xff\xe1")  # the segment of EXIF
+    assert not is_plain_jpeg(content[:at] + b"\xff" + content[at:])
+
+
 def _same(path: Path) -> None:
     for c in "xy":
         (path.parent / "data" / c).mkdir(parents=True)

@@ -174,7 +174,7 @@ def is_plain_jpeg(content: bytes) -> bool:
             if image.format != "JPEG" or max(image.size) > MAX_SIDE:
                 return False
             turned = orientation_of(image)
-            if turned != 1 and not _is_read_by_torchcodec(turned, image.info.get("exif", b"")):
+            if turned != 1 and not _is_read_by_torchcodec(turned, content):
                 return False
             ids = [layer[0] for layer in getattr(image, "layer", [])]
             stored_rgb = image.info.get("adobe_transform") == 0 or ids == _RGB_IDS
@@ -194,12 +194,14 @@ def in_channels(image: Tensor, channels: int) -> Tensor:
     return luma.to(torch.uint8)[None]
 
 
-def _is_read_by_torchcodec(orientation: int, exif: bytes) -> bool:
-    """Whether EXIF has the orientation as one 16-bit number, the only way that torchcodec knows.
+def _is_read_by_torchcodec(orientation: int, content: bytes) -> bool:
+    """Whether EXIF has the orientation as one 16-bit number, and no fill bytes are before it.
 
-    Pillow reads any number, and XMP.
+    Pillow reads any number, XMP, and what comes after fill bytes.
     """
-    return any(struct.pack(order + "HHIH", 0x0112, 3, 1, orientation) in exif for order in "<>")
+    before, _, after = content[: 2**18].partition(b"Exif\0\0")
+    entries = [struct.pack(order + "HHIH", 0x0112, 3, 1, orientation) for order in "<>"]
+    return b"\xff\xff" not in before and any(entry in after[: 2**16] for entry in entries)
 
 
 def _attempted(decode: Callable[[Any], Any], source: Any) -> Any:
