@@ -2,23 +2,33 @@
 
 import logging
 import shutil
+import struct
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
 from sklearn.datasets import load_sample_images
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import regard
-from regard.data import device_decoding
+from regard.data import device_decoding, preprocess
 from regard.data.augment import Augmentation
 from regard.data.device_decoding import DecodingLoader, check_device_decoding, is_plain_jpeg
-from regard.data.loading import Reader, SampleOrder, StreamingLoader
+from regard.data.loading import Batch, Reader, SampleOrder, StreamingLoader
 from regard.data.preprocess import Preprocess, resample
 from regard.data.sources import open_data
 from regard.errors import UsageError
 from regard.training.feed import Mover
+from regard.training.trial import first_batches
+
+try:
+    import torchcodec.decoders
+except (ImportError, OSError, RuntimeError):  # its wheel for CUDA beside a torch for CPUs
+    pytest.skip("torchcodec does not load beside this torch", allow_module_level=True)
 
 CPU = torch.device("cpu")
 ORIENTATION = 0x0112  # EXIF 2.3
@@ -142,8 +152,6 @@ def test_files_that_vanish_are_told(broken):
 
 def test_one_file_that_a_device_refuses_costs_no_other(broken, monkeypatch):
     """nvJPEG gives nothing of a list in which one file is broken."""
-    import torchcodec.decoders
-
     decode, calls = torchcodec.decoders.decode_jpeg, []
 
     def refuses(source, **how):
@@ -162,17 +170,40 @@ def test_one_file_that_a_device_refuses_costs_no_other(broken, monkeypatch):
     assert torch.equal(found.images, theirs.images)
 
 
-def test_memory_that_ran_out_is_no_broken_file(broken, monkeypatch):
-    import torchcodec.decoders
-
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])  # torch's, torchcodec's
+def test_memory_that_ran_out_is_no_broken_file(broken, monkeypatch, kind):
     def fails(source, **how):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise kind("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     _, loader = loaders(broken)
     (batch,) = loader.batches([(0, 13)])
     monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", fails)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(kind, match="CUDA out of memory"):
         batch.decoded(CPU)
+
+
+def test_a_device_holds_a_part_of_a_batch_whole(broken, monkeypatch):
+    decode, sizes = torchcodec.decoders.decode_jpeg, []
+
+    def counted(source, **how):
+        sizes.append(len(source) if isinstance(source, list) else 1)
+        return decode(source, **how)
+
+    by_pillow, loader = loaders(broken)
+    (batch,), (theirs,) = (list(x.batches([(0, 13)])) for x in (loader, by_pillow))
+    monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", counted)
+    monkeypatch.setattr(device_decoding, "TOGETHER", 4)
+    assert torch.equal(batch.decoded(CPU).images, theirs.images)
+    assert max(sizes) == 4
+
+
+def test_trial_steps_are_timed_without_the_decoding(folder):
+    _, loader = loaders(folder)
+    trainer = SimpleNamespace(
+        spans=lambda step: spans(loader), step=0, recipe=SimpleNamespace(accumulate=2),
+        source=loader, device=CPU,
+    )  # fmt: skip
+    assert [type(batch) for batch in first_batches(trainer)] == [Batch, Batch]
 
 
 def test_a_batch_without_a_readable_image_is_empty(tmp_path):
@@ -199,6 +230,31 @@ def test_an_orientation_that_xmp_tells(tmp_path):
     tag = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     photo().save(tmp_path / "a.jpg", xmp=tag)
     _same(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("kind", "plain"), [("H", True), ("I", False)])
+def test_an_orientation_in_more_than_16_bits(tmp_path, order, kind, plain):
+    """torchcodec takes the first two bytes, whatever the type."""
+    first = b"II*\0\x08\0\0\0" if order == "<" else b"MM\0*\0\0\0\x08"
+    code = {"H": 3, "I": 4}[kind]
+    entry = struct.pack(f"{order}HHHI{kind}", 1, ORIENTATION, code, 1, 6)
+    exif = b"Exif\0\0" + first + entry.ljust(14, b"\0") + bytes(4)
+    more = {"xmp": b"<x:xmpmeta/>"} if plain else {}  # is no reason for Pillow by itself
+    photo().save(tmp_path / "a.jpg", exif=exif, **more)
+    assert is_plain_jpeg((tmp_path / "a.jpg").read_bytes()) is plain
+    _same(tmp_path / "a.jpg")
+
+
+def test_an_orientation_after_fill_bytes(tmp_path):
+    """On a GPU torchcodec looks for EXIF by itself, and no further than those."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    photo().save(tmp_path / "a.jpg", exif=exif)
+    content = (tmp_path / "a.jpg").read_bytes()
+    assert is_plain_jpeg(content)
+    at = content.index(b"\xff\xe1")  # the segment of EXIF
+    assert not is_plain_jpeg(content[:at] + b"\xff" + content[at:])
 
 
 def _same(path: Path) -> None:
@@ -247,10 +303,23 @@ def test_images_held_in_memory_need_no_decoder(folder, tmp_path, caplog):
     assert "in memory" in caplog.text
 
 
-def test_devices_that_decode_nothing_are_refused():
-    check_device_decoding(torch.device("cuda"))
+def test_devices_that_decode_nothing_are_refused(monkeypatch):
+    check_device_decoding(CPU)
     with pytest.raises(UsageError, match=r"^decode=device: .* mps does not"):
         check_device_decoding(torch.device("mps"))
+
+    def fails(source, **how):  # where each batch would be Pillow's, in one thread
+        raise RuntimeError("Failed to initialize nvjpeg with hardware backend: 6")
+
+    monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", fails)
+    with pytest.raises(UsageError, match=r"does not decode on cuda:0 .*hardware backend: 6\); "):
+        check_device_decoding(torch.device("cuda", 0))
+
+
+def test_a_torchcodec_that_does_not_load_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # importing it fails
+    with pytest.raises(UsageError, match=r"^decode=device: torchcodec does not decode on cpu"):
+        check_device_decoding(CPU)
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch):
@@ -267,3 +336,19 @@ def test_what_is_on_the_device_is_not_copied_again():
 def test_devices_resize_bytes_to_bytes():
     image = torch.empty(3, 40, 50, dtype=torch.uint8, device="meta")
     assert resample(image, (0, 0, 50, 40), (16, 16)).dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("height", "width", "where"), [(1600, 800, "cuda"), (1601, 800, "cpu")])
+def test_what_a_gpu_can_not_shrink_is_shrunk_by_the_cpu(monkeypatch, height, width, where):
+    """A photograph of 6,000 x 4,000 pixels to 32: "Too much shared memory required"."""
+    interpolate, seen = torch.nn.functional.interpolate, []
+
+    def watched(x, **how):
+        seen.append(x.device.type)
+        return interpolate(x, **how)
+
+    monkeypatch.setattr(preprocess.F, "interpolate", watched)
+    with FakeTensorMode():
+        image = torch.empty(3, height, width, dtype=torch.uint8, device="cuda:0")
+        small = resample(image, (0, 0, width, height), (32, 32))
+    assert (small.device.type, small.dtype, seen) == ("cuda", torch.uint8, [where])

@@ -95,7 +95,8 @@ def test_the_gradients_are_those_of_the_images_that_can_be_read():
 
 def test_labels_and_shares_are_those_of_the_images():
     recipe = SimpleNamespace(mixup=0.5)
-    host = SimpleNamespace(labels=torch.arange(100, 100 + COUNT), recipe=recipe)
+    labels = torch.arange(100, 100 + COUNT)
+    host = SimpleNamespace(labels=labels, recipe=recipe, targets=None)
     batch = Batch(torch.zeros(3, 1, 4, 4), torch.tensor([5, 2, 9]), random_numbers(0, 0, 3))
     placed = Trainer.place(host, batch)
     assert placed.labels.tolist() == [105, 102, 109]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,9 +21,12 @@ from regard.data.loading import Batch, SampleOrder
 from regard.data.preprocess import Preprocess
 from regard.errors import NotFiniteError, UsageError
 from regard.predict import Classifier
+from regard.training import run
 from regard.training.config import Recipe
 from regard.training.loop import Trainer
+from regard.training.self_adaptive import SelfAdaptiveTargets
 from regard.training.steps import SMALLEST, StepPlan
+from regard.training.trial import trial
 
 COUNT, CLASSES = 24, 3
 CLASS_WEIGHTS = (0.2, 1.0, 3.0)
@@ -101,6 +105,30 @@ def test_self_adaptive_targets_move_towards_what_the_network_says(monkeypatch):
     other = trainer_of(weights=None, self_adaptive=0.9)
     other.load_state_dict(trainer.state_dict())
     assert torch.equal(other.targets.table, table)
+
+
+def test_an_image_that_is_twice_in_a_batch_moves_its_target_once():
+    """Written twice, a GPU mixes the two."""
+    targets = SelfAdaptiveTargets(torch.tensor([0, 1]), 2, 0.5, torch.device("cpu"))
+    said = torch.tensor([[0.2, 0.8], [0.4, 0.6], [0.9, 0.1]])
+    targets.move(torch.tensor([1, 0, 1]), said.log())
+    torch.testing.assert_close(targets.table, torch.tensor([[0.7, 0.3], [0.1, 0.9]]))
+
+
+def test_trial_steps_have_no_second_table_of_targets():
+    with trial(trainer_of(self_adaptive=0.9)) as at_trial:
+        assert at_trial.targets is None
+
+
+def test_room_is_asked_for_the_targets_in_the_states(monkeypatch):
+    needed = []
+    monkeypatch.setattr(run, "check_space", lambda folder, size: needed.append(size))
+    for momentum in (0.0, 0.9):
+        self = Mock()
+        self.resumed, self.table.splits = False, np.array(["train"] * 40 + ["val"] * 5)
+        self.plan = SimpleNamespace(recipe=Recipe(self_adaptive=momentum), classes=["a"] * 100)
+        run.Run._claim(self, Mock(), nn.Linear(1, 1))
+    assert needed[1] - needed[0] == 3 * 4 * 40 * 100
 
 
 def test_self_adaptive_training_takes_one_image_at_a_time():

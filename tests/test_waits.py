@@ -102,7 +102,8 @@ def waits(name: str, side: int, channels: int, recipe: Recipe, monkeypatch, **ar
     model, averaged = (
         regard.create_model(name, num_classes=10, in_chans=channels, **arguments) for _ in range(2)
     )
-    on_host = SimpleNamespace(labels=torch.arange(size) % 10, recipe=recipe)
+    targets = "a table" if recipe.self_adaptive else None
+    on_host = SimpleNamespace(labels=torch.arange(size) % 10, recipe=recipe, targets=targets)
     placed = Trainer.place(on_host, batch)
     with FakeTensorMode(allow_non_fake_inputs=True):
         move_to_fake(model)
@@ -161,8 +162,9 @@ EVERYTHING = Recipe(
         ("cbam_resnet18", 32, 3, EVERYTHING, {"stem": "cifar"}),
         ("attention56_cifar", 32, 3, Recipe(batch_size=8, accumulate=2, ema_decay=0.9), {}),
         ("ag_sononet8", 64, 1, EVERYTHING.changed(batch_size=7), {"aggregation": "ft"}),
+        ("ag_sononet8", 64, 1, Recipe(batch_size=8, self_adaptive=0.9), {}),
     ],
-    ids=["plain", "everything", "accumulate", "odd"],
+    ids=["plain", "everything", "accumulate", "odd", "self-adaptive"],
 )  # fmt: skip
 def test_between_two_looks_the_host_waits_for_nothing(
     name, side, channels, recipe, arguments, monkeypatch

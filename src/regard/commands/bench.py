@@ -47,7 +47,7 @@ def command(
         Measure training steps. Networks named together are timed in the same rounds, and
         attention networks are compared with their plain twin if that is named too.
     recipe
-        Recipe of whose optimizer and loss a training step is.
+        Recipe whose optimizer and loss a training step uses.
     engine
         Engines to measure; default: all that are installed; eager and compiled with --train. fused
         (--train only) computes the end of ResNet blocks with CBAM as one operator; graphs (--train

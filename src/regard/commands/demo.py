@@ -34,7 +34,7 @@ def command(
     out
         Folder of the run. An earlier demo in it is replaced.
     seed
-        Random seed for the split, weight initialization and augmentation.
+        Random seed for weight initialization, sample order and augmentation; the split stays.
     epochs
         Training epochs.
     fast

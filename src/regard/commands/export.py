@@ -28,7 +28,7 @@ def command(
 
     The file takes batches of resized images in 0..255 and returns probabilities; its metadata
     holds class names and preprocessing. It is compared with the network on real images before
-    it is written.
+    it is written. --precision bf16 is for --to torch, without --int8.
 
     Parameters
     ----------

@@ -62,8 +62,8 @@ class EngineFlags:
     precision: Annotated[
         Literal["auto", "fp32", "bf16"],
         Parameter(
-            help="Precision; auto is bf16 where the hardware supports it, except with eager and "
-            "by default."
+            help="Precision; auto is bf16 with compiled and openvino where the hardware supports "
+            "it, fp32 with eager and onnxruntime, and fp32 where no engine is given."
         ),
     ] = "auto"
 
@@ -184,7 +184,7 @@ SplitsFlag = Annotated[
     Literal["auto", "yes", "no"],
     Parameter(
         help="Whether the top folders of DATA are splits (train, val, test) rather than classes. "
-        "auto refuses to guess."
+        "auto ends with an error where both are possible."
     ),
 ]
 

@@ -18,8 +18,8 @@ def command(pattern: str = "*", *, json: bool = False) -> int:
     Parameters
     ----------
     pattern
-        A name, also of weights, which lists the network's arguments and its weights too, part of
-        a name, or a shell pattern such as 'cbam_*'.
+        Part of a name, or a shell pattern such as 'cbam_*'. The whole name of a network, or of
+        weights, also lists the network's arguments and its weights.
     json
         Print JSON with all figures.
     """

@@ -20,8 +20,9 @@ def command(
 ) -> int:
     """Upload a finished run with its model card to the Hugging Face hub.
 
-    Without --yes nothing is uploaded: the files are listed. Afterwards hf-hub:REPO names the
-    network in every command, and timm.create_model("hf-hub:REPO", pretrained=True) loads it.
+    Without --yes nothing is uploaded: the files are listed. Afterwards predict, evaluate, explain,
+    serve, export and train --weights take hf-hub:REPO, and
+    timm.create_model("hf-hub:REPO", pretrained=True) loads it.
 
     Parameters
     ----------

@@ -36,7 +36,8 @@ def command(
     megabytes
         Largest upload.
     megapixels
-        Largest image; its header is checked before it is decoded.
+        Largest image, half of it for DICOM, float and 32-bit images; the header is checked before
+        the image is decoded.
     requests
         Maximum concurrent requests; further ones get HTTP 503.
     seconds

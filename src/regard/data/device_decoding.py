@@ -8,8 +8,10 @@ evaluation sees the pixels that prediction sees.
 
 import functools
 import io
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,20 +26,33 @@ from regard.data.members import open_binary
 from regard.data.workers import read_ahead
 from regard.errors import ImageError, UsageError
 from regard.extras import require
+from regard.files import reason
+from regard.machine import is_out_of_memory
 
 UNKNOWN, PLAIN, OTHER = 0, 1, 2  # what a file is
+TOGETHER = 64  # files that are decoded at once: whole, they may be 100 MB each
 _RGB_IDS = [82, 71, 66]  # components called R, G and B, which libjpeg takes for just that
 
 
 def check_device_decoding(device: torch.device) -> None:
-    """Refuses a device that decodes no JPEG files.
+    """Refuses a device that decodes no JPEG files, as a small one shows.
 
     Raises:
-        UsageError: neither CUDA nor a CPU, or torchcodec is not installed.
+        UsageError: neither CUDA nor a CPU, or torchcodec is not installed or can't decode there.
     """
     if device.type not in ("cuda", "cpu"):
         raise UsageError(f"decode=device: CUDA decodes JPEG files, {device.type} does not; use cpu")
     require("gpu", "decode=device")
+    Image.new("RGB", (64, 64)).save(file := io.BytesIO(), "JPEG")
+    try:
+        from torchcodec.decoders import decode_jpeg
+
+        decode_jpeg([file.getvalue()], mode="UNCHANGED", device=device)
+    except (ImportError, OSError, RuntimeError) as error:  # of another build of torch; no nvJPEG
+        raise UsageError(
+            f"decode=device: torchcodec does not decode on {device} beside torch "
+            f"{torch.__version__} ({reason(error)}); install the release that fits, or use cpu"
+        ) from error
 
 
 @dataclass
@@ -78,19 +93,17 @@ class EncodedBatch:
             self.indices[readable], self.random_numbers[readable], bad,
         )  # fmt: skip
 
-    def _decoded(self, device: torch.device) -> Sequence[Tensor | None]:
+    def _decoded(self, device: torch.device) -> Iterator[Tensor | None]:
         """(C, H, W) uint8 of each file, upright; None: it is broken."""
         from torchcodec.decoders import decode_jpeg
 
         decode = functools.partial(decode_jpeg, mode="UNCHANGED", device=device)
-        if not (files := list(self.files.values())):
-            return []
-        try:
-            return decode(files)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # of one broken file, for all of them
-            return [_attempted(decode, file) for file in files]
+        files = list(self.files.values())
+        for first in range(0, len(files), TOGETHER):
+            some = files[first : first + TOGETHER]
+            if (found := _attempted(decode, some)) is None:  # of one broken file, for all of them
+                found = (_attempted(decode, file) for file in some)
+            yield from found
 
     def _by_pillow(self, places: set[int]) -> dict[int, Tensor]:
         """Images that the device could not decode; those that Pillow can't read are noted."""
@@ -160,7 +173,8 @@ def is_plain_jpeg(content: bytes) -> bool:
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
             if image.format != "JPEG" or max(image.size) > MAX_SIDE:
                 return False
-            if "xmp" in image.info and orientation_of(image) != 1:  # Pillow looks there, too
+            turned = orientation_of(image)
+            if turned != 1 and not _is_read_by_torchcodec(turned, content):
                 return False
             ids = [layer[0] for layer in getattr(image, "layer", [])]
             stored_rgb = image.info.get("adobe_transform") == 0 or ids == _RGB_IDS
@@ -180,10 +194,21 @@ def in_channels(image: Tensor, channels: int) -> Tensor:
     return luma.to(torch.uint8)[None]
 
 
-def _attempted(decode: functools.partial[Tensor], file: bytes) -> Tensor | None:
+def _is_read_by_torchcodec(orientation: int, content: bytes) -> bool:
+    """Whether EXIF has the orientation as one 16-bit number, and no fill bytes are before it.
+
+    Pillow reads any number, XMP, and what comes after fill bytes.
+    """
+    before, _, after = content[: 2**18].partition(b"Exif\0\0")
+    entries = [struct.pack(order + "HHIH", 0x0112, 3, 1, orientation) for order in "<>"]
+    return b"\xff\xff" not in before and any(entry in after[: 2**16] for entry in entries)
+
+
+def _attempted(decode: Callable[[Any], Any], source: Any) -> Any:
+    """What `decode` returns, or None where it fails, but for want of memory."""
     try:
-        return decode(file)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
+        return decode(source)
+    except RuntimeError as error:
+        if is_out_of_memory(error):  # torchcodec's is no torch.OutOfMemoryError
+            raise
         return None

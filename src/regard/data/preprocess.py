@@ -21,6 +21,7 @@ RESIZES = ("squash", "crop", "pad")
 _TIMM_MODES = {"squash": "squash", "crop": "center", "pad": "border"}
 
 LONGEST = 16  # times the shorter side, beyond which `resize_first` would take much memory
+MOST_SHRUNK = 50  # times, on a GPU: torch's kernel has no shared memory for 90 (AMD's: 60)
 
 Box = tuple[float, float, float, float]
 
@@ -72,10 +73,13 @@ def _interpolate(image: Tensor, size: tuple[int, int]) -> Tensor:
     image = image.contiguous()
     size = size[::-1] if transposed else size
     resize = functools.partial(F.interpolate, size=size, mode="bilinear", antialias=True)
+    device = image.device
+    if max(image.shape[-2] / size[0], image.shape[-1] / size[1]) > MOST_SHRUNK:
+        image = image.cpu()
     if image.dtype == torch.uint8 and image.device.type != "cpu":  # GPUs resize floats alone
         resized = resize(image[None].float())[0].round_().clamp_(0, 255).to(torch.uint8)
     else:
-        resized = resize(image[None])[0]
+        resized = resize(image[None])[0].to(device)
     return resized.mT.contiguous() if transposed else resized
 
 

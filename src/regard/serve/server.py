@@ -140,8 +140,9 @@ def serve(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    if not host:  # would be every address of this machine
-        raise UsageError("host='': a name or an address, such as 127.0.0.1, is needed")
+    # '' would be every address of this machine; of what is not Unicode no name is made
+    if not host or any("\ud800" <= c <= "\udfff" for c in host):
+        raise UsageError(f"host={host!r}: a name or an address, such as 127.0.0.1, is needed")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     if os.name == "posix":  # on Windows it would let two servers share a port
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

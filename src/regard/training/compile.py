@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from regard.data.device_decoding import ReadBatch
+from regard.data.loading import Batch
 from regard.errors import UsageError
 from regard.files import reason
 from regard.training.distributed import gathered
@@ -156,7 +156,7 @@ def _failure(trainer: Trainer, own: str) -> str:
 class _Timer:
     """Times one trial step on the same batches."""
 
-    def __init__(self, trainer: Trainer, batches: Sequence[ReadBatch], clock: Clock) -> None:
+    def __init__(self, trainer: Trainer, batches: Sequence[Batch], clock: Clock) -> None:
         self.trainer, self.batches, self.clock = trainer, batches, clock
         self.eagerly = loss_and_gradient(trainer, batches, trainer.model)
 

@@ -68,7 +68,8 @@ class Recipe:
 
     optimizer: Literal["sgd", "adamw", "muon"] = _field(
         "sgd", "Optimizer",
-        "Optimizer; muon moves vectors (norms, biases) by AdamW, and matrices by as much as AdamW.",
+        "Optimizer; muon updates matrices by Muon, with steps as long as AdamW's, and vectors "
+        "(norms, biases) by AdamW.",
     )  # fmt: skip
     lr: _NotNegative = _field(0.1, "Optimizer", "Peak learning rate.")
     momentum: _Share = _field(0.9, "Optimizer", "Momentum (SGD, Muon).")
@@ -273,8 +274,10 @@ class Recipe:
         24, "Run", "Test images on which the report scores the attention maps (0 = none)."
     )
     seed: Annotated[int, _limits(gte=0, lte=2**31)] = _field(
-        0, "Run", "Random seed for splits, weight initialization, sample order and augmentation."
-    )
+        0, "Run",
+        "Random seed for weight initialization, sample order, augmentation and label noise; "
+        "split_seed is that of the splits.",
+    )  # fmt: skip
 
     # of the network, not flags
     model: str | None = None

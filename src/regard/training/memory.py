@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 
-from regard.data.loading import Batch, repeated
+from regard.data.loading import repeated
 from regard.errors import UsageError
 from regard.machine import free_memory, is_out_of_memory, trim_memory
 from regard.training.distributed import Ranks, gathered
@@ -103,15 +103,9 @@ def _bytes(count: float) -> str:
 def _two_steps(trainer: Trainer, size: int) -> None:
     """Two steps of two batches each: the second with all that the optimizer holds."""
     with trial(trainer, recipe=trainer.recipe.changed(accumulate=2)) as at_trial:
-        batch = repeated(_first(at_trial), size)
+        batch = repeated(first_batches(at_trial)[0], size)
         for _ in range(2):
             trial_step(at_trial, [batch, batch])
-
-
-def _first(trainer: Trainer) -> Batch:
-    """The first batch of the next step, decoded."""
-    batch = first_batches(trainer)[0]
-    return batch if isinstance(batch, Batch) else batch.decoded(trainer.device)
 
 
 def peak_of(work: Callable[[], object], device: torch.device) -> int | None:

@@ -208,7 +208,12 @@ class Run:
 
     def _claim(self, lock: Lock, model: nn.Module) -> None:
         size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-        check_space(self.folder.path, 0 if self.resumed else 10 * size + 50_000_000)
+        targets = 0
+        if self.plan.recipe.self_adaptive:  # in each state: two are kept beside the one written
+            images = int(np.count_nonzero(self.table.splits == "train"))
+            targets = 3 * 4 * images * len(self.plan.classes)
+        needed = 10 * size + targets + 50_000_000
+        check_space(self.folder.path, 0 if self.resumed else needed)
         lock.acquire()
         if not self.resumed:
             self.folder.refuse_others()  # another run may have ended here meanwhile

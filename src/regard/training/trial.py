@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regard.data.device_decoding import ReadBatch
+from regard.data.loading import Batch
 from regard.machine import seed_device, synchronize
 from regard.training.loop import Trainer
 from regard.training.optim import set_rate
@@ -19,7 +19,8 @@ def trial(trainer: Trainer, **changes: Any) -> Iterator[Trainer]:
     """A trainer of the same network for trial steps; `changes` are its attributes.
 
     Weights, buffers, gradients and random numbers are restored afterwards. The network itself
-    is trained, no copy of it, so that what was compiled for it stays of use.
+    is trained, no copy of it, so that what was compiled for it stays of use. The labels are the
+    targets, as self-adaptive ones take as much memory a second time.
     """
     model, device, mode = trainer.model, trainer.accelerator.device, trainer.model.training
     tensors = [*model.parameters(), *model.buffers()]
@@ -28,7 +29,8 @@ def trial(trainer: Trainer, **changes: Any) -> Iterator[Trainer]:
     with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=kind):
         try:
             model.train()
-            yield dataclasses.replace(trainer, history=[], unreadable=[], **changes)
+            recipe = changes.pop("recipe", trainer.recipe).changed(self_adaptive=0.0)
+            yield dataclasses.replace(trainer, recipe=recipe, history=[], unreadable=[], **changes)
         finally:
             model.zero_grad(set_to_none=True)
             with torch.no_grad():
@@ -37,7 +39,7 @@ def trial(trainer: Trainer, **changes: Any) -> Iterator[Trainer]:
             model.train(mode)
 
 
-def trial_step(trainer: Trainer, batches: Sequence[ReadBatch], forward: Any = None) -> None:
+def trial_step(trainer: Trainer, batches: Sequence[Batch], forward: Any = None) -> None:
     """One step with learning rate 0 on a step's batches, waited for until it is done.
 
     Nothing is exchanged between processes. `forward` is the network, or its compiled form.
@@ -50,7 +52,7 @@ def trial_step(trainer: Trainer, batches: Sequence[ReadBatch], forward: Any = No
 
 
 def loss_and_gradient(
-    trainer: Trainer, batches: Sequence[ReadBatch], forward: Any
+    trainer: Trainer, batches: Sequence[Batch], forward: Any
 ) -> tuple[float, float]:
     """A step's loss, and the norm of its gradients; nothing is exchanged between processes."""
     trainer._forward = forward
@@ -63,7 +65,8 @@ def loss_and_gradient(
     return float(loss), norm
 
 
-def first_batches(trainer: Trainer) -> list[ReadBatch]:
-    """The batches of this process's next step."""
+def first_batches(trainer: Trainer) -> list[Batch]:
+    """The batches of this process's next step, decoded, which a step is not timed with."""
     spans = trainer.spans(trainer.step)[: trainer.recipe.accumulate]
-    return list(trainer.source.batches(spans))
+    batches = trainer.source.batches(spans)
+    return [b if isinstance(b, Batch) else b.decoded(trainer.device) for b in batches]
