@@ -145,6 +145,7 @@ class Kept:
     accuracy: tuple[float, float, float]  # with its interval over images
     epochs: float
     hours: float
+    crop: str  # what the test saw of each image, where not all of it
     where: str
 
 
@@ -164,11 +165,14 @@ def read_kept(folder: Path) -> Kept:
     facts, top1 = run["facts"], tested["metrics"]["top1"]
     threads = facts["threads"]
     arguments = "".join(f", {k}={v}" for k, v in run["plan"]["model_args"].items())
+    gates = f" + {values['graft'].upper()}" if values.get("graft", "none") != "none" else ""
+    crop = run["plan"]["preprocess"]["crop_pct"]
     return Kept(
-        about["benchmark"], f"`{run['plan']['model']}`{arguments}",
+        about["benchmark"], f"`{run['plan']['model']}`{gates}{arguments}",
         json.dumps({k: v for k, v in values.items() if k not in OF_THE_MACHINE}),
         shlex.join(words), values["seed"], (top1["value"], top1["low"], top1["high"]),
         facts["epochs"], facts["seconds"] / 3600,
+        f", center crop of {crop:g} of the shorter side" if crop < 1 else "",
         f"{about['machine']}, {threads} thread{'s' * (threads > 1)}, "
         f"{'bf16' if facts['bf16'] else 'fp32'}, commit {about['commit']}, {run['started'][:10]}",
     )  # fmt: skip
@@ -208,10 +212,12 @@ def results_table(folder: Path) -> str:
                 f"seed{'s' * (len(runs) > 1)} | {first.epochs:.3g} epochs, {_hours(runs)} h "
                 f"| {mark['mark'] or '–'} |"
             )
-            for how in dict.fromkeys((k.command, k.where) for k in runs):
-                alike = [k for k in runs if (k.command, k.where) == how]
+            for how in dict.fromkeys((k.command, k.crop, k.where) for k in runs):
+                alike = [k for k in runs if (k.command, k.crop, k.where) == how]
                 seeds = ", ".join(str(k.seed) for k in alike)
-                notes.append(f"- `{how[0]}`, seed {seeds}, tested on {mark['test']}; {how[1]}")
+                command, crop, where = how
+                tested = f"tested on {mark['test']}{crop}"
+                notes.append(f"- `{command}`, seed {seeds}, {tested}; {where}")
     return "\n".join([*lines, "", *notes]) + "\n"
 
 

@@ -53,3 +53,10 @@ def test_a_kept_result_is_the_runs_and_speaks_of_no_machines_folders(whole, tmp_
         assert (
             len([line for line in text.splitlines() if "seed" in line and line[0] == "|"]) == rows
         )
+    recipe = (other / "recipe.toml").read_text()
+    (other / "recipe.toml").write_text(recipe.replace('graft = "none"', 'graft = "cbam"'))
+    run["plan"]["preprocess"]["crop_pct"] = 0.875
+    (other / "run.json").write_text(json.dumps(run))
+    grafted = [line for line in tables.results_table(tmp_path).splitlines() if "` + CBAM" in line]
+    assert len(grafted) == 1
+    assert "center crop of 0.875 of the shorter side; " in tables.results_table(tmp_path)
