@@ -118,7 +118,7 @@ def _data_uri(picture: NDArray[np.uint8], kind: str) -> str:
 
 
 def _shown_size(image: NDArray[np.uint8]) -> tuple[int, int]:
-    """Height and width of an overlay: small images times an integer up to 224, others at most 288."""
+    """Height and width of an overlay: small images enlarged up to 224, others at most 288."""
     height, width = image.shape[:2]
     longer = max(height, width)
     scale = max(224 // longer, 1) if longer <= 224 else min(288 / longer, 1.0)

@@ -225,7 +225,7 @@ def _unfit(name: str, arguments: Mapping[str, Any], height: int) -> str | None:
 
 
 def seen_before(table: ImageTable, start: Start, name: str) -> str | None:
-    """A warning if the weights that a run starts from were trained on test images; else None.
+    """A warning if test images trained or validated the weights that a run starts from, or None.
 
     Args:
         table: images with their splits; without a test split, the validation images are checked.
