@@ -1,4 +1,4 @@
-"""What is measured, as data: a network in an engine at a batch size; and how it is prepared."""
+"""The measured cases as data: a network in an engine at a batch size; and their preparation."""
 
 import functools
 import time
@@ -24,10 +24,10 @@ from regard.training.losses import multi_head_cross_entropy
 
 DEFAULT_MODELS = ("cbam_resnet50", "attention56", "ag_sononet8")
 AUTHORS = "eager-nchw"
-"""The baseline, called "authors' way": the network as it is, operator by operator, fp32, NCHW."""
+"""The baseline, called "authors' way": the unchanged network, op by op, in fp32 and NCHW."""
 COMPILE = "torch.compile"
-"""A peer under torch.compile with its defaults, fp32, NCHW."""
-TRAIN_ENGINES = ("eager", "compiled")  # of training, in channels_last
+"""A peer under torch.compile with its default settings, fp32, NCHW."""
+TRAIN_ENGINES = ("eager", "compiled")  # for training, in channels_last
 SEED = 0
 
 Step = Callable[[], object]  # one prediction of a batch, or one training step
@@ -35,7 +35,7 @@ Step = Callable[[], object]  # one prediction of a batch, or one training step
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed, as plain data, so that another process can prepare it as well.
+    """What is timed, as plain data, so that another process can also prepare it.
 
     Attributes:
         kind: "predict" or "train".
@@ -43,11 +43,11 @@ class Case:
             together, in the same rounds.
         network: its name; a peer's is LIBRARY:NAME.
         role: "network", "twin" (the same without attention) or "peer" (another library's).
-        engine: AUTHORS, COMPILE, or one of regard.engines.ENGINES; eager or compiled in training.
+        engine: AUTHORS, COMPILE, or one of regard.engines.ENGINES; eager or compiled for training.
         precision: "fp32", "bf16", or "int8" with openvino.
-        batch: images in a batch.
+        batch: images per batch.
         size: (C, H, W) of an image.
-        threads: CPU threads.
+        threads: number of CPU threads.
         device: "cpu" or "cuda".
     """
 
@@ -67,21 +67,21 @@ class Case:
 
     @property
     def engine_label(self) -> str:
-        """The engine as tables name it."""
+        """The engine's name in tables."""
         return "authors' way" if self.engine == AUTHORS and self.role != "peer" else self.engine
 
 
 def prepare(case: Case) -> tuple[Step, float]:
-    """A case's step, called once, and the seconds until then (conversion, compiling).
+    """A case's step, after a first call, and the seconds until then (conversion, compiling).
 
-    The time does not include making the network, which every engine needs.
+    The time does not include building the network, which every engine needs.
 
     Raises:
         Exception: whatever a converter, a compiler or the network raises.
     """
     silence_libraries()
     if case.kind == "train":
-        model = build(case.network, case.size).to(case.device)  # not shared: the steps change it
+        model = build(case.network, case.size).to(case.device)  # not shared, as training changes it
         begin = functools.partial(_training_step, case, model)
     else:
         model = with_noise_statistics(case.network, case.size, case.device)
@@ -109,7 +109,7 @@ def _prediction_step(case: Case, model: nn.Module) -> Step:
 
 
 def _training_step(case: Case, model: nn.Module) -> Step:
-    """Forward, cross entropy, backward and SGD, on a batch that is in memory."""
+    """Forward, cross entropy, backward and SGD, on a batch in memory."""
     bf16 = case.precision == "bf16"
     layout = torch.contiguous_format if case.engine == AUTHORS else torch.channels_last
     if case.engine != AUTHORS and case.device == "cpu":
@@ -119,7 +119,7 @@ def _training_step(case: Case, model: nn.Module) -> Step:
     x = x.contiguous(memory_format=layout)
     generator = torch.Generator().manual_seed(SEED)
     labels = torch.randint(model.num_classes, (case.batch,), generator=generator).to(case.device)  # type: ignore[call-overload]
-    # a rate so small that a thousand steps leave the weights where they were
+    # a rate so small that the weights stay the same for a thousand steps
     optimizer = torch.optim.SGD(
         model.parameters(), 1e-4, momentum=0.9, weight_decay=1e-4, fused=case.engine != AUTHORS
     )
@@ -140,7 +140,7 @@ def _training_step(case: Case, model: nn.Module) -> Step:
 
 # ----------------------------------------------------------------------- networks and images
 def build(name: str, size: tuple[int, int, int]) -> nn.Module:
-    """A network with random weights, the same each time; peers by LIBRARY:NAME.
+    """A network with random weights, the same in each call; peers by LIBRARY:NAME.
 
     Raises:
         UsageError: there is no such network.
@@ -160,9 +160,9 @@ def build(name: str, size: tuple[int, int, int]) -> nn.Module:
 
 @functools.lru_cache(maxsize=4)
 def with_noise_statistics(name: str, size: tuple[int, int, int], device: str) -> nn.Module:
-    """The network for prediction, with the BN statistics of noise, so that values stay finite.
+    """The network for prediction, with BN statistics from noise, so that values stay finite.
 
-    Shared by all engines of a group: none of them changes it.
+    Shared by all engines of a group, as none of them changes it.
     """
     model = build(name, size)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -177,7 +177,7 @@ def with_noise_statistics(name: str, size: tuple[int, int, int], device: str) ->
 
 
 def preprocess_of(name: str, size: tuple[int, int, int]) -> Preprocess:
-    """A network's own normalization, at the size that is measured."""
+    """A network's own normalization, at the measured size."""
     cfg = get_pretrained_cfg(name)
     assert cfg is not None
     return Preprocess.from_config({**cfg.to_dict(), "input_size": size})
@@ -197,7 +197,7 @@ def input_size(name: str, size: tuple[int, int] | None) -> tuple[int, int, int]:
         try:
             with torch.no_grad():
                 model(torch.zeros(1, channels, height, width))
-        except Exception as error:  # each network refuses a size in its own way
+        except Exception as error:  # each network rejects a size in its own way
             asked = f"size {height} {width}: {name}, made for {own[0]} {own[1]}, can't take it"
             raise UsageError(f"{asked} ({reason(error)})") from error
     return channels, height, width

@@ -1,10 +1,11 @@
-"""Evaluates the weights that come with Regard, and compares with what their cards say.
+"""Evaluates the weights that come with Regard, and compares the results with their cards.
 
     python benchmarks/check_results.py --data DIR [NAME ...]
 
 DIR holds cifar10_jpeg.npz and imagenette_224_jpeg.npz with their unpack scripts; digits need
-nothing. Each network is tested in fp32 on all images that the run was tested on. Exit code 1
-where an accuracy is not the card's within half a hundredth of a point, or an interval is another.
+nothing. Each network is tested in fp32 on all images on which the run was tested. The exit code is
+1 if an accuracy or an end of its interval differs from the card's by more than half a hundredth of
+a point.
 """
 
 import argparse
@@ -24,7 +25,7 @@ SCRIPTS = {"cifar10": "unpack_cifar10.py", "imagenette": "unpack_imagenette.py"}
 
 
 def data_of(found: Weights, archives: Path | None, unpacked: Path) -> str:
-    """DATA for the images that these weights were tested on.
+    """DATA with the images on which these weights were tested.
 
     Raises:
         UsageError: the archive is not there.
@@ -38,13 +39,13 @@ def data_of(found: Weights, archives: Path | None, unpacked: Path) -> str:
     if not folder.exists():
         script = archives / SCRIPTS[kind]
         subprocess.run([sys.executable, script, folder], check=True, stdout=subprocess.DEVNULL)
-        if kind == "imagenette":  # as its leaderboard does; no image of them chose anything
+        if kind == "imagenette":  # as for its leaderboard; none of its images chose anything
             (folder / "val").rename(folder / "test")
     return str(folder)
 
 
 def check(found: Weights, data: str) -> bool:
-    """Tests these weights and prints a line; whether the card is right."""
+    """Tests these weights and prints a line; returns whether the card is right."""
     facts, recipe = RunFolder(found.folder).read_facts(), RunFolder(found.folder).read_recipe()
     _, said, unreadable = predictions_of(found.folder, data, split=facts["tested_on"])
     top1 = evaluate(said, seed=recipe["seed"]).metrics["top1"]
@@ -63,7 +64,7 @@ def check(found: Weights, data: str) -> bool:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Checks all, or those that are named."""
+    """Checks all weights, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("names", nargs="*", help="weights to check (default: all)")
     parser.add_argument("--data", type=Path, help="folder of the archives")

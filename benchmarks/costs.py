@@ -1,13 +1,13 @@
-"""Where a training step's time goes on the CPU, and what its parts would take at the limit.
+"""Where the CPU time of a training step goes, and what its parts would take at the limit.
 
     python benchmarks/costs.py NETWORK [--size S] [--batch B] [--precision bf16] [--fuse]
 
 A part's limit is the larger of its arithmetic at the rate of a large matrix product in the same
-precision, and its bytes, each tensor that an operator reads or writes once, at the rate at which
-two maps of the batch's size are added: both measured in the same process, in turns with the
-steps, one thread. No implementation that keeps the operators apart can be faster; one that fuses
-them can, as it moves fewer bytes. Prints a table in CPU time, of which the profiler gives each
-part's share.
+precision, and its bytes, each tensor that an operator reads or writes once, at the rate of adding
+two maps of the batch's size. Both rates are measured in the same process, alternating with the
+steps, in one thread. No implementation that runs the operators separately can be faster; one that
+fuses them can, as it moves fewer bytes. Prints a table of CPU times, divided among the parts by
+the profiler's shares.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from regard.models.counting import count_multiply_adds
 from regard.models.fused import set_fused
 from regard.training.losses import multi_head_cross_entropy
 
-# parts, and the beginnings of their operators' names; the first that fits
+# parts, and prefixes of their operators' names; the first match counts
 PARTS = {
     "convolutions, backward": ("convolution_backward",),
     "convolutions, forward": ("mkldnn_convolution", "convolution", "_slow_conv", "thnn_conv"),
@@ -83,7 +83,7 @@ def cpu_seconds(work: Callable[[], object], times: int = 5) -> float:
 
 
 def limits(dtype: torch.dtype, values: int) -> tuple[float, float]:
-    """Multiply-adds, and bytes, a second: of a matrix product, and of adding two maps."""
+    """Multiply-adds per second of a matrix product, and bytes per second of adding two maps."""
     a, b = torch.randn(2048, 1024, dtype=dtype), torch.randn(1024, 2048, dtype=dtype)
     x, y = torch.randn(2, values).to(dtype)
     out = torch.empty_like(x)
@@ -123,7 +123,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
 
-    for _ in range(2):  # memory and oneDNN's primitives
+    for _ in range(2):  # allocates memory and creates oneDNN's primitives
         step()
     with Bytes() as counted, FlopCounterMode(display=False) as flops:
         step()

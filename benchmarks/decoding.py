@@ -1,12 +1,12 @@
-"""How fast JPEG files are decoded: by Pillow on this machine's cores, by nvJPEG on its GPU.
+"""How fast JPEG files are decoded: by Pillow on this machine's cores, and by nvJPEG on its GPU.
 
     python benchmarks/decoding.py FOLDER [--side 375] [--images 1024] [--rounds 5]
 
-All files are decoded whole to RGB, as often as there are rounds. With --side the images are made as
-large as asked first (their shorter side, JPEG at quality 90), as ImageNet's are some 500x375. The
+All files are decoded completely to RGB in each round. With --side the images are first resized to
+that shorter side (JPEG at quality 90), as ImageNet's are about 500x375. The
 GPU's rows need CUDA; nvJPEG is torchcodec's `decode_jpeg`, which decodes a list of files at once.
-The last rows are of training's loaders, which crop at random and resize to 224 pixels, by one
-thread: `--decode cpu`, and `--decode device`, of which the CPU's share is shown as well.
+The last rows are for the training loaders, which crop at random and resize to 224 pixels, in one
+thread: `--decode cpu`, and `--decode device`, also with the CPU's share.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
             ways[f"nvJPEG, batches of {BATCH}"] = lambda: _nvjpeg(files)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for way in ways.values():
-            way()  # what is made once
+            way()  # allocates what is needed once
         for _ in range(args.rounds):
             for name, way in ways.items():
                 started = time.perf_counter()
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def _loaders(files: list[bytes], folder: Path, rounds: int) -> None:
-    """Prints how fast training's loaders are, by one thread."""
+    """Prints how fast the training loaders are, in one thread."""
     for k, file in enumerate(files):
         (folder / f"{k}.jpg").write_bytes(file)
     count = len(files) // BATCH * BATCH

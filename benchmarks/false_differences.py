@@ -2,11 +2,11 @@
 
     python benchmarks/false_differences.py [--repetitions 300] [--resamples 200]
 
-Two networks that are equally good answer the same images: 60 or 300, independent, or of patients
-who are ill or not and whose images both networks find harder or easier. Each metric is compared as
-`regard.evaluation.compare_metrics` does it. Writes benchmarks/false_differences.csv: for each
+Two equally good networks classify the same images: 60 or 300, independent, or grouped by patients
+who are ill or not and whose images both networks find harder or easier. Each metric is compared by
+`regard.evaluation.compare_metrics`. Writes benchmarks/false_differences.csv: for each
 design and metric the share of tests with p <= 0.05 before the correction for several metrics, which
-should be at most 0.05; 300 repetitions give it to about 2.5 points.
+should be at most 0.05; with 300 repetitions it is accurate to about 2.5 points.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def draw(n: int, group_size: int, seed: int) -> list[Predictions]:
 def false_positives(
     n: int, group_size: int, repetitions: int, resamples: int
 ) -> dict[str, tuple[float, int]]:
-    """The share of tests with p <= 0.05, and how many there were, by metric."""
+    """The share of tests with p <= 0.05, and the number of tests, by metric."""
     significant: Counter[str] = Counter()
     tests: Counter[str] = Counter()
     for seed in range(repetitions):

@@ -1,4 +1,4 @@
-"""Which sign tells images that are unlike a run's training images, and how often.
+"""Which score detects images unlike a run's training images, and how often.
 
     python benchmarks/familiarity.py RUN FOLDER... [--out benchmarks/familiarity.csv]
 
@@ -26,7 +26,7 @@ MOST = 300  # images of each kind
 
 
 def made(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Images that no camera takes, (n, C, H, W) in 0..255."""
+    """Artificial images, (n, C, H, W) in 0..255."""
     generator = torch.Generator().manual_seed(0)
     ramp = torch.linspace(0, 255, shape[2]).expand(1, *shape)
     return {
@@ -44,7 +44,7 @@ def pixels_of(classifier: regard.Classifier, paths: list[str]) -> torch.Tensor:
 
 
 def signs(classifier: regard.Classifier, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """The three signs of each image; larger is less familiar."""
+    """The three scores of each image; larger is less familiar."""
     found: dict[str, list] = {"distance": [], "energy": [], "top-1 probability": []}
     model, preprocess = classifier.model, classifier.preprocess
     for part in images.split(64):

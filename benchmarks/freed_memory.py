@@ -1,11 +1,11 @@
-"""The gain from keeping freed memory for the next tensors, on the CPU.
+"""The gain from keeping freed memory for later tensors, on the CPU.
 
     python benchmarks/freed_memory.py [--processes 3] [--calls 3] [--batch 32] [--models NAME ...]
 
-Training steps (bf16 where the machine computes in it, channels_last) and prediction (eager,
+Training steps (bf16 if the machine computes in it, channels_last) and prediction (eager,
 fp32) with freed memory kept, as in Regard's own runs, and with glibc's defaults. Each is measured
-in new processes, alternately, and the calls of all processes are put
-together. Writes benchmarks/freed-memory-MACHINE.csv anew; `python scripts/make_tables.py` writes
+in new processes, alternately, and the calls of all processes are pooled.
+Overwrites benchmarks/freed-memory-MACHINE.csv; `python scripts/make_tables.py` writes
 its table.
 """
 
@@ -31,7 +31,7 @@ FOLDER = Path(__file__).parent
 
 
 def measure(case: Case, kept: bool, calls: int) -> tuple[list[float], int, int]:
-    """Seconds of each step, page faults a step, and the process's peak in bytes."""
+    """Seconds of each step, page faults per step, and the process's peak memory in bytes."""
     torch.set_num_threads(case.threads)
     if not kept:
         cases.keep_freed_memory = backends.keep_freed_memory = lambda: False

@@ -1,10 +1,10 @@
-"""Training steps of CBAM's ResNets, fused and not, over their plain twin's, in CPU time.
+"""Training steps of CBAM ResNets, fused and not, relative to their plain twin's, in CPU time.
 
     python benchmarks/fused.py cbam_resnet50 --size 64 --batch 32 [--precision bf16] [--turns 6]
 
 The three networks take steps in turn in one process with one thread: other work on the machine
-lengthens their CPU time alike, so that ratios can be read where it can't be kept quiet. Prints
-the median milliseconds of a step and the ratios.
+lengthens their CPU time equally, so that the ratios remain valid on a busy machine. Prints
+the median milliseconds per step and the ratios.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
             optimizers[name].zero_grad()
             loss.backward()
             optimizers[name].step()
-            if turn:  # the first allocates memory
+            if turn:  # the first turn allocates memory
                 taken[name].append(1e3 * (time.process_time() - started))
     plain, modules, fused = (statistics.median(taken[n]) for n in ("plain", "modules", "fused"))
     print(f"{args.network} {args.size}x{args.size}, batch {args.batch}, {args.precision}: "

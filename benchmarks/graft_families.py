@@ -1,8 +1,8 @@
-"""Which of timm's families take inserted attention: one small network of each, grafted.
+"""Which of timm's families accept inserted attention: one small network of each is grafted.
 
     python benchmarks/graft_families.py > benchmarks/graft_families.csv
 
-A family is a module of timm's; of its networks the one whose name sounds smallest is made. A row
+A family is a timm module; of its networks the one with the smallest-sounding name is created. A row
 is family, network, millions of parameters, and "grafted" or the reason of the refusal.
 """
 
@@ -17,12 +17,12 @@ import regard
 
 SMALL = ("atto", "femto", "pico", "nano", "micro", "xxs", "_xs", "tiny", "mini", "lite", "small",
          "10t", "14t", "18", "_s", "_t", "26", "b0", "050", "base")  # fmt: skip
-SECONDS = 30  # for one family
-LARGEST = 60e6  # parameters
+SECONDS = 30  # limit for one family
+LARGEST = 60e6  # limit of parameters
 
 
 def smallest(names: list[str]) -> str:
-    """The name that sounds smallest."""
+    """The name that suggests the smallest network."""
     for word in SMALL:
         if found := [name for name in names if word in name]:
             return min(found, key=len)
@@ -30,7 +30,7 @@ def smallest(names: list[str]) -> str:
 
 
 def late(*_: object) -> None:
-    """Ends what takes too long."""
+    """Ends a family that takes too long."""
     raise TimeoutError(f"more than {SECONDS} s")
 
 

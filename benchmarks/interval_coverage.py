@@ -2,11 +2,11 @@
 
     python benchmarks/interval_coverage.py [--repetitions 300] [--resamples 200]
 
-A test of two classes is drawn again and again: 60 or 300 images, independent, or in groups of 5
-that share their class and an effect on the network's answer. The true value of each metric is
-that of 400,000 images. Writes benchmarks/interval_coverage.csv: a row for each design and metric,
-with the share of 95 % intervals that contain the true value; 300 repetitions give it to about 2.5
-points.
+A test of two classes is drawn repeatedly: 60 or 300 images, independent, or in groups of 5
+that share their class and an effect on the network's output. The true value of each metric is
+computed from 400,000 images. Writes benchmarks/interval_coverage.csv: a row for each design and
+metric, with the share of 95 % intervals that contain the true value; with 300 repetitions it is
+accurate to about 2.5 points.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def truth() -> dict[str, float]:
 def coverage(
     true: dict[str, float], n: int, group_size: int, repetitions: int, resamples: int
 ) -> dict[str, tuple[float, int]]:
-    """The share of intervals that contain the true value, and how many intervals there were."""
+    """The share of intervals that contain the true value, and the number of intervals."""
     held: dict[str, list[bool]] = {name: [] for name in true}
     for seed in range(repetitions):
         found = measure(draw(n, group_size, 1000 + seed), resamples, seed)

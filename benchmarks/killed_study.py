@@ -1,14 +1,14 @@
-"""A study that is killed again and again ends with the study.json of one that was not.
+"""A study that is killed repeatedly ends with the same study.json as an undisturbed one.
 
     python benchmarks/killed_study.py [OUT] [--kills 20] [--seed 0]
 
 `regard study` trains two small networks on `digits` with several seeds, twice: once undisturbed,
-and once killed with SIGKILL at random moments and started again with the same command. For each
-seed of the study it is killed five times: in the start of a run, in its training, in its evaluation
-and report, in the test of a row that has one of its own, and between two runs, while the results
-are written. The delay of each kill after the beginning of its phase is drawn from --seed; where it
-fell is read from the study's processes and printed. In the end study.json and the weights,
-predictions and scores of all runs must be the same, byte by byte.
+and once killed with SIGKILL at random moments and restarted with the same command. For each
+seed of the study it is killed five times: at the start of a run, during training, during evaluation
+and report, during the separate test of a row, and between two runs, while the results
+are written. The delay of each kill after the beginning of its phase is drawn from --seed; the phase
+in which it happened is read from the study's processes and printed. At the end study.json and the
+weights, predictions and scores of all runs must be identical, byte by byte.
 """
 
 import argparse
@@ -43,7 +43,7 @@ FLAGS = [
     "--size", "16", "--limit", "600", "--epochs", "6", "--workers", "0",
     "--lr", "0.02", "--faithfulness-images", "4", "--log", "none",
 ]  # fmt: skip
-PHASES = {  # what is waited for, and the longest delay after its beginning, in seconds
+PHASES = {  # what to wait for, and the longest delay after its beginning, in seconds
     "start": 4.0, "training": 2.0, "evaluation": 2.5, "test": 2.5, "between runs": 0.1,
 }  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -56,7 +56,7 @@ def command(out: Path, seeds: int) -> list[str]:
 
 
 def phase_of(study: psutil.Process, out: Path) -> str:
-    """What the study does now."""
+    """The current phase of the study."""
     for child in study.children():
         try:
             words = child.cmdline()
@@ -75,7 +75,7 @@ def phase_of(study: psutil.Process, out: Path) -> str:
 
 
 def kill_in(phase: str, delay: float, out: Path, seeds: int) -> str | None:
-    """Starts the study and kills it in a phase; returns where it fell, None: the study ended."""
+    """Starts the study and kills it in a phase; returns where that was; None: the study ended."""
     with out.with_suffix(".log").open("ab") as log:
         process = subprocess.Popen(command(out, seeds), env=ENVIRONMENT, stdout=log, stderr=log)
     study = psutil.Process(process.pid)
@@ -89,12 +89,12 @@ def kill_in(phase: str, delay: float, out: Path, seeds: int) -> str | None:
             process.send_signal(signal.SIGKILL)
             process.wait()
             return fell
-        time.sleep(0.02)  # a look costs about a millisecond
+        time.sleep(0.02)  # a poll costs about a millisecond
     return None
 
 
 def bytes_of(out: Path) -> dict[str, bytes]:
-    """The results, and what they come from, by path; OUT stands for the study's folder."""
+    """The results and their sources, by path, with OUT for the study's folder."""
     names = ("study.json", "model.safetensors", "predictions*.npz", "faithfulness.json")
     files = sorted(path for name in names for path in out.rglob(name))
     return {

@@ -1,4 +1,4 @@
-"""What the training loop itself costs: `regard train`'s loop against a bare PyTorch loop.
+"""The cost of the training loop itself: `regard train`'s loop against a bare PyTorch loop.
 
     python benchmarks/loop.py [--model attention56_cifar] [--rounds 7] [--steps 10]
 
@@ -50,7 +50,7 @@ def trainer(name: str, steps: int) -> Trainer:
 
 
 def bare(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, steps: int) -> float:
-    """Seconds of a loop as in a tutorial; the tensors are normalized already."""
+    """Seconds of a tutorial-style loop; the tensors are already normalized."""
     optimizer = torch.optim.SGD(
         model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
     )
@@ -89,7 +89,7 @@ def main() -> None:
         started = time.perf_counter()
         ours.fit(after_step=lambda *_: None)
         seconds = time.perf_counter() - started, bare(model, images, ours.labels, args.steps)
-        if number > 0:  # the first warms up
+        if number > 0:  # the first round is a warm-up
             ratios.append(seconds[1] / seconds[0])
             for each, s in zip(speeds, seconds, strict=True):
                 each.append(BATCH * args.steps / s)

@@ -1,4 +1,4 @@
-"""Plans what is measured, and measures it group by group."""
+"""Plans the measurements, and runs them group by group."""
 
 import gc
 import logging
@@ -42,7 +42,7 @@ METHOD = (
 
 @dataclass
 class Report:
-    """All that was measured.
+    """All measurements.
 
     Attributes:
         machine: from describe_machine().
@@ -129,14 +129,14 @@ def measure(
     Args:
         models: names of networks.
         rounds: timing rounds.
-        memory: whether each case's peak memory is measured, in a process of its own.
-        threads: CPU threads; default: as many as torch has.
+        memory: whether each case's peak memory is measured, in a separate process.
+        threads: number of CPU threads; default: as many as torch has.
         device: "cpu" or "cuda".
-        clock: seconds.
-        choices: of `plan`.
+        clock: returns seconds.
+        choices: passed to `plan`.
 
     Raises:
-        UsageError: as `plan`.
+        UsageError: as for `plan`.
     """
     groups, notes = plan(models, threads=threads, device=device, **choices)
     before = torch.get_num_threads()
@@ -167,7 +167,7 @@ class _Guarded:
         if self.error is None:
             try:
                 self.step()
-            except Exception as error:  # hours of other cases must not be lost
+            except Exception as error:  # so that hours of other cases are not lost
                 self.error = error
 
 
@@ -203,7 +203,7 @@ def measure_group(
         ready.clear()
         second.close()
         with_noise_statistics.cache_clear()
-        # torch.compile gives up on a function after a few networks: the next group starts anew
+        # torch.compile stops compiling a function after a few networks, so each group starts anew
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
         gc.collect()

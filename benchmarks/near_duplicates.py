@@ -83,7 +83,7 @@ def _write_lines(image: Image.Image, rng: np.random.Generator) -> None:
 
 
 def plant(files: list[Path], copies: int, folder: Path) -> list[tuple[int, str, Path]]:
-    """(index of the image, kind, file) of each copy."""
+    """(index of the image, kind, file) for each copy."""
     rng = np.random.default_rng(0)
     planted = []
     for kind in KINDS:
@@ -128,7 +128,7 @@ def score(
 
 
 def draw_pairs(files: list[Path], pairs: list[NearDuplicate], path: Path) -> None:
-    """A sheet of up to 120 pairs, the least similar first."""
+    """A contact sheet of up to 120 pairs, the least similar first."""
     shown = sorted(pairs, key=lambda p: p.similarity)[:120]
     side, columns = 96, 8
     rows = max(1, -(-len(shown) // columns))
@@ -185,7 +185,7 @@ def main() -> None:
 
 
 def write(rows: list[list[object]], name: str) -> None:
-    """Replaces the rows of a data set in the file of results."""
+    """Replaces a data set's rows in the file of results."""
     old: list[list[str]] = []
     if RESULTS.is_file():
         with RESULTS.open(newline="") as file:

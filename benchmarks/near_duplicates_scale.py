@@ -2,10 +2,10 @@
 
     nice -n 10 python benchmarks/near_duplicates_scale.py [--images 1000000] [--copies 1000]
 
-The thumbnails are made here, with the spectrum of photographs and a few shapes, so that reading
-files is not part of it; `--copies` of them are copies of others, brightened and cropped by a
-pixel. Adds a row to benchmarks/near_duplicates_scale.csv: seconds of the processor and memory per
-image of finding the pairs, and the share of copies found.
+The thumbnails are generated, with the spectrum of photographs and a few shapes, so that reading
+files is not included; `--copies` of them are copies of others, brightened and cropped by a
+pixel. Adds a row to benchmarks/near_duplicates_scale.csv: CPU seconds and memory per
+image for finding the pairs, and the share of copies found.
 """
 
 import argparse
@@ -30,7 +30,7 @@ COLUMNS = (
     "images", "copies", "found", "pairs", "cpu_seconds", "bytes_per_image", "machine", "date",
 )  # fmt: skip
 _CHUNK = 8192
-_SHORTER_SIDE = 40  # pixels: such images are decided on their thumbnails, no file is read
+_SHORTER_SIDE = 40  # pixels: such images are compared by thumbnails alone, no file is read
 
 
 def photographs(count: int, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -60,7 +60,7 @@ def copies_of(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def thumbnails_of(count: int, copies: int) -> tuple[Thumbnails, NDArray[np.int64]]:
-    """Thumbnails of `count` images, the last `copies` of them copies, and what those copy."""
+    """Thumbnails of `count` images, the last `copies` of which are copies, and their originals."""
     rng = np.random.default_rng(0)
     made = Thumbnails(count)
     own = count - copies

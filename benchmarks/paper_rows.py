@@ -2,9 +2,9 @@
 
     python benchmarks/paper_rows.py [TABLE ...] [--first]
 
-The commands are those that docs/papers.md prints, with 40 of the digits in place of the data set,
-a small size, a small batch and one step; a row that is tested at another size is tested there, too.
-`--first` starts the first row of each table alone. The exit code is 1 if any row does not start.
+The commands are those in docs/papers.md, with 40 of the digits instead of the data set,
+a small size, a small batch and one step; a row with a test at another size is tested that way, too.
+`--first` starts only the first row of each table. The exit code is 1 if any row does not start.
 """
 
 import subprocess
@@ -19,11 +19,11 @@ from sklearn.datasets import load_digits
 
 from regard.papers import Row, Table, evaluate_words, load_table, tables, train_command
 
-SIZE = 64  # of networks for ImageNet and for ultrasound; those for CIFAR take 32
+SIZE = 64  # for ImageNet and ultrasound networks; CIFAR networks take 32
 CLASSES, EACH = 4, 10
 
-# One step at the recipe's first rate: the recipe's schedule, which is longer than this run, gives
-# way to it, and what a row changes (such as its label noise) stays.
+# One step at the recipe's first rate: this replaces the recipe's schedule, which is longer than
+# this run; the row's other changes (such as its label noise) remain.
 ONE_STEP = ["--steps", "1", "--schedule", "constant", "--batch-size", "8", "--accumulate", "1"]
 CHEAP = ["--faithfulness-images", "0", "--workers", "0", "--log", "none"]
 
@@ -39,17 +39,17 @@ def write_images(folder: Path) -> None:
 
 
 def commands(table: Table, row: Row, data: Path, out: Path) -> list[list[str]]:
-    """The row's training, and its test where that is not the training's."""
+    """The row's training, and its test if that differs from the training's."""
     words = train_command(table, row, str(data))
     words += ["--size", "32" if row.network.endswith("_cifar") else str(SIZE), *ONE_STEP, *CHEAP]
     if table.paper != "AG":
-        words += ["--channels", "3"]  # as the papers' data sets; the digits are gray
+        words += ["--channels", "3"]  # as in the papers' data sets; the digits are gray
     test = evaluate_words(row)
     return [[*words, "--out", str(out)], *([["evaluate", str(out), *test]] if test else [])]
 
 
 def start(table: Table, row: Row, data: Path, out: Path) -> str | None:
-    """Runs the commands of a row; what was said last where one failed, else None."""
+    """Runs the commands of a row; returns the last line of one that failed, else None."""
     for words in commands(table, row, data, out):
         done = subprocess.run(
             [sys.executable, "-m", "regard", *words], capture_output=True, text=True, timeout=900

@@ -4,10 +4,10 @@
 
 Measures cbam_resnet50 and attention56 at 224x224 and ag_sononet8 at 208x272, batch 8, in every
 engine that is installed, with peers and peak memory. Each network is measured in several new
-processes, because the placement of memory differs between processes and stays; their rounds are
-put together. torch.compile's cache is empty at the start. Writes
-benchmarks/performance-MACHINE.csv anew; `python scripts/make_tables.py` then writes the tables of
-docs/performance.md. For figures that are to be published nothing else may run on the machine.
+processes, because the placement of memory differs between processes and persists within one; their
+rounds are pooled. torch.compile's cache is empty at the start. Overwrites
+benchmarks/performance-MACHINE.csv; `python scripts/make_tables.py` then writes the tables of
+docs/performance.md. For results to be published nothing else may run on the machine.
 """
 
 import argparse

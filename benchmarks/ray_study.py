@@ -1,10 +1,10 @@
-"""A study on a local Ray cluster of two nodes has the results that it has without Ray.
+"""A study on a local Ray cluster of two nodes has the same results as without Ray.
 
     python benchmarks/ray_study.py [OUT]
 
 `regard study` trains two small networks on `digits` with two seeds, and a third row that can't be
 trained: once without Ray, and once with `--ray` on a cluster of two nodes with one CPU each. A
-Ray worker is killed with SIGKILL while its run trains. In the end study.json must be the same,
+Ray worker is killed with SIGKILL while its run trains. At the end study.json must be the same,
 with the failed runs listed, and the killed worker's run finished. Needs the extra `ray`.
 """
 
@@ -46,7 +46,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def start(out: Path, *flags: str) -> "subprocess.Popen[bytes]":
-    """The study, in a process of its own."""
+    """Starts the study in a new process."""
     words = ["study", str(out.parent / "gates.toml"), "digits", "--out", str(out), *FLAGS, *flags]
     with out.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(
@@ -55,7 +55,7 @@ def start(out: Path, *flags: str) -> "subprocess.Popen[bytes]":
 
 
 def worker_in_training(out: Path) -> psutil.Process | None:
-    """A Ray worker whose run trains now."""
+    """A Ray worker whose run is training now."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if "train" not in words or not any(str(out) in word for word in words):
@@ -67,7 +67,7 @@ def worker_in_training(out: Path) -> psutil.Process | None:
 
 
 def killed_once(study: "subprocess.Popen[bytes]", out: Path) -> str:
-    """Kills a worker as soon as one trains, and says which."""
+    """Kills a worker as soon as one trains, and returns a description of it."""
     while study.poll() is None:
         try:
             worker = worker_in_training(out)
@@ -82,7 +82,7 @@ def killed_once(study: "subprocess.Popen[bytes]", out: Path) -> str:
 
 
 def result(out: Path) -> dict:
-    """study.json; OUT stands for the study's folder."""
+    """study.json, with OUT for the study's folder."""
     return json.loads((out / "study.json").read_text().replace(str(out), "OUT"))
 
 
@@ -98,7 +98,7 @@ def main() -> int:
     started = time.monotonic()
     start(out / "without").wait()
     print(f"without Ray: {time.monotonic() - started:.0f} s", flush=True)
-    os.environ.setdefault("RAY_worker_niceness", "0")  # else 15: on a busy machine they starve
+    os.environ.setdefault("RAY_worker_niceness", "0")  # default 15: on a busy machine they starve
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
     try:

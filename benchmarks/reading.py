@@ -1,12 +1,12 @@
-"""What reading an image for training costs, from the originals and from smaller copies.
+"""What reading a training image costs, from the originals and from smaller copies.
 
     python benchmarks/reading.py [FOLDER] [--side 256] [--size 224] [--images 200] [--turns 5]
         [--original 375 500]
 
 FOLDER holds class folders; default: crops of scikit-learn's two photographs, resized to the height
-and width of --original, as JPEG files. Each turn reads the same images in both ways, one after the
-other, in this process: decoding, a random resized crop, and a batch of uint8. Prints CPU time an
-image, the median of the turns, and the bytes on the disk.
+and width of --original, as JPEG files. Each turn reads the same images both ways, one after the
+other, in this process: decoding, a random resized crop, and a batch of uint8. Prints CPU time per
+image, the median of the turns, and the bytes on disk.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def make_photographs(folder: Path, count: int, size: tuple[int, int]) -> Path:
 
 
 def seconds(folder: Path, size: int, images: int, seed: int) -> float:
-    """CPU seconds an image."""
+    """CPU seconds per image."""
     preprocess = Preprocess((3, size, size), (0.5,) * 3, (0.5,) * 3)
     table = open_data(folder)
     reader = Reader(table, preprocess, Augmentation(random_crop="resized"))

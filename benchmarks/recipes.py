@@ -3,8 +3,8 @@
     python benchmarks/recipes.py CIFAR_FOLDER OUT [RECIPE ...]
 
 CIFAR_FOLDER holds train/CLASS/*.jpg and test/CLASS/*.jpg, such as the first 200 images per class
-of each. Runs are cut to what two cores do in minutes, and the schedules' milestones with them; the
-command says how. Appends a row per run to benchmarks/recipes.csv.
+of each. Runs are shortened to what two cores do in minutes, and the schedules' milestones with
+them, as the commands show. Appends a row per run to benchmarks/recipes.csv.
 """
 
 import csv
@@ -40,7 +40,7 @@ RUNS = {
 
 
 def measure(name: str, data: str, out: Path) -> dict[str, str]:
-    """Runs `regard train` and reads what its folder says."""
+    """Runs `regard train` and reads the results from its folder."""
     command = ["train", *RUNS[name].replace("DATA", data).replace("OUT", str(out)).split()]
     folder = out / name
     started = time.perf_counter()
@@ -72,7 +72,7 @@ def measure(name: str, data: str, out: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Runs those named, or all."""
+    """Runs the recipes that are named, or all."""
     data, out = sys.argv[1], Path(sys.argv[2])
     for name in sys.argv[3:] or RUNS:
         row = measure(name, data, out)

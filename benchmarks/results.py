@@ -1,4 +1,4 @@
-"""What was measured: compared, printed, and written as JSON and CSV."""
+"""Compares measurements, prints them, and writes them as JSON and CSV."""
 
 import csv
 import re
@@ -16,16 +16,16 @@ from regard.files import write_atomically
 
 @dataclass
 class Result:
-    """One case's figures.
+    """The measurements of one case.
 
     Attributes:
         seconds: of one call, for each round.
         startup: seconds for conversion, compiling and the first call.
-        times: how many times as fast as the same network (a peer: as the network that it is a
-            peer of) the authors' way, in the same rounds.
+        times: speed-up over the same network (for a peer: the network that it is a
+            peer of) in the authors' way, in the same rounds.
         to_twin: its time divided by its plain twin's on the same engine.
-        peak, running: peak resident memory of a process of its own in bytes (on a GPU: of what
-            was allocated), with and without start-up.
+        peak, running: peak resident memory of a separate process in bytes (on a GPU: allocated
+            memory), with and without start-up.
         fault: why it could not be measured, or None.
     """
 
@@ -40,7 +40,7 @@ class Result:
 
     @property
     def median(self) -> float:
-        """Seconds of one call."""
+        """Median seconds of one call."""
         return statistics.median(self.seconds)
 
     @property
@@ -53,12 +53,12 @@ class Result:
 
     @property
     def rate(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return self.case.batch / self.median
 
 
 def compare(results: Sequence[Result]) -> None:
-    """Fills in `times` and `to_twin` where the other case was measured as well."""
+    """Fills in `times` and `to_twin` if the other case was measured as well."""
     good = {r.case: r for r in results if r.fault is None}
     by_what = {
         (c.kind, c.of, c.network, c.role, c.engine, c.precision, c.batch, c.size, c.threads): r
@@ -80,7 +80,7 @@ def compare(results: Sequence[Result]) -> None:
 
 
 def pooled(processes: Sequence[Sequence[Result]]) -> list[Result]:
-    """The results of the same cases in several processes, their rounds concatenated.
+    """The results of the same cases in several processes, with their rounds concatenated.
 
     Start-up and memory are the first process's: later ones find compiled kernels in the cache.
     """
@@ -126,7 +126,7 @@ def as_rows(
 
 
 def append_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Adds rows to a CSV file, which is made where there is none.
+    """Adds rows to a CSV file, which is created if it is missing.
 
     Raises:
         UsageError: the file has other columns.
@@ -142,7 +142,7 @@ def append_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes a CSV file anew.
+    """Writes a CSV file, replacing an existing one.
 
     Raises:
         FileError: it can't be written.
@@ -159,7 +159,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """A machine in file names, such as amd-epyc-9r14-2-threads."""
+    """A machine's name for file names, such as amd-epyc-9r14-2-threads."""
     name = machine["accelerator"] or f"{machine['processor']} {machine['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
@@ -170,7 +170,7 @@ def print_results(results: Sequence[Result], header: Sequence[str]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    # into a pipe, a table must not be cut to the width of a terminal that is not there
+    # in a pipe, don't cut a table to the width of a terminal
     wide = Console(width=None if console.is_terminal else 160, highlight=False)
     for line in header:
         console.print(line, soft_wrap=True, markup=False)

@@ -1,12 +1,12 @@
-"""How prediction's time and memory grow with the image's size, the batch and the threads.
+"""How prediction's time and memory grow with image size, batch size and threads.
 
     python benchmarks/scaling.py [--engine NAME] [--precision bf16] [--rounds 5] [--models NAME ...]
     python benchmarks/scaling.py --plot-only      # draws the pictures from the CSV again
 
-Each point is a process of its own, which gives its peak memory; the time is the median of the
+Each point is measured in a separate process, for its peak memory; the time is the median of the
 rounds after warming up. Eager fp32 and the fastest engine are measured: --engine and --precision,
 or by default the fastest in benchmarks/performance-MACHINE.csv, or else in a short measurement.
-Writes benchmarks/scaling-MACHINE.csv anew, and docs/images/scaling-WHAT-MACHINE.svg.
+Overwrites benchmarks/scaling-MACHINE.csv and docs/images/scaling-WHAT-MACHINE.svg.
 """
 
 import argparse
@@ -30,17 +30,17 @@ from subprocesses import measure_alone
 
 FOLDER = Path(__file__).parent
 IMAGES = FOLDER.parent / "docs/images"
-SHARES = (0.5, 0.75, 1.0, 1.5)  # of the network's own height and width
+SHARES = (0.5, 0.75, 1.0, 1.5)  # fractions of the network's own height and width
 BATCHES = (1, 4, 8, 16)
 THREADS = (1, 2)
-BATCH = 8  # where the batch is not what varies
-# Okabe and Ito's colors, which color-blind people can tell apart; the line says the engine
+BATCH = 8  # unless the batch size varies
+# Okabe and Ito's colors, which color-blind people can distinguish; the line style is the engine
 COLORS = {"cbam_resnet50": "#0072B2", "attention56": "#D55E00", "ag_sononet8": "#009E73"}
 LINES = {"eager": ("--", "o"), "fastest": ("-", "s")}
 
 
 def say(line: str) -> None:
-    """Progress."""
+    """Prints progress."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -66,7 +66,7 @@ def points(
     name: str, engine: str, precision: str, shares: list[float], batches: list[int],
     threads: list[int],
 ) -> list[tuple[str, Case]]:  # fmt: skip
-    """(what varies, case): one axis at a time; the point where they meet comes once."""
+    """(what varies, case): along one axis at a time; their common point is included once."""
     channels, height, width = input_size(name, None)
     base = Case(
         "predict", name, name, "network", engine, precision, BATCH, (channels, height, width),
@@ -74,7 +74,7 @@ def points(
     )  # fmt: skip
     found = [("base", base)]
     for share in shares:
-        # whole multiples of 16: what every network here takes
+        # multiples of 16, which every network here accepts
         size = (channels, *(max(32, round(side * share / 16) * 16) for side in (height, width)))
         found.append(("size", replace(base, size=size)))
     found += [("batch", replace(base, batch=batch)) for batch in batches]
@@ -83,7 +83,7 @@ def points(
 
 
 def draw(rows: list[dict[str, str]], name: str, folder: Path) -> list[Path]:
-    """A figure each for size, batch and threads: time and memory side by side."""
+    """One figure each for size, batch and threads, with time and memory side by side."""
     matplotlib.rcParams["svg.hashsalt"] = "regard"
     written = []
     for what in ("size", "batch", "threads"):
@@ -123,7 +123,7 @@ def draw(rows: list[dict[str, str]], name: str, folder: Path) -> list[Path]:
             axis.spines[["top", "right"]].set_visible(False)
             if ticks:
                 axis.set_xticks(ticks)
-        axes[0].set_yscale("log")  # AG-SonoNet-8 is many times as fast as the others
+        axes[0].set_yscale("log")  # AG-SonoNet-8 is much faster than the others
         axes[1].set_ylim(bottom=0)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=8)
         figure.tight_layout(rect=(0, 0.14, 1, 1))

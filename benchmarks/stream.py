@@ -1,14 +1,14 @@
-"""`regard predict` over many images: its memory, and its rate compared with that of its parts.
+"""`regard predict` over many images: its memory, and its rate compared with those of its parts.
 
     python benchmarks/stream.py [RUN] [--images FOLDER] [--counts 1000 20000] [--engine auto]
 
 The images are hard links (or copies) to the JPEG files of FOLDER, repeated, in a temporary
-folder; default: 64 files of 320x240 that are made. RUN is a run's folder; default: an untrained
-ag_sononet8 for 208x272 images. Each count is a process `regard predict RUN FOLDER --csv ...`,
+folder; default: 64 generated files of 320x240. RUN is a run's folder; default: an untrained
+ag_sononet8 for 208x272 images. For each count a process runs `regard predict RUN FOLDER --csv ...`,
 whose resident memory, including that of its children, is sampled ten times a second. The rate is
-that of the images between the first count and the last, which excludes start-up. Decoding alone,
-in as many threads, and the network alone, on images in memory, are measured too.
-Appends a row a count to benchmarks/stream.csv; the samples go to --samples FILE.
+computed from the images between the first count and the last, which excludes start-up. Decoding
+alone, in as many threads, and the network alone, on images in memory, are measured too.
+Appends a row per count to benchmarks/stream.csv; the samples go to --samples FILE.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def repeat(files: list[Path], folder: Path, count: int) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(file, target)
-        except OSError:  # another file system, or more links than it takes
+        except OSError:  # another file system, or too many links
             shutil.copyfile(file, target)
     return folder
 
@@ -88,7 +88,7 @@ def resident(process: psutil.Process) -> int:
 def predict(
     run: Path, folder: Path, engine: str, precision: str, threads: int, scratch: Path
 ) -> dict[str, Any]:
-    """Runs the command; its seconds, samples of (second, bytes), and how many it answered."""
+    """Runs the command; returns its seconds, samples of (second, bytes), and prediction count."""
     out = scratch / "answers.csv"
     command = [sys.executable, "-m", "regard", "predict", run, folder, "--csv", out, "--top", "1",
                "--engine", engine, "--precision", precision]  # fmt: skip
@@ -109,7 +109,7 @@ def predict(
 
 
 def decoding(classifier: regard.Classifier, files: list[Path], least: float) -> float:
-    """Images a second of decoding and resizing alone, in as many threads as `regard predict`."""
+    """Images per second of decoding and resizing alone, in as many threads as `regard predict`."""
     done, started = 0, time.perf_counter()
     with ThreadPoolExecutor(default_workers()) as pool:
         while time.perf_counter() - started < least:
@@ -118,14 +118,14 @@ def decoding(classifier: regard.Classifier, files: list[Path], least: float) -> 
 
 
 def network(classifier: regard.Classifier, files: list[Path], rounds: int) -> float:
-    """Images a second of the network alone, in batches as `regard predict` makes them."""
+    """Images per second of the network alone, in batches like those of `regard predict`."""
     images = torch.stack([classifier.decode(f) for f in (files * BATCH)[:BATCH]])
     (seconds,) = time_in_rounds([lambda: classifier.probabilities(images)], rounds)
     return BATCH / statistics.median(seconds)
 
 
 def main() -> None:
-    """Prints and appends a row a count."""
+    """Prints and appends one row per count."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--images", type=Path)

@@ -1,4 +1,4 @@
-"""Cases in processes of their own: their peak memory, and memory handled as glibc does."""
+"""Cases in separate processes: their peak memory, and timing with glibc's memory defaults."""
 
 import contextlib
 import functools
@@ -19,17 +19,17 @@ from results import Result
 
 
 def measure_alone(cases: Sequence[Case], rounds: int) -> list[Result]:
-    """Each case in a new process, one after the other.
+    """Measures each case in a new process, one after the other.
 
-    The processes are forked from one that has imported torch and nothing more, so that the memory
-    is the case's own.
+    The processes are forked from one that has only imported torch, so that the memory is the
+    case's own.
     """
     results = []
     for case in cases:
         with ProcessPoolExecutor(1, mp_context=_context()) as pool:
             try:
                 results.append(pool.submit(_measure, case, rounds).result())
-            except Exception as error:  # also a process that was killed
+            except Exception as error:  # includes a process that was killed
                 results.append(Result(case, fault=reason(error, 300)))
     return results
 
@@ -37,18 +37,18 @@ def measure_alone(cases: Sequence[Case], rounds: int) -> list[Result]:
 class SecondProcess:
     """A process for the cases that run as they would without Regard.
 
-    Regard keeps freed memory for the next tensors (`keep_freed_memory`), from which every case in
-    the same process would gain. The process is started by the first case, and waits between calls.
+    Regard keeps freed memory for later tensors (`keep_freed_memory`), which would speed up every
+    case in the same process. The process is started by the first case, and waits between calls.
     """
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
 
     def prepare(self, case: Case) -> tuple[Step, float]:
-        """As `cases.prepare`, in that process.
+        """Like `cases.prepare`, in that process.
 
         Raises:
-            RuntimeError: whatever was raised there, on one line.
+            RuntimeError: any error there, on one line.
         """
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, mp_context=_context())
@@ -73,7 +73,7 @@ def _prepare_here(case: Case) -> tuple[int, float]:
     torch.set_num_threads(case.threads)
     try:
         step, startup = prepare(case)
-    except Exception as error:  # its own class may be one that can't be pickled
+    except Exception as error:  # its class may not be picklable
         raise RuntimeError(reason(error, 300)) from None
     _ready.append(step)
     return len(_ready) - 1, startup
@@ -87,7 +87,7 @@ def _call_here(number: int) -> None:
 
 
 def _context() -> Any:
-    """Forks from a process that has imported torch and nothing more, where forking is safe."""
+    """A context that forks from a process that has only imported torch, where forking is safe."""
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
@@ -116,7 +116,7 @@ def _measure(case: Case, rounds: int) -> Result:
 
 
 def peak_memory() -> int:
-    """The largest resident memory that this process has had, in bytes."""
+    """The peak resident memory of this process, in bytes."""
     status = Path("/proc/self/status")
     # not getrusage: a forked process starts with its parent's peak there
     if status.is_file():
@@ -130,7 +130,7 @@ def peak_memory() -> int:
 
 
 def forget_peak() -> bool:
-    """Resets the peak to what is resident now, where the system can (Linux)."""
+    """Resets the peak to the current use, where the system can (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         return True

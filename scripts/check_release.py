@@ -1,12 +1,12 @@
-"""Builds a release and proves that it works where only the release is.
+"""Builds a release and checks that it works without the repository.
 
     python scripts/check_release.py                    # build, contents, a fresh environment
     python scripts/check_release.py --only-contents    # no environment; a minute less
 
 The wheel and the source distribution are built by `python -m build`, checked by `twine check`,
 and compared with the repository: every file that git tracks is in the sdist, every file of the
-package is in the wheel. Then the wheel alone is installed in a fresh environment, and the
-commands that the README names are run there, each with its time. Needs `build` and `twine`.
+package is in the wheel. Then only the wheel is installed in a fresh environment, and the
+commands that the README names are run there and timed. Needs `build` and `twine`.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 20e6  # bytes of each file
+LIMIT = 20e6  # size limit of each file, in bytes
 MARKS = ("py.typed", "__init__.pyi", "training/recipes/demo.toml", "models/zoo.csv",
          "report/page.html", "serve/page.html")  # fmt: skip
 LETTERS = {"0": "zero", "1": "one"}
 
 
 def run(*command: object, cwd: Path, code: int = 0, **variables: str) -> str:
-    """Output and errors of a command that has to end with `code`."""
+    """Runs a command that must end with `code`; returns its output and errors."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
     done = subprocess.run(
         [*map(str, command)], cwd=cwd, env=environment, text=True, capture_output=True
@@ -43,8 +43,8 @@ def run(*command: object, cwd: Path, code: int = 0, **variables: str) -> str:
 
 
 def build(out: Path) -> tuple[Path, Path]:
-    """Wheel and sdist, the wheel made from the sdist as an installer would."""
-    # a folder `build` in the repository is found as a package of that name, and has no __main__
+    """Wheel and sdist; the wheel is built from the sdist, as an installer would."""
+    # a folder `build` in the repository would be imported as that package, but has no __main__
     if find_spec("build") is None or find_spec("build.__main__") is None or not find_spec("twine"):
         raise SystemExit("this needs build and twine: pip install build twine")
     run(sys.executable, "-m", "build", "--outdir", out, ROOT, cwd=ROOT)
@@ -54,7 +54,7 @@ def build(out: Path) -> tuple[Path, Path]:
 
 
 def faults_of_contents(wheel: Path, sdist: Path) -> list[str]:
-    """What is missing, too much, or too large."""
+    """What is missing, superfluous or too large."""
     tracked = set(run("git", "ls-files", cwd=ROOT).split("\n")) - {""}
     with tarfile.open(sdist) as archive:
         inside = {str(PurePosixPath(*PurePosixPath(n).parts[1:])) for n in archive.getnames()}
@@ -85,7 +85,7 @@ class Environment:
         self.bin = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
 
     def install(self, what: str) -> None:
-        """Installs by pip, in the versions that the project was tested with."""
+        """Installs by pip, in the versions with which the project was tested."""
         run(self.bin / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt",
             what, cwd=self.work)  # fmt: skip
 
@@ -98,7 +98,7 @@ class Environment:
 
 
 def make_photos(place: Environment) -> None:
-    """A folder of class folders, from scikit-learn's digits."""
+    """Writes scikit-learn's digits into class folders."""
     code = (
         "from sklearn.datasets import load_digits; from PIL import Image; from pathlib import Path;"
         f"names = {LETTERS!r}; d = load_digits()\n"
@@ -112,7 +112,7 @@ def make_photos(place: Environment) -> None:
 
 
 def answers_of_server(place: Environment, network: str, image: Path) -> None:
-    """Serves a network, asks for its health and for one image, and stops it."""
+    """Serves a network, requests its health and one prediction, and stops it."""
     start = time.monotonic()
     process = subprocess.Popen(
         [place.bin / "regard", "serve", network, "--port", "0"],
@@ -164,7 +164,7 @@ def journey(place: Environment, wheel: Path) -> None:
 
 
 def main() -> None:
-    """Builds and checks; ends with 1 where something is wrong."""
+    """Builds and checks; exits with 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where the files are left (default: nowhere)")
     parser.add_argument("--only-contents", action="store_true", help="make no environment")

@@ -1,4 +1,4 @@
-"""Keeps what a finished run was and reached: benchmarks/results/NAME.
+"""Stores a finished run's settings and results in benchmarks/results/NAME.
 
     python scripts/keep_result.py RUN NAME --benchmark KEY --commit HASH [--machine TEXT]
 
@@ -31,7 +31,7 @@ def keep(
 
     Raises:
         UsageError: the run is not finished or not tested on its test split, there is no such
-            benchmark, or another run is kept under this name.
+            benchmark, or another run is stored under this name.
     """
     run = RunFolder(run_folder)
     known = tomllib.loads((RESULTS / "benchmarks.toml").read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def keep(
 
 
 def main(words: list[str] | None = None) -> int:
-    """Keeps one run."""
+    """Stores one run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("name")

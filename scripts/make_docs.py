@@ -1,11 +1,11 @@
-"""Builds the documentation's site into build/site, strictly: a broken link or reference fails.
+"""Builds the documentation site into build/site; a broken link or reference is an error.
 
     python scripts/make_docs.py            # or `make docs`; needs the extra `docs`
     python scripts/make_docs.py --pages    # only the Markdown pages, in build/docs
 
-The pages of docs/ are copied; the reference of the API, the commands, the recipes and the file
-formats is generated from the code, and the notebooks' pages from their stored outputs. Nothing
-is downloaded, and the site loads nothing from elsewhere.
+The pages of docs/ are copied; the references of the API, the commands, the recipes and the file
+formats are generated from the code, and the notebook pages from their stored outputs. Nothing
+is downloaded, and the site loads nothing from other servers.
 """
 
 import base64
@@ -56,7 +56,7 @@ OUTSIDE = re.compile(
 
 
 def api_page() -> str:
-    """Every public name, in the order of the packages that hold them."""
+    """Every public name, in the order of the packages that contain them."""
 
     places = {
         "regard": "Networks, training, prediction and explanation",
@@ -97,7 +97,7 @@ def _entry(path: str, shown: str) -> str:
 
 
 def commands_page() -> str:
-    """What `regard COMMAND --help` says, of every command."""
+    """The output of `regard COMMAND --help`, for every command."""
     from regard.cli import app
 
     text = app.generate_docs(output_format="markdown")
@@ -132,7 +132,7 @@ def recipes_page() -> str:
 
 
 def _type(hint: Any) -> str:
-    """A field's type, or its choices; TOML has no None, so that an optional field is left out."""
+    """A field's type, or its choices; TOML has no None, so optional fields are omitted."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(f"`{choice!r}`" for choice in get_args(hint))
     if get_origin(hint) in (Union, UnionType):
@@ -141,7 +141,7 @@ def _type(hint: Any) -> str:
 
 
 def files_page() -> str:
-    """Each file format, from a file of it that the code writes now."""
+    """Each file format, with an example that the code writes now."""
     from regard.papers import Row, Table
 
     parts = [
@@ -205,7 +205,7 @@ def _json(value: Any) -> str:
 
 
 def _short(value: Any) -> Any:
-    """At most three entries of a list, and numbers to four digits."""
+    """At most three entries of each list, and numbers with four digits."""
     if isinstance(value, dict):
         return {k: _short(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -267,7 +267,7 @@ def write_pages() -> None:
 
 
 def faults_of_navigation() -> list[str]:
-    """Pages that mkdocs.yml names and that are not there, and pages that it does not name."""
+    """Pages that mkdocs.yml names but that don't exist, and pages that it does not name."""
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     named = set(re.findall(r": ([\w/]+\.md)$", nav, re.M))
     there = {page.relative_to(PAGES).as_posix() for page in PAGES.rglob("*.md")}
@@ -286,7 +286,7 @@ def loaded_from_outside(site: Path) -> list[str]:
 
 
 def without_queries(site: Path) -> None:
-    """Takes out the mark by which the theme's script asks GitHub for the repository's stars."""
+    """Removes the attribute by which the theme's script asks GitHub for the repository's stars."""
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         page.write_text(text.replace(' data-md-component="source"', ""), encoding="utf-8")

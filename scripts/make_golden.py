@@ -1,10 +1,10 @@
-"""Writes what every network and ablation answers on weights that anyone can make again.
+"""Writes the outputs of every network and ablation with reproducible weights.
 
     python scripts/make_golden.py            # writes tests/golden/variants.json
     python scripts/make_golden.py --check    # says what would change; exit code 1 if anything
 
-The outputs are computed in float64 and kept to 10 digits. An answer that is still the same
-to within rounding keeps its digits, so that a change of the file is a change of a network.
+The outputs are computed in float64 and stored with 10 digits. An output that is the same
+up to rounding keeps its digits, so that a change in the file is a change in a network.
 """
 
 import json
@@ -24,12 +24,12 @@ TOLERANCE = 1e-8
 
 
 def answers() -> dict[str, np.ndarray]:
-    """By label, the outputs of every variant."""
+    """The outputs of every variant, by label."""
     return {label: golden.variant_outputs(*made) for label, made in golden.variants().items()}
 
 
 def changes(new: dict[str, np.ndarray], old: dict[str, np.ndarray]) -> list[str]:
-    """A line for each variant that is new, gone, or answers differently."""
+    """A line for each variant that is new, removed, or has different outputs."""
     lines = [f"{label}: gone" for label in old if label not in new]
     for label, rows in new.items():
         if label not in old:
@@ -40,7 +40,7 @@ def changes(new: dict[str, np.ndarray], old: dict[str, np.ndarray]) -> list[str]
 
 
 def as_json(new: dict[str, np.ndarray], old: dict[str, np.ndarray]) -> str:
-    """One line a variant; 10 significant digits."""
+    """JSON with one line per variant and 10 significant digits."""
     lines = []
     for label, rows in new.items():
         same = label in old and golden.relative_error(rows, old[label]) <= TOLERANCE
@@ -50,7 +50,7 @@ def as_json(new: dict[str, np.ndarray], old: dict[str, np.ndarray]) -> str:
 
 
 def write(text: str, path: Path) -> None:
-    """Writes beside and renames, so that there is never half a file under the name."""
+    """Writes a temporary file and renames it, so that a file is never half-written."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
         beside = Path(scratch, path.name)
         beside.write_text(text, encoding="utf-8")

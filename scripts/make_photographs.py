@@ -1,9 +1,9 @@
-"""Makes docs/images/photographs.png: what the shipped weights see in two photographs.
+"""Makes docs/images/photographs.png: attention of the shipped weights in two photographs.
 
     python scripts/make_photographs.py
 
-The photographs are scikit-learn's own two (CC BY 2.0: china.jpg by danielbuechele, flower.jpg by
-vultilion, on Flickr), both of them, whatever the network says. Each map has its own scale, from
+The photographs are the two in scikit-learn (CC BY 2.0: china.jpg by danielbuechele, flower.jpg by
+vultilion, on Flickr), both shown whatever the prediction. Each map has its own scale, from
 its lowest value to its highest.
 """
 
@@ -27,7 +27,7 @@ OUT = Path(__file__).resolve().parent.parent / "docs/images/photographs.png"
 
 
 def center(photograph: Image.Image) -> NDArray[np.uint8]:
-    """The square that the network is given, at the picture's size."""
+    """The square that is the network's input, at the picture's size."""
     side = min(photograph.size)
     left, top = ((length - side) // 2 for length in photograph.size)
     square = photograph.crop((left, top, left + side, top + side))
@@ -35,7 +35,7 @@ def center(photograph: Image.Image) -> NDArray[np.uint8]:
 
 
 def row(photograph: Image.Image, classifier: Classifier) -> tuple[str, list[tuple[str, Picture]]]:
-    """The answer, and the photograph with its maps."""
+    """The prediction, and the photograph with its maps."""
     (said,) = classifier.predict(photograph, top=1)
     (explanation,) = explain(classifier, photograph, methods=["attention", "gradcam"])
     shown, size = center(photograph), (SIDE, SIDE)
@@ -49,7 +49,7 @@ def row(photograph: Image.Image, classifier: Classifier) -> tuple[str, list[tupl
 
 
 def sheet(rows: list[tuple[str, list[tuple[str, Picture]]]]) -> Image.Image:
-    """A row for each photograph, its answer above it; a line at the foot explains the colors."""
+    """A row per photograph, with its prediction above; a line at the bottom explains the colors."""
     names = [name for name, _ in rows[0][1]]
     head, foot, each = 44, 52, SIDE + 52
     size = (GAP + len(names) * (SIDE + GAP), head + len(rows) * each + foot)

@@ -1,4 +1,4 @@
-"""Makes docs/images/digits.png from a demo's run, as the README shows it.
+"""Makes docs/images/digits.png from a demo run, as shown in the README.
 
     regard demo && python scripts/make_picture.py runs/demo
 
@@ -25,7 +25,7 @@ from regard.runs import RunFolder
 
 OUT = Path(__file__).resolve().parent.parent / "docs/images/digits.png"
 COUNT = 8
-# in pixels of the picture, which is made to be shown at half its size
+# in pixels of the picture, which is shown at half its size
 SIDE, GAP, HEAD, LEFT, FOOT = 176, 12, 76, 108, 56
 PAGE, INK, MUTED, WRONG = "#14191d", "#eef1f2", "#a3adb4", "#ffa463"  # on white and on dark
 
@@ -51,7 +51,7 @@ def panels(scan: NDArray[np.uint8], classifier: Classifier) -> list[tuple[str, P
 
 
 def heading(said: Predictions, i: int) -> tuple[str, str, str]:
-    """Two lines on the prediction of image i, and their color."""
+    """Two lines on the prediction for image i, and their color."""
     p = said.probabilities[i]
     name, truth = said.classes[int(p.argmax())], said.classes[said.labels[i]]
     share = "> 99.9 %" if p.max() > 0.999 else f"{p.max():.1%}".replace("%", " %")
@@ -59,7 +59,7 @@ def heading(said: Predictions, i: int) -> tuple[str, str, str]:
 
 
 def sheet(columns: list[tuple[tuple[str, str, str], list[tuple[str, Picture]]]]) -> Image.Image:
-    """The columns side by side, and a line at the foot that explains the colors."""
+    """The columns side by side, and a line at the bottom that explains the colors."""
     rows = [name for name, _ in columns[0][1]]
     size = (LEFT + len(columns) * (SIDE + GAP), HEAD + len(rows) * (SIDE + GAP) + FOOT)
     picture = Image.new("RGB", size, PAGE)

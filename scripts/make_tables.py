@@ -1,10 +1,10 @@
-"""Counts every network and writes the tables that show the counts.
+"""Counts the parameters of every network and writes the tables of the docs.
 
     python scripts/make_tables.py            # writes zoo.csv and the tables of docs/
     python scripts/make_tables.py --check    # says what would change; exit code 1 if anything
 
-What it writes: the columns `parameters` and `macs` of src/regard/models/zoo.csv, and
-in docs/models.md, docs/training.md, docs/results.md and docs/performance.md what stands between
+It writes the columns `parameters` and `macs` of src/regard/models/zoo.csv, and in
+docs/models.md, docs/training.md, docs/results.md and docs/performance.md the text between
 two comments that name this script: from benchmarks/recipes.csv, benchmarks/results, and, machine
 by machine, from benchmarks/performance-*.csv, scaling-*.csv, freed-memory-*.csv and stream.csv.
 """
@@ -47,13 +47,13 @@ TABLE = re.compile(
 
 @dataclass(frozen=True)
 class Target:
-    """What a network should reach.
+    """Performance targets of a network.
 
     Attributes:
-        predict: in fp32 or bf16, times as fast as the authors' way.
-        int8: the same in INT8; None: no target of its own.
-        twin: its time as a part of its plain twin's on the same engine, at most; None: no twin.
-        train: a training step, times as fast as the authors' way.
+        predict: speed-up over the authors' way, in fp32 or bf16.
+        int8: the same in INT8; None: no separate target.
+        twin: largest ratio of its time to its plain twin's on the same engine; None: no twin.
+        train: speed-up of a training step over the authors' way.
     """
 
     predict: float
@@ -71,7 +71,7 @@ TARGET_BATCH = "8"
 
 
 def count(name: str) -> tuple[str, int, int]:
-    """Input size, parameters and multiply-adds (half of torch's flops) of one image."""
+    """Input size, parameters and multiply-adds (half of torch's flops) for one image."""
     with torch.device("meta"):
         model = create_model(name)
     size = model.default_cfg["input_size"]
@@ -79,7 +79,7 @@ def count(name: str) -> tuple[str, int, int]:
 
 
 def counted_csv(text: str) -> str:
-    """zoo.csv with its counts made again."""
+    """zoo.csv with its counts computed anew."""
     rows = list(csv.DictReader(io.StringIO(text)))
     for row in rows:
         row["input"], row["parameters"], row["macs"] = count(row["name"])  # type: ignore[assignment]
@@ -109,7 +109,7 @@ def markdown_table(text: str) -> str:
 
 
 def recipes_table(text: str) -> str:
-    """The table of short runs of docs/training.md."""
+    """The table of short runs in docs/training.md."""
     lines = [
         "| Recipe | Images | Steps | Loss, first to last epoch | Test accuracy (95 % interval) "
         "| s | Machine and date |",
@@ -130,17 +130,17 @@ def recipes_table(text: str) -> str:
 
 # ---------------------------------------------------------------------------- docs/results.md
 OF_THE_MACHINE = ("seed", "compile", "workers", "memory", "save_minutes", "faithfulness_images")
-"""Entries of a recipe that change no result, or whose results a row is the mean of."""
+"""Recipe entries that change no result, or over which a row is averaged."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One run in benchmarks/results, as scripts/keep_result.py keeps it."""
+    """One run in benchmarks/results, as stored by scripts/keep_result.py."""
 
     benchmark: str
     network: str
-    recipe: str  # what decides the result, as JSON: without the seed, and what the machine asks
-    command: str  # without seed and folder, which differ among the runs of a row
+    recipe: str  # entries that affect the result, as JSON: without OF_THE_MACHINE
+    command: str  # without seed and folder, which differ between the runs of a row
     seed: int
     accuracy: tuple[float, float, float]  # with its interval over images
     epochs: float
@@ -150,7 +150,7 @@ class Kept:
 
 
 def read_kept(folder: Path) -> Kept:
-    """What one folder holds."""
+    """Reads one folder."""
     run, about, tested = (
         json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("run", "about", "evaluation")
@@ -179,7 +179,7 @@ def read_kept(folder: Path) -> Kept:
 
 
 def _hours(runs: Sequence[Kept]) -> str:
-    """The mean hours of the runs of each machine."""
+    """The mean hours of the runs on each machine."""
     by_machine: dict[str, list[float]] = {}
     for run in runs:
         by_machine.setdefault(run.where, []).append(run.hours)
@@ -187,7 +187,7 @@ def _hours(runs: Sequence[Kept]) -> str:
 
 
 def results_table(folder: Path) -> str:
-    """The public benchmarks: a row for each command, over its seeds."""
+    """The public benchmarks: one row per command, averaged over its seeds."""
     marks = tomllib.loads((folder / "benchmarks.toml").read_text(encoding="utf-8"))
     kept = [read_kept(path.parent) for path in sorted(folder.glob("*/about.json"))]
     if not kept:
@@ -258,9 +258,9 @@ Row = Mapping[str, str]
 
 
 def performance_tables(texts: Sequence[str]) -> dict[str, str]:
-    """The tables `targets`, `prediction` and `training` of CSV texts of benchmarks/performance.py.
+    """The tables `targets`, `prediction` and `training` from CSV texts of performance.py.
 
-    One part for each text, which is a machine's.
+    One part for each text, that is, for each machine.
     """
     parts: dict[str, list[str]] = {"targets": [], "prediction": [], "training": []}
     for text in texts:
@@ -280,7 +280,7 @@ def _machine(row: Row) -> str:
 
 
 def _best(rows: Sequence[Row], of: str, kind: str, int8: bool) -> Row | None:
-    """The fastest way of a network that is not the authors', in floating point or in INT8."""
+    """The fastest way of a network other than the authors', in floating point or in INT8."""
     good = [
         r for r in rows
         if (r["of"], r["kind"], r["role"], r["batch"]) == (of, kind, "network", TARGET_BATCH)
@@ -382,7 +382,7 @@ def _training(rows: Sequence[Row]) -> list[str]:
 
 
 def scaling_table(texts: Mapping[str, str], pictures: Sequence[str]) -> str:
-    """Pictures and figures of benchmarks/scaling.py: {machine's slug: CSV text}."""
+    """Pictures and numbers from benchmarks/scaling.py: {machine's slug: CSV text}."""
     lines: list[str] = []
     for name, text in texts.items():
         rows = list(csv.DictReader(io.StringIO(text)))
@@ -412,7 +412,7 @@ def scaling_table(texts: Mapping[str, str], pictures: Sequence[str]) -> str:
 
 
 def stream_table(text: str) -> str:
-    """The table of benchmarks/stream.py."""
+    """The table from benchmarks/stream.py."""
     rows = list(csv.DictReader(io.StringIO(text)))
     if not rows:
         return NOTHING
@@ -432,7 +432,7 @@ def stream_table(text: str) -> str:
 
 
 def freed_table(texts: Sequence[str]) -> str:
-    """The table of benchmarks/freed_memory.py, of all machines."""
+    """The table from benchmarks/freed_memory.py, for all machines."""
     rows = [row for text in texts for row in csv.DictReader(io.StringIO(text))]
     if not rows:
         return NOTHING
@@ -453,7 +453,7 @@ def freed_table(texts: Sequence[str]) -> str:
 
 
 def performance_page(page: str, benchmarks: Path, pictures: Path) -> str:
-    """docs/performance.md with the tables of what a folder of benchmarks holds."""
+    """docs/performance.md with the tables made from a folder of benchmarks."""
     texts = [p.read_text(encoding="utf-8") for p in sorted(benchmarks.glob("performance-*.csv"))]
     scaling = {
         p.stem.removeprefix("scaling-"): p.read_text(encoding="utf-8")
@@ -472,7 +472,7 @@ def performance_page(page: str, benchmarks: Path, pictures: Path) -> str:
 
 
 def main() -> int:
-    """Writes both, or checks them."""
+    """Writes the tables, or checks them."""
     csv_text = counted_csv(FIGURES.read_text(encoding="utf-8"))
     models = MODELS.read_text(encoding="utf-8")
     table = markdown_table(csv_text)

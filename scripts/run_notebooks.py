@@ -1,8 +1,8 @@
-"""Runs the notebooks and stores their outputs, small ones.
+"""Runs the notebooks and stores their small outputs.
 
     python scripts/run_notebooks.py [NAME ...]     # needs nbclient and ipykernel (extra: test)
 
-Each runs in a folder of its own, as a reader's would. tests/test_notebook_code.py runs their code,
+Each runs in a separate folder, as a reader's would. tests/test_notebook_code.py runs their code,
 with fewer images and epochs, and checks what is stored.
 """
 
@@ -21,7 +21,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 
 
 def execute(path: Path) -> None:
-    """Runs one notebook and writes it with its outputs, without times and machine's names."""
+    """Runs one notebook and writes it with its outputs, without times and machine names."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(FOLDER / "shapes.py", folder)
@@ -34,7 +34,7 @@ def execute(path: Path) -> None:
 
 
 def tidy(notebook: nbformat.NotebookNode, folder: str) -> None:
-    """Drops times, progress on standard error and the folder's name; joins printed lines."""
+    """Removes times, progress on standard error and the folder's name; joins printed lines."""
     for cell in notebook.cells:
         cell.metadata = {}
         outputs: list[nbformat.NotebookNode] = []
@@ -52,7 +52,7 @@ def tidy(notebook: nbformat.NotebookNode, folder: str) -> None:
 
 
 def main() -> None:
-    """Runs those that are named, or all."""
+    """Runs the notebooks that are named, or all."""
     os.environ.setdefault("PYTHONPATH", str(FOLDER.parent / "src"))
     for path in sorted(FOLDER.glob("*.ipynb")):
         if not sys.argv[1:] or path.stem in sys.argv[1:]:

@@ -1,9 +1,10 @@
-"""Sets the project's addresses, everywhere at once.
+"""Sets the project's addresses in all files.
 
     python scripts/set_address.py https://github.com/OWNER/NAME https://OWNER.github.io/NAME/
 
-`[project.urls]` of pyproject.toml decides: Homepage is the repository, Documentation the site. Both
-are replaced by those given, there and in every other file that git tracks.
+The current ones are in `[project.urls]` of pyproject.toml: Homepage is the repository,
+Documentation the site. Both are replaced by the given ones, there and in every other file that git
+tracks.
 """
 
 import argparse
@@ -16,7 +17,7 @@ RAW = ("https://github.com/", "https://raw.githubusercontent.com/")
 
 
 def addresses(root: Path) -> tuple[str, str]:
-    """Repository and site, as pyproject.toml has them."""
+    """Repository and site, from pyproject.toml."""
     content = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     return content["project"]["urls"]["Homepage"], content["project"]["urls"]["Documentation"]
 

@@ -1,13 +1,13 @@
-"""Puts the weights of a finished run into the package: src/regard/weights/NAME.
+"""Adds the weights of a finished run to the package: src/regard/weights/NAME.
 
     python scripts/ship_weights.py RUN NAME [--data DATA] [--machine TEXT]
 
-NAME is the network's name and a tag, such as ag_sononet8.digits. What no run knows about its
+NAME is the network's name and a tag, such as ag_sononet8.digits. What a run does not know about its
 images (origin, license, what the weights must not be used for) is read from
 scripts/weights.toml, from the table NAME or else from that of its tag.
 
 Matrices are stored in half precision, vectors (norms, biases, running statistics) in single.
-The accuracy on the card is that of the stored weights on the images that the run was tested on,
+The accuracy on the card is that of the stored weights on the images on which the run was tested,
 in fp32.
 """
 
@@ -66,7 +66,7 @@ def half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights with their matrices and kernels in half precision.
 
     Raises:
-        UsageError: one is too large for it.
+        UsageError: a value is too large for half precision.
     """
     halved = {
         k: t.half() if t.is_floating_point() and t.ndim > 1 else t for k, t in tensors.items()
@@ -78,7 +78,7 @@ def half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def facts_of(name: str, path: Path = FACTS) -> dict[str, Any]:
-    """What weights.toml says on the weights of this name.
+    """The entries in weights.toml for the weights of this name.
 
     Raises:
         UsageError: it lacks the table or an entry.
@@ -93,7 +93,7 @@ def facts_of(name: str, path: Path = FACTS) -> dict[str, Any]:
 
 
 def without_paths(value: Any, data: str) -> Any:
-    """A value of run.json or a text without this machine's folders: their last part alone."""
+    """A value of run.json or a text with this machine's folders reduced to their last part."""
     if isinstance(value, dict):
         return {k: without_paths(v, data) for k, v in value.items()}
     if isinstance(value, list):
@@ -105,18 +105,18 @@ def without_paths(value: Any, data: str) -> Any:
 
 
 def this_machine() -> str:
-    """Processor and system."""
+    """Name of the processor and the system."""
     first = describe(describe_machine(torch.device("cpu"))).partition(";")[0]
     return re.sub(r", \d+ threads?", "", first)
 
 
 def write_run(run: RunFolder, folder: Path) -> None:
-    """Copies what the run was: run.json, recipe.toml and metrics.csv."""
+    """Copies the run's records: run.json, recipe.toml and metrics.csv."""
     content = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
     data = content["plan"]["data"]
     content = without_paths(content, data)
     content["plan"] |= {"root": None, "location": ""}
-    for name in ("left_out", "warnings"):  # with names of files
+    for name in ("left_out", "warnings"):  # they contain file names
         content["measured"].pop(name, None)
     write_text(folder / "run.json", json.dumps(content, indent=1) + "\n")
     recipe = (run.path / "recipe.toml").read_text(encoding="utf-8")
@@ -131,7 +131,7 @@ def write_network(run: RunFolder, folder: Path, data: str | None) -> Evaluation:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
     shutil.copy(run.path / "config.json", folder / "config.json")
-    # tested as the run's own network, which takes its data and its splits
+    # tested as the run's own network, with its data and its splits
     for name in ("run.json", "splits.csv"):
         shutil.copy(run.path / name, folder / name)
     split, said, unreadable = predictions_of(folder, data, split=facts["tested_on"])
@@ -149,11 +149,11 @@ def write_network(run: RunFolder, folder: Path, data: str | None) -> Evaluation:
 
 
 def write_extras(run: RunFolder, folder: Path, data: str | None = None) -> None:
-    """Writes what tells images unlike the training images, and the run's temperature, if any.
+    """Writes what flags images unlike the training images, and the run's temperature, if any.
 
     Both belong to the stored weights; a temperature that was fitted for other weights than the
-    run's is left out. Of a run without validation images the tested ones set the
-    distance from which an image is unlike the training images; no weights depend on them.
+    run's is left out. For a run without validation images, the test images set the
+    distance beyond which an image is unlike the training images; no weights depend on them.
     """
     table = run_table(folder, data, None)
     other = next(s for s in ("val", "test") if (table.splits == s).any())
@@ -269,8 +269,8 @@ def ship(
     """Writes the folder of these weights, replacing an earlier one, and returns it.
 
     Raises:
-        UsageError: the run is not finished or of another network, or facts are missing.
-        FileError: its test images are not there, or all weights together would be too large.
+        UsageError: the run is not finished or is of another network, or facts are missing.
+        FileError: its test images are missing, or all weights together would be too large.
     """
     run, facts = RunFolder(run_folder), facts_of(name, facts_file)
     if not run.finished:
@@ -300,7 +300,7 @@ def ship(
 
 
 def main() -> None:
-    """Reads the command line and ships."""
+    """Parses the command line and adds the weights."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("name", help="architecture.tag")

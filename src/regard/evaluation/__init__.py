@@ -1,12 +1,12 @@
-"""How well a network does, with confidence intervals, and paired comparisons of networks.
+"""Evaluation of a network with confidence intervals, and paired comparisons of networks.
 
 >>> predictions = Predictions(probabilities, labels, classes, groups=patients)
 >>> evaluate(predictions).metrics["top1"]
 >>> diagnose(predictions, positive="malignant").one_class.metrics["sensitivity"]
 >>> compare(predictions, others).p_value
 
-`predictions.py` holds and checks predictions. `metrics.py` has the metrics of classification,
-`diagnostics.py` those of a diagnostic study, made of `statistics.py`; `thresholds.py` chooses
+`predictions.py` holds and checks predictions. `metrics.py` has the classification metrics,
+`diagnostics.py` those of a diagnostic study, computed by `statistics.py`; `thresholds.py` chooses
 decision thresholds; `recalibration.py` measures and improves calibration, and `calibration.py`
 stores both for a run; `subgroups.py` evaluates parts of the images. `comparison.py` and
 `paired.py` compare two networks on the same images, with the tests of `significance.py`;

@@ -1,6 +1,6 @@
-"""What validation images settle about a network's probabilities: temperature and threshold.
+"""Temperature and threshold, fitted on validation images.
 
-A run stores it in `calibration.json`. Prediction, evaluation, serving and export read it there.
+They are stored in a run's `calibration.json`, which predict, evaluate, serve and export read.
 """
 
 import json
@@ -33,13 +33,13 @@ class Calibration:
     Attributes:
         temperature: the logits are divided by it; 1 changes nothing.
         threshold: on the scaled probability of one class, or None: the top-1 class decides.
-        source: what the images were, such as "validation images of the run".
-        images, groups: how many there were; groups is None where images are independent.
+        source: description of the images, such as "validation images of the run".
+        images, groups: their numbers; groups is None if images are independent.
         before, after: "nll" and "ece" of these images without and with the temperature.
         reliability, reliability_calibrated: the bins of their reliability diagrams.
-        network: content hash of the weights; '' where it is not known.
-        tta: the test-time augmentation of the predictions: "flips", or None; it holds with that
-            alone.
+        network: content hash of the weights; '' if not known.
+        tta: the test-time augmentation of the predictions: "flips", or None; the calibration is
+            valid only for this one.
     """
 
     temperature: float
@@ -55,19 +55,19 @@ class Calibration:
     tta: str | None = None
 
     def apply(self, predictions: Predictions) -> Predictions:
-        """The predictions with this temperature."""
+        """The predictions with this temperature applied."""
         if self.temperature == 1.0:
             return predictions
         return with_temperature(predictions, self.temperature)
 
     def decide(self, probabilities: Mapping[str, float]) -> str | None:
-        """The positive class where its probability reaches the threshold, else what it is not.
+        """The positive class if its probability reaches the threshold, else its complement.
 
         Args:
-            probabilities: scaled ones, by class; all classes.
+            probabilities: scaled probabilities of all classes, by class.
 
         Returns:
-            A class's name, or with more than two classes "not NAME"; None without a threshold.
+            A class name, or "not NAME" with more than two classes; None without a threshold.
         """
         if self.threshold is None:
             return None
@@ -78,7 +78,7 @@ class Calibration:
         return others[0] if len(others) == 1 else f"not {name}"
 
     def sentence(self) -> str:
-        """What it does, in one line."""
+        """A one-line description."""
         parts = [] if self.temperature == 1.0 else [f"temperature {self.temperature:.4g}"]
         if self.threshold is not None:
             parts.append(self.threshold.sentence())
@@ -86,7 +86,7 @@ class Calibration:
         return f"{' and '.join(parts)}, from {self.images:,} {self.source}{how}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A dict for JSON."""
         threshold = None if self.threshold is None else self.threshold.to_dict()
         return {**asdict(self), "threshold": threshold}
 
@@ -95,7 +95,7 @@ class Calibration:
         """The inverse of `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: it is not of that form.
+            KeyError, TypeError, ValueError: the content is malformed.
         """
         content = dict(content)
         if not (math.isfinite(content["temperature"]) and content["temperature"] > 0):
@@ -123,13 +123,13 @@ def fit_calibration(
     """Fits the temperature, then chooses the threshold on the scaled probabilities.
 
     Args:
-        validation: unscaled predictions of images that neither trained the network nor test it.
+        validation: unscaled predictions of images used neither to train nor to test the network.
         positive: the class of the threshold, together with `rule`.
         rule: as for `choose_threshold`.
         temperature: whether to fit one.
-        source: what the images are.
+        source: description of the images.
         network: content hash of the weights.
-        tta: the test-time augmentation that the predictions are of, "flips" or None.
+        tta: the test-time augmentation of the predictions, "flips" or None.
 
     Raises:
         UsageError: too few images, no such class or rule, or nothing to fit.
@@ -159,7 +159,7 @@ def _fit(predictions: Predictions) -> dict[str, float]:
 
 
 def read_calibration(folder: str | Path) -> Calibration | None:
-    """The calibration that is stored in a run's folder; None where there is none.
+    """The calibration stored in a run's folder, or None.
 
     Raises:
         UsageError: the file is damaged.
@@ -176,10 +176,10 @@ def read_calibration(folder: str | Path) -> Calibration | None:
 
 
 def write_calibration(folder: str | Path, calibration: Calibration) -> Path:
-    """Stores it in a run's folder, atomically.
+    """Stores a calibration in a run's folder, atomically.
 
     Raises:
-        StateError: it can't be written; what was there before is as it was.
+        StateError: it can't be written; an earlier one is unchanged.
     """
     path = Path(folder) / FILE
     write_text(path, json.dumps(calibration.to_dict(), indent=1) + "\n")

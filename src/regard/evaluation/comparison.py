@@ -1,15 +1,15 @@
 """The accuracy of two networks on the same images, with exact tests.
 
-The interval of the difference is the paired bootstrap's, of images or, with groups, of whole
-groups: at each end the wider of expanded percentiles and Student's t. Where every image (or group)
-has the same difference no resample differs, and the interval reaches as far as Wilson's for no
-success in as many images (groups). With one group low and high are NaN.
+The interval of the difference is from the paired bootstrap over images or, with groups, whole
+groups: at each end the wider of expanded percentiles and Student's t. If every image (or group)
+has the same difference, resamples do not vary; the interval then reaches as far as Wilson's for
+no success in as many images (groups). With one group low and high are NaN.
 
-The p-value is two-sided. Without groups it is that of McNemar's exact test: if the networks
-are equal, an image that only one of them gets right is as likely a's as b's. With groups the
-images of a group are not independent; then the difference of each group as a whole has
-either sign with the same probability, and the p-value is exact over all signs. Groups of one
-image each give McNemar's.
+The p-value is two-sided. Without groups it is from McNemar's exact test: if the networks
+are equal, an image that only one of them classifies correctly is as likely to be a's as b's. With
+groups, the images of a group are not independent; then the difference of each group as a whole has
+either sign with the same probability, and the p-value is exact over all signs. With one image
+per group this equals McNemar's test.
 """
 
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ from regard.files import plural
 class Comparison:
     """Top-1 accuracy of two networks, a and b, on the same n images.
 
-    n_groups: number of groups; None where images are independent.
+    n_groups: number of groups; None if images are independent.
     top1_a, top1_b: accuracies, 0 to 1.
-    difference: a's minus b's, with its interval; above 0 where a is better.
-    only_a, only_b: images that only a, or only b, classifies correctly. The others do not tell
-        the two apart.
+    difference: a's accuracy minus b's, with its interval; above 0 if a is better.
+    only_a, only_b: images that only a, or only b, classifies correctly. The others say nothing
+        about which is better.
     p_value: probability of a difference at least as large if both were equal; see `compare`.
     confidence: of the interval, 0 to 1.
     """
@@ -68,7 +68,7 @@ class Comparison:
         return display.table(f"{plural(self.n, 'image')}{groups}", ("", "", ""), rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: None where a number is NaN."""
+        """A dict for JSON, with None for NaN."""
         return {
             "n": self.n,
             "n_groups": self.n_groups,
@@ -92,7 +92,7 @@ def compare(
 ) -> Comparison:
     """Compares two networks on the same images, in the same order.
 
-    The module describes the interval and the test.
+    See the module's docstring for the interval and the test.
 
     Args:
         a, b: predictions; groups may be given with either or both.
@@ -149,7 +149,7 @@ def common_groups(a: Predictions, b: Predictions) -> Any:
 
 
 def _first(a: list[Any], b: list[Any]) -> str:
-    """The first difference of two lists."""
+    """The first difference between two lists."""
     if len(a) != len(b):
         return f"{len(a)} against {len(b)}"
     i = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)

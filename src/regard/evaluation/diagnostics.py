@@ -1,24 +1,25 @@
-"""The numbers of a diagnostic study: ROC, agreement, and one class against the rest.
+"""Metrics of a diagnostic study: ROC, agreement, and one class against the rest.
 
-All classes together: roc_auc and average_precision of each class against the rest, as "_macro" and
-"_weighted" means, and roc_auc_hand_till; mcc, kappa, brier, and with `ordered` the
-quadratic_kappa. With `positive` that class against the rest: roc_auc, average_precision,
+For all classes together: roc_auc and average_precision of each class against the rest, as "_macro"
+and "_weighted" means, and roc_auc_hand_till; mcc, kappa, brier, and with `ordered`
+quadratic_kappa. With `positive`, for that class against the rest: roc_auc, average_precision,
 sensitivity, specificity, ppv, npv, lr_positive and lr_negative (likelihood ratios), f1, mcc,
-brier, calibration_slope, calibration_intercept, and with `max_fpr` the partial_roc_auc.
+brier, calibration_slope, calibration_intercept, and with `max_fpr` partial_roc_auc.
 
-Intervals are of bootstrap samples of images or, with groups, of whole groups: expanded percentiles,
-and of areas Wilson's for the samples' variance (`regard.evaluation.intervals.area`). Calibration
-slope and intercept have Student's t (`regard.evaluation.recalibration.calibration_line`). The
-numbers of one class against the rest, and of two classes, are as uncertain as the rarer of the two
-kinds makes them: its units count, and one alone gives no interval. Sensitivity, specificity, ppv
-and npv have Wilson's (with groups `share_of_groups`), as have areas where no resample differs,
-such as an AUC of 1. Areas of all classes have no interval where it would take much more than 20 s,
-with 1000 resamples from about 10,000 images of 12 classes on.
+Intervals are from bootstrap samples of images or, with groups, of whole groups: expanded
+percentiles, and for areas Wilson's with the samples' variance (`regard.evaluation.intervals.area`).
+Calibration slope and intercept have Student's t
+(`regard.evaluation.recalibration.calibration_line`).
+Metrics of one class against the rest, and of two classes, are as uncertain as the rarer of the two
+kinds makes them: the number of its units counts, and a single one gives no interval. Sensitivity,
+specificity, ppv and npv have Wilson's interval (with groups `share_of_groups`); so do areas whose
+resamples do not vary, such as an AUC of 1. Areas over all classes have no interval if it would take
+much more than 20 s, which is, with 1000 resamples, from about 10,000 images of 12 classes on.
 
-A likelihood ratio may be infinite, and no resample differs where it is 0 or infinite. Its interval
-then goes as far as the ratio does when a sensitivity or specificity of 0 or 1 is taken at the
-other end of its Wilson interval, and the other of the two as it was measured. With 20 of 20
-positives and a specificity of 0.5 lr_negative is 0, up to (1 - 0.839) / 0.5 = 0.32.
+A likelihood ratio may be infinite, and resamples do not vary if it is 0 or infinite. Its interval
+then extends to the ratio obtained by replacing a sensitivity or specificity of 0 or 1 by the
+other end of its Wilson interval, while the other of the two keeps its measured value. With 20 of 20
+positives and a specificity of 0.5, lr_negative is 0, up to (1 - 0.839) / 0.5 = 0.32.
 """
 
 import math
@@ -53,7 +54,7 @@ from regard.evaluation.thresholds import from_probability
 
 _AREAS = ("roc_auc", "average_precision")
 _ROUNDING = 1e-12
-MOST_WORK = 4 * 10**8  # of `RankStatistics.work` times resamples: about 20 s
+MOST_WORK = 4 * 10**8  # limit of `RankStatistics.work` times resamples: about 20 s
 Statistic = Callable[[Floats], Values]
 
 
@@ -62,8 +63,8 @@ class OneClass:
     """One class against the rest, as a diagnostic test.
 
     positive: the class.
-    threshold: on its probability, infinite where it is met by no image; None: positive where it
-        is the top-1 class.
+    threshold: on its probability, infinite if no image reaches it; None: positive if it is the
+        top-1 class.
     counts: true positives "tp", false positives "fp", true negatives "tn", false negatives "fn".
     metrics: by name.
     """
@@ -80,7 +81,7 @@ class OneClass:
         return f"positive {from_probability(self.threshold)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: "decision" tells an infinite threshold, which is null there, from none."""
+        """A dict for JSON; "decision" tells an infinite threshold (null) from none."""
         threshold = None if self.threshold is None else finite_or_none(self.threshold)
         metrics = {name: e.to_dict() for name, e in self.metrics.items()}
         return {
@@ -91,11 +92,11 @@ class OneClass:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """The numbers of a diagnostic study; see `diagnose`.
+    """The metrics of a diagnostic study; see `diagnose`.
 
     metrics: of all classes together, by name.
     per_class: "roc_auc" and "average_precision" of each class with images, against the rest.
-    one_class: the positive class, if one was named.
+    one_class: results for the positive class, if one was named.
     """
 
     metrics: dict[str, Estimate]
@@ -104,7 +105,7 @@ class Diagnostics:
     confidence: float = 0.95
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: None for what is not finite."""
+        """A dict for JSON, with None for values that are not finite."""
         return {
             "confidence": self.confidence,
             "metrics": {name: e.to_dict() for name, e in self.metrics.items()},
@@ -129,7 +130,7 @@ def diagnose(
 ) -> Diagnostics:
     """ROC AUC, average precision, agreement, Brier score; one class as a diagnostic test.
 
-    The module describes the metrics and their intervals.
+    See the module's docstring for the metrics and their intervals.
 
     Args:
         predictions: of at least one image.
@@ -170,7 +171,7 @@ def diagnose_class(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> OneClass:
-    """The part of `diagnose` that is about the positive class.
+    """The part of `diagnose` for the positive class.
 
     Raises:
         UsageError: no such class, or an argument out of range.
@@ -188,11 +189,11 @@ def diagnose_calibration(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> dict[str, Estimate]:
-    """What a temperature changes: ece, nll and brier, and of a class its calibration.
+    """The metrics that a temperature changes: ece, nll, brier, and the calibration of one class.
 
     Args:
         predictions: of at least one image.
-        positive: the class of "brier_positive", "calibration_slope", "calibration_intercept".
+        positive: the class for "brier_positive", "calibration_slope", "calibration_intercept".
         resamples, seed, confidence: as in `evaluate`.
 
     Raises:
@@ -242,7 +243,7 @@ def _complement(share: Estimate) -> Estimate:
 
 
 def _ratio(estimate: Estimate, one: Estimate, other: Estimate) -> Estimate:
-    """The ratio of two shares, with the module's interval where no resample of it differs."""
+    """The ratio of two shares; if its resamples do not vary, with the module's interval."""
     edges = [e.value in (0.0, 1.0) for e in (one, other)]
     if math.isnan(estimate.value) or not (estimate.value in (0.0, math.inf) or all(edges)):
         return estimate
@@ -256,7 +257,7 @@ def _ratio(estimate: Estimate, one: Estimate, other: Estimate) -> Estimate:
 
 
 class _Bootstrap:
-    """Estimates of statistics, all with the same bootstrap samples."""
+    """Estimates of statistics, all from the same bootstrap samples."""
 
     def __init__(
         self, predictions: Predictions, resamples: int, seed: int, confidence: float
@@ -274,7 +275,7 @@ class _Bootstrap:
         return {name: np.hstack(values) for name, values in drawn.items()}
 
     def _weights(self, batched: bool) -> Iterator[Floats]:
-        """The images' weights, (N,) of each sample, or (B, N) of several, at most 1 MB."""
+        """The images' weights: (N,) for one sample, or (B, N) for several, at most 1 MB."""
         each = (times[self.unit] for times in draws(self.n_units, self.resamples, self.seed))
         if not batched:
             yield from each
@@ -303,7 +304,7 @@ class _Bootstrap:
         }
 
     def _ranked_units(self, statistic: RankStatistics) -> dict[str, int]:
-        """Of each class's areas: units with images of it or of the rest, whichever are fewer."""
+        """For each class's areas: the fewer of the units with images of it and of the rest."""
         pairs = np.unique(self.labels * self.n_units + self.unit)
         of_class, unit = pairs // self.n_units, pairs % self.n_units
         alone = np.bincount(unit)[unit] == 1  # units with images of one class
@@ -325,7 +326,7 @@ class _Bootstrap:
         interval = make(value, drawn, self.confidence, units)
         if interval.high - interval.low > _ROUNDING:
             return interval
-        # but for a few samples of one class, all are alike, though other images might differ
+        # apart from samples with one class only, all are alike, though other images might differ
         end = round(value, 12)
         if not name.endswith(("mcc", "kappa")):
             return wilson(end, alike, self.confidence) if end in (0.0, 1.0) else interval
@@ -337,7 +338,7 @@ class _Bootstrap:
         return Estimate(value, least, 1.0) if end == 1 else Estimate(value, -1.0, -least)
 
     def share(self, right: Any, among: Any) -> Estimate:
-        """How many of some images are right; NaN where there are none."""
+        """The share of some images that are right; NaN if there are none."""
         if not among.any():
             return Estimate(NAN, NAN, NAN)
         if not self.grouped:

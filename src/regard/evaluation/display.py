@@ -7,7 +7,7 @@ from regard.evaluation.intervals import Estimate
 
 
 def cell(estimate: Estimate, decimals: int = 3) -> tuple[str, str]:
-    """The value and its interval in words; "–" for what there is not."""
+    """The value and its interval as text; "–" if there is none."""
     if estimate.value != estimate.value:
         return "–", "–"
     value = f"{estimate.value:.{decimals}f}"
@@ -17,7 +17,7 @@ def cell(estimate: Estimate, decimals: int = 3) -> tuple[str, str]:
 
 
 def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table; every cell is escaped, and a row of empty headings is left out."""
+    """An HTML table; every cell is escaped, and an empty header row is omitted."""
 
     def row(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"

@@ -1,4 +1,4 @@
-"""Predictions of several networks, such as folds or seeds, as those of one."""
+"""Averages the predictions of several networks, such as folds or seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class Averaged:
     """The mean of several networks' predictions.
 
     Attributes:
-        predictions: the mean for each image, of the members that predict it.
-        members: the number of images that each member predicts, and its accuracy on them.
-        answered: {members that predict an image: images}.
-        sd: the members' standard deviation of the true class's probability, mean over images
-            with several members; NaN without any.
+        predictions: for each image, the mean over the members that predict it.
+        members: name, number of predicted images and accuracy on them, for each member.
+        answered: {number of members: number of images predicted by that many}.
+        sd: standard deviation over members of the true class's probability, averaged over images
+            with several members; NaN if there are none.
         disagreement: the share of those images whose members differ in the top-1 class.
     """
 
@@ -30,7 +30,7 @@ class Averaged:
     disagreement: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A dict for JSON."""
         several = bool(np.isfinite(self.sd))
         return {
             "members": [{"run": r, "images": n, "top1": t} for r, n, t in self.members],
@@ -41,15 +41,15 @@ class Averaged:
 
 
 def average(each: Sequence[Predictions], names: Sequence[str]) -> Averaged:
-    """Averages the probabilities of the members that predict an image.
+    """Averages, for each image, the probabilities of the members that predict it.
 
     Args:
-        each: their predictions, with paths; an image that trained a member has none of that
-            member's.
-        names: what messages call them.
+        each: the members' predictions, with paths; a member has no prediction for images that
+            trained it.
+        names: the members' names for messages.
 
     Raises:
-        UsageError: other classes, or an image with two labels.
+        UsageError: classes differ, or an image has two labels.
     """
     check_same_classes([p.classes for p in each], names)
     classes = each[0].classes
@@ -60,7 +60,7 @@ def average(each: Sequence[Predictions], names: Sequence[str]) -> Averaged:
     sums = np.zeros((len(rows), len(classes)))
     squares, counts = np.zeros_like(sums), np.zeros(len(rows), np.int64)
     votes = np.zeros_like(sums)
-    first = np.full((len(rows), 2), -1, np.int64)  # the member and its row that describe an image
+    first = np.full((len(rows), 2), -1, np.int64)  # member and row that group and columns are from
     labels = np.full(len(rows), -1, np.int64)
     members = []
     for k, (p, name) in enumerate(zip(each, names, strict=True)):
@@ -101,10 +101,10 @@ def average(each: Sequence[Predictions], names: Sequence[str]) -> Averaged:
 
 
 def check_same_classes(each: Sequence[Sequence[str]], names: Sequence[str]) -> None:
-    """Refuses networks whose classes are not the same.
+    """Refuses networks with different classes.
 
     Raises:
-        UsageError: they are not, or there are fewer than two networks.
+        UsageError: classes differ, or there are fewer than two networks.
     """
     if len(each) < 2:
         raise UsageError("an ensemble has two members or more")

@@ -1,11 +1,12 @@
-"""How far an image is from all that a network was trained on, by features of it.
+"""How far an image's features are from those of the images that trained a network.
 
-The features are those that the network's last layer is given, and simple statistics of the pixels
-(`regard.features.appearance`), which tell blank images and noise that the network may not. Of each
-the distance is Mahalanobis', to the nearest class mean, with one covariance for all classes (Lee
-et al., NeurIPS 2018, arXiv 1807.03888), shrunk as Ledoit and Wolf do; the larger one counts, each
-relative to what validation images have. benchmarks/familiarity.csv compares it with the energy
-(Liu et al., NeurIPS 2020) and the top-1 probability.
+The features are the input of the network's last layer, and simple statistics of the pixels
+(`regard.features.appearance`), which detect blank images and noise that the network may not. For
+each kind, the distance is the Mahalanobis distance to the nearest class mean, with one covariance
+for all classes (Lee et al., NeurIPS 2018, arXiv 1807.03888), shrunk by Ledoit and Wolf's method.
+The larger of the two counts, each relative to those of validation images.
+benchmarks/familiarity.csv compares it with the energy (Liu et al., NeurIPS 2020) and the top-1
+probability.
 """
 
 import json
@@ -24,7 +25,7 @@ from regard.files import reason, write_atomically
 
 FILE = "familiarity.safetensors"
 FALSE_ALARMS = 0.01
-LEAST = 20  # validation images
+LEAST = 20  # fewest validation images
 
 Features = NDArray[np.float32]
 
@@ -33,7 +34,7 @@ Features = NDArray[np.float32]
 class Kind:
     """One kind of features: (K, D) class means, (D, D) whitening, and the scale of distances.
 
-    Of the whitening's product with a difference of features the length is the distance.
+    The distance is the norm of a difference of features times the whitening matrix.
     """
 
     means: Features
@@ -41,19 +42,19 @@ class Kind:
     scale: float
 
     def distances(self, features: Features) -> NDArray[np.float64]:
-        """(N, D) features -> (N,) distances, about 1 for the farthest of validation images."""
+        """(N, D) features -> (N,) distances, about 1 for the farthest validation images."""
         return _distances(features, self.means, self.whitening) / self.scale
 
 
 @dataclass(frozen=True, eq=False)
 class Familiarity:
-    """What training images look like, and the distance beyond which an image is unlike them.
+    """A description of the training images, and the distance beyond which an image is unlike them.
 
     Attributes:
         kinds: of features, in the order of `Classifier.features`.
         threshold: an image at a larger distance is unlike the training images.
         false_alarms: the expected share of images like the validation images beyond it.
-        images: training images and validation images that it was made of.
+        images: numbers of training and validation images that were used.
         network: content hash of the weights.
     """
 
@@ -69,7 +70,7 @@ class Familiarity:
         return np.max([kind.distances(each) for kind, each in pairs], axis=0)
 
     def sentence(self) -> str:
-        """What the sign means, in one line."""
+        """The meaning of the flag, in one line."""
         return (
             f"unlike_training: distance above {self.threshold:.4g}, false alarm rate "
             f"{self.false_alarms:.2g} by {self.images[1]:,} validation images"
@@ -83,12 +84,12 @@ def fit_familiarity(
     *,
     network: str = "",
 ) -> Familiarity:
-    """Measures class means and covariances, and sets the threshold by the validation images.
+    """Computes class means and covariances, and sets the threshold from the validation images.
 
     Args:
-        training: (N, D) features of training images, of each kind.
+        training: (N, D) features of training images, for each kind.
         labels: (N,) their classes.
-        validation: (M, D) features of images that did not train the network, of each kind.
+        validation: (M, D) features of images not used in training, for each kind.
         network: content hash of the weights.
 
     Raises:
@@ -125,7 +126,7 @@ def _kind(training: Features, labels: NDArray[np.int64], validation: Features) -
 def _quantile(distances: NDArray[np.float64]) -> tuple[float, float]:
     """The distance that few validation images exceed, and the expected share of others that do.
 
-    Of M + 1 exchangeable images one exceeds the largest of the other M.
+    Among M + 1 exchangeable images, one is expected to exceed the largest of the other M.
     """
     place = min(math.ceil((len(distances) + 1) * (1 - FALSE_ALARMS)), len(distances))
     return float(np.sort(distances)[place - 1]), 1 - place / (len(distances) + 1)
@@ -140,7 +141,7 @@ def _distances(features: Features, means: Features, whitening: Features) -> NDAr
 
 
 def write_familiarity(folder: str | Path, familiarity: Familiarity) -> None:
-    """Stores it in a run's folder, atomically.
+    """Stores a familiarity in a run's folder, atomically.
 
     Raises:
         StateError: it can't be written.
@@ -160,7 +161,7 @@ def write_familiarity(folder: str | Path, familiarity: Familiarity) -> None:
 
 
 def read_familiarity(folder: str | Path) -> Familiarity | None:
-    """What is stored in a run's folder; None where there is nothing.
+    """The familiarity stored in a run's folder, or None.
 
     Raises:
         UsageError: the file is damaged.

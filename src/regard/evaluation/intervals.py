@@ -17,10 +17,10 @@ NAN = math.nan
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its confidence interval (95 % unless another confidence was asked for).
+    """A number with its confidence interval (95 % unless another confidence was requested).
 
-    `low` and `high` are NaN where there is no interval (one image or group; see `evaluate`), and
-    all three are NaN where there is nothing to measure.
+    `low` and `high` are NaN if there is no interval (one image or group; see `evaluate`), and
+    all three are NaN if there is nothing to measure.
     """
 
     value: float
@@ -32,7 +32,7 @@ class Estimate:
         return not (math.isnan(self.low) or math.isnan(self.high))
 
     def to_dict(self) -> dict[str, float | None]:
-        """For JSON: None where a number is not finite."""
+        """A dict for JSON, with None for numbers that are not finite."""
         return {
             "value": finite_or_none(self.value),
             "low": finite_or_none(self.low),
@@ -41,12 +41,12 @@ class Estimate:
 
 
 def finite_or_none(number: float) -> float | None:
-    """The number for JSON, which has neither NaN nor infinity."""
+    """The number, or None if JSON can't hold it: NaN or infinity."""
     return float(number) if math.isfinite(number) else None
 
 
 def check_settings(resamples: int, confidence: float) -> None:
-    """Checks the arguments that all intervals share.
+    """Checks the arguments common to all intervals.
 
     Raises:
         UsageError: resamples or confidence out of range.
@@ -75,8 +75,8 @@ def percentile(
     """The percentile bootstrap interval, widened to contain `value`; NaN samples are left out.
 
     With the number of independent units it is the expanded percentile interval (Hesterberg, The
-    American Statistician 2015), which allows for what resampling few units misses: as wide as
-    Student's t interval where the samples are normal. `rarer`: see `unbounded`.
+    American Statistician 2015), which corrects for what resampling few units misses: as wide as
+    Student's t interval if the samples are normal. `rarer`: see `unbounded`.
     """
     drawn = drawn[~np.isnan(drawn)]
     if drawn.size == 0 or math.isnan(value):
@@ -93,11 +93,11 @@ def bootstrapped_mean(
     """A mean over images with its 95 % interval: expanded percentiles of a bootstrap.
 
     Args:
-        values: (N,), one an image.
-        groups: of the images, drawn as a whole; default: images are independent.
+        values: (N,), one per image.
+        groups: of the images, resampled as a whole; default: images are independent.
 
     Returns:
-        NaN ends for a single image or group.
+        The mean; its ends are NaN for a single image or group.
     """
     unit, n_units = units(groups, len(values))
     mean = float(values.mean())
@@ -108,7 +108,7 @@ def bootstrapped_mean(
 
 
 def percentile_band(drawn: Floats, confidence: float, n_units: int) -> tuple[Floats, Floats]:
-    """The expanded percentiles of (resamples, K) curves, pointwise; plain ones of a single unit."""
+    """Pointwise expanded percentiles of (resamples, K) curves; plain ones for a single unit."""
     upper = (1 + confidence) / 2 if n_units < 2 else _expanded(confidence, n_units)
     low, high = np.quantile(drawn, [1 - upper, upper], axis=0)
     return low, high
@@ -117,19 +117,19 @@ def percentile_band(drawn: Floats, confidence: float, n_units: int) -> tuple[Flo
 def unbounded(
     value: float, drawn: Floats, confidence: float, n_units: int, rarer: int | None = None
 ) -> Estimate:
-    """The interval of a number without bounds, as a difference, a loss, or a slope.
+    """The interval of an unbounded number, such as a difference, a loss or a slope.
 
     At each end the wider of the expanded percentile interval, which follows skewed samples, and
-    of Student's t with their standard error, as percentiles alone are too narrow for few units
-    and miss the true value where the samples' middle is not the estimate.
+    Student's t interval with their standard error: percentiles alone are too narrow for few units
+    and miss the true value if the samples are not centered on the estimate.
 
     Args:
         value: the estimate.
         drawn: (resamples,) samples; those that are not finite are left out.
         confidence: between 0 and 1.
-        n_units: independent units, at least 2.
-        rarer: those of the rarer of two kinds on which the number depends, at least 2: a
-            bootstrap misses more of its variance; default: n_units.
+        n_units: number of independent units, at least 2.
+        rarer: number of units of the rarer of two kinds, at least 2, if the number depends on
+            them: a bootstrap misses more of its variance; default: n_units.
     """
     from scipy.stats import t
 
@@ -144,11 +144,11 @@ def unbounded(
 def bootstrap_test(
     value: float, drawn: Floats, confidence: float, n_units: int, rarer: int | None = None
 ) -> tuple[Estimate, float]:
-    """The interval of a difference, `unbounded`, and the two-sided p-value at which it touches 0.
+    """The `unbounded` interval of a difference, and the two-sided p-value at which it touches 0.
 
-    So p is the larger of the percentiles' and of Student's t, and at most 1 - confidence where
-    the interval lies on one side of 0. The arguments are those of `unbounded`; the samples are
-    not all alike.
+    So p is the larger of the percentiles' and Student's t's, and at most 1 - confidence if
+    the interval lies on one side of 0. The arguments are those of `unbounded`; the samples must
+    vary.
     """
     from scipy.stats import norm, t
 
@@ -160,7 +160,7 @@ def bootstrap_test(
 
 
 def _share_below(ordered: Floats) -> float:
-    """The share at which the quantile of ascending samples is 0, as NumPy interpolates it."""
+    """The level at which the quantile of ascending samples is 0, with NumPy's interpolation."""
     last, below = len(ordered) - 1, int((ordered <= 0).sum())
     if below in (0, last + 1):
         return float(below > 0)
@@ -169,12 +169,12 @@ def _share_below(ordered: Floats) -> float:
 
 
 def _scale(n_units: int) -> float:
-    """How much a bootstrap's standard error is too small."""
+    """The factor by which a bootstrap's standard error is too small."""
     return math.sqrt(n_units / (n_units - 1))
 
 
 def standard_error(drawn: Floats, n_units: int) -> float:
-    """The standard error by (resamples,) samples of so many units."""
+    """The standard error estimated from (resamples,) samples of so many units."""
     return float(drawn.std(ddof=1)) * _scale(n_units)
 
 
@@ -188,17 +188,17 @@ def _expanded(confidence: float, n_units: int, rarer: int | None = None) -> floa
 
 
 def calibration_interval(gaps: Floats, drawn: Floats, confidence: float) -> Estimate:
-    """The calibration error, the sum of |gap| over the bins, with an interval that allows for bias.
+    """The calibration error, the sum of |gap| over the bins, with a bias-corrected interval.
 
     Sampling noise adds to the error, and a resample adds it a second time, so plain percentiles
-    lie too high. The upper end is the error plus the distance from the resamples' median to their
-    upper quantile. The lower end is the error minus the largest share that noise can explain: by
+    are too high. The upper end is the error plus the distance from the resamples' median to their
+    upper quantile. The lower end is the error minus the largest amount that noise can explain: by
     the triangle inequality the error is off by at most the sum of |gap - true gap|, whose
     quantile the resamples estimate. The interval therefore reaches 0 for a calibrated network.
 
     Args:
         gaps: (bins,) confidence minus accuracy, times the bin's share of the images.
-        drawn: (resamples, bins) the same for each resample.
+        drawn: (resamples, bins) the same, for each resample.
         confidence: between 0 and 1.
     """
     value = float(abs(gaps).sum())
@@ -210,7 +210,7 @@ def calibration_interval(gaps: Floats, drawn: Floats, confidence: float) -> Esti
 
 
 def wilson(share: float, units: int, confidence: float) -> Estimate:
-    """A share of `units` with Wilson's interval; one unit has none."""
+    """A share of `units` with Wilson's interval; none for a single unit."""
     if units < 2:
         return Estimate(share, NAN, NAN)
     low, high = wilson_interval(round(share * units), units, confidence)
@@ -218,18 +218,18 @@ def wilson(share: float, units: int, confidence: float) -> Estimate:
 
 
 def share_of_groups(right: NDArray[Any], unit: NDArray[Any], confidence: float) -> Estimate:
-    """A share of images that come in groups, with Wilson's interval for them.
+    """A share of images that come in groups, with Wilson's interval for the effective sample size.
 
-    That of the number of independent images that would have the same variance between groups
-    (their effective sample size), never more than there are images, with Student's t of as many
-    degrees of freedom as groups less one (after Korn & Graubard, Survey Methodology 1998, and
-    Dean & Pagano, Survey Methodology 2015). Where all or none are right, the variance is not
-    known, and each group counts as one image; where k images are unlike the others, images count
-    as at least 1 / (k + 1) of that. One group has no interval.
+    That is the number of independent images with the same variance as between the groups, at most
+    the number of images, with Student's t and as many degrees of freedom as groups less one (after
+    Korn & Graubard, Survey Methodology 1998, and Dean & Pagano, Survey Methodology 2015). If all or
+    none are right, the variance is unknown, and each group counts as one image; if only k images
+    differ from the rest, at least n / groups / (k + 1) images count as one. One group has no
+    interval.
 
     Args:
-        right: (N,) whether each image is, at least one image.
-        unit: (N,) the group of each.
+        right: (N,) whether each image is right, for at least one image.
+        unit: (N,) the group of each image.
         confidence: between 0 and 1.
     """
     _, unit = np.unique(unit, return_inverse=True)
@@ -252,9 +252,9 @@ def area(value: float, drawn: Floats, confidence: float, n_units: int) -> Estima
 
     Args:
         value: the area.
-        drawn: (resamples,) those of samples; NaN ones are left out.
+        drawn: (resamples,) areas of the samples; NaN ones are left out.
         confidence: between 0 and 1.
-        n_units: independent units of the kind of images that has fewer, at least 2.
+        n_units: independent units of the rarer kind of images, at least 2.
     """
     drawn = drawn[~np.isnan(drawn)]
     if drawn.size < 2 or not 0 < value < 1:
@@ -264,11 +264,11 @@ def area(value: float, drawn: Floats, confidence: float, n_units: int) -> Estima
 
 
 def wilson_of_variance(value: float, variance: float, n_units: int, confidence: float) -> Estimate:
-    """Wilson's interval of as many images as have this variance, with Student's t of the units.
+    """Wilson's interval for as many images as would have this variance, with Student's t.
 
     Args:
         value: a share or an area, above 0 and below 1.
-        variance: of its estimate.
+        variance: the variance of its estimate.
         n_units: independent units, at least 2.
         confidence: between 0 and 1.
     """
@@ -282,20 +282,20 @@ def wilson_of_variance(value: float, variance: float, n_units: int, confidence: 
 
 
 def reach_of_none(units: float, confidence: float) -> float:
-    """How far a share reaches of which none of the units had any: Wilson's upper end of 0.
+    """Upper end of Wilson's interval for a share of 0: how far it reaches if no unit had any.
 
-    The half-width of an interval where no unit differs from another, though further units might.
-    NaN for fewer than two units.
+    Used as half-width of an interval where no unit differs from another, though further units
+    might. NaN for fewer than two units.
     """
     return wilson(0.0, max(round(units), 1), confidence).high
 
 
 @lru_cache(maxsize=2**12)
 def detectable_factor(df: float, confidence: float, power: float = 0.8) -> float:
-    """The effect that a t-test shows with this power, in estimated standard errors.
+    """The effect that a t-test detects with this power, in estimated standard errors.
 
-    By the noncentral t distribution; an estimated standard error is too small on average, by
-    the factor c4 of `df`, its degrees of freedom.
+    From the noncentral t distribution; an estimated standard error is too small on average, by
+    the factor c4 for `df` degrees of freedom.
     """
     from scipy.optimize import brentq
     from scipy.special import gammaln

@@ -1,4 +1,4 @@
-"""Classification metrics of a network's predictions, each with a confidence interval.
+"""Classification metrics, each with a confidence interval.
 
 The metrics of `evaluate`, all between 0 and 1 except `nll`:
 
@@ -19,15 +19,15 @@ Their intervals:
   transformed.
 - balanced_accuracy and macro_recall are means of recalls of different images; they have Wilson's
   interval for the sum of the recalls' variances, unless images of one group differ in class.
-- The others are expanded percentiles of `resamples` bootstrap samples of the images, nll's the
-  wider, at each end, of these and of Student's t. A class without images in a sample has the
-  values there that it has of all images.
-- With groups these shares have Wilson's interval for images in groups
-  (`regard.evaluation.intervals.share_of_groups`), and the others those of samples of whole groups
-  (cluster bootstrap). docs/evaluation.md has the coverage of all.
-- ece is biased upward: its interval allows for that, and reaches 0 for a calibrated network
+- The others are expanded percentiles of `resamples` bootstrap samples of the images; for nll, at
+  each end the wider of these and Student's t. A class without images in a sample keeps its values
+  from all images.
+- With groups the shares above have Wilson's interval for images in groups
+  (`regard.evaluation.intervals.share_of_groups`), and the others are from samples of whole groups
+  (cluster bootstrap). docs/evaluation.md has the coverage of all intervals.
+- ece is biased upward: its interval corrects for that, and reaches 0 for a calibrated network
   (see `regard.evaluation.intervals.calibration_interval`).
-- Where all or no images are correct the resamples do not vary. The interval is then Wilson's,
+- If all or no images are correct, resamples do not vary. The interval is then Wilson's,
   where each group counts as one image, and a mean over classes has the effective sample
   size of its unequal weights (Kish 1965: C² / Σ 1/n_c).
 - One image (with groups: one group) has no interval: low and high are NaN. The same holds
@@ -66,8 +66,8 @@ class ClassResult:
     """The metrics of one class.
 
     count: number of its images.
-    recall: share of its images that were predicted as it; NaN if it has no image.
-    precision: share of the images predicted as it that are; NaN if none was predicted as it.
+    recall: share of its images that were predicted as this class; NaN if it has no image.
+    precision: share of the images predicted as this class that belong to it; NaN if there are none.
     f1: harmonic mean of both; NaN if it has no image and was never predicted.
     """
 
@@ -78,18 +78,18 @@ class ClassResult:
     f1: Estimate
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A dict for JSON."""
         shares = {k: getattr(self, k).to_dict() for k in ("recall", "precision", "f1")}
         return {"name": self.name, "count": self.count, **shares}
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """How well a network does on n images; see the module for the definitions.
+    """The metrics of a network on n images; see the module's docstring for the definitions.
 
-    n_groups: number of groups; None where images are independent.
+    n_groups: number of groups; None if images are independent.
     confusion: (C, C) sparse counts (scipy.sparse.csr_array), rows: true class, columns: predicted
-        class. Only cells that are not zero are stored: at most one per image.
+        class. Only nonzero cells are stored: at most one per image.
     metrics: by name.
     per_class: one for each class, in the order of `classes`.
     confidence: of the intervals, 0 to 1.
@@ -104,12 +104,12 @@ class Evaluation:
     confidence: float = 0.95
 
     def confusions(self, most: int | None = None) -> list[tuple[int, int, int]]:
-        """The mistakes as (true class, predicted class, images), the most frequent first."""
+        """The mistakes as (true class, predicted class, images), most frequent first."""
         cells = [(i, j, n) for i, j, n in self.cells() if i != j]
         return sorted(cells, key=lambda cell: -cell[2])[:most]
 
     def _repr_html_(self) -> str:
-        """The metrics and the classes as tables, for notebooks; of many classes the worst 20."""
+        """The metrics and the classes as tables, for notebooks; with many classes the worst 20."""
         groups = "" if self.n_groups is None else f" in {plural(self.n_groups, 'group')}"
         percent = f"{100 * self.confidence:g} % interval"
         metrics = [(name.replace("_", " "), *display.cell(e)) for name, e in self.metrics.items()]
@@ -128,14 +128,14 @@ class Evaluation:
         )  # fmt: skip
 
     def cells(self) -> list[tuple[int, int, int]]:
-        """The cells of the confusion matrix that are not zero: (true, predicted, images)."""
+        """The nonzero cells of the confusion matrix: (true, predicted, images)."""
         matrix = self.confusion.tocoo()
         return list(
             zip(matrix.row.tolist(), matrix.col.tolist(), matrix.data.tolist(), strict=True)
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: numbers, lists and strings, with None for NaN; O(images + classes).
+        """A dict for JSON: numbers, lists and strings, with None for NaN; O(images + classes).
 
         "per_class" lists the classes that have images or were predicted. "confusion" lists
         [true class, predicted class, images], indices into "classes", without zeros.
@@ -156,7 +156,7 @@ def evaluate(
 ) -> Evaluation:
     """Metrics of the predictions, with confidence intervals.
 
-    The module describes the metrics and how each interval is made.
+    See the module's docstring for the metrics and their intervals.
 
     Args:
         predictions: of at least one image.
@@ -223,7 +223,7 @@ class ClassificationStatistics:
 
 
 class _Resamples:
-    """What the bootstrap samples gave."""
+    """Results collected from the bootstrap samples."""
 
     def __init__(self) -> None:
         self.values: dict[str, list[float]] = {}
@@ -245,7 +245,7 @@ def _measure(
 ) -> _Measured:
     """The metrics of the images, each counted `weights` times.
 
-    whole: the `shares` of all images, of which those are taken that a sample lacks.
+    whole: the `shares` of all images, used for classes that a sample lacks.
     """
     total = weights.sum()
     count = np.bincount(images.true, weights, n_classes)
@@ -274,7 +274,7 @@ def _f1(jaccard: Any) -> Any:
 
 
 _Shares = list[tuple[Floats, Ints]]
-"""Of each class: which of some images are right, and the unit of each."""
+"""For each class: which of some images are right, and each image's unit."""
 
 
 def _shares(images: Outcomes, n_classes: int) -> tuple[_Shares, _Shares, _Shares]:
@@ -316,7 +316,7 @@ def _metrics(
             right = images.correct if name == "top1" else images.correct5
             return _share(right, images.unit, grouped, confidence)
         samples = np.array(drawn.values[name])
-        # no sample differs where each class is always right or always wrong
+        # samples do not vary if each class is always right or always wrong
         if name in _OF_RECALLS and 0 < value < 1 and (apart or np.ptp(samples) < 1e-12):
             return _mean_of_shares(value, of_class, grouped, n_units, confidence)
         if name in MACRO and value in (0.0, 1.0):
@@ -333,7 +333,7 @@ def _metrics(
 
 
 def _share(right: Floats, unit: Ints, grouped: bool, confidence: float) -> Estimate:
-    """NaN where there are no images."""
+    """A share with Wilson's interval; NaN if there are no images."""
     if not len(right):
         return Estimate(NAN, NAN, NAN)
     if grouped:
@@ -344,10 +344,10 @@ def _share(right: Floats, unit: Ints, grouped: bool, confidence: float) -> Estim
 def _mean_of_shares(
     value: float, of_class: _Shares, grouped: bool, n_units: int, confidence: float
 ) -> Estimate:
-    """The mean of the classes' shares, by the sum of their variances, as they are independent.
+    """The mean of the classes' shares, from the sum of their variances, as they are independent.
 
-    A class of one unit has the mean variance of the others', and where none varies, all images
-    have the mean's.
+    A class with one unit is given the mean variance of the others; if none varies, all images
+    are given the variance of the mean.
     """
     variances, sizes = [], []
     for right, unit in of_class:

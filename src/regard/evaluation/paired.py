@@ -1,16 +1,16 @@
-"""Two networks on the same images, in any metric: what is shown, and what could have been.
+"""Paired comparison of two networks on the same images in any metric, with detectable differences.
 
-The difference has the interval of the paired bootstrap (each sample has both networks on the
-same images or groups), at each end the wider of expanded percentiles and Student's t with the
-samples' standard error, and the p-value at which this interval touches 0.
-Where it is of one class against the rest, or a mean over two classes, the samples' variance is
-taken for that of the rarer of the two kinds (it misses one of its images or groups).
+The difference has a paired bootstrap interval (each sample has both networks on the same images
+or groups), at each end the wider of expanded percentiles and Student's t with the samples'
+standard error, and the p-value at which this interval touches 0.
+If the metric is for one class against the rest, or a mean over two classes, the samples' variance
+is corrected for the number of units of the rarer of the two kinds (by n / (n - 1)).
 Two metrics have a better test: top1 that of `compare`, and the ROC AUC of the positive class,
 without groups, DeLong's. The p-values are adjusted by Holm's correction over the metrics.
 
-The smallest detectable difference is what a test of Student's t shows with a power of 80 %, from
-the bootstrap's standard error and as many degrees of freedom as images (groups) less one; with
-DeLong's test, (z(1 - alpha/2) + z(0.8)) times its standard error. Where no sample differs, the
+The smallest detectable difference is the one that Student's t test shows with a power of 80 %,
+given the bootstrap's standard error and as many degrees of freedom as images (groups) less one;
+with DeLong's test, (z(1 - alpha/2) + z(0.8)) times its standard error. If samples do not vary, the
 interval and the detectable difference of a share are Wilson's for none of as many images (groups).
 """
 
@@ -53,8 +53,8 @@ _OVER_CLASSES = (
 LOWER_IS_BETTER = ("nll", "ece", "brier", "lr_negative")
 _LARGEST = {"nll": math.inf, "lr_positive": math.inf, "lr_negative": math.inf,
             "mcc": 2.0, "kappa": 2.0, "quadratic_kappa": 2.0, "brier": 2.0}  # fmt: skip
-"""The largest differences of metrics that are no shares, which differ by at most 1."""
-POWER = 0.8  # of the smallest difference that could have been shown
+"""The largest possible differences of metrics that are not shares; shares differ by at most 1."""
+POWER = 0.8  # power for the smallest detectable difference
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class MetricComparison:
 
     metric: its name; "positive/..." for the positive class against the rest.
     a, b: the values.
-    difference: a's minus b's, with its interval.
+    difference: a's value minus b's, with its interval.
     p_value: two-sided; probability of such a difference if both networks were equal.
     adjusted: the p-value after Holm's correction over several comparisons.
     detectable: smallest difference that these images would have shown with 80 % power; infinite
-        where no difference that is possible would have been, NaN where it is not known.
+        if no possible difference would have been shown, NaN if it is not known.
     test: name of the test.
     """
 
@@ -84,7 +84,7 @@ class MetricComparison:
 
     @property
     def shown(self) -> str:
-        """ "better", "worse", or "not shown", of a against b."""
+        """ "better", "worse", or "not shown": a compared with b."""
         if not self.adjusted <= 1 - self.confidence or not self.difference.value:
             return "not shown"
         higher = self.difference.value > 0
@@ -92,7 +92,7 @@ class MetricComparison:
         return "better" if higher != lower_is_better else "worse"
 
     def sentence(self, a: str = "a", b: str = "b") -> str:
-        """The result in one plain sentence; `a` and `b` are the names of the networks."""
+        """The result in one sentence; `a` and `b` are the names of the networks."""
         name = self.metric.replace("_", " ")
         d = self.difference
         interval = (
@@ -115,7 +115,7 @@ class MetricComparison:
         return f"No difference between {a} and {b} in {name} is shown: {numbers}; {could}."
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A dict for JSON."""
         numbers = {
             k: finite_or_none(getattr(self, k))
             for k in ("a", "b", "p_value", "adjusted", "detectable")
@@ -141,13 +141,13 @@ def compare_metrics(
 ) -> list[MetricComparison]:
     """Compares two networks on the same images in each metric of `evaluate` and `diagnose`.
 
-    The module describes the tests. See `adjust` for comparisons of several networks.
+    See the module's docstring for the tests, and `adjust` for comparisons of several networks.
 
     Args:
         a, b: predictions for the same images in the same order; groups with either or both.
-        metrics: names; default: all that there are.
+        metrics: names; default: all available ones.
         positive: class of a diagnostic test, whose metrics are named "positive/...".
-        thresholds: of a and of b on its probability; default: the top-1 class decides.
+        thresholds: on its probability, for a and for b; default: the top-1 class decides.
         ordered: all classes from lowest to highest, for the quadratic kappa.
         resamples, seed, confidence: as in `evaluate`.
 
@@ -194,7 +194,7 @@ def _statistic(
     ordered: Sequence[str] | None,
     metrics: Sequence[str] | None,
 ) -> Callable[[Floats], Values]:
-    """All metrics as one function of the weights; areas only if they may be wanted."""
+    """All metrics as one function of the weights; areas only if they may be needed."""
     statistics: list[Callable[[Floats], Values]] = [
         ClassificationStatistics(predictions),
         LabelStatistics(predictions, ordered),
@@ -234,9 +234,9 @@ def _differences(
 
 
 def _units_behind(name: str, predictions: Predictions, unit: Ints, positive: str | None) -> int:
-    """Units with images of the rarer of two kinds that a metric depends on.
+    """Number of units with images of the rarer of the two kinds that a metric depends on.
 
-    All, where it is of all images alike, or a mean over more than two classes.
+    All units, if the metric depends on all images alike, or is a mean over more than two classes.
     """
     kinds = predictions.labels
     if name.startswith("positive/") and positive is not None:
@@ -253,7 +253,7 @@ def _units_behind(name: str, predictions: Predictions, unit: Ints, positive: str
 def _by_bootstrap(
     name: str, counts: tuple[int, int, int], a: float, b: float, drawn: Floats, confidence: float
 ) -> MetricComparison:
-    """From (resamples,) differences; counts: images, independent units, and `_units_behind`."""
+    """Compares by (resamples,) differences; counts: images, independent units, `_units_behind`."""
     n, n_units, rarer = counts
     value = a - b if math.isfinite(a) and math.isfinite(b) else NAN
     drawn = drawn[np.isfinite(drawn)]
@@ -261,7 +261,7 @@ def _by_bootstrap(
         nothing = Estimate(value, NAN, NAN)
         return MetricComparison(name, n, a, b, nothing, NAN, NAN, NAN, "none", confidence)
     test, largest = "paired bootstrap", _LARGEST.get(name.rpartition("/")[2], 1.0)
-    if drawn.std() < 1e-12:  # but for rounding no resample differs, though other images might
+    if drawn.std() < 1e-12:  # up to rounding, samples do not vary, though other images might
         reach = reach_of_none(rarer, confidence) if math.isfinite(largest) else NAN
         interval, p = Estimate(value, value - reach, value + reach), 1.0 if value == 0 else NAN
         detectable = reach

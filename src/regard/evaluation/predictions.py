@@ -1,4 +1,4 @@
-"""A network's predictions for a set of images, validated, and per-image statistics of them."""
+"""A network's predictions for a set of images, validated, and per-image statistics."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,19 +22,19 @@ _CHUNK = 2**20  # probabilities processed at a time, so that no second matrix is
 class Predictions:
     """A network's probabilities for N images, and the images' labels.
 
-    probabilities: (N, C), each row summing to 1. float32 and float64 arrays are stored as they
-        are, without a copy; other types as float64.
+    probabilities: (N, C), each row summing to 1. float32 and float64 arrays are stored without a
+        copy; other types as float64.
     labels: (N,) integers, 0 to C - 1.
     classes: C names.
-    groups: (N,) names of what images have in common, such as the patient; None where images are
+    groups: (N,) names of what images have in common, such as the patient; None if images are
         independent. Images of one group are never counted as independent.
-    paths: N of them, or None.
-    columns: (N,) further values of each image by name, such as its site; or None.
+    paths: N paths, or None.
+    columns: (N,) further values per image, by column name, such as its site; or None.
 
     Raises:
-        UsageError: shapes that do not fit, no image, probabilities that are not finite, are
-            negative or do not sum to 1 (within 0.01), labels out of range, a class named twice,
-            an image without a group.
+        UsageError: shapes don't match, there is no image, probabilities are not finite, are
+            negative or do not sum to 1 (within 0.01), labels are out of range, a class is named
+            twice, or an image has no group.
     """
 
     probabilities: NDArray[Any]
@@ -85,7 +85,7 @@ def _check_probabilities(probabilities: NDArray[Any], classes: list[str]) -> Non
     if twice:
         raise UsageError(f"class {twice[0]!r} is named twice")
     with np.errstate(invalid="ignore", over="ignore"):  # infinities of either sign in a row
-        sums = probabilities.sum(axis=1, dtype=np.float64)  # finite only if all of the row is
+        sums = probabilities.sum(axis=1, dtype=np.float64)  # finite only if the whole row is
     wrong = np.flatnonzero(~np.isfinite(sums))
     if wrong.size:
         raise UsageError(f"probabilities of image {wrong[0]} are not finite (and of {wrong.size})")
@@ -121,10 +121,10 @@ def _as_groups(groups: Any, n: int) -> NDArray[np.str_]:
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """Per-image statistics that the metrics of `evaluate` are computed from.
+    """Per-image statistics from which the metrics of `evaluate` are computed.
 
     true, predicted: (N,) class indices; the first of several equal maxima is predicted.
-    correct, correct5: (N,) 0 or 1, the true class is the top 1, or among the top 5.
+    correct, correct5: (N,) 0 or 1: the true class is the top 1, or among the top 5.
     overconfidence: (N,) top probability - correct.
     bin: (N,) calibration bin of the top probability, 0 to 14.
     nll: (N,) -ln of the true class's probability, nats.
@@ -144,7 +144,7 @@ class Outcomes:
 
 
 def outcomes(predictions: Predictions) -> Outcomes:
-    """Per-image statistics from the probabilities, without a second (N, C) array."""
+    """Per-image statistics from the probabilities, without allocating a second (N, C) array."""
     probabilities, true = predictions.probabilities, predictions.labels
     images = np.arange(len(true))
     predicted = probabilities.argmax(axis=1)
@@ -153,8 +153,8 @@ def outcomes(predictions: Predictions) -> Outcomes:
     # bins are closed above, ((m - 1) / 15, m / 15], as in Guo et al.
     edges = np.linspace(0.0, 1.0, BINS + 1)
     bins = np.clip(np.digitize(top, edges, right=True) - 1, 0, BINS - 1)
-    # A probability of 0 costs 36 nats, not infinity, as scikit-learn's log_loss says for float64.
-    # It clips float32 at that type's resolution instead, so that the same 0 costs 16 nats.
+    # A probability of 0 costs 36 nats, not infinity, as in scikit-learn's log_loss for float64. For
+    # float32, scikit-learn clips at that type's resolution, so that the same 0 costs 16 nats.
     of_true = probabilities[images, true].astype(np.float64)
     unit, n_units = units_of(predictions)
     return Outcomes(
@@ -171,12 +171,12 @@ def outcomes(predictions: Predictions) -> Outcomes:
 
 
 def units_of(predictions: Predictions) -> tuple[Ints, int]:
-    """The bootstrap unit of each image, (N,), and how many there are: groups, or the images."""
+    """The bootstrap unit of each image, (N,), and their number: groups, or the images."""
     return units(predictions.groups, len(predictions))
 
 
 def units(groups: Sequence[str] | NDArray[np.str_] | None, count: int) -> tuple[Ints, int]:
-    """The bootstrap unit of each of `count` images, and how many there are: groups, or images."""
+    """The bootstrap unit of each of `count` images, and their number: groups, or the images."""
     if groups is None:
         return np.arange(count), count
     names, unit = np.unique(np.array(groups), return_inverse=True)
@@ -198,5 +198,5 @@ def _rank(probabilities: NDArray[Any], true: Ints) -> Ints:
 
 
 def rarer_units(kinds: NDArray[Any], unit: Ints) -> int:
-    """How many units have images of the kind that fewest units have; kinds, unit: (N,)."""
+    """Number of units with images of the kind that fewest units have; kinds, unit: (N,)."""
     return min(len(np.unique(unit[kinds == kind])) for kind in np.unique(kinds))

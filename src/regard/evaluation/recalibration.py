@@ -10,7 +10,7 @@ from regard.evaluation.intervals import NAN, Estimate, share_of_groups, wilson_i
 from regard.evaluation.predictions import BINS, Floats, Ints, Predictions, rarer_units, units_of
 from regard.evaluation.statistics import class_index
 
-_STEPS, _TOLERANCE = 50, 1e-7  # of Newton's method
+_STEPS, _TOLERANCE = 50, 1e-7  # for Newton's method
 
 
 def calibration_line(
@@ -18,20 +18,20 @@ def calibration_line(
 ) -> dict[str, Estimate]:
     """Calibration slope and intercept of a class's probability (Cox 1958; Steyerberg 2019).
 
-    calibration_slope: b of the logistic regression of the class on a + b logit(p); 1 is ideal,
+    calibration_slope: b in the logistic regression of the class on a + b logit(p); 1 is ideal,
         below 1 is overconfident.
-    calibration_intercept: a where b is 1 (calibration in the large); 0 is ideal, below 0 is
-        probabilities that are too high.
-    Both are NaN where the class is separated perfectly or has none or all of the images, and the
-    slope where all probabilities are alike. Their intervals are Student's t with the robust
-    standard errors of the images or groups (Liang & Zeger, Biometrika 1986), and as many degrees
-    of freedom as there are of the rarer kind, less one.
+    calibration_intercept: a with b fixed to 1 (calibration in the large); 0 is ideal, below 0
+        means that probabilities are too high.
+    Both are NaN if the class is separated perfectly or has none or all of the images; the slope
+    also if all probabilities are equal. Their intervals are Student's t with the robust standard
+    errors of the images or groups (Liang & Zeger, Biometrika 1986), and as many degrees of freedom
+    as there are units of the rarer kind, less one.
 
     Raises:
         UsageError: no such class.
     """
     c = class_index(predictions, positive)
-    # float32 softmax rounds to 0 and 1; 1e-7 is its resolution
+    # float32 softmax rounds to 0 and 1; 1e-7 is about its resolution
     p = np.clip(predictions.probabilities[:, c].astype(np.float64), 1e-7, 1 - 1e-7)
     logit = np.log(p / (1 - p))
     is_positive = predictions.labels == c
@@ -63,7 +63,7 @@ def _students(value: float, error: float, units: int, confidence: float) -> Esti
 def _logistic(x: Floats, y: Floats, offset: Floats | float, unit: Ints) -> tuple[float, float]:
     """A logistic regression's first coefficient and its robust standard error.
 
-    NaN where the likelihood has no maximum, or not one alone.
+    NaN if the likelihood has no maximum, or no unique one.
     """
 
     def likelihood(beta: Floats) -> float:
@@ -83,13 +83,13 @@ def _logistic(x: Floats, y: Floats, offset: Floats | float, unit: Ints) -> tuple
             break
         largest, size = np.abs(step).max(), 1.0
         while size > 1e-6 and likelihood(beta + size * step) < likelihood(beta):
-            size /= 2  # far from the maximum a step goes beyond it
+            size /= 2  # far from the maximum a full step overshoots
         beta = beta + size * step
         if np.abs(beta).max() > 100:  # separated
             break
         if largest < _TOLERANCE * (1 + np.abs(beta).max()):
             of_units = np.stack([np.bincount(unit, score) for score in scores.T], axis=1)
-            moved = of_units @ np.linalg.inv(hessian)[0]  # by each unit
+            moved = of_units @ np.linalg.inv(hessian)[0]  # influence of each unit
             n_units = len(moved)
             scale = n_units / (n_units - 1) if n_units > 1 else NAN
             return float(beta[0]), float(np.sqrt(scale * moved @ moved))
@@ -98,9 +98,9 @@ def _logistic(x: Floats, y: Floats, offset: Floats | float, unit: Ints) -> tuple
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """One bin of a reliability diagram: mean confidence, and the share that is right.
+    """One bin of a reliability diagram: mean confidence, and the share of correct images.
 
-    Of one class's probability: its mean, and the share of images of that class.
+    For one class: its mean probability, and the share of images of that class.
     """
 
     low: float
@@ -118,14 +118,14 @@ def reliability(
     confidence: float = 0.95,
     positive: str | None = None,
 ) -> list[ReliabilityBin]:
-    """The bins with images of a reliability diagram of the top-1 probability.
+    """The nonempty bins of a reliability diagram of the top-1 probability.
 
-    Intervals are Wilson's; of images in groups `share_of_groups`, from 0 to 1 in a bin of one
+    Intervals are Wilson's; for images in groups `share_of_groups`, and 0 to 1 in a bin with one
     group.
 
     Args:
         predictions: of any images.
-        bins: of equal width.
+        bins: number of bins of equal width.
         confidence: of the intervals.
         positive: a class whose probability is compared with its share instead.
 
@@ -157,14 +157,15 @@ def reliability(
 def fit_temperature(validation: Predictions) -> float:
     """The temperature that minimizes the negative log-likelihood (Guo et al., ICML 2017).
 
-    One more image, of no class more than another, counts with the n of the validation, as in
-    Platt (1999): where all n are right the likelihood would grow for ever with the confidence.
+    Following Platt (1999), each target is that of n images with this label and one image spread
+    equally over all classes, with n validation images: if all n are right, the likelihood would
+    otherwise keep growing with the confidence.
 
     Args:
-        validation: predictions of images that neither trained the network nor test it.
+        validation: predictions of images used neither to train nor to test the network.
 
     Returns:
-        The temperature, 0.01 to 100; above 1 where the network is overconfident.
+        The temperature, 0.01 to 100; above 1 if the network is overconfident.
 
     Raises:
         UsageError: fewer than 2 images.
@@ -187,7 +188,7 @@ def fit_temperature(validation: Predictions) -> float:
 
 
 def with_temperature(predictions: Predictions, temperature: float) -> Predictions:
-    """The predictions with softmax(logits / temperature); the top-1 class does not change."""
+    """The predictions as softmax(logits / temperature); the top-1 class does not change."""
     if not temperature > 0:
         raise UsageError(f"temperature={temperature}: above 0")
     scaled = _logits(predictions.probabilities) / temperature

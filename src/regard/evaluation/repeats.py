@@ -1,19 +1,19 @@
-"""Networks trained several times, compared over images and seeds together.
+"""Comparison of networks trained several times, over images and seeds together.
 
 Two trainings of one network differ, and other test images would give another difference: both
-are chance, and an interval that counts only one of them is too narrow. Each image's (or
-group's) contribution to the difference of seed s is taken as
+are chance, and an interval that accounts for only one of them is too narrow. Each image's (or
+group's) contribution to the difference of seed s is modeled as
 
     D[s, g] = effect + training[s] + image[g] + rest[s, g]
 
 a two-way random-effects layout (Searle, Casella, McCulloch, *Variance Components*, 1992), with
-training[s] drawn anew in every fold where there are folds. The variance of the mean is
-V = V_seeds + V_images - V_rest, each estimated from its mean square, and its degrees of freedom
-are Satterthwaite's (1946). With one seed the training's part can't be estimated: over folds the
-corrected resampled t-test of Nadeau and Bengio (*Machine Learning* 52, 2003) stands in, and
+training[s] drawn anew in every fold if there are folds. The variance of the mean is
+V = V_seeds + V_images - V_rest, each estimated from its mean square, with Satterthwaite's (1946)
+degrees of freedom. With one seed the variance of training can't be estimated: with folds the
+corrected resampled t-test of Nadeau and Bengio (*Machine Learning* 52, 2003) is used instead;
 with neither there is an interval over images, but no claim about the networks.
 
-Where nothing varies, as of two networks with the same answers in every seed, the interval of a
+If nothing varies, such as for two networks with equal predictions in every seed, the interval of a
 share reaches as far as Wilson's for none of as many images (or groups).
 
 Folds share training images, and no estimator of that covariance is unbiased (Bengio and
@@ -39,7 +39,7 @@ from regard.evaluation.predictions import Floats, Ints, Predictions, outcomes
 
 METRICS = ("accuracy", "balanced accuracy", "log loss")
 LOWER_IS_BETTER = ("log loss",)
-_TRUST = 0.5  # the part of Satterthwaite's degrees of freedom beyond those of the seeds
+_TRUST = 0.5  # fraction used of Satterthwaite's degrees of freedom beyond those of the seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +49,15 @@ class RepeatedDifference:
     Attributes:
         metric: one of METRICS.
         value: the mean difference, a minus b.
-        low, high: the interval; NaN where there is none.
-        p_value: two-sided; NaN where nothing can be claimed (one training of each).
-        each: the difference of each seed.
+        low, high: the interval; NaN if there is none.
+        p_value: two-sided; NaN if nothing can be claimed (one training of each).
+        each: the difference for each seed.
         n_units: images, or groups of images.
-        seeds, folds: trainings of each network are seeds x folds.
+        seeds, folds: each network was trained seeds x folds times.
         df: degrees of freedom of the interval.
-        seed_variance: variance of a difference from training again, the same images.
-        image_variance: variance of the mean from drawing the images again.
-        reach: half the width of the interval where nothing varies; NaN for log losses.
+        seed_variance: variance of the difference due to training, for the same images.
+        image_variance: variance of the mean due to the choice of images.
+        reach: half-width of the interval if nothing varies; NaN for log losses.
         confidence: of the interval.
     """
 
@@ -78,14 +78,14 @@ class RepeatedDifference:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean difference, from seeds and images together."""
+        """Standard error of the mean difference, from seeds and images together."""
         return math.sqrt(self.seed_variance / self.seeds + self.image_variance)
 
     @property
     def minimal_effect(self) -> float:
-        """The true difference that a study like this one shows with a power of 80 %.
+        """The true difference that a study like this one detects with a power of 80 %.
 
-        Infinite where none that is possible would be shown; NaN where it is not known.
+        Infinite if no possible difference would be detected; NaN if it is not known.
         """
         if not self.claims:
             return NAN
@@ -101,9 +101,9 @@ class RepeatedDifference:
         return self.seeds > 1 or self.folds > 1
 
     def seeds_needed(self, most: int = 100) -> int | None:
-        """Seeds after which a difference of this size would be shown; None: more images would.
+        """Seeds needed to show a difference of this size; None: more than `most`, or more images.
 
-        Assumes that mean and variances stay as they are.
+        Assumes that mean and variances stay the same.
         """
         if self.image_variance > 0 and abs(self.value) <= 2 * math.sqrt(self.image_variance):
             return None
@@ -117,7 +117,7 @@ class RepeatedDifference:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: None where a number is NaN."""
+        """A dict for JSON, with None for NaN."""
         return {
             "metric": self.metric,
             "difference": {k: finite_or_none(getattr(self, k)) for k in ("value", "low", "high")},
@@ -142,14 +142,14 @@ def repeated_difference(
     """Compares two networks that were trained with the same seeds on the same splits.
 
     Args:
-        a, b: predictions of each seed, all on the same images in the same order; with folds,
-            each seed's predictions of all folds together.
+        a, b: predictions for each seed, all on the same images in the same order; with folds,
+            each seed's predictions for all folds together.
         metric: one of METRICS.
         folds: (N,) the fold in which each image was tested; None: one split.
         confidence: of the interval.
 
     Raises:
-        UsageError: an unknown metric, other numbers of seeds, or other images.
+        UsageError: an unknown metric, or seeds or images that differ.
     """
     _check_metric(metric)
     if len(a) != len(b) or not a:
@@ -172,11 +172,11 @@ def repeated_value(
     With one seed (and no folds) the interval is over images alone.
 
     Args:
-        seeds: predictions of each, as for `repeated_difference`.
+        seeds: predictions for each seed, as for `repeated_difference`.
         metric, folds, confidence: as for `repeated_difference`.
 
     Raises:
-        UsageError: an unknown metric, no seed, or other images.
+        UsageError: an unknown metric, no seed, or images that differ.
     """
     _check_metric(metric)
     if not seeds:
@@ -201,10 +201,10 @@ def _check_images(predictions: Sequence[Predictions]) -> None:
 
 
 def _by_unit(parts: Floats, like: Predictions, folds: Ints | None) -> tuple[Floats, Ints]:
-    """(S, N) -> (S, G) each unit's part, whose mean is that of the images; and its fold.
+    """(S, N) -> (S, G) each unit's contribution, whose mean is that of the images; and its fold.
 
-    The mean of the images is a ratio, of the units' sums to their sizes: a unit's part is the
-    mean plus its influence, so that units that differ in size alone have the same part.
+    The mean over images is the ratio of the units' sums to their sizes: a unit's contribution is
+    the mean plus its influence, so that units that differ only in size have the same contribution.
     """
     fold = np.zeros(len(like), dtype=np.int64) if folds is None else np.asarray(folds)
     unit, n_units = _units(like, fold)
@@ -218,7 +218,7 @@ def _by_unit(parts: Floats, like: Predictions, folds: Ints | None) -> tuple[Floa
 
 
 def _units(predictions: Predictions, fold: Ints) -> tuple[Ints, int]:
-    """(N,) the unit of each image, and how many; a group that is in two folds counts twice."""
+    """(N,) the unit of each image, and their number; a group in two folds counts twice."""
     if predictions.groups is None:
         return np.arange(len(fold)), len(fold)
     names = [f"{k}/{g}" for k, g in zip(fold.tolist(), predictions.groups.tolist(), strict=True)]
@@ -227,9 +227,9 @@ def _units(predictions: Predictions, fold: Ints) -> tuple[Ints, int]:
 
 
 def contributions(predictions: Predictions, metric: str) -> Floats:
-    """(N,) values whose mean is the metric, each the part that an image has in it.
+    """(N,) values whose mean is the metric, each the contribution of an image.
 
-    Linear to first order: an image's value is the metric plus its influence.
+    To first order: an image's value is the metric plus the image's influence on it.
     """
     each = outcomes(predictions)
     if metric == "log loss":
@@ -245,7 +245,7 @@ def contributions(predictions: Predictions, metric: str) -> Floats:
 
 
 def _weight(like: Predictions, metric: str) -> float:
-    """The part of the images that decides: all, or as many as a mean of recalls is worth."""
+    """The effective fraction of the images: 1, or less for a mean of recalls of unequal size."""
     if metric != "balanced accuracy":
         return 1.0
     counts = np.bincount(like.labels)
@@ -264,7 +264,7 @@ def _is_none(variance: float) -> bool:
 def _estimate(
     d: Floats, fold: Ints, metric: str, confidence: float, weight: float = 1.0
 ) -> RepeatedDifference:
-    """From D[s, g], (S, G), and the fold of each unit, (G,); `weight` is that of `_weight`."""
+    """The result from D[s, g], (S, G), and each unit's fold, (G,); `weight` is from `_weight`."""
     seeds, units = d.shape
     folds = int(fold.max()) + 1
     value, each = float(d.mean()), d.mean(axis=1)
@@ -275,7 +275,7 @@ def _estimate(
         total = seed_part / seeds + image_part
         terms = (seed_part / seeds) ** 2 / df_seed + image_part**2 / max(units - 1, 1)
         df = total**2 / terms if terms > 0 else math.inf
-        # with few seeds Satterthwaite's are too many: 6 % false claims at 3 seeds, by simulation
+        # with few seeds Satterthwaite's df are too many: 6 % false claims at 3 seeds, by simulation
         df = min(df, df_seed + _TRUST * max(df - df_seed, 0.0))
     elif folds > 1:
         means = np.array([d[0, fold == k].mean() for k in range(folds)])
@@ -300,9 +300,9 @@ def _estimate(
 
 
 def _parts(d: Floats, fold: Ints) -> tuple[float, float, float]:
-    """Variance of a seed's mean, that part of it which is the rest's, and its degrees of freedom.
+    """Variance between seeds' means, the part of it due to the rest, and its degrees of freedom.
 
-    Within each fold, as every fold of every seed is a training of its own.
+    Computed within each fold, as every fold of every seed is trained separately.
     """
     seeds, units = d.shape
     variances, rests = [], []
@@ -317,7 +317,7 @@ def _parts(d: Floats, fold: Ints) -> tuple[float, float, float]:
     found = np.array(variances)
     total, squares = float(found.sum()), float((found**2).sum())
     df = (seeds - 1) * (total**2 / squares if squares > 0 else len(found))
-    # seeds alike by chance do not make the rest smaller than it is
+    # seeds that agree by chance must not push the variance below that of the rest
     return max(total, float(np.sum(rests))), float(np.sum(rests)), df
 
 
@@ -330,6 +330,6 @@ def _t(share: float, df: float) -> float:
 def _p(value: float, variance: float, df: float, units: int) -> float:
     from scipy.stats import t
 
-    if _is_none(variance):  # all units alike: the exact test of their signs
+    if _is_none(variance):  # all units equal: the exact sign test
         return 1.0 if value == 0 else min(1.0, 2 * 0.5**units)
     return float(2 * t.sf(abs(value) / math.sqrt(variance), df))

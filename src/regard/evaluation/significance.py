@@ -12,7 +12,7 @@ from regard.evaluation.predictions import Floats
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's (1979) adjusted p-values, in the given order; NaN stays NaN and does not count.
 
-    Each is to be compared with the level of the whole family of tests, such as 0.05.
+    Compare each with the level of the whole family of tests, such as 0.05.
     """
     p = np.asarray(p_values, dtype=np.float64)
     order = [int(i) for i in np.argsort(p, kind="stable") if not np.isnan(p[i])]
@@ -31,7 +31,7 @@ def delong(positive: NDArray[np.bool_], *scores: NDArray[np.floating]) -> tuple[
 
     Args:
         positive: (N,) whether each image is positive.
-        scores: (N,) each.
+        scores: (N,) each; one array per network.
 
     Returns:
         The areas, (K,), and their covariance matrix, (K, K).

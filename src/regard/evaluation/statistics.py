@@ -1,9 +1,9 @@
 """Statistics of predictions as functions of image weights.
 
 A bootstrap sample counts each image 0, 1, 2, ... times. Each class below prepares the predictions
-once, and is then called with the weights of the images, thousands of times; scikit-learn's
-functions, to which the tests compare every number, validate and sort at each call and would take
-minutes. Called with weights of 1 they give the plain values.
+once, and is then called with the image weights, thousands of times; scikit-learn's functions,
+with which the tests compare every number, validate and sort at each call and would take
+minutes. With weights of 1 they give the plain values.
 """
 
 import math
@@ -41,7 +41,7 @@ def divide(part: float, whole: float) -> float:
 
 
 def ratio(part: NDArray[Any], whole: NDArray[Any]) -> Floats:
-    """part / whole, NaN where the whole is 0."""
+    """part / whole, NaN if the whole is 0."""
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole != 0)
 
 
@@ -49,7 +49,7 @@ def ratio(part: NDArray[Any], whole: NDArray[Any]) -> Floats:
 class Curve:
     """Weighted counts at or above each distinct score, in descending order of score.
 
-    The leading axes, if any, are those of several sets of weights.
+    Leading axes, if any, run over several sets of weights.
 
     scores: (T,) distinct scores.
     tp, fp: (..., T) weights of positive and negative images with at least that score.
@@ -75,8 +75,8 @@ class Curve:
     def partial_auc(self, max_fpr: float) -> float:
         """Area for false positive rates up to `max_fpr`, standardized as by McClish (1989).
 
-        0.5 is chance and 1 is perfect, as scikit-learn's roc_auc_score(max_fpr=...). For one set
-        of weights.
+        0.5 is chance and 1 is perfect, as in scikit-learn's roc_auc_score(max_fpr=...). For one set
+        of weights only.
         """
         if self.tp[-1] * self.fp[-1] == 0:
             return NAN
@@ -91,7 +91,7 @@ class Curve:
 
 
 class Ranking:
-    """How scores rank the positive images above the others."""
+    """How scores rank positive images relative to the others."""
 
     def __init__(self, positive: NDArray[np.bool_], scores: NDArray[np.floating]) -> None:
         self.order: NDArray[np.intp] = np.argsort(-scores, kind="stable")
@@ -111,9 +111,9 @@ class LabelStatistics:
     """MCC, Cohen's kappa, quadratic kappa and Brier score of all classes together.
 
     mcc: multi-class Matthews correlation (Gorodkin 2004).
-    kappa, quadratic_kappa: Cohen's, plain and with quadratic weights of the order of `ordered`.
-    brier: mean squared error of the probabilities, summed over classes; with two classes halved,
-        as usual. As scikit-learn's brier_score_loss.
+    kappa, quadratic_kappa: Cohen's, plain and with quadratic weights for the order in `ordered`.
+    brier: mean squared error of the probabilities, summed over classes; halved for two classes,
+        as usual. Equal to scikit-learn's brier_score_loss.
     """
 
     def __init__(self, predictions: Predictions, ordered: Sequence[str] | None = None) -> None:
@@ -180,18 +180,18 @@ class RankStatistics:
             (c, d) for c in self.present for d in self.present if pairs and c != d
         ]
         self.stored: bool = work * (3 if pairs else 1) <= self.MOST_STORED
-        # images ranked by one call; ranking itself takes as long as 200 of them
+        # images that one call processes; ranking itself takes as long as 200 calls
         self.work: int = work * (3 if pairs else 1) + 200 * (len(self.present) + len(self.pairs))
         self._stored: dict[tuple[int, int | None], tuple[Ints, Ranking]] = {}
 
     def _auc_inputs(self, c: int, other: int | None) -> tuple[Ints, Ranking]:
-        """The images of class c and of another, or of all, and how p of c ranks them."""
+        """The images of class c and of another, or all images, and their ranking by p of c."""
         if (c, other) in self._stored:
             return self._stored[c, other]
         of_c = self.true == c
         images = np.flatnonzero(of_c | (self.true == other) if other is not None else of_c >= 0)
         pair = images, Ranking(of_c[images], self.p[images, c])
-        if self.stored:  # else each call sorts again, in bounded memory
+        if self.stored:  # otherwise each call sorts again, in bounded memory
             self._stored[c, other] = pair
         return pair
 
@@ -222,18 +222,18 @@ class RankStatistics:
 
 
 def _mean(values: Sequence[Floats], weights: Floats) -> Floats:
-    """(K, ...) -> (...), the weighted mean of those that are not NaN."""
+    """(K, ...) -> (...), the weighted mean of the values that are not NaN."""
     known = ~np.isnan(values)
     total = np.where(known, np.nan_to_num(values) * weights, 0.0).sum(axis=0)
     return ratio(total, np.where(known, weights, 0.0).sum(axis=0))
 
 
 def reaches(probability: Any, threshold: float) -> Any:
-    """Whether a probability, or each of an array, is at least a threshold within rounding.
+    """Whether a probability, or each in an array, is at least a threshold, up to rounding.
 
-    The same image in another batch, or by another program, has a logit that differs by less than
-    1e-5, and a probability near 1 that is two of a float32's last bits away. Near 0 that is next to
-    nothing, so that thresholds of 1e-9 decide as any other.
+    The same image in another batch, or in another program, has a logit that differs by less than
+    1e-5, and a probability near 1 that differs by two units in the last place of a float32. Near 0
+    the tolerance is negligible, so that thresholds of 1e-9 decide like any other.
     """
     if threshold == math.inf:  # no image is called positive
         return probability == math.inf
@@ -243,8 +243,8 @@ def reaches(probability: Any, threshold: float) -> Any:
 class OneClassStatistics:
     """The statistics of a diagnostic test: one class, positive, against the rest.
 
-    The test is positive where the probability of the class is at least `threshold`, or without
-    one where the class is the top-1 class.
+    The test is positive if the probability of the class is at least `threshold`, or without
+    a threshold if the class is the top-1 class.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The same metrics in parts of the images, such as each site, device or age band."""
+"""The same metrics for subgroups of the images, such as each site, device or age band."""
 
 import csv
 import io
@@ -17,18 +17,18 @@ from regard.evaluation.metrics import MACRO, Evaluation, evaluate
 from regard.evaluation.predictions import Predictions
 
 MISSING = "(missing)"
-SMALLEST = 10  # images, or groups where there are groups, below which a part has no metrics
+SMALLEST = 10  # images, or groups if there are groups, below which a part has no metrics
 CSV_HEADER = ("column", "part", "images", "groups", "metric", "value", "low", "high")
-MOST_PARTS = 12  # of a column that is evaluated unasked
+MOST_PARTS = 12  # limit for columns that are evaluated without being named
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
     """One part of the images.
 
-    n, n_groups: its images and groups; n_groups is None where images are independent.
-    evaluation: None where the part is too small.
-    metrics: of `evaluate`, and of the positive class where one was named; empty where it is too
+    n, n_groups: its images and groups; n_groups is None if images are independent.
+    evaluation: None if the part is too small.
+    metrics: of `evaluate`, and of the positive class if one was named; empty if it is too
         small.
     """
 
@@ -43,12 +43,12 @@ class Part:
 
     @property
     def present(self) -> set[str]:
-        """The classes of its images; empty where it is too small."""
+        """The classes of its images; empty if it is too small."""
         per_class = () if self.evaluation is None else self.evaluation.per_class
         return {each.name for each in per_class if each.count}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A dict for JSON."""
         return {
             "n": self.n, "n_groups": self.n_groups, "too_small": self.too_small,
             "metrics": {name: estimate.to_dict() for name, estimate in self.metrics.items()},
@@ -60,9 +60,9 @@ class Subgroups:
     """The evaluation of each part of the images.
 
     column: what the images are split by.
-    parts: by value, the most images first, bands in their order; those that are too small have
-        counts only.
-    at_least: images or groups of a part with metrics.
+    parts: by value, those with the most images first, bands in order; parts that are too small
+        have only counts.
+    at_least: fewest images or groups of a part with metrics.
     """
 
     column: str
@@ -70,10 +70,10 @@ class Subgroups:
     at_least: int
 
     def gap(self, metric: str = "top1") -> tuple[str, str, float] | None:
-        """The values with the highest and the lowest metric, and their difference.
+        """The names of the parts with the highest and lowest metric, and their difference.
 
-        None where fewer than 2 parts have the metric; a mean over classes is compared only
-        among parts with images of every class, as one of fewer classes is another quantity. The
+        None if fewer than 2 parts have the metric; a mean over classes is compared only
+        among parts with images of every class, as over fewer classes it is another quantity. The
         gap of many small parts is large by chance alone: read it with their intervals.
         """
         parts = {name: part for name, part in self.parts.items() if metric in part.metrics}
@@ -88,12 +88,12 @@ class Subgroups:
         return high, low, values[high] - values[low]
 
     def gaps(self) -> dict[str, tuple[str, str, float]]:
-        """`gap` of each metric that has one."""
+        """`gap` for each metric that has one."""
         names = dict.fromkeys(name for part in self.parts.values() for name in part.metrics)
         return {name: gap for name in names if (gap := self.gap(name)) is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: counts, and each metric with its interval."""
+        """A dict for JSON: counts, and each metric with its interval."""
         return {
             "column": self.column,
             "at_least": self.at_least,
@@ -122,17 +122,17 @@ def evaluate_subgroups(
 
     Args:
         predictions: of all images.
-        column: name of what the images are split by, such as "site".
-        values: one for each image; None, NaN, "" and "nan", with bands also "NA" and "n/a", are
+        column: name of what the images are divided by, such as "site".
+        values: one per image; None, NaN, "" and "nan", with bands also "NA" and "n/a", are
             a part of their own. Default: the predictions' column of that name.
         bands: for numbers: increasing limits; 40, 60 makes "<40", "40 to <60" and ">=60".
         positive, threshold: as for `diagnose`: adds that class's metrics.
-        at_least: images (groups, where there are groups) of a part that is evaluated; smaller
-            ones are counted.
+        at_least: fewest images (groups, if there are groups) of a part that is evaluated; smaller
+            ones are only counted.
         resamples, seed, confidence: as in `evaluate`.
 
     Raises:
-        UsageError: no such column, not one value per image, or values that are no numbers with
+        UsageError: no such column, not one value per image, or values that are not numbers with
             bands.
     """
     if values is None:
@@ -163,9 +163,9 @@ def evaluate_subgroups(
 
 
 def subgroup_columns(predictions: Predictions) -> dict[str, list[float] | None]:
-    """The columns that make sensible parts, each with bands or None.
+    """The columns worth dividing by, each with its bands or None.
 
-    Those with 2 to MOST_PARTS values, and numbers with more in three bands of equal size.
+    Those with 2 to MOST_PARTS values, and numeric ones with more in three bands of equal size.
     """
     found: dict[str, list[float] | None] = {}
     for name, values in (predictions.columns or {}).items():
@@ -184,7 +184,7 @@ def subgroup_columns(predictions: Predictions) -> dict[str, list[float] | None]:
 
 
 def _thirds(numbers: NDArray[np.float64]) -> list[float]:
-    """The limits of three bands whose sizes differ least; fewer limits for fewer distinct numbers.
+    """The limits of three bands of nearly equal size; fewer limits for few distinct numbers.
 
     Equal numbers stay together. Each limit is the shortest number that separates its neighbors.
     """
@@ -205,7 +205,7 @@ def _thirds(numbers: NDArray[np.float64]) -> list[float]:
 
 
 def _between(low: float, high: float) -> float:
-    """The number of the fewest digits that is above `low` and at most `high`."""
+    """The number with the fewest digits that is above `low` and at most `high`."""
     ends = (high, low / 2 + high / 2)
     rounded = (float(f"{end:.{digits}g}") for digits in range(1, 17) for end in ends)
     return next((number for number in rounded if low < number <= high), high)
@@ -214,7 +214,7 @@ def _between(low: float, high: float) -> float:
 def subgroups_csv(subgroups: Sequence[Subgroups]) -> str:
     """A CSV table: column, part, images, groups, metric, value, low, high.
 
-    A part that is too small has one line, with "too small" in place of the metric.
+    A part that is too small has one line, with "too small" instead of the metric.
     """
     text = io.StringIO()
     writer = csv.writer(text)
@@ -244,7 +244,7 @@ def parts_of(
     """The name of each image's part, (N,), and the limits of the bands.
 
     Raises:
-        UsageError: limits that do not increase, or values that are no numbers with bands.
+        UsageError: limits that do not increase, or values that are not numbers with bands.
     """
     limits = _limits(column, bands)
     return np.array([_name(column, value, limits) for value in values], dtype=object), limits
@@ -260,7 +260,7 @@ def _limits(column: str, bands: Sequence[float] | None) -> list[float] | None:
 
 
 def _is_missing(value: Any, number: bool) -> bool:
-    """Whether a cell is empty, or says so in words that are no names of text: NaN, or R's NA."""
+    """Whether a cell is empty or says so: NaN, and for numbers also NA as R writes it."""
     words = ("", "nan", "na", "n/a") if number else ("", "nan")
     return value is None or str(value).strip().lower() in words
 
@@ -283,6 +283,6 @@ def _name(column: str, value: Any, limits: list[float] | None) -> str:
 
 
 def _shortest(limit: float) -> str:
-    """A number in the fewest digits that no other number has."""
+    """A number with the fewest digits that distinguish it."""
     short = f"{limit:g}"
     return short if float(short) == limit else repr(limit).removesuffix(".0")

@@ -17,12 +17,12 @@ _RULES = "sensitivity=0.95, specificity=0.9, youden, cost=5:1 (false negative : 
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold on the probability of a class, and how it did where it was chosen.
+    """A threshold on the probability of a class, and its results on the validation images.
 
     positive: the class.
     rule: as given to `choose_threshold`.
-    value: the image is called positive where its probability is at least this; infinite where
-        the rule is met by calling no image positive.
+    value: an image is called positive if its probability is at least this; infinite if the rule
+        is satisfied by calling no image positive.
     sensitivity, specificity: on the validation images.
     images: number of validation images.
     """
@@ -35,7 +35,7 @@ class Threshold:
     images: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A dict for JSON."""
         return {**vars(self), "value": finite_or_none(self.value)}
 
     def sentence(self) -> str:
@@ -44,7 +44,7 @@ class Threshold:
 
 
 def from_probability(value: float) -> str:
-    """ "from a probability of 0.25 on"; an infinite threshold is met by no image."""
+    """ "from a probability of 0.25 on"; no image reaches an infinite threshold."""
     if math.isinf(value):
         return "at no probability (the threshold is infinite)"
     return f"from a probability of {value:.4g} on"
@@ -54,12 +54,12 @@ def choose_threshold(validation: Predictions, positive: str, rule: str) -> Thres
     """Chooses a threshold for one class on validation predictions.
 
     Args:
-        validation: predictions of images that neither trained the network nor test it.
+        validation: predictions of images used neither to train nor to test the network.
         positive: the class.
         rule: "sensitivity=S": the highest threshold with at least that sensitivity;
             "specificity=S": the lowest threshold with at least that specificity; "youden": the
-            largest sensitivity + specificity; "cost=A:B": the least cost where a false negative
-            costs A and a false positive B. The higher of equally good thresholds is taken.
+            largest sensitivity + specificity; "cost=A:B": the lowest cost if a false negative
+            costs A and a false positive B. Of equally good thresholds the highest is used.
 
     Raises:
         UsageError: no such class or rule, or images of one kind only.
@@ -80,7 +80,7 @@ def choose_threshold(validation: Predictions, positive: str, rule: str) -> Thres
 
 
 def check_rule(rule: str) -> None:
-    """Checks a rule before there are predictions.
+    """Checks a rule without predictions.
 
     Raises:
         UsageError: there is no such rule.
@@ -96,7 +96,7 @@ def _best(rule: str, sensitivity: Floats, specificity: Floats, curve: Curve) -> 
         target = _number(argument)
         if not 0 < target <= 1:
             raise UsageError(f"rule={rule!r}: {name} above 0, at most 1")
-        # 1e-12: 0.9 is met by 9 of 10, whatever floating point makes of it
+        # 1e-12: 0.9 is reached by 9 of 10, whatever the rounding
         if name == "sensitivity":
             return int(np.flatnonzero(sensitivity >= target - 1e-12)[0])
         return int(np.flatnonzero(specificity >= target - 1e-12)[-1])
@@ -123,9 +123,9 @@ class DecisionCurve:
     """Net benefit over threshold probabilities (Vickers & Elkin 2006), per image.
 
     thresholds: (T,) threshold probabilities.
-    model, low, high: (T,) net benefit of treating where p is at least the threshold, with its
+    model, low, high: (T,) net benefit of treating if p is at least the threshold, with its
         interval.
-    treat_all: (T,) net benefit of treating every image; treating none has 0.
+    treat_all: (T,) net benefit of treating every image; that of treating none is 0.
     """
 
     thresholds: Floats
@@ -135,7 +135,7 @@ class DecisionCurve:
     treat_all: Floats
 
     def to_dict(self) -> dict[str, list[float]]:
-        """For JSON."""
+        """A dict for JSON."""
         return {name: values.tolist() for name, values in vars(self).items()}
 
 
@@ -166,7 +166,7 @@ def decision_curve(
     c = class_index(predictions, positive)
     ranking = Ranking(predictions.labels == c, predictions.probabilities[:, c])
     odds = at / (1 - at)
-    # index of the last score that is at least the threshold; 0: none is
+    # index of the last score that is at least the threshold; 0: no score
     last = np.searchsorted(-ranking.scores, -at, side="right")
 
     def net_benefit(weights: Floats) -> Floats:

@@ -1,6 +1,6 @@
-"""The tables of the three papers, as data: what each row printed, and what trains it here.
+"""The tables of the three papers, as data: the printed results of each row, and how to train it.
 
-A table is a TOML file in `tables/`; studies read files of the same form that people write.
+A table is a TOML file in `tables/`; studies read user files of the same form.
 Detection and segmentation (CBAM's tables 6 and 7, the second half of the attention gates
 paper) are out of scope.
 """
@@ -45,16 +45,16 @@ class Row:
     """One row of a table: a network, and how it is trained.
 
     Attributes:
-        name: what the row is called.
+        name: the row's name.
         network: for create_model().
         arguments: of the network.
         recipe: the name of the recipe; None: the table's.
-        changes: values on top of the recipe's.
+        changes: values that override the recipe's.
         data: the data set; None: the table's.
         evaluation: how the test differs from training: {"size": 320}, {"size": [224, 288]},
             {"ten_crop": True}, or both keys.
         paper: the paper's numbers by metric; errors in percent, parameters in millions.
-        note: what a reader must know of this row.
+        note: what a reader must know about this row.
     """
 
     name: str
@@ -70,16 +70,16 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows that are trained and compared with each other; the first is the reference.
+    """Rows to be trained and compared with each other; the first is the reference.
 
     Attributes:
         key: such as "cbam-4", or the name of the file.
-        title: in words.
+        title: description of the table.
         rows: at least one.
-        paper: RAN, CBAM or AG; None: a study of one's own.
-        data: the data set that the numbers are of; None: any.
+        paper: RAN, CBAM or AG; None: the user's own study.
+        data: the data set that the numbers are for; None: any.
         recipe: the name of the rows' recipe.
-        metrics: the columns of numbers that the paper prints.
+        metrics: the metrics that the paper prints.
         source: where the paper's numbers were read.
     """
 
@@ -119,10 +119,10 @@ def load_table(source: str | Path) -> Table:
 
 
 def parse_table(text: str, key: str) -> Table:
-    """The table that a TOML text describes.
+    """Parses a table from TOML text.
 
     Raises:
-        UsageError: the text is no TOML, a key is unknown or missing, or two rows have one name.
+        UsageError: the text is not TOML, a key is unknown or missing, or two rows have one name.
     """
     try:
         values = tomllib.loads(text, parse_float=Printed)
@@ -151,7 +151,7 @@ def _row(values: Any, where: str) -> Row:
 
 
 def _check_evaluation(values: Any, where: str) -> None:
-    """Refuses another test than `evaluate_words` can ask for."""
+    """Refuses an evaluation that `evaluate_words` can't express."""
     good = isinstance(values, dict) and values.keys() <= {"size", "ten_crop"}
     if good and "size" in values:
         sides = values["size"] if isinstance(values["size"], list) else [values["size"]]
@@ -177,12 +177,12 @@ def _folder() -> Any:
 
 
 def train_command(table: Table, row: Row, data: str | None = None) -> list[str]:
-    """The arguments of `regard` that train a row, as for subprocess or shlex.join.
+    """The arguments of `regard` that train a row, for subprocess or shlex.join.
 
     Args:
         table: the row's table.
         row: one of its rows.
-        data: instead of the row's data set.
+        data: used instead of the row's data set.
     """
     words = ["train", data or row.data or table.data or "DATA"]
     words += ["--recipe", row.recipe or table.recipe, "--model", row.network]
@@ -194,7 +194,7 @@ def train_command(table: Table, row: Row, data: str | None = None) -> list[str]:
 
 
 def flag_words(name: str, value: Any) -> list[str]:
-    """A value of a recipe's field as words for the command line.
+    """A recipe field and its value as arguments for the command line.
 
     >>> flag_words("batch_size", 32), flag_words("nesterov", False), flag_words("size", [32, 48])
     (['--batch-size', '32'], ['--no-nesterov'], ['--size', '32', '48'])
@@ -206,7 +206,7 @@ def flag_words(name: str, value: Any) -> list[str]:
 
 
 def evaluate_words(row: Row) -> list[str]:
-    """The flags of `regard evaluate` for a row's test; none where it is that of the training."""
+    """The flags of `regard evaluate` for a row's test; none if training tests the same way."""
     words = []
     if "size" in row.evaluation:
         words += ["--size", *_words(row.evaluation["size"])]

@@ -1,4 +1,4 @@
-"""What the papers print of each network by its name, gathered from their tables."""
+"""The papers' numbers for each network by name, gathered from their tables."""
 
 import functools
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a training run: the result, where the network looked, its
+"""One self-contained HTML page on a training run: the result, where the network looked, its
 mistakes, and how to run it again.
 
 `page.py` fills `page.html`, `charts.py` draws the training curves, and `build.py` collects a

@@ -22,7 +22,7 @@ class Band:
 
     Attributes:
         x, y: (T,) the curve itself, at every distinct score.
-        grid, low, high: (101,) the band; empty where there is none.
+        grid, low, high: (101,) the band; empty if there is none.
     """
 
     x: Floats
@@ -42,7 +42,7 @@ def roc_of(
 def precision_recall_of(
     predictions: Predictions, name: str, *, seed: int = 0, interval: bool = True
 ) -> Band | None:
-    """Precision over recall of a class; None without images of both kinds."""
+    """Precision against recall of a class; None without images of both kinds."""
     return _band(predictions, name, seed if interval else None, _precision_recall, "left")
 
 
@@ -91,9 +91,9 @@ def _band(
 
 
 def _at(x: Floats, y: Floats, side: Literal["left", "right"]) -> Floats:
-    """(101,) a step curve's value at each x of the grid.
+    """(101,) the value of a step curve at each x of the grid.
 
-    It is that of the last point up to x ("right"), or of the first from x on ("left").
+    That of the last point up to x ("right"), or of the first point from x on ("left").
     """
     shift = 1e-12 if side == "right" else -1e-12
     at = np.searchsorted(x, GRID + shift, side=side) - (side == "right")

@@ -1,7 +1,7 @@
-"""The images of the report that a reader leafs through: names, thumbnails, and maps as numbers.
+"""The images that readers of the report can browse: names, thumbnails, and maps as numbers.
 
-The page draws on demand what is stored here: maps are a byte a value and colored by its script as
-`regard.explanations.overlay` does, so that an image is stored once, however many maps it has.
+The page draws on demand: maps are stored as one byte per value, and its script colors them like
+`regard.explanations.overlay`, so that an image is stored only once, however many maps it has.
 """
 
 import base64
@@ -26,7 +26,7 @@ from regard.explanations.reading import as_picture
 from regard.report.source import RunSource, choose, ranked
 
 LIST_BYTES, THUMB_BYTES, DETAIL_BYTES = 1_800_000, 2_600_000, 2_600_000
-_SIDES = (128, 96, 72, 56)  # of thumbnails, in pixels: the first that lets all of them in
+_SIDES = (128, 96, 72, 56)  # of thumbnails, in pixels: the largest with which all images fit
 _SAMPLE = 24
 _LARGEST = 1600  # longer side of a stored image
 _MAP_SIDE = 64
@@ -34,14 +34,14 @@ _MAP_SIDE = 64
 
 @dataclass
 class Browser:
-    """What the page is given, as JSON.
+    """The data of the page's image browser, as JSON.
 
     Attributes:
         images: number of images that were evaluated.
-        listed: [name, true class, [[class, probability], ...], thumbnail or -1] each.
+        listed: [name, true class, [[class, probability], ...], thumbnail or -1] for each image.
         thumbs: JPEG thumbnails in base64.
-        details: by the place in `listed`: the image at its own resolution, its maps and mask.
-        places: the place in `listed` by number of the image.
+        details: by index into `listed`: the image at its own resolution, its maps and mask.
+        places: index into `listed` by image number.
         side: of the thumbnails, in pixels.
         run: the run's folder.
         room: bytes left for details.
@@ -58,7 +58,7 @@ class Browser:
     room: int = DETAIL_BYTES
 
     def add(self, i: int, shown: Explanation) -> None:
-        """Adds the maps of image i, where the page has room for them."""
+        """Adds the maps of image i, if there is room for them."""
         if i not in self.places:
             return
         detail = _detail(shown)
@@ -68,7 +68,7 @@ class Browser:
             self.details[self.places[i]] = detail
 
     def to_json(self) -> str:
-        """For a script element: no "</" in it ends the element."""
+        """JSON for a script element, without any "</", which would end the element."""
         content = {
             "images": self.images, "classes": self.classes, "listed": self.listed,
             "thumbs": self.thumbs, "details": self.details, "side": self.side, "run": self.run,
@@ -78,7 +78,7 @@ class Browser:
 
 
 def browser_of(source: RunSource) -> Browser:
-    """All images of a run as far as the page's size allows: the ones of `choose` come first."""
+    """A run's images, as many as the page's size allows: those of `choose` come first."""
     said = source.calibrated
     browser = Browser(len(said), list(said.classes), run=str(source.run.path))
     order = choose(said, len(said))
@@ -97,7 +97,7 @@ def browser_of(source: RunSource) -> Browser:
 
 
 def _rounded(p: float) -> float:
-    """To four digits; 0 and 1 are exact."""
+    """Rounded to four digits; 0 and 1 are exact."""
     return p if p in (0.0, 1.0) else min(max(round(p, 4), 0.0001), 0.9999)
 
 
@@ -126,7 +126,7 @@ def _encoded(picture: NDArray[np.uint8], kind: str, quality: int = 90) -> str:
 
 
 def _add_thumbs(browser: Browser, source: RunSource, order: Sequence[int]) -> None:
-    """Thumbnails of a size with which all fit, or as many of the smallest as do."""
+    """Adds thumbnails of a size with which all fit, or as many of the smallest as fit."""
     if not source.can_read or not order:
         return
     some = order[:: max(1, len(order) // _SAMPLE)][:_SAMPLE]
@@ -137,7 +137,7 @@ def _add_thumbs(browser: Browser, source: RunSource, order: Sequence[int]) -> No
             break
     left = THUMB_BYTES
     with ThreadPoolExecutor(default_workers()) as pool:
-        for start in range(0, len(order), 256):  # a block at a time: no work after the limit
+        for start in range(0, len(order), 256):  # in blocks: little work beyond the limit
             block = order[start : start + 256]
             for i, thumb in zip(
                 block, pool.map(lambda i: _thumb(source, i, browser.side), block), strict=True

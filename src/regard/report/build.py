@@ -1,4 +1,4 @@
-"""The report of a run, made from its folder: `regard report RUN`, and the end of every training."""
+"""Makes a run's report from its folder: for `regard report RUN`, and at the end of training."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from regard.report.sections import calibration_section, subgroup_section
 from regard.report.source import LEAST_SURE, MOST_CLASSES, MOST_WRONG, RunSource, choose
 from regard.report.training_words import batches
 
-_SIDE = 576  # of the cards' images, in pixels: twice as large as they are shown
+_SIDE = 576  # side of the cards' images, in pixels: twice the size at which they are shown
 
 
 def report_run(
@@ -30,21 +30,21 @@ def report_run(
 ) -> Path:
     """Writes report.html into a finished run's folder, and returns its path.
 
-    The scores of the maps are written before it, as faithfulness.json.
+    The faithfulness scores of the maps are written first, as faithfulness.json.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         device: where the network computes, as for `regard.load`.
-        masks: what people marked, to be drawn into the images; see `open_masks`.
-        positive: class of ROC, precision-recall and decision curves; see `positive_class`.
-        bands: increasing limits by column of numbers, whose parts are subgroups; default: three
+        masks: regions that people marked, drawn into the images; see `open_masks`.
+        positive: class for ROC, precision-recall and decision curves; see `positive_class`.
+        bands: increasing limits by numeric column, whose parts are subgroups; default: three
             bands of equal size.
-        explained: images whose maps are computed; those of the gallery are in any case.
+        explained: number of images whose maps are computed; those of the gallery always are.
         precision: "fp32" or "bf16", in which maps and their scores are computed.
         methods: also write the methods paragraph and the checklists to this .md or .txt file.
 
     Raises:
-        UsageError: the folder holds no finished run, or an argument does not fit it, or this
+        UsageError: the folder holds no finished run, an argument does not fit it, or this
             machine has no such device.
         FileError: the page, or the file of `methods`, can't be written.
     """
@@ -109,12 +109,12 @@ def _summary(plan: dict[str, Any], facts: dict[str, Any], recipe: dict[str, Any]
 
 
 def _was_chosen(facts: dict[str, Any], recipe: dict[str, Any]) -> bool:
-    """Whether validation images chose the weights."""
+    """Whether the weights were chosen by validation images."""
     return recipe.get("select") == "best" and bool(facts.get("best"))
 
 
 def _chosen(facts: dict[str, Any], recipe: dict[str, Any]) -> str:
-    """How the epoch was chosen whose weights were evaluated."""
+    """How the epoch of the evaluated weights was chosen."""
     average = "moving averages up to" if recipe.get("ema_decay") else "those of"
     if _was_chosen(facts, recipe):
         best = facts["best"]

@@ -17,9 +17,9 @@ from regard.report.curves import Chart
 from regard.report.words import percent
 
 History = list[dict[str, float]]
-MOST_NUMBERED = 12  # classes whose cells hold numbers
+MOST_NUMBERED = 12  # largest number of classes whose cells hold numbers
 MOST_NAMED = 40
-MOST_CLASSES = 200  # of more, a matrix can't be read
+MOST_CLASSES = 200  # beyond this a matrix can't be read
 
 
 def confusion(evaluation: Evaluation, width: float) -> Chart | None:
@@ -50,7 +50,7 @@ def confusion(evaluation: Evaluation, width: float) -> Chart | None:
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     numbered = ""
     if len(classes) <= MOST_NUMBERED:
-        figure.draw_without_rendering()  # lays it out: the names may leave little room
+        figure.draw_without_rendering()  # computes the layout: the names may leave little room
         numbered = _cells(axes, counts, shares, 72 * axes.get_window_extent().width / figure.dpi)
     hits = int(np.trace(counts))
     words = f"Confusion matrix of {len(classes)} classes: {hits} of {counts.sum()} images right"
@@ -64,7 +64,7 @@ _SHADE = "Shade: share of the true class"
 def _cells(axes: Axes, counts: np.ndarray, shares: np.ndarray, width: float) -> str:
     """Writes share and count into each cell of a matrix `width` points wide, and says so.
 
-    Where both would be too small to be read it is the count alone.
+    If both would be too small to read, only the count is written.
     """
     room, digits = width / len(counts), len(f"{counts.max():,}")
     both = room / 3.7 > 3.6
@@ -87,10 +87,10 @@ _Lines = dict[str, str]
 
 
 def _quantities(history: History) -> list[tuple[str, _Lines]]:
-    """What is drawn: training and validation loss together only where they are one quantity.
+    """The curves to draw: training and validation loss in one panel only if they are comparable.
 
-    Where the history has the minimized objective in a column of its own, `loss` is the cross
-    entropy of the prediction, as `val_loss` is.
+    If the history has the minimized objective in a separate column, `loss` is the cross
+    entropy of the prediction, like `val_loss`.
     """
     rows = history[0] if history else {}
     accuracy = ("Accuracy", {"training": "accuracy", "validation": "val_accuracy"})
@@ -119,7 +119,7 @@ def _ends(name: str, values: list[tuple[float, float]], share: bool) -> str:
 
 
 def learning(history: History, chosen: float | None, width: float) -> Chart | None:
-    """Loss, accuracy and learning rate by epoch, in one row of panels or two."""
+    """Loss, accuracy and learning rate by epoch, in one or two rows of panels."""
     shown = []
     for title, keys in _quantities(history):
         lines = {name: _points(history, key) for name, key in keys.items()}
@@ -164,7 +164,7 @@ def _panel(
     if title == "Accuracy":
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
         axes.set_ylim(top=min(1.005, max(finite) + 0.1) if max(finite) > 0.9 else None)
-        apart = float(np.diff(axes.get_yticks()).min())  # the numbers of the ticks must differ
+        apart = float(np.diff(axes.get_yticks()).min())  # tick labels must differ
         decimals = max(0, math.ceil(-math.log10(100 * apart) - 1e-9))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=decimals, symbol=" %"))
     else:
@@ -178,7 +178,7 @@ def _panel(
 
 
 def _bottom(values: Iterable[float]) -> float | None:
-    """0 where the lowest value is less than half of the highest."""
+    """0 if the lowest value is less than half of the highest."""
     finite = list(values)
     return 0.0 if 0 <= min(finite) < max(finite) / 2 else None
 

@@ -1,7 +1,7 @@
-"""What three published checklists ask for, and which of it a run can answer.
+"""The items of three published checklists, and which of them a run can answer.
 
-Each item has its published number and its topic in short; the wording that counts is that of the
-publications. Where a run knows an answer, the third part names it, see `methods.answers`.
+Each item has its published number and its topic in short; the authoritative wording is that of the
+publications. If a run knows an answer, the third part names it, see `methods.answers`.
 
 - CLAIM 2024: Tejani et al., Radiology: Artificial Intelligence 2024, 6(4): e240300,
   doi 10.1148/ryai.240300; items as in rsna.github.io/claim.
@@ -179,4 +179,4 @@ def _items(text: str) -> list[Item]:
 CHECKLISTS: dict[str, list[Item]] = {
     "CLAIM 2024": _items(_CLAIM), "STARD-AI": _items(_STARD), "TRIPOD+AI": _items(_TRIPOD),
 }  # fmt: skip
-"""(number, topic, name of the answer or "") of each item."""
+"""(number, topic, name of the answer or "") for each item."""

@@ -12,9 +12,9 @@ from regard.evaluation import Diagnostics, Estimate, Predictions
 from regard.explanations.print_style import LINE, MUTED, SECOND, line_style, new_figure, short
 from regard.report.bands import Band, precision_recall_of, roc_of
 
-MOST_CURVES = 12  # of more classes, those of lowest area are drawn
-_WITHIN = 3  # the legend of more curves would hide them and stands below the axes
-_LINE = 0.135  # inches, of a legend
+MOST_CURVES = 12  # with more classes, those of lowest area are drawn
+_WITHIN = 3  # with more curves the legend would hide them and is placed below the axes
+_LINE = 0.135  # inches per line of the legend
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,10 +22,10 @@ class Chart:
     """A figure of the report.
 
     Attributes:
-        name: of its files.
+        name: base name of its files.
         title: its heading.
         figure: the drawing, made within `for_print`.
-        words: what it shows, for people who can't see it.
+        words: alternative text, for people who can't see it.
         caption: what a reader must know to read it.
     """
 
@@ -37,7 +37,7 @@ class Chart:
 
 
 def number(estimate: Estimate, decimals: int = 2) -> str:
-    """ "0.94 (0.90–0.97)", or the value alone where there is no interval; more digits near 1."""
+    """ "0.94 (0.90–0.97)", or the value alone if there is no interval; more digits near 1."""
     if estimate.value < 1 and round(estimate.value, decimals) == 1:
         decimals += 1
     value = f"{estimate.value:.{decimals}f}"
@@ -47,7 +47,7 @@ def number(estimate: Estimate, decimals: int = 2) -> str:
 
 
 def share_axes(axes: Axes, x: str, y: str) -> None:
-    """Axes from 0 to 1 both ways."""
+    """Sets both axes from 0 to 1."""
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x, ylabel=y)
     ticks = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     axes.set_xticks(ticks, [f"{t:.1f}" for t in ticks])
@@ -60,7 +60,7 @@ def share_axes(axes: Axes, x: str, y: str) -> None:
 def roc(
     predictions: Predictions, found: Diagnostics, positive: str | None, width: float
 ) -> Chart | None:
-    """ROC curves: of the positive class, or of each class against the rest."""
+    """ROC curves: for the positive class, or for each class against the rest."""
     drawn = _curves(predictions, found, positive, width, roc_of, "roc_auc", "AUC")
     if drawn is None:
         return None
@@ -84,7 +84,7 @@ def roc(
 def precision_recall(
     predictions: Predictions, found: Diagnostics, positive: str | None, width: float
 ) -> Chart | None:
-    """Precision over recall: of the positive class, or of each class against the rest."""
+    """Precision against recall: for the positive class, or for each class against the rest."""
     of = precision_recall_of, "average_precision", "AP"
     drawn = _curves(predictions, found, positive, width, *of)
     if drawn is None:
@@ -102,7 +102,7 @@ def precision_recall(
 
 
 def _legend(figure: Figure, axes: Axes, where: Literal["lower left", "lower right"]) -> None:
-    """Within the axes of few curves, below those of many."""
+    """Places the legend within the axes for few curves, below them for many."""
     handles = axes.get_legend_handles_labels()[0]
     if len(handles) <= _WITHIN:
         axes.legend(loc=where, handlelength=2.0, borderaxespad=0.2)
@@ -141,7 +141,7 @@ def _curves(
                 band.grid, band.low, band.high, color=style["color"], alpha=0.18, linewidth=0
             )
         label = f"{short(name, 18)}: {unit} {number(areas[name])}"
-        # the area of the ROC is that below straight lines, average precision that below steps
+        # ROC AUC is the area below straight lines, average precision that below steps
         drawstyle = "default" if make is roc_of else "steps-pre"
         axes.plot(band.x, band.y, label=label, drawstyle=drawstyle, **style)
     mean = found.metrics.get(f"{kind}_macro")

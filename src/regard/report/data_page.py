@@ -1,4 +1,4 @@
-"""The page of `regard data --html`: counts, examples, distributions, odd ones out, duplicates."""
+"""The page of `regard data --html`: counts, examples, distributions, outliers, duplicates."""
 
 import base64
 import io
@@ -24,7 +24,7 @@ from regard.data.thumbnails import as_8_bit, thumbnail
 from regard.errors import ImageError
 from regard.files import plural, spread, write_text
 
-SAMPLE = 2_000  # images whose distributions are shown
+SAMPLE = 2_000  # most images whose distributions are shown
 _PICTURE = 96  # pixels of the longer side
 _EXAMPLES, _MOST_CLASSES = 8, 40
 _ODD = 12
@@ -33,7 +33,7 @@ _NEIGHBORS = 5
 
 
 class _Seen(NamedTuple):
-    """What is measured of an image: gray values of 0 to 255, pixels, and a 96-pixel thumbnail."""
+    """Measurements of an image: gray values in 0..255, pixels, and a 96-pixel thumbnail."""
 
     row: int
     brightness: float
@@ -50,7 +50,7 @@ def write_data_page(table: ImageTable, check: DataCheck, path: str | os.PathLike
     Args:
         table: its images.
         check: of the same table.
-        path: the file; one that is there is replaced.
+        path: the file; an existing one is replaced.
 
     Raises:
         StateError: it can't be written.
@@ -131,7 +131,7 @@ class Pictures:
         return self.places[path]
 
     def one(self, i: int, words: str = "") -> dict[str, str]:
-        """What the page shows of image i."""
+        """What the page shows for image i."""
         table = self.table
         if i not in self.done:
             self.done[i] = self._uri(i)
@@ -143,7 +143,7 @@ class Pictures:
         }  # fmt: skip
 
     def of(self, rows: Sequence[int] | NDArray[np.int64]) -> list[dict[str, str]]:
-        """The same of several."""
+        """What the page shows for each of several images."""
         return [self.one(int(i)) for i in rows]
 
     def _uri(self, i: int) -> str:
@@ -183,7 +183,7 @@ def _charts(seen: list[_Seen]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _bars(values: NDArray[np.float64], low: float | None, high: float | None) -> dict[str, Any]:
-    """A histogram of 24 bars, 320 by 110."""
+    """A histogram with 24 bars, 320 by 110."""
     low = float(values.min()) if low is None else low
     high = float(values.max()) if high is None else high
     if high <= low:
@@ -262,7 +262,7 @@ def _odd(
 
 
 def _unlike(table: ImageTable, seen: list[_Seen]) -> list[tuple[float, _Seen]]:
-    """Mean correlation with the most similar images of the same class, in coarse structure."""
+    """Mean correlation of coarse structure with the most similar images of the same class."""
     by_class: dict[int, list[_Seen]] = {}
     for s in seen:
         by_class.setdefault(int(table.labels[s.row]), []).append(s)

@@ -1,4 +1,4 @@
-"""Every figure of a run: for its report, and as files for print (`regard figures`)."""
+"""All figures of a run: for its report, and as files for print (`regard figures`)."""
 
 import hashlib
 import logging
@@ -50,9 +50,9 @@ def chosen_epoch(facts: dict[str, Any], recipe: dict[str, Any]) -> float:
 
 
 def positive_class(predictions: Predictions, wanted: str | None) -> str | None:
-    """The positive class of the curves: as asked for, or of two classes the rarer.
+    """The positive class of the curves: the requested one, or the rarer of two classes.
 
-    Of equally frequent ones it is the second. None for more classes: each against the rest.
+    If both are equally frequent, it is the second. None for more classes: each against the rest.
 
     Raises:
         UsageError: there is no such class.
@@ -71,15 +71,15 @@ def positive_class(predictions: Predictions, wanted: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the figures of a run are drawn from, beside its `RunSource`.
+    """The data from which a run's figures are drawn, in addition to its `RunSource`.
 
     Attributes:
-        positive: the class of ROC, precision-recall and decision curves.
+        positive: the class for ROC, precision-recall and decision curves.
         diagnostics: at the run's temperature and threshold.
         faithfulness: of the maps, if it was measured.
         plain, calibrated: `diagnose_calibration` without and with the run's temperature; the same
-            object where it has none.
-        subgroups: the parts of the images, a column each.
+            object if it has none.
+        subgroups: one for each column.
     """
 
     positive: str | None
@@ -100,9 +100,9 @@ def measure(
 
     Args:
         source: the run.
-        positive: see `positive_class`; the class of the run's threshold goes first.
-        scored: images on which the maps' faithfulness is measured; 0: on none.
-        bands: limits by column of numbers; default: see `subgroup_columns`.
+        positive: see `positive_class`; the class of the run's threshold takes precedence.
+        scored: number of images on which the maps' faithfulness is measured; 0: none.
+        bands: limits by numeric column; default: see `subgroup_columns`.
 
     Raises:
         UsageError: there is no such class or column.
@@ -130,10 +130,10 @@ def measure(
 def columns_of(
     predictions: Predictions, bands: Mapping[str, Sequence[float]] | None = None
 ) -> dict[str, Sequence[float] | None]:
-    """The columns whose parts are shown, each with its bands or None.
+    """The columns whose subgroups are shown, each with its bands or None.
 
     Raises:
-        UsageError: bands of a column that there is not.
+        UsageError: a column with bands does not exist.
     """
     found: dict[str, Sequence[float] | None] = {**subgroup_columns(predictions)}
     for name, limits in (bands or {}).items():
@@ -169,9 +169,9 @@ def charts(source: RunSource, measured: Measured, width: float = COLUMN) -> list
 
 
 def file_name(name: str) -> str:
-    """A name of a file, without suffix, for an image: its own and its folder's, and a short hash.
+    """A file name without suffix for an image: its name, its folder's name, and a short hash.
 
-    The hash, of the whole path, keeps images of the same name apart.
+    The hash of the whole path distinguishes images with the same name.
     """
     parts = Path(name).parts[-2:]
     safe = _UNSAFE.sub("-", "_".join([*parts[:-1], Path(name).stem])).strip("-.") or "image"
@@ -183,13 +183,13 @@ class FigureOptions:
     """How figures are written.
 
     Attributes:
-        formats: of `FORMATS`.
+        formats: some of `FORMATS`.
         dpi: of PNG and TIFF, and of pictures within PDF and SVG.
         width: of a figure, in inches.
-        images: how many images are explained; 0: none.
-        positive: the class of ROC, precision-recall and decision curves, see `positive_class`.
-        bands: limits by column of subgroups.
-        scored: images on which faithfulness is measured; None: as in the run's recipe.
+        images: number of images to explain; 0: none.
+        positive: the class for ROC, precision-recall and decision curves, see `positive_class`.
+        bands: limits by subgroup column.
+        scored: number of images on which faithfulness is measured; None: as in the run's recipe.
         overwrite: replace files that Regard did not write.
     """
 
@@ -219,22 +219,22 @@ def write_figures(
     texts: Callable[[Measured], dict[str, str]] = lambda measured: {},
     text_names: Sequence[str] = (),
 ) -> Iterator[Path]:
-    """Writes every figure of a run, and the explanations of the images that `choose` names.
+    """Writes every figure of a run, and explanations of the images selected by `choose`.
 
-    Where there are subgroups, subgroups.csv has their numbers.
+    If there are subgroups, subgroups.csv has their numbers.
 
     Args:
         source: the run.
-        out: the folder, made where it is missing.
+        out: the folder, created if it is missing.
         options: formats and sizes.
-        texts: makes further files of text by name, of `text_names`.
+        texts: makes further text files by name, as in `text_names`.
         text_names: their names.
 
     Yields:
         Each file, once it is written.
 
     Raises:
-        UsageError: no such class, or a file in the way that Regard did not write.
+        UsageError: no such class, or a file not written by Regard would be overwritten.
         FileError: a file can't be written.
     """
     chosen = choose(source.calibrated, options.images) if source.can_read else []

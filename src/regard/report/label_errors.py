@@ -1,8 +1,8 @@
-"""Which labels may be wrong: images ranked by the loss of networks that were not trained on them.
+"""Labels that may be wrong: images ranked by the loss of networks that were not trained on them.
 
-A run's test and validation images are out of its sample. Where the folds of a cross-validation
-are given together, every image is. Images that trained every run given are ranked by a loss that
-the training lowered, so that many of their errors are missed; they say so.
+A run's test and validation images are out of sample for it. Given all folds of a cross-validation,
+every image is. Images that all given runs were trained on are ranked by a loss that
+training has lowered, so that many of their label errors are missed; they are marked.
 """
 
 import csv
@@ -29,23 +29,23 @@ from regard.run_data import predictions_of
 from regard.runs import RunFolder
 from regard.trained_on import Overlap, own_table
 
-_SMALLEST = 1e-12  # a probability
+_SMALLEST = 1e-12  # lower bound of a probability
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """An image and what the networks say of its label.
+    """An image and the networks' view of its label.
 
     Attributes:
         rank: from 1; the highest loss first.
         path, label: of the image.
         predicted: the most probable class.
-        probability, predicted_probability: of the label and of that class, mean over the runs.
+        probability, predicted_probability: of the label and of that class, averaged over the runs.
         loss: cross entropy of the label, natural logarithm.
-        out_of_sample: whether none of those runs was trained on the image, nor the weights that
-            they started from.
-        runs: how many runs' probabilities were averaged.
-        cleanlab: whether confident learning takes the label for wrong; None: cleanlab is not
+        out_of_sample: whether neither those runs nor the weights that they started from were
+            trained on the image.
+        runs: number of runs whose probabilities were averaged.
+        cleanlab: whether confident learning considers the label wrong; None: cleanlab is not
             installed, or the image is not out of sample.
     """
 
@@ -62,7 +62,7 @@ class Suspect:
 
 
 class _Sums:
-    """Probabilities by path, summed over runs, out of sample and in it."""
+    """Probabilities by path, summed over runs, separately out of sample and in sample."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = list(classes)
@@ -72,7 +72,7 @@ class _Sums:
     def add(
         self, paths: Iterable[str], labels: Any, probabilities: Any, in_sample: Container[str]
     ) -> None:
-        """Adds the probabilities of one run for images, of which some are in its sample."""
+        """Adds one run's probabilities for images, some of which are in its sample."""
         for path, label, row in zip(paths, labels.tolist(), probabilities, strict=True):
             self.labels[path] = label
             sums = self.sums[path not in in_sample]
@@ -80,17 +80,17 @@ class _Sums:
             sums[path] = total + row, count + 1
 
     def of(self, path: str) -> tuple[NDArray[np.float64], int, bool]:
-        """Mean probabilities, from how many runs, and whether out of sample."""
+        """Mean probabilities, the number of runs, and whether they are out of sample."""
         held_out = path in self.sums[True]
         total, count = self.sums[held_out][path]
         return total / count, count, held_out
 
 
 def runs_below(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The finished runs that these folders are or hold.
+    """The finished runs among these folders or below them.
 
     Raises:
-        UsageError: one is and holds none.
+        UsageError: a folder neither is nor contains one.
     """
     runs: list[Path] = []
     for folder in map(Path, folders):
@@ -110,12 +110,12 @@ def find_label_errors(
     data: str | None = None,
     root: str | Path | None = None,
 ) -> tuple[list[Suspect], ImageTable]:
-    """All images of the runs' data, those whose label is least probable first.
+    """All images of the runs' data, those with the least probable label first.
 
     Args:
         folders: runs on the same data, such as the folds of a cross-validation, or folders that
-            hold them.
-        data: where the data is now; default: where it was.
+            contain them.
+        data: where the data is now; default: where it was when the runs were trained.
         root: folder of cifar10 and cifar100.
 
     Returns:
@@ -145,7 +145,7 @@ def find_label_errors(
 def _of_split(
     split: str, used: set[str], table: ImageTable, shared: Overlap | None
 ) -> tuple[str, ImageTable]:
-    """The images of a split; `used` gets those that trained the run, or what it started from."""
+    """The images of a split; those that trained the run or its starting weights go to `used`."""
     found = table.select(table.splits == split)
     if not len(found):
         raise UsageError(f"{table.name} has no {split} images, as the run had")
@@ -179,7 +179,7 @@ def _ranked(sums: _Sums) -> list[Suspect]:
 def _confident(
     labels: NDArray[np.int64], probabilities: NDArray[np.float64], held_out: NDArray[np.bool_]
 ) -> dict[int, bool]:
-    """What cleanlab's confident learning says of each image that is out of sample.
+    """cleanlab's confident learning: whether each out-of-sample image has a label error.
 
     Northcutt, Jiang and Chuang, Confident Learning, JAIR 2021 (arXiv 1911.00068).
     """
@@ -200,7 +200,7 @@ def _confident(
 
 
 def to_csv(suspects: Sequence[Suspect]) -> str:
-    """A line for each image."""
+    """CSV with one line per image."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     columns = list(Suspect.__dataclass_fields__)
@@ -234,7 +234,7 @@ def write_errors_page(
 
 
 def sample_note(suspects: Sequence[Suspect]) -> str:
-    """How many of the images no run was trained on, and what that means for the others."""
+    """How many of the images trained every given run, and what that means for their rank."""
     inside = sum(not s.out_of_sample for s in suspects)
     if not inside:
         return "Each image is ranked by networks that were not trained on it."

@@ -1,4 +1,4 @@
-"""A methods paragraph and answers to checklists, from what a run knows of itself."""
+"""A methods paragraph and answers to checklists, from what is stored about a run."""
 
 import hashlib
 import math
@@ -37,7 +37,7 @@ def methods_of(source: RunSource, measured: Measured, command: str) -> Methods:
 
     Args:
         source: the run.
-        measured: the numbers of its figures.
+        measured: the data of its figures.
         command: the command that trained it.
     """
     said = _Sentences(source, measured, command).all()
@@ -103,7 +103,7 @@ def _cell(text: str) -> str:
 
 
 class _Sentences:
-    """What can be said of a run, by the names that `checklists` uses."""
+    """What can be stated about a run, under the names that `checklists` uses."""
 
     def __init__(self, source: RunSource, measured: Measured, command: str) -> None:
         self.source, self.measured, self.command = source, measured, command
@@ -112,7 +112,7 @@ class _Sentences:
         self.rows = list(read_rows(source.run.path / "splits.csv"))
 
     def all(self) -> dict[str, str]:
-        """The sentences; "" or missing where the run does not know."""
+        """The sentences; "" or missing if the run does not know."""
         said = {
             name: getattr(self, f"_{name}")()
             for name in (
@@ -372,7 +372,7 @@ class _Sentences:
 
 
 def _given(source: RunSource) -> set[str] | None:
-    """The splits that the data has itself; None where it can't be opened."""
+    """The splits that the data comes with; None if it can't be opened."""
     try:
         table = own_data(source.run.path, source.plan)
     except (ValueError, OSError):

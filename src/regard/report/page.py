@@ -42,21 +42,21 @@ from regard.report.sections import CALIBRATION, Section
 from regard.report.subgroups import SUBGROUPS
 from regard.report.words import SPLITS, diagnostic_rows, percent, percent_range, probability
 
-MAX_BYTES = 10_000_000  # of the page
-_PICTURE_BYTES = 2_000_000  # of the cards
-_MAX_CELLS_A_SIDE = 30  # a larger confusion matrix is shown as its most frequent mistakes
+MAX_BYTES = 10_000_000  # limit of the page
+_PICTURE_BYTES = 2_000_000  # limit of the cards' pictures
+_MAX_CELLS_A_SIDE = 30  # a larger confusion matrix is replaced by its most frequent mistakes
 _MAX_MISTAKES = 30
-_MAX_CLASS_ROWS = 100  # of more classes, those of lowest recall are drawn, and all are listed
-_OUTLINE = 0.5  # of the attention's range
+_MAX_CLASS_ROWS = 100  # with more classes, those of lowest recall are drawn, and all are listed
+_OUTLINE = 0.5  # level of the outline, relative to the attention's range
 
 
 @dataclass(frozen=True)
 class Methods:
-    """What a paper must say, as far as a run knows it; see `regard.report.methods`.
+    """What a paper must report, as far as it is stored in a run; see `regard.report.methods`.
 
     Attributes:
         text: the methods paragraph.
-        checklists: by name: its source, and (item, topic, answer or None) each.
+        checklists: by name: its source, and (item, topic, answer or None) for each item.
     """
 
     text: str
@@ -70,23 +70,23 @@ class Report:
     Attributes:
         title: the page's heading.
         model: the network's name.
-        summary: facts by name, such as "Images" or "Training"; "data" is also said in the first
+        summary: facts by name, such as "Images" or "Training"; "data" also appears in the first
             sentence.
-        evaluation: the result; every metric of the page is read from it.
+        evaluation: the result; every metric on the page is from it.
         split: the split that was evaluated: test, val or train.
         explanations: images to show, with their true classes; wrong ones come first.
         history: one row per evaluation during training: epoch, loss, accuracy (of training, 0
             to 1), learning_rate, and with a validation split val_loss and val_accuracy.
         charts: the figures to show; each can be downloaded as SVG.
-        diagnostics: the numbers of a diagnostic study, if they were measured.
+        diagnostics: the metrics of a diagnostic study, if they were measured.
         calibration, subgroups: sections with tables; their figures are among `charts`.
-        browser: all images, to be leafed through.
+        browser: all images, to be browsed.
         methods: a paragraph for a paper, and checklists.
-        chosen: how the weights' epoch was chosen, in words.
+        chosen: how the epoch of the weights was chosen, as text.
         versions: of the packages that were used.
         command: the shell command that runs it again.
-        notes: further sentences on what the run does and does not say.
-        faithfulness: how far the maps can be believed, if that was measured.
+        notes: further sentences on what the run does and does not show.
+        faithfulness: how far the maps can be trusted, if that was measured.
     """
 
     title: str
@@ -118,7 +118,7 @@ def _data_uri(picture: NDArray[np.uint8], kind: str) -> str:
 
 
 def _shown_size(image: NDArray[np.uint8]) -> tuple[int, int]:
-    """Height and width of an overlay: a small image's whole multiple up to 224, or 288."""
+    """Height and width of an overlay: small images enlarged up to 224, others at most 288."""
     height, width = image.shape[:2]
     longer = max(height, width)
     scale = max(224 // longer, 1) if longer <= 224 else min(288 / longer, 1.0)
@@ -127,7 +127,7 @@ def _shown_size(image: NDArray[np.uint8]) -> tuple[int, int]:
 
 def _card(shown: Explanation) -> dict[str, Any]:
     image, size = shown.image, _shown_size(shown.image)
-    small = max(image.shape[:2]) <= 64  # its very pixels, which the browser enlarges
+    small = max(image.shape[:2]) <= 64  # its exact pixels, which the browser enlarges
 
     def picture(values: NDArray[Any]) -> NDArray[np.uint8]:
         outline = None if has_few_cells(values) else _OUTLINE
@@ -158,7 +158,7 @@ def _card(shown: Explanation) -> dict[str, Any]:
 
 
 def _gallery(all_of: Sequence[Explanation]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Cards of the wrong and of the right ones, in turn, as far as the page's size allows."""
+    """Cards of wrong and right predictions, alternating, as far as the page's size allows."""
     wrong = [e for e in all_of if e.true != e.predicted]
     right = [e for e in all_of if e.true == e.predicted]
     cards: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
@@ -217,7 +217,7 @@ def _charts(report: Report) -> dict[str, list[dict[str, Any]]]:
 
 # ---- tables -----------------------------------------------------------------------------
 def _matrix(evaluation: Evaluation) -> list[list[int]]:
-    """The confusion matrix as rows; empty where it is too large to be read."""
+    """The confusion matrix as rows; empty if it is too large to read."""
     if len(evaluation.classes) > _MAX_CELLS_A_SIDE:
         return []
     return evaluation.confusion.toarray().tolist()
@@ -232,7 +232,7 @@ def _mistakes(evaluation: Evaluation, most: int) -> list[dict[str, Any]]:
 
 
 def _class_tables(classes: list[ClassResult]) -> tuple[list[ClassResult], str]:
-    """The classes to draw, and of many classes all of them as one text of aligned columns."""
+    """The classes to draw, and if there are many, all of them as one text of aligned columns."""
     if len(classes) <= _MAX_CLASS_ROWS:
         return classes, ""
     present = sorted((c for c in classes if c.count), key=lambda c: c.recall.value)
@@ -280,18 +280,18 @@ def _resource(name: str) -> str:
 
 
 def _hash(script: str) -> str:
-    """The source of a script as a content security policy names it."""
+    """A script's hash source for the content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _viridis() -> str:
-    """65 colors from no attention to the strongest, as the overlay has them."""
+    """65 colors from no attention to the strongest, as in the overlay."""
     colors = matplotlib.colormaps["viridis"](np.linspace(VIRIDIS_FROM, 1.0, 65))
     return " ".join("".join(f"{round(255 * c):02x}" for c in color[:3]) for color in colors)
 
 
 def _code(sentence: str) -> Markup:
-    """A sentence with what stands in backticks as <code>."""
+    """A sentence with the text between backticks as <code>."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(sentence))))
 
 
@@ -343,7 +343,7 @@ def _render(report: Report) -> str:
 def write_report(report: Report, path: str | os.PathLike[str]) -> None:
     """Writes the page to `path`: one file, under 10 MB, atomically.
 
-    Images are left out of a gallery that would make the page too large, and the page says how
+    If a gallery would make the page too large, images are left out, and the page says how
     many.
 
     Raises:

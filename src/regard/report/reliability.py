@@ -15,18 +15,18 @@ from regard.evaluation.recalibration import ReliabilityBin, calibration_line
 from regard.explanations.print_style import INK, LINE, MAIN, MUTED, SECOND, new_figure, short
 from regard.report.curves import Chart, number, share_axes
 
-BINS = 10  # of equal width
-_MOST_RANGES = 3  # of thresholds that are named
+BINS = 10  # number of bins of equal width
+_MOST_RANGES = 3  # most threshold ranges that are named
 
 
 def reliability_chart(
     plain: Predictions, calibrated: Predictions, errors: tuple[Estimate, Estimate], width: float
 ) -> Chart:
-    """Accuracy over the probability of the top-1 class, and how many images have it.
+    """Accuracy against the top-1 probability, with the number of images per bin.
 
     Args:
         plain: the network's own predictions.
-        calibrated: at the run's temperature; the same object where it has none.
+        calibrated: at the run's temperature; the same object if it has none.
         errors: the ECE of both.
         width: in inches.
     """
@@ -43,7 +43,7 @@ def reliability_chart(
 def calibration_chart(
     plain: Predictions, calibrated: Predictions, positive: str, width: float
 ) -> Chart:
-    """The share of a class over its probability, and how many images have it."""
+    """The share of a class against its probability, with the number of images per bin."""
 
     def fit(said: Predictions) -> str:
         found = calibration_line(said, positive)
@@ -69,7 +69,7 @@ def _diagram(
     positive: str | None,
     labels: Sequence[str],
 ) -> tuple[Figure, str]:
-    """The observed shares above, the numbers of images below, and both in words."""
+    """The observed shares above, the numbers of images below, and both as text."""
     figure, _ = new_figure(width, width * 1.16, 0)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     share_axes(upper, "", "")
@@ -83,7 +83,7 @@ def _diagram(
         rows: Sequence[ReliabilityBin] = reliability(said, bins=BINS, positive=positive)
         y = [r.accuracy for r in rows]
         ends = [[r.accuracy - r.interval[0], r.interval[1] - r.accuracy] for r in rows]
-        aside = k - (len(shown) - 1) / 2  # -0.5 and 0.5 of two: their bars do not overlap
+        aside = k - (len(shown) - 1) / 2  # -0.5 and 0.5 for two: their bars do not overlap
         upper.errorbar(
             [r.confidence for r in rows], y, np.maximum(ends, 0).T, fmt="so"[k == len(shown) - 1],
             color=color, markersize=3.2, elinewidth=0.8, capsize=1.5, clip_on=False,
@@ -115,13 +115,13 @@ def _caption(of: str, plain: Predictions, calibrated: Predictions) -> str:
 def decision_chart(
     predictions: Predictions, positive: str, width: float, decided: OneClass | None = None
 ) -> Chart:
-    """Net benefit over the threshold probability (Vickers & Elkin 2006).
+    """Net benefit against the threshold probability (Vickers & Elkin 2006).
 
     Args:
         predictions: of test images.
         positive: the class.
         width: in inches.
-        decided: its threshold is marked, where it has one.
+        decided: its threshold is marked, if it has one.
     """
     curve = decision_curve(predictions, positive, resamples=300)
     figure, (axes,) = new_figure(width, width * 0.86)
@@ -150,7 +150,7 @@ def decision_chart(
 
 
 def where_above(thresholds: Floats, above: NDArray[np.bool_]) -> str:
-    """Up to three ranges of ascending thresholds in words; of more, at how many thresholds."""
+    """Up to three ranges of ascending thresholds as text; if more, the number of thresholds."""
     starts = np.flatnonzero(above & ~np.concatenate([[False], above[:-1]]))
     ends = np.flatnonzero(above & ~np.concatenate([above[1:], [False]]))
     if len(starts) == 0:

@@ -12,7 +12,7 @@ from regard.report.subgroups import gap_sentences, shown_metrics
 from regard.report.words import NAMES, SPLITS, number_range, percent, percent_range, signed
 
 CALIBRATION = ("reliability", "calibration", "decision-curve")
-"""Names of the figures that belong to the section on calibration."""
+"""Names of the figures in the section on calibration."""
 _SHARES = ("sensitivity", "specificity", "ppv", "npv")
 
 
@@ -42,7 +42,7 @@ class Section:
 
 # ---- calibration -------------------------------------------------------------------------
 def calibration_section(source: RunSource, measured: Measured) -> Section:
-    """Calibration before and after the temperature, and the threshold where it was chosen."""
+    """Calibration before and after the temperature, and the threshold if one was chosen."""
     stored, split = source.calibration, SPLITS[source.split]
     two = len(source.predictions.classes) == 2 and measured.positive is not None
     tables = [_calibration_table(measured, split, two)]
@@ -82,7 +82,7 @@ def _calibration_table(measured: Measured, split: str, two_classes: bool) -> Tab
         headings = ["metric", "before", "95 % interval", "after", "95 % interval"]
     rows = []
     for name, before in plain.items():
-        if name == "brier" and two_classes:  # it is that of the class
+        if name == "brier" and two_classes:  # "brier" is that of the class
             continue
         each = [before] if after is plain else [before, after[name]]
         label = NAMES[name]
@@ -117,7 +117,7 @@ def _threshold_table(chosen: Threshold, at: OneClass, top1: OneClass, split: str
 
 # ---- subgroups ---------------------------------------------------------------------------
 def subgroup_section(found: Sequence[Subgroups], positive: str | None) -> Section | None:
-    """A table for each column; None where there is none."""
+    """A table for each column; None if there are no columns."""
     if not found:
         return None
     small = max(each.at_least for each in found)

@@ -1,4 +1,4 @@
-"""A run's network, its images and what was said of them: what its report and figures show."""
+"""A run's network, images and predictions, from which its report and figures are made."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -36,14 +36,14 @@ MOST_WRONG, LEAST_SURE, MOST_CLASSES = 12, 6, 12
 
 
 def choose(predictions: Predictions, count: int | None = None) -> list[int]:
-    """The images to show, by the rule that the report's notes state.
+    """The images to show, by the rule stated in the report's notes.
 
     The wrong ones of highest probability (at most 12), the 6 right ones of lowest probability,
     and the first right one of each of the first 12 classes.
 
     Args:
         predictions: of all images.
-        count: where so many are wanted: further wrong ones, then further unsure ones follow.
+        count: if given, further wrong ones, then further uncertain ones are added, up to so many.
     """
     predicted = predictions.probabilities.argmax(axis=1)
     top = predictions.probabilities.max(axis=1)
@@ -62,7 +62,7 @@ def choose(predictions: Predictions, count: int | None = None) -> list[int]:
 
 
 def ranked(predictions: Predictions, i: int) -> list[tuple[str, float]]:
-    """The 5 most probable classes of an image as it was evaluated, with their probabilities."""
+    """The 5 most probable classes of an image in the evaluation, with their probabilities."""
     p = predictions.probabilities[i]
     order = np.argsort(-p, kind="stable")[:5].tolist()
     return [(predictions.classes[k], float(p[k])) for k in order]
@@ -70,7 +70,7 @@ def ranked(predictions: Predictions, i: int) -> list[tuple[str, float]]:
 
 @dataclass(frozen=True)
 class _Found:
-    """The evaluated images as they can be read now: row of the table for each prediction."""
+    """The evaluated images that can be read now: the table's row for each prediction."""
 
     table: ImageTable
     reader: Reader
@@ -78,7 +78,7 @@ class _Found:
 
 
 class RunSource:
-    """The network and the images of a finished run; without images where its data has moved.
+    """The network and the images of a finished run; without images if its data has moved.
 
     Raises:
         UsageError: the folder holds no finished run, or the masks don't fit its images.
@@ -119,7 +119,7 @@ class RunSource:
 
     @cached_property
     def calibrated(self) -> Predictions:
-        """The predictions at the temperature that is stored in the run, 1 without one."""
+        """The predictions at the temperature stored in the run, or 1."""
         stored = self.calibration
         if stored is None or stored.temperature == 1:
             return self.predictions
@@ -133,7 +133,7 @@ class RunSource:
     def _open(self) -> _Found | None:
         try:
             table = own_table(self.run.path, self.plan)
-        except (ValueError, OSError) as error:  # the numbers still stand
+        except (ValueError, OSError) as error:  # the metrics remain valid
             self.problem = str(error)
             return None
         table = table.select(table.splits == self.split)
@@ -141,7 +141,7 @@ class RunSource:
         if paths is None:
             return None
         places = {name: i for i in range(len(table)) for name in (table.path(i), table.key(i))}
-        lines = rows_of(paths, self.run.path / "splits.csv")  # the data may have had another place
+        lines = rows_of(paths, self.run.path / "splits.csv")  # the data may have moved since
         names = paths if lines is None else [row.key for row in lines]
         same = len(table) == len(paths)
         rows = {i: places.get(name, i if same else -1) for i, name in enumerate(names)}
@@ -168,7 +168,7 @@ class RunSource:
         return (self.predictions.paths or [f"image {k}" for k in range(len(self.predictions))])[i]
 
     def pixels(self, i: int) -> Any:
-        """An evaluated image as it was decoded, (H, W, C).
+        """An evaluated image as decoded, (H, W, C).
 
         Raises:
             ImageError: it can't be read.
@@ -179,10 +179,10 @@ class RunSource:
         return self.found.table.read(row, value_range=value_range)
 
     def explained(self, i: int) -> Explanation:
-        """An evaluated image as `regard explain` explains it, with its true class and its mask.
+        """An evaluated image explained as by `regard explain`, with its true class and its mask.
 
         Raises:
-            ImageError: it can't be read, or has no finite answer.
+            ImageError: it can't be read, or the network's output is not finite.
         """
         pixels = self.pixels(i)
         assert self.found is not None
@@ -201,7 +201,7 @@ class RunSource:
             )
         true = self.predictions.classes[self.predictions.labels[i]]
         mask = self._mask(i, (pixels.shape[0], pixels.shape[1]))
-        # the classes as they were evaluated, at the temperature of `predict`
+        # the classes as evaluated, at the temperature of `predict`
         return replace(shown, true=true, classes=ranked(self.calibrated, i), mask=mask)
 
     def _mask(self, i: int, size: tuple[int, int]) -> Mask | None:
@@ -222,7 +222,7 @@ class RunSource:
         return preprocess.normalize(preprocess.fit(self.found.reader.decode(row))[None].to(device))
 
     def explain_all(self, chosen: Sequence[int]) -> Iterator[tuple[int, Explanation]]:
-        """Those of the images that can still be read, explained."""
+        """Explanations of those images that can still be read."""
         if not self.can_read:
             return
         for i in chosen:

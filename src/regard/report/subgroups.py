@@ -1,4 +1,4 @@
-"""The columns of subgroups in words and as forest plots."""
+"""Subgroup columns as sentences and as forest plots."""
 
 import hashlib
 import re
@@ -14,15 +14,15 @@ from regard.report.curves import Chart
 from regard.report.words import NAMES, percent, percent_range
 
 SUBGROUPS = "subgroups-"
-"""The names of their figures begin with it."""
-MOST_PARTS = 24  # of more, those with most images are drawn
+"""Prefix of their figures' names."""
+MOST_PARTS = 24  # with more, those with most images are drawn
 _ROW, _LINE = 0.19, 0.1  # inches: a part's height, and more for each further line of its name
-_NAMES = 0.33  # of the width, for the parts' names
+_NAMES = 0.33  # fraction of the width for the parts' names
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
 def file_of(column: str) -> str:
-    """The name of a column's figure: its own, with a short hash where a file can't have that."""
+    """The name of a column's figure: the column's, with a short hash if not a valid file name."""
     safe = _UNSAFE.sub("-", column).strip("-.")[:80]
     if safe == column:
         return f"{SUBGROUPS}{column}"
@@ -31,7 +31,7 @@ def file_of(column: str) -> str:
 
 
 def shown_metrics(found: Subgroups) -> list[str]:
-    """The metrics of a table of subgroups, as far as there are any."""
+    """The metrics shown in a table of subgroups, as far as available."""
     has = {name for part in found.parts.values() for name in part.metrics}
     of_class = ["roc_auc", "sensitivity", "specificity"]
     wanted = ["top1", *(of_class if "sensitivity" in has else ["balanced_accuracy"])]
@@ -39,7 +39,7 @@ def shown_metrics(found: Subgroups) -> list[str]:
 
 
 def gap_sentences(found: Subgroups) -> list[str]:
-    """The largest gap of each metric that is shown."""
+    """The largest gap in each metric that is shown."""
     sentences = []
     for metric in shown_metrics(found):
         if (gap := found.gap(metric)) is not None and gap[2] > 0:
@@ -57,7 +57,7 @@ def subgroup_chart(found: Subgroups, width: float) -> Chart | None:
         width: in inches.
 
     Returns:
-        None where no part is large enough.
+        None if no part is large enough.
     """
     parts = [(n, p) for n, p in found.parts.items() if not p.too_small][:MOST_PARTS]
     if not parts:

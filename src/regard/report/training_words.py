@@ -1,7 +1,7 @@
-"""How a run was prepared and trained, in sentences, from its recipe and what it measured.
+"""How a run was prepared and trained, in sentences, from its recipe and its measurements.
 
-Every entry of a recipe that changes the result is in one of these sentences wherever it differs
-from its default; numbers are those of what was done rather than of what was asked for.
+Every recipe entry that changes the result appears in one of these sentences if it differs
+from its default; numbers describe what was done rather than what was requested.
 """
 
 import re
@@ -14,7 +14,7 @@ from regard.attention import attention_kinds
 from regard.files import about, plural
 from regard.report.words import SPLITS
 
-# The defaults of entries that a run's recipe.toml may lack: they have no value, or are newer.
+# Defaults of entries that a run's recipe.toml may lack, as they have no value or are newer.
 _DEFAULTS: dict[str, Any] = {
     "accumulate": 1, "partial_batch": False, "nesterov": True, "momentum": 0.9,
     "decay_norm_and_bias": True, "backbone_lr_scale": 1.0, "clip_grad": 0.0, "ema_decay": 0.0,
@@ -37,7 +37,7 @@ _RESIZE = {
 
 
 def with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's recipe as its file has it, with the entries that the file may lack."""
+    """A run's recipe as in its file, with the entries that the file may lack."""
     return _DEFAULTS | dict(recipe)
 
 
@@ -47,12 +47,12 @@ def partitions(
     given: Collection[str] | None,
     groups: bool,
 ) -> str:
-    """How many images each partition has, and where the partitions come from.
+    """The number of images in each partition, and where the partitions come from.
 
     Args:
         recipe: with every entry.
         counts: images by split.
-        given: the splits that the data has itself; None: not known.
+        given: the splits that the data comes with; None: not known.
         groups: whether the images come in groups.
     """
     sizes = ", ".join(f"{SPLITS[s]} {plural(n, 'image')}" for s, n in counts.items())
@@ -96,9 +96,9 @@ def _named(splits: list[str]) -> str:
 
 
 def technology(network: nn.Module) -> str:
-    """The kind of a network, in words: whether it is convolutional, and has attention."""
-    parts = list(network.modules())[1:]  # the network's own name says nothing of its parts
-    # a vision transformer has one such layer, which cuts the image into patches
+    """The kind of a network as text: whether it is convolutional, and has attention."""
+    parts = list(network.modules())[1:]  # the network's own class name says nothing about its parts
+    # a vision transformer has one such layer, which divides the image into patches
     layers = [part for part in parts if isinstance(part, nn.Conv2d)]
     convolutional = sum(max(layer.kernel_size) > 1 for layer in layers) > 1
     kind = "a convolutional neural network" if convolutional else "a neural network"
@@ -110,12 +110,12 @@ def technology(network: nn.Module) -> str:
 def preprocessing(
     recipe: Mapping[str, Any], preprocess: Mapping[str, Any], *, started: bool = False
 ) -> str:
-    """How images become input, and how those for training were augmented.
+    """How images become input, and how training images were augmented.
 
     Args:
         recipe: with every entry.
         preprocess: of the run's plan.
-        started: whether the network started from weights, rather than at random.
+        started: whether the network started from given weights, rather than at random.
     """
     c, h, w = preprocess["input_size"]
     how = _RESIZE.get(preprocess.get("resize", ""), "scaled to")
@@ -164,12 +164,12 @@ def _augmentation(r: Mapping[str, Any], color: bool) -> str:
 def training(
     recipe: Mapping[str, Any], facts: Mapping[str, Any], head_weights: Collection[float] = ()
 ) -> str:
-    """The optimizer and its steps, the loss, and what else the weights depend on.
+    """The optimizer and its steps, the loss, and what else affects the weights.
 
     Args:
         recipe: with every entry.
         facts: what the run measured.
-        head_weights: of the loss, for a network with several heads.
+        head_weights: weights in the loss, for a network with several heads.
     """
     r = recipe
     rate = f"learning rate {r['lr']:g}"
@@ -221,11 +221,11 @@ def _schedule(r: Mapping[str, Any]) -> str:
 
 
 def batches(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
-    """The images of a step, and the batches that they were computed in.
+    """The number of images per step, and the batches in which they were computed.
 
     Args:
         facts: what the run measured: batch sizes that fitted the memory, processes.
-        recipe: its batch size and accumulation, for runs that measured none.
+        recipe: its batch size and accumulation, for runs that did not measure them.
     """
     size, parts = facts.get("batches") or (recipe["batch_size"], recipe.get("accumulate", 1))
     processes = facts.get("processes", 1)
@@ -262,7 +262,7 @@ def imbalance(recipe: Mapping[str, Any]) -> str:
 
 
 def selection(recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """Which epoch's weights the run gives, whether they are averages, and what chose them."""
+    """Which epoch's weights are the result, whether they are averages, and what chose them."""
     chosen = facts.get("selected")
     if not chosen:
         return ""

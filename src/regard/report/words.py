@@ -1,4 +1,4 @@
-"""Numbers of the report in words."""
+"""Numbers of the report as text."""
 
 import math
 
@@ -6,7 +6,7 @@ from regard.evaluation import Diagnostics, Estimate
 
 
 def percent(share: float, decimals: int = 1) -> str:
-    """0.978 -> "97.8 %", a no-break space within; never 0 or 100 for what only rounds to it."""
+    """0.978 -> "97.8 %", with a no-break space; never 0 or 100 if it only rounds to them."""
     text = f"{100 * share:.{decimals}f}"
     while 0.0 < share < 1.0 and float(text) in (0.0, 100.0) and decimals < 9:
         decimals += 1
@@ -15,21 +15,21 @@ def percent(share: float, decimals: int = 1) -> str:
 
 
 def probability(p: float) -> str:
-    """0.93 -> "93 %", more digits near 1."""
+    """0.93 -> "93 %", with more digits near 1."""
     if p > 0.999:
         return "100\u00a0%" if p == 1.0 else ">\u00a099.9\u00a0%"
     return percent(p, 0 if p < 0.99 else 1)
 
 
 def percent_range(estimate: Estimate) -> str:
-    """ "95.7–98.9 %"; "–" where there is no interval."""
+    """ "95.7–98.9 %"; "–" if there is no interval."""
     if math.isnan(estimate.low):
         return "–"
     return f"{percent(estimate.low)[:-2]}–{percent(estimate.high)}"
 
 
 def number_range(estimate: Estimate) -> str:
-    """ "0.912–0.951", "−0.31 to 0.05"; "–" where there is no interval."""
+    """ "0.912–0.951", "−0.31 to 0.05"; "–" if there is no interval."""
     if not estimate.has_interval:
         return "–"
     low, high = (signed(v) for v in (estimate.low, estimate.high))
@@ -37,7 +37,7 @@ def number_range(estimate: Estimate) -> str:
 
 
 def signed(value: float) -> str:
-    """Three decimals, with a minus sign where it is negative; "∞" where it is infinite."""
+    """Three decimals, with a minus sign if negative; "∞" if infinite."""
     if math.isinf(value):
         return "∞" if value > 0 else "\N{MINUS SIGN}∞"
     return f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
@@ -63,7 +63,7 @@ NAMES = {
 
 
 def diagnostic_rows(found: Diagnostics | None) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """The numbers of a diagnostic study by table: its title, and (name, value, interval) each."""
+    """The metrics of a diagnostic study by table: title, and (name, value, interval) for each."""
     if found is None:
         return []
     tables = [("All classes", found.metrics)]

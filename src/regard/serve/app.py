@@ -52,10 +52,10 @@ Top = Annotated[int, Query(ge=1)]
 
 
 class AsciiJSON(JSONResponse):
-    """JSON as `predict --json` writes it: a class folder's name may be bytes that are no UTF-8."""
+    """JSON as `predict --json` writes it: a class name from a folder may not be valid UTF-8."""
 
     def render(self, content: Any) -> bytes:
-        """The content as bytes."""
+        """The content encoded as bytes."""
         return json.dumps(content, allow_nan=False).encode("ascii")
 
 
@@ -71,9 +71,9 @@ def create_app(
     Args:
         classifier: a network, from `regard.load`.
         limits: limits of uploads and work.
-        host: where it will listen; on a loopback address requests under another name are
+        host: where it will listen; on a loopback address, requests with another Host header are
             refused, since a page elsewhere could otherwise reach it by DNS rebinding.
-        tested: how well the network did on its test, from `regard.serve.server.read_test_result`.
+        tested: the network's test result, from `regard.serve.server.read_test_result`.
     """
     limits = limits or Limits()
     worker = BatchingWorker(classifier)
@@ -177,7 +177,7 @@ def _add_api(app: FastAPI, classifier: Classifier, worker: BatchingWorker, limit
 def _signs(
     decision: str | None, distance: float | None, unlike: bool | None
 ) -> dict[str, str | float | bool | None]:
-    """The decision, and whether the image is unlike the training images, where they are known."""
+    """The decision, and whether the image is unlike the training images, if known."""
     known: dict[str, str | float | bool | None] = {}
     if decision is not None:
         known["decision"] = decision

@@ -1,4 +1,4 @@
-"""What every request passes: who may ask, how many at once, how long, and safe answers."""
+"""Checks and limits of every request: who may ask, how many at once, how long; safe responses."""
 
 import asyncio
 import ipaddress
@@ -16,11 +16,11 @@ from regard.serve.uploads import Limits
 
 log: logging.Logger = logging.getLogger(__name__)
 
-_LEFT = 499  # the client closed the connection: nobody reads this answer
+_LEFT = 499  # the client closed the connection: nobody reads this response
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address is reachable from this machine only."""
+    """Whether a host name or address is reachable only from this machine."""
     host = host.lower().removesuffix(".")
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -29,7 +29,7 @@ def is_loopback(host: str) -> bool:
 
 
 def add_safety(app: FastAPI, limits: Limits, *, only_loopback: bool) -> None:
-    """Bounds the work, adds the headers, and answers every error with JSON, without a traceback."""
+    """Limits the work, adds headers, and answers every error with JSON, without a traceback."""
     in_work = 0
 
     @app.middleware("http")
@@ -66,7 +66,7 @@ async def _answered(
         return JSONResponse({"detail": "the answer took too long"}, 504)
     except ClientDisconnect:
         return Response(status_code=_LEFT)
-    except RegardError as error:  # of this image: its message says what is wrong
+    except RegardError as error:  # about this image: its message says what is wrong
         return JSONResponse({"detail": str(error)}, 422)
     except Exception as error:
         if await request.is_disconnected():
@@ -76,7 +76,7 @@ async def _answered(
 
 
 class _HeadAsGet:
-    """Answers HEAD as GET; the server sends the headers only."""
+    """Handles HEAD as GET; the server sends only the headers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -88,7 +88,7 @@ class _HeadAsGet:
 
 
 def _refused(request: Request, only_loopback: bool) -> Response | None:
-    """The answer to what a page of another site could have sent; None for anything else."""
+    """The refusal of a request that a page of another site could have sent; otherwise None."""
     host = request.headers.get("host", "")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if only_loopback and not is_loopback(name):

@@ -1,4 +1,4 @@
-"""The server process: listening, signals, and the end."""
+"""The server process: listening, signals, and shutdown."""
 
 import asyncio
 import json
@@ -23,9 +23,9 @@ from regard.serve.uploads import Limits
 
 log: logging.Logger = logging.getLogger(__name__)
 
-PATIENCE = 10.0  # seconds for the headers of a request
-BACKLOG = 2048  # connections that wait to be accepted
-GRACE = 7.0  # seconds after SIGTERM for requests in work; stalled ones are then hung up on
+PATIENCE = 10.0  # seconds for a request's headers
+BACKLOG = 2048  # connections that may wait to be accepted
+GRACE = 7.0  # seconds after SIGTERM for requests in progress; then stalled connections are closed
 
 
 class _Protocol(H11Protocol):
@@ -41,12 +41,12 @@ class _Protocol(H11Protocol):
         self.loop.call_later(PATIENCE, self._give_up, done)
 
     def _give_up(self, last: Any) -> None:
-        if self.cycle is last and not self.transport.is_closing():  # no new headers since
+        if self.cycle is last and not self.transport.is_closing():  # no new headers since then
             self.transport.close()
 
 
 class _Server(uvicorn.Server):
-    """Reports when it listens; at the end hangs up on connections that outlast GRACE."""
+    """Reports when it listens; at shutdown closes connections that outlast GRACE."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -57,7 +57,7 @@ class _Server(uvicorn.Server):
         self.ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # what a second signal or the time limit cuts off is no fault that needs a traceback
+        # a request cut off by a second signal or the time limit is no error worth a traceback
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         asyncio.get_running_loop().call_later(GRACE, self._hang_up)
         await super().shutdown(sockets=sockets)
@@ -69,10 +69,10 @@ class _Server(uvicorn.Server):
 
 
 def read_test_result(run: Path) -> dict[str, Any] | None:
-    """How well the network of a run's folder did: split, images, and accuracy with its interval.
+    """The test result in a run's folder: split, images, and accuracy with its interval.
 
     Also "classes": name, images, recall and precision of each.
-    None where the folder has no evaluation.json; a damaged one is a warning.
+    None if the folder has no evaluation.json; a damaged one causes a warning.
     """
     path = run / "evaluation.json"
     if not path.is_file():
@@ -105,7 +105,7 @@ def serve(
     limits: Limits,
     tested: dict[str, Any] | None = None,
 ) -> None:
-    """Serves until SIGTERM or SIGINT, finishes the requests in work, and exits.
+    """Serves until SIGTERM or SIGINT, finishes the requests in progress, and exits.
 
     Args:
         classifier: the network.
@@ -115,8 +115,8 @@ def serve(
         tested: the result of `read_test_result`, shown on the page.
 
     Raises:
-        UsageError: no host, or no such port.
-        FileError: the address can't be listened on.
+        UsageError: no such host or port.
+        FileError: it can't listen on the address.
         SystemExit: 0, after a signal.
     """
     if not 0 <= port <= 65535:
@@ -140,15 +140,15 @@ def serve(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    # '' would be every address of this machine; of what is not Unicode no name is made
+    # '' would be every address of this machine; a name that is not Unicode can't be resolved
     if not host or any("\ud800" <= c <= "\udfff" for c in host):
         raise UsageError(f"host={host!r}: a name or an address, such as 127.0.0.1, is needed")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    if os.name == "posix":  # on Windows it would let two servers share a port
+    if os.name == "posix":  # on Windows this would let two servers share a port
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(BACKLOG)  # only now is the port taken
+        listener.listen(BACKLOG)  # the port is taken only now
     except OSError as error:
         listener.close()
         raise FileError(f"can't listen on {host}:{port} ({error.strerror})") from error

@@ -1,4 +1,4 @@
-"""Reading uploads: the bytes of one image, with every limit checked before it is decoded."""
+"""Reads uploads: the bytes of one image, with every limit checked before it is decoded."""
 
 import asyncio
 import email
@@ -20,20 +20,20 @@ from regard.data.images import FORMATS
 from regard.data.tiff import is_tiff, size_with_tifffile
 from regard.errors import ImageError, UsageError
 
-SIDE = 32_768  # pixels of the longer side
-ASPECT = 1_024  # longer side over shorter side
+SIDE = 32_768  # limit of the longer side, in pixels
+ASPECT = 1_024  # limit of longer side over shorter side
 _NO_IMAGE = f"no image that can be read ({', '.join(FORMATS)}, DICOM)"
 _DEFLATED = b"1.2.840.10008.1.2.1.99"  # PS3.5 A.5: the whole data set in one zlib stream
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server accepts.
+    """Limits of what the server accepts.
 
     Attributes:
         megabytes: size of an upload.
         megapixels: size of an image, from its header, before it is decoded; half of it for
-            DICOM, float and 32-bit images, and less for TIFFs of many or wide bands. Its sides
+            DICOM, float and 32-bit images, and less for TIFFs with many or wide bands. Its sides
             are limited too, see SIDE and ASPECT.
         requests: maximum concurrent requests; further ones get HTTP 503.
         seconds: time limit of a request; a third of it for the upload.
@@ -58,7 +58,7 @@ async def read_image_bytes(request: Request, limits: Limits) -> bytes:
     """The image file in a request: its body, or the one file of a multipart form.
 
     Raises:
-        HTTPException: 413 too large, 408 too slow, 400 empty or no form with one file.
+        HTTPException: 413 too large, 408 too slow, 400 empty or not a form with one file.
     """
     body = await _read_body(request, limits)
     kind = Message()
@@ -90,20 +90,20 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     return bytes(body)
 
 
-MOST_HEAD = 8192  # bytes of a part's headers, whose parsing takes quadratic time
+MOST_HEAD = 8192  # limit of a part's headers in bytes, as parsing them takes quadratic time
 
 
 def _file_of_form(body: bytes, boundary: str) -> bytes:
     """The one file of a multipart/form-data body (RFC 7578)."""
     files = []
-    # every delimiter but the first follows a line break, which belongs to it
+    # every delimiter except the first follows a line break, which belongs to it
     parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"))
     for part in parts[1:] if boundary else []:
         head, end, content = part[:MOST_HEAD].partition(b"\r\n\r\n")
         if not end and len(part) > MOST_HEAD:
             raise HTTPException(400, f"a part of the form has headers of over {MOST_HEAD:,} bytes")
         name, content = _file_name(head), content + part[MOST_HEAD:]
-        if name or (name is not None and content):  # a browser sends a field left empty as ""
+        if name or (name is not None and content):  # a browser sends "" for a field left empty
             files.append(content)
     if len(files) != 1:
         found = "no file" if not files else f"{len(files)} files"
@@ -112,12 +112,12 @@ def _file_of_form(body: bytes, boundary: str) -> bytes:
 
 
 def _file_name(head: bytes) -> str | None:
-    """The file name in the headers of a part of a form; None: it is a field of text."""
-    # the name may hold bytes of any encoding, which alone decides nothing here
+    """The file name in the headers of a form's part; None: it is a text field."""
+    # the name may be in any encoding, which does not matter here
     headers = email.message_from_string(head.lstrip(b"\r\n").decode("latin-1"))
     try:
         return headers.get_filename()
-    except ValueError:  # of an encoding that there is not, or of a number of 5,000 digits
+    except ValueError:  # an unknown encoding, or a number of 5,000 digits
         raise HTTPException(400, "the file's name in the form can't be read") from None
 
 
@@ -134,8 +134,8 @@ def check(body: bytes, limits: Limits) -> int:
         count twice, and those of TIFFs with many or wide bands once for every 8 bytes.
 
     Raises:
-        HTTPException: 413 too many pixels, or too long for its width; 422 no image that can be
-            read.
+        HTTPException: 413 too many pixels, or too long for its width; 422 not a readable
+            image.
     """
     try:
         width, height, times = _dicom_size(body) if is_dicom(body[:132]) else _size(body)
@@ -152,7 +152,7 @@ def check(body: bytes, limits: Limits) -> int:
 
 
 def _size(body: bytes) -> tuple[int, int, int]:
-    """Width, height, and how often a pixel counts."""
+    """Width, height, and the weight of a pixel."""
     try:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:
             return *image.size, 2 if image.mode in ("F", "I") else 1
@@ -173,7 +173,7 @@ def _dicom_size(body: bytes) -> tuple[int, int, int]:
         import pydicom
     except ImportError:
         raise HTTPException(422, "this is DICOM; the server lacks regard[dicom]") from None
-    if _DEFLATED in body:  # would be inflated as a whole, however large, to read its header
+    if _DEFLATED in body:  # reading its header would inflate all of it, however large
         raise HTTPException(422, "deflated DICOM is not accepted: send it uncompressed")
     try:
         header = pydicom.dcmread(io.BytesIO(body), force=True, stop_before_pixels=True)
@@ -184,10 +184,10 @@ def _dicom_size(body: bytes) -> tuple[int, int, int]:
 
 @contextmanager
 def as_file(body: bytes) -> Iterator[Path]:
-    """A checked upload as a temporary file for read_image; its name is the server's own.
+    """A checked upload as a temporary file for read_image; the server chooses its name.
 
     Raises:
-        HTTPException: 422 for an ImageError in the block.
+        HTTPException: 422 for an ImageError within the block.
     """
     number, name = tempfile.mkstemp(prefix="regard-")
     try:

@@ -1,8 +1,8 @@
-"""The network behind the page: one thread runs it, and waiting requests form one batch.
+"""Runs the network for the server: one thread, in which waiting requests form one batch.
 
 An image that is alone in its batch gets exactly the probabilities of `regard predict` for that
-file alone. Together with others float32 sums are taken in another order: probabilities then
-differ by less than 1e-6, as they do within `regard predict` of several files.
+file alone. In a larger batch float32 sums are computed in another order: probabilities then
+differ by less than 1e-6, as they do within `regard predict` for several files.
 """
 
 import asyncio
@@ -30,8 +30,8 @@ from regard.explanations.reading import as_picture
 from regard.predict import Classifier, Prediction
 from regard.serve.uploads import as_file
 
-BATCH = 16  # images
-SHOWN = 1024  # longer side of a picture that is sent back, in pixels
+BATCH = 16  # images in a batch
+SHOWN = 1024  # longer side of a returned picture, in pixels
 READERS = 4  # images decoded, and pictures drawn, at the same time
 LARGE = 12_000_000  # pixels; larger images are decoded one at a time
 
@@ -53,10 +53,10 @@ class _Waiting:
 
 
 class BatchingWorker:
-    """Runs the network in one thread: hooks that record attention must see one image only.
+    """Runs the network in one thread, as hooks that record attention must see only one image.
 
     A few more threads decode and draw. That bounds the memory of all requests together, and work
-    that is given up while it waits is never started.
+    whose request is abandoned while it waits is never started.
     """
 
     def __init__(self, classifier: Classifier) -> None:
@@ -88,7 +88,7 @@ class BatchingWorker:
 
         Raises:
             HTTPException: 422 it can't be read.
-            ImageError: its answer is not finite.
+            ImageError: the network's output is not finite.
         """
         loop = asyncio.get_running_loop()
         mine = _Waiting(await self.in_reader(self._decode, upload), loop.create_future())
@@ -104,11 +104,11 @@ class BatchingWorker:
         return prediction
 
     async def _answer(self) -> None:
-        """Answers all waiting requests, a batch at a time; newcomers form the next batch."""
+        """Answers all waiting requests, batch by batch; new ones form the next batch."""
         loop = asyncio.get_running_loop()
         while self.waiting:
             batch, self.waiting = self.waiting[:BATCH], self.waiting[BATCH:]
-            batch = [w for w in batch if not w.answer.done()]  # done: its request was given up
+            batch = [w for w in batch if not w.answer.done()]  # done: its request was abandoned
             if not batch:
                 continue
             images = [w.image for w in batch]
@@ -135,11 +135,11 @@ class BatchingWorker:
 
         Returns:
             The explanation, whose image has at most SHOWN pixels a side, the box that the
-            network saw in pixels of the upload, and the distance from the training images.
+            network saw, in pixels of the upload, and the distance from the training images.
 
         Raises:
             HTTPException: 422 it can't be read.
-            ImageError: its answer is not finite.
+            ImageError: the network's output is not finite.
         """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.thread, self._explain, upload, target)
@@ -152,7 +152,7 @@ class BatchingWorker:
             x = preprocess.normalize(decoded)
             pixels = read_image(path, value_range=preprocess.value_range)
             picture = _shown(pixels)
-        # an engine's answer differs in its last digits: both routes then give the engine's
+        # an engine's output differs in the last digits: this way both routes give the engine's
         told = self.classifier.engine is not None or self.classifier.familiarity is not None
         said = self._prediction(*self._run([decoded[0]])[0], len(names)) if told else None
         box = preprocess.seen(*pixels.shape[:2])
@@ -172,13 +172,13 @@ class BatchingWorker:
         return replace(explanation, classes=said.classes, target=target_said), box, said.distance
 
     def close(self) -> None:
-        """Waits for the work in progress; work that has not started is dropped."""
+        """Waits for work in progress; work that has not started is dropped."""
         self.readers.shutdown(cancel_futures=True)
         self.thread.shutdown(cancel_futures=True)
 
 
 def _shown(pixels: NDArray[Any]) -> Picture:
-    """A decoded image as uint8, reduced to SHOWN pixels on its longer side."""
+    """A decoded image as uint8, with its longer side reduced to SHOWN pixels."""
     if pixels.dtype == np.uint8:
         picture: Picture = pixels[..., 0] if pixels.shape[2] == 1 else pixels
     else:  # as_picture computes in float64: a strip at a time

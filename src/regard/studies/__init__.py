@@ -1,6 +1,6 @@
-"""Studies: networks trained several times on the same splits, and what follows from it.
+"""Studies: networks trained several times on the same splits, and their comparison.
 
 `plan.py` expands a study into runs (row x fold x seed), `runner.py` trains them as ordinary
-runs in processes of their own and continues where it was stopped, `results.py` gathers what
-they say, `page.py` writes it down. The statistics are `regard.evaluation.repeats`.
+runs in separate processes and resumes those that were stopped, `results.py` gathers their
+results, `page.py` writes the page. The statistics are in `regard.evaluation.repeats`.
 """

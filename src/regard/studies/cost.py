@@ -1,4 +1,4 @@
-"""What a run's network costs: parameters, multiply-adds, and measured times."""
+"""The cost of a run's network: parameters, multiply-adds, and measured times."""
 
 import time
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ class Cost:
     """The cost of one network.
 
     Attributes:
-        parameters: their number.
-        macs: multiply-adds of one image.
-        ms_an_image: of prediction at batch 8 on this machine, the median of the rounds.
-        ms_a_step: of a training step, as the run measured it; None where it is not known.
+        parameters: number of parameters.
+        macs: multiply-adds per image.
+        ms_an_image: prediction time at batch size 8 on this machine, median of the rounds.
+        ms_a_step: time of a training step, as the run measured it; None if not known.
     """
 
     parameters: int
@@ -34,12 +34,12 @@ class Cost:
     ms_a_step: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A dict for JSON."""
         return asdict(self)
 
 
 def measure_costs(folders: Sequence[Path]) -> list[Cost]:
-    """The cost of each run's network; prediction is timed in turns, so that load is shared."""
+    """The cost of each run's network; predictions are timed in turns, so that load is shared."""
     classifiers = [load(folder) for folder in folders]
     inputs = [torch.zeros(BATCH, *c.preprocess.input_size) for c in classifiers]
     times: list[list[float]] = [[] for _ in classifiers]
@@ -47,7 +47,7 @@ def measure_costs(folders: Sequence[Path]) -> list[Cost]:
         for found, classifier, images in zip(times, classifiers, inputs, strict=True):
             started = time.perf_counter()
             classifier.probabilities(images)
-            if turn:  # the first is a warm-up
+            if turn:  # the first turn is a warm-up
                 found.append(time.perf_counter() - started)
     return [
         Cost(

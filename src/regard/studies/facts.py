@@ -1,5 +1,5 @@
-"""What the folders of a row's runs say besides predictions: cost, length, and how far its maps
-can be believed.
+"""What the folders of a row's runs contain besides predictions: cost, length, and faithfulness of
+the maps.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from regard.papers import Row
 from regard.runs import RunFolder
 
 MAPS = ("attention", "Grad-CAM")
-"""What faithfulness is stated of: the mean over a network's own maps, and Grad-CAM's."""
+"""Maps whose faithfulness is reported: the mean over a network's own maps, and Grad-CAM's."""
 
 FAITHFULNESS = (
     "Faithfulness: how much higher the probability of the class stays while the pixels that a map "
@@ -28,7 +28,7 @@ FAITHFULNESS = (
 
 
 def medians(facts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Parameters, multiply-adds, and the medians of what was measured, over runs."""
+    """Parameters, multiply-adds, and the medians over runs of measured values."""
     found: dict[str, float] = {}
     for key in ("parameters", "multiply_adds", "seconds", "images_a_second"):
         values = [float(f[key]) for f in facts if key in f]
@@ -49,20 +49,20 @@ _PRINTED = {  # the papers' metrics: the name in `evaluate`, and from it to the 
 
 
 def as_printed(seeds: Sequence[Predictions], paper: Iterable[str]) -> dict[str, list[float]]:
-    """The paper's metrics of each seed, in the paper's unit; without those not measured here."""
+    """The paper's metrics for each seed, in the paper's unit; unmeasured ones are omitted."""
     wanted = [name for name in paper if name in _PRINTED]
     found: dict[str, list[float]] = {}
     for one in seeds if wanted else ():
         values = ClassificationStatistics(one)(np.ones(len(one)))
         for name in wanted:
             ours, unit = _PRINTED[name]
-            if ours in values:  # there is no top5 of five classes
+            if ours in values:  # five classes have no top5
                 found.setdefault(name, []).append(float(unit(values[ours])))
     return found
 
 
 def recalls_of(seeds: Sequence[Predictions]) -> dict[str, list[float]]:
-    """By class that has images, the recall of each seed."""
+    """For each class that has images, the recall of each seed."""
     found: dict[str, list[float]] = {}
     for one in seeds:
         correct = one.probabilities.argmax(axis=1) == one.labels
@@ -77,8 +77,8 @@ def recalls_of(seeds: Sequence[Predictions]) -> dict[str, list[float]]:
 def faithfulness_of(folders: Iterable[Path]) -> dict[str, float]:
     """Faithfulness above random maps, by map, as the mean over the runs of a seed's folds.
 
-    "attention" is the mean over the network's own maps, which are listed as well, and none of
-    which is chosen for its score. Empty for runs without scores.
+    "attention" is the mean over the network's own maps, which are listed as well; none is
+    selected by its score. Empty for runs without scores.
     """
     found: dict[str, list[float]] = {}
     for folder in folders:
@@ -95,7 +95,7 @@ def faithfulness_of(folders: Iterable[Path]) -> dict[str, float]:
 
 
 def by_map(seeds: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """The values of each seed that has them, by map; the attention first."""
+    """By map, the values of the seeds that have it; the attention first."""
     names = dict.fromkeys([*MAPS, *(name for each in seeds for name in each)])
     values = {name: [each[name] for each in seeds if name in each] for name in names}
     return {name: found for name, found in values.items() if found}
@@ -104,14 +104,14 @@ def by_map(seeds: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
 # ---- length --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Length:
-    """How long a row was trained, and how long its recipe is.
+    """How long a row was trained, and the length of its recipe.
 
     Attributes:
         recipe: its name.
-        steps, epochs: of a run; of the shortest where they differ, as folds do.
-        images: training images; the fewest.
+        steps, epochs: of a run; of the shortest if they differ, as for folds.
+        images: number of training images; the lowest.
         most: steps, epochs and images of the longest run.
-        recipe_length: in words, such as "160,000 steps"; empty: the images decide.
+        recipe_length: as text, such as "160,000 steps"; empty if it depends on the images.
         milestones: the epochs after which the learning rate changes.
     """
 
@@ -124,7 +124,7 @@ class Length:
     most: tuple[int, float, int]
 
     def sentence(self) -> str:
-        """What was trained, and what was shortened."""
+        """How long the row was trained, and what was shortened."""
         steps, epochs, images = (
             one if one == other else f"{one} to {other}"
             for one, other in (
@@ -152,9 +152,9 @@ def length_of(
 
     Args:
         row: the row.
-        facts: of its finished runs.
+        facts: measured by its finished runs.
         recipe: of one of them, as it was trained.
-        base: values of the recipe without changes, with its `name`; empty where it is not known.
+        base: values of the unchanged recipe, with its `name`; empty if not known.
     """
     if not all(f.get("steps") and f.get("epochs") for f in facts):
         return None
@@ -179,15 +179,15 @@ def length_of(
 OF_THE_MACHINE = (
     "workers", "save_minutes", "memory", "compile", "fuse", "grad_checkpointing",
 )  # fmt: skip
-"""Values of a recipe that only the machine asks for: they change no result."""
+"""Recipe values that depend only on the machine: they change no result."""
 
 
 def check_alike(row: str, folders: Sequence[Path]) -> None:
-    """Checks that finished runs, whose results are to be one row, were trained alike.
+    """Checks that finished runs, whose results form one row, were trained alike.
 
     Raises:
-        UsageError: the recipes of two differ in more than seed, fold and what only the machine
-            asks for.
+        UsageError: two recipes differ in more than seed, fold and values that depend only on the
+            machine.
     """
     recipes = [RunFolder(folder).read_recipe() for folder in folders]
     for folder, recipe in zip(folders, recipes, strict=True):
@@ -195,7 +195,7 @@ def check_alike(row: str, folders: Sequence[Path]) -> None:
             first, this = recipes[0].get(name), recipe.get(name)
             if name in ("seed", "fold", *OF_THE_MACHINE) or first == this:
                 continue
-            # a schedule in proportion to another number of images, as those of a fold
+            # a schedule scaled to another number of images, such as that of a fold
             if name in ("milestones", "warmup") and _in_proportion(first, this):
                 continue
             raise UsageError(
@@ -205,13 +205,13 @@ def check_alike(row: str, folders: Sequence[Path]) -> None:
 
 
 def check_sizes(folders: Iterable[Path]) -> None:
-    """Checks that networks for images of one size were trained on images of one size.
+    """Checks that networks with the same default size were trained on images of one size.
 
-    A run without a size of its own takes larger images where there is a GPU: parts of a study on
+    A run without a given size chooses a larger one if there is a GPU, so parts of a study on
     several machines may differ.
 
     Raises:
-        UsageError: two of these finished runs differ in the size that they chose.
+        UsageError: two finished runs chose different sizes.
     """
     first: dict[Any, tuple[Path, list[int]]] = {}
     for folder in folders:
@@ -236,7 +236,7 @@ def _in_proportion(one: Any, other: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A recipe's value in a message."""
+    """A recipe's value as text for a message."""
     if isinstance(value, list | tuple):
         return " ".join(map(shown, value)) or "none"
     if value is None:

@@ -1,7 +1,7 @@
 """The runs of a study as tasks of an existing Ray cluster (extra: ray).
 
-The study's folder must be one that all nodes see; each task trains one run as `regard train`
-does. A task whose worker or node dies is started again by Ray, and resumes its run.
+All nodes must see the study's folder; each task trains one run as `regard train`
+does. If a task's worker or node dies, Ray restarts the task, which resumes its run.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from regard.studies.runner import (
     note_end,
 )
 
-RETRIES = 3  # of a run whose worker died
-_POLL = 0.5  # seconds between looks at the tasks
+RETRIES = 3  # for a run whose worker died
+_POLL = 0.5  # seconds between polls of the tasks
 _ELSEWHERE = "its folder lacks its results, or this machine does not see it"
 
 
@@ -44,25 +44,26 @@ def run_on_ray(
     after_each: Callable[[Progress], None] = lambda progress: None,
     meanwhile: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Trains what is not finished on a Ray cluster.
+    """Trains the unfinished runs on a Ray cluster.
 
     Args:
         runs: in the order in which they are submitted.
-        address: of the cluster, or "auto" for the one of this machine.
-        cpus: of each task, which gets a GPU too where the cluster has any.
-        python: what runs `regard` on the nodes.
+        address: of the cluster, or "auto" for this machine's.
+        cpus: per task; each also gets a GPU if the cluster has any.
+        python: the command that runs `regard` on the nodes.
         after_each, meanwhile: as for `run_all`.
 
     Raises:
-        StudyStopped: SIGINT or SIGTERM; the tasks are ended, and resume from their last states.
-        UsageError: Ray is not installed, or no cluster is there.
+        StudyStopped: SIGINT or SIGTERM; the tasks are ended, and can be resumed from their last
+            states.
+        UsageError: Ray is not installed, or there is no cluster.
     """
     require("ray", "a study on Ray")
     import ray
 
     _connect(address)
     progress = begin(runs, jobs=1)
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0  # with 0 a task sees none
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0  # with 0 GPUs a task sees none
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(_train)
     folder = str(Path.cwd())
     for run in progress.waiting:
@@ -105,7 +106,7 @@ def _started(progress: Progress, run: PlannedRun) -> None:
 
 
 def _failure(ray: Any, ready: Any, run: PlannedRun) -> str | None:
-    """Why a task failed that has ended; None: its run is finished."""
+    """Why a task that has ended failed; None: its run is finished."""
     try:
         failure: str | None = ray.get(ready)
     except ray.exceptions.RayError as error:
@@ -114,11 +115,11 @@ def _failure(ray: Any, ready: Any, run: PlannedRun) -> str | None:
 
 
 def _train(run: PlannedRun, working_directory: str, python: Sequence[str]) -> str | None:
-    """In a worker: trains and tests one run; returns why it failed, or None."""
+    """Runs in a worker: trains and tests one run; returns why it failed, or None."""
     os.chdir(working_directory)
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):
-        run.progress_file.touch()  # says that it has begun
+        run.progress_file.touch()  # marks the run as started
     environment = {**os.environ, PROGRESS: str(run.progress_file.absolute())}
     while not is_finished(run):
         tests = is_trained(run)

@@ -23,8 +23,7 @@ COLORS = (  # on a light and on a dark page
     ("#0072b2", "#56b4e9"), ("#d55e00", "#ff8f45"), ("#009e73", "#2cc79b"), ("#cc79a7", "#e6a3c8"),
     ("#a87400", "#f0b93a"), ("#2b83ba", "#9bd5f5"), ("#6b6b6b", "#b5b5b5"), ("#8a5a10", "#d6a15a"),
 )  # fmt: skip
-"""After Okabe and Ito's, which people with any color vision can tell apart; they repeat after
-eight."""
+"""After Okabe and Ito's palette, distinguishable with any color vision; repeated after eight."""
 
 _CURVE = (34.0, 404.0, 10.0, 210.0)  # left, right, top, bottom of the learning curves
 
@@ -45,7 +44,7 @@ def write_page(result: StudyResult, out: Path) -> None:
         metrics=METRICS,
         paper=PAPERS.get(result.table.paper or ""),
         rows=[_row(row, result) for row in result.rows],
-        # rows without a finished run are in no comparison, and `holm` does not count them
+        # rows without a finished run are not compared, and `holm` does not count them
         compared=sum(math.isfinite(row.p_values.get("accuracy", math.nan)) for row in result.rows),
         columns=_paper_columns(result),
         measured={name for row in result.rows for name in row.printed},
@@ -65,7 +64,7 @@ def _percent(value: float, digits: int = 1) -> str:
 
 
 def _spread(numbers: tuple[float, float, int]) -> str:
-    """Mean ± deviation with so many digits; the mean alone for one seed."""
+    """Mean ± standard deviation with so many digits; the mean alone for one seed."""
     mean, deviation, digits = numbers
     shown = f"{mean:.{digits}f}"
     return shown if math.isnan(deviation) else f"{shown} ± {deviation:.{digits}f}"
@@ -78,7 +77,7 @@ def _p(value: float) -> str:
 
 
 def _paper_columns(result: StudyResult) -> list[str]:
-    """The paper's metrics that any row prints, in the table's order."""
+    """The paper's metrics reported in any row, in the table's order."""
     printed = {key for row in result.rows for key in row.row.paper}
     order = [m for m in result.table.metrics if m in printed]
     return [*order, *sorted(printed - set(order))]
@@ -110,7 +109,7 @@ def _row(row: RowResult, result: StudyResult) -> dict[str, Any]:
 
 
 def _lengths(rows: Sequence[RowResult]) -> list[tuple[str, str]]:
-    """How long rows were trained, once for all rows of which the same is true."""
+    """How long rows were trained, stated once for all rows for which it is the same."""
     by_sentence: dict[str, list[str]] = {}
     for row in rows:
         if row.length is not None:
@@ -123,7 +122,7 @@ def _lengths(rows: Sequence[RowResult]) -> list[tuple[str, str]]:
 
 
 def forest(rows: Sequence[RowResult]) -> dict[str, Any] | None:
-    """The forest plot: each row's difference of accuracy to the first, in points.
+    """The forest plot: each row's difference in accuracy to the first, in percentage points.
 
     Positions are in percent of the width.
     """
@@ -135,7 +134,7 @@ def forest(rows: Sequence[RowResult]) -> dict[str, Any] | None:
     high = max(0.0, *(100 * d.high for _, d in drawn))
     step = _step(high - low)
     low = step * math.floor(low / step)
-    high = max(step * math.ceil(high / step), low + step)  # also where nothing differs
+    high = max(step * math.ceil(high / step), low + step)  # also if nothing differs
 
     def at(x: float) -> float:
         return round(100 * (min(max(x, low), high) - low) / (high - low), 2)
@@ -157,7 +156,7 @@ def forest(rows: Sequence[RowResult]) -> dict[str, Any] | None:
 
 
 def _step(span: float) -> float:
-    """A round distance between about five ticks."""
+    """A round distance for about five ticks."""
     raw = max(span, 0.1) / 5
     power = 10 ** math.floor(math.log10(raw))
     return next(power * f for f in (1, 2, 5, 10) if power * f >= raw)

@@ -1,4 +1,4 @@
-"""What a study trains: its rows, from the papers' tables, from twins, or from a file."""
+"""The runs of a study: its rows, from the papers' tables, from twins, or from a file."""
 
 import logging
 import re
@@ -23,11 +23,11 @@ class PlannedRun:
     Attributes:
         row: the name of its row.
         seed: of weights and sample order.
-        fold: the fold that it tests, from 1; None: one split.
+        fold: the test fold, from 1; None: one split.
         folder: the run's folder.
         command: the arguments of `regard` that train it.
-        test: the arguments of `regard` that test it afterwards; empty: as the training does.
-        predictions: the file in its folder with the predictions of its test.
+        test: the arguments of `regard` that test it afterwards; empty: training tests it.
+        predictions: the file in its folder with its test predictions.
     """
 
     row: str
@@ -43,17 +43,17 @@ class PlannedRun:
 
     @property
     def log(self) -> Path:
-        """The file with what the run printed."""
+        """The log file of the run's output."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
     def progress_file(self) -> Path:
-        """The file in which the run under way says how far it is."""
+        """The file in which a run writes its progress."""
         return self.folder.with_name(f"{self.folder.name}.progress")
 
     @property
     def failure_file(self) -> Path:
-        """The file with the reason why the run failed, which all parts of a study read."""
+        """The file with the reason why the run failed, shared by all parts of a study."""
         return self.folder.with_name(f"{self.folder.name}.failed")
 
 
@@ -100,7 +100,7 @@ def _insert(name: str) -> Table:
 
 
 def choose_rows(table: Table, wanted: Sequence[str]) -> Table:
-    """The table with the rows of these names or numbers (from 1); all where none is named.
+    """The table with only the rows of these names or numbers (from 1); all if none is named.
 
     Raises:
         UsageError: no row has this name or number.
@@ -121,13 +121,13 @@ def choose_rows(table: Table, wanted: Sequence[str]) -> Table:
 
 
 def with_recipe(table: Table, recipe: str) -> Table:
-    """The table with another recipe for all rows, whose own changes of it stay."""
+    """The table with another recipe for all rows; the rows' own changes still apply."""
     rows = tuple(replace(row, recipe=None) for row in table.rows)
     return replace(table, recipe=recipe, rows=rows)
 
 
 def on_one_data_set(table: Table, data: str | None) -> Table:
-    """The table, whose rows can be compared: all of them are tested on the same data set.
+    """The table with comparable rows: all of them are tested on the same data set.
 
     With `data`, rows that differ from an earlier one only in their data set are left out.
 
@@ -156,7 +156,7 @@ def on_one_data_set(table: Table, data: str | None) -> Table:
 
 
 def _network_of(row: Row) -> Row:
-    """What is trained and tested in a row, without its data set and its words."""
+    """The training and test of a row, without its data set and descriptions."""
     return replace(row, data=None, name="", paper={}, note="")
 
 
@@ -171,11 +171,11 @@ def plan_study(
     """Every run of a study: row by row within each fold and seed, so that pairs finish together.
 
     Args:
-        table: its rows.
+        table: the study's rows.
         data: for all rows; None: the table's own data set.
         out: the study's folder.
-        seeds: trainings of each row; seeds 0, 1, ...
-        folds: of a cross-validation; 1: one split.
+        seeds: number of trainings of each row; seeds 0, 1, ...
+        folds: number of cross-validation folds; 1: one split.
         flags: further flags of `regard train`, for all rows.
 
     Raises:
@@ -206,7 +206,7 @@ def plan_study(
 
 
 def _test_of(row: Row, folder: Path) -> tuple[tuple[str, ...], str]:
-    """The command that tests a row otherwise than its training does, and its file."""
+    """The command that tests a row differently from its training, and the predictions' file."""
     words = evaluate_words(row)
     if not words:
         return (), "predictions.npz"
@@ -217,9 +217,9 @@ def _test_of(row: Row, folder: Path) -> tuple[tuple[str, ...], str]:
 
 
 def _slug(name: str, taken: set[str]) -> str:
-    """A folder's name for a row, different for each."""
+    """A folder name for a row, different for each."""
     base = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "row"
-    if re.fullmatch(r"(con|prn|aux|nul|(com|lpt)\d)(\..*)?", base):  # devices of Windows
+    if re.fullmatch(r"(con|prn|aux|nul|(com|lpt)\d)(\..*)?", base):  # Windows device names
         base = f"row-{base}"
     slug, n = base, 2
     while slug in taken:
@@ -232,7 +232,7 @@ def choose_part(runs: Sequence[PlannedRun], part: str | None) -> list[PlannedRun
     """The i-th of n parts of the runs, "i/n" with i from 1, for a SLURM array; all for None.
 
     Raises:
-        UsageError: it is not i/n.
+        UsageError: `part` is not i/n.
     """
     if part is None:
         return list(runs)

@@ -1,4 +1,4 @@
-"""Where a study stands: what runs, what is done, what failed, and how long the rest will take."""
+"""Progress of a study: which runs are under way, done or failed, and the time left."""
 
 import json
 import time
@@ -15,10 +15,10 @@ class Running:
     """A run under way.
 
     Attributes:
-        run: which.
-        started: when, in the clock's seconds.
-        step, total: optimizer steps done, and of the whole run; total 0: it has not begun to train.
-        first: the step and the time at which it was first seen to train.
+        run: the run.
+        started: when it was started, in the clock's seconds.
+        step, total: optimizer steps done, and of the whole run; total 0: training has not begun.
+        first: step and time when it was first seen training.
         seen: when `step` was read.
     """
 
@@ -30,7 +30,7 @@ class Running:
     seen: float = 0.0
 
     def look(self) -> None:
-        """Reads how far it is."""
+        """Reads its progress file."""
         found = read_progress(self.run.progress_file)
         if found is None or found == (self.step, self.total):
             return
@@ -41,13 +41,13 @@ class Running:
 
     @property
     def phase(self) -> str:
-        """What it does, in a word: starts, trains or tests."""
+        """Its phase: starting, training or testing."""
         if not self.total:
             return "starting"
         return "testing" if self.step >= self.total else "training"
 
     def left(self, expected: float | None) -> float | None:
-        """Seconds until its end: by its own speed, else by how long such runs take."""
+        """Seconds until its end: by its own speed, else from `expected`, the usual duration."""
         if self.first is not None and self.step > self.first[0]:
             pace = (self.seen - self.first[1]) / (self.step - self.first[0])
             return max(pace * (self.total - self.step) - (time.monotonic() - self.seen), 0.0)
@@ -56,17 +56,17 @@ class Running:
 
 @dataclass
 class Progress:
-    """Where a study stands.
+    """Progress of a study.
 
     Attributes:
-        total: runs of this part of the study.
+        total: number of runs in this part of the study.
         jobs: runs at a time.
         waiting: runs that have not been started.
         running: runs under way.
-        done: runs that are finished, also those of earlier calls.
-        failed: why each failed run did.
-        seconds: how long each run took that was finished by this call.
-        earlier: how long those took that were finished before.
+        done: runs that are finished, including those of earlier calls.
+        failed: the reason for each failed run.
+        seconds: duration of each run that this call finished.
+        earlier: duration of the runs that were finished before.
     """
 
     total: int
@@ -79,15 +79,15 @@ class Progress:
     earlier: dict[PlannedRun, float] = field(default_factory=dict)
 
     def look(self) -> None:
-        """Reads how far the runs under way are."""
+        """Updates the progress of the runs under way."""
         for one in self.running.values():
             one.look()
 
     def left(self) -> float | None:
-        """Estimated seconds until the end; None where nothing was measured yet.
+        """Estimated seconds until the end; None if nothing was measured yet.
 
-        A row's runs are taken to last as long as its finished ones, else as those under way say,
-        else as the mean of all rows.
+        A row's runs are expected to last as long as its finished ones, else as estimated from those
+        under way, else as the mean of all rows.
         """
         known = self._durations()
         everywhere = [s for found in known.values() for s in found]
@@ -104,7 +104,7 @@ class Progress:
         return max(longest, sum(s for s in parts if s is not None) / self.jobs)
 
     def _durations(self) -> dict[str, list[float]]:
-        """By row, the seconds of its finished runs, or what those under way will take."""
+        """By row, the seconds of its finished runs, or the estimate for a run under way."""
         known: dict[str, list[float]] = {}
         for run, seconds in (self.earlier | self.seconds).items():
             known.setdefault(run.row, []).append(seconds)
@@ -115,7 +115,7 @@ class Progress:
 
 
 def earlier_seconds(runs: Sequence[PlannedRun]) -> dict[PlannedRun, float]:
-    """How long finished runs trained, as they measured it."""
+    """Durations of finished runs, as they recorded them."""
     found = {}
     for run in runs:
         try:

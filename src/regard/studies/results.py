@@ -1,7 +1,7 @@
-"""What a study's finished runs say, and what follows from it in one sentence a row.
+"""The results of a study's finished runs, with a conclusion in one sentence per row.
 
-study.json holds what the same runs always give again; what depends on the machine and the hour
-(times) is in study.csv and on the page.
+study.json holds what is the same whenever the same runs are evaluated; what depends on the machine
+and its load (times) is in study.csv and on the page.
 """
 
 import contextlib
@@ -56,18 +56,18 @@ class RowResult:
 
     Attributes:
         row: the row, with the paper's numbers.
-        seeds: the seeds of which all folds are finished.
+        seeds: the seeds for which all folds are finished.
         values: by metric, the value of each seed, over all folds together.
         intervals: by metric, the mean over seeds with its interval over seeds and images.
         printed: by the paper's metric, in the paper's unit, the value of each seed.
         recalls: by class, the recall of each seed.
         differences: to the reference, by metric; empty for the reference itself.
-        p_values: Holm's, by metric, over the rows that are compared.
-        verdict: what follows for accuracy, in one sentence.
+        p_values: adjusted by Holm's correction over the compared rows, by metric.
+        verdict: the conclusion on accuracy, in one sentence.
         facts: parameters, multiply-adds, and medians of measured times, of the finished runs.
         curves: metrics.csv of each finished run.
-        faithfulness: of each seed, by map: see `facts.faithfulness_of`.
-        length: how long it was trained, and how long its recipe is; None: nothing is finished.
+        faithfulness: by map, the value of each seed: see `facts.faithfulness_of`.
+        length: how long it was trained, and its recipe's length; None: nothing is finished.
     """
 
     row: Row
@@ -89,7 +89,7 @@ class RowResult:
         return self.values | self.printed | self.faithfulness
 
     def mean(self, metric: str) -> float:
-        """Over seeds, of a metric or of a map's faithfulness; NaN where none is finished."""
+        """The mean over seeds of a metric or of a map's faithfulness; NaN if none is finished."""
         values = self._all.get(metric, [])
         return float(np.mean(values)) if values else math.nan
 
@@ -101,17 +101,17 @@ class RowResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult:
-    """A study as far as it is done.
+    """The results of a study so far.
 
     Attributes:
         table: the study.
         rows: in the table's order; the first is the reference.
         seeds, folds: as planned.
-        done, total: runs.
-        failed: by run, why.
+        done, total: numbers of runs.
+        failed: the reason for each failed run.
         runs: all of them, with their commands.
-        images: test images, over all folds; 0 where nothing is finished.
-        groups: of these images, or None.
+        images: number of test images, over all folds; 0 if nothing is finished.
+        groups: number of their groups, or None.
     """
 
     table: Table
@@ -135,8 +135,8 @@ def gather(
 
     Args:
         table: the study.
-        runs: all of its runs, in whatever process or machine they were trained.
-        recipes: by row, the values of its recipe without changes, to say what was shortened.
+        runs: all of its runs, whichever process or machine trained them.
+        recipes: by row, the values of its unchanged recipe, to say what was shortened.
 
     Raises:
         UsageError: the runs were tested on different images or chose different sizes, or those
@@ -272,7 +272,7 @@ def _row_result(
 
 
 def sentence(name: str, d: RepeatedDifference, p_value: float) -> str:
-    """What a difference of accuracy shows, and how large a one this study could have shown."""
+    """What a difference in accuracy shows, and the smallest that this study would have shown."""
     shown = f"{100 * d.value:+.1f} points (95 % interval {100 * d.low:+.1f} to {100 * d.high:+.1f})"
     better = d.value > 0 if d.metric not in LOWER_IS_BETTER else d.value < 0
     if not d.claims:
@@ -296,7 +296,7 @@ def sentence(name: str, d: RepeatedDifference, p_value: float) -> str:
 
 
 def to_dict(result: StudyResult) -> dict[str, Any]:
-    """For study.json: the same runs give the same content, whatever the machine did meanwhile."""
+    """A dict for study.json: the same for the same runs, whatever the machine's load was."""
     return {
         "study": result.table.key,
         "title": result.table.title,
@@ -343,9 +343,9 @@ def _finite(value: float) -> float | None:
 
 @contextlib.contextmanager
 def results_lock(out: Path) -> Iterator[None]:
-    """While it is held, no other part of the study reads its runs and writes its results.
+    """While held, no other part of the study reads the runs and writes the results.
 
-    So the last part to end writes what all of them have trained.
+    So the last part to end writes the results of all of them.
     """
     lock = FileLock(out / ".study.lock")
     try:
@@ -360,7 +360,7 @@ def results_lock(out: Path) -> Iterator[None]:
 
 
 def write_results(result: StudyResult, out: Path) -> None:
-    """Writes study.json and study.csv, a line per row.
+    """Writes study.json and study.csv, one line per row.
 
     Raises:
         StateError: they can't be written.

@@ -1,7 +1,7 @@
-"""Trains the runs of a study, each in a process of its own.
+"""Trains the runs of a study, each in its own process.
 
-A finished run is never run again and a stopped one is resumed, so that a study which was killed
-goes on with the same command. A run that fails does not end the others.
+A finished run is not run again and a stopped one is resumed, so that a study that was killed
+continues with the same command. If a run fails, the others still run.
 """
 
 import ctypes
@@ -28,30 +28,30 @@ from regard.studies.progress import Progress, Running, earlier_seconds
 
 log: logging.Logger = logging.getLogger(__name__)
 
-_POLL = 0.2  # seconds between looks at the processes
+_POLL = 0.2  # seconds between polls of the processes
 _PATIENCE = 30.0  # seconds that a stopped run has to save its state
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 def is_finished(run: PlannedRun) -> bool:
-    """Whether a run has ended with its network and the predictions of its test written."""
+    """Whether a run has ended and its network and test predictions are written."""
     return is_trained(run) and (run.folder / run.predictions).is_file()
 
 
 def is_trained(run: PlannedRun) -> bool:
-    """Whether a run has ended with its network, its own predictions and its report written.
+    """Whether a run has ended and its network, its own predictions and its report are written.
 
-    The report is what a training writes last, after the scores of the network's maps.
+    Training writes the report last, after the faithfulness of the maps.
     """
     files = ("predictions.npz", "report.html")
     return _status(run) == "finished" and all((run.folder / f).is_file() for f in files)
 
 
 def next_command(run: PlannedRun) -> list[str]:
-    """What brings a run that is not finished further: its training, or then its test."""
+    """The next command of a run that is not finished: its training, or then its test."""
     if is_trained(run):
         return list(run.test)
-    # also where it is finished, but was killed in its last moment
+    # "finished" too: it may have been killed just before the report was written
     resume = ["--resume"] if _status(run) in ("running", "finished") else []
     return [*run.command, *resume]
 
@@ -72,14 +72,14 @@ def run_all(
     after_each: Callable[[Progress], None] = lambda progress: None,
     meanwhile: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Trains what is not finished, `jobs` at a time, with the cores (or GPUs) dealt out.
+    """Trains unfinished runs, `jobs` at a time, dividing the cores (or GPUs) among them.
 
     Args:
         runs: in the order in which they are started.
         jobs: processes at a time.
-        python: what runs `regard`.
+        python: the command that runs `regard`.
         after_each: called at the beginning, and whenever a run ends or fails.
-        meanwhile: called several times a second, with how far the runs under way are.
+        meanwhile: called several times a second, with the current progress.
 
     Raises:
         StudyStopped: SIGINT or SIGTERM; the runs under way have saved their states.
@@ -123,7 +123,7 @@ def begin(runs: Sequence[PlannedRun], jobs: int) -> Progress:
 
 
 def note_end(progress: Progress, run: PlannedRun, failure: str | None) -> None:
-    """Counts a run as done or as failed, and says so."""
+    """Counts a run as done or as failed, and logs it."""
     one = progress.running.pop(run)
     run.progress_file.unlink(missing_ok=True)
     seconds = time.monotonic() - one.started
@@ -140,7 +140,7 @@ def note_end(progress: Progress, run: PlannedRun, failure: str | None) -> None:
 
 
 def failure_of(run: PlannedRun) -> str | None:
-    """Why a run failed that is not finished, in whatever part of the study; else None."""
+    """Why an unfinished run failed, in whatever part of the study; else None."""
     try:
         return run.failure_file.read_text(encoding="utf-8").strip()
     except OSError:
@@ -148,14 +148,14 @@ def failure_of(run: PlannedRun) -> str | None:
 
 
 def failure_in(run: PlannedRun, code: int, tests: bool) -> str | None:
-    """Why a process failed, in the last line that it printed; None: it did its part.
+    """Why a process failed, from the last line that it printed; None: it succeeded.
 
     Args:
         run: the run.
         code: the exit code of its process.
-        tests: whether the process tested a network that had been trained.
+        tests: whether the process tested a network that was already trained.
     """
-    # a test has exit code 1 where an image can't be read; its file is written whole or not
+    # a test has exit code 1 if an image can't be read; its file is written whole or not at all
     if (is_finished(run) if tests else is_trained(run)) and (tests or code == 0):
         return None
     if code < 0:
@@ -167,7 +167,7 @@ def failure_in(run: PlannedRun, code: int, tests: bool) -> str | None:
 
 
 class StopSignals:
-    """Notes a SIGINT or SIGTERM instead of dying of it."""
+    """Records a SIGINT or SIGTERM instead of being ended by it."""
 
     number = 0
 
@@ -179,7 +179,7 @@ class StopSignals:
             self.before: dict[int, Any] = {
                 s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)
             }
-        except ValueError:  # not in the main thread, whose signals they are
+        except ValueError:  # not in the main thread, which handles the signals
             self.before = {}
         return self
 
@@ -189,12 +189,12 @@ class StopSignals:
 
 
 class _Process:
-    """One run, in a process for its training and one for a test of its own."""
+    """One run: a process for its training, and another if it has a separate test."""
 
     def __init__(self, run: PlannedRun, slot: int, jobs: int, python: Sequence[str]) -> None:
         self.run = run
         run.log.parent.mkdir(parents=True, exist_ok=True)
-        for left in (run.failure_file, run.progress_file):  # of an earlier attempt
+        for left in (run.failure_file, run.progress_file):  # left by an earlier attempt
             left.unlink(missing_ok=True)
         environment = {**_environment(slot, jobs), PROGRESS: str(run.progress_file.absolute())}
         self.python, self.environment = list(python), environment
@@ -225,7 +225,7 @@ class _Process:
         return failure_in(self.run, self.process.returncode, self.tests)
 
     def stop(self) -> None:
-        """Lets the run save its state, and waits."""
+        """Lets the run save its state, and waits for it."""
         self.process.terminate()
         try:
             self.process.wait(_PATIENCE)
@@ -235,14 +235,14 @@ class _Process:
 
 
 def die_with(parent: int) -> None:
-    """A killed study leaves no run behind that would go on beside its resumed twin."""
+    """Makes a run die with its study, so that it does not go on while it is being resumed."""
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
+    if os.getppid() != parent:  # the parent died before the call
         os._exit(1)
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:
-    """The environment of a job: its share of the cores, and one GPU of those there are."""
+    """The environment of a job: its share of the cores, and one of the GPUs, if any."""
     environment = dict(os.environ)
     if jobs > 1:
         environment[SHARE] = environment["OMP_NUM_THREADS"] = str(max(1, cores() // jobs))
@@ -254,6 +254,6 @@ def _environment(slot: int, jobs: int) -> dict[str, str]:
 
 
 def _gpus() -> list[str]:
-    """The numbers of the NVIDIA GPUs, without importing torch."""
+    """The indices of the NVIDIA GPUs, without importing torch."""
     folder = Path("/proc/driver/nvidia/gpus")
     return [str(i) for i, _ in enumerate(folder.iterdir())] if folder.is_dir() else []

@@ -1,10 +1,10 @@
-"""Training: `run.py` makes a run's folder; `loop.py` is the loop, on one screen.
+"""Training: `run.py` writes a run's folder; `loop.py` is the training loop.
 
-`config.py` is the recipe and what its fields mean, `recipe_files.py` those in files, with the
-shipped ones in `recipes/`;
-`plan.py` what follows from the data before a run starts; `splits.py` the images of each split;
-`optim.py` learning rates and optimizers; `losses.py`; `checkpoint.py` what resuming needs;
-`progress.py` what a person sees. Decided by measuring, with the trial steps of `trial.py`:
-`compile.py` whether to compile, and `memory.py` how to split a step.
+`config.py` defines the recipe and its fields, `recipe_files.py` reads and writes recipes as TOML,
+with the shipped ones in `recipes/`;
+`plan.py` derives from the data what a run needs before it starts; `splits.py` loads the images
+of each split; `optim.py` has learning rates and optimizers; `losses.py`; `checkpoint.py` the
+states to resume from; `progress.py` the display. Two choices are measured with the trial steps of
+`trial.py`: `compile.py` decides whether to compile, `memory.py` how to split a step into batches.
 `activation_checkpointing.py` trades time for memory.
 """

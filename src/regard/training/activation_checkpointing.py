@@ -27,9 +27,9 @@ def set_checkpointing(model: nn.Module, name: str) -> None:
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Freezes BN's running statistics.
 
-    torch.utils.checkpoint runs a layer forward again in the backward pass, in which BN would
-    count the same batch a second time. Momentum 0 changes nothing else that is computed or
-    saved, which the recomputation must reproduce.
+    torch.utils.checkpoint runs a layer's forward pass again during the backward pass, so BN would
+    count the same batch twice. Setting its momentum to 0 changes nothing else that is computed or
+    saved, and the recomputation must reproduce exactly that.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     saved = [(m, m.momentum, m.num_batches_tracked) for m in norms]

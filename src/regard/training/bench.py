@@ -2,7 +2,7 @@
 
 A step is the network's forward pass, the recipe's loss, the backward pass and the recipe's
 optimizer (with clipping and averaging where the recipe has them), on images and labels that are
-on the device already: no decoding, no augmentation, no loader.
+already on the device: no decoding, augmentation or loader.
 """
 
 import copy
@@ -32,13 +32,13 @@ from regard.training.update import Updater
 log: logging.Logger = logging.getLogger(__name__)
 
 ENGINES = ("eager", "fused", "compiled", "graphs")
-USUAL = ("eager", "compiled")  # measured where none is named
+USUAL = ("eager", "compiled")  # measured by default
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 @dataclass
 class TrainTiming(Timing):
-    """As `Timing`; `memory` is what weights, optimizer and two steps take at most, in bytes."""
+    """A `Timing` with `memory`: peak bytes of weights, optimizer state and two steps."""
 
     network: str = ""
     memory: int | None = None
@@ -46,7 +46,7 @@ class TrainTiming(Timing):
 
 @dataclass
 class Case:
-    """One network, engine and precision, ready to do steps of one batch."""
+    """One network, engine and precision, ready to train on one batch."""
 
     model: nn.Module
     timing: TrainTiming
@@ -69,7 +69,7 @@ class Case:
             self.forward = Graphed(self.model, self.images, lambda: self.updater.autocast(False))
 
     def step(self) -> None:
-        """One step, waited for until the device has done it."""
+        """Runs one step and waits until the device has finished it."""
         with fastest_kernels():
             with self.updater.autocast():
                 outputs = self.forward(self.images).float()
@@ -96,14 +96,14 @@ def bench_training(
     """Times a training step of every network in every (engine, precision), all in each round.
 
     Args:
-        names: networks' names or runs' folders.
-        cases: of `trainable`.
-        recipe: of whose optimizer and loss the step is.
-        device: where it is done.
-        batch: images in a step.
+        names: names of networks or folders of runs.
+        cases: (engine, precision) pairs, as `trainable` returns them.
+        recipe: gives the optimizer and the loss.
+        device: where the steps run.
+        batch: images per step.
         size: height and width of the images (default: each network's own).
         rounds: timing rounds.
-        clock: seconds.
+        clock: returns seconds.
 
     Raises:
         UsageError: there is no such network, or it can't take images of this size.
@@ -129,7 +129,7 @@ def _prepared(
     model: nn.Module, preprocess: Preprocess, timing: TrainTiming, recipe: Recipe,
     device: torch.device, batch: int,
 ) -> Case | None:  # fmt: skip
-    """A case after its first two steps; None where it fails, which its timing then says."""
+    """A case after its first two steps; None if it fails, with the reason in its timing."""
     started = time.perf_counter()
     cases: list[Case] = []
 
@@ -139,7 +139,7 @@ def _prepared(
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.arange(batch, device=device) % int(getattr(model, "num_classes", 2))
         cases.append(Case(own, timing, images, labels, recipe))
-        for _ in range(2):  # the second with all that the optimizer holds
+        for _ in range(2):  # the second with the optimizer's state allocated
             cases[0].step()
 
     try:
@@ -160,8 +160,8 @@ def _prepared(
 def trainable(
     engines: Sequence[str], precisions: Sequence[str], device: torch.device
 ) -> list[tuple[str, str]]:
-    """The (engine, precision) pairs in which this machine trains; "auto" is fp32, and bf16
-    where the device multiplies in it.
+    """The (engine, precision) pairs in which this machine can train; "auto" is fp32, plus bf16
+    where the device multiplies in bf16.
 
     Raises:
         UsageError: an engine that does not train, or a precision that the device lacks.
@@ -192,9 +192,9 @@ def trainable(
 
 
 def over_plain(timing: TrainTiming, timings: Sequence[TrainTiming]) -> float | None:
-    """Images a second relative to the plain twin's, in the same engine and precision.
+    """Images per second relative to the plain twin's, in the same engine and precision.
 
-    None where the network is plain, or its plain twin was not measured.
+    None for a plain network, or if its plain twin was not measured.
     """
     plain = twins_of(timing.network).get("plain")
     if plain is None or timing.fault is not None:

@@ -36,10 +36,10 @@ def build_model(plan: Plan, device: torch.device, *, start: bool) -> nn.Module:
     """The plan's network on the device, its weights in channels_last.
 
     Args:
-        plan: of the run.
+        plan: the run's plan.
         device: where it trains.
-        start: whether it gets the weights that the run starts from; a run that is resumed from
-            a saved state has its own.
+        start: whether to load the weights that the run starts from; a run that resumes from a
+            saved state doesn't need them.
 
     Raises:
         UsageError: the network can't be made or grafted, or the weights don't fit.
@@ -60,13 +60,13 @@ def build_model(plan: Plan, device: torch.device, *, start: bool) -> nn.Module:
 def build_loader(
     plan: Plan, split: str, part: LoadedSplit, device: torch.device
 ) -> InMemoryLoader | StreamingLoader:
-    """The loader of a split: the training split in its sample order, the others in rows' order."""
+    """The loader of a split: training in sample order, the others in the table's order."""
     recipe, order = plan.recipe, None
     if split == "train":
         order = SampleOrder(len(part.table), recipe.seed, image_weights(part.table, recipe))
     workers = default_workers() if recipe.workers is None else recipe.workers
     if part.images is not None:
-        threads = 0 if device.type == "cpu" else workers  # a CPU has no core that is idle
+        threads = 0 if device.type == "cpu" else workers  # on a CPU, training uses every core
         return InMemoryLoader(part.reader, order, recipe.seed, part.images, part.missing, threads)
     if split == "train" and recipe.decode == "device":
         return DecodingLoader(part.reader, order, recipe.seed, workers)
@@ -102,7 +102,7 @@ def _precision(plan: Plan, model: nn.Module, device: torch.device) -> str:
     """The precision to train in; fp32 where bf16 gives wrong gradients on this device.
 
     Raises:
-        UsageError: the recipe asks for bf16 there, or for what the device can't compute in.
+        UsageError: the recipe asks for bf16 there, or for a precision that the device lacks.
     """
     asked, size = plan.recipe.precision, plan.preprocess.input_size
     precision = choose_precision(asked, device)
@@ -116,10 +116,10 @@ def _precision(plan: Plan, model: nn.Module, device: torch.device) -> str:
 
 
 def jumped_over(model: nn.Module, input_size: Sequence[int]) -> str | None:
-    """A convolution whose stride is wider than its input, for images of (C, H, W), or None.
+    """A convolution whose stride exceeds its input's width, for images of (C, H, W), or None.
 
-    In bf16 on CPUs (seen in torch 2.14, oneDNN) the gradient of its weights is partly memory that
-    was never written.
+    In bf16 on CPUs (seen in torch 2.14, oneDNN) the gradient of its weights is partly uninitialized
+    memory.
     """
     names = {m: name for name, m in model.named_modules()}
     found: list[str] = []
@@ -143,10 +143,10 @@ def fuse(model: nn.Module, choice: str, device: torch.device, name: str) -> None
     """Fuses the ends of a network's CBAM blocks, see `regard.models.fused`.
 
     Args:
-        model: of a run.
-        choice: auto, yes or no; auto is where it was measured, on CPUs and GPUs of NVIDIA's.
+        model: a run's network.
+        choice: auto, yes or no; auto fuses where it was measured: on CPUs and NVIDIA GPUs.
         device: where it trains.
-        name: of the network.
+        name: the network's name.
 
     Raises:
         UsageError: the choice is "yes", and no block can be fused, or not on this device.
@@ -160,10 +160,10 @@ def fuse(model: nn.Module, choice: str, device: torch.device, name: str) -> None
 
 
 def with_synchronized_norms(model: nn.Module, device: torch.device) -> nn.Module:
-    """The network with its batch norms over the batches of all processes.
+    """The network with its batch norms synchronized over all processes.
 
     Raises:
-        UsageError: on CPUs, for which torch has none.
+        UsageError: on CPUs, where torch has no synchronized batch norm.
     """
     if device.type == "cpu":
         raise UsageError(

@@ -1,7 +1,7 @@
 """Training states to resume from, written atomically.
 
-The state before the newest is removed only once the newest is on the disk, so a run that is
-killed at any moment can be resumed.
+The previous state is removed only once the newest is on disk, so a run that is killed at any
+moment can be resumed.
 """
 
 import pickle
@@ -19,7 +19,7 @@ from regard.files import reason, write_atomically
 
 _NAME = re.compile(r"step-(\d{9})\.pt")
 _BROKEN = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
-KEPT = 2  # the newest, and the one before it in case the disk harms the newest
+KEPT = 2  # the newest, and the one before it in case the newest is damaged on disk
 
 
 class Checkpoints:
@@ -45,10 +45,10 @@ class Checkpoints:
         return next((step for step, _ in self._newest_first()), 0)
 
     def save(self, step: int, content: dict[str, Any]) -> None:
-        """Writes the state after `step` steps; tensors, numbers, strings, lists and dicts.
+        """Writes the state after `step` steps: tensors, numbers, strings, lists and dicts.
 
         Raises:
-            StateError: it can't be written; the states before it are as they were.
+            StateError: it can't be written; the earlier states are unchanged.
         """
         path = self.folder / f"step-{step:09d}.pt"
         try:
@@ -57,11 +57,11 @@ class Checkpoints:
         except OSError as error:
             raise StateError(f"the state can't be saved: {error}") from error
         left = [old for _, old in list(self._newest_first())[KEPT:]]
-        for old in [*left, *self.folder.glob(".step-*.writing")]:  # of a process that was killed
+        for old in [*left, *self.folder.glob(".step-*.writing")]:  # of a killed process
             old.unlink(missing_ok=True)
 
     def load(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """The newest state that can be read, and a line about each that can't.
+        """The newest readable state, and one line for each that can't be read.
 
         Raises:
             StateError: there are states, and none can be read.
@@ -82,7 +82,7 @@ class Checkpoints:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+    with zipfile.ZipFile(path) as file:  # torch.load does not check the checksums
         if (damaged := file.testzip()) is not None:
             raise UsageError(f"{damaged} in it is damaged")
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Whether a run is compiled, or replays CUDA graphs: measured by a few steps where it is auto."""
+"""Chooses eager, compiled or CUDA graphs for a run; "auto" is decided by timing a few steps."""
 
 import logging
 import math
@@ -19,8 +19,8 @@ from regard.training.trial import first_batches, loss_and_gradient, trial, trial
 
 log: logging.Logger = logging.getLogger(__name__)
 
-LEAST_COMPILING = 10.0  # seconds; compiling forward and backward hardly takes less
-MOST_SAVED = 0.5  # of a step's time; compiling hardly saves more
+LEAST_COMPILING = 10.0  # seconds; compiling forward and backward rarely takes less
+MOST_SAVED = 0.5  # of a step's time; compiling rarely saves more
 Compiler = Callable[..., Any]
 Recorder = Callable[..., Any]
 Clock = Callable[[], float]
@@ -34,50 +34,50 @@ def choose_compiled(
     recorder: Recorder = Graphed,
     clock: Clock = time.perf_counter,
 ) -> str:
-    """Compiles or records the trainer's network, as the recipe says or where measuring says so.
+    """Compiles the trainer's network or records CUDA graphs, by the recipe or by measuring.
 
     With several processes the first one's measurement decides for all.
 
     Args:
-        trainer: its `compiled` is set; nothing else of it is changed.
-        decided: what a resumed run decided when it was started.
-        compiler: torch.compile, or another.
-        recorder: of CUDA graphs: `Graphed`, or another.
-        clock: seconds.
+        trainer: its `compiled` is set; nothing else in it changes.
+        decided: the choice stored by a run that is now resumed.
+        compiler: torch.compile, or a substitute.
+        recorder: records CUDA graphs: `Graphed`, or a substitute.
+        clock: returns seconds.
 
     Returns:
         "no", "yes" (compiled) or "graphs".
 
     Raises:
-        UsageError: the recipe says "yes" or "graphs", and it can't be.
+        UsageError: the recipe says "yes" or "graphs", and that is not possible.
     """
     want = _decided(decided) or trainer.recipe.compile
     if want == "no":
         return "no"
     with trial(trainer) as at_trial:
         timer = _Timer(at_trial, first_batches(at_trial), clock)
-        timer.seconds(trainer.model)  # the first is slow: memory is allocated, kernels chosen
+        timer.seconds(trainer.model)  # the first call is slow: memory is allocated, kernels chosen
         if want == "auto":
             chosen, trainer.compiled = _measured(timer, compiler, recorder)
             return chosen
         made, failure = _made(timer, want, compiler, recorder)
         if failure and decided is None:
             raise UsageError(f"compile={want}: {failure}")
-        if failure:  # the choice of a run that is resumed on another machine
+        if failure:  # the stored choice of a run that is resumed on another machine
             log.info(f"note: started with compile={want}, goes on without: {failure}")
         trainer.compiled = None if failure else made
         return "no" if failure else want
 
 
 def _decided(before: bool | str | None) -> str:
-    """What a run decided when it was started; "": it has not yet."""
-    if isinstance(before, bool):  # of older runs
+    """The choice stored when the run was started; "" if there is none yet."""
+    if isinstance(before, bool):  # written by older versions
         return "yes" if before else "no"
     return before or ""
 
 
 def _measured(timer: "_Timer", compiler: Compiler, recorder: Recorder) -> tuple[str, Any]:
-    """What is fastest, by name, and the network as it then is called (None: eagerly)."""
+    """The name of the fastest way, and the callable network for it (None: eager)."""
     trainer = timer.trainer
     name, forward = "no", None
     best = _from_main(trainer, timer.seconds(trainer.model))
@@ -99,10 +99,10 @@ def _measured(timer: "_Timer", compiler: Compiler, recorder: Recorder) -> tuple[
 
 
 def _or_recorded(timer: "_Timer", recorder: Recorder, eager: float) -> tuple[str, Any, float]:
-    """CUDA graphs where they are faster: the name, the forward pass and the seconds of a step."""
+    """CUDA graphs if they are faster: name, forward pass and seconds per step."""
     try:
         recorded = timer.recorded(recorder)
-    except RuntimeError as error:  # a network that waits for the device; memory
+    except RuntimeError as error:  # the network waits for the device, or memory ran out
         log.info(f"no CUDA graphs: {reason(error)}")
         return "no", None, eager
     seconds, failure = timer.try_seconds(recorded)
@@ -117,7 +117,7 @@ def _or_recorded(timer: "_Timer", recorder: Recorder, eager: float) -> tuple[str
 
 
 def _made(timer: "_Timer", how: str, compiler: Compiler, recorder: Recorder) -> tuple[Any, str]:
-    """The network compiled ("yes") or recorded ("graphs"), or why it can't be."""
+    """The network compiled ("yes") or recorded ("graphs"), and why it failed or ""."""
     trainer = timer.trainer
     if how == "yes":
         log.info("compiling ...")
@@ -135,7 +135,7 @@ def _made(timer: "_Timer", how: str, compiler: Compiler, recorder: Recorder) -> 
 
 
 def _obstacle(trainer: Trainer) -> str:
-    """Why a run can't have CUDA graphs, or ""."""
+    """Why this run can't use CUDA graphs, or ""."""
     recipe = trainer.recipe
     if trainer.device.type != "cuda":
         return f"CUDA graphs are on CUDA alone, this is {trainer.device}"
@@ -149,7 +149,7 @@ def _obstacle(trainer: Trainer) -> str:
 
 
 def _failure(trainer: Trainer, own: str) -> str:
-    """The first process's reason of all that failed, or ""."""
+    """The reason of the first process that failed, or ""."""
     return next(filter(None, gathered(trainer.accelerator, own)), "")
 
 
@@ -166,13 +166,13 @@ class _Timer:
         return self.clock() - started
 
     def recorded(self, recorder: Recorder) -> Any:
-        """The network as `Graphed` makes it, from the images of a step."""
+        """The network recorded by `recorder` with the images of a step."""
         trainer = self.trainer
         images = trainer.input_of(self.batches[0])
         return recorder(trainer.model, images, lambda: trainer.updater.autocast(cache=False))
 
     def try_seconds(self, forward: Any) -> tuple[float, str]:
-        """The seconds of its first step, and the reason where it fails or is not the network."""
+        """Seconds of the first step, and why it failed or differs from the eager network; or ""."""
         started = self.clock()
         try:
             failure = self.differs(forward)
@@ -181,15 +181,15 @@ class _Timer:
             return 0.0, reason(error)
 
     def differs(self, forward: Any) -> str:
-        """What of a step is far from the eager network's, its loss or its gradient; or "".
+        """Which of a step's loss and gradient differs from the eager network's, or "".
 
-        Twice or half: dropout draws other numbers when it is compiled, and bf16 rounds; what is
-        caught is code that computes something else.
+        The tolerance is a factor of two, as compiled dropout draws other random numbers and bf16
+        rounds; this catches code that computes something else.
         """
         found = loss_and_gradient(self.trainer, self.batches, forward)
         for name, eager, other in zip(("loss", "gradient"), self.eagerly, found, strict=True):
             if name == "gradient" and self.trainer.updater.scaler is not None:
-                continue  # in fp16 it may overflow, which its scaler mends
+                continue  # in fp16 it may overflow, which the loss scaler handles
             if eager and math.isfinite(eager) and not 0.5 < other / eager < 2:
                 return f"its {name} is {other:.3g}, {eager:.3g} eagerly"
         return ""
@@ -198,10 +198,10 @@ class _Timer:
 def _compare(
     timer: _Timer, forward: Any, compiled: Any, first: float, once: float, left: int
 ) -> tuple[bool, str]:
-    """Whether to compile, and why, from steps both ways; `forward`: without (None: eagerly)."""
+    """Whether to compile, and why, from timed steps; `forward`: uncompiled (None: eager)."""
     eager = forward or timer.trainer.model
     rounds = [(timer.seconds(eager), timer.seconds(compiled)) for _ in range(3 if once > 1 else 9)]
-    # the fastest, as other work on the machine only ever adds
+    # the minimum, as other work on the machine can only slow a step down
     slow, fast = (min(times) for times in zip(*rounds, strict=True))
     many = timer.trainer.accelerator.num_processes > 1
     return _decision(slow, fast, max(0.0, first - fast), left, many)
@@ -210,10 +210,10 @@ def _compare(
 def _decision(
     eager: float, compiled: float, compiling: float, left: int, again: bool
 ) -> tuple[bool, str]:
-    """Whether to compile, and why, from the seconds of a step both ways.
+    """Whether to compile, and why, from the seconds of a step either way.
 
-    The time that compiling took is spent, so the faster is chosen; but where the network must be
-    compiled `again`, only if the steps that are left win that time back.
+    The time already spent on compiling doesn't count, so the faster one wins; where the network
+    must be compiled `again`, only if the remaining steps win that time back.
     """
     times = f"{compiled:.3g} s a step against {eager:.3g} s eager; compiling took {compiling:.0f} s"
     if compiled >= eager:
@@ -225,7 +225,7 @@ def _decision(
 
 
 def _from_main(trainer: Trainer, value: Any) -> Any:
-    """The first process's value, in all of them."""
+    """The first process's value, in all processes."""
     if trainer.accelerator.num_processes == 1:
         return value
     return broadcast_object_list([value], from_process=0)[0]

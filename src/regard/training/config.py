@@ -1,7 +1,7 @@
-"""Training recipes: one dataclass, which TOML files and the flags of `regard train` fill.
+"""Training recipes: one dataclass, filled from TOML files and the flags of `regard train`.
 
-Each field's type holds its choices and its range: the command line and the reader of TOML
-files check against the same types.
+Each field's type holds its choices and its range: the command line and the TOML reader check
+values against the same types.
 """
 
 # ruff: noqa: RUF009 (`_field` is dataclasses.field with a help text)
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _limits(**limits: float) -> Parameter:
-    """Bounds of a number (gt, gte, lte), which is finite in any case."""
+    """Bounds of a number (gt, gte, lte), which must be finite in any case."""
     return Parameter(validator=Number(**{"lt": math.inf, **limits}))
 
 
@@ -44,14 +44,14 @@ class Recipe:
     """How to train. Each field's help is in its metadata; see `fields_of`.
 
     Attributes:
-        size: (height, width); one number is taken for both.
+        size: (height, width); a single number stands for both.
         model, model_args: the network and its arguments, a TOML file's [model] table.
-        random_start: other values where the weights start at random, its [random_start] table;
-            `for_start` puts them in. They belong together: `changed` drops all of them where it
-            sets one to another value, or one of them is not used beside the others.
+        random_start: values that apply when the weights start at random, the [random_start] table;
+            `for_start` applies them. They belong together: `changed` drops all of them if it sets
+            one of them to another value, or if one of them is unused with the other values.
 
     Raises:
-        UsageError: a value is not among its choices, out of range, or unused beside the others.
+        UsageError: a value is not among its choices, out of range, or unused with the others.
     """
 
     epochs: _Positive | None = _field(
@@ -296,7 +296,7 @@ class Recipe:
 
     @property
     def fold_of(self) -> tuple[int, int] | None:
-        """The fold that is tested and the number of folds, or None.
+        """The test fold and the number of folds, or None.
 
         Raises:
             UsageError: `fold` is not K/N with K from 1 to N, and N at least 2.
@@ -311,25 +311,25 @@ class Recipe:
     @property
     def augmentation(self) -> "Augmentation":
         """The augmentation fields."""
-        from regard.data.augment import Augmentation  # torch, which `regard --help` must not load
+        from regard.data.augment import Augmentation  # torch, not for `regard --help`
 
         names = [f.name for f in dataclasses.fields(Augmentation)]
         return Augmentation(**{name: getattr(self, name) for name in names})
 
     def for_start(self, random: bool) -> "Recipe":
-        """The recipe of a run whose weights start at random, or not; without the table."""
+        """The recipe for weights that start at random, or not; without the random_start table."""
         values = self.random_start if random else {}
         return dataclasses.replace(self, random_start={}).changed(**values)
 
     def changed(self, **changes: Any) -> "Recipe":
-        """The recipe with other values; lists are taken for tuples.
+        """A copy of the recipe with other values; lists are accepted for tuples.
 
-        A value replaces what excludes it: `steps` the recipe's epochs, another `schedule` the
-        milestones of the one before, another value than `random_start`'s that whole table.
+        A value replaces those that it excludes: `steps` removes the epochs, another `schedule` the
+        old one's milestones, and a value other than `random_start`'s removes that whole table.
 
         Raises:
-            UsageError: a name is unknown, a value has a wrong type or is out of range, or it is
-                not used beside the others.
+            UsageError: a name is unknown, or a value has a wrong type, is out of range or is unused
+                with the others.
         """
         values = cast(changes, [f.name for f in dataclasses.fields(self)])
         given = {k for k, v in values.items() if v is not None}
@@ -353,7 +353,7 @@ class Recipe:
 
 _HINTS = get_type_hints(Recipe, include_extras=True)
 
-# Where a field is used: another field, and the values of it with which it is.
+# When a field is used: another field, and that field's values with which it is used.
 _USED_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "momentum": ("optimizer", ("sgd", "muon")),
     "nesterov": ("optimizer", ("sgd", "muon")),
@@ -404,10 +404,10 @@ def _check(name: str, value: Any, hint: Any) -> None:
 
 
 def _checked_table(values: Any) -> dict[str, Any]:
-    """The values of `random_start` as their fields' types.
+    """The values of `random_start`, converted to their fields' types.
 
     Raises:
-        UsageError: not a table, or it sets what is needed before the start is chosen.
+        UsageError: not a table, or it sets a field that is needed before the start is chosen.
     """
     if not isinstance(values, Mapping):
         raise UsageError(f"random_start={values!r}: a table of a recipe's values")
@@ -456,10 +456,10 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def cast(values: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
-    """Values of TOML or Python as their fields' types.
+    """Converts values from TOML or Python to their fields' types.
 
     Raises:
-        UsageError: a name is not among the `known`, or a value has another type.
+        UsageError: a name is not in `known`, or a value has another type.
     """
     for name in values:
         if name not in known:
@@ -470,8 +470,8 @@ def cast(values: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
 
 
 def _cast(name: str, value: Any, hint: Any) -> Any:
-    """A value of TOML or Python as the field's type: lists become tuples, and 1 becomes 1.0."""
-    if hasattr(value, "tolist"):  # NumPy's numbers and arrays, without importing it
+    """Converts a value from TOML or Python to the field's type: list to tuple, 1 to 1.0."""
+    if hasattr(value, "tolist"):  # NumPy numbers and arrays, without importing NumPy
         value = value.tolist()
     kind = str if get_origin(_plain(hint)) is Literal else _plain(hint)
     if value is None and _optional(hint):

@@ -1,4 +1,4 @@
-"""One run in many processes: starting them, deciding together, and telling an error once."""
+"""One run in several processes: starting them, deciding together, reporting an error once."""
 
 import contextlib
 import datetime
@@ -27,26 +27,26 @@ from regard.files import reason
 from regard.machine import choose_device
 from regard.training.places import checked_places, meeting, unreachable_told, waiting_told
 
-# the others wait while the first process downloads, groups and hashes images; NCCL's own is 10
-# minutes. One that has failed is not waited for: see Watch
+# the others wait while the first process downloads, groups and hashes images; NCCL's default is
+# 10 minutes. A failed process is not waited for: see Watch
 LONGEST_EXCHANGE = datetime.timedelta(hours=2)
 
 
 def start_accelerator(device: str = "auto") -> Accelerator:
     """Accelerate's view of devices and processes; `torchrun` without a GPU trains on CPUs.
 
-    No variable of Accelerate's changes how a run computes: precision, compiling and the
-    accumulation of gradients are the recipe's.
+    Accelerate's environment variables do not change how a run computes: precision, compiling and
+    gradient accumulation are the recipe's.
 
     Args:
-        device: as for `choose_device`; with several processes each has one of the machine's.
+        device: as for `choose_device`; with several processes each uses one of the machine's.
 
     Raises:
         UsageError: this machine has no such device; `accelerate launch --cpu` was asked for
             several processes, which it does not start; Accelerate was configured for DeepSpeed,
-            FSDP or another way of dividing the network; machines have unlike numbers of
-            processes; or the variables that say which of how many processes this is are no
-            numbers, or don't fit each other.
+            FSDP or another way of dividing the network; machines have different numbers of
+            processes; or the variables that give the rank and the number of processes are not
+            numbers or contradict each other.
         FileError: the processes can't reach each other.
     """
     global _runs
@@ -78,7 +78,7 @@ def start_accelerator(device: str = "auto") -> Accelerator:
     return accelerator
 
 
-# variables by which `accelerate launch` says how a network is divided among processes
+# variables by which `accelerate launch` says how the network is divided among processes
 OTHER_WAYS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -103,10 +103,10 @@ def is_main_process() -> bool:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
-    """Does `work` in the first process; all processes wait for it, and have what it returned.
+    """Calls `work` in the first process and returns its result in all of them, which wait for it.
 
     Raises:
-        RegardError: as `work` does.
+        RegardError: raised by `work`, then in all processes.
     """
     error: RegardError | None = None
     result = None
@@ -122,7 +122,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
             raise error
         return result
     finally:
-        del error  # whose traceback holds this frame, and those of the run
+        del error  # its traceback references this frame and the run's
 
 
 def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
@@ -131,7 +131,7 @@ def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
 
 
 def gathered_first(accelerator: Accelerator, value: Any) -> list[Any]:
-    """The values of all processes, in the first one; in the others an empty list."""
+    """The values of all processes in the first one; an empty list in the others."""
     if accelerator.num_processes == 1:
         return [value]
     values = [None] * accelerator.num_processes if accelerator.is_main_process else None
@@ -140,11 +140,11 @@ def gathered_first(accelerator: Accelerator, value: Any) -> list[Any]:
 
 
 class Ranks:
-    """This process's place among all of the run, to divide work and to put results together.
+    """This process's rank in the run, used to divide work and to combine results.
 
     Attributes:
-        rank, count: of all processes.
-        place, local: the same among those of this machine, whose ranks follow each other.
+        rank, count: rank and number of processes in the run.
+        place, local: the same on this machine, whose ranks are consecutive.
     """
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
@@ -162,7 +162,7 @@ class Ranks:
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
-    """Gives all processes the first one's tensors; those of a kind travel together."""
+    """Broadcasts the first process's tensors; tensors of one dtype are sent together."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
     kinds: dict[torch.dtype, list[Tensor]] = {}
@@ -175,56 +175,56 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(value.view(tensor.shape))
 
 
-# ------------------------------------------------------------------------- errors, told once
+# ---------------------------------------------------------------------- errors, reported once
 FAILED = "failed"  # in the store: how many processes have failed
 GRACE = 10.0  # seconds that a process has to end by itself once another has failed
-_runs = 0  # that this process has taken part in: one group of processes may train several
+_runs = 0  # runs of this process: one group of processes may train several in turn
 LOST = ("closed by peer", "reset by peer", "Connection refused", "NCCL", "Broken pipe")
 
 
 def run_store() -> Any:
-    """The processes' key-value store, for what is of the run that was started last alone.
+    """The processes' key-value store, with a prefix for the newest run.
 
-    An error or a stop of an earlier run of the same processes is none of this one.
+    An error or a stop of an earlier run of the same processes does not reach this one.
     """
     return torch.distributed.PrefixStore(f"regard/{_runs}", default_store())
 
 
 def is_first_to_tell(error: BaseException) -> bool:
-    """Whether no other process of this run has failed before, whose error is the one to tell.
+    """Whether this process is the first of the run to fail, so that its error is reported.
 
-    What follows from it in the others, such as a lost connection, is no news.
+    What follows from it in the others, such as a lost connection, is not reported.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return not (isinstance(error, UsageError) and is_told_by_another())
     try:
         return run_store().add(FAILED, 1) == 1
-    except Exception:  # the process that holds the store has ended: of an error that it told
+    except Exception:  # the process that holds the store has ended, after reporting its error
         return torch.distributed.get_rank() == 0
 
 
 def lost_process(error: BaseException) -> bool:
-    """Whether an error says that another process of the run is gone."""
+    """Whether an error means that another process of the run is gone."""
     if isinstance(error, torch.distributed.DistError):
         return True
-    if "Duplicate GPU" in str(error):  # more processes than GPUs: nobody is gone
+    if "Duplicate GPU" in str(error):  # more processes than GPUs: no process is gone
         return False
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in LOST)
 
 
 @contextlib.contextmanager
 def lost_processes(count: int) -> Iterator[None]:
-    """Says what it means that another of `count` processes can't be reached.
+    """Turns a lost connection to another of `count` processes into an error that explains it.
 
     Raises:
-        FileError: it can't.
+        FileError: another process has ended or can't be reached.
     """
     try:
         yield
     except RuntimeError as error:
         if count == 1 or not lost_process(error):
             raise
-        # without gloo's line of code before it, and its advice after it
+        # without gloo's source location before it, and its advice after it
         why = re.sub(r"^\[\S+\] ", "", reason(error, 400)).partition(". ")[0][:120]
         raise FileError(
             f"another of the run's {count} processes has ended, or can't be reached any more "
@@ -233,13 +233,13 @@ def lost_processes(count: int) -> Iterator[None]:
 
 
 class Watch:
-    """Ends this process some seconds after another one has failed, if it does not end itself.
+    """Ends this process some seconds after another one has failed, unless it ends by itself.
 
-    It may be waiting in an exchange that the other one will never join.
+    It may be waiting in a collective that the failed process will never join.
 
     Args:
-        end: ends the process (default: at once, its reading processes with it).
-        grace: seconds until then.
+        end: ends the process (default: at once, together with its loader processes).
+        grace: seconds to wait before that.
     """
 
     def __init__(self, end: Callable[[], object] | None = None, grace: float = GRACE) -> None:
@@ -249,7 +249,7 @@ class Watch:
         threading.Thread(target=self._look, name="regard-watch", daemon=True).start()
 
     def close(self) -> None:
-        """This process ends by itself."""
+        """Stops watching: this process ends by itself."""
         self._done.set()
 
     def _look(self) -> None:
@@ -270,14 +270,14 @@ def _end() -> None:
 
 
 # --------------------------------------------------------------------------------- requests
-ASKED = "stop"  # in the store: the signal that asked any process to stop
+ASKED = "stop"  # in the store: the signal by which some process was asked to stop
 
 
 class Requests:
-    """What the processes of a run were asked for by signals and clocks, agreed among them.
+    """Stop and save requests from signals and clocks, agreed among a run's processes.
 
-    They tell each other after every step, and hear it after the next one, so that nobody waits:
-    a request is met by all processes after the same step, at most two steps after it came.
+    They are exchanged after every step and read after the next one, so that no process waits:
+    all processes meet a request after the same step, at most two steps after it came.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -287,12 +287,12 @@ class Requests:
         self._looked_at, self._heard, self._told = 0.0, 0, False
 
     def agree(self, stop: int, save: bool, *, now: bool = False) -> tuple[int, bool]:
-        """The signal to stop for (0: none), and whether to save, as any process was asked.
+        """The signal to stop for (0: none), and whether to save, if any process was asked to.
 
         Args:
             stop: the signal that this process got.
-            save: whether this process has reason to save.
-            now: hear what is asked now; must be the same in all processes.
+            save: whether this process has a reason to save.
+            now: read this step's requests too; must be the same in all processes.
         """
         if not self.several:
             return stop, save
@@ -304,7 +304,7 @@ class Requests:
         return number, bool(saving)
 
     def _ask(self, stop: int, save: bool) -> None:
-        if self._group is None:  # on CPUs: nothing waits for a GPU
+        if self._group is None:  # on CPUs, so that it does not wait for a GPU
             self._group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_EXCHANGE)
         mine = torch.tensor([stop, int(save)])
         work = torch.distributed.all_reduce(
@@ -322,9 +322,9 @@ class Requests:
         return stop, save
 
     def heard(self, stop: int, *, at_once: bool = False) -> int:
-        """The signal that any process got, asked at most once a second; 0: none yet.
+        """The signal that any process got, looked up at most once a second; 0: none yet.
 
-        For stretches without steps: processes hear it at different moments. `at_once` asks now.
+        For stretches without steps: processes see it at different moments. `at_once` looks now.
         """
         if stop or not self.several:
             if stop and self.several and not self._told:

@@ -1,4 +1,4 @@
-"""Batches on the way to the device: made ahead by a thread, copied while the device computes."""
+"""Batches on the way to the device: prepared ahead by a thread, copied while it computes."""
 
 import functools
 import queue
@@ -13,22 +13,22 @@ from torch import Tensor
 from regard.training.graphs import ALONE
 
 AHEAD = 2  # batches on the device besides the one in use
-POLL = 0.2  # seconds between looks at whether the reader has given up
+POLL = 0.2  # seconds between checks whether the reader has given up
 
 
 @dataclass
 class Placed:
-    """A training batch as the loop takes it.
+    """A training batch as the loop uses it.
 
     Attributes:
         images: (B, C, H, W) in 0..255.
         random_numbers: (B, WIDTH) for the augmentation.
         labels: (count,) class indices.
-        shares: (B,) shares of mixup, or None where nothing is mixed.
-        partners: (count,) labels of the images that are mixed in, or None.
-        count: images that count; those after them fill the places of unreadable ones.
+        shares: (B,) mixup coefficients, or None without mixup.
+        partners: (count,) labels of the images mixed in, or None.
+        count: images that count; those after them replace unreadable ones.
         unreadable: (row, reason) of the images left out.
-        rows: (count,) of the table of training images, where targets are looked up by them.
+        rows: (count,) rows in the table of training images, where targets are looked up by row.
     """
 
     images: Tensor
@@ -41,7 +41,7 @@ class Placed:
     rows: Tensor | None = None
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Placed":
-        """The batch with each of its tensors moved."""
+        """The batch with `move` applied to each of its tensors."""
         shares = None if self.shares is None else move(self.shares)
         partners = None if self.partners is None else move(self.partners)
         return Placed(
@@ -51,16 +51,16 @@ class Placed:
 
 
 class Mover:
-    """Copies tensors to a device, from pinned memory on a stream of its own where there are any.
+    """Copies tensors to a device, from pinned memory on a side stream where the device has them.
 
-    Streams are of GPUs; Apple's copies in the order of the work that it was given.
+    CUDA and XPU devices have streams; Apple's GPUs copy in the order in which work is queued.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device, in the stream of `copy` where that is entered."""
+        """The tensor on the device; within `copy`, copied on its stream."""
         if self.device.type == "cpu" or tensor.device.type != "cpu":
             return tensor
         if self.device.type not in ("cuda", "xpu"):
@@ -68,9 +68,9 @@ class Mover:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def copy(self, make: Callable[[Any], Any], batch: Any) -> tuple[Any, Any]:
-        """make(batch), which has a method `moved`, on the device, and the event of its arrival.
+        """make(batch), moved to the device by its method `moved`, and the event of its arrival.
 
-        `make` may ask the device for work, such as decoding.
+        `make` may run work on the device, such as decoding.
         """
         if self.device.type not in ("cuda", "xpu"):
             return make(batch).moved(self), None
@@ -78,7 +78,7 @@ class Mover:
             return make(batch).moved(self), stream.record_event()
 
     def receive(self, batch: Any, arrival: Any) -> Any:
-        """The batch, for work that is given to the device from now on."""
+        """The batch, safe to use in work that is queued on the device from now on."""
         if arrival is not None:
             current = torch.accelerator.current_stream(self.device)
             current.wait_event(arrival)
@@ -88,21 +88,21 @@ class Mover:
 
 @functools.cache
 def _side_stream(device: torch.device) -> Any:
-    """The stream of a device's copies: one, as each keeps memory of its own."""
+    """The device's copy stream: only one, as the allocator holds memory for each stream."""
     return torch.Stream(device=device)
 
 
 def _in_use(tensor: Tensor, stream: Any) -> Tensor:
-    tensor.record_stream(stream)  # its memory is not given away before the stream is done with it
+    tensor.record_stream(stream)  # its memory is not reused before the stream is done with it
     return tensor
 
 
 def feed(batches: Iterator[Any], make: Callable[[Any], Any], device: torch.device) -> Iterator[Any]:
     """make(batch) for each batch, on the device.
 
-    On a CPU this is done when it is asked for, and on Apple's GPUs, where two threads that ask for
-    work at once end the process (PyTorch 2.14, issue 197805); otherwise a thread is up to AHEAD
-    batches ahead, so that the device never waits for a copy. What it raises is raised here.
+    On a CPU, batches are made when asked for; so they are on Apple's GPUs, where two threads that
+    queue work at once crash the process (PyTorch 2.14, issue 197805). Otherwise a thread runs up to
+    AHEAD batches ahead, so that the device never waits for a copy; its errors are raised here.
     """
     if device.type == "cpu":
         return map(make, batches)
@@ -116,9 +116,9 @@ def feed(batches: Iterator[Any], make: Callable[[Any], Any], device: torch.devic
 def _by_thread(
     batches: Iterator[Any], work: Callable[[Any], Any], device: torch.device
 ) -> Iterator[Any]:
-    """work(batch) for each batch, by a thread that is up to AHEAD ahead.
+    """work(batch) for each batch, by a thread that runs up to AHEAD batches ahead.
 
-    A thread begins with the first device, where it would take memory of another process's.
+    The thread sets its device: a new thread starts on the first one, and would take memory there.
     """
     done: queue.Queue[tuple[str, Any]] = queue.Queue(AHEAD)
     given_up = threading.Event()
@@ -139,7 +139,7 @@ def _by_thread(
             for batch in batches:
                 if not put("batch", work(batch)):
                     return
-        except BaseException as error:  # whatever it is, it is the reader's
+        except BaseException as error:  # any error is raised again in the reader
             put("error", error)
         else:
             put("end", None)
@@ -153,7 +153,7 @@ def _by_thread(
                 try:
                     raise value
                 finally:
-                    del value  # whose traceback holds this frame, and those of the training
+                    del value  # its traceback references this frame and those of the training
             if kind == "end":
                 return
             yield value

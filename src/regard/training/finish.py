@@ -1,4 +1,4 @@
-"""The end of a run: its test, its network, and what is written about both."""
+"""The end of a run: tests the network, and writes it and the results."""
 
 import logging
 import platform
@@ -26,7 +26,7 @@ from regard.version import __version__
 
 log: logging.Logger = logging.getLogger(__name__)
 
-MUCH = 0.2  # of the time, waiting for images
+MUCH = 0.2  # share of the time spent waiting for images
 NAMES = {"test": "test", "val": "validation", "train": "training"}
 
 
@@ -45,7 +45,7 @@ def finish_run(
 ) -> None:
     """Evaluates the predictions, and writes network, evaluation, model card and run.json.
 
-    `predictions` are by split; those for the validation images are stored for calibration.
+    `predictions` are by split; those of the validation images are stored for calibration.
     """
     split = facts["tested_on"]
     evaluation = evaluate(predictions[split], seed=plan.recipe.seed)
@@ -71,7 +71,7 @@ def _write_network(folder: RunFolder, plan: Plan, trainer: Trainer, evaluation: 
 def _write_familiarity(
     folder: RunFolder, plan: Plan, trainer: Trainer, parts: dict[str, LoadedSplit]
 ) -> None:
-    """What tells images that are unlike the training images; needs some for validation."""
+    """Writes what flags images unlike the training images; needs some validation images."""
     if "val" not in parts:
         return
     classifier = Classifier(trainer.weights, plan.classes, plan.preprocess)
@@ -91,7 +91,7 @@ def run_facts(
 ) -> dict[str, Any]:
     """What a finished run measured, for run.json.
 
-    `selected` names the epoch whose weights were taken, and by what they were chosen.
+    `selected` names the epoch whose weights were used, and by what it was chosen.
     """
     t = trainer
     lost = sum(len(p.left_out) + len(p.missing) + len(p.lost) for p in parts.values())
@@ -125,7 +125,7 @@ def run_facts(
 
 
 def selected(plan: Plan, trainer: Trainer, best: dict[str, float]) -> dict[str, Any]:
-    """The epoch and step whose weights the run gives, and by what they were chosen."""
+    """The epoch and step of the run's final weights, and by what they were chosen."""
     if plan.recipe.select == "best" and best:
         by = "highest validation accuracy, of equal ones the lowest validation loss"
         return {"by": by, **best}
@@ -137,7 +137,7 @@ def selected(plan: Plan, trainer: Trainer, best: dict[str, float]) -> dict[str, 
 
 
 def accuracy_words(evaluation: Evaluation, split: str) -> str:
-    """The accuracy on the images of a split with its interval, or with why it has none."""
+    """The accuracy on a split's images with its interval, or with the reason why it has none."""
     top1 = evaluation.metrics["top1"]
     spread = (
         f"95 % interval {top1.low:.2%} to {top1.high:.2%}" if top1.has_interval

@@ -12,10 +12,10 @@ NAME = ".lock"
 
 
 class Lock:
-    """A lock on a run's folder, which the system releases when the process ends in any way.
+    """A lock on a run's folder, which the operating system releases however the process ends.
 
     Args:
-        folder: of the run; it has to be there when the lock is acquired.
+        folder: the run's folder; it must exist when the lock is acquired.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,7 +27,7 @@ class Lock:
         """Takes the lock.
 
         Raises:
-            UsageError: another process has it.
+            UsageError: another process holds it.
             StateError: the file can't be written.
         """
         lock = FileLock(self.path)
@@ -45,9 +45,9 @@ class Lock:
         self._lock = lock
 
     def release(self) -> None:
-        """Gives the lock back, and removes its file."""
+        """Releases the lock and removes its file."""
         if self._lock is not None:
-            with contextlib.suppress(OSError):  # Windows removes no open file
+            with contextlib.suppress(OSError):  # Windows can't remove an open file
                 self.path.unlink(missing_ok=True)
             self._lock.release()
             self._lock = None

@@ -1,14 +1,14 @@
 """The training loop: `fit` trains a network on batches, and can be stopped and resumed at any step.
 
 Everything random is a function of the seed and the step, and everything else is in the saved
-state, so a run that was interrupted ends with the same bits as one that was not (one process,
-on a CPU, with the same number of threads).
+state, so an interrupted run ends with the same bits as an uninterrupted one (one process, on a
+CPU, with the same number of threads).
 
 A step's loss is one mean over all its images, however they are divided among gradient
 accumulation and processes: the weighted sum of their losses divided by the sum of their
-weights. Accelerate tells the device and the processes and gathers between them; forward,
-backward, precision, accumulation and clipping are PyTorch's, called here, so that no
-ACCELERATE_* variable changes them.
+weights. Accelerate provides the device, the processes and the gathering; forward, backward,
+precision, accumulation and clipping are PyTorch's, called here, so that no ACCELERATE_* variable
+changes them.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ from regard.training.self_adaptive import START, SelfAdaptiveTargets
 from regard.training.steps import StepPlan, StepSpans, step_plan
 from regard.training.update import Updater
 
-CHECK_EVERY = 20  # steps between reads of the loss on a device, each of which waits for it
-TINY = 1e-12  # the smallest sum of weights that is divided by
+CHECK_EVERY = 20  # steps between reads of the loss from a device, each of which waits for it
+TINY = 1e-12  # lower bound of the sum of weights, which is divided by
 
 
 class Source(Protocol):
@@ -64,14 +64,14 @@ class Trainer:
     Attributes:
         model: the network, on the device.
         recipe, preprocess: how to train, and how images become input.
-        source: of the training images.
-        labels: (N,) of the training images, on the CPU.
-        classes: how many.
-        count: of training images; an epoch is this many positions.
+        source: gives batches of the training images.
+        labels: (N,) labels of the training images, on the CPU.
+        classes: number of classes.
+        count: number of training images; an epoch is this many positions.
         total: optimizer steps of the whole run.
         class_weights: (classes,) for the loss, or None.
         precision: fp32, tf32, bf16 or fp16, as for `Updater`.
-        compiled: the network as torch.compile or `Graphed` gives it; None: it runs eagerly.
+        compiled: the network compiled or as a `Graphed`; None: it runs eagerly.
     """
 
     model: nn.Module
@@ -117,7 +117,7 @@ class Trainer:
 
     @property
     def weights(self) -> nn.Module:
-        """The network to evaluate and to keep: the averaged one where there is one."""
+        """The network to evaluate and to save: the averaged one if there is one."""
         return self.ema.module if self.ema is not None else self.model
 
     def epoch_ends(self, step: int) -> bool:
@@ -128,22 +128,22 @@ class Trainer:
         return step >= self.total or done > before
 
     def spans(self, start: int) -> StepSpans:
-        """This process's batches of the sample order, from a step to the end."""
+        """This process's batches in sample order, from a step to the end."""
         return self.steps.spans(self.accelerator.process_index, start, self.total)
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step (from 0), of attention and classifier."""
+        """The learning rate of a step (from 0), for attention and classifier."""
         factor = rate_factor(self.recipe, step, self.total, self.steps_an_epoch)
         return self.recipe.lr * factor
 
     def epoch_row(self) -> dict[str, float]:
-        """The training columns of metrics.csv from the epoch's sums of all processes.
+        """The training columns of metrics.csv, from the epoch's sums over all processes.
 
-        `loss` is the cross entropy of the prediction, as `val_loss` is; `objective` is what is
+        `loss` is the cross entropy of the prediction, like `val_loss`; `objective` is what is
         minimized: with smoothing, class weights and every head.
         """
         summed = self.tally
-        if self.accelerator.num_processes > 1:  # NCCL exchanges what is on the device alone
+        if self.accelerator.num_processes > 1:  # NCCL exchanges only what is on the device
             summed = reduce(summed.to(self.device), "sum")
         objective, weight, entropy, correct, seen = summed.tolist()
         rate = self.rate(self.step - 1)
@@ -177,7 +177,7 @@ class Trainer:
         """Restores a state saved by `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.updater.scaler is not None and state["scaler"] is not None:  # else at its own start
+        if self.updater.scaler is not None and state["scaler"] is not None:  # else it starts anew
             self.updater.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
@@ -188,13 +188,13 @@ class Trainer:
         self.unreadable = [tuple(u) for u in state["unreadable"]]
 
     def fit(self, *, after_step: Callable[["Trainer", float], None]) -> None:
-        """Trains to the last step; `after_step` is called after each with the step's loss.
+        """Trains to the last step; calls `after_step` after each one with its loss.
 
-        The loss is NaN where it was not read (on a device, in all but every CHECK_EVERY-th step).
+        The loss is NaN if it was not read (on a device, in all but every CHECK_EVERY-th step).
 
         Raises:
             NotFiniteError: a loss is not finite. On a CPU the weights are those before that
-                step; on a device up to CHECK_EVERY steps were done since.
+                step; on a device up to CHECK_EVERY further steps have changed them.
         """
         self._prepare()
         batches = feed(self.source.batches(self.spans(self.step)), self.place, self.device)
@@ -218,11 +218,11 @@ class Trainer:
     def gradients(self, batches: Iterator[Any], started: float | None = None) -> Tensor:
         """Computes the gradients of a step's loss; returns this process's share of it.
 
-        The shares of all processes have the step's loss as their mean. The time since
-        `started`, until the batches are there, counts as waiting.
+        The mean of all processes' shares is the step's loss. The time from `started` until the
+        batches are there counts as waiting.
 
         Args:
-            batches: of the step, as the source gives them or as `place` does.
+            batches: the step's batches, from the source or from `place`.
             started: when the step began.
         """
         step = [self._readable(next(batches)) for _ in range(self.recipe.accumulate)]
@@ -232,9 +232,9 @@ class Trainer:
         weights = [total_weight(target, self.class_weights) for target in targets]
         whole = torch.stack(weights).sum()
         share = 1.0
-        if self._parallel is not None:  # which averages the gradients of the processes
+        if self._parallel is not None:  # averages the gradients over the processes
             share, whole = float(self.accelerator.num_processes), reduce(whole, "sum")
-        whole = whole.clamp_min(TINY)  # of a step whose images all have weight 0
+        whole = whole.clamp_min(TINY)  # a step whose images all have weight 0
         loss = torch.zeros((), device=self.device)
         for part, (batch, target, weight) in enumerate(zip(step, targets, weights, strict=True)):
             with fastest_kernels(), self._synchronized(part == len(step) - 1):
@@ -249,12 +249,12 @@ class Trainer:
         return loss
 
     def place(self, batch: ReadBatch) -> Placed:
-        """A batch with its labels and its shares of mixup, still where the source made it.
+        """A batch with its labels and mixup coefficients, still where the source made it.
 
         Files are decoded on the device.
 
-        The places of unreadable images are filled by others of the batch, which do not count:
-        a network that is compiled or normalizes by batch sees batches of one size.
+        Unreadable images are replaced by others of the batch, which do not count: a network that is
+        compiled or uses batch norm gets batches of one size.
         """
         if isinstance(batch, EncodedBatch):
             batch = batch.decoded(self.device)
@@ -270,19 +270,19 @@ class Trainer:
         return Placed(batch.images, u, labels[:count], shares, partners, count, unreadable, rows)
 
     def input_of(self, batch: ReadBatch) -> Tensor:
-        """(B, C, H, W), what the network gets of a batch, on the device."""
+        """(B, C, H, W), the network's input for a batch, on the device."""
         return self._input(self._readable(batch))
 
     def update(self) -> None:
-        """Moves the weights, and their average, by the gradients."""
+        """Updates the weights, and their average, from the gradients."""
         self.updater.update()
 
     def check_finite(self) -> None:
-        """Refuses weights that the last step broke, before they are tested or saved.
+        """Refuses to test or save weights that the last step made infinite or NaN.
 
         Raises:
-            NotFiniteError: some are infinite or NaN, of the network or of its average; or the
-                loss of a step since the last look was, which then is the one that is named.
+            NotFiniteError: the network's or its average's weights are not finite; or a loss since
+                the last check was not, and then the error names that step.
         """
         self.check_loss()
         tensors = [*self.model.state_dict().values(), *self.weights.state_dict().values()]
@@ -291,20 +291,20 @@ class Trainer:
             raise self.not_finite("a weight")
 
     def check_loss(self) -> None:
-        """Looks whether the loss of a step was not finite, which waits for the device.
+        """Checks whether the loss of a step was not finite, which waits for the device.
 
         Raises:
-            NotFiniteError: of the first such step in any process.
+            NotFiniteError: for the first such step in any process.
         """
         if (first := self._agreed(self._bad)) >= 0:
             raise self._error(first, "the loss")
 
     def not_finite(self, what: str) -> NotFiniteError:
-        """The error of the step that was done last."""
+        """The error for the last step done."""
         return self._error(self.step - 1, what)
 
     def share_buffers(self) -> None:
-        """Gives all processes the first one's running means of BN; each counts its own."""
+        """Gives all processes the first one's BN running statistics; each computes its own."""
         if self.accelerator.num_processes == 1:
             return
         buffers = [*self.model.buffers()]
@@ -314,14 +314,14 @@ class Trainer:
 
     # ------------------------------------------------------------------------ its parts
     def _error(self, step: int, what: str) -> NotFiniteError:
-        """The error of a step (from 0), which people count from 1, as the progress does."""
+        """The error for a step (from 0), which users count from 1, as the progress display does."""
         rows = []
         if (order := getattr(self.source, "order", None)) is not None:
             rows = order.at(*self.steps.positions(step)).tolist()
         return NotFiniteError(step + 1, self.rate(step), rows, what)
 
     def _agreed(self, bad: Tensor) -> int:
-        """The first step whose loss was not finite in any process, or -1: all end together."""
+        """The first step with a loss not finite in any process, or -1, so all stop together."""
         if self.accelerator.num_processes == 1:
             return int(bad)
         steps = gather(bad.view(1).to(self.device))
@@ -332,34 +332,34 @@ class Trainer:
         self._bad = self._bad.to(self.device)
         self._forward = self.model if self.compiled is None else self.compiled
         if self.accelerator.num_processes > 1:
-            torch.compiler.reset()  # what the trial compiled was not cut for several processes
-            # around the compiled network, not the other way: then no_sync and the hooks that
-            # exchange gradients are PyTorch's own, and dynamo cuts the graph where they are
+            torch.compiler.reset()  # the trial compiled without graph breaks for DDP
+            # DDP wraps the compiled network, not the reverse: then no_sync and the hooks that
+            # exchange gradients are PyTorch's own, and dynamo splits the graph at them
             self._forward = self._parallel = nn.parallel.DistributedDataParallel(
                 self._forward,
                 device_ids=None if self.device.type == "cpu" else [self.device.index],
                 gradient_as_bucket_view=True,
-                **without_buffer_exchange(),  # `share_buffers` does it where they are used
+                **without_buffer_exchange(),  # `share_buffers` does that where they are used
             )
 
     @property
     def _targets_move(self) -> bool:
-        """Whether a self-adaptive run is at the steps in which its targets move."""
+        """Whether a self-adaptive run has reached the steps in which its targets move."""
         return self.step >= START * self.total
 
     def _synchronized(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Processes exchange gradients with the last batch of a step only."""
+        """Lets processes exchange gradients only in the last batch of a step."""
         if self._parallel is None or last:
             return contextlib.nullcontext()
         return self._parallel.no_sync()
 
     def _recomputing(self) -> contextlib.AbstractContextManager[Any]:
-        """For the backward pass, which checkpoints let go forward a second time."""
+        """Context of the backward pass, in which checkpointing runs the forward pass again."""
         checkpoints = self.recipe.grad_checkpointing
         return frozen_statistics(self.model) if checkpoints else contextlib.nullcontext()
 
     def _readable(self, batch: ReadBatch | Placed) -> Placed:
-        """The batch on the device, with its unreadable images noted."""
+        """The batch on the device; its unreadable images are recorded."""
         if not isinstance(batch, Placed):
             batch = self.place(batch).moved(Mover(self.device))
         self.unreadable += batch.unreadable
@@ -392,7 +392,7 @@ class Trainer:
             return self._forward(x).float()
 
     def _summed_loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """The objective of a batch, summed over its images, each times its class weight."""
+        """The objective summed over a batch's images, each weighted by its class weight."""
         return multi_head_cross_entropy(
             outputs, target, self.head_weights, reduction="sum",
             weight=self.class_weights, label_smoothing=self.recipe.label_smoothing,
@@ -412,6 +412,6 @@ class Trainer:
 
 
 def _seed(seed: int, step: int, accelerator: Accelerator) -> None:
-    """Of dropout and the like: another for each step and process, the same when resumed."""
+    """Seeds dropout and the like: differs by step and process, the same when resumed."""
     mixed_in = ((seed * 1_000_003 + step) * 4099 + accelerator.process_index) % (2**63 - 1)
     seed_device(accelerator.device, mixed_in)

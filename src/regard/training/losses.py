@@ -17,10 +17,10 @@ def multi_head_cross_entropy(
     """The weighted sum of each head's cross entropy (Schlemper et al. 2019, section 3.3).
 
     Args:
-        outputs: (B, heads, classes) as a network gives in training, or (B, classes), which
-            is one head.
+        outputs: (B, heads, classes) as a network returns in training, or (B, classes) for one
+            head.
         target: (B,) class indices, or (B, classes) probabilities.
-        weights: one a head, 1 each by default; a network's own are `model.head_weights`.
+        weights: one per head (default: 1 each); a network's own are `model.head_weights`.
         kwargs: of torch.nn.functional.cross_entropy (label_smoothing, weight, reduction).
 
     Returns:
@@ -38,14 +38,14 @@ def multi_head_cross_entropy(
 
 
 def total_weight(target: Tensor, class_weights: Tensor | None) -> Tensor:
-    """The sum of the images' weights: of their classes', or of what they have of each class.
+    """The sum of the images' class weights; for soft targets, weighted by class probability.
 
     Args:
         target: (B,) class indices, or (B, classes) probabilities.
         class_weights: (classes,), or None for 1 each.
 
     Returns:
-        A float scalar, by which a sum of weighted losses is divided for their mean.
+        A float scalar; the sum of weighted losses divided by it is their mean.
     """
     if class_weights is None:
         return torch.full((), float(len(target)), device=target.device)
@@ -59,9 +59,9 @@ def prediction_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def joined_heads(model: nn.Module, outputs: Tensor) -> Tensor:
-    """The prediction's logits, (B, classes), from what a network gives in training.
+    """The prediction's logits, (B, classes), from a network's output in training.
 
-    Several heads are joined by the network's `join_heads`; without one, by the mean of their
+    Several heads are joined by the network's `join_heads`; if it has none, by averaging their
     softmaxes.
     """
     if outputs.ndim == 2:

@@ -1,7 +1,7 @@
-"""Fitting a step into memory: as few equal batches as have room, found by trial steps.
+"""Fits a step into memory: as few equal batches as there is room for, found by trial steps.
 
-On a GPU batches are tried from the largest down. On a CPU, where too much memory ends the
-process rather than the step, small batches are measured and larger ones extrapolated.
+On a GPU batches are tried from the largest down. On a CPU, where running out of memory kills the
+process, small batches are measured and larger ones extrapolated.
 """
 
 import logging
@@ -25,9 +25,9 @@ from regard.training.trial import first_batches, trial, trial_step
 
 log: logging.Logger = logging.getLogger(__name__)
 
-SHARE = 0.9  # of the free memory that a step may take: the measurement is not exact
-ENOUGH = 512e6  # bytes by which the measured batches differ, when no larger one is needed
-LONGEST = 60.0  # seconds within which another larger batch is measured
+SHARE = 0.9  # of the free memory that a step may take, as the measurement is not exact
+ENOUGH = 512e6  # measured batches differing by this many bytes suffice to extrapolate
+LONGEST = 60.0  # seconds after which no larger batch is measured
 _RESET_PEAK = Path("/proc/self/clear_refs")
 
 Peak = Callable[[Trainer, int], int | None]  # bytes that a batch of this size takes; None: too many
@@ -38,18 +38,18 @@ def fit_memory(
 ) -> tuple[int, int]:
     """The batch size and the gradient accumulation steps with which a step fits in memory.
 
-    The images in a step stay as many, so the learning rate is right as it is.
+    The number of images per step is unchanged, so the learning rate stays right.
 
     Args:
         trainer: with the recipe's batches; it is not changed.
         peak: measures a batch (default: trial steps on the trainer's device).
-        free: bytes (default: what is free).
+        free: bytes available (default: what is free now).
 
     Raises:
         UsageError: not even the smallest batch fits, or several processes synchronize their BN.
     """
     device, world = trainer.accelerator.device, trainer.accelerator.num_processes
-    if world > 1 and trainer.recipe.sync_bn:  # one that runs out would leave the others waiting
+    if world > 1 and trainer.recipe.sync_bn:  # one out of memory would leave the others waiting
         raise UsageError("fit_memory measures each process by itself: leave it or sync_bn out")
     images = trainer.batch * trainer.recipe.accumulate
     sizes = [images // n for n in range(1, images + 1) if images % n == 0]
@@ -67,7 +67,7 @@ def fit_memory(
         log.info(f"memory can't be measured on {device.type} here: batches stay as they are")
         return trainer.batch, trainer.recipe.accumulate
     chosen = next((s for s in sizes if needed.get(s, math.inf) <= SHARE * free), 0)
-    if world > 1:  # on CPUs the first process's choice; of GPUs, the one with least room
+    if world > 1:  # on CPUs the first process's choice; on GPUs that of the one with least room
         several = gathered(trainer.accelerator, chosen)
         chosen = broadcast_object_list([several[0]])[0] if device.type == "cpu" else min(several)
     if not chosen:
@@ -101,7 +101,7 @@ def _bytes(count: float) -> str:
 
 
 def _two_steps(trainer: Trainer, size: int) -> None:
-    """Two steps of two batches each: the second with all that the optimizer holds."""
+    """Two steps of two batches each: the second with the optimizer's state allocated."""
     with trial(trainer, recipe=trainer.recipe.changed(accumulate=2)) as at_trial:
         batch = repeated(first_batches(at_trial)[0], size)
         for _ in range(2):
@@ -109,7 +109,7 @@ def _two_steps(trainer: Trainer, size: int) -> None:
 
 
 def peak_of(work: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that `work` takes at most beyond what was held before; None: not measurable here.
+    """Peak bytes that `work` takes beyond what was in use before; None: not measurable here.
 
     On a CPU that is the whole process's memory (Linux), on a GPU what torch allocates.
     """
@@ -132,7 +132,7 @@ def peak_of(work: Callable[[], object], device: torch.device) -> int | None:
 def _largest_that_fits(
     trainer: Trainer, sizes: list[int], limit: float, peak: Peak
 ) -> dict[int, float]:
-    """Bytes by batch size, from the largest to the first within the limit; inf.: it did not run."""
+    """Bytes by batch size, from the largest down to the first within the limit; inf: it failed."""
     needed: dict[int, float] = {}
     for size in sizes:
         taken = peak(trainer, size)
@@ -143,7 +143,7 @@ def _largest_that_fits(
 
 
 def peak_on_gpu(trainer: Trainer, size: int) -> int | None:
-    """Bytes allocated at most in steps of batches of this size; None: memory ran out."""
+    """Peak bytes allocated in steps with batches of this size; None: out of memory."""
     device = trainer.accelerator.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -166,19 +166,19 @@ def _free_on_gpu(device: torch.device) -> float:
 
 # ------------------------------------------------------------------------------- on a CPU
 class PeakOnCPU:
-    """Measures the memory that this process takes at most beyond what it held at first (Linux)."""
+    """Measures this process's peak memory beyond what it held at first (Linux)."""
 
     def __init__(self) -> None:
         trim_memory()
         self.before: int = psutil.Process().memory_info().rss
 
     def __call__(self, trainer: Trainer, size: int) -> int:
-        _RESET_PEAK.write_text("5", encoding="ascii")  # sets the peak to what is held now
+        _RESET_PEAK.write_text("5", encoding="ascii")  # resets the peak to current use
         _two_steps(trainer, size)
         return self.now()
 
     def now(self) -> int:
-        """The peak since it was reset, beyond what was held at first."""
+        """The peak since the reset, beyond what was held at first."""
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
         return max(0, 1024 * int(peak.split()[1]) - self.before)
@@ -187,7 +187,10 @@ class PeakOnCPU:
 def measured_peaks(
     trainer: Trainer, sizes: list[int], limit: float, peak: Peak
 ) -> list[tuple[int, int]]:
-    """(batch size, bytes) for 2, 4, 8, ... up to the largest size, while twice the last fits."""
+    """(batch size, bytes) for 2, 4, 8, ... up to the largest size.
+
+    Stops early where twice the last would not fit, where they differ by ENOUGH, or after LONGEST.
+    """
     largest, points = max(sizes), []
     started = time.monotonic()
     for size in [*(2**k for k in range(1, 31) if 2**k < largest), largest]:
@@ -203,8 +206,8 @@ def measured_peaks(
 def extrapolated(points: list[tuple[int, int]], sizes: list[int]) -> dict[int, float]:
     """Bytes by batch size: linear between the measured batches, and beyond them.
 
-    At small batches the weights and the optimizer's state dominate, so that these may differ by
-    less than larger ones do, or by more: the steeper of two lines is followed.
+    At small batches the weights and the optimizer's state dominate, so that two of them may differ
+    by less than larger ones do, or by more: the steeper of two slopes is used.
     """
     if len(points) == 1:
         points = [(0, 0), *points]

@@ -95,7 +95,7 @@ def _metrics(facts: dict[str, Any], evaluation: Evaluation) -> str:
 
 
 def no_interval(evaluation: Evaluation) -> str:
-    """Why the metrics of one image, or of one group of images, have no interval."""
+    """Why the metrics have no interval where there is one image, or one group of images."""
     return f"no interval: that needs more {'images' if evaluation.n_groups is None else 'groups'}"
 
 
@@ -111,7 +111,7 @@ def _use(folder: RunFolder) -> str:
 
 def _command(folder: RunFolder, plan: Plan, facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    command = folder.read_command()  # this process's may be that of a resumed run
+    command = folder.read_command()  # this process may be resuming, with another command
     return f"## How it was made\n\n```\n{command}\n```\n\nWith {versions}; seed {plan.recipe.seed}."
 
 

@@ -1,12 +1,12 @@
-"""Muon, with the matrices of one shape orthogonalized at once.
+"""Muon that orthogonalizes all matrices of one shape at once.
 
-A network has a hundred matrices in a dozen shapes, and orthogonalizing takes fifteen small
-products: asked for one matrix at a time, they take a GPU's host longer than the whole step. On
-CUDA all of them are recorded as one graph, too, which is asked for by one call.
+A network has a hundred matrices in a dozen shapes, and orthogonalizing one takes fifteen small
+products: launched one matrix at a time, they take the CPU longer than the whole step takes the
+GPU. On CUDA all of them are also captured as one CUDA graph, launched by one call.
 
-Which parameters are matrices, the polynomials, and the state that is saved are timm's. Where
-timm multiplies in bf16 on any machine, a CPU, or a GPU without bf16, does so in float32 here:
-without the hardware bf16 is emulated, 30 times slower.
+Which parameters count as matrices, the polynomials and the saved state are timm's. Where timm
+multiplies in bf16 on any machine, this uses float32 on CPUs and on GPUs without bf16: there,
+emulated bf16 is 30 times slower.
 """
 
 import logging
@@ -27,28 +27,28 @@ from regard.training.graphs import ALONE
 log: logging.Logger = logging.getLogger(__name__)
 
 TOGETHER = 5
-"""Steps from one product X X'; float32 allows no more."""
+"""Steps computed from one product X X'; float32 allows no more."""
 
 
 class Muon(timm.optim.Muon):
-    """Momentum of matrices and convolutions orthogonalized; all other parameters by AdamW.
+    """Orthogonalized momentum for matrices and convolutions; AdamW for all other parameters.
 
-    Jordan et al. 2024, with steps as long as AdamW's (Liu et al. 2025, arXiv 2502.16982). With
-    `nesterov`, the others move by NAdamW. Arguments and state are those of timm's Muon.
+    Jordan et al. 2024, with updates as large as AdamW's (Liu et al. 2025, arXiv 2502.16982). With
+    `nesterov`, the other parameters use NAdamW. Arguments and state are those of timm's Muon.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._recordings: dict[int, _Recording] = defaultdict(_Recording)  # by group
+        self._recordings: dict[int, _Recording] = defaultdict(_Recording)  # by parameter group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, and of a state that is loaded."""
+        """Restores a copied or loaded state; recorded graphs are not part of it."""
         super().__setstate__(state)
         self._recordings = defaultdict(_Recording)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Moves the parameters that have a gradient; returns what `closure` does, if given."""
+        """Updates the parameters that have a gradient; returns `closure`'s result, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -61,7 +61,7 @@ class Muon(timm.optim.Muon):
             hidden += [(p, p.grad) for p in matrices]
         for p, _ in hidden:
             p.grad = None
-        super().step()  # what is left
+        super().step()  # the other parameters
         for p, gradient in hidden:
             p.grad = gradient
         return loss
@@ -96,9 +96,9 @@ class Muon(timm.optim.Muon):
 
 
 class _Recording:
-    """`directions`; on CUDA recorded in the second call, and replayed from then on.
+    """Calls `directions`; on CUDA it captures the second call and replays it from then on.
 
-    The first call lets the libraries allocate what they keep.
+    The first call is a warm-up in which libraries allocate their workspaces.
     """
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class _Recording:
     def _record(self, updates: list[Tensor], group: dict[str, Any]) -> None:
         self.updates = [u.clone() for u in updates]
         graph = torch.cuda.CUDAGraph()
-        # only this thread is recorded: another brings images to the device
+        # captures only this thread: another one copies images to the device
         with ALONE, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.found = directions(self.updates, group)
         self.graph = graph
@@ -141,7 +141,7 @@ def directions(updates: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]
 
     Args:
         updates: (m, n) or (m, ...) each, all on one device.
-        group: of the optimizer, with ns_steps, ns_coefficients and eps.
+        group: the optimizer's parameter group, with ns_steps, ns_coefficients and eps.
 
     Returns:
         Tensors of the same shapes, in the same order.
@@ -168,14 +168,14 @@ def orthogonal_by_gram(
 ) -> Tensor:
     """timm's `zeropower_via_newtonschulz` in float32 or more, with fewer products.
 
-    Each of its steps maps X to (a + b A + c A A) X with A = X X'. These factors commute, so the
-    next A and the product of all factors are made of the first A alone: of a 512 x 4608 matrix,
-    X is multiplied twice instead of ten times, and all else is 512 x 512. After `TOGETHER` steps
-    A is computed again, as its rounding errors grow fourfold with each.
+    Each of timm's steps maps X to (a + b A + c A A) X with A = X X'. These factors commute, so the
+    next A and the product of all factors follow from the first A alone: for a 512 x 4608 matrix,
+    X is multiplied twice instead of ten times, and every other product is 512 x 512. After
+    `TOGETHER` steps A is computed anew, as its rounding errors grow fourfold with each.
 
     Args:
-        matrices: (B, m, n); float64 stays float64, all else becomes float32. Rounding of A costs
-            half of its digits for the smallest singular values, which bf16 doesn't have.
+        matrices: (B, m, n); float64 stays float64, all else becomes float32. Rounding A costs
+            half of the digits of the smallest singular values; bf16 doesn't have those digits.
         steps, coefficients, eps: as timm's; the last coefficients are repeated.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a run is, found out by its first process and told to all: they may share no disk."""
+"""Opens a run in the first process and sends it to the others, which may share no disk."""
 
 import dataclasses
 import logging
@@ -25,11 +25,11 @@ Resume = bool | Literal["auto"]
 
 @dataclass(frozen=True)
 class Opened:
-    """A run that is started or resumed.
+    """A run to be started or resumed.
 
     Attributes:
-        path: of its folder, which is there for the first process alone.
-        plan: what it is.
+        path: its folder, which exists only for the first process.
+        plan: the run's plan.
         table: its images with their splits.
         stored: what was measured when it was started.
         resumed: whether it is resumed.
@@ -49,17 +49,17 @@ class Opened:
 def open_run(
     accelerator: Accelerator, asked: Request, out: str | Path | None, resume: Resume
 ) -> Opened:
-    """The run that is asked for, the same in all processes.
+    """The requested run, the same in all processes.
 
     Args:
-        accelerator: of this process.
+        accelerator: this process's.
         asked: the arguments.
-        out: its folder, or None.
-        resume: whether to go on with the run in it; "auto": if there is one.
+        out: the run's folder, or None.
+        resume: whether to resume the run in it; "auto": if there is one.
 
     Raises:
         UsageError: there is no run to resume, or another one is in the folder; the data can't be
-            used; there is no such network; or what is asked for is not what the run was started
+            used; there is no such network; or the request differs from what the run was started
             with.
     """
     opened: Opened = on_main(
@@ -82,11 +82,11 @@ def _open(asked: Request, out: str | Path | None, resume: Resume, world: int) ->
     table, keys = moved_table(folder.path, folder.read_plan(), asked.data, plan.root)
     folder.attach(table)
     stored = folder.read_measured()
-    if "left_out" in stored:  # under the names that the files have now
+    if "left_out" in stored:  # by the keys that the files have now
         stored["left_out"] = {keys.get(key, key): why for key, why in stored["left_out"].items()}
     if line := changed_line(table, folder.path / "splits.csv", stored.get("left_out", ())):
         table = dataclasses.replace(table, warnings=(*table.warnings, line))
-    told = dict.fromkeys([*stored.get("warnings", ()), *table.warnings])  # when it was started
+    told = dict.fromkeys([*stored.get("warnings", ()), *table.warnings])  # then and now
     table = dataclasses.replace(table, warnings=tuple(told))
     if folder.finished:
         states.clear()
@@ -102,7 +102,7 @@ def _holds_run(out: str | Path | None, data: str, model: str | None) -> bool:
 
 
 def _fetch_images(accelerator: Accelerator, asked: Request, table: ImageTable) -> None:
-    """Downloads the images once more on machines that don't see the first one's disk."""
+    """Downloads the images again on machines that can't see the first one's disk."""
     if accelerator.num_processes == 1:
         return
     if accelerator.is_local_main_process and table.files is not None and len(table.files):

@@ -20,7 +20,7 @@ def rate_factor(recipe: Recipe, step: int, total: int, steps_an_epoch: float) ->
     Args:
         step: optimizer steps done before this one.
         total: optimizer steps of the whole run.
-        steps_an_epoch: converts a schedule in epochs; need not be whole.
+        steps_an_epoch: converts a schedule given in epochs; need not be a whole number.
     """
     unit = steps_an_epoch if recipe.schedule_unit == "epochs" else 1.0
     warm = recipe.warmup * unit
@@ -33,7 +33,7 @@ def rate_factor(recipe: Recipe, step: int, total: int, steps_an_epoch: float) ->
     if recipe.schedule == "constant":
         return risen
     factors = recipe.lr_factors or [1 / 10**i for i in range(len(recipe.milestones) + 1)]
-    # 1e-6 of a step: 30 epochs of 10/3 steps end with step 100, whatever the rounding
+    # 1e-6 of a step: 30 epochs of 10/3 steps end with step 100 despite rounding
     return risen * factors[sum(step >= m * unit - 1e-6 for m in recipe.milestones)]
 
 
@@ -45,14 +45,14 @@ def _one_cycle(done: float) -> float:
 
 
 def gate_and_head_parameters(model: nn.Module) -> set[str]:
-    """The names of the parameters of attention and classifier; the others are the backbone's."""
+    """Names of the attention's and the classifier's parameters; the rest is the backbone."""
     modules = (*attention_kinds(model), *classifier_modules(model))
     starts = tuple(f"{module}." for module in modules)
     return {name for name, _ in model.named_parameters() if name.startswith(starts)}
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD or AdamW, fused, from timm's factory, or Muon, over `parameter_groups`."""
+    """timm's SGD or AdamW (fused), or Muon, over `parameter_groups`."""
     nesterov = recipe.nesterov and recipe.momentum > 0
     if recipe.optimizer == "muon":
         groups = parameter_groups(model, recipe)
@@ -71,10 +71,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Groups by weight decay (timm's) and by learning rate.
+    """Groups by weight decay (as in timm) and by learning rate.
 
-    What `model.no_weight_decay()` names, such as a ViT's position embedding, is not decayed;
-    neither are norms and biases without recipe.decay_norm_and_bias. `lr_scale` of a group is 1
+    Parameters in `model.no_weight_decay()`, such as a ViT's position embedding, are not decayed;
+    nor are norms and biases, unless recipe.decay_norm_and_bias is set. A group's `lr_scale` is 1
     for attention and classifier, and recipe.backbone_lr_scale for the rest.
     """
     spared: set[str] = getattr(model, "no_weight_decay", set)()

@@ -1,4 +1,4 @@
-"""Which of how many processes this is, by its environment or a group that the caller made."""
+"""This process's rank and the number of processes, from the environment or an existing group."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ from regard.files import reason
 
 log: logging.Logger = logging.getLogger(__name__)
 
-# torchrun's variables, each with MPI's, which Accelerate reads on CPUs
+# torchrun's variables, each with MPI's equivalents, which Accelerate reads on CPUs
 VARIABLES = {
     "RANK": ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
     "WORLD_SIZE": ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
@@ -27,22 +27,22 @@ VARIABLES = {
         "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"
     ),
 }  # fmt: skip
-DEVICE = "ACCELERATE_TORCH_DEVICE"  # which Accelerate takes before any other
+DEVICE = "ACCELERATE_TORCH_DEVICE"  # which Accelerate prefers to any other device
 ADVICE = "torchrun (or MPI) sets such variables for several processes; unset them to train in one"
-LONG = 30.0  # seconds of waiting after which it is said
+LONG = 30.0  # seconds of waiting after which a message says so
 
 
 @contextlib.contextmanager
 def checked_places(device: str) -> Iterator[None]:
-    """Within, Accelerate finds this process's place in variables that fit each other.
+    """Context in which Accelerate finds this process's rank in variables that are consistent.
 
-    What another program left in the environment of a process that trains by itself is hidden.
+    What another program left in the environment of a single-process training is hidden.
 
     Args:
-        device: the kind that is trained on, as "cuda".
+        device: the type of device to train on, such as "cuda".
 
     Raises:
-        UsageError: a variable is no number, or they don't fit each other.
+        UsageError: a variable is not a number, or the variables contradict each other.
     """
     hidden = []
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -60,7 +60,7 @@ def checked_places(device: str) -> Iterator[None]:
 
 
 def _warn_of_single_tasks() -> None:
-    """srun starts as many copies of a command as there are tasks, which know nothing of others."""
+    """Warns where srun started one copy of the command per task, which don't know of each other."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1" and os.environ.get("SLURM_PROCID") == "0":
         log.warning(
@@ -70,7 +70,7 @@ def _warn_of_single_tasks() -> None:
 
 
 def _number_of_processes(device: str) -> int:
-    """The number of processes that the variables say."""
+    """The number of processes according to the variables."""
     named: dict[str, tuple[str, int]] = {}  # by torchrun's name: the variable that is set
     for name, others in VARIABLES.items():
         for variable in (name, *others) if device == "cpu" else (name,):
@@ -99,10 +99,10 @@ def _number(variable: str) -> int:
 
 
 def _take_places_of_group() -> None:
-    """Sets torchrun's variables for a group that the caller made, as with `mp.spawn`.
+    """Sets torchrun's variables for a process group that the caller made, as with `mp.spawn`.
 
     Raises:
-        UsageError: the ranks of this machine don't follow each other.
+        UsageError: the ranks on this machine are not consecutive.
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
@@ -118,7 +118,7 @@ def _take_places_of_group() -> None:
 
 @contextlib.contextmanager
 def waiting_told() -> Iterator[None]:
-    """Says after a while that other processes are waited for, which may not have been started."""
+    """Says after a while that other processes are being waited for; they may not be running."""
     if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         yield
         return
@@ -136,10 +136,10 @@ def waiting_told() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unreachable_told() -> Iterator[None]:
-    """Says in one line that the processes can't find each other.
+    """Reports in one line that the processes can't reach each other.
 
     Raises:
-        FileError: they can't: a port is taken, an address is not known, or some never came.
+        FileError: a port is in use, an address is unknown, or some processes never joined.
     """
     try:
         yield
@@ -152,15 +152,15 @@ def unreachable_told() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------- restarts
-POLL = 0.2  # seconds between looks into the store
+POLL = 0.2  # seconds between polls of the store
 SCHEME = "regard-attempt"
 
 
 def meeting() -> str | None:
-    """The init_method of the run's group; None: torch's own.
+    """The init_method of the run's process group; None: torch's default.
 
-    Where torchrun may start the processes again, all attempts share one store, and a process
-    can find the address of one that ended in the attempt before (PyTorch issue 135712).
+    Where torchrun may restart the processes, all attempts share one store, and a process could
+    find the address of one that ended in an earlier attempt (PyTorch issue 135712).
     """
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     again = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
@@ -182,13 +182,13 @@ def _meet(_: str, timeout: timedelta, **more: Any) -> Iterator[tuple[Any, int, i
 
 
 def agreed_attempt(store: Any, rank: int, world: int, longest: float) -> str:
-    """A name that all processes of this attempt have, and none of an earlier one had.
+    """A name that all processes of this attempt share, and none of an earlier one used.
 
-    The first process chooses it, and lets the others go on once each has seen it. One that ended
-    meanwhile can't, and the name that it chose is given up for the next one's.
+    The first process chooses it, and lets the others go on once each has seen it. If one has ended
+    meanwhile, that never happens, and the name is given up for the next attempt's.
 
     Raises:
-        DistStoreError: not all came within `longest` seconds.
+        DistStoreError: not all processes joined within `longest` seconds.
     """
     ends, mine = time.monotonic() + longest, ""
     if rank == 0:
@@ -199,7 +199,7 @@ def agreed_attempt(store: Any, rank: int, world: int, longest: float) -> str:
             store.set(f"regard/{name}/go", "")
         if name != mine and store.add(f"regard/{name}/{rank}", 1) == 1:
             store.add(f"regard/{name}/seen", 1)
-            mine = name  # otherwise it is an earlier attempt's, in which this rank was
+            mine = name  # otherwise this rank saw it in an earlier attempt
         if name == mine and store.check([f"regard/{name}/go"]):
             return name
         time.sleep(POLL)

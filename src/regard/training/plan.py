@@ -1,4 +1,4 @@
-"""What a run decides for itself: network arguments, image size, length, weights, precision."""
+"""What a run derives from its data: network arguments, image size, length, weights, precision."""
 
 import logging
 import math
@@ -31,7 +31,7 @@ log: logging.Logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "cbam_resnet18"
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
 CIFAR_STEM_UP_TO = 48  # pixels; timm's weights are for larger images
-CPU_SIZE = 128  # the largest that is chosen without a GPU; --size takes any
+CPU_SIZE = 128  # the largest size chosen without a GPU; --size overrides it
 
 
 def choose_model(
@@ -40,14 +40,15 @@ def choose_model(
     given: Mapping[str, Any] | None = None,
     trained: tuple[str | None, Mapping[str, Any]] = (None, {}),
 ) -> tuple[str, dict[str, Any]]:
-    """The network's name and its arguments: those of the recipe that it takes, then `given`.
+    """The network's name and arguments: the recipe's where they apply to it, then `given`.
 
     Args:
-        name: of the network, if one is asked for; else it is the recipe's.
-        recipe: of the run.
+        name: the requested network; None: the recipe's.
+        recipe: the run's recipe.
         given: arguments of the network.
-        trained: the network that the run's weights are of, see `network_of`: without a name or a
-            recipe's it is that one, and where it is, it has its arguments unless others are given.
+        trained: the network and arguments of the weights to start from, see `network_of`: used if
+            neither `name` nor the recipe gives a network; if the network is this one, its arguments
+            apply unless others are given.
 
     Raises:
         UsageError: there is no such network, or it does not take a given argument.
@@ -77,14 +78,14 @@ def choose_preprocess(
     table: ImageTable,
     start_channels: Callable[[int, int], int],
 ) -> tuple[Preprocess, dict[str, Any]]:
-    """The preprocessing by recipe, network and data, and the network's arguments.
+    """The preprocessing for the recipe, network and data, and the network's arguments.
 
     Args:
         name, arguments: the network.
-        recipe: of the run.
-        table: its images.
-        start_channels: the input channels of the weights to start from, for images of this
-            height and with so many channels; 0: there are no weights, or it is not known.
+        recipe: the run's recipe.
+        table: the run's images.
+        start_channels: called with the images' height and channels, returns the input channels of
+            the weights to start from; 0: there are none, or it is not known.
 
     Raises:
         UsageError: no image of a sample can be read.
@@ -100,7 +101,7 @@ def choose_preprocess(
             arguments.setdefault("img_size", height if height == width else (height, width))
     else:
         height, width = _size(recipe, default, seen.shorter_sides)
-    # gray images are repeated; color is left out only where that is asked for
+    # gray images are repeated; color is dropped only on request
     wanted = max(seen.channels, start_channels(height, seen.channels))
     channels = recipe.channels or wanted
     in_chans = int(arguments.pop("in_chans", channels))
@@ -127,14 +128,14 @@ def choose_stem(
 ) -> tuple[str, dict[str, Any]]:
     """The network and its arguments, with the CIFAR stem for small images.
 
-    A ResNet of timm's has no such stem: where Regard has its plain twin, that takes its place,
-    so that it is compared with the gated networks on equal terms.
+    timm's ResNets have no such stem: if Regard has a plain twin of the network, the twin is used
+    instead, so that it is compared with the attention networks on equal terms.
 
     Args:
-        name, arguments: the network that is asked for.
+        name, arguments: the requested network.
         height: of the images, in pixels.
-        pretrained: whether it starts from weights that have their stem: timm's, which have the
-            ImageNet stem, or a folder's of this network.
+        pretrained: whether it starts from weights that determine the stem: timm's, which have the
+            ImageNet stem, or those of a folder with this network.
         weights: what a network of timm's starts from; it then stays as it is.
     """
     if pretrained or height > CIFAR_STEM_UP_TO:
@@ -152,14 +153,14 @@ def choose_stem(
 
 
 def plain_twin(name: str) -> str | None:
-    """Regard's plain network that has the layers of timm's network `name`, if there is one.
+    """The name of Regard's plain network with the same layers as timm's network `name`, or None.
 
     >>> plain_twin("resnet18"), plain_twin("resnet18.a1_in1k"), plain_twin("attention56")
     ('plain_resnet18', 'plain_resnet18', None)
     """
     base = name.partition(".")[0]
     family = twins_of(base)
-    # the networks of a family are Regard's own, attention56 too
+    # the networks in a family are Regard's, including attention56
     if not family or base in family.values() or not timm.is_model(base):
         return None
     return family["plain"]
@@ -184,14 +185,14 @@ def _size(recipe: Recipe, default: tuple[int, ...], sides: list[int]) -> tuple[i
 
 
 def choose_epochs(recipe: Recipe, images: int) -> float:
-    """Epochs of the run: the recipe's, or by the number of training images."""
+    """Number of epochs: the recipe's, or chosen by the number of training images."""
     if recipe.epochs is not None:
         return recipe.epochs
     return min(60.0, max(3.0, 15 * math.sqrt(2000 / images)))
 
 
 def choose_steps(recipe: Recipe, images: int, processes: int) -> int:
-    """Optimizer steps of the run: the recipe's, or those of its epochs."""
+    """Number of optimizer steps: the recipe's, or those of its epochs."""
     if recipe.steps is not None:
         return recipe.steps
     return step_plan(recipe, images, processes).total(choose_epochs(recipe, images))
@@ -200,24 +201,24 @@ def choose_steps(recipe: Recipe, images: int, processes: int) -> int:
 def fit_schedule(
     recipe: Recipe, base: Recipe, given: Container[str], images: int, processes: int
 ) -> Recipe:
-    """The recipe with the milestones and the warm-up of `base` in proportion to its own length.
+    """The recipe with the milestones and warm-up of `base` scaled to its own length.
 
-    A run of a tenth of the base recipe's length has its learning rate fall at a tenth of the base
-    recipe's milestones. Values that were given are taken as they are.
+    If a run is a tenth as long as the base recipe's, its learning rate falls at a tenth of the base
+    recipe's milestones. Values that were given are not scaled.
 
     Args:
         recipe: with the changes.
         base: without them.
         given: names of the changed fields.
         images: number of training images.
-        processes: how many train.
+        processes: number of processes that train.
 
     Raises:
-        UsageError: milestones or a warm-up that are not scaled would not end before the run.
+        UsageError: milestones or a warm-up that are not scaled do not end before the run.
     """
     end, whole = (_length(r, images, processes) for r in (recipe, base))
     if base.epochs is None and base.steps is None:
-        whole = end  # no length of its own that its schedule would be a part of
+        whole = end  # the base has no length to scale from
     changes: dict[str, Any] = {}
     for name in ("milestones", "warmup"):
         value = getattr(recipe, name)
@@ -238,7 +239,7 @@ def fit_schedule(
 
 
 def _scaled(value: Any, scale: float) -> Any:
-    """One number, or each of several, times `scale`."""
+    """A number, or each of several, times `scale`."""
     return tuple(v * scale for v in value) if isinstance(value, tuple) else value * scale
 
 
@@ -256,7 +257,7 @@ def _length(recipe: Recipe, images: int, processes: int) -> float:
 
 
 def is_scaled(name: str, was: Any, now: Any) -> bool:
-    """Whether a resumed run's schedule may be the one asked for, scaled by `fit_schedule`."""
+    """Whether a resumed run's value `was` may be the requested `now`, scaled by `fit_schedule`."""
     if name == "warmup":
         return bool(was) and bool(now)
     if name != "milestones" or len(was) != len(now):
@@ -267,15 +268,15 @@ def is_scaled(name: str, was: Any, now: Any) -> bool:
 def own_recipe(
     recipe: Recipe, name: str, arguments: Mapping[str, Any], preprocess: Preprocess
 ) -> Recipe:
-    """The recipe with the run's own network, so that it trains the same one again."""
+    """The recipe with the run's network filled in, so that it trains the same network again."""
     own = dict(arguments)
-    if "in_chans" in recipe.model_args:  # which is no argument any more, but the input's
+    if "in_chans" in recipe.model_args:  # not an argument any more, but the input's channels
         own["in_chans"] = preprocess.input_size[0]
     return recipe.changed(model=name, model_args=own)
 
 
 def check_batch(model: nn.Module, recipe: Recipe, images: int) -> None:
-    """Refuses batches of one image for batch norm, which has no variance to divide by.
+    """Refuses batches of one image for a network with batch norm: one image has no variance.
 
     Raises:
         UsageError: a batch has one image, and the network has batch norm.
@@ -290,18 +291,18 @@ def check_batch(model: nn.Module, recipe: Recipe, images: int) -> None:
 
 
 def parse_weights(text: str, classes: list[str], name: str) -> NDArray[np.float64]:
-    """CLASS=WEIGHT,CLASS=WEIGHT as an array by class, 1 for a class that is not named.
+    """CLASS=WEIGHT,CLASS=WEIGHT as an array by class, 1 for classes that are not named.
 
     Raises:
-        UsageError: a class is unknown, or a weight is no number of at least 0; the message
-            starts with `name`.
+        UsageError: a class is unknown, or a weight is not a number >= 0; the message starts
+            with `name`.
     """
     weights = np.ones(len(classes))
     part = ""
     for piece in text.split(","):
         part = f"{part},{piece}".strip(", ")
         label, equals, value = part.rpartition("=")
-        if not equals or label not in classes:  # a class has a comma, or there is no such class
+        if not equals or label not in classes:  # a comma in a class, or no such class
             continue
         try:
             weights[classes.index(label)] = float(value)
@@ -317,10 +318,10 @@ def parse_weights(text: str, classes: list[str], name: str) -> NDArray[np.float6
 
 
 def image_weights(table: ImageTable, recipe: Recipe) -> NDArray[np.float64] | None:
-    """Each image's sampling weight; None where all images are shuffled.
+    """Each image's sampling weight; None if all images are shuffled equally.
 
     Raises:
-        UsageError: the recipe's weights can't be read, or leave no image.
+        UsageError: the recipe's weights can't be parsed, or exclude every image.
     """
     by_class = parse_weights(recipe.sampler_weights, table.classes, "sampler_weights")
     plain = not recipe.sampler_weights and recipe.largest_class_weight == 1
@@ -342,7 +343,7 @@ def loss_weights(table: ImageTable, recipe: Recipe) -> Tensor | None:
         return None
     if recipe.class_weights == "balanced":
         counts = np.bincount(table.labels, minlength=len(table.classes))
-        # 0 for a class without images, which label smoothing would count as the rarest
+        # 0 for a class without images: label smoothing would weight it as the rarest
         weights = np.where(counts, len(table) / (len(counts) * np.maximum(counts, 1)), 0.0)
     else:
         weights = parse_weights(recipe.class_weights, table.classes, "class_weights")
@@ -363,13 +364,13 @@ def noisy_labels(
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """The precision in which to train: the one that is asked for, or by the hardware.
+    """The precision to train in: the requested one, or the best that the hardware has.
 
-    "auto" is bf16 where the device multiplies in it, else fp16 on GPUs whose tensor cores do
+    "auto" is bf16 where the device multiplies in bf16, else fp16 on GPUs with fp16 tensor cores
     (V100, T4, RTX 20), else fp32.
 
     Raises:
-        UsageError: the device can't compute in it.
+        UsageError: the device can't compute in the requested precision.
     """
     if precision == "tf32" and device.type != "cuda":
         raise UsageError(f"precision=tf32: of NVIDIA's GPUs alone, this is {device.type}")
@@ -381,7 +382,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 def precision_note(precision: str, device: torch.device) -> str | None:
-    """A note where a narrow precision is asked for that the hardware only emulates."""
+    """A note if a low precision is requested that the hardware only emulates, or None."""
     able = {"bf16": has_bf16, "fp16": has_fp16}
     if precision not in able or able[precision](device):
         return None
@@ -390,12 +391,13 @@ def precision_note(precision: str, device: torch.device) -> str | None:
 
 
 def choose_splits(table: ImageTable, recipe: Recipe) -> ImageTable:
-    """The table with the splits that it lacks, or with the recipe's fold as its test.
+    """The table with missing splits added, or with the recipe's fold as its test split.
 
-    With `recipe.limit` only that many training images stay; the other splits stay whole.
+    `recipe.limit` reduces the training images to that many; the other splits stay whole.
 
     Raises:
-        UsageError: see `assign_splits` and `assign_folds`; or a limit below the classes' number.
+        UsageError: see `assign_splits` and `assign_folds`; or the limit is below the number of
+            classes.
     """
     groups = table.groups
     if recipe.keep_together:

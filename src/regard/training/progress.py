@@ -1,4 +1,4 @@
-"""How far a training is: a bar in a terminal, plain lines elsewhere, and experiment trackers."""
+"""Training progress: a bar in a terminal, plain lines elsewhere, and experiment trackers."""
 
 import logging
 import math
@@ -14,15 +14,15 @@ from regard.training.trackers import Trackers
 log: logging.Logger = logging.getLogger(__name__)
 
 PLAIN_EVERY = 30.0  # seconds between plain lines within an epoch
-NOTE_EVERY = 1.0  # seconds between notes for who started the run
+NOTE_EVERY = 1.0  # seconds between progress notes for the process that started the run
 
 
 class Display:
-    """Shows epoch, step, loss, accuracy, images a second, the share of waiting, and time left.
+    """Shows epoch, step, loss, accuracy, images per second, share of time waiting, and time left.
 
     Args:
-        trainer: what is shown.
-        trackers: get the numbers of each epoch; None in all processes but the first, where
+        trainer: the trainer to show.
+        trackers: they log each epoch's metrics; None in all processes but the first, where
             nothing is shown.
     """
 
@@ -68,10 +68,10 @@ class Display:
             self.trackers.close()
 
     def _rates(self) -> tuple[float, float, float]:
-        """Images a second in training, share of waiting, seconds left.
+        """Images per second in training, share of time waiting, seconds left.
 
-        Evaluations count only for the time left. A resumed run goes by what it did before,
-        until it has done a step.
+        Evaluations count only towards the time left. A resumed run uses its rates from before the
+        stop until it has done a step.
         """
         t = self.trainer
         first, seconds, passed = 0, t.seconds, t.seconds
@@ -83,8 +83,8 @@ class Display:
         return speed, t.waited / max(1e-9, t.seconds), left
 
     def epoch(self, step: int) -> str:
-        """Such as "epoch 3/15": the one that a step is in, counted from 1."""
-        # an epoch rarely is a whole number of steps: a step belongs to the one it begins in
+        """Such as "epoch 3/15": the epoch that a step is in, counted from 1."""
+        # an epoch is rarely a whole number of steps: a step belongs to the epoch that it begins in
         number, last = (
             math.floor(max(0, s - 1) / self.trainer.steps_an_epoch + 1e-6) + 1
             for s in (step, self.trainer.total)
@@ -92,7 +92,7 @@ class Display:
         return f"epoch {number}/{last}"
 
     def step(self, loss: float) -> None:
-        """After each step; the loss shown is smoothed over about 20 steps."""
+        """Called after each step; the loss shown is smoothed over about 20 steps."""
         if self.trackers is None:
             return
         if math.isfinite(loss):
@@ -114,7 +114,7 @@ class Display:
         log.info(f"{where}  {numbers}  {clock(left)} left")
 
     def evaluated(self, row: dict[str, float]) -> None:
-        """After each evaluation, with its row of metrics.csv."""
+        """Called after each evaluation, with its row of metrics.csv."""
         if self.trackers is None:
             return
         t = self.trainer

@@ -1,4 +1,4 @@
-"""Recipes in TOML files: the shipped ones, a user's, and the one that each run keeps.
+"""Recipes in TOML files: the shipped ones, a user's, and the one stored in each run.
 
 `regard recipes` lists the shipped recipes; the header of each file gives the source, the command,
 the hardware and what was measured.
@@ -27,7 +27,7 @@ def summary(text: str) -> str:
 
 
 def load_recipe(name: str | Path = "quick") -> Recipe:
-    """A shipped recipe by name, or the one in a TOML file.
+    """A shipped recipe by name, or the recipe in a TOML file.
 
     Raises:
         UsageError: no recipe has this name, the file can't be read, or a key or value is wrong.
@@ -47,10 +47,10 @@ def load_recipe(name: str | Path = "quick") -> Recipe:
 
 
 def parse_recipe(text: str, name: str) -> Recipe:
-    """The recipe in a TOML text; its [model] table holds the network's `name` and arguments.
+    """Parses a recipe from TOML text; its [model] table holds the network's `name` and arguments.
 
     Raises:
-        UsageError: the text is no TOML, or a key or value is wrong; the message starts with
+        UsageError: the text is not TOML, or a key or value is wrong; the message starts with
             `name`.
     """
     try:
@@ -64,9 +64,9 @@ def parse_recipe(text: str, name: str) -> Recipe:
             model=network.pop("name", None), model_args=network, random_start=table,
             **cast(values, known),
         )  # fmt: skip
-        recipe.for_start(random=True)  # raises where the table doesn't fit the rest
+        recipe.for_start(random=True)  # raises if the table doesn't fit the other fields
         return recipe
-    except ValueError as error:  # TOMLDecodeError is one
+    except ValueError as error:  # TOMLDecodeError is a subclass
         raise UsageError(f"recipe {name}: {error}") from error
 
 

@@ -1,8 +1,8 @@
-"""A training run from data to its folder: `train` prepares, trains, tests, and writes it all.
+"""A training run from data to results: `train` prepares, trains, tests and writes a folder.
 
 The folder: config.json and model.safetensors (timm's `local-dir`), README.md (the model card),
 recipe.toml, run.json, splits.csv, metrics.csv, evaluation.json, predictions.npz,
-validation.npz, TensorBoard's events, and state/ until the run is finished.
+validation.npz, TensorBoard event files, and state/ until the run is finished.
 """
 
 import contextlib
@@ -79,14 +79,14 @@ def train(
 ) -> Path:
     """Trains a network on labeled images and writes a run's folder; see `regard.train`."""
     accelerator = start_accelerator(device)
-    if not accelerator.is_main_process:  # the first process speaks for all
+    if not accelerator.is_main_process:  # others log only errors
         logging.getLogger("regard").setLevel(logging.ERROR)
     trackers, world = check_trackers(trackers), accelerator.num_processes
-    if isinstance(changes.get("pretrained"), bool):  # as timm's functions take it
+    if isinstance(changes.get("pretrained"), bool):  # a bool, as in timm's functions
         changes["pretrained"] = "yes" if changes["pretrained"] else "no"
     watch = contextlib.closing(Watch()) if world > 1 else contextlib.nullcontext()
     with watch, lost_processes(world), one_cpu_thread(accelerator.device):
-        base = on_main(  # which alone may have the file
+        base = on_main(  # only the first process may have the file
             accelerator, lambda: recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         )
         chosen = base.changed(**changes)
@@ -115,7 +115,7 @@ class Run:
         self.plan: Plan = opened.plan
         self.table: ImageTable = opened.table
         self.stored: dict[str, Any] = opened.stored
-        self.folder: RunFolder = RunFolder(opened.path)  # only the first process knows its contents
+        self.folder: RunFolder = RunFolder(opened.path)  # only the first process knows its content
         self.accelerator = accelerator
         self.tracker_names: Sequence[str] = trackers
         self.main: bool = accelerator.is_main_process
@@ -129,11 +129,11 @@ class Run:
         self.best: dict[str, float] = {}
         self.resumed: bool = opened.resumed
         self.has_state: bool = opened.has_state
-        self.claimed: bool = False  # by this process, which may so take it back
-        self.unscored: bool = False  # the saved state awaits the evaluation of its epoch
+        self.claimed: bool = False  # by this process, which may then undo it
+        self.unscored: bool = False  # the saved state still needs the evaluation of its epoch
 
     def go(self) -> None:
-        """Prepares, trains, tests and writes; see `train`."""
+        """Prepares, trains, tests and writes the run; see `train`."""
         lock = Lock(self.folder.path)
         try:
             with self._explained_errors():
@@ -147,7 +147,7 @@ class Run:
                 self.folder.leave()
             lock.release()
             if self.main:
-                with contextlib.suppress(OSError):  # refused where anything is in it
+                with contextlib.suppress(OSError):  # fails if the folder is not empty
                     self.folder.path.rmdir()
 
     # -------------------------------------------------------------------- preparation
@@ -194,7 +194,7 @@ class Run:
         self._announce()
 
     def _model(self) -> nn.Module:
-        """The network with the weights that the first process reads or downloads."""
+        """The network, with weights that only the first process reads or downloads."""
         made: list[nn.Module] = []
 
         def build(start: bool) -> None:
@@ -209,7 +209,7 @@ class Run:
     def _claim(self, lock: Lock, model: nn.Module) -> None:
         size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
         targets = 0
-        if self.plan.recipe.self_adaptive:  # in each state: two are kept beside the one written
+        if self.plan.recipe.self_adaptive:  # in each state: two are stored while a third is written
             images = int(np.count_nonzero(self.table.splits == "train"))
             targets = 3 * 4 * images * len(self.plan.classes)
         needed = 10 * size + targets + 50_000_000
@@ -228,10 +228,10 @@ class Run:
             self._list_unreadable(part, list(part.missing.items()))
 
     def _fitted(self, trainer: Trainer, stored: dict[str, Any]) -> tuple[Trainer, dict[str, Any]]:
-        """The trainer as memory and speed allow, and what was decided; a resumed run's is stored.
+        """The trainer adapted to memory and speed, and the choices; a resumed run's are stored.
 
-        It is decided before the folder says that the run has started, so that a run that can't
-        be leaves none behind.
+        This happens before the folder records that the run has started, so that a run that fails
+        here leaves no folder behind.
         """
         recipe, chosen = self.plan.recipe, dict[str, Any]()
         batch, parts = trainer.batch, recipe.accumulate
@@ -267,7 +267,7 @@ class Run:
         self.best, self.unscored = state.pop("best"), state.pop("unscored", False)
         self.trainer.load_state_dict(state)
         self.saved_after = self.trainer.step
-        if not self.main:  # the first process has what all of them counted
+        if not self.main:  # the first process's state has the sums of all
             self.trainer.tally = torch.zeros_like(self.trainer.tally)
             self.trainer.unreadable = []
         log.info(f"resumed after step {self.trainer.step:,} of {self.trainer.total:,}")
@@ -311,7 +311,7 @@ class Run:
                 self._stop_while_waiting()
 
     def _stop_while_waiting(self) -> None:
-        """Stops a run whose next images did not come; a step begins when all of its are there."""
+        """Stops a run whose next images did not arrive; a step begins once all of them have."""
         if self.world == 1:
             self._save()
         number = self.requests.heard(self.signals.stop, at_once=True)
@@ -323,19 +323,19 @@ class Run:
         if ends:
             try:
                 self._end_epoch()
-            except WaitInterrupted:  # in the evaluation, which the resumed run does again
+            except WaitInterrupted:  # in the evaluation, which the resumed run repeats
                 self.unscored = True
         due = time.monotonic() - self.saved_at > 60 * self.plan.recipe.save_minutes
         stop, save = self.requests.agree(self.signals.stop, due or self.signals.save, now=ends)
         if self.world > 1 and trainer.step == self.saved_after + 1:
-            save = False  # asked again before what was asked first was heard and done
+            save = False  # this request was made before the last one was met
         if ends or stop or save:
             self._save()
         if save and self.signals.save:
             self.signals.save = False
             log.info(f"saved after step {trainer.step:,}, as a signal asked for")
         if stop and (self.unscored or trainer.step < trainer.total):
-            self.accelerator.wait_for_everyone()  # one that ends early may end the others
+            self.accelerator.wait_for_everyone()  # a process that ends early may end the others
             raise Stopped(trainer.step, stop)
 
     def _end_epoch(self) -> None:
@@ -367,26 +367,26 @@ class Run:
         t = self.trainer
         t.check_finite()
         t.share_buffers()
-        if self.world > 1:  # what each process counted becomes the first's
+        if self.world > 1:  # the counts of all processes are collected in the first one
             tally = self.accelerator.reduce(t.tally.to(t.device), "sum").cpu()
             t.tally, t.unreadable = tally, gather_object(t.unreadable)
             if not self.main:
                 t.tally, t.unreadable = torch.zeros_like(t.tally), []
         if self.main:
-            t.unreadable = list(dict.fromkeys(t.unreadable))  # each once
+            t.unreadable = list(dict.fromkeys(t.unreadable))  # without repetitions
             extra = {"best": self.best, "unscored": self.unscored}
             self.states.save(t.step, {**t.state_dict(), **extra})
             self._list_unreadable(self.parts["train"], t.unreadable)
         self.saved_at, self.saved_after = time.monotonic(), t.step
 
     def _list_unreadable(self, part: LoadedSplit, rows: list[tuple[int, str]]) -> None:
-        """Adds images of a split to unreadable.csv."""
+        """Appends images of a split to unreadable.csv."""
         if rows and self.main:
             self.folder.write_unreadable([(part.table.path(row), why) for row, why in rows])
 
     # --------------------------------------------------------------------------- end
     def _finish(self) -> None:
-        """Takes the selected weights, tests them, and writes the network."""
+        """Loads the selected weights, tests them, and writes the network."""
         t = self.trainer
         if self.plan.recipe.select == "best" and self.best:
             on_main(self.accelerator, lambda: self.folder.read_best(t.weights))
@@ -415,7 +415,7 @@ class Run:
         return predictions
 
     def _close_loaders(self) -> None:
-        """Ends worker processes now, whatever ended the run."""
+        """Ends the loaders' worker processes now, however the run ended."""
         loaders = [*getattr(self, "loaders", {}).values()]
         if hasattr(self, "trainer"):
             loaders.append(self.trainer.source)
@@ -424,7 +424,7 @@ class Run:
 
     @contextlib.contextmanager
     def _explained_errors(self) -> Iterator[None]:
-        """Adds to what went wrong what a person can do about it."""
+        """Adds advice to errors that the user can do something about."""
         batch = self.plan.recipe.batch_size
         advice = f"lower batch_size ({batch}) or size, or set fit_memory or grad_checkpointing"
         try:
@@ -434,7 +434,7 @@ class Run:
             raise self._with_images(error) from error
 
     def _with_images(self, error: NotFiniteError) -> NotFiniteError:
-        """The error with the names of the step's images; run.json gets them all."""
+        """The error with the names of the step's images; run.json lists all of them."""
         table = self.parts["train"].table
         files = [table.path(row) for row in error.rows]
         named = NotFiniteError(error.step, error.rate, error.rows)

@@ -1,4 +1,4 @@
-"""What a run is: decided from arguments and data for a new one, read from its folder to resume."""
+"""What a run does: from arguments and data for a new run, from its folder to resume."""
 
 import dataclasses
 import logging
@@ -37,13 +37,13 @@ from regard.training.start import (
 
 log: logging.Logger = logging.getLogger(__name__)
 
-# fields of a recipe that may differ when a run is resumed: they change no result
+# recipe fields that may differ when a run is resumed, as they change no result
 OPERATIONAL = ("workers", "save_minutes")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a run is asked to be: the arguments of `regard.train`."""
+    """The arguments of `regard.train`, as requested."""
 
     data: str
     model: str | None
@@ -54,22 +54,22 @@ class Request:
     model_args: dict[str, Any]
     base: Recipe  # the recipe without the changes
     changes: dict[str, Any]
-    has_recipe: bool  # whether one was named, rather than taken by default
+    has_recipe: bool  # whether a recipe was named, rather than used by default
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, decided: what was asked for, and what followed from the data.
+    """A run's plan: what was requested, and what was derived from the data.
 
     Attributes:
         data, root: where the images are.
         model, model_args: the network.
-        weights, pretrained: what its weights start from, as decided when the run was started.
-        recipe: how it is trained; `accumulate` fits the processes that train now.
+        weights, pretrained: the weights it starts from, as decided when the run was started.
+        recipe: how it is trained; `accumulate` is for the current number of processes.
         classes: names, in the order of the outputs.
         preprocess: from an image to the network's input.
-        processes: how many trained when the run was started.
-        start: what its weights start from, in words.
+        processes: number of processes when the run was started.
+        start: description of the weights that it starts from.
     """
 
     data: str
@@ -86,12 +86,12 @@ class Plan:
 
     @property
     def network(self) -> str:
-        """The network's name, and the attention that is inserted into it."""
+        """The network's name, and the attention inserted into it."""
         inserted = self.recipe.graft
         return self.model if inserted == "none" else f"{self.model} + {inserted.upper()}"
 
     def header(self) -> str:
-        """The comment at the top of the run's recipe.toml: what it is, and the command."""
+        """The comment at the top of the run's recipe.toml: a description and the command."""
         first = f"The recipe of this run, every value resolved: {self.network} on {self.data}"
         start = "" if self.weights is None else f" --weights {shlex.quote(self.weights)}"
         again = f"regard train {shlex.quote(self.data)} --recipe THIS_FILE{start}"
@@ -103,8 +103,8 @@ def new_plan(asked: Request, processes: int) -> tuple[Plan, ImageTable]:
     """The plan of a new run, and its images with their splits.
 
     Args:
-        asked: for what.
-        processes: how many train it.
+        asked: the request.
+        processes: number of processes that train.
 
     Raises:
         UsageError: the data can't be used, or there is no such network.
@@ -147,10 +147,10 @@ def new_plan(asked: Request, processes: int) -> tuple[Plan, ImageTable]:
 
 
 def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
-    """The plan in the folder, for the number of processes that there are now.
+    """The plan stored in the folder, for the current number of processes.
 
     Raises:
-        UsageError: what is asked for is not what the run was started with.
+        UsageError: the request differs from what the run was started with.
     """
     stored, recipe = folder.read_plan(), load_recipe(folder.path / "recipe.toml")
     given = dict(asked.changes)
@@ -159,16 +159,16 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
         wanted = asked.recipe.for_start(random)
         given = {f.name: getattr(wanted, f.name) for f in dataclasses.fields(Recipe)}
     model = asked.model or stored["model"]
-    if plain_twin(model) == stored["model"]:  # what choose_stem made of it
+    if plain_twin(model) == stored["model"]:  # the network that choose_stem replaced it by
         model = stored["model"]
     then = stored["weights"] and full_name(stored["weights"])
     now: dict[str, tuple[Any, Any]] = {
-        # a folder or file may have another path: its images are compared afterwards
+        # a folder or file may have moved: its images are compared afterwards
         "data": (stored["data"], same_place(stored, asked.data)),
         "model": (stored["model"], model),
         "weights": (then, full_name(asked.weights) if asked.weights else then),
     }
-    if given.pop("pretrained", "auto") == "yes":  # auto was decided when the run was started
+    if given.pop("pretrained", "auto") == "yes":  # auto was resolved when the run was started
         now["pretrained"] = ("yes" if stored["pretrained"] else "no", "yes")
     now |= {
         name: (getattr(recipe, name), value)
@@ -178,7 +178,7 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
     }
     now |= {name: (recipe.model_args.get(name), value) for name, value in asked.model_args.items()}
     for name, (was, is_now) in now.items():
-        if as_json(was) != as_json(is_now):  # TOML has lists for tuples
+        if as_json(was) != as_json(is_now):  # TOML reads tuples back as lists
             raise UsageError(
                 f"{name}={is_now}: {folder.path} was started with {was}; leave it out to resume, "
                 "or choose another folder for a new run"
@@ -195,16 +195,16 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
 
 
 def same_place(stored: dict[str, Any], data: str) -> str:
-    """The stored DATA where both may name the same files, whose images are compared; else DATA."""
+    """The stored DATA if both may name the same files, whose images are compared; else DATA."""
     both = stored.get("location") and data not in NAMES
     return stored["data"] if both else data
 
 
 def accumulation_now(accumulate: int, then: int, now: int) -> int:
-    """Gradient accumulation steps with which `now` processes take the steps of `then` processes.
+    """Gradient accumulation steps for `now` processes to take the same steps as `then` processes.
 
     Raises:
-        UsageError: no whole number does.
+        UsageError: no whole number achieves that.
     """
     parts = accumulate * then
     if parts % now:

@@ -1,4 +1,4 @@
-"""A split's images under the network: a few sums for validation, all probabilities for the test."""
+"""Evaluates a network on a split: sums for validation, all probabilities for the test."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from regard.training.loop import Trainer
 from regard.training.splits import LoadedSplit
 
 LEAST_BATCH = 32
-SMALLEST = 1e-12  # probability of the true class in the loss: 27.6 nats, not infinity
+SMALLEST = 1e-12  # lower bound of the true class's probability in the loss: 27.6 nats
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Scores:
 
 
 class Scorer:
-    """Scores splits with a trainer's network, each process its share, no image twice.
+    """Scores splits with a trainer's network; each process does its share, no image twice.
 
     Args:
-        trainer: its `weights` answer.
+        trainer: its `weights` are evaluated.
         classes: names, in the order of the outputs.
-        stop: is asked between batches whether to give up.
+        stop: called between batches; True ends the evaluation.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Scorer:
         self.classifier: Classifier = Classifier(trainer.weights, classes, trainer.preprocess)
 
     def validate(self, loader: InMemoryLoader | StreamingLoader, part: LoadedSplit) -> Scores:
-        """Loss and accuracy, of which each batch leaves three numbers.
+        """Loss and accuracy, computed from three sums per batch.
 
         Raises:
             FileError: no image can be read.
-            NotFiniteError: an answer is not finite.
-            WaitInterrupted: `stop` answered True.
+            NotFiniteError: an output is not finite.
+            WaitInterrupted: `stop` returned True.
         """
         labels = torch.from_numpy(part.table.labels)
         device = self.trainer.device
@@ -65,7 +65,7 @@ class Scorer:
             probabilities = self.classifier.answers(batch.images)
             true = probabilities.gather(1, batch.labels[:, None]).to(precise).clamp_min(SMALLEST)
             correct = (probabilities.argmax(dim=1) == batch.labels).sum()
-            # infinite or NaN as soon as an answer is
+            # infinite or NaN as soon as an output is
             finite = (probabilities - probabilities).sum().to(precise)
             loss = finite - true.log().sum()
             sums += torch.stack([loss, correct.to(precise), torch.ones_like(true).sum()])
@@ -79,9 +79,9 @@ class Scorer:
     def predict(
         self, loader: InMemoryLoader | StreamingLoader, part: LoadedSplit
     ) -> Predictions | None:
-        """The probabilities of all images that can be read, in the table's order.
+        """The probabilities of all readable images, in the table's order.
 
-        Only the first process has them; None in the others.
+        Returns them in the first process only; None in the others.
 
         Raises:
             as `validate`.
@@ -111,7 +111,7 @@ class Scorer:
     def _batches(
         self, loader: InMemoryLoader | StreamingLoader, part: LoadedSplit, labels: Tensor
     ) -> Iterator["_Labeled"]:
-        """This process's batches on the device; what can't be read is noted in `part.lost`."""
+        """This process's batches on the device; unreadable images are recorded in `part.lost`."""
         trainer = self.trainer
         trainer.share_buffers()
         size, count = max(LEAST_BATCH, trainer.batch), len(part.table)
@@ -155,7 +155,7 @@ class Scorer:
 
 @dataclass
 class _Labeled:
-    """Images (B, C, H, W) with their labels (B,) and rows of the table; the rows stay here."""
+    """Images (B, C, H, W) with labels (B,) and table rows; the rows stay on the CPU."""
 
     images: Tensor
     labels: Tensor

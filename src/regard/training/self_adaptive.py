@@ -1,25 +1,25 @@
-"""Targets that move from the labels towards what the network says, for labels that may be wrong.
+"""Targets that move from the labels towards the network's predictions, for noisy labels.
 
 Self-adaptive training (Huang, Zhang and Zhang 2020, arXiv 2002.10319): after the start of a run
-each image's target is the running mean of its label and the network's predictions of it, one for
-each batch that it was in. Unlike the paper's, images have no weights of their own, and an image's
-loss is that of its target before it moves; the paper's, after, has the same gradient (of one head,
+each image's target is the running mean of its label and the network's predictions for it, updated
+in each batch that contains it. Unlike in the paper, images are not weighted, and an image's
+loss uses its target before the update; the paper's, after it, has the same gradient (for one head,
 without smoothing) times the momentum.
 """
 
 import torch
 from torch import Tensor
 
-START = 0.25  # of the steps, in which the targets are the labels
+START = 0.25  # fraction of the steps in which the targets are the labels
 
 
 class SelfAdaptiveTargets:
     """The target of each training image.
 
     Args:
-        labels: (N,) of the images, on the CPU.
-        classes: how many.
-        momentum: the share of a target that stays when its image is seen.
+        labels: (N,) labels of the images, on the CPU.
+        classes: number of classes.
+        momentum: weight of the old target when an image is seen.
         device: where it trains.
 
     Attributes:
@@ -28,7 +28,7 @@ class SelfAdaptiveTargets:
 
     def __init__(self, labels: Tensor, classes: int, momentum: float, device: torch.device) -> None:
         self.momentum: float = momentum
-        table = torch.zeros(len(labels), classes, device=device)  # one_hot's are of 8 bytes
+        table = torch.zeros(len(labels), classes, device=device)  # one_hot would be int64
         self.table: Tensor = table.scatter_(1, labels.to(device)[:, None], 1.0)
 
     def of(self, rows: Tensor) -> Tensor:
@@ -36,10 +36,10 @@ class SelfAdaptiveTargets:
         return self.table[rows]
 
     def move(self, rows: Tensor, logits: Tensor) -> None:
-        """Moves the targets of images (B,) towards what the network says of them (B, classes).
+        """Moves the targets of images (B,) towards the network's predictions, logits (B, classes).
 
-        Of an image that is in the batch more than once, as sampling with replacement draws it,
-        the first counts; a device that writes several mixes them.
+        If sampling with replacement puts an image into a batch several times, the first one counts:
+        on a device, duplicate rows would be written in no fixed order.
         """
         first = (rows[:, None] == rows).byte().argmax(dim=1)
         said = logits.detach().float().softmax(dim=1)[first]

@@ -1,8 +1,8 @@
-"""Decoded images that the processes of a machine hold together: each decodes its share of them.
+"""Decoded images in memory shared by the processes of a machine: each decodes its share.
 
-The images lie in a file that all of them map into memory, in /dev/shm where that has room, else
-in the folder for temporary files. It has no name any more as soon as all have it, so that it goes
-with the last process, whatever ends that.
+The images are in a file that all of them map into memory, in /dev/shm if that has room, else
+in the temporary directory. It is unlinked as soon as all have mapped it, so it disappears with
+the last process, however that ends.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from torch import Tensor
 from regard.data.loading import Reader, decode_all
 from regard.training.distributed import Ranks
 
-SPARE = 64e6  # bytes that are left free where the file is
+SPARE = 64e6  # bytes to leave free where the file is
 SHARED_MEMORY = Path("/dev/shm")
 
 Images = Tensor | list[Tensor]
@@ -35,9 +35,9 @@ def decode_together(
     limit: float = math.inf,
     on_image: Callable[[int], None] | None = None,
 ) -> tuple[Images | None, list[tuple[int, str]]]:
-    """As `decode_all`, by all processes of the machine; of unreadable images, its own share's.
+    """Like `decode_all`, by all processes of the machine; lists its own share's unreadable images.
 
-    Where no file has room for the images, each process holds all of them.
+    If no file system has room for the images, each process holds all of them.
     """
     if ranks.local == 1:
         return decode_all(reader, skip=skip, limit=limit, on_image=on_image)
@@ -64,14 +64,14 @@ def decode_together(
     ]
     for row, image in zip(rows, mine, strict=True):
         images[row].copy_(image)
-    ranks.all(None)  # all are there
+    ranks.all(None)  # all images are there
     if isinstance(mine, Tensor):
         return memory.view(len(shapes), *mine.shape[1:]), bad
     return images, bad
 
 
 def _mapped(values: int, dtype: torch.dtype, ranks: Ranks) -> Tensor | None:
-    """Memory of so many values that the machine's processes have in common; None: no room."""
+    """A tensor of so many values shared by the machine's processes; None: no room."""
     size, path = values * dtype.itemsize, None
     if ranks.place == 0:
         path = _file(size)
@@ -81,7 +81,7 @@ def _mapped(values: int, dtype: torch.dtype, ranks: Ranks) -> Tensor | None:
     memory = None
     if found is not None and None not in machines:
         memory = torch.from_file(str(found), shared=True, size=values, dtype=dtype)
-    ranks.all(None)  # all have it
+    ranks.all(None)  # all have mapped it
     if path is not None:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -89,14 +89,14 @@ def _mapped(values: int, dtype: torch.dtype, ranks: Ranks) -> Tensor | None:
 
 
 def _file(size: int) -> Path | None:
-    """An empty file of so many bytes, where they have room."""
+    """A new file of `size` bytes, where there is room for it."""
     for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError):
             if shutil.disk_usage(folder).free < size + SPARE:
                 continue
             number, name = tempfile.mkstemp(prefix="regard-", dir=folder)
             try:
-                # taken now: a write to a page that finds no room later would kill the process
+                # allocated now: a write to a page that finds no room later would kill the process
                 getattr(os, "posix_fallocate", _truncate)(number, 0, size)
                 return Path(name)
             except OSError:
@@ -111,7 +111,7 @@ def _truncate(number: int, _: int, size: int) -> None:
 
 
 def rows_of(images: Tensor, rows: NDArray[np.int64], ranks: Ranks) -> Tensor:
-    """These rows of held images, in increasing order; of common ones in their place, uncopied."""
+    """These rows of held images, in increasing order; shared images are moved in place."""
     if images.untyped_storage().filename is None:
         return images[torch.from_numpy(rows)]
     if ranks.place == 0:

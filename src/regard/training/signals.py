@@ -1,7 +1,7 @@
-"""Signals as requests, which a run looks at between its steps and while it waits for images.
+"""Signals as requests, checked between steps and while waiting for images.
 
 SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) save and stop; SIGUSR1, which SLURM can
-send ahead of a time limit, saves and goes on. A second SIGINT ends at once, without saving.
+send ahead of a time limit, saves and continues. A second SIGINT ends at once, without saving.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ STOPPING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 SAVING = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
-PATIENCE = 10.0  # seconds that a step of several processes gets to begin after a stop
+PATIENCE = 10.0  # seconds that a step of several processes has to begin after a stop request
 
 
 class Signals:
@@ -41,9 +41,9 @@ class Signals:
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
-        """Takes the signals as requests; outside of the main thread they are left alone.
+        """Turns signals into requests; outside the main thread signals are left alone.
 
-        A SIGHUP that is ignored, as under nohup, stays ignored.
+        A SIGHUP that is already ignored, as under nohup, stays ignored.
         """
         before = {}
         with contextlib.suppress(ValueError):  # not in the main thread
@@ -61,26 +61,26 @@ class Signals:
 
 
 class Stop:
-    """Whether a run was asked to stop: its loaders ask, and so it holds nothing of the run.
+    """Whether a run was asked to stop; loaders call it, so it holds no reference to the run.
 
     Args:
-        signals: of this process.
-        requests: of all of the run's.
+        signals: this process's.
+        requests: the requests shared by the run's processes.
     """
 
     def __init__(self, signals: Signals, requests: Requests) -> None:
         self.signals: Signals = signals
         self.requests: Requests = requests
-        self.asked_at: float | None = None  # when it was first heard of
+        self.asked_at: float | None = None  # when the request was first seen
 
     def asked(self) -> bool:
-        """Whether any process was asked to."""
+        """Whether any process was asked to stop."""
         return self.requests.heard(self.signals.stop) != 0
 
     def overdue(self) -> bool:
-        """Whether a stop was asked for, and a step that does not begin is not to be waited for.
+        """Whether a stop was requested and a step that has not begun should not be waited for.
 
-        Several processes can save only after a step that all of them end: it gets some seconds.
+        Several processes can save only after a step that all of them finish: it gets some seconds.
         """
         if not self.asked():
             return False

@@ -31,7 +31,7 @@ from regard.training.sharing import decode_together, rows_of
 
 log: logging.Logger = logging.getLogger(__name__)
 
-CHECKED = 20_000  # images that are decoded before training where they are streamed
+CHECKED = 20_000  # images that are decoded as a check before training if they are streamed
 MEASURED = 2_000  # images from which mean and standard deviation are computed
 
 
@@ -40,13 +40,13 @@ class LoadedSplit:
     """One split.
 
     Attributes:
-        reader: of its images, without those left out.
-        images: those, decoded: (N, C, H, W), or a list of (C, H, W) where the crop is random;
-            None where they are streamed.
-        left_out: (path, reason) of images that can't be read, and are no part of the split.
-        missing: reasons by row, of images of the split that can't be read now: they were
+        reader: reads its images, without those left out.
+        images: the decoded images: (N, C, H, W), or a list of (C, H, W) if the crop is random;
+            None if they are streamed.
+        left_out: (path, reason) of unreadable images, which are not part of the split.
+        missing: reasons by row, for images of the split that can't be read now: they were
             readable when the run was started, and keep their positions in the sample order.
-        lost: (row, reason) of those that the last evaluation could not read.
+        lost: (row, reason) of images that the last evaluation could not read.
     """
 
     reader: Reader
@@ -62,7 +62,7 @@ class LoadedSplit:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the decoded images that are held."""
+        """Size of the decoded images in memory, in bytes."""
         if self.images is None:
             return 0
         if isinstance(self.images, Tensor):
@@ -79,23 +79,23 @@ def load_splits(
     show: bool = True,
     ranks: Ranks | None = None,
 ) -> dict[str, LoadedSplit]:
-    """Every split of the table that has images.
+    """Loads every split of the table that has images.
 
     Args:
         table: all images, with their splits.
         preprocess: to the network's input size.
-        recipe: its augmentation is for the training split; its `memory` is for all together.
-        left_out: reasons by key, of images that a resumed run left out when it was started
+        recipe: its augmentation is for the training split; its `memory` is for all splits together.
+        left_out: reasons by key, for images that a resumed run left out when it was started
             (default: a new run; those that can't be read now are left out).
-        show: whether to show how far it is.
-        ranks: the processes that train: what one of them can't read is left out by all.
+        show: whether to show progress.
+        ranks: the processes that train: all of them leave out what one of them can't read.
 
     Raises:
-        UsageError: more images can't be read than recipe.max_unreadable allows, or no training
-            image can be.
+        UsageError: more images are unreadable than recipe.max_unreadable allows, or no training
+            image is readable.
     """
     ranks = ranks or Ranks()
-    # the shares of several processes are there twice while they become common
+    # with several processes the shares exist twice while they are copied to shared memory
     limit = min(MEMORY_LIMIT, free_memory() / (2 if ranks.local == 1 else 4))
     parts: dict[str, LoadedSplit] = {}
     for split in SPLITS:
@@ -150,11 +150,11 @@ def load_split(
 
     Args:
         reader: of all its images.
-        recipe: of which `memory` decides.
+        recipe: its `memory` decides whether images are held.
         split: its name.
-        limit: bytes that memory="auto" may hold.
+        limit: bytes that memory="auto" may use.
         left_out: as for `load_splits`.
-        show: whether to show how far it is.
+        show: whether to show progress.
         ranks: as for `load_splits`.
     """
     ranks = ranks or Ranks()
@@ -180,7 +180,7 @@ def load_split(
     if left_out is None:
         return _without(reader, images, bad, ranks)
     part = _without(reader, images, [(i, known[paths[i]]) for i in sorted(skip)], ranks)
-    if images is not None:  # streamed ones are met again
+    if images is not None:  # streamed ones are found when they are read
         new_rows = np.cumsum([i not in skip for i in range(len(table))]) - 1
         part.missing = {int(new_rows[row]): why for row, why in bad}
     return part
@@ -210,7 +210,7 @@ def _unreadable(
     def check(row: int) -> tuple[int, str] | None:
         try:
             if row not in skip:
-                # a JPEG at an eighth of its size: all of it is read
+                # a JPEG at an eighth of its size: the whole file is still read
                 table.read(row, at_least=1, value_range=value_range)
         except ImageError as error:
             return row, str(error)
@@ -226,10 +226,10 @@ def _unreadable(
 
 
 def check_deviation(part: LoadedSplit, split: str) -> None:
-    """Refuses a split whose images, or MEASURED of them, consist of one single value.
+    """Refuses a split whose images, or MEASURED of them, all have one single pixel value.
 
     Raises:
-        UsageError: they do: nothing can be learned from them, nor tested on them.
+        UsageError: they do: nothing can be learned from them or tested on them.
     """
     low, high = math.inf, -math.inf
     for row in spread(len(part.table), MEASURED).tolist():
@@ -248,7 +248,7 @@ def check_deviation(part: LoadedSplit, split: str) -> None:
 
 
 def measured(part: LoadedSplit, preprocess: Preprocess) -> Preprocess:
-    """`preprocess` with the channels' mean and standard deviation over MEASURED training images."""
+    """`preprocess` with the channels' mean and standard deviation of up to MEASURED images."""
     rows = spread(len(part.table), MEASURED)
     spans = Spans(range(0, len(rows), 64), 64, len(rows))
     if isinstance(part.images, Tensor):

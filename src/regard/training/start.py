@@ -37,15 +37,15 @@ _NEUTRAL = ("drop_rate", "drop_path_rate", "zero_init_last", "img_size", "global
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from.
+    """The weights that a run starts from.
 
     Attributes:
         pretrained: whether the network is made with pretrained weights.
         weights: a run's folder, an authors' checkpoint or shipped weights, or None.
-        words: what it is, for people.
+        words: a description for people.
         channels: input channels of these weights; 0: there are none, or it is not known.
-        normalization, mean, std: of the images that these weights were trained with, for
-            recipe.normalization "model"; None where that is not known, or timm knows it.
+        normalization, mean, std: as these weights were trained with, for recipe.normalization
+            "model"; None if not known, or if timm knows them.
     """
 
     pretrained: bool
@@ -62,11 +62,11 @@ class Start:
         return not self.pretrained and self.weights is None
 
     def prepare(self, preprocess: Preprocess) -> Preprocess:
-        """The preprocessing with what the weights were trained with, if it has as many channels."""
-        if self.normalization == "image":  # by each image's own mean and deviation
+        """The preprocessing of the weights' training, if it has as many channels."""
+        if self.normalization == "image":  # by each image's own mean and standard deviation
             return replace(preprocess, normalization="image")
         channels, mean, std = preprocess.input_size[0], self.mean, self.std
-        if len(mean) == 1:  # of gray images, which are repeated
+        if len(mean) == 1:  # gray weights: the values are repeated
             mean, std = mean * channels, std * channels
         if self.normalization is None or not len(mean) == len(std) == channels:
             return preprocess
@@ -82,7 +82,7 @@ def choose_start(
     weights: str | None = None,
     channels: int = 1,
 ) -> Start:
-    """What a new run starts from; with "auto" it is looked for.
+    """The weights that a new run starts from; with "auto" they are searched for.
 
     Args:
         name, arguments: the network.
@@ -130,7 +130,7 @@ def choose_start(
 
 
 def _with_scale(start: Start, weights: str, name: str) -> Start:
-    """The start with what its weights say of their images; `name` is the run's network."""
+    """The start with its weights' normalization; `name` is the run's network."""
     config = _config_of(weights)
     if config is None:
         told = _authors_arguments(weights, name)
@@ -144,19 +144,19 @@ def _with_scale(start: Start, weights: str, name: str) -> Start:
 
 
 def _channels_of(config: Mapping[str, Any]) -> int:
-    """The input channels of a folder's network by its config.json; 0: it does not say."""
+    """The input channels in the config.json of a folder's network; 0: not given."""
     size = config.get("pretrained_cfg", {}).get("input_size") or (0,)
     return int(config.get("model_args", {}).get("in_chans") or size[0])
 
 
 def full_name(weights: str) -> str:
-    """Weights as they are named in any later version: those that come with Regard by their tag."""
+    """The weights' name in any later version: with the tag for those that come with Regard."""
     found = None if os.path.exists(weights) else find_shipped(weights)
     return weights if found is None else found.name
 
 
 def _pretrained(name: str) -> str:
-    """The pretrained weights of a network, in words; they are in the local cache then.
+    """A description of a network's pretrained weights, which are then in the local cache.
 
     Raises:
         UsageError: there are none.
@@ -176,11 +176,11 @@ def _pretrained(name: str) -> str:
 
 
 def network_of(weights: str | None, asked: str | None) -> tuple[str | None, dict[str, Any]]:
-    """The network and its arguments that weights are of.
+    """The name and arguments of the network that weights belong to.
 
     Args:
         weights: a run's folder, shipped weights or an authors' checkpoint; None: there are none.
-        asked: the network that is asked for, which an authors' checkpoint does not name.
+        asked: the requested network; an authors' checkpoint does not name its own.
     """
     config = None if weights is None else _config_of(weights)
     if config is not None:
@@ -192,29 +192,29 @@ def network_of(weights: str | None, asked: str | None) -> tuple[str | None, dict
 
 
 def inserted_in(weights: str | None) -> str:
-    """The attention that was inserted into the network of weights, as `--graft` takes it."""
+    """The attention inserted into the network of these weights, in `--graft`'s form."""
     config = None if weights is None else _config_of(weights)
     return "none" if config is None else network_in(config)[2]
 
 
 def _config_of(weights: str) -> dict[str, Any] | None:
-    """The config.json of weights; None: an authors' checkpoint, or nothing that is there."""
+    """The config.json of weights; None: an authors' checkpoint, or no such file."""
     folder = find_folder(weights)
     path = None if folder is None else folder / "config.json"
     return read_config(path) if path is not None and path.is_file() else None
 
 
 def _authors_arguments(path: str, name: str) -> dict[str, Any]:
-    """What an authors' checkpoint tells of the network `name`; {} without such a file.
+    """The arguments of network `name` read from an authors' checkpoint; {} without such a file.
 
     Raises:
-        CheckpointError: the file is no checkpoint.
+        CheckpointError: the file is not a checkpoint.
     """
     return arguments_of(name, read_tensors(path)) if Path(path).is_file() else {}
 
 
 def _unfit(name: str, arguments: Mapping[str, Any], height: int) -> str | None:
-    """Why timm's weights are not taken, or None."""
+    """Why timm's weights are not used, or None."""
     if height <= CIFAR_STEM_UP_TO:
         return f"they are for images larger than {CIFAR_STEM_UP_TO} pixels"
     neutral = {*_NEUTRAL, *GATE_ARGUMENTS}
@@ -225,11 +225,11 @@ def _unfit(name: str, arguments: Mapping[str, Any], height: int) -> str | None:
 
 
 def seen_before(table: ImageTable, start: Start, name: str) -> str | None:
-    """What to say where test images trained the weights that a run starts from; None: none did.
+    """A warning if test images trained or validated the weights that a run starts from, or None.
 
     Args:
-        table: images with their splits; without a test, the validation images are looked at.
-        start: of the run.
+        table: images with their splits; without a test split, the validation images are checked.
+        start: the run's start.
         name: the network.
     """
     brought = start.pretrained and plain_source(name) is None  # Regard's own
@@ -263,7 +263,7 @@ def _unfit_shipped(
     channels: int,
     asked_channels: int | None,
 ) -> str | None:
-    """Why shipped weights are not taken, or None."""
+    """Why shipped weights are not used, or None."""
     trained = {
         k: v for k, v in found.config.get("model_args", {}).items() if k not in FREE_ARGUMENTS
     }

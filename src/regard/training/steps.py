@@ -1,4 +1,4 @@
-"""The positions of the sample order that each optimizer step takes, for each process."""
+"""The positions of the sample order in each optimizer step, for each process."""
 
 import math
 from collections.abc import Sequence
@@ -7,23 +7,23 @@ from typing import Any
 
 from regard.training.config import Recipe
 
-SMALLEST = 2  # images of the smallest batch that ends an epoch: batch norm needs two
+SMALLEST = 2  # fewest images of a batch at an epoch's end: batch norm needs two
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How the sample order is cut into steps, and a step into batches.
+    """How the sample order is divided into steps, and a step into batches.
 
     A step has `processes * accumulate` batches, in this order: the first of each process, the
     second of each process, ...
 
     Attributes:
         count: training images; an epoch is as many positions.
-        batch: images of a batch.
-        accumulate: batches of a step in each process.
-        processes: how many train.
-        partial: whether an epoch's last step takes what is left of the epoch. Otherwise steps
-            go on into the next epoch.
+        batch: images per batch.
+        accumulate: batches per step in each process.
+        processes: number of processes that train.
+        partial: whether an epoch's last step takes the rest of the epoch. Otherwise steps
+            continue into the next epoch.
     """
 
     count: int
@@ -39,9 +39,9 @@ class StepPlan:
 
     @property
     def an_epoch(self) -> float:
-        """Steps an epoch; whole where the last one is partial.
+        """Steps per epoch; a whole number if the last one is partial.
 
-        A last step is left out if its batches would have fewer than SMALLEST images.
+        The last step is left out if its batches would have fewer than SMALLEST images.
         """
         if not self._ends_epochs:
             return self.count / self.images
@@ -57,11 +57,11 @@ class StepPlan:
         return self.partial and self.count >= SMALLEST * self._batches
 
     def total(self, epochs: float) -> int:
-        """Steps of that many epochs, at least one."""
+        """Steps in that many epochs, at least one."""
         return max(1, math.ceil(epochs * self.an_epoch - 1e-6))  # 0.07 * 100 exceeds 7
 
     def images_in(self, first: int, end: int) -> int:
-        """Images of the steps from `first` to before `end`; an epoch's last may have fewer."""
+        """Images in the steps from `first` to before `end`; an epoch's last may have fewer."""
         if not self._ends_epochs:
             return (end - first) * self.images
         an_epoch = int(self.an_epoch)
@@ -74,14 +74,14 @@ class StepPlan:
         return before(end) - before(first)
 
     def positions(self, step: int) -> tuple[int, int]:
-        """The first position of a step (from 0), and how many it takes."""
+        """The first position of a step (from 0), and its number of positions."""
         if not self._ends_epochs:
             return step * self.images, self.images
         epoch, k = divmod(step, int(self.an_epoch))
         return epoch * self.count + k * self.images, min(self.images, self.count - k * self.images)
 
     def spans(self, process: int, first: int, end: int) -> "StepSpans":
-        """One process's batches of the steps from `first` to before `end`."""
+        """One process's batches of the steps from `first` up to, not including, `end`."""
         return StepSpans(self, process, range(first * self.accumulate, end * self.accumulate))
 
 
@@ -102,7 +102,7 @@ class StepSpans(Sequence[Any]):
         step, part = divmod(self.parts[index], self.plan.accumulate)
         start, images = self.plan.positions(step)
         batches = self.plan.accumulate * self.plan.processes
-        k = part * self.plan.processes + self.process  # of the step's batches
+        k = part * self.plan.processes + self.process  # number in the step
         begin, end = k * images // batches, (k + 1) * images // batches
         return start + begin, end - begin
 

@@ -1,8 +1,8 @@
 """Experiment tracking through Accelerate's trackers: TensorBoard, Weights & Biases, MLflow, ...
 
-TensorBoard's events lie in the run's folder, and a resumed run shows each epoch once. The other
-services get the same numbers; each needs its package and its own login. A resumed run goes on
-as the same run of Weights & Biases, and as a new run of the same name elsewhere.
+TensorBoard's event files are in the run's folder, and a resumed run shows each epoch once. The
+other services get the same numbers; each needs its package and its own login. A resumed run
+continues the same run in Weights & Biases, and starts a new run of the same name elsewhere.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from regard.errors import FileError, UsageError
 from regard.extras import EXTRAS, is_installed, require
 from regard.files import reason
 
-# those of Accelerate's that need nothing but a package of the same name
+# Accelerate's trackers that need only a package of the same name
 TRACKERS = ("tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "swanlab", "trackio")
 NONE = "none"
 
 
 def check_trackers(names: Sequence[str]) -> list[str]:
-    """The trackers to use, in order and each once; "none" stands for none.
+    """The trackers to use, in order and without repetitions; "none" stands for no tracker.
 
     Raises:
         UsageError: an unknown name, or one whose package is not installed.
@@ -44,10 +44,10 @@ class Trackers:
     """The trackers of one run, in its first process.
 
     Args:
-        names: as `check_trackers` gives them.
+        names: as returned by `check_trackers`.
         folder: the run's folder; its name is the run's name.
         config: the recipe and the like, stored with the run.
-        step: the step at which the run goes on; TensorBoard forgets what comes after it.
+        step: the step from which the run continues; TensorBoard drops later entries.
 
     Raises:
         FileError: a tracker can't be started (no login, no network).
@@ -60,25 +60,25 @@ class Trackers:
         for name in names:
             try:
                 self._trackers.append(_start(name, folder, config, step))
-            except Exception as error:  # services raise what they like
+            except Exception as error:  # services raise nearly anything
                 raise FileError(f"log={name}: it can't be started ({reason(error)})") from error
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Numbers after a step."""
+        """Logs values after a step."""
         for tracker in self._trackers:
             tracker.log(values, step=step)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes and closes the trackers."""
         for tracker in self._trackers:
-            with contextlib.suppress(OSError):  # a full disk: nothing that matters is lost
+            with contextlib.suppress(OSError):  # the disk is full: nothing that matters is lost
                 tracker.finish()
 
 
 def _start(name: str, folder: Path, config: dict[str, Any], step: int) -> Any:
     kind = LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":
-        # the run's own folder: TensorBoard shows runs/ as one list
+        # the run's own folder, as TensorBoard lists all of runs/
         tracker = kind("tensorboard", folder, purge_step=step + 1 if step else None)
         tracker.start()
         return tracker

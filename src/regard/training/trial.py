@@ -1,4 +1,4 @@
-"""Training steps that leave no trace, to measure what a run will take."""
+"""Training steps that leave no trace, to measure what a run will need."""
 
 import contextlib
 import dataclasses
@@ -18,14 +18,14 @@ from regard.training.optim import set_rate
 def trial(trainer: Trainer, **changes: Any) -> Iterator[Trainer]:
     """A trainer of the same network for trial steps; `changes` are its attributes.
 
-    Weights, buffers, gradients and random numbers are restored afterwards. The network itself
-    is trained, no copy of it, so that what was compiled for it stays of use. The labels are the
-    targets, as self-adaptive ones take as much memory a second time.
+    Weights, buffers, gradients and random states are restored afterwards. The network itself is
+    trained, not a copy, so that its compiled code remains usable. The labels are the targets, as
+    self-adaptive targets would take their memory a second time.
     """
     model, device, mode = trainer.model, trainer.accelerator.device, trainer.model.training
     tensors = [*model.parameters(), *model.buffers()]
     saved = [t.detach().to("cpu", copy=True) for t in tensors]  # a device may have no room
-    kind = "cuda" if device.type == "cpu" else device.type  # of a CPU nothing more is forked
+    kind = "cuda" if device.type == "cpu" else device.type  # for a CPU, fork_rng forks nothing else
     with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=kind):
         try:
             model.train()
@@ -40,7 +40,7 @@ def trial(trainer: Trainer, **changes: Any) -> Iterator[Trainer]:
 
 
 def trial_step(trainer: Trainer, batches: Sequence[Batch], forward: Any = None) -> None:
-    """One step with learning rate 0 on a step's batches, waited for until it is done.
+    """One step with learning rate 0 on a step's batches; waits until it is done.
 
     Nothing is exchanged between processes. `forward` is the network, or its compiled form.
     """
@@ -57,7 +57,7 @@ def loss_and_gradient(
     """A step's loss, and the norm of its gradients; nothing is exchanged between processes."""
     trainer._forward = forward
     trainer.model.zero_grad(set_to_none=True)
-    seed_device(trainer.accelerator.device, 0)  # the same dropout each time it is called
+    seed_device(trainer.accelerator.device, 0)  # the same dropout in each call
     loss = trainer.gradients(iter(batches))
     gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
     norm = float(nn.utils.get_total_norm(gradients))
@@ -66,7 +66,7 @@ def loss_and_gradient(
 
 
 def first_batches(trainer: Trainer) -> list[Batch]:
-    """The batches of this process's next step, decoded, which a step is not timed with."""
+    """The decoded batches of this process's next step, so that decoding is not timed."""
     spans = trainer.spans(trainer.step)[: trainer.recipe.accumulate]
     batches = trainer.source.batches(spans)
     return [b if isinstance(b, Batch) else b.decoded(trainer.device) for b in batches]

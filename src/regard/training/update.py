@@ -15,7 +15,7 @@ NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Updater:
-    """The optimizer of a network with what belongs to it.
+    """A network's optimizer with gradient scaling, clipping and weight averaging.
 
     Args:
         model: the network, on its device.
@@ -23,7 +23,7 @@ class Updater:
         device: the network's.
         precision: fp32, tf32, bf16 or fp16. The last two run the forward pass under autocast;
             with fp16, whose smallest number is 6e-8, the loss is scaled, and a step whose
-            gradients overflow is left out.
+            gradients overflow is skipped.
     """
 
     def __init__(
@@ -42,24 +42,24 @@ class Updater:
         self.ema: ModelEmaV3 | None = (
             ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
         )
-        # looked up once: finding some 400 tensors by their names takes 3 ms
+        # looked up once: finding some 400 tensors by name takes 3 ms
         pairs = [] if self.ema is None else _pairs(self.ema.module, model)
         self._averaged = [(a, b) for a, b in pairs if a.is_floating_point()]
         self._copied = [(a, b) for a, b in pairs if not a.is_floating_point()]
 
     def autocast(self, cache: bool | None = None) -> AbstractContextManager[Any]:
-        """For the forward pass; `cache`: of weights that were narrowed (default: autocast's)."""
+        """For the forward pass; `cache`: of weights cast by autocast (None: autocast's)."""
         dtype = NARROW.get(self.precision)
         return torch.autocast(
             self.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache
         )
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of a loss, scaled for fp16, to those that there are."""
+        """Accumulates the gradients of a loss, scaled for fp16."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def update(self) -> None:
-        """Moves the weights, and their average, by the gradients, and clears these."""
+        """Updates the weights, and their average, from the gradients, and clears those."""
         if self.clip:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
@@ -84,6 +84,6 @@ class Updater:
 
 
 def _pairs(one: nn.Module, other: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """The tensors of two networks' state dicts, by their place."""
+    """The matching tensors of two networks' state dicts."""
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return [(a, b) for a, b in pairs]
