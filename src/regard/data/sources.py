@@ -62,8 +62,8 @@ def open_data(
             `wds:SHARDS`; `hf:NAME`. Write ./digits for a folder with one of these names.
         root: folder for downloads; default: ~/.cache/regard.
         splits: whether a folder's top folders are splits: yes, no, or auto (default), which
-                raises an error if both are possible.
-            min_classes: fewer classes are an error.
+            raises an error if both are possible.
+        min_classes: fewer classes are an error.
 
     Raises:
         UsageError: DATA is none of these, or its content is invalid.
