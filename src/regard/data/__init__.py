@@ -1,6 +1,6 @@
 """Reading images, tables of labeled images, splits, and data checks.
 
-Nothing here imports torch; `loading` and `transforms` do, so they are imported by name.
+Nothing here imports torch; modules that do, such as `loading`, are imported by their own name.
 """
 
 from regard.data.audit import DataCheck, check_data

@@ -1,7 +1,7 @@
 """A folder of class folders as a table, with or without split folders on top.
 
-Where the top folders could be splits as well as classes, the user is asked: a network that
-learned to distinguish training from test images would look like a good one.
+Where the top folders could be splits as well as classes, the user has to say which: a network
+that learned to distinguish training from test images would look like a good one.
 """
 
 import os

@@ -205,7 +205,7 @@ class StreamingLoader:
     """Batches in order, decoded by worker processes, or by threads where those can't be used.
 
     Threads are used if shared memory is too small for batches from processes, or if OpenVINO is
-    loaded: processes forked after that crash it when they end.
+    loaded: processes forked from this one would crash it when they end.
 
     Attributes:
         order: the sample order, or None for rows in order.
