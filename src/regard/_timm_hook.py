@@ -1,10 +1,10 @@
 """Registers Regard's networks with timm, at once or when timm is imported.
 
-`import regard` must be instant, so it can't import timm, which takes seconds; and
-`import regard, timm; timm.create_model("cbam_resnet50")` must work. So where timm is not
-imported yet, its import is watched, and the networks are registered right after it.
-Looking for timm without importing it, as `importlib.util.find_spec("timm")` does, changes
-nothing: the watch ends with the import.
+`import regard` must be instant, so it can't import timm, which takes seconds; yet
+`import regard, timm; timm.create_model("cbam_resnet50")` must work. So if timm has not been
+imported, its import is watched, and the networks are registered right after it. Looking for
+timm without importing it, as `importlib.util.find_spec("timm")` does, changes nothing: the
+watch ends with the import.
 """
 
 import importlib.abc
@@ -18,19 +18,19 @@ from typing import Any
 
 
 class _RegisterAfter(importlib.abc.Loader):
-    """timm's own loader, and then the registration."""
+    """timm's own loader, followed by the registration."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
 
-    def __getattr__(self, name: str) -> Any:  # resources, source: whatever timm's loader has
+    def __getattr__(self, name: str) -> Any:  # resources, source: anything of timm's loader
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:  # the module has its own loader, not this one
+        if module.__spec__ is not None:  # the module gets its original loader back
             module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _WatchTimm)]
@@ -38,7 +38,7 @@ class _RegisterAfter(importlib.abc.Loader):
 
 
 class _WatchTimm(importlib.abc.MetaPathFinder):
-    """Finds timm as it is found anyway, and wraps its loader."""
+    """Finds timm as usual, and wraps its loader."""
 
     def __init__(self) -> None:
         self.looking = threading.local()
@@ -48,7 +48,7 @@ class _WatchTimm(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != "timm" or getattr(self.looking, "now", False):
             return None
-        self.looking.now = True  # the search below comes by here again
+        self.looking.now = True  # the search below calls this method again
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
@@ -59,7 +59,7 @@ class _WatchTimm(importlib.abc.MetaPathFinder):
 
 
 def register_with_timm() -> None:
-    """Registers the networks now if timm is imported, or else when it will be."""
+    """Registers the networks now if timm is imported, otherwise once it is."""
     if "timm" in sys.modules:
         importlib.import_module("regard.models")
     elif not any(isinstance(finder, _WatchTimm) for finder in sys.meta_path):

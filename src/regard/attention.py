@@ -1,9 +1,9 @@
-"""record(): the attention maps of a network, as they were on the images it last saw.
+"""record(): the attention maps of a network for the images that it last processed.
 
-A submodule whose output is an attention map says so with the attribute `attention_kind`:
-"mixed" for a residual attention network's soft masks, "channel" and "spatial" for CBAM's
-and SE's gates, "spatial" for AG-SonoNet's. A network of one's own is recorded as soon as
-its submodules say the same.
+A submodule whose output is an attention map declares this with the attribute `attention_kind`:
+"mixed" for a residual attention network's soft masks, "channel" and "spatial" for CBAM's and SE's
+gates, "spatial" for AG-SonoNet's. Your own network can be recorded as soon as its submodules
+have this attribute.
 """
 
 import functools
@@ -27,9 +27,9 @@ class AttentionMap:
     """One attention map of the last batch.
 
     Attributes:
-        name: of the submodule that made it, as in `model.get_submodule(name)`.
+        name: name of the submodule that made it, as in `model.get_submodule(name)`.
         kind: "mixed" (B, C, H, W), "channel" (B, C, 1, 1) or "spatial" (B, 1, H, W).
-        values: the map as the network used it, detached, on its device, in its precision.
+        values: the map as the network used it, detached, on its device and in its dtype.
     """
 
     name: str
@@ -45,7 +45,7 @@ class AttentionMap:
 
 
 class AttentionMaps(Mapping[str, AttentionMap]):
-    """The recorded maps by name, in the order in which the network has them."""
+    """The recorded maps by name, in the network's order of modules."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self.kinds: dict[str, str] = dict(names)
@@ -87,7 +87,7 @@ def _refuse_compiled(model: nn.Module) -> None:
 
 
 def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A module's hook that passes over the calls of other threads, which use the network too."""
+    """A module's hook that ignores calls of other threads that use the same network."""
     own = threading.get_ident()
 
     @functools.wraps(hook)
@@ -99,7 +99,7 @@ def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def record(model: nn.Module, *, this_thread: bool = False) -> Iterator[AttentionMaps]:
-    """Records a network's attention maps while the block runs.
+    """Records a network's attention maps within the block.
 
     Examples:
         >>> with regard.record(model) as maps:
@@ -107,12 +107,12 @@ def record(model: nn.Module, *, this_thread: bool = False) -> Iterator[Attention
         >>> maps["gate3.map"].values.shape
         torch.Size([2, 1, 52, 68])
 
-    The maps are those of the last call. Recording changes no bit of the output and leaves
-    nothing behind, also after an exception.
+    The maps are those of the last call. Recording does not change the output by a single bit
+    and leaves nothing behind, even after an exception.
 
     Args:
         model: the network.
-        this_thread: keep no maps of other threads' calls, where they use the network too.
+        this_thread: ignore calls of other threads that use the same network.
 
     Raises:
         UsageError: the network has no attention maps, or is compiled.
@@ -169,7 +169,7 @@ class StageMap:
 
 
 def stage_of(name: str) -> str:
-    """The stage of a submodule: what stands before its block's number, or its parent.
+    """The stage of a submodule: its name up to its block's number, or its parent's name.
 
     >>> stage_of("layer1.0.se.spatial"), stage_of("blocks.3.0.se"), stage_of("gate3.map")
     ('layer1', 'blocks.3', 'gate3')
@@ -180,7 +180,7 @@ def stage_of(name: str) -> str:
 
 
 def _reduced(found: AttentionMap, index: int, reduce: Reduce) -> StageMap:
-    """One module's map of image `index`, over its channels as `reduce` says."""
+    """One module's map for image `index`, with its channels reduced as `reduce` says."""
     values = found.values[index].float()  # (C, H, W), (C, 1, 1) or (1, H, W)
     count, words = len(values), ""
     if found.kind == "channel":
@@ -227,7 +227,7 @@ def module_maps(maps: AttentionMaps, index: int, *, reduce: Reduce = "mean") -> 
 
 
 def group_by_stage(each: Iterable[StageMap]) -> list[StageMap]:
-    """Averages the blocks of a stage whose maps have the same kind and size, as CBAM's.
+    """Averages the blocks of a stage whose maps have the same kind and size, as with CBAM.
 
     "mixed" masks stay one per module. This is the only grouping: figures, scores, reports and
     the server show its maps under its names.
@@ -270,17 +270,17 @@ _LOCKING = threading.Lock()
 
 
 def _lock_of(model: nn.Module) -> Any:
-    """The network's own lock: modes belong to a network, not to the thread that sets them."""
+    """The network's own lock: a mode belongs to a network, not to the thread that sets it."""
     with _LOCKING:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode and without gradient checkpointing while the block runs.
+    """Puts the network in evaluation mode, without gradient checkpointing, within the block.
 
-    Every submodule's own mode is restored, also after an exception. Of one network one thread runs
-    such a block at a time.
+    Every submodule's own mode is restored, even after an exception. Only one thread at a time can
+    run such a block for a network.
     """
     with _lock_of(model):
         modes = [(m, m.training) for m in model.modules()]

@@ -1,4 +1,4 @@
-"""Calibrates a run: its temperature and its threshold, from images that don't test it."""
+"""Calibrates a run: its temperature and threshold, from images that are not used to test it."""
 
 import logging
 from pathlib import Path
@@ -36,25 +36,25 @@ def calibrate(
 ) -> Calibration:
     """Fits a temperature and chooses a threshold, and stores both in a run's folder.
 
-    `regard.load`, and with it prediction, evaluation, serving and export, use them from then on.
-    What was stored before is replaced.
+    From then on `regard.load`, and with it prediction, evaluation, serving and export, use them.
+    They replace any stored earlier.
 
     Args:
-        run: its folder.
+        run: the run's folder.
         data: labeled images; default: the run's own validation images.
         positive: the class of the threshold, together with `rule`.
         rule: "sensitivity=0.95", "specificity=0.9", "youden" or "cost=5:1"; see
             `regard.evaluation.choose_threshold`.
-        temperature: whether to fit one.
-        split: of `data`: train, val, test or all; default: its validation images or images
-            without a split. Images that trained or test the run are left out, and others of
-            their groups.
+        temperature: whether to fit a temperature.
+        split: split of `data`: train, val, test or all; default: its validation images or images
+            without a split. Images that trained or test the run are left out, as are other images
+            of their groups.
         root: folder of cifar10 and cifar100.
         splits: whether a folder's top folders are splits, as for `open_data`.
-        device: where the network computes, as for `regard.load`; nothing is computed for the
-            run's own validation images, whose probabilities are stored, without `tta`.
-        tta: "flips": for predictions averaged over each image and its mirror image. It is then
-            used with those alone.
+        device: where the network computes, as for `regard.load`; without `tta`, the run's own
+            validation images need no computation, as their probabilities are stored.
+        tta: "flips": for predictions averaged over each image and its mirror image. The result is
+            then used only for these.
 
     Raises:
         UsageError: no such run, class or device, or no images to calibrate on.
@@ -77,7 +77,7 @@ def calibrate(
 
 
 def _measure(run: Path, root: str | Path | None, device: str) -> None:
-    """Stores the familiarity of a run that has none, if its images are still there."""
+    """Stores the familiarity of a run that has none, if its images are still available."""
     try:
         table = run_table(run, None, root)
         parts = [table.select(table.splits == split) for split in ("train", "val")]
@@ -88,11 +88,11 @@ def _measure(run: Path, root: str | Path | None, device: str) -> None:
 
 
 def remove_calibration(run: str | Path) -> bool:
-    """Removes what `calibrate` stored; False where there was nothing.
+    """Removes what `calibrate` stored; returns False if there was nothing.
 
     Raises:
-        UsageError: no such folder.
-        FileError: it can't be removed.
+        UsageError: there is no such folder.
+        FileError: the file can't be removed.
     """
     path = Path(run) / FILE
     if not path.parent.is_dir():
@@ -116,10 +116,10 @@ def validation_predictions(
     device: str = "cpu",
     tta: str | None = None,
 ) -> Predictions:
-    """A run's unscaled predictions for its validation images, or for others that don't test it.
+    """A run's unscaled predictions for its validation images, or for others not used to test it.
 
     Raises:
-        as `calibrate`.
+        as in `calibrate`.
     """
     if data is None and split is None:
         _check_has_validation(Path(run))
@@ -153,12 +153,12 @@ def _check_has_validation(run: Path) -> None:
 
 
 def _to_calibrate_on(table: ImageTable, split: str | None, shared: Overlap | None) -> ImageTable:
-    """The images of a table that may choose a threshold.
+    """The images of a table that may be used to choose a threshold.
 
     Args:
         table: any images.
         split: as for `calibrate`.
-        shared: what the images have in common with the run's; None: not known.
+        shared: what the images have in common with the run's; None if unknown.
 
     Raises:
         UsageError: there are none.

@@ -12,26 +12,26 @@ if TYPE_CHECKING:
 
 
 class Classifier(Predictor):
-    """A network with its class names and its preprocessing: it predicts, and shows where it looked.
+    """A network with its class names and preprocessing: it predicts, and shows where it looked.
 
-    `regard.load` makes one. Its other methods and its attributes are its base class's.
+    `regard.load` makes one. Its other methods and attributes are inherited.
     """
 
     def explain(self, image: ImageSource, **options: Any) -> "Explanation":
-        """One image's answer, the network's own attention, Grad-CAM and channel weights.
+        """One image's prediction, the network's own attention, Grad-CAM and channel weights.
 
         Examples:
             >>> classifier.explain("scan.png", target="malignant")  # a notebook shows the figure
 
         Args:
-            image: whatever `decode` takes.
+            image: anything that `decode` accepts.
             options: those of `regard.explain`: target, methods, reduce, layer, keep_channels.
 
         Returns:
             A `regard.Explanation`: classes, maps, figure(), overlay(name), save_figure, save_npz.
 
         Raises:
-            ImageError: it can't be read, or has no finite answer.
+            ImageError: the image can't be read, or its prediction is not finite.
             UsageError: an option is not among its choices.
         """
         from regard.explanations.explanation import explain  # it draws: matplotlib is slow to load
@@ -54,16 +54,16 @@ def load(
         folder: the folder, or the name of weights that come with Regard, such as
             "ag_sononet8.digits".
         device: where it computes: cpu, cuda, mps, xpu, or auto for this machine's accelerator.
-            Images go there by themselves.
+            Images are moved there automatically.
         calibrated: use the temperature and the threshold that `regard.calibrate` stored there,
-            and tell images that are unlike the training images.
+            and flag images that are unlike the training images.
         precision: "fp32" or "bf16", see `regard.predict.use_precision`.
         flips: average the probabilities of each image and its mirror image.
 
     Raises:
-        UsageError: the folder holds no network, or one that can't be loaded; or this machine
-            has no such device; or there is no such precision.
-        CheckpointError: weights that come with Regard are not as they were shipped.
+        UsageError: the folder holds no network, or one that can't be loaded; this machine has no
+            such device; or there is no such precision.
+        CheckpointError: weights that come with Regard have been changed.
     """
     return load_as(
         Classifier, folder, device, calibrated=calibrated, precision=precision, flips=flips

@@ -48,12 +48,12 @@ COMMANDS = {
 
 
 def _kinds(type_: Any) -> set[Any]:
-    """The types that a type is made of: `int` and `None` of `tuple[int, ...] | None`."""
+    """The types that make up a type: `int` and `None` for `tuple[int, ...] | None`."""
     return {type_}.union(*(_kinds(part) for part in get_args(type_)))
 
 
 def _whole_numbers(type_: Any, tokens: Sequence[cyclopts.Token]) -> Any:
-    """Converts a flag's words as cyclopts does, which alone would round 16.5 images to 16."""
+    """Converts a flag's words as cyclopts does, but without rounding 16.5 images to 16."""
     kinds = _kinds(type_)
     if int in kinds and float not in kinds:
         for token in tokens:
@@ -88,12 +88,12 @@ def _complain(line: str) -> None:
 def main(tokens: Sequence[str] | None = None) -> None:
     """Runs the command line and exits.
 
-    With 0 where all is done, 1 where work failed or failed in part, 2 for a wrong call, and
-    128 + N where signal N ended it.
+    The exit code is 0 if all is done, 1 if work failed at least in part, 2 for a wrong call, and
+    128 + N if signal N ended it.
     """
-    for stream in (sys.stdout, sys.stderr):  # a letter that the terminal lacks ends nothing
+    for stream in (sys.stdout, sys.stderr):  # a missing character ends nothing
         if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError):  # a pipe under a wrapper that believes it can seek
+            with contextlib.suppress(OSError):  # a pipe in a wrapper that claims to be seekable
                 stream.reconfigure(errors="backslashreplace")
     code = run_command(sys.argv[1:] if tokens is None else tokens)
     try:
@@ -104,13 +104,13 @@ def main(tokens: Sequence[str] | None = None) -> None:
 
 
 def _unread() -> int:
-    """As if SIGPIPE had ended it: whoever read the output, such as `head`, has enough."""
+    """Ends as with SIGPIPE: the reader of the output, such as `head`, has enough."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + 13
 
 
 def run_command(tokens: Sequence[str]) -> int:
-    """Runs one command; a person's mistake becomes one line on standard error."""
+    """Runs one command; a user's mistake becomes one line on standard error."""
     show_messages(force=True)
     try:
         with as_command(tokens):
@@ -125,7 +125,7 @@ def run_command(tokens: Sequence[str]) -> int:
         return _unread()
     except ToldElsewhere as error:
         return int(error.code or 0)
-    except SystemExit as error:  # rich ends so where the reader of a table has enough
+    except SystemExit as error:  # rich exits this way when the reader of a table has enough
         return _unread() if error.code == 1 else int(error.code or 0)
     except Exception as error:
         if os.environ.get("REGARD_DEBUG") == "1":
@@ -137,11 +137,11 @@ def run_command(tokens: Sequence[str]) -> int:
 
 
 def _refuse_several_processes(tokens: Sequence[str]) -> None:
-    """Refuses what each process would do in full, writing the same files.
+    """Refuses commands that every process would run in full, writing the same files.
 
     Raises:
-        UsageError: torchrun started several, and they would not train.
-        ToldElsewhere: the same, in all processes of a machine but its first.
+        UsageError: torchrun started several processes for a command other than training.
+        ToldElsewhere: the same, in all processes of a machine but the first.
     """
     several = launched_processes()
     if several == 1 or not tokens or tokens[0] not in COMMANDS or tokens[0] == "train":
@@ -155,9 +155,9 @@ def _refuse_several_processes(tokens: Sequence[str]) -> None:
 
 
 def _with_resume_auto(tokens: Sequence[str]) -> list[str]:
-    """`train ... --resume auto` as --resume-auto: --resume alone takes no value.
+    """`train ... --resume auto` as --resume-auto: --resume itself takes no value.
 
-    A flag whose value may be left out would take DATA for it in `train --resume DATA`.
+    A flag with an optional value would take DATA as its value in `train --resume DATA`.
     """
     words = list(tokens)
     if words[:1] != ["train"]:
@@ -170,7 +170,7 @@ def _with_resume_auto(tokens: Sequence[str]) -> list[str]:
 
 
 def _explained(error: Exception) -> int:
-    """Says in one line what went wrong, and returns the exit code."""
+    """Prints in one line what went wrong, and returns the exit code."""
     if isinstance(error, Stopped) and not isinstance(error, StudyStopped):
         _complain(f"{error}; its state is saved: continue with the same command and --resume")
         return error.exit_code

@@ -1,6 +1,6 @@
-"""Private names of timm, torch and others that Regard uses, each with the version it was seen in.
+"""Private names of timm, torch and others that Regard uses, with the version they were seen in.
 
-A name that has moved ends here with a sentence, not somewhere else with an AttributeError.
+If a name has moved, the error is a clear sentence from here, not an AttributeError elsewhere.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from typing import Any
 
 @functools.cache
 def silence_libtiff() -> None:
-    """Stops the libtiff inside Pillow from printing each fault of a file on standard error.
+    """Stops the libtiff inside Pillow from printing every fault of a file on standard error.
 
-    Pillow (seen in 13.0, libtiff 4.7.2) leaves libtiff's default handlers, which write past
-    Python's streams, and has no switch; what matters it raises as an exception. Where the
-    library can't be located (not Linux) nothing happens.
+    Pillow (seen in 13.0, libtiff 4.7.2) keeps libtiff's default handlers, which bypass Python's
+    streams, and has no option to change this; anything important is raised as an exception too. If
+    the library can't be located (not Linux), nothing happens.
     """
     import ctypes
 
@@ -35,15 +35,15 @@ def silence_libtiff() -> None:
             continue
 
 
-# raw modes of big-endian numbers, and of the machine's where that is little-endian
+# raw modes of big-endian numbers, and of native ones on little-endian machines
 _BIG_ENDIAN = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
 
 
 def read_in_native_order(image: Any) -> None:
-    """Corrects how PIL is going to read a TIFF of signed or float numbers that libtiff decodes.
+    """Corrects how PIL will read a TIFF of signed or float numbers that libtiff decodes.
 
-    libtiff gives numbers in the machine's byte order, and Pillow (seen in 13.0) swaps those of a
-    big-endian file once more. A version that does not asks for no big-endian raw mode here.
+    libtiff returns numbers in native byte order, and Pillow (seen in 13.0) swaps those of a
+    big-endian file again. A version without this fault requests no big-endian raw mode here.
     """
     if sys.byteorder != "little":
         return
@@ -57,7 +57,7 @@ def read_in_native_order(image: Any) -> None:
 def release_killed(batches: Any) -> None:
     """Frees the pipes, threads and data of a DataLoader's iterator whose workers were killed.
 
-    torch (seen in 2.14) tells them to end by an event, whose lock one of them may have held.
+    torch (seen in 2.14) ends workers by an event, whose lock a killed worker may have held.
     """
     batches._workers_done_event = threading.Event()
     batches._shutdown_workers()
@@ -73,9 +73,9 @@ def default_store() -> Any:
 
 
 def without_buffer_exchange() -> dict[str, Any]:
-    """The argument by which DistributedDataParallel leaves buffers alone in the forward pass.
+    """The argument that stops DistributedDataParallel from broadcasting buffers in forward.
 
-    It was broadcast_buffers until another name came with a warning about the old one (2.14).
+    It was broadcast_buffers until 2.14, which renamed it and warns about the old name.
     """
     import inspect
 
@@ -87,10 +87,10 @@ def without_buffer_exchange() -> dict[str, Any]:
 
 
 def feature_take_indices(count: int, indices: int | list[int] | None) -> tuple[list[int], int]:
-    """The maps that `indices` asks for among `count`, and the last of them (timm 1.0.31).
+    """The indices of the maps that `indices` selects from `count`, and the last one (timm 1.0.31).
 
-    timm's own `forward_intermediates` reads its argument by it: None means all, a number the
-    last so many, and negative indices count from the end.
+    timm's own `forward_intermediates` interprets its argument this way: None means all, a number n
+    the last n, and negative indices count from the end.
     """
     try:
         from timm.models._features import feature_take_indices as take
@@ -101,9 +101,9 @@ def feature_take_indices(count: int, indices: int | list[int] | None) -> tuple[l
 
 @contextlib.contextmanager
 def downloads_in_small_steps(size: int) -> Iterator[None]:
-    """Within, huggingface_hub (2.4) reports downloads each `size` bytes, not each 10 MB.
+    """Makes huggingface_hub (2.4) report downloads every `size` bytes, not every 10 MB.
 
-    A version that has the number elsewhere reports as it does.
+    A version that keeps this number elsewhere reports as usual.
     """
     from huggingface_hub import constants
 
@@ -123,8 +123,8 @@ def save_config_for_hf(model: Any, path: Path, **entries: Any) -> None:
 
     Args:
         model: made by timm.create_model().
-        path: of the file.
-        entries: `model_config` and `data_config`, as timm's function takes them.
+        path: path of the file.
+        entries: `model_config` and `data_config`, as in timm's function.
     """
     try:
         from timm.models._hub import save_config_for_hf as save
@@ -134,9 +134,9 @@ def save_config_for_hf(model: Any, path: Path, **entries: Any) -> None:
 
 
 def mark_pretrained(name: str) -> None:
-    """Has timm (1.0.31) list a network as pretrained whose default entry has no weights.
+    """Makes timm (1.0.31) list a network as pretrained although its default entry has no weights.
 
-    A version that keeps the list elsewhere lists it under its tagged names alone.
+    A version that keeps the list elsewhere lists only its tagged names.
     """
     try:
         from timm.models._registry import _model_has_pretrained
@@ -146,7 +146,7 @@ def mark_pretrained(name: str) -> None:
 
 
 def is_a_matrix_to_muon(parameter: Any) -> bool:
-    """Whether timm's Muon (1.0.31) orthogonalizes a parameter; it moves the others by AdamW."""
+    """Whether timm's Muon (1.0.31) orthogonalizes a parameter; it updates the others with AdamW."""
     try:
         from timm.optim.muon import _is_suitable_for_muon
     except ImportError as error:
@@ -155,7 +155,7 @@ def is_a_matrix_to_muon(parameter: Any) -> bool:
 
 
 def muon_coefficients(name: str) -> list[tuple[float, float, float]]:
-    """The coefficients of timm's Muon (1.0.31) for each iteration, by their name there."""
+    """The coefficients of timm's Muon (1.0.31) for each iteration, by timm's name for them."""
     try:
         from timm.optim.muon import _COEFFICIENTS
     except ImportError as error:

@@ -1,15 +1,15 @@
-"""How many of this machine's cores are this process's."""
+"""How many of this machine's cores this process may use."""
 
 import os
 
-SHARE = "REGARD_CORES"  # set for the runs of a study that are trained at the same time
+SHARE = "REGARD_CORES"  # set for runs of a study that are trained at the same time
 
 
 def cores() -> int:
     """Cores that this process may use, at least 1.
 
-    The processes of one distributed run on a machine (LOCAL_WORLD_SIZE) share its cores, and so do
-    runs of a study that are trained at the same time (REGARD_CORES is each one's share).
+    The processes of one distributed run on a machine (LOCAL_WORLD_SIZE) share its cores, as do
+    runs of a study that are trained at the same time (REGARD_CORES is the share of each).
     """
     if hasattr(os, "sched_getaffinity"):
         available = len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""Several networks as one: the mean of their probabilities, and how far they differ."""
+"""Several networks as one: the mean of their probabilities, and how much they differ."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ _ASK = "call predict(images), or one of ensemble.members"
 
 
 def _of_each(name: str, *, is_none: bool = False) -> Any:
-    """An attribute that each network has for itself: refused, or None when it is read."""
+    """An attribute that each network has for itself: reading it is refused, or returns None."""
 
     def refuse(_: Any, *__: Any) -> None:
         raise UsageError(
@@ -37,21 +37,21 @@ class Ensemble(Classifier):
     """The mean of several networks' probabilities.
 
     The networks may differ in kind, input size and preprocessing; their classes must be the same,
-    in any order. Each one's probabilities are scaled by its own temperature. There is no
-    decision: a threshold belongs to one network. `explain` shows the mean of the members' maps,
-    see `regard.explanations.averaging`.
+    in any order. Each one's probabilities are scaled by its own temperature. There is no decision,
+    as a threshold belongs to one network. `explain` shows the mean of the members' maps, see
+    `regard.explanations.averaging`.
 
-    `decode`, `probabilities`, `answers` and `with_distances` need networks that prepare images
-    alike; `predict` does not. What belongs to one network is an attribute of the `members` and
-    a UsageError here: `model`, `features`, `temperature`, `preprocess` (where they differ), and
-    setting an `engine` or a `calibration`.
+    `decode`, `probabilities`, `answers` and `with_distances` need networks that preprocess images
+    in the same way; `predict` does not. What belongs to one network is an attribute of the
+    `members` and raises a UsageError here: `model`, `features`, `temperature`, `preprocess` (if
+    they differ), and setting an `engine` or a `calibration`.
 
     Args:
-        members: two or more.
-        names: what messages call them.
+        members: two or more networks.
+        names: their names in messages.
 
     Raises:
-        UsageError: fewer than two, other classes, or a member that is an ensemble.
+        UsageError: fewer than two, different classes, or a member that is an ensemble.
     """
 
     model = _of_each("model")
@@ -73,12 +73,12 @@ class Ensemble(Classifier):
 
     @property
     def members(self) -> list[Classifier]:
-        """The networks whose probabilities it averages."""
+        """The networks whose probabilities are averaged."""
         return self._members
 
     @property
     def preprocess(self) -> Preprocess:  # type: ignore[override]
-        """That of all networks.
+        """The preprocessing that all networks share.
 
         Raises:
             UsageError: they differ.
@@ -90,30 +90,30 @@ class Ensemble(Classifier):
 
     @property
     def mirrors(self) -> bool:
-        """Whether all average each image and its mirror image."""
+        """Whether all members average each image and its mirror image."""
         return all(m.mirrors for m in self.members)
 
     @property
     def measures_distances(self) -> bool:
-        """Whether all measure an image's distance from their training images."""
+        """Whether all members measure an image's distance from their training images."""
         return all(m.measures_distances for m in self.members)
 
     def use_flips(self) -> None:
-        """Has every member average each image and its mirror image."""
+        """Makes every member average each image and its mirror image."""
         for member in self.members:
             member.use_flips()
 
     def drop_calibration(self) -> None:
-        """Has every member use no temperature and no threshold."""
+        """Makes every member ignore its temperature and threshold."""
         for member in self.members:
             member.drop_calibration()
 
     def decode(self, image: ImageSource) -> Tensor:
-        """As of one network, for all members.
+        """Like that of a single network, for all members.
 
         Raises:
-            ImageError: as of one network.
-            UsageError: the members prepare images differently.
+            ImageError: as for a single network.
+            UsageError: the members preprocess images differently.
         """
         self._check_alike()
         return self.members[0].decode(image)
@@ -122,25 +122,25 @@ class Ensemble(Classifier):
         """(B, C, H, W) in 0..255 -> (B, classes), the mean of the members' probabilities.
 
         Raises:
-            UsageError: the members prepare images differently.
+            UsageError: the members preprocess images differently.
         """
         self._check_alike()
         return self._mean_of([m.probabilities(images) for m in self.members])
 
     def answers(self, images: Tensor) -> Tensor:
-        """As `probabilities`, of the networks themselves, on the first one's device.
+        """Like `probabilities`, from the networks rather than engines, on the first one's device.
 
         Raises:
-            UsageError: the members prepare images differently.
+            UsageError: the members preprocess images differently.
         """
         self._check_alike()
         return self._mean_of([m.answers(images) for m in self.members])
 
     def with_distances(self, images: Tensor) -> tuple[Tensor, list[float | None]]:
-        """`probabilities`, and each image's mean distance, each relative to its threshold.
+        """`probabilities`, and each image's mean distance, each relative to the member's threshold.
 
         Raises:
-            UsageError: the members prepare images differently.
+            UsageError: the members preprocess images differently.
         """
         self._check_alike()
         each = self._by_member([images] * len(self.members))
@@ -148,7 +148,7 @@ class Ensemble(Classifier):
         return torch.stack([p for p, _ in each]).mean(dim=0), [*map(_mean_distance, distances)]
 
     def features(self, images: Tensor) -> list[NDArray[np.float32]]:
-        """Refused: the members' features are of different sizes and kinds.
+        """Not available: the members' features differ in size and kind.
 
         Raises:
             UsageError: always.
@@ -160,7 +160,7 @@ class Ensemble(Classifier):
             raise UsageError(f"an ensemble's networks prepare images differently: {_ASK}")
 
     def _mean_of(self, each: Sequence[Tensor]) -> Tensor:
-        """Probabilities (B, classes) of each member, in its order of classes -> (B, classes)."""
+        """Probabilities (B, classes) of each member, in its own class order -> (B, classes)."""
         pairs = zip(each, self._orders, strict=True)
         return torch.stack([p[:, order].to(each[0].device) for p, order in pairs]).mean(dim=0)
 
@@ -168,10 +168,10 @@ class Ensemble(Classifier):
     def load(
         cls, folders: Sequence[str | Path], device: str = "cpu", *, flips: bool = False
     ) -> "Ensemble":
-        """The networks of several runs' folders, each as by `regard.load`.
+        """The networks of several runs' folders, each loaded as by `regard.load`.
 
         Raises:
-            UsageError: as `regard.load`, or the classes are not the same.
+            UsageError: as in `regard.load`, or the classes are not the same.
         """
         members = [load(folder, device, flips=flips) for folder in folders]
         return cls(members, [str(f) for f in folders])
@@ -179,7 +179,7 @@ class Ensemble(Classifier):
     def predict_each(
         self, images: Iterable[ImageSource], top: int = 5, batch: int = BATCH
     ) -> Iterator[Prediction]:
-        """As of one network; each prediction also has `sd` and `disagreement`."""
+        """As for a single network; each prediction also has `sd` and `disagreement`."""
         decoded = read_ahead(
             enumerate(images, start=1), self._views_or_error, default_workers(), 2 * batch
         )
@@ -197,7 +197,7 @@ class Ensemble(Classifier):
                     yield self._mean(name, *next(answers), top)
 
     def _views_or_error(self, numbered: tuple[int, ImageSource]) -> tuple[str, list[Tensor] | str]:
-        """One image as each member's input; members that prepare it alike share it."""
+        """One image as each member's input; members with the same preprocessing share it."""
         number, image = numbered
         name = name_of(image) or f"image {number}"
         known: dict[Any, Tensor] = {}
@@ -218,7 +218,7 @@ class Ensemble(Classifier):
         """Each member's probabilities (B, classes) and distances relative to its threshold.
 
         Args:
-            batches: each member's input; the same images.
+            batches: each member's input, for the same images.
         """
         each = []
         for member, order, batch in zip(self.members, self._orders, batches, strict=True):
@@ -244,12 +244,12 @@ class Ensemble(Classifier):
 
 
 def _view(p: Preprocess) -> tuple[Any, ...]:
-    """What decides how an image becomes a network's input."""
+    """All that determines how an image becomes a network's input."""
     return (type(p), p.input_size, p.resize, p.crop_pct, p.resize_first, p.value_range)
 
 
 def _mean_distance(distances: Sequence[float | None]) -> float | None:
-    """The mean of the members' relative distances; None where one is not known."""
+    """The mean of the members' relative distances; None if one is unknown."""
     known = [d for d in distances if d is not None]
     return float(np.mean(known)) if len(known) == len(distances) else None
 
@@ -260,7 +260,7 @@ def load_all(
     """One network, or the `Ensemble` of several.
 
     Raises:
-        UsageError: as `regard.load`, a network named twice, or classes that are not the same.
+        UsageError: as in `regard.load`, a network given twice, or classes that are not the same.
     """
     if len(folders) == 1:
         return load(folders[0], device, flips=flips)

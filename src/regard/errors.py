@@ -1,6 +1,6 @@
-"""The errors that Regard raises for its users; any other exception is a fault of Regard's own.
+"""The errors that Regard raises for its users; any other exception is a bug in Regard.
 
-Each is also of the built-in kind that a Python caller would expect (`ValueError` for a wrong
+Each also has the built-in type that a Python caller would expect (`ValueError` for a wrong
 call, `OSError` for a file), and carries the exit code of the command line: 2 for a wrong call,
 1 for work that failed.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class RegardError(Exception):
-    """Anything that went wrong for a reason that the user can act on; the message says what."""
+    """Anything that went wrong for a reason that the user can act on; the message names it."""
 
     exit_code = 1
 
@@ -34,15 +34,15 @@ class CheckpointError(RegardError, ValueError):
 
 
 class FileError(RegardError, OSError):
-    """Something outside of Regard failed: a file, a disk, a download, a port."""
+    """Something outside Regard failed: a file, a disk, a download, a port."""
 
 
 class StateError(FileError):
-    """A training state that can't be written, or none that can be read."""
+    """A training state that can't be written, or no state that can be read."""
 
 
 class ExportError(RegardError, ArithmeticError):
-    """An exported file does not answer as the network does; it was not kept."""
+    """An exported file's outputs differ from the network's; the file was not kept."""
 
 
 class ResourceError(RegardError, MemoryError):
@@ -50,9 +50,9 @@ class ResourceError(RegardError, MemoryError):
 
 
 class _ValuesError(RegardError):
-    """An error that is made of values rather than of its message, and can be pickled all the same.
+    """An error that is built from values rather than a message, and can still be pickled.
 
-    Processes that pass it on (multiprocessing, concurrent.futures) would lose it otherwise.
+    Otherwise processes that pass it on (multiprocessing, concurrent.futures) would lose it.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -71,7 +71,7 @@ class NotFiniteError(_ValuesError, ArithmeticError):
     """Loss or weights are infinite or NaN.
 
     Attributes:
-        step: the optimizer step at which it was seen, counted from 1.
+        step: the optimizer step at which this was noticed, counted from 1.
         rate: the learning rate of that step.
         rows: the training images of that step, as rows of the training split.
     """
@@ -87,7 +87,7 @@ class Stopped(_ValuesError):  # noqa: N818 (no error: somebody asked for it)
     """A signal asked the run to stop; its state is saved.
 
     Attributes:
-        step: the last optimizer step that was done.
+        step: the last completed optimizer step.
         signal_number: such as signal.SIGTERM.
     """
 
@@ -99,10 +99,10 @@ class Stopped(_ValuesError):  # noqa: N818 (no error: somebody asked for it)
 
 
 class StudyStopped(Stopped):
-    """A signal asked a study to stop; its runs under way have saved their states.
+    """A signal asked a study to stop; its active runs have saved their states.
 
     Attributes:
-        step: the runs that are done.
+        step: the number of completed runs.
     """
 
     def __init__(self, done: int, total: int, signal_number: int) -> None:
@@ -111,7 +111,7 @@ class StudyStopped(Stopped):
 
 
 class ToldElsewhere(SystemExit):
-    """Ends one process of a run in silence: another one has told what went wrong."""
+    """Ends one process of a run silently: another one has reported what went wrong."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,9 +2,9 @@
 
 The graph takes decoded and resized images (B, C, H, W) as float32 in 0..255 and returns
 probabilities: normalization and softmax are inside. Class names, input size and how to resize
-are in the file's metadata, and the program that is written with it (engines/standalone.py)
-predicts image files. Nothing appears at its final name before the file was loaded again and its
-answers on real images were compared with the network's.
+are in the file's metadata, and the program written with it (engines/standalone.py) predicts image
+files. Nothing gets its final name before the file was loaded again and its outputs on real images
+were compared with the network's.
 """
 
 import logging
@@ -39,17 +39,17 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
 maps, relative to the map's largest value."""
 CHECKED = 32  # images that are compared
 CALIBRATION = 300  # training images that calibrate INT8
-MAX_LOSS = 0.01  # of the accuracy, by INT8
+MAX_LOSS = 0.01  # of accuracy lost by INT8
 
 
 @dataclass(frozen=True)
 class Images:
-    """Real images: to compare answers on, to calibrate with, to measure the accuracy on."""
+    """Real images for comparing outputs, for calibration, and for measuring the accuracy."""
 
     compared: Tensor  # (n, C, H, W) in 0..255
     training: ImageTable
     scored: ImageTable
-    scored_name: str  # what the scored images are called in messages
+    scored_name: str  # name of the scored images in messages
 
 
 def export(
@@ -66,30 +66,30 @@ def export(
     device: str = "cpu",
     precision: str = "fp32",
 ) -> Path:
-    """Writes a run's network as one file after checking that its answers are the network's.
+    """Writes a run's network as one file after checking that its outputs are the network's.
 
     Args:
         run: a run's folder; or, with `data`, any folder in timm's `local-dir` layout or the name
             of weights that come with Regard.
         to: "onnx" (opset 20), "openvino" (FILE.xml and FILE.bin) or "torch" (torch.export's .pt2).
-        out: the file; its suffix must be that of `to`. A program called as it, ending in .py, is
+        out: the file; its suffix must be that of `to`. A program with its name, ending in .py, is
             written to the same folder.
-        data: labeled images to compare on; default: the run's own.
+        data: labeled images for the comparison; default: the run's own.
         root: folder of cifar10 and cifar100.
-        maps: the attention maps are outputs as well, each (B, h, w), named attention.MODULE.
+        maps: also output the attention maps, each (B, h, w), named attention.MODULE.
         int8: 8-bit weights and activations, calibrated on CALIBRATION training images.
         force: keep an INT8 file that loses more than MAX_LOSS of the accuracy.
         overwrite: replace existing files.
-        device: where the network computes the answers that the file's are compared with, as for
-            `regard.load`; the file's own are computed on the CPU.
-        precision: in which the file computes: "fp32", or "bf16" with to="torch" and without int8.
+        device: where the network computes the outputs for the comparison, as for `regard.load`; the
+            file's own are computed on the CPU.
+        precision: precision of the file: "fp32", or "bf16" with to="torch" and without int8.
 
     Returns:
         The file.
 
     Raises:
         UsageError: a wrong call, a missing package, or a network that can't be converted.
-        ExportError: the file's answers differ from the network's, or INT8 loses too much;
+        ExportError: the file's outputs differ from the network's, or INT8 loses too much;
             nothing is left at `out`.
         FileError: the file can't be written, or no image can be read.
     """
@@ -134,7 +134,7 @@ def export(
 def _check_call(
     to: str, out: Path, int8: bool, overwrite: bool, precision: str
 ) -> tuple[Format, list[Path]]:
-    """The format, and all files to write with links followed: `out` first, the program last."""
+    """The format, and all files to write, with links resolved: `out` first, the program last."""
     if to not in FORMATS:
         raise UsageError(f"to {to}: choose one of {', '.join(FORMATS)}")
     file_format = FORMATS[to]
@@ -200,7 +200,7 @@ def _some(classifier: Classifier, table: ImageTable, most: int) -> Tensor:
 
 
 def metadata(classifier: Classifier, deployed: Deployed, precision: str) -> dict[str, Any]:
-    """What an exported file says about itself."""
+    """The metadata of an exported file."""
     preprocess = classifier.preprocess
     kinds = attention_kinds(classifier.model)
     return {
@@ -237,7 +237,7 @@ def _calibration(classifier: Classifier) -> dict[str, Any] | None:
 def _compare(
     classifier: Classifier, answers: Run, images: Tensor, maps: Sequence[str], tolerance: float
 ) -> None:
-    """Compares the file's answers with the network's, on one image alone and on batches.
+    """Compares the file's outputs with the network's, for a single image and for batches.
 
     Raises:
         ExportError: they differ by more than `tolerance`, or in the top-1 class.
@@ -255,7 +255,7 @@ def _compare(
         for k, (a, b) in enumerate(zip(found, expected, strict=True)):
             scale = 1.0 if k == 0 else float(b.abs().max().clamp_min(1e-30))
             difference = float((a - b).abs().max()) / scale
-            if not difference <= tolerance:  # NaN is not either
+            if not difference <= tolerance:  # also true for NaN
                 what = "probabilities" if k == 0 else f"the map {maps[k - 1]}"
                 raise ExportError(f"{what} of the file differ by {difference:.2g}; it was not kept")
             worst = max(worst, difference)
@@ -273,10 +273,10 @@ def _expected(classifier: Classifier, images: Tensor, maps: Sequence[str]) -> li
 
 
 def _check_int8(classifier: Classifier, answers: Run, images: Images, force: bool) -> None:
-    """Measures the accuracy that 8 bits cost.
+    """Measures the loss of accuracy by 8 bits.
 
     Raises:
-        ExportError: more than MAX_LOSS, and not `force`.
+        ExportError: it is more than MAX_LOSS, and not `force`.
     """
     correct = _correct(classifier, images.scored)
     small = Classifier(classifier.model, classifier.class_names, classifier.preprocess)

@@ -1,4 +1,4 @@
-"""The optional packages: which extra of Regard brings them, and whether they are installed.
+"""The optional packages: which extra of Regard installs them, and whether they are installed.
 
 Nothing here imports them, so a missing one is reported before anything slow is loaded.
 """
@@ -20,11 +20,11 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),
 }
-"""Each extra of pyproject.toml that people install, with the modules that it brings."""
+"""Each of the extras in pyproject.toml for users, with the modules that it installs."""
 
 
 def missing(extra: str, *modules: str) -> list[str]:
-    """Those modules of an extra (default: all of them) that are not installed."""
+    """The modules of an extra (default: all of them) that are not installed."""
     return [name for name in modules or EXTRAS[extra] if not is_installed(name)]
 
 
@@ -34,7 +34,7 @@ def hint(extra: str) -> str:
 
 
 def require(extra: str, what: str, *modules: str) -> None:
-    """Refuses `what` where a module of an extra (default: any of its modules) is missing.
+    """Refuses `what` if a module of an extra (default: any of its modules) is missing.
 
     Raises:
         UsageError: names the modules, and the one command that installs them.

@@ -1,4 +1,4 @@
-"""Measures what a network's training images look like to it; see `evaluation.familiarity`."""
+"""Measures what training images look like to a network; see `evaluation.familiarity`."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ MOST_TRAINING, MOST_VALIDATION = 2000, 1000  # images
 def measure_familiarity(
     classifier: Classifier, training: ImageTable, validation: ImageTable, run: str | Path
 ) -> Familiarity:
-    """Fits it on at most 2,000 training and 1,000 validation images, evenly spread.
+    """Fits the familiarity to at most 2,000 training and 1,000 validation images, evenly spread.
 
     Raises:
         UsageError: too few images, or a network whose classifier has no features.
@@ -31,7 +31,7 @@ def measure_familiarity(
 def features_of(
     classifier: Classifier, table: ImageTable, most: int
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.int64]]:
-    """Features (n, D) of each kind of at most `most` images that can be read, and their rows."""
+    """Features (n, D) of each kind, for at most `most` readable images, and their rows."""
     chosen = spread(len(table), most) if len(table) else np.zeros(0, np.int64)
     some = table.select(chosen)
     source = StreamingLoader(Reader(some, classifier.preprocess), None, 0, default_workers())

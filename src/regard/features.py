@@ -1,4 +1,4 @@
-"""What tells images apart to a network: what its classifier is given, and how they look."""
+"""The features by which a network tells images apart: its classifier's inputs, and pixels."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ def last_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """What the modules are given meanwhile by this thread, in the order of their calls."""
+    """Collects the inputs of the modules in this thread, in the order of their calls."""
     recorded: list[Tensor] = []
     with contextlib.ExitStack() as hooks:
         for module in modules:
@@ -35,7 +35,7 @@ def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def joined_features(features: Sequence[Tensor]) -> Tensor:
-    """Vectors (B, d), or maps (B, d, h, w) that are averaged, as one (B, D), float32."""
+    """Vectors (B, d), or maps (B, d, h, w), which are averaged, as one (B, D), float32."""
     vectors = [f.flatten(2).mean(dim=2) if f.ndim > 2 else f for f in features]
     return torch.cat(vectors, dim=1).float()
 
@@ -43,8 +43,8 @@ def joined_features(features: Sequence[Tensor]) -> Tensor:
 def appearance(images: Tensor) -> NDArray[np.float32]:
     """Statistics of pixels: (B, C, H, W) in 0..255 -> (B, 2 C + 4).
 
-    Each channel's mean and logarithmic deviation, and the logarithmic mean differences of
-    neighbors along the rows and the columns, in the image and in one 4 times smaller.
+    Each channel's mean and logarithmic standard deviation, and the logarithmic mean differences of
+    neighbors along rows and columns, in the image and in a copy 4 times smaller.
     """
     x = images.detach().float().cpu() / 255
     found = [x.mean(dim=(2, 3)), (x.std(dim=(2, 3), correction=0) + 1e-3).log()]

@@ -1,4 +1,4 @@
-"""Writing files atomically, and the few phrases that messages about files and lists share."""
+"""Writing files atomically, and a few phrases that messages about files and lists share."""
 
 import contextlib
 import os
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 NPZ_FAULTS = (
     OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-"""What NumPy raises for an .npz file that is damaged, or is none, while it is read."""
+"""Exceptions of NumPy when it reads an .npz file that is damaged or in another format."""
 
 
 def read_npz(path: Path) -> "dict[str, NDArray[Any]]":
     """The arrays of an .npz file.
 
     Raises:
-        StateError: it can't be read, is damaged, or is no such file.
+        StateError: it can't be read, is damaged, or is not such a file.
     """
     import numpy as np
 
     try:
-        with path.open("rb") as file:  # NumPy leaves a damaged one open
+        with path.open("rb") as file:  # NumPy leaves a damaged file open
             arrays = np.load(file)
             return {name: arrays[name] for name in arrays.files}
     except (AttributeError, *NPZ_FAULTS) as error:
@@ -45,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes `path` atomically: `write` fills a temporary file, then fsync and rename.
 
     Raises:
-        StateError: it can't be written; what was there before is as it was.
+        StateError: it can't be written; a previous file is unchanged.
     """
     beside = path.with_name(f".{path.name}.writing")
     try:
@@ -58,7 +58,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename too must be on the disk
+    if os.name == "posix":  # the rename, too, must reach the disk
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -67,24 +67,24 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `path` atomically as UTF-8; names of files that are not UTF-8 keep their bytes.
+    """Writes `path` atomically as UTF-8; file names that are not UTF-8 keep their bytes.
 
     Raises:
-        StateError: it can't be written; what was there before is as it was.
+        StateError: it can't be written; a previous file is unchanged.
     """
     data = text.encode("utf-8", "surrogateescape")
     write_atomically(path, lambda beside: beside.write_bytes(data))
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuses a folder that can't be written or a disk without room, before hours are spent.
+    """Refuses a folder that can't be written or a full disk, before hours are spent.
 
     Args:
-        folder: made where it is missing.
+        folder: created if missing.
         needed: bytes.
 
     Raises:
-        StateError: the message says which, and how much is missing.
+        StateError: the message names the reason, and how much space is missing.
     """
     probe = folder / ".probe"
     try:
@@ -104,7 +104,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def reason(error: BaseException, most: int = 200) -> str:
-    """What an error says, on one line of at most `most` characters; never empty."""
+    """The message of an error, on one line of at most `most` characters; never empty."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     return text[:most] or type(error).__name__
 
@@ -117,12 +117,12 @@ def shortened(names: Iterable[object], most: int = 3) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 image", "2,000 images"; the noun takes an s."""
+    """ "1 image", "2,000 images": the noun gets an s."""
     return f"{count:,} {noun}" + "s" * (count != 1)
 
 
 def about(number: float, noun: str) -> str:
-    """ "1 epoch", "2.22 epochs": three digits, and the noun takes an s."""
+    """ "1 epoch", "2.22 epochs": three digits, and the noun gets an s."""
     text = f"{number:.3g}"
     return f"{text} {noun}" + "s" * (text != "1")
 

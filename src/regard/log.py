@@ -1,8 +1,8 @@
 """Regard's messages: the standard `logging`, under the name "regard", shown as plain lines.
 
-Modules log to `logging.getLogger(__name__)`: `info` for what a person follows, `warning` for
-what they should act on. Nothing is shown until `show_messages` is called, which the command
-line and the long-running functions of the Python API do.
+Modules log to `logging.getLogger(__name__)`: `info` for progress, `warning` for what users should
+act on. Nothing is shown until `show_messages` is called, as the command line and the long-running
+functions of the Python API do.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _ROOT = "regard"
-# loggers of libraries whose warnings nobody can act on: torch's "No CUDA runtime is found" where
-# there is no GPU, and matplotlib's lines about its font cache
+# loggers of libraries with warnings that users can't act on: torch's "No CUDA runtime is found"
+# without a GPU, and matplotlib's lines about its font cache
 _NOISY = ("torch.utils.cpp_extension", "matplotlib", "matplotlib.font_manager")
 
 
 class _Current(logging.StreamHandler):
-    """Writes to what `sys.stdout` or `sys.stderr` is now, which tests and notebooks replace."""
+    """Writes to the current `sys.stdout` or `sys.stderr`, which tests and notebooks replace."""
 
     def __init__(self, stream: str) -> None:
         logging.Handler.__init__(self)
@@ -27,7 +27,7 @@ class _Current(logging.StreamHandler):
 
     @property
     def stream(self):
-        """The stream as it is at this moment."""
+        """The current stream."""
         return getattr(sys, self._name_of_stream)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
@@ -36,14 +36,14 @@ class _Current(logging.StreamHandler):
 
 
 def silence_libraries() -> None:
-    """Hides the warnings of other libraries that no user can act on."""
+    """Hides warnings of other libraries that users can't act on."""
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
 def info_on_stderr() -> Iterator[None]:
-    """Information goes to standard error meanwhile: standard output is for results alone."""
+    """Sends information to standard error within the context: standard output is for results."""
     handlers = [h for h in logging.getLogger(_ROOT).handlers if isinstance(h, _Current)]
     before = [h._name_of_stream for h in handlers]
     for handler in handlers:
@@ -58,7 +58,7 @@ def info_on_stderr() -> Iterator[None]:
 def show_messages(*, force: bool = False) -> None:
     """Prints information to standard output and warnings to standard error.
 
-    Does nothing where the program has configured logging itself, unless `force` is given.
+    Does nothing if the program has configured logging itself, unless `force` is given.
     """
     silence_libraries()
     logger = logging.getLogger(_ROOT)
@@ -90,7 +90,7 @@ def clock(seconds: float) -> str:
 
 
 class Heartbeat:
-    """Progress as a line every half minute, for those who look at no progress bar.
+    """Progress as a line every half minute, for logs and other places without a progress bar.
 
     Call it with (done, total).
     """
@@ -112,15 +112,15 @@ class Heartbeat:
 def counting(
     what: str, total: int | None = None, *, show: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """Shows how far something is that takes long: a bar in a terminal, else a line now and then.
+    """Shows the progress of a long task: a bar in a terminal, else a line now and then.
 
     Args:
         what: such as "reading training images".
-        total: how many there are, if that is known.
-        show: False shows nothing.
+        total: the total number, if known.
+        show: if False, nothing is shown.
 
     Yields:
-        A function that is called with the number that were done since its last call.
+        A function to call with the number of items done since its last call.
     """
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""What this machine is and can do: to choose engines, and for the header of every figure."""
+"""This machine and its abilities: for choosing engines, and for the header of every figure."""
 
 import contextlib
 import ctypes
@@ -20,17 +20,17 @@ M = TypeVar("M", bound=nn.Module)
 
 # from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST = 2**30  # bytes; the size of blocks that are kept
+_LARGEST = 2**30  # bytes; the largest size of blocks that are kept
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
-VARIABLE = "REGARD_DEVICE"  # what "auto" stands for
+VARIABLE = "REGARD_DEVICE"  # sets the meaning of "auto"
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device of a name in DEVICES; on GPUs float32 is then computed in full (no TF32).
+    """The device for a name in DEVICES; on GPUs, float32 is then computed in full (no TF32).
 
-    "auto" is the device that the environment variable REGARD_DEVICE names, else this machine's
-    accelerator (a GPU of NVIDIA's or AMD's is "cuda"), else the CPU.
+    "auto" is the device in the environment variable REGARD_DEVICE, else this machine's accelerator
+    (an NVIDIA or AMD GPU is "cuda"), else the CPU.
 
     Raises:
         UsageError: there is no such device, or this machine does not have it.
@@ -52,11 +52,11 @@ def choose_device(name: str = "auto") -> torch.device:
 
 @contextlib.contextmanager
 def fastest_kernels() -> Iterator[None]:
-    """Within, cuDNN tries its kernels on the first batch of each size, and takes the fastest.
+    """Within the context, cuDNN tries its kernels on each size's first batch and uses the fastest.
 
-    For training steps, which have one size. Each size of an evaluation, and its last batch, would
-    be searched anew: seconds for a pass that takes less. Kernels may differ in bits, so nothing is
-    tried where torch is asked for deterministic ones.
+    For training steps, whose batches have one size. In evaluation, each size and the last batch
+    would be tuned again, which takes longer than the pass itself. Kernels may differ in bits, so
+    nothing is tried if torch is set to deterministic algorithms.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
@@ -68,11 +68,11 @@ def fastest_kernels() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_cpu_thread(device: torch.device) -> Iterator[None]:
-    """Within, torch has one thread on the CPU, if that is not where the network is.
+    """Limits torch to one CPU thread within the context, unless the network is on the CPU.
 
-    What is left for the CPU is small, an image at a time: as many threads as cores don't make it
-    faster, and those of several runs on one machine wait for each other longer than they work.
-    Where OMP_NUM_THREADS is set, it decides.
+    The CPU's remaining work is small, one image at a time: more threads don't make it faster, and
+    the threads of several runs on one machine would spend more time waiting for each other than
+    working. If OMP_NUM_THREADS is set, that applies.
     """
     if device.type == "cpu" or os.environ.get("OMP_NUM_THREADS"):
         yield
@@ -86,10 +86,10 @@ def one_cpu_thread(device: torch.device) -> Iterator[None]:
 
 
 def in_channels_last(model: M) -> M:
-    """The network with its weights in channels_last, which decide the layout of what it computes.
+    """The network with its weights in channels_last, which decide the layout of its activations.
 
-    They are replaced only where some lie otherwise: `to` copies weights of (N, 1, 1, 1) each time,
-    and an average of weights, and a recording of a training step, know them by their place.
+    They are replaced only if some have another layout: `to` copies weights of (N, 1, 1, 1) each
+    time, but an average of weights and a captured training step refer to them by address.
     """
     for parameter in model.parameters():
         if parameter.ndim == 4 and not parameter.is_contiguous(memory_format=torch.channels_last):
@@ -98,9 +98,9 @@ def in_channels_last(model: M) -> M:
 
 
 def most_precise(device: torch.device) -> torch.dtype:
-    """float64, in which counts are summed; float32, exact up to 2 ** 24, where a device has none.
+    """float64 for summing counts; float32, exact up to 2 ** 24, if the device has no float64.
 
-    Apple's GPUs have no float64, nor have some of Intel's.
+    Apple's GPUs and some of Intel's have no float64.
     """
     lacks = device.type == "mps"
     if device.type == "xpu":
@@ -109,24 +109,24 @@ def most_precise(device: torch.device) -> torch.dtype:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether NVIDIA GPUs round float32 to 10 bits of mantissa before they multiply.
+    """Sets whether NVIDIA GPUs round float32 to 10 bits of mantissa before multiplying.
 
-    torch's own default is yes in convolutions and no in matrix products.
+    torch's own default is yes for convolutions and no for matrix products.
     """
     torch.backends.cudnn.allow_tf32 = allowed
     torch.set_float32_matmul_precision("high" if allowed else "highest")
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a device has done all that it was given; a CPU always has."""
+    """Waits until a device has finished its work; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def seed_device(device: torch.device, seed: int) -> None:
-    """Seeds the random numbers of a device, and the CPU's.
+    """Seeds the random number generators of a device and of the CPU.
 
-    torch.manual_seed would do, but for the 0.6 ms that it spends on devices that are not there.
+    torch.manual_seed would also do, but spends 0.6 ms on devices that don't exist.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
@@ -136,7 +136,7 @@ def seed_device(device: torch.device, seed: int) -> None:
 def has_bf16(device: torch.device | None = None) -> bool:
     """Whether a device (default: this CPU) multiplies in bf16 instead of emulating it.
 
-    Apple's GPUs count as emulating: which of them multiply in bf16 torch does not say.
+    Apple's GPUs count as emulating, as torch does not say which of them multiply in bf16.
     """
     kind = "cpu" if device is None else device.type
     if kind == "cuda":
@@ -188,7 +188,7 @@ def version(package: str) -> str | None:
 
 
 def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Processor, its vector extensions, threads, accelerator, and the versions that matter."""
+    """Processor, its vector extensions, threads, accelerator, and relevant versions."""
     packages = ("torch", "timm", "onnxruntime", "openvino", "nncf", "pytorchcv")
     versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
     return {
@@ -202,7 +202,7 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def accelerator_name(device: torch.device | None) -> str | None:
-    """Such as "NVIDIA H100 80GB HBM3"; None of a CPU."""
+    """A name such as "NVIDIA H100 80GB HBM3"; None for a CPU."""
     if device is None or device.type == "cpu":
         return None
     named = getattr(torch.get_device_module(device), "get_device_name", None)
@@ -223,12 +223,12 @@ def describe(machine: dict[str, Any]) -> str:
 def keep_freed_memory() -> bool:
     """Makes glibc keep the memory of freed tensors for new ones, on the CPU.
 
-    glibc returns every block above 32 MiB to the system at once, and the pages of the next tensor
-    of that size have to be mapped and cleared again: with large batches a good part of a training
-    step's time (docs/performance.md). In exchange the process stays at its peak memory.
+    glibc returns every block above 32 MiB to the system at once, so that the pages of the next
+    tensor of that size must be mapped and cleared again: with large batches, a good part of a
+    training step's time (docs/performance.md). In exchange, the process stays at its peak memory.
 
     Returns:
-        Whether it was done; without glibc nothing happens.
+        Whether this was done; without glibc nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # musl, macOS, Windows
         mallopt = ctypes.CDLL(None).mallopt
@@ -237,23 +237,23 @@ def keep_freed_memory() -> bool:
 
 
 def trim_memory() -> None:
-    """Gives freed memory back to the system, where the C library can (glibc)."""
+    """Returns freed memory to the system, if the C library can (glibc)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_memory(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes of memory that this process may still use: the machine's, and its control group's.
+    """Bytes of memory that this process may still use, limited by the machine and its cgroup.
 
     Args:
-        root: where control groups are: version 2, or version 1 with its folder `memory`.
+        root: location of cgroups: version 2, or version 1 with its folder `memory`.
     """
     free = float(psutil.virtual_memory().available)
     for folder, limit, used, cache in (
         (root, "memory.max", "memory.current", "inactive_file"),
         (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        try:  # "max", no number: there is no limit
+        try:  # "max" is not a number: there is no limit
             most = int((folder / limit).read_text())
             taken = int((folder / used).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
@@ -282,7 +282,7 @@ def memory_errors(what: str, advice: str) -> Iterator[None]:
     """Turns running out of memory, on the CPU or a GPU, into an error with advice.
 
     Args:
-        what: what was being done, such as "training".
+        what: the task, such as "training".
         advice: what to lower.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A trained network with all that its folder says: `load` reads it, and it classifies images."""
+"""A trained network with everything in its folder: `load` reads it, and it classifies images."""
 
 import logging
 import math
@@ -42,15 +42,15 @@ class Prediction:
     """The prediction for one image.
 
     Attributes:
-        path: the image's path or name; "image 3" for the third input where it has none.
-        classes: (class name, probability), the most probable first; empty where there is an error.
+        path: the image's path or name; "image 3" for the third input if it has none.
+        classes: (class name, probability), the most probable first; empty if there is an error.
         error: why there is no prediction, or None.
-        probabilities: of all classes, in the network's order; empty where there is an error.
-        decision: of the run's threshold, see `Calibration.decide`; None where it has none.
-        distance: from the training images, see `Familiarity`; None where it is not known.
-        unlike_training: whether it is beyond the run's threshold; None where it is not known.
-        sd: of an ensemble, the members' standard deviation of each class's probability.
-        disagreement: of an ensemble, the share of members with another top-1 class.
+        probabilities: of all classes, in the network's order; empty if there is an error.
+        decision: at the run's threshold, see `Calibration.decide`; None if it has none.
+        distance: from the training images, see `Familiarity`; None if unknown.
+        unlike_training: whether the distance is above the run's threshold; None if unknown.
+        sd: for an ensemble, the members' standard deviation of each class's probability.
+        disagreement: for an ensemble, the share of members with a different top-1 class.
     """
 
     path: str
@@ -65,18 +65,18 @@ class Prediction:
 
 
 class Classifier:
-    """A network with its classes' names and its preprocessing.
+    """A network with its class names and its preprocessing.
 
     Attributes:
         model: put in evaluation mode, its weights in channels_last.
         class_names: in the order of its outputs.
-        preprocess: from a decoded image to its input.
-        config: the folder's config.json, under "regard" what timm does not know.
-        engine: what computes probabilities in place of the model, see `regard.engines`, or None.
-            One with `gives_features` gives those of the last layer too.
+        preprocess: from a decoded image to the network's input.
+        config: the folder's config.json; what timm does not know is under "regard".
+        engine: computes probabilities in place of the model, see `regard.engines`, or None. An
+            engine with `gives_features` also returns the inputs of the last layer.
         calibration: the temperature that scales the probabilities, and the threshold; or None.
-        familiarity: what tells images that are unlike the training images; or None.
-        flipped_calibration: the same for use with flips, see `use_flips`; or None.
+        familiarity: detects images that are unlike the training images; or None.
+        flipped_calibration: the calibration to use with flips, see `use_flips`; or None.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class Classifier:
 
     @property
     def members(self) -> Sequence["Classifier"]:
-        """The networks whose probabilities it averages: itself alone, see `Ensemble`."""
-        return [self]  # not kept: what holds itself is freed by the garbage collector alone
+        """The networks whose probabilities are averaged: only this one, but see `Ensemble`."""
+        return [self]  # not stored: a reference cycle is only freed by the garbage collector
 
     @property
     def mirrors(self) -> bool:
@@ -106,9 +106,9 @@ class Classifier:
         return isinstance(self.preprocess, Flips)
 
     def use_flips(self) -> None:
-        """From now on averages the probabilities of each image and its mirror image.
+        """From now on, averages the probabilities of each image and its mirror image.
 
-        A temperature and a threshold that were fitted without flips are then not used.
+        A temperature and a threshold that were fitted without flips are then ignored.
         """
         self.preprocess = Flips.of(self.preprocess)
         if self.flipped_calibration is None:
@@ -116,28 +116,28 @@ class Classifier:
         self.calibration = self.flipped_calibration
 
     def drop_calibration(self) -> None:
-        """From now on uses no temperature and no threshold, as for another size of the input."""
+        """From now on, ignores temperature and threshold, as is right for another input size."""
         if self.calibration is not None:
             log.warning(UNFIT)
         self.calibration = None
 
     @property
     def temperature(self) -> float:
-        """What the logits are divided by."""
+        """The divisor of the logits."""
         return 1.0 if self.calibration is None else self.calibration.temperature
 
     def decode(self, image: ImageSource) -> Tensor:
-        """One image as (C, H, W) of the input's size, in 0..255.
+        """One image as (C, H, W) at the input's size, in 0..255.
 
-        It is decoded in full, so that a file, its bytes, and the array that PIL makes of it give
-        the same result.
+        It is decoded at full size, so that a file, its bytes, and the array that PIL makes of it
+        give the same result.
 
         Args:
             image: a path, bytes, a file object, a PIL image, an array (H, W[, C]) or a tensor
                 ([C, ]H, W); see `read_image`.
 
         Raises:
-            ImageError: it can't be read, or is no image.
+            ImageError: it can't be read, or is not an image.
         """
         preprocess = self.preprocess
         channels, value_range = preprocess.input_size[0], preprocess.value_range
@@ -149,8 +149,8 @@ class Classifier:
     def probabilities(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in 0..255 -> (B, classes), float32, scaled by the temperature.
 
-        Several views of each image, (B, views, C, H, W), give the mean of their probabilities,
-        which the temperature then scales, as it was fitted on such means.
+        For several views of each image, (B, views, C, H, W), the result is the mean of their
+        probabilities, scaled by the temperature afterwards, as it was fitted to such means.
         """
         if images.ndim == 5:
             views = [self._unscaled(images[:, i].contiguous()) for i in range(images.shape[1])]
@@ -161,7 +161,7 @@ class Classifier:
 
     @torch.no_grad()
     def answers(self, images: Tensor) -> Tensor:
-        """As `probabilities`, of the network itself, and on its device: nothing waits for it."""
+        """Like `probabilities`, from the network itself, without synchronizing with its device."""
         return (self._logits(images) / self.temperature).softmax(dim=1)
 
     def _logits(self, images: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class Classifier:
     def with_distances(self, images: Tensor) -> tuple[Tensor, list[float | None]]:
         """`probabilities`, and each image's distance from the training images.
 
-        The distance is None where it can't be measured. Of several views it is the mean.
+        The distance is None if it can't be measured. For several views it is the mean.
         """
         if self.familiarity is None or not self.measures_distances:
             return self.probabilities(images), [None] * len(images)
@@ -195,7 +195,7 @@ class Classifier:
 
     @property
     def measures_distances(self) -> bool:
-        """Whether `with_distances` can: there is `familiarity`, and the engine gives features."""
+        """Whether `with_distances` can: there is `familiarity`, and the engine returns features."""
         able = self.engine is None or getattr(self.engine, "gives_features", False)
         return self.familiarity is not None and able
 
@@ -214,7 +214,7 @@ class Classifier:
     def _recorded(
         self, answer: Callable[[Tensor], Tensor], images: Tensor
     ) -> tuple[Tensor, list[NDArray[np.float32]]]:
-        """What the network answers, and `features`."""
+        """The network's probabilities, and `features`."""
         with inputs_of(last_layers(self.model)) as recorded:
             answered = answer(images)
         if not recorded:
@@ -222,7 +222,7 @@ class Classifier:
         return answered, [joined_features(recorded).cpu().numpy(), appearance(images)]
 
     def features(self, images: Tensor) -> list[NDArray[np.float32]]:
-        """(B, C, H, W) in 0..255 -> what the last layer is given, and `appearance`; each (B, D).
+        """(B, C, H, W) in 0..255 -> the last layer's inputs, and `appearance`; each (B, D).
 
         Raises:
             UsageError: the network has none.
@@ -233,10 +233,10 @@ class Classifier:
     def predict(
         self, images: ImageSource | Iterable[ImageSource], top: int = 5
     ) -> list[Prediction]:
-        """Classifies one image or several: whatever `decode` takes, or a batch of four axes.
+        """Classifies one image or several: anything that `decode` accepts, or a 4D batch.
 
         Raises:
-            ImageError: one can't be read, or has no finite answer; `predict_each` goes on instead.
+            ImageError: one can't be read, or has no finite prediction; `predict_each` goes on.
         """
         predictions = list(self.predict_each(as_several(images), top))
         for prediction in predictions:
@@ -247,9 +247,9 @@ class Classifier:
     def predict_each(
         self, images: Iterable[ImageSource], top: int = 5, batch: int = BATCH
     ) -> Iterator[Prediction]:
-        """A prediction for each image in turn, read ahead by threads; memory stays constant.
+        """A prediction for each image in order, read ahead by threads; memory use stays constant.
 
-        An image that can't be read gives a `Prediction` with an error.
+        An image that can't be read results in a `Prediction` with an error.
         """
         count = min(top, len(self.class_names))
         decoded = read_ahead(
@@ -271,7 +271,7 @@ class Classifier:
     def prediction(
         self, name: str, probabilities: Tensor, distance: float | None, top: int
     ) -> Prediction:
-        """The prediction for one image from its probabilities, (classes,), and its distance."""
+        """The prediction for one image, from its probabilities, (classes,), and its distance."""
         shares = probabilities.tolist()
         if not all(map(math.isfinite, shares)):
             return Prediction(name, [], f"{name}: its answer is not finite")
@@ -282,10 +282,10 @@ class Classifier:
         return Prediction(name, listed, None, tuple(shares), decision, distance, unlike)
 
     def is_unlike(self, distance: float | None) -> bool | None:
-        """Whether an image at this distance is unlike the training images; None: not known."""
+        """Whether an image at this distance is unlike the training images; None if unknown."""
         if self.familiarity is None or distance is None:
             return None
-        return not distance <= self.familiarity.threshold  # NaN is
+        return not distance <= self.familiarity.threshold  # also for NaN
 
     def decision(self, probabilities: Sequence[float]) -> str | None:
         """The run's decision from the probabilities of all classes, see `Calibration.decide`."""
@@ -306,7 +306,7 @@ Kind = TypeVar("Kind", bound=Classifier)
 
 
 def as_several(images: Any) -> Iterable[ImageSource]:
-    """One image as a list of one; several as they are; a batch of four axes as its images."""
+    """One image as a list of one; several unchanged; a batch with four axes as its images."""
     axes = getattr(images, "ndim", None)
     if axes is not None and not isinstance(images, memoryview):
         return images if axes == 4 else [images]
@@ -314,12 +314,12 @@ def as_several(images: Any) -> Iterable[ImageSource]:
     if single or hasattr(images, "read") or hasattr(images, "convert"):
         return [images]
     if not isinstance(images, Iterable):
-        return [images]  # no image: `read_image` says what is one
+        return [images]  # not an image: `read_image` says what is one
     return images
 
 
 def stacked(images: list[Tensor]) -> Tensor:
-    """Images of one shape as a batch; of different types as float32."""
+    """Images of one shape as a batch; if their dtypes differ, as float32."""
     if len({i.dtype for i in images}) > 1:
         images = [i.float() for i in images]
     return torch.stack(images)
@@ -333,11 +333,11 @@ def with_temperature(probabilities: Tensor, temperature: float) -> Tensor:
 
 
 def use_precision(model: nn.Module, precision: str) -> None:
-    """Has a network compute in a precision from now on, in copies of it too; answers are float32.
+    """Makes a network and its copies compute in a precision from now on; outputs are float32.
 
     Args:
-        model: whose weights stay float32.
-        precision: "fp32", or "bf16" for autocast, in which probabilities are within 0.05.
+        model: the network; its weights stay float32.
+        precision: "fp32", or "bf16" for autocast, with probabilities within 0.05.
 
     Raises:
         UsageError: another precision.
@@ -369,7 +369,7 @@ def load(
     )
 
 
-@torch.inference_mode(False)  # parameters made in it would have no gradients for Grad-CAM
+@torch.inference_mode(False)  # inference-mode parameters would have no gradients for Grad-CAM
 def load_as(
     kind: type[Kind],
     folder: str | Path,
@@ -379,10 +379,10 @@ def load_as(
     precision: str = "fp32",
     flips: bool = False,
 ) -> Kind:
-    """`regard.load`, with the same arguments and errors, for a class of classifiers.
+    """Implements `regard.load`, with the same arguments and errors, for any class of classifiers.
 
     Args:
-        kind: the class of what is returned.
+        kind: the class of the result.
         folder, device, calibrated, precision, flips: see `regard.load`.
     """
     where, folder = choose_device(device), network_folder(folder)
@@ -430,7 +430,7 @@ def stored_calibration(folder: Path, classes: Sequence[str]) -> Calibration | No
 
 
 def _familiarity(folder: Path) -> Familiarity | None:
-    """What is stored, unless it belongs to other weights."""
+    """The stored familiarity, unless it belongs to other weights."""
     stored = read_familiarity(folder)
     if stored is None or stored.network in ("", network_hash(folder)):
         return stored
@@ -450,7 +450,7 @@ def probabilities_of(
 ) -> tuple[NDArray[np.int64], NDArray[Any], list[tuple[int, str]]]:
     """Probabilities of this process's share of `count` images, each image once.
 
-    The images are divided into batches, of which this process takes every `world`-th.
+    The images are divided into batches, and this process takes every `world`-th batch.
 
     Returns:
         Rows (n,), float32 probabilities (n, classes), and (row, reason) of unreadable images.

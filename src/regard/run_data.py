@@ -1,4 +1,4 @@
-"""A run's network on labeled images: on its own, split as for its training, or on others."""
+"""A run's network on labeled images: its own, split as for its training, or others."""
 
 import logging
 import os
@@ -69,25 +69,25 @@ def predictions_of(
         run: a run's folder, the name of weights that come with Regard, or a network's name
             together with `weights`.
         data: as for training; default: the run's own, with the splits it was trained with, which
-            also apply where all images are the run's by their content.
+            also apply if all images are the run's by their content.
         split: train, val, test or all; default: test, else val, else all; from other data
             without the images that the run was trained on and others of their groups.
         weights: for a network's name: a run's folder or an authors' checkpoint.
         root: folder of cifar10 and cifar100.
         splits: whether a folder's top folders are splits, as for `open_data`.
-        renamed: the network's class for a class of the data; '' leaves its images out.
-        size: height and width of the input, where they differ from the network's own.
-        crop_pct: fraction of the shorter side that the center crop keeps, where it differs from the
+        renamed: {class of the data: class of the network}; '' leaves its images out.
+        size: height and width of the input, if other than the network's own.
+        crop_pct: fraction of the shorter side that the center crop keeps, if other than the
             network's own.
-        ten_crop: the mean of the probabilities of ten crops of each image, see `TenCrop`.
-        flips: the mean of the probabilities of each image and its mirror image, see `Flips`.
+        ten_crop: average the probabilities of ten crops of each image, see `TenCrop`.
+        flips: average the probabilities of each image and its mirror image, see `Flips`.
         device: where the network computes, as for `regard.load`.
-        prepare: may give the network an engine; called with what reads the images.
-        choose: as `choose_split`, in place of `split`.
-        calibrated: use the temperature that is stored in the run, if it was fitted for such
-            probabilities: not with another size or crop or ten crops, and with flips only one for
-            flips.
-        warn: log what the data warns of.
+        prepare: may give the network an engine; called with a function that reads the images.
+        choose: replaces `split`; like `choose_split`.
+        calibrated: use the temperature stored in the run, if it was fitted for probabilities of
+            this kind: never with another size or crop or ten crops, and with flips only one fitted
+            with flips.
+        warn: log the warnings of the data.
 
     Returns:
         The split ("all" without splits, "new" without the images trained on), the predictions,
@@ -95,7 +95,7 @@ def predictions_of(
 
     Raises:
         UsageError: no such network, data or split, no class that the network knows, a size that
-            the network can't take, or a crop of images that are not cropped.
+            the network can't take, or a crop for images that are not cropped.
         FileError: no image can be read.
     """
     if flips and ten_crop:
@@ -135,7 +135,7 @@ def predictions_of(
 
 
 def _resize(classifier: Classifier, size: tuple[int, int]) -> None:
-    """Has a network take images of this size; of another than its own, without its calibration.
+    """Makes a network take images of this size; if not its own size, without its calibration.
 
     Raises:
         UsageError: it can't.
@@ -149,7 +149,7 @@ def _resize(classifier: Classifier, size: tuple[int, int]) -> None:
 
 
 def _crop(classifier: Classifier, crop_pct: float) -> None:
-    """Has a network see this fraction of an image's shorter side; another without its calibration.
+    """Makes a network see this fraction of the shorter side; if changed, without calibration.
 
     Raises:
         UsageError: its images are not cropped.
@@ -168,7 +168,7 @@ def _crop(classifier: Classifier, crop_pct: float) -> None:
 def _predictions(
     classifier: Classifier, reader: Reader, prepare: Callable[[Classifier, Reader], None]
 ) -> tuple[Predictions, list[str]]:
-    """The predictions for the readable images, and a line for each of the others."""
+    """The predictions for the readable images, and a line for each unreadable one."""
     table = reader.table
     prepare(classifier, reader)
     source = StreamingLoader(reader, None, 0, default_workers())
@@ -187,7 +187,7 @@ def run_table(run: Path, data: str | None, root: str | Path | None) -> ImageTabl
     """The images of a run with the splits of its training, or other data.
 
     Raises:
-        UsageError: the folder does not say what it was trained on, or the data is not as it was.
+        UsageError: the folder does not say what it was trained on, or the data has changed.
     """
     return _run_table(run, data, root, "auto")[0]
 
@@ -195,7 +195,7 @@ def run_table(run: Path, data: str | None, root: str | Path | None) -> ImageTabl
 def _run_table(
     run: Path, data: str | None, root: str | Path | None, splits: str
 ) -> tuple[ImageTable, Overlap | None]:
-    """The images, and what they have in common with the run's; None: it is not known."""
+    """The images, and what they have in common with the run's; None if unknown."""
     folder = RunFolder(run)
     if data is None and not (run / "splits.csv").is_file():  # weights that come with Regard
         if not folder.exists:
@@ -229,7 +229,7 @@ def _run_table(
 
 
 def _started(run: Path, table: ImageTable) -> NDArray[np.str_] | None:
-    """(N,) `Overlap.started` of a run's own images."""
+    """(N,) `Overlap.started` for a run's own images."""
     if (start := known_start(run)) is None:
         return None
     contents = {row.key: row.content for row in read_rows(run / "splits.csv")}
@@ -240,11 +240,11 @@ def _started(run: Path, table: ImageTable) -> NDArray[np.str_] | None:
 def known_start(run: Path) -> KnownImages | None:
     """The images of the weights that a run started from, and of those that these started from.
 
-    None: it started from none, or they are not known.
+    None if the run started from no weights, or the images are unknown.
     """
     if (run / STARTED).is_file():
         return KnownImages(run / STARTED)
-    folder = RunFolder(run)  # of an earlier version: what its weights say of themselves
+    folder = RunFolder(run)  # a run of an earlier version: use what its weights know
     start = start_folder(folder.read_plan()) if folder.exists else None
     return None if start is None else known_images(start)
 
@@ -258,7 +258,7 @@ def start_folder(plan: Mapping[str, Any]) -> Path | None:
 
 
 def write_start(run: Path, plan: Mapping[str, Any]) -> None:
-    """Writes what `known_start` reads into the folder of a run that starts."""
+    """Writes the file that `known_start` reads into the folder of a starting run."""
     if (start := start_folder(plan)) is None:
         return
     found = [known for known in (known_images(start), known_start(start)) if known is not None]
@@ -275,7 +275,7 @@ def choose_split(
         table: any images.
         split: train, val, test, all, or None: test, else val, else all, without images that
             the run was trained on or validated with, and others of their groups.
-        shared: what the images have in common with the run's; None: not known.
+        shared: what the images have in common with the run's; None if unknown.
 
     Raises:
         UsageError: the table has no such split, or all of its images were trained on.
@@ -322,10 +322,10 @@ def choose_split(
 
 
 def _named(name: str, table: ImageTable, weights: str | Path | None) -> Classifier:
-    """A network by its name, with weights from elsewhere."""
+    """A network by name, with weights from elsewhere."""
     if weights is None:
         raise UsageError(f"{name} is no run's folder: to test a network by its name give weights")
-    if Path(weights).is_dir():  # a run's folder: images are prepared as there
+    if Path(weights).is_dir():  # a run's folder: images are preprocessed as in that run
         other = load(weights)
         made_with: Any = getattr(other.model, "_model_args", None) or {}
         arguments = {k: v for k, v in made_with.items() if k not in ("num_classes", "in_chans")}

@@ -28,8 +28,8 @@ from regard.log import Heartbeat
 
 RUNS = Path("runs")
 VALIDATION = "validation.npz"  # probabilities of the validation images, as predictions.npz
-COLUMN = "column/"  # and a name: of further columns in predictions.npz
-PROGRESS = "REGARD_PROGRESS"  # the environment variable with the path of `note_progress`
+COLUMN = "column/"  # prefix of further columns' names in predictions.npz
+PROGRESS = "REGARD_PROGRESS"  # environment variable with the path for `note_progress`
 NOBODYS = (
     ".probe",
     ".regard-demo",
@@ -39,7 +39,7 @@ NOBODYS = (
 
 
 def data_name(data: str | os.PathLike[str]) -> str:
-    """A name for what is made of the data, which every file system takes."""
+    """A name derived from the data that every file system accepts."""
     named = os.fspath(data).rstrip("/") or "/"
     named = os.path.basename(os.path.abspath(named)) if named in (".", "..", "~") else named
     return re.sub(r"[^\w.-]+", "-", Path(named).stem).strip("-.") or "data"
@@ -48,10 +48,10 @@ def data_name(data: str | os.PathLike[str]) -> str:
 def choose_out(
     out: str | Path | None, data: str | os.PathLike[str], model: str | None, resume: bool
 ) -> Path:
-    """The run's folder: as asked for, or runs/DATA-MODEL, with a number where that is taken.
+    """The run's folder: as given, or runs/DATA-MODEL, with a number if that is taken.
 
     Raises:
-        UsageError: a run is to be resumed, and there is none.
+        UsageError: a run is to be resumed, but there is none.
     """
     if out is not None:
         path = Path(out).expanduser()
@@ -69,17 +69,17 @@ def choose_out(
 
 
 def note_progress(step: int, total: int) -> None:
-    """Writes how far a run is to the file that the environment names, for who started it."""
+    """Writes a run's progress to the file in the environment variable, for its parent process."""
     path = os.environ.get(PROGRESS)
     if path:
         beside = f"{path}.writing"
-        with contextlib.suppress(OSError):  # a full disk ends no training before its checkpoint
+        with contextlib.suppress(OSError):  # a full disk must not end a training
             Path(beside).write_text(f"{step} {total}\n", encoding="utf-8")
             os.replace(beside, path)
 
 
 def read_progress(path: Path) -> tuple[int, int] | None:
-    """The steps done and the steps of the run, as `note_progress` wrote them; else None."""
+    """The steps done and the total steps of a run, written by `note_progress`, or None."""
     try:
         step, total = map(int, path.read_text(encoding="utf-8").split())
     except (OSError, ValueError):
@@ -98,16 +98,16 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a run has been started there, with all that it needs to go on."""
+        """Whether a run has been started there, with everything needed to continue."""
         return (self.path / "run.json").is_file() and self._run()["status"] != "starting"
 
     @property
     def finished(self) -> bool:
-        """Whether that run has ended, with its network written."""
+        """Whether that run has finished, with its network written."""
         return self.exists and self._run()["status"] == "finished"
 
     def refuse_others(self) -> None:
-        """Refuses a folder that holds anything, but for a run that ended before it started.
+        """Refuses a folder that holds anything but a run that ended before it started.
 
         Raises:
             UsageError: it does; the message says what to do.
@@ -140,23 +140,23 @@ class RunFolder:
         return run
 
     def read_plan(self) -> dict[str, Any]:
-        """The plan as a dictionary, as `start` was given it."""
+        """The plan as a dictionary, as given to `start`."""
         return self._run()["plan"]
 
     def read_measured(self) -> dict[str, Any]:
-        """What was decided by measuring when the run was started."""
+        """What was determined by measuring when the run was started."""
         return self._run().get("measured", {})
 
     def read_facts(self) -> dict[str, Any]:
-        """What was measured, of a finished run."""
+        """The measurements of a finished run."""
         return self._run()["facts"]
 
     def read_recipe(self) -> dict[str, Any]:
-        """The resolved recipe, as its TOML file has it."""
+        """The resolved recipe, as in its TOML file."""
         return tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
 
     def read_command(self) -> str:
-        """The command that started the run, from the header of its recipe; '' without one."""
+        """The command that started the run, from the header of its recipe; '' if there is none."""
         lines = (self.path / "recipe.toml").read_text(encoding="utf-8").splitlines()
         return lines[1].removeprefix("# ") if len(lines) > 1 and lines[1].startswith("# ") else ""
 
@@ -165,12 +165,12 @@ class RunFolder:
         self.write_text("run.json", json.dumps(run, indent=2) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """A file of the folder; letters that UTF-8 lacks, as in names of files, are escaped."""
+        """Writes a file in the folder; characters that UTF-8 lacks, as in paths, are escaped."""
         data = text.encode("utf-8", "backslashreplace")
         write_atomically(self.path / name, lambda beside: beside.write_bytes(data))
 
     def claim(self) -> None:
-        """Marks the folder as a run's; until `start` another run may take its place."""
+        """Marks the folder as a run's; until `start`, another run may replace it."""
         if not self.exists:
             self._write_run({"status": "starting"})
 
@@ -189,9 +189,9 @@ class RunFolder:
         table: ImageTable,
         measured: dict[str, Any] | None = None,
     ) -> None:
-        """Writes what the run is, run.json last; of a run that is resumed nothing is changed.
+        """Writes what the run is, run.json last; a resumed run is not changed.
 
-        `measured` is what was decided by measuring, for `read_measured`.
+        `measured` is what was determined by measuring, for `read_measured`.
         """
         if self.exists:
             return
@@ -207,25 +207,25 @@ class RunFolder:
         })  # fmt: skip
 
     def attach(self, table: ImageTable) -> None:
-        """Records where the run's data is now, if it is not where it was."""
+        """Records where the run's data is now, if it was moved."""
         run = self._run()
         before = run["plan"].get("location")
         if before and table.location and not os.path.exists(before):
             run["plan"] |= {"location": table.location, "reading": table.reading}
-            with contextlib.suppress(FileError):  # a folder that can't be written is no obstacle
+            with contextlib.suppress(FileError):  # a read-only folder is no obstacle
                 self._write_run(run)
 
     def note_failure(self, failure: dict[str, Any]) -> None:
-        """Records in run.json why the run ended before its end."""
+        """Records in run.json why the run ended early."""
         if self.exists:
             self._write_run({**self._run(), "failure": failure})
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Says that the run has ended, and what was measured."""
+        """Records that the run has finished, and its measurements."""
         run = {k: v for k, v in self._run().items() if k != "failure"}  # of an earlier attempt
         self._write_run({**run, "status": "finished", "facts": facts})
         (self.path / "best.safetensors").unlink(missing_ok=True)
-        for left in self.path.glob(".writing-*"):  # of a process that was killed: a whole network
+        for left in self.path.glob(".writing-*"):  # a whole network of a killed process
             shutil.rmtree(left, ignore_errors=True)
         for left in self.path.glob(".*.writing"):
             left.unlink(missing_ok=True)
@@ -247,7 +247,7 @@ class RunFolder:
             return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
     def write_unreadable(self, found: Iterable[tuple[str, str]]) -> None:
-        """unreadable.csv: images that could not be read, and why; known ones are kept."""
+        """unreadable.csv: unreadable images and the reasons; existing entries are kept."""
         path = self.path / "unreadable.csv"
         known: dict[str, str] = {}
         if path.is_file():
@@ -256,7 +256,7 @@ class RunFolder:
         known |= dict(found)
 
         def write(beside: Path) -> None:
-            # surrogateescape: a file's name need not be UTF-8
+            # surrogateescape: a file name may not be UTF-8
             with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.writer(file)
                 writer.writerow(["path", "reason"])
@@ -265,12 +265,12 @@ class RunFolder:
         write_atomically(path, write)
 
     def write_best(self, model: nn.Module) -> None:
-        """The weights that are best so far."""
+        """Writes the best weights so far."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         write_atomically(self.path / "best.safetensors", lambda beside: save_file(tensors, beside))
 
     def read_best(self, model: nn.Module) -> None:
-        """Puts them into the network."""
+        """Loads the best weights into the network."""
         model.load_state_dict(load_file(self.path / "best.safetensors"))
 
     def write_evaluation(self, split: str, evaluation: Evaluation, said: Predictions) -> None:
@@ -285,14 +285,14 @@ class RunFolder:
         write_predictions(self.path / "predictions.npz", split, said)
 
     def write_faithfulness(self, content: dict[str, Any] | None) -> None:
-        """faithfulness.json: how faithful the network's maps are; removed for None."""
+        """faithfulness.json: how faithful the network's maps are; None removes the file."""
         if content is None:
             (self.path / "faithfulness.json").unlink(missing_ok=True)
         else:
             self.write_text("faithfulness.json", json.dumps(content, indent=1) + "\n")
 
     def read_faithfulness(self) -> dict[str, Any]:
-        """faithfulness.json; without any maps where the file is missing or damaged."""
+        """faithfulness.json; without maps if the file is missing or damaged."""
         try:
             content = json.loads((self.path / "faithfulness.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -301,7 +301,7 @@ class RunFolder:
         return content if valid else {"images": 0, "maps": {}}
 
     def read_predictions(self, name: str = "predictions.npz") -> tuple[str, Predictions]:
-        """The split, and the probabilities of each image of it.
+        """The split, and the probabilities of each of its images.
 
         Raises:
             StateError: there is no such file, or it is damaged.
@@ -317,13 +317,13 @@ class RunFolder:
             raise StateError(f"{self.path / name} can't be read ({reason(error)})") from error
 
     def read_named(self, name: str = "predictions.npz") -> tuple[str, Predictions]:
-        """As `read_predictions`, with names by the images' contents instead of paths.
+        """Like `read_predictions`, with names from the images' contents instead of paths.
 
-        Two runs have the same names for the same images, wherever these were. Paths stay where
-        the run has no hashes of its images.
+        Two runs have the same names for the same images, wherever they were. Paths remain if the
+        run has no hashes of its images.
 
         Raises:
-            StateError: as `read_predictions`.
+            StateError: as in `read_predictions`.
             UsageError: the file of splits is damaged.
         """
         split, said = self.read_predictions(name)
@@ -340,11 +340,11 @@ class RunFolder:
         return split, replace(said, paths=[names[row.key] for row in rows])
 
     def read_validation(self) -> Predictions | None:
-        """The stored probabilities of the validation images; None where there are none."""
+        """The stored probabilities of the validation images; None if there are none."""
         for name in (VALIDATION, "predictions.npz"):
             try:
                 split, predictions = self.read_predictions(name)
-            except StateError:  # they can be computed
+            except StateError:  # they can be computed again
                 continue
             if split == "val":
                 return predictions
@@ -352,12 +352,12 @@ class RunFolder:
 
 
 def write_predictions(path: Path, split: str, said: Predictions) -> None:
-    """Writes what was said of each image of a split, for `RunFolder.read_predictions`.
+    """Writes the predictions for each image of a split, for `RunFolder.read_predictions`.
 
-    Of the further columns, those that `subgroup_columns` evaluates are stored.
+    Of the further columns, only those that `subgroup_columns` evaluates are stored.
 
     Raises:
-        StateError: it can't be written.
+        StateError: the file can't be written.
     """
     arrays: dict[str, Any] = {
         "probabilities": said.probabilities.astype(np.float32, copy=False),

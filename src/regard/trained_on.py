@@ -1,7 +1,7 @@
-"""Which images a run was trained on: known by content, whatever they are called and wherever.
+"""Which images a run was trained on, recognized by content, whatever their names and places.
 
-An image that trained a network, or validated it while it was trained, is no test of it, and
-neither is another image of the same patient (the same group).
+An image that trained a network, or validated it during training, is no test of it, and neither
+is another image of the same patient (the same group).
 """
 
 import logging
@@ -25,23 +25,23 @@ from regard.files import plural, read_npz, spread
 logger: logging.Logger = logging.getLogger(__name__)
 PathT = TypeVar("PathT", str, Path)
 _NAMES = np.array(SPLITS, "U5")
-COMPARED = 20_000  # images that `changed_line` reads
-KNOWN = "images.npz"  # in the folder of weights that come with Regard, instead of splits.csv
+COMPARED = 20_000  # images that `changed_line` compares
+KNOWN = "images.npz"  # in folders of weights that come with Regard, instead of splits.csv
 STARTED = "started.npz"  # the images of the weights that a run started from
 
 
 class KnownImages:
     """The images of a run by their content hashes.
 
-    Of smaller copies the originals are its images, too. An image with several entries counts as
-    the run's training image if one of them is, else as validation, else as test.
+    If they are smaller copies, the originals count as well. An image with several entries counts as
+    a training image of the run if one of them is, else as validation, else as test.
 
     Args:
         splits_csv: the run's file of splits, or the .npz file that `write` wrote.
 
     Raises:
         UsageError: the file of splits is damaged.
-        StateError: the .npz file is.
+        StateError: the .npz file is damaged.
     """
 
     def __init__(self, splits_csv: Path) -> None:
@@ -77,10 +77,10 @@ class KnownImages:
         return len(self.contents)
 
     def write(self, path: Path, *more: "KnownImages") -> None:
-        """Writes hashes and splits alone, also those of `more`; an .npz file, 9 bytes an image."""
+        """Writes only hashes and splits, including those of `more`: .npz, 9 bytes per image."""
         pairs = [(k.contents, k._codes.astype(np.uint64)) for k in (self, *more)]
         rows = np.unique(np.concatenate([np.stack(pair, axis=1) for pair in pairs]), axis=0)
-        contents, first = np.unique(rows[:, 0], return_index=True)  # of its splits the first
+        contents, first = np.unique(rows[:, 0], return_index=True)  # keeps the first of its splits
         np.savez_compressed(path, contents=contents, splits=rows[first, 1].astype(np.uint8))
 
     def splits_of(self, hashes: NDArray[np.uint64]) -> NDArray[np.str_]:
@@ -91,7 +91,7 @@ class KnownImages:
     def overlap(
         self, hashes: NDArray[np.uint64], groups: NDArray[np.str_] | None = None
     ) -> "Overlap":
-        """What images with these hashes, of these groups, have in common with the run."""
+        """What images with these hashes and groups have in common with the run."""
         images = self.splits_of(hashes)
         if groups is None:
             return Overlap(images)
@@ -109,7 +109,7 @@ class KnownImages:
         return Overlap(images, groups, np.array(named, "U5")[codes], same)
 
     def watch(self, paths: Iterable[PathT]) -> Iterator[PathT]:
-        """The same paths; the run's own images among them are counted and logged at the end."""
+        """Yields the same paths, counting the run's own images, and logs the counts at the end."""
         counts: Counter[str] = Counter()
         for path in paths:
             counts[str(self.splits_of(np.array([file_hash(path)], np.uint64))[0])] += 1
@@ -122,17 +122,17 @@ class KnownImages:
 class Overlap:
     """What N images have in common with a run's.
 
-    A group (a patient) is the run's where one of its images is. By its name alone it is only
-    where every image that the run has too is of the same group in both: any two hospitals have
-    patients called 1, 2 and 3.
+    A group (a patient) is the run's if one of its images is. Its name alone counts only if every
+    image that the run has too is of the same group in both: any two hospitals have patients
+    called 1, 2 and 3.
 
     Attributes:
-        images: (N,) the run's split of each image; '' for images of others.
+        images: (N,) the run's split of each image; '' for other images.
         groups: (N,) names, or None.
-        named: (N,) the run's split of the group with this name; '' where it has none.
-        same_names: whether the images that both have show that names mean the same in both.
-        started: (N,) the split that each image was in for the weights that the run started from,
-            or those that these started from; '' for others; None: they are not known.
+        named: (N,) the run's split of the group with this name; '' if there is none.
+        same_names: whether the shared images show that names mean the same in both.
+        started: (N,) the split of each image in the training of the weights that the run started
+            from, or of those that these started from; '' for others; None if unknown.
     """
 
     images: NDArray[np.str_]
@@ -157,17 +157,17 @@ class Overlap:
         return found & ~own
 
     def overlap_line(self, at: NDArray[np.bool_]) -> str | None:
-        """As the function of this name, for the images in the mask."""
+        """Like the function of this name, for the images in the mask."""
         related = at & self.related("train", "val")
         counts = Counter(self.images[at].tolist())
         return overlap_line(counts, int(at.sum()), int(related.sum()), self.count_groups(related))
 
     def count_groups(self, at: NDArray[np.bool_]) -> int:
-        """How many groups the images in the mask are of."""
+        """Number of groups of the images in the mask."""
         return 0 if self.groups is None else len(np.unique(self.groups[at]))
 
     def namesakes_line(self, at: NDArray[np.bool_], *splits: str) -> str | None:
-        """What to say where images in the mask are of groups that may be the run's; None: none."""
+        """A warning that images in the mask are of groups that may be the run's; None if not."""
         if self.groups is None or self.named is None or self.same_names:
             return None
         alike = at & np.isin(self.named, splits) & (self.images == "") & ~self.related(*splits)
@@ -183,7 +183,7 @@ class Overlap:
 
 
 def _read_known(path: Path) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """The hashes, sorted, and their splits' numbers, of a file that `KnownImages.write` wrote."""
+    """The sorted hashes and their split numbers, from a file that `KnownImages.write` wrote."""
     arrays = read_npz(path)
     contents, codes = (arrays.get(name, np.zeros(())) for name in ("contents", "splits"))
     valid = contents.dtype == np.uint64 and codes.dtype == np.uint8 and contents.ndim == 1
@@ -193,11 +193,11 @@ def _read_known(path: Path) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
 
 
 def _code(split: str) -> int:
-    return SPLITS.index(split) if split else 0  # without splits all was trained on
+    return SPLITS.index(split) if split else 0  # without splits, all images were trained on
 
 
 def known_images(run: str | os.PathLike[str]) -> KnownImages | None:
-    """The images of a run; None where the folder does not say."""
+    """The images of a run; None if the folder does not say."""
     files = [Path(run, name) for name in ("splits.csv", KNOWN)]
     path = next((path for path in files if path.is_file()), None)
     if path is None:
@@ -207,18 +207,18 @@ def known_images(run: str | os.PathLike[str]) -> KnownImages | None:
 
 
 def watch(run: str | os.PathLike[str], paths: Iterable[PathT]) -> Iterator[PathT]:
-    """The same paths; those that the run was trained on are counted and logged at the end."""
+    """Yields the same paths; counts those that trained the run and logs this at the end."""
     known = known_images(run)
     return iter(paths) if known is None else known.watch(paths)
 
 
 def overlap_line(counts: Counter[str], total: int, related: int = 0, groups: int = 0) -> str | None:
-    """What to say where images are the run's training or validation images; None: none is.
+    """A warning that images are the run's training or validation images; None if none are.
 
     Args:
-        counts: images of each split of the run.
-        total: images.
-        related: other images of the groups of such images, of how many groups.
+        counts: number of images in each split of the run.
+        total: total number of images.
+        related, groups: number of other images of the same groups, and of these groups.
     """
     parts = [
         f"{counts[split]:,} trained this network" if split == "train"
@@ -240,21 +240,21 @@ def own_table(run: Path, plan: dict[str, Any], root: str | Path | None = None) -
     """The data of a run, with the splits that it was trained with.
 
     Args:
-        run: its folder.
+        run: the run's folder.
         plan: from its run.json.
         root: folder for downloads; default: the run's.
 
     Raises:
-        UsageError: the data is no longer there, or is not what it was.
+        UsageError: the data is no longer there, or has changed.
     """
     return attach_splits(own_data(run, plan, root), run / "splits.csv")
 
 
 def own_data(run: Path, plan: dict[str, Any], root: str | Path | None = None) -> ImageTable:
-    """The data of a run as it is, with the splits that it has itself.
+    """The data of a run as it is, with the splits that the data itself has.
 
     Args:
-        run: its folder.
+        run: the run's folder.
         plan: from its run.json.
         root: folder for downloads; default: the run's.
 
@@ -264,7 +264,7 @@ def own_data(run: Path, plan: dict[str, Any], root: str | Path | None = None) ->
     data, location = plan["data"], plan.get("location") or ""
     if location:
         kind = next((k for k in ("medmnist:", "hf:", "wds:") if data.startswith(k)), "")
-        there = os.path.exists(location) or kind == "wds:"  # which is a pattern
+        there = os.path.exists(location) or kind == "wds:"  # a pattern
         given = data.removeprefix(kind)
         given, configuration = name_and_configuration(given) if kind == "hf:" else (given, None)
         if configuration is not None and location.endswith(f":{configuration}"):
@@ -283,13 +283,13 @@ def own_data(run: Path, plan: dict[str, Any], root: str | Path | None = None) ->
 def moved_table(
     run: Path, plan: dict[str, Any], data: str, root: str | Path | None
 ) -> tuple[ImageTable, dict[str, str]]:
-    """The data of a run where DATA says it is now, with the run's splits, order and classes.
+    """The data of a run at its new place DATA, with the run's splits, order and classes.
 
     Returns:
-        The table, and the key that each image has in it, by the key that it had.
+        The table, and {earlier key: current key} of its images.
 
     Raises:
-        UsageError: it is not the data of the run, or an image has another label.
+        UsageError: it is not the data of the run, or an image has a different label.
     """
     table = open_data(data, root=root, splits=plan.get("reading", "auto"))
     moved = table.location != (plan.get("location") or "")
@@ -301,7 +301,7 @@ def moved_table(
                 f"{table.name}: {key} is {name!r} now, and was {row.label!r} when {run} was "
                 "started: name it as it was to resume, or start a new run"
             )
-    index = {name: i for i, name in enumerate(plan["classes"])}  # others may have come
+    index = {name: i for i, name in enumerate(plan["classes"])}  # others may have been added
     labels = np.array([index[row.label] for row in rows], np.int64)
     table = replace(table, classes=list(plan["classes"]), labels=labels)
     return table, {row.key: key for row, key in zip(rows, keys, strict=True)}
@@ -310,20 +310,20 @@ def moved_table(
 def changed_line(
     table: ImageTable, splits_csv: Path, left_out: Container[str] = (), most: int = COMPARED
 ) -> str | None:
-    """What to say where images of a run are no longer what they were when it was started.
+    """A warning that images of a run have changed since it was started; None if none have.
 
     Args:
         table: images under the names that the run has for them.
         splits_csv: the run's file of splits.
         left_out: names of images that don't matter.
-        most: images that are looked at, evenly spread.
+        most: number of images to compare, evenly spread.
     """
     rows = spread(len(table), most)
     names = [table.key(i) for i in rows.tolist()]
     known = {row.key: row.content for row in read_rows(splits_csv)}
     before = np.array([known.get(name, UNREADABLE) for name in names], np.uint64)
     now = content_hashes(table.select(rows))
-    # what can't be read is told elsewhere
+    # unreadable images are reported elsewhere
     changed = (before != now) & (before != UNREADABLE) & (now != UNREADABLE)
     found = [name for name, other in zip(names, changed, strict=True) if other]
     found = [name for name in found if name not in left_out]
@@ -339,16 +339,16 @@ def changed_line(
 def attach_splits(table: ImageTable, splits_csv: Path, *, verify: bool = False) -> ImageTable:
     """The run's images in a table, with its splits and in its order.
 
-    They are recognized by path, label and group, or else by content; images that the run does
-    not have are left out, with a line in `warnings`.
+    They are recognized by path, label and group, or else by content; images that are not the
+    run's are left out, with a line in `warnings`.
 
     Args:
         table: images.
         splits_csv: the run's file of splits.
-        verify: compare the contents of images with the same path, too.
+        verify: also compare the contents of images with the same path.
 
     Raises:
-        UsageError: an image of the run is missing, or another one has its place.
+        UsageError: an image of the run is missing, or was replaced by another.
     """
     return _attach(table, splits_csv, verify)[0]
 
@@ -380,9 +380,9 @@ def _attach(table: ImageTable, splits_csv: Path, verify: bool) -> tuple[ImageTab
 
 
 def _attached_by_content(table: ImageTable, rows: list[Row]) -> ImageTable | None:
-    """The images of these rows; None where one is missing.
+    """The images of these rows; None if one is missing.
 
-    Of several with the same content it is the one with the row's path, else with its label.
+    Of several with the same content, the one with the row's path is used, else with its label.
     """
     places: dict[tuple[int, str], int] = {}
     for i, content in reversed(list(enumerate(content_hashes(table).tolist()))):

@@ -1,6 +1,6 @@
-"""Where images come from: reading files, tables of labeled images, splits, checking.
+"""Reading images, tables of labeled images, splits, and data checks.
 
-Nothing here imports torch; `loading` and `transforms`, which do, are imported by their name.
+Nothing here imports torch; modules that do, such as `loading`, are imported by their own name.
 """
 
 from regard.data.audit import DataCheck, check_data

@@ -28,14 +28,14 @@ def summary(sizes: Counter[tuple[int, int]]) -> dict[str, Any]:
 
 
 def _median(values: NDArray[np.int64], counts: NDArray[np.int64]) -> int:
-    """The lower median of values that occur so many times."""
+    """The lower median of values, each of which occurs `counts` times."""
     order = np.argsort(values)
     below = np.cumsum(counts[order])
     return int(values[order][np.searchsorted(below, (below[-1] + 1) // 2)])
 
 
 def group_sizes(table: ImageTable) -> dict[str, Any] | None:
-    """number, smallest, median and largest group, and those that are in several splits."""
+    """number, smallest, median and largest group, and the groups that are in several splits."""
     if table.groups is None:
         return None
     names, group, counts = np.unique(table.groups, return_inverse=True, return_counts=True)
@@ -53,9 +53,9 @@ def group_sizes(table: ImageTable) -> dict[str, Any] | None:
 
 
 def group_risk(table: ImageTable) -> str | None:
-    """What is risked where images seem to come from patients, but no group says so; or None.
+    """The risk where images seem to come from patients but the table has no groups, or None.
 
-    They seem to where they are DICOM files, or where many file names begin alike, with a number,
+    They seem to if the files are DICOM, or if many file names begin with the same numbered prefix,
     as P0012_1.png and P0012_2.png do.
     """
     if table.groups is not None or table.files is None:
@@ -76,21 +76,21 @@ def group_risk(table: ImageTable) -> str | None:
 
 
 def _shared_prefix(names: list[str], labels: NDArray[np.int64]) -> str | None:
-    """Two names with the prefix of a patient, if most images share theirs with a few others."""
+    """Two names that share a patient's prefix, if most images share theirs with a few others."""
     groups: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         if match := _PREFIX.match(name):
             groups.setdefault(match[1].lower(), []).append(i)
     shared = [rows for rows in groups.values() if 2 <= len(rows) <= 200]
     classes = len(np.unique(labels))
-    # a prefix for each class, as ImageNet's n02102040_782, is a class and no patient
+    # one prefix per class, such as ImageNet's n02102040_782, is a class, not a patient
     if sum(map(len, shared)) * 2 < len(names) or len(shared) < max(5, 2 * classes):
         return None
     return f"{names[shared[0][0]]} and {names[shared[0][1]]}"
 
 
 def warn_of_counts(counts: dict[str, dict[str, int]], groups: dict[str, Any] | None) -> list[str]:
-    """What the numbers of images, classes and groups say, a line each."""
+    """Warnings about the numbers of images, classes and groups, one per line."""
     lines = []
     if groups and groups["divided"]:
         lines.append(f"{plural(len(groups['divided']), 'group')} in more than one split")
@@ -122,7 +122,7 @@ def class_weights(counts: dict[str, dict[str, int]]) -> dict[str, float]:
 
 
 def input_size(sizes: Counter[tuple[int, int]]) -> int | None:
-    """The side of the input: small images as they are, others a multiple of 32 up to 224."""
+    """The input's side: small images keep their size, others get a multiple of 32 up to 224."""
     if not sizes:
         return None
     shorter = np.array([min(size) for size in sizes])
@@ -135,4 +135,4 @@ def resize_mode(sizes: Counter[tuple[int, int]]) -> str:
     if all(h == w == input_size(sizes) for h, w in sizes):
         return "none"
     long = sum(n for (h, w), n in sizes.items() if max(h, w) > 2 * min(h, w))
-    return "pad" if 20 * long > sizes.total() else "crop"  # a crop would lose over half of those
+    return "pad" if 20 * long > sizes.total() else "crop"  # a crop would lose over half of these

@@ -1,4 +1,4 @@
-"""Arrays and tensors that are images: what is clear is taken, and what is not is refused."""
+"""Arrays and tensors as images: unambiguous shapes and types are accepted, others refused."""
 
 from typing import Any
 

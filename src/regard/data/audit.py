@@ -1,8 +1,8 @@
-"""Checks every image of a table before anything is trained on it; writes nothing.
+"""Checks every image of a table before training; writes nothing.
 
-Each image is decoded once and leaves a 16-byte hash, a thumbnail of 1 KB and a few sums: the
-memory needed does not depend on the images' size. Images that may be near-duplicates are read
-once more.
+Each image is decoded once and leaves a 16-byte hash, a thumbnail of 1 KB and a few sums, so the
+memory needed does not depend on the size of the images. Possible near-duplicates are read once
+more.
 """
 
 import logging
@@ -47,25 +47,25 @@ class DataCheck:
 
     Attributes:
         name: DATA.
-        images, checked: in the table; decoded, readable or not.
+        images, checked: images in the table; images decoded, whether readable or not.
         counts: {split: {class: images}} of the whole table.
         sizes: height, width: {min, median, max}; common: the 5 most frequent
             [height, width, images].
         channels: {"1" or "3": images}.
         depths: {"8 bit", "16 bit", "signed or 32 bit" or "float": images}.
         unreadable: (path, reason).
-        leaks: the same picture in more than one split: for each its (path, split)s.
-        duplicates: the same picture several times in one split.
-        near_duplicates: pairs of images that show the same picture without having the same
-            pixels, first those of two labels, then those in two splits, then the rest. Each
-            has paths, labels and splits (of both), reason ("labels", "splits" or "copies"),
+        leaks: pictures that are in more than one split, each as a list of (path, split).
+        duplicates: pictures that are in one split several times.
+        near_duplicates: pairs of images that show the same picture with different pixels; first
+            those with different labels, then those in different splits, then the rest. Each has
+            paths, labels and splits (of both), reason ("labels", "splits" or "copies"),
             similarity (0 to 1) and mirrored.
-        mean, std: over all pixels of the training images (of all, where there are no splits),
-            values of 0 to 1, for each of the suggested channels.
-        value_range: lowest and highest value of signed, 32-bit and float images among those, which
-            become 0 and 1 in every image; None: there are no such images.
-        groups: number, smallest, median, largest (images of a group), divided (names of those
-            that are in more than one split), or None.
+        mean, std: over all pixels of the training images (of all images if there are no splits),
+            scaled to 0 to 1, for each of the suggested channels.
+        value_range: lowest and highest value of the signed, 32-bit and float images among them,
+            which become 0 and 1 in every image; None if there are no such images.
+        groups: number, smallest, median, largest (images per group), divided (names of the
+            groups that are in more than one split), or None.
         warnings: sentences.
         suggestion: size (pixels), channels, class_weights ({class: float}, mean 1 over the
             training images), resize: "none", "crop" (shorter side, then the center) or
@@ -99,10 +99,10 @@ def check_data(
     limit: int | None = None,
     near_duplicates: bool = True,
 ) -> DataCheck:
-    """Decodes the images and reports what they are and what is wrong with them.
+    """Decodes all images and reports their properties and faults.
 
-    Duplicates are recognized by a hash of shape and pixels, so the same picture saved twice
-    losslessly is recognized under any name or format.
+    Duplicates are recognized by a hash of shape and pixels, so two lossless files of the same
+    picture match whatever their names and formats.
 
     Args:
         table: from `open_data`, with splits or without.
@@ -110,7 +110,7 @@ def check_data(
         workers: processes; default: one per core where there are many files. A script that
             asks for more than one needs `if __name__ == "__main__":`.
         limit: inspect only this many images, evenly spread over the table.
-        near_duplicates: whether to look for them.
+        near_duplicates: whether to look for near-duplicates.
 
     Raises:
         UsageError: limit or workers is less than 1.
@@ -146,13 +146,13 @@ class _Totals:
         self.train = bool(np.any(table.splits == "train"))
         self.pixels = 0
         self.sums = np.zeros((3, 2))  # grayscale counts three times, equally
-        self.measured = 0  # finite values of measurements, whose range is known at the end
+        self.measured = 0  # finite values of measurements, whose range is only known at the end
         self.measured_sums = np.zeros((3, 2))
         self.ranges: list[tuple[float, float]] = []
         self.training_range: tuple[float, float] | None = None
 
     def add(self, place: int, i: int, image: Inspection | str) -> None:
-        """Adds image i, the place-th of those inspected."""
+        """Adds image i, the one at position `place` among those inspected."""
         if isinstance(image, str):
             self.unreadable.append((self.table.path(i), image))
             return
@@ -192,7 +192,7 @@ class _Totals:
         return self.sums + np.stack(scaled, axis=1)
 
     def result(self, near_duplicates: bool) -> DataCheck:
-        """Everything, once all are added."""
+        """The result, once all images are added."""
         same = self._same_pictures()
         leaks, duplicates, conflicts = self._described(same)
         near = self._near_duplicates(same) if near_duplicates else []
@@ -249,7 +249,7 @@ class _Totals:
         return sorted(groups, key=lambda g: int(g[0]))
 
     def _described(self, groups: list[NDArray[np.int64]]) -> tuple[list[Any], list[Any], int]:
-        """Leaks, duplicates, and how many of both carry different labels."""
+        """Leaks, duplicates, and how many of both have different labels."""
         leaks: list[Any] = []
         duplicates: list[Any] = []
         conflicts = 0

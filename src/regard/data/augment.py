@@ -1,8 +1,8 @@
-"""Augmentation in batches, on the device, of images that are decoded and resized.
+"""Augmentation on the device, in batches of images that are decoded and resized.
 
-Every random choice is a function of the numbers that `random_numbers` gives: WIDTH uniform
-numbers for each position in the sample order, from a counter-based generator. So the sample at
-a position is the same for any batch size, number of workers or processes, and after a resume.
+Every random choice is a function of the numbers from `random_numbers`: WIDTH uniform numbers for
+each position in the sample order, from a counter-based generator. The sample at a position is
+therefore the same for any batch size and number of workers or processes, and after a resume.
 """
 
 import math
@@ -23,20 +23,20 @@ class Augmentation:
     Attributes:
         random_crop: "none", "shift" (pad and crop) or "resized" (random area and aspect).
         crop_shift: padding of random_crop="shift", as a fraction of the side.
-        crop_scale: range of the area of random_crop="resized", as fractions.
+        crop_scale: range of the area of random_crop="resized", as fractions of the image.
         flip: probability of a horizontal flip.
         rotate: largest rotation in degrees, either way.
-        zoom: range of the zoom factor, log-uniform, the same along both axes.
-        axis_scale: range of the scale of the sampling grid, uniform, drawn for each axis
-            separately; above 1 shrinks the image (AG-SonoNet: 0.7 to 1.3).
+        zoom: range of the zoom factor, log-uniform, the same for both axes.
+        axis_scale: range of the scale of the sampling grid, uniform, drawn separately for each
+            axis; above 1 shrinks the image (AG-SonoNet: 0.7 to 1.3).
         shift: largest shift, as a fraction of the side, either way.
         color_jitter: largest relative change of brightness, contrast and saturation.
         lighting: standard deviation of AlexNet's PCA color augmentation (the paper's is 0.1);
             color images only.
         random_erasing: probability of erasing a random rectangle.
         mixup: alpha of mixup's Beta distribution; 0 is off.
-        full_decode: whether JPEG files are decoded at full size, rather than at 1/2, 1/4 or
-            1/8 where that leaves pixels enough.
+        full_decode: whether JPEG files are decoded at full size, rather than at 1/2, 1/4 or 1/8
+            where that leaves enough pixels.
     """
 
     random_crop: str = "none"
@@ -54,9 +54,9 @@ class Augmentation:
     full_decode: bool = False
 
 
-TRIES = 10  # of a random region, as torchvision's RandomResizedCrop
+TRIES = 10  # attempts to find a random region, as in torchvision's RandomResizedCrop
 WIDTH = 44  # uniform numbers for each sample; a multiple of Philox's four
-# the index of the number, or of the first of several, that each choice uses
+# index of the number, or of the first of several, that each choice uses
 AREA, ASPECT, LEFT, TOP = 0, TRIES, 2 * TRIES, 2 * TRIES + 1
 FLIP, ANGLE, ZOOM, SCALE_X, SCALE_Y, SHIFT_X, SHIFT_Y = range(22, 29)
 BRIGHTNESS, CONTRAST, SATURATION, LIGHT = range(29, 33)  # LIGHT: three numbers
@@ -71,7 +71,7 @@ _EIGENVECTORS = (
 
 
 def random_numbers(seed: int, start: int, count: int) -> Tensor:
-    """Uniform numbers in [0, 1) of positions start, start + 1, ...: (count, WIDTH) float32."""
+    """Uniform numbers in [0, 1) for positions start, start + 1, ...: (count, WIDTH) float32."""
     bits = np.random.Philox(key=seed)
     bits.advance(start * (WIDTH // 4))
     numbers = np.random.Generator(bits).random((count, WIDTH))
@@ -91,8 +91,8 @@ def random_region(
 ) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a region of random area and aspect.
 
-    Inception's crop (Szegedy et al. 2015) as torchvision's RandomResizedCrop: of ten tries the
-    first that fits; where none does, the largest centered region with an aspect of 3/4 to 4/3.
+    Inception's crop (Szegedy et al. 2015) as in torchvision's RandomResizedCrop: the first of ten
+    attempts that fits; if none does, the largest centered region with an aspect of 3/4 to 4/3.
     """
     areas = scale[0] + (scale[1] - scale[0]) * u[AREA : AREA + TRIES].double().numpy()
     limit = math.log(4 / 3)
@@ -146,7 +146,7 @@ def _pad_and_crop(x: Tensor, u: Tensor, share: float) -> Tensor:
 
 
 def _affine(x: Tensor, u: Tensor, augmentation: Augmentation) -> Tensor:
-    """Rotates, zooms and shifts about the center; border pixels are repeated outside."""
+    """Rotates, zooms and shifts about the center; outside, border pixels are repeated."""
     height, width = x.shape[-2:]
     angle = (2 * u[:, ANGLE] - 1) * math.radians(augmentation.rotate)
     low, high = augmentation.zoom
@@ -180,8 +180,8 @@ def _color_jitter(x: Tensor, u: Tensor, amount: float) -> Tensor:
 
 
 def _lighting(u: Tensor, deviation: float) -> Tensor:
-    """(B, WIDTH) -> (B, 3, 1, 1): what AlexNet's PCA color augmentation adds, in 0..255."""
-    # (B, 3): normal numbers by the inverse of their distribution
+    """(B, WIDTH) -> (B, 3, 1, 1): the offset of AlexNet's PCA color augmentation, in 0..255."""
+    # (B, 3): normal numbers by the inverse of the cumulative distribution
     alphas = deviation * torch.special.ndtri(u[:, LIGHT : LIGHT + 3].clamp(min=2**-24))
     values = alphas * constant(_EIGENVALUES, u.device)
     return (255 * values @ constant(_EIGENVECTORS, u.device).T).view(-1, 3, 1, 1)
@@ -204,7 +204,7 @@ def _erase(x: Tensor, u: Tensor, probability: float) -> Tensor:
 
 
 def mixup(x: Tensor, target: Tensor, u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al. 2018): each image with its neighbor, by Beta(alpha, alpha).
+    """Mixup (Zhang et al. 2018): each image with its neighbor, weighted by Beta(alpha, alpha).
 
     Shapes: x (B, C, H, W), target (B, classes) probabilities -> the same.
     """
@@ -213,7 +213,7 @@ def mixup(x: Tensor, target: Tensor, u: Tensor, alpha: float) -> tuple[Tensor, T
 
 
 def mixup_shares(u: Tensor, alpha: float) -> Tensor:
-    """The share that each image keeps of itself, by Beta(alpha, alpha): (B, WIDTH) -> (B,)."""
+    """Each image's own weight in its mixture, from Beta(alpha, alpha): (B, WIDTH) -> (B,)."""
     from scipy.special import betaincinv
 
     shares = betaincinv(alpha, alpha, u[:, MIX].cpu().double().numpy())
@@ -221,9 +221,9 @@ def mixup_shares(u: Tensor, alpha: float) -> Tensor:
 
 
 def blend(values: Tensor, shares: Tensor) -> Tensor:
-    """Each row with its neighbor's, by shares (B,): the first and second, third and fourth, ...
+    """Mixes each row with its neighbor's by shares (B,): first and second, third and fourth, ...
 
-    In pairs, so that batches of any even size mix the same images. The last of an odd number
+    Pairing makes batches of any even size mix the same images. If their number is odd, the last
     is mixed with the first.
     """
     share = shares.to(values).view(-1, *[1] * (values.ndim - 1))
@@ -231,7 +231,7 @@ def blend(values: Tensor, shares: Tensor) -> Tensor:
 
 
 def neighbors(count: int, device: torch.device | None = None) -> Tensor:
-    """(count,) the row that `blend` mixes with each row."""
+    """(count,) index of the row that `blend` mixes with each row."""
     partner = torch.arange(count, device=device) ^ 1
     if count % 2:
         partner[-1] = 0

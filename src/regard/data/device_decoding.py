@@ -1,9 +1,9 @@
-"""JPEG files decoded where the network is: by nvJPEG on NVIDIA's GPUs, through torchcodec.
+"""JPEG files decoded on the network's device: by nvJPEG on NVIDIA GPUs, through torchcodec.
 
-Threads read the files and their headers; decoding, the crop and the change of size are the
-device's. What it may not show as Pillow does, or not read, is left to Pillow: other formats, CMYK,
-colors that are stored as red, green and blue, files that are cut short. Only training reads so:
-evaluation sees the pixels that prediction sees.
+Threads read the files and their headers; the device decodes, crops and resizes. Files that it
+may decode differently from Pillow, or not at all, are left to Pillow: other formats, CMYK, colors
+stored as red, green and blue, truncated files. Only training reads images this way: evaluation
+sees the same pixels as prediction.
 """
 
 import functools
@@ -29,13 +29,13 @@ from regard.extras import require
 from regard.files import reason
 from regard.machine import is_out_of_memory
 
-UNKNOWN, PLAIN, OTHER = 0, 1, 2  # what a file is
-TOGETHER = 64  # files that are decoded at once: whole, they may be 100 MB each
-_RGB_IDS = [82, 71, 66]  # components called R, G and B, which libjpeg takes for just that
+UNKNOWN, PLAIN, OTHER = 0, 1, 2  # kinds of file
+TOGETHER = 64  # files that are decoded at once: decoded in full, they may take 100 MB each
+_RGB_IDS = [82, 71, 66]  # components named R, G and B, which libjpeg takes to be RGB
 
 
 def check_device_decoding(device: torch.device) -> None:
-    """Refuses a device that decodes no JPEG files, as a small one shows.
+    """Refuses a device that can't decode JPEG files, by decoding a small one.
 
     Raises:
         UsageError: neither CUDA nor a CPU, or torchcodec is not installed or can't decode there.
@@ -48,7 +48,7 @@ def check_device_decoding(device: torch.device) -> None:
         from torchcodec.decoders import decode_jpeg
 
         decode_jpeg([file.getvalue()], mode="UNCHANGED", device=device)
-    except (ImportError, OSError, RuntimeError) as error:  # of another build of torch; no nvJPEG
+    except (ImportError, OSError, RuntimeError) as error:  # from another build of torch; no nvJPEG
         raise UsageError(
             f"decode=device: torchcodec does not decode on {device} beside torch "
             f"{torch.__version__} ({reason(error)}); install the release that fits, or use cpu"
@@ -57,15 +57,15 @@ def check_device_decoding(device: torch.device) -> None:
 
 @dataclass
 class EncodedBatch:
-    """The files of a batch, as they are stored.
+    """The files of a batch, still encoded.
 
     Attributes:
         reader: crops the images.
         indices: (B,) rows of the table.
-        random_numbers: (B, WIDTH) of the images.
-        files: by place in the batch, those that the device decodes.
-        images: by place, (C, H, W) of those that Pillow decoded, and cropped.
-        unreadable: reasons by place.
+        random_numbers: (B, WIDTH) random numbers of the images.
+        files: those that the device decodes, by position in the batch.
+        images: those that Pillow decoded, cropped, (C, H, W), by position.
+        unreadable: reasons, by position.
     """
 
     reader: Reader
@@ -76,7 +76,7 @@ class EncodedBatch:
     unreadable: dict[int, str]
 
     def decoded(self, device: torch.device) -> Batch:
-        """The batch, its images on the device."""
+        """The batch, with its images on the device."""
         images: dict[int, Tensor] = {}
         for k, image in zip(self.files, self._decoded(device), strict=True):
             if image is not None:
@@ -94,19 +94,19 @@ class EncodedBatch:
         )  # fmt: skip
 
     def _decoded(self, device: torch.device) -> Iterator[Tensor | None]:
-        """(C, H, W) uint8 of each file, upright; None: it is broken."""
+        """(C, H, W) uint8 of each file, upright; None if it is broken."""
         from torchcodec.decoders import decode_jpeg
 
         decode = functools.partial(decode_jpeg, mode="UNCHANGED", device=device)
         files = list(self.files.values())
         for first in range(0, len(files), TOGETHER):
             some = files[first : first + TOGETHER]
-            if (found := _attempted(decode, some)) is None:  # of one broken file, for all of them
+            if (found := _attempted(decode, some)) is None:  # one broken file fails the call
                 found = (_attempted(decode, file) for file in some)
             yield from found
 
     def _by_pillow(self, places: set[int]) -> dict[int, Tensor]:
-        """Images that the device could not decode; those that Pillow can't read are noted."""
+        """The images that the device could not decode; records those that Pillow can't read."""
         images = {}
         for k in sorted(places):
             try:
@@ -121,14 +121,14 @@ ReadBatch = Batch | EncodedBatch
 
 
 class DecodingLoader(StreamingLoader):
-    """Gives out `EncodedBatch`es in order, read ahead by threads, for a device that decodes them.
+    """Gives out `EncodedBatch`es in order, read ahead by threads, for a device that decodes JPEG.
 
-    The random numbers of a position, and with them the crops, are those of `StreamingLoader`.
+    Uses the same random numbers for a position, and so the same crops, as `StreamingLoader`.
     """
 
     def __init__(self, reader: Reader, order: SampleOrder | None, seed: int, workers: int) -> None:
         super().__init__(reader, order, seed, workers)
-        # headers are read once: by threads, they would hold up the one that trains
+        # headers are read only once: parsing them in threads would hold up the training thread
         self._kinds: NDArray[np.int8] = np.full(len(reader.table), UNKNOWN, np.int8)
         self._seed = seed
 
@@ -152,23 +152,23 @@ class DecodingLoader(StreamingLoader):
         return batch
 
     def _file(self, row: int) -> bytes | None:
-        """A file that the device decodes as Pillow does."""
+        """The content of a file that the device decodes as Pillow does, or None."""
         files = self.reader.table.files
         if files is None or self._kinds[row] == OTHER:
             return None
         try:
             with open_binary(files[row]) as file:
                 content = file.read()
-        except OSError:  # which Pillow's reading explains
+        except OSError:  # reading it with Pillow will say why
             return None
         if self._kinds[row] == UNKNOWN:
             self._kinds[row] = PLAIN if is_plain_jpeg(content) else OTHER
-        complete = content.rstrip(b"\0").endswith(b"\xff\xd9")  # the marker of the end
+        complete = content.rstrip(b"\0").endswith(b"\xff\xd9")  # the end marker
         return content if complete and self._kinds[row] == PLAIN else None
 
 
 def is_plain_jpeg(content: bytes) -> bool:
-    """Whether this is a JPEG file that torchcodec shows as Pillow does: gray, or color as YCbCr."""
+    """Whether this is a JPEG file that torchcodec decodes as Pillow does: gray, or YCbCr color."""
     try:
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
             if image.format != "JPEG" or max(image.size) > MAX_SIDE:
@@ -179,7 +179,7 @@ def is_plain_jpeg(content: bytes) -> bool:
             ids = [layer[0] for layer in getattr(image, "layer", [])]
             stored_rgb = image.info.get("adobe_transform") == 0 or ids == _RGB_IDS
             return image.mode == "L" or (image.mode == "RGB" and not stored_rgb)
-    except Exception:  # whatever Pillow raises for a broken file, it raises again where it reads it
+    except Exception:  # Pillow raises it again when it reads the broken file
         return False
 
 
@@ -190,14 +190,14 @@ def in_channels(image: Tensor, channels: int) -> Tensor:
     if channels == 3:
         return image.expand(3, -1, -1)
     red, green, blue = image.int()
-    luma = (19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16  # of 0.299, 0.587, 0.114
+    luma = (19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16  # weights 0.299, 0.587, 0.114
     return luma.to(torch.uint8)[None]
 
 
 def _is_read_by_torchcodec(orientation: int, content: bytes) -> bool:
-    """Whether EXIF has the orientation as one 16-bit number, and no fill bytes are before it.
+    """Whether EXIF has the orientation as one 16-bit number with no fill bytes before it.
 
-    Pillow reads any number, XMP, and what comes after fill bytes.
+    Pillow also reads other kinds of number, XMP, and what follows fill bytes.
     """
     before, _, after = content[: 2**18].partition(b"Exif\0\0")
     entries = [struct.pack(order + "HHIH", 0x0112, 3, 1, orientation) for order in "<>"]
@@ -205,10 +205,10 @@ def _is_read_by_torchcodec(orientation: int, content: bytes) -> bool:
 
 
 def _attempted(decode: Callable[[Any], Any], source: Any) -> Any:
-    """What `decode` returns, or None where it fails, but for want of memory."""
+    """What `decode` returns, or None if it fails for any reason but lack of memory."""
     try:
         return decode(source)
     except RuntimeError as error:
-        if is_out_of_memory(error):  # torchcodec's is no torch.OutOfMemoryError
+        if is_out_of_memory(error):  # torchcodec does not raise torch.OutOfMemoryError
             raise
         return None

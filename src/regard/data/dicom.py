@@ -9,16 +9,16 @@ from PIL import Image
 from regard.errors import ImageError
 from regard.extras import hint, missing
 
-# Defaults of elements that de-identification may leave empty, with which pydicom would fail
+# Defaults of elements that de-identification may leave empty, on which pydicom would fail
 _MAY_BE_EMPTY = {"RescaleSlope": 1, "RescaleIntercept": 0, "VOILUTFunction": "LINEAR"}
 
-# What the first group's first element starts with, in a file without the preamble: the
-# dataset's (0008) or the meta information's (0002), little endian, then big endian
+# First bytes of a file without the preamble: its first element, of the
+# dataset (0008) or of the meta information (0002), little endian, then big endian
 _GROUPS = (b"\x08\x00", b"\x02\x00", b"\x00\x08", b"\x00\x02")
 
 
 def is_dicom(head: bytes) -> bool:
-    """Whether a file that starts so is DICOM, with or without the preamble."""
+    """Whether a file that starts with these bytes is DICOM, with or without the preamble."""
     if head[128:132] == b"DICM":
         return True
     if head[:2] not in _GROUPS or len(head) < 12:
@@ -29,10 +29,10 @@ def is_dicom(head: bytes) -> bool:
 
 
 def read_dicom(file: Any) -> tuple[NDArray[Any], tuple[float, float] | None]:
-    """(H, W, 1 or 3) float32 in 0..1; without a window float64 measurements, and their range.
+    """(H, W, 1 or 3) float32 in 0..1, or float64 measurements and their range without a window.
 
     Raises:
-        ImageError: pydicom is not installed, or the file holds no single image.
+        ImageError: pydicom is not installed, or the file does not hold exactly one image.
     """
     if missing("dicom"):
         raise ImageError(f"is DICOM; {hint('dicom')} brings a reader")
@@ -41,7 +41,7 @@ def read_dicom(file: Any) -> tuple[NDArray[Any], tuple[float, float] | None]:
     dataset = pydicom.dcmread(file, force=True)
     _check_single_image(dataset)
     meta = dataset.file_meta
-    if "TransferSyntaxUID" not in meta:  # a file without preamble has none
+    if "TransferSyntaxUID" not in meta:  # a file without the preamble has none
         implicit, little = dataset.original_encoding
         meta.TransferSyntaxUID = (
             pydicom.uid.ImplicitVRLittleEndian if implicit
@@ -52,11 +52,11 @@ def read_dicom(file: Any) -> tuple[NDArray[Any], tuple[float, float] | None]:
     in_upper_bits = (
         0 < bits <= high < dataset.BitsAllocated and not meta.TransferSyntaxUID.is_compressed
     )
-    if in_upper_bits:  # as old files have it: pydicom takes the lower ones
+    if in_upper_bits:  # as in old files: pydicom takes the lower bits
         dataset.pixel_array_options(correct_unused_bits=False)
     try:
         stored = dataset.pixel_array
-    except RuntimeError as error:  # a compression for which no plugin is installed, or broken
+    except RuntimeError as error:  # no plugin for this compression, or broken data
         if missing("dicom", "gdcm"):
             name = meta.TransferSyntaxUID.name
             raise ImageError(
@@ -75,13 +75,13 @@ def read_dicom(file: Any) -> tuple[NDArray[Any], tuple[float, float] | None]:
 
 
 def _cut(words: NDArray[Any], bits: int, high: int) -> NDArray[Any]:
-    """Words -> the values in their bits up to `high`, with their sign where there is one."""
+    """Words -> the values in their bits up to `high`, sign-extended where they are signed."""
     word = 8 * words.dtype.itemsize
     return (words << (word - 1 - high)) >> (word - bits)
 
 
 def _palette_bits(dataset: Any) -> int:
-    """Bits of a palette's values: 8 also where 16 are declared and none is larger than 255."""
+    """Bits of a palette's values: 8 if 16 are declared but none is larger than 255."""
     from pydicom.pixels import apply_color_lut
 
     entries, first, bits = (int(v) for v in dataset.RedPaletteColorLookupTableDescriptor)
@@ -111,8 +111,8 @@ def _gray(stored: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], tuple[float
     """Stored values (H, W) -> what a viewer shows, 0 black to 1 white (PS3.3 C.11.1, C.11.2).
 
     Without a table and a window: the values after rescaling, NaN where padding, and their range.
-    Where small values are white, they are mirrored in the range of all that can be stored, so that
-    one range of a data set fits images of both kinds.
+    Where small values are white, they are mirrored in the range of all storable values, so that
+    one range for the data set fits images of both kinds.
     """
     from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
@@ -123,9 +123,9 @@ def _gray(stored: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], tuple[float
         bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
         shown = apply_voi(np.rint(values).astype(np.int64), dataset) / (2**bits - 1)
     elif _has_window(dataset):
-        if "BitsStored" not in dataset:  # of floats; only the ratio to the range below counts
+        if "BitsStored" not in dataset:  # floats; only their ratio to the range below matters
             dataset.BitsStored, dataset.PixelRepresentation = 16, 0
-        # the range that pydicom maps the window to, seen from values beyond its ends
+        # the range to which pydicom maps the window, from values beyond its ends
         with np.errstate(over="ignore"):
             black, white = apply_windowing(np.array([-1e30, 1e30]), dataset)
             shown = (apply_windowing(values, dataset) - black) / (white - black or 1.0)
@@ -139,19 +139,19 @@ def _gray(stored: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], tuple[float
 
 
 def _fill_empty(dataset: Any) -> None:
-    """Fills in the defaults of empty elements."""
+    """Replaces empty elements by their defaults."""
     for name, default in _MAY_BE_EMPTY.items():
         if name in dataset and dataset.get(name) in (None, ""):
             setattr(dataset, name, default)
 
 
 def _ends(dataset: Any) -> float:
-    """The lowest and the highest value that can be stored, after rescaling; their sum."""
+    """The sum of the lowest and the highest value that can be stored, after rescaling."""
     from pydicom.pixels import apply_modality_lut
 
     if dataset.get("ModalityLUTSequence"):
         return float(2 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1)
-    if "BitsStored" not in dataset:  # floats, as those of TIFF
+    if "BitsStored" not in dataset:  # floats, as in TIFF
         return 1.0
     bits = int(dataset.BitsStored)
     low = -(2 ** (bits - 1)) if dataset.get("PixelRepresentation") else 0
@@ -159,7 +159,7 @@ def _ends(dataset: Any) -> float:
 
 
 def _has_window(dataset: Any) -> bool:
-    """Whether there is a window that can be applied: the standard wants a width of at least 1."""
+    """Whether there is a window that can be applied; the standard requires a width of 1 or more."""
     if any(dataset.get(key) in (None, "") for key in ("WindowWidth", "WindowCenter")):
         return False
     width = np.atleast_1d(dataset.WindowWidth).astype(float)[0]
@@ -168,15 +168,15 @@ def _has_window(dataset: Any) -> bool:
 
 
 def _padding(stored: NDArray[Any], dataset: Any) -> NDArray[np.bool_]:
-    """Where there is no image, but the padding value (PS3.3 C.7.5.1.1.2)."""
+    """Where there is padding instead of image (PS3.3 C.7.5.1.1.2)."""
     value = dataset.get("PixelPaddingValue")
     if value is None:
         return np.zeros(stored.shape, bool)
     limit = dataset.get("PixelPaddingRangeLimit")
     ends = [int(value), int(value if limit is None else limit)]
-    if stored.dtype.kind in "iu" and stored.dtype.itemsize == 2:  # -2000 is stored as 63536, too
+    if stored.dtype.kind in "iu" and stored.dtype.itemsize == 2:  # -2000 may be stored as 63536
         wrapped = np.array(ends).astype(stored.dtype).tolist()
-        if (wrapped[0] <= wrapped[1]) == (ends[0] <= ends[1]):  # else it would be all but these
+        if (wrapped[0] <= wrapped[1]) == (ends[0] <= ends[1]):  # else all but these values
             ends = wrapped
     ends.sort()
     return (stored >= ends[0]) & (stored <= ends[1])

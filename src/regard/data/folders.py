@@ -1,7 +1,7 @@
-"""A folder of class folders as a table, with splits on top or without.
+"""A folder of class folders as a table, with or without split folders on top.
 
-Whether the top folders are splits or classes is asked wherever both could be meant: a network
-that learned to tell training from test images would look like a good one.
+Where the top folders could be splits as well as classes, the user has to say which: a network
+that learned to distinguish training from test images would look like a good one.
 """
 
 import os
@@ -36,7 +36,7 @@ _PATTERNS = {s: re.compile(f"(?:{words}){_THINGS}") for s, words in _WORDS.items
 
 
 def split_word(name: str) -> str | None:
-    """The split that a name speaks of, such as test for `my_TestSet2`; or None."""
+    """The split that a name stands for, such as test for `my_TestSet2`; or None."""
     if name.lower() in SPLIT_WORDS:
         return SPLIT_WORDS[name.lower()]
     apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)  # trainImages
@@ -52,7 +52,7 @@ def open_folder(name: str, root: str, splits: str = "auto") -> ImageTable:
     """The images of ROOT/CLASS or ROOT/SPLIT/CLASS.
 
     Args:
-        name: DATA as it was given, for messages.
+        name: DATA as given, for messages.
         root: the folder.
         splits: whether the top folders are splits: yes, no, or auto, which refuses to guess.
 
@@ -79,7 +79,7 @@ def open_folder(name: str, root: str, splits: str = "auto") -> ImageTable:
 
 
 def _with_images(folder: str, skipped: Skipped) -> tuple[dict[str, str], list[str]]:
-    """{name: path} of the subfolders that hold images, and a line for what is left out."""
+    """{name: path} of the subfolders that hold images, and a line for each thing left out."""
     with_images, empty = {}, []
     for name, path in subfolders(folder).items():
         if is_result(path):
@@ -135,10 +135,10 @@ def _table(
 
 
 def _splits_of(name: str, tops: Mapping[str, str], splits: str) -> dict[str, str] | None:
-    """The split of each top folder; None: they are classes.
+    """The split of each top folder; None if they are classes.
 
     Raises:
-        UsageError: either could be meant, or two folders are one split.
+        UsageError: both readings are possible, or two folders name the same split.
     """
     named = {top: split for top in tops if (split := split_word(top)) is not None}
     if splits == "no" or not tops:
@@ -157,10 +157,10 @@ def _splits_of(name: str, tops: Mapping[str, str], splits: str) -> dict[str, str
 
 
 def _clearly_splits(name: str, tops: Mapping[str, str], named: Mapping[str, str]) -> bool:
-    """True: splits; False: classes.
+    """True if they are splits, False if they are classes.
 
     Raises:
-        UsageError: either could be meant.
+        UsageError: both readings are possible.
     """
     inside = {top: _classes_in(path) for top, path in tops.items()} if named else {}
     usual = all(top.lower() in SPLIT_WORDS for top in tops)
@@ -182,7 +182,7 @@ def _clearly_splits(name: str, tops: Mapping[str, str], named: Mapping[str, str]
 
 
 def _classes_in(folder: str) -> list[str]:
-    """The subfolders that may be classes: with images, and not called masks."""
+    """The subfolders that may be classes: with images, and not named as masks."""
     by_class = subfolders(folder).items()
     return [name for name, path in by_class if not is_mask_folder(name) and has_images(path)]
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, and local ones that `datasets` reads."""
+"""Data sets from the Hugging Face hub, and local ones that `datasets` reads."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from regard.errors import FileError, UsageError
 from regard.extras import require
 from regard.files import plural, reason, shortened
 
-_IMAGES = ("image", "img")  # names of the column to take where there are several
+_IMAGES = ("image", "img")  # preferred column names if there are several
 _LABELS = ("label", "labels")
 _ADVICE = "load it with `datasets` and give the folder that `save_to_disk` writes"
 _WORDS = "ClassLabel, or of strings or integers called label"
@@ -28,15 +28,15 @@ _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,9}")
 def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
     """A data set of the hub or a local folder; its image files are unpacked into the cache.
 
-    Of a data set with several configurations `source` is NAME:CONFIG. Images are the column of
-    type Image (of several the one named image or img), labels the column of type ClassLabel (of
-    several the one named label or labels), else strings or integers in a column of that name.
-    Images without a label (None, -1 or "") and rows without an image are left out, with a
-    warning, as are splits that are no train, validation or test split.
+    For a data set with several configurations, `source` is NAME:CONFIG. Images come from the column
+    of type Image (if there are several, the one named image or img), labels from the column of type
+    ClassLabel (if there are several, the one named label or labels), else from strings or integers
+    in a column of that name. Images without a label (None, -1 or "") and rows without an image are
+    left out with a warning, as are splits other than train, validation and test.
 
     Raises:
         UsageError: the extra is not installed, or the columns or splits are not usable.
-        FileError: it can't be loaded, or not be unpacked.
+        FileError: it can't be loaded or unpacked.
     """
     require("hf", name)
     source, configuration = name_and_configuration(source)
@@ -64,9 +64,9 @@ def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
 
 
 def name_and_configuration(source: str) -> tuple[str, str | None]:
-    """What is before and after the last colon of NAME:CONFIG; the whole and None of a NAME."""
+    """NAME and CONFIG of NAME:CONFIG, split at the last colon; NAME and None without one."""
     name, colon, configuration = source.rpartition(":")
-    drive = len(name) == 1  # of a path on Windows
+    drive = len(name) == 1  # of a Windows path
     if not colon or not name or drive or os.path.exists(os.path.expanduser(source)):
         return source, None
     return name, configuration or None
@@ -76,7 +76,7 @@ def _load(name: str, source: str, configuration: str | None) -> Mapping[str, Any
     """The splits, by name."""
     import datasets
 
-    one = os.path.isfile(os.path.join(source, "state.json"))  # split that `save_to_disk` wrote
+    one = os.path.isfile(os.path.join(source, "state.json"))  # one split, by `save_to_disk`
     several = os.path.isfile(os.path.join(source, "dataset_dict.json"))
     if configuration is not None and (one or several):
         raise UsageError(f"{name}: what save_to_disk wrote has no configuration {configuration!r}")
@@ -87,9 +87,9 @@ def _load(name: str, source: str, configuration: str | None) -> Mapping[str, Any
         if several:
             return dict(datasets.load_from_disk(source))
         return dict(datasets.load_dataset(source, configuration))
-    except Exception as error:  # the loader raises nearly anything for broken files
+    except Exception as error:  # the loader raises almost anything for broken files
         broken = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        cause = error.__cause__ if broken else None  # its own words say "an error occurred"
+        cause = error.__cause__ if broken else None  # its own message is only "an error occurred"
         why = reason(cause or error).partition("Example of usage")[0].strip()
         advice = f"; add it: {name}:CONFIG" if why.startswith("Config name is missing") else ""
         raise FileError(f"{name}: can't be loaded ({why}){advice}") from error
@@ -97,7 +97,7 @@ def _load(name: str, source: str, configuration: str | None) -> Mapping[str, Any
 
 @dataclass
 class _Rows:
-    """The rows of all splits that have an image and a label, which is a class's name."""
+    """The rows of all splits that have an image and a label; a label is a class name."""
 
     files: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
@@ -133,10 +133,10 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
 
 
 def _splits(name: str, keys: list[str]) -> dict[str, str]:
-    """{name of a split: train, val or test}; '' for the only one, if it is none of these.
+    """{name of a split: train, val or test}; '' for a single split with another name.
 
     Raises:
-        UsageError: two are the same split, or none of several is one.
+        UsageError: two names stand for the same split, or several splits have none of these names.
     """
     words = {key: word for key in keys if (word := split_word(key)) is not None}
     if len(keys) == 1:
@@ -154,7 +154,7 @@ def _image_column(name: str, features: Mapping[str, Any]) -> str:
     import datasets
 
     def holds_images(feature: Any) -> bool:
-        # a struct is what a parquet file holds that was written without `datasets`
+        # a parquet file written without `datasets` holds a struct
         struct = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
         return struct or isinstance(feature, datasets.Image)
 
@@ -162,10 +162,10 @@ def _image_column(name: str, features: Mapping[str, Any]) -> str:
 
 
 def _labels(where: str, name: str, part: Any) -> tuple[list[str], list[str | None]]:
-    """The classes of a split, and each row's class; None: it has no label.
+    """The classes of a split, and each row's class, None if it has no label.
 
     Raises:
-        UsageError: no usable column, or a number that has no name.
+        UsageError: no usable column, or a number without a name.
     """
     import datasets
 
@@ -202,7 +202,7 @@ def _column(
     usual: Sequence[str],
     among: Mapping[str, Any] | None = None,
 ) -> str:
-    """The column that fits; of several the first that has a usual name."""
+    """The column that fits; if there are several, the first one with a usual name."""
     columns = [column for column, feature in features.items() if fits(feature)]
     chosen = columns if len(columns) == 1 else [column for column in usual if column in columns]
     if chosen:
@@ -215,7 +215,7 @@ def _column(
 
 
 def _unpack(part: Any, rows: set[int], image: str, key: str, cache: Path) -> dict[int, str]:
-    """{row: file} of the rows that have an image; files that are there already stay.
+    """{row: file} of the rows that have an image; existing files are not written again.
 
     Raises:
         FileError: they can't be written.
@@ -233,7 +233,7 @@ def _unpack(part: Any, rows: set[int], image: str, key: str, cache: Path) -> dic
                 ending = os.path.splitext(path)[1]
                 ending = ending if _SUFFIX.fullmatch(ending) else ""
                 path = str(folder / f"{key}-{i:08d}{ending}")
-                if not os.path.exists(path):  # other processes may write the same files
+                if not os.path.exists(path):  # other processes may be writing the same files
                     Path(f"{path}.{own}").write_bytes(held["bytes"])
                     os.replace(f"{path}.{own}", path)
             files[i] = path

@@ -1,9 +1,9 @@
-"""Reads an image into an array without losing what it holds: one definition for every input.
+"""Reads an image into an array without losing information: one definition for all inputs.
 
 A path, bytes, a binary file object, a PIL image, an array and a tensor of the same picture give
-the same pixels. Formats are recognized by their content: PNG, JPEG, TIFF, WebP, BMP, GIF, PPM,
-JPEG 2000, AVIF and, with the extra `dicom`, DICOM. What can't be read is an ImageError of one
-line, whatever the decoder raised.
+the same pixels. Formats are recognized by content: PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, JPEG
+2000, AVIF and, with the extra `dicom`, DICOM. Whatever a decoder raises becomes an ImageError
+with a message of one line.
 """
 
 import io
@@ -32,31 +32,31 @@ IMAGE_SUFFIXES = (
     ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".dcm", ".dicom",
 )  # fmt: skip
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
-MAX_SIDE = 100_000  # pixels; PIL's cost for each row is far above that of a pixel
+MAX_SIDE = 100_000  # pixels; PIL's cost per row is far above its cost per pixel
 
 ValueRange = tuple[float, float]
 ImageSource = str | os.PathLike[str] | bytes | Any  # Any: a file object, PIL image, array, tensor
 
 _ORIENTATION = 0x0112  # EXIF 2.3, table 4
 _URL = re.compile(r"(https?|ftp|s3|gs|hdfs|file|data):/", re.IGNORECASE)
-_NAMED = 5  # images with clipped values that each get a line
+_NAMED = 5  # images with clipped values that get a line each
 _clipped_images = 0
 _pil_lock = threading.Lock()
 
 log: logging.Logger = logging.getLogger(__name__)
 
-# Pillow warns of each odd tag of a file, which it reads all the same
+# Pillow warns of every odd tag, although it reads the file
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 class Stored(NamedTuple):
-    """An image as it is stored.
+    """An image's values as stored.
 
     Attributes:
-        pixels: (H, W, 1 or 3). uint8, uint16, or float32 from 0 to 1 have a range of their own.
-            int64 and float64 are measurements (16-bit signed, 32-bit and float files and
-            arrays), whose range is the data set's.
-        own_range: the range to use for measurements where the data set's is not known.
+        pixels: (H, W, 1 or 3). uint8, uint16, and float32 from 0 to 1 have a known range. int64
+            and float64 are measurements (16-bit signed, 32-bit and float files and arrays), which
+            take the data set's range.
+        own_range: the range to use for measurements if the data set's is not known.
     """
 
     pixels: NDArray[Any]
@@ -64,7 +64,7 @@ class Stored(NamedTuple):
 
     @property
     def is_measurement(self) -> bool:
-        """Whether the values need a range."""
+        """Whether the values need a range from outside."""
         return self.pixels.dtype in (np.int64, np.float64)
 
 
@@ -75,34 +75,35 @@ def read_image(
     at_least: int | None = None,
     value_range: ValueRange | None = None,
 ) -> NDArray[Any]:
-    """One image as (H, W, C), upright as its EXIF orientation says, over white where transparent.
+    """One image as (H, W, C), with EXIF orientation applied and transparency laid on white.
 
-    C is 1 or 3, as the image is; palettes and CMYK become RGB, gray palettes gray. The first page
+    C is 1 or 3, as in the image; palettes and CMYK become RGB, gray palettes gray. The first page
     or frame is read (but see DICOM).
 
-    - uint8, 0 to 255: the usual. PIL cuts 16-bit color to 8 bits.
-    - uint16: 16-bit grayscale, with or without alpha, in full.
-    - float32, 0 to 1: DICOM. Grayscale: after rescaling, its VOI table or (the first) window,
-      else `value_range`, else its own minimum to 0 and maximum to 1 without padding;
-      MONOCHROME1 inverted, without table and window in the range of what its bits can store.
-      Color: stored values over the largest that can be stored. Several frames are an error.
-    - float32, 0 to 1: measurements, which are signed, 32-bit and float images: `value_range` to
-      0..1, clipped with a warning. Without it floats from 0 to 1 are taken as they are (as
-      uint8 where all are multiples of 1/255), and everything else is an error. Where small
-      values are white, integers are inverted in the range of their bits, and floats are 1 - v.
+    - uint8, 0 to 255: the usual case. PIL reduces 16-bit color to 8 bits.
+    - uint16: 16-bit grayscale at full depth, with or without alpha.
+    - float32, 0 to 1: DICOM. Grayscale: after rescaling, by its VOI table or (first) window, else
+      by `value_range`, else from its own minimum to its maximum without padding; MONOCHROME1 is
+      inverted, without table and window in the range that its bits can store. Color: stored
+      values divided by the largest that can be stored. Several frames are an error.
+    - float32, 0 to 1: measurements, that is, signed, 32-bit and float images: `value_range` is
+      mapped to 0..1, with values outside clipped and a warning. Without it, floats from 0 to 1 are
+      used unchanged (as uint8 if all are multiples of 1/255), and everything else is an error.
+      Where small values are white, integers are inverted in the range of their bits, and floats
+      are 1 - v.
 
     Args:
         source: a path, bytes, a binary file object, a PIL image, an array (H, W) or (H, W, C), or
-            a tensor (H, W) or (C, H, W); C = 2 and 4 have alpha last. Arrays and tensors of bool,
-            uint8, uint16, or floats from 0 to 1 (measurements with `value_range`).
+            a tensor (H, W) or (C, H, W); with C = 2 or 4 the last channel is alpha. Arrays and
+            tensors: bool, uint8, uint16, or floats from 0 to 1 (measurements with `value_range`).
         channels: 1 or 3: grayscale is repeated; color becomes ITU-R 601 luma, as PIL's "L".
-        at_least: JPEG files only: may be decoded at 1/2, 1/4 or 1/8 of its size, as long as the
-            shorter side has this many pixels. Several times faster for large photos.
+        at_least: only for JPEG files: the file may be decoded at 1/2, 1/4 or 1/8 of its size, as
+            long as the shorter side has this many pixels. Several times faster for large photos.
         value_range: lowest and highest value of measurements in the data set.
 
     Raises:
-        ImageError: missing, empty, broken, no image, too large, or of a kind whose extra is not
-            installed; an array of another shape, type or range.
+        ImageError: missing, empty, broken, not an image, too large, or of a format whose extra is
+            not installed; an array of another shape, type or range.
         UsageError: channels is neither 1 nor 3.
     """
     if channels not in (None, 1, 3):
@@ -116,21 +117,21 @@ def read_image(
 
 
 def read_stored(source: ImageSource, *, at_least: int | None = None) -> Stored:
-    """An image's values as they are stored; see `read_image`.
+    """An image's values as stored; see `read_image`.
 
     Raises:
-        ImageError: as `read_image`.
+        ImageError: as in `read_image`.
     """
     name = name_of(source)
     try:
         return _read(source, at_least)
-    except Exception as error:  # decoders raise nearly anything for broken files
+    except Exception as error:  # decoders raise almost anything for broken files
         fault = _fault(error)
         raise ImageError(f"{name}: {fault}" if name else fault) from error
 
 
 def _fault(error: Exception) -> str:
-    """What is wrong with an image whose reading raised this."""
+    """Describes what is wrong with an image, from the exception that reading it raised."""
     match error:
         case ImageError():
             return str(error)
@@ -148,10 +149,10 @@ def _fault(error: Exception) -> str:
 
 
 def format_of(path: str | os.PathLike[str]) -> str | None:
-    """Pillow's name of the format of a file that can be read; None: Pillow does not know it.
+    """Pillow's name for a file's format; None if Pillow does not recognize it.
 
     Raises:
-        OSError: it can't be opened.
+        OSError: the file can't be opened.
     """
     with open_binary(path) as file:
         if is_dicom(file.read(132)):
@@ -165,7 +166,7 @@ def format_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def name_of(source: ImageSource) -> str | None:
-    """The path of a source, or the name of a file object; None: it has none."""
+    """The path of a source, or the name of a file object; None if it has neither."""
     if isinstance(source, str | os.PathLike):
         return os.fsdecode(source)
     name = getattr(source, "name", None) if hasattr(source, "read") else None
@@ -173,7 +174,7 @@ def name_of(source: ImageSource) -> str | None:
 
 
 def to_channels(pixels: NDArray[Any], channels: int | None) -> NDArray[Any]:
-    """(H, W, 1 or 3) -> (H, W, channels); None leaves it as it is. dtype and range stay."""
+    """(H, W, 1 or 3) -> (H, W, channels); None changes nothing. dtype and range stay the same."""
     have = pixels.shape[2]
     if channels is None or channels == have:
         return pixels
@@ -188,13 +189,13 @@ def to_channels(pixels: NDArray[Any], channels: int | None) -> NDArray[Any]:
 
 
 def scaled(stored: Stored, value_range: ValueRange | None, name: str) -> NDArray[Any]:
-    """The pixels of an image with measurements as float32 in 0..1, and others as they are.
+    """The pixels of an image: measurements as float32 in 0..1, others unchanged.
 
     Values outside the range are clipped, and values that are not finite become its lower end;
     both are counted in a warning.
 
     Raises:
-        ImageError: there is no range, and the values are no floats from 0 to 1.
+        ImageError: there is no range, and the values are not floats from 0 to 1.
     """
     pixels = stored.pixels
     if not stored.is_measurement:
@@ -204,13 +205,13 @@ def scaled(stored: Stored, value_range: ValueRange | None, name: str) -> NDArray
         return _from_zero_to_one(pixels)
     low, high = value_range
     outside, shown = 0, np.zeros(pixels.shape, np.float32)
-    strip = max(1, 2**20 // (pixels.shape[1] * pixels.shape[2]))  # rows: memory stays small
+    strip = max(1, 2**20 // (pixels.shape[1] * pixels.shape[2]))  # rows; limits the memory needed
     for top in range(0, len(pixels), strip):
         part = pixels[top : top + strip].astype(np.float64)
         known = np.isfinite(part)
         outside += int((~known | (part < low) | (part > high)).sum())
         part = np.where(known, part, low).clip(low, high)
-        if low < high:  # halves: the range of the largest doubles would overflow
+        if low < high:  # halved, as the range of the largest doubles would overflow
             shown[top : top + strip] = (part / 2 - low / 2) / (high / 2 - low / 2)
     if outside and stored.own_range is None:
         _warn_of_clipping(name, outside, pixels.size, value_range)
@@ -218,12 +219,12 @@ def scaled(stored: Stored, value_range: ValueRange | None, name: str) -> NDArray
 
 
 def _from_zero_to_one(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Floats that are an image as they are, without a range; uint8 where they were that."""
+    """Floats that are valid without a range; uint8 if they are 8-bit values divided by 255."""
     kind = "integers" if pixels.dtype == np.int64 else "floats"
     described = f"{kind} of shape {'x'.join(map(str, pixels.shape))}"
     if unknown := int((~np.isfinite(pixels)).sum()):
         raise ImageError(f"{described}: {unknown} values are NaN or infinite")
-    low, high, tolerance = pixels.min(), pixels.max(), 1e-6  # of arithmetic in float32
+    low, high, tolerance = pixels.min(), pixels.max(), 1e-6  # of float32 arithmetic
     if pixels.dtype == np.int64 or low < -tolerance or high > 1 + tolerance:
         raise ImageError(
             f"{described}, from {low:.6g} to {high:.6g}: without a known range of values, uint8 "
@@ -253,7 +254,7 @@ def _read(source: ImageSource, at_least: int | None) -> Stored:
     if isinstance(source, bytes | bytearray | memoryview):
         return _read_file(io.BytesIO(source), at_least)
     if isinstance(source, Image.Image):
-        with _pil_lock:  # PIL decodes in place, and the same image may be given twice
+        with _pil_lock:  # PIL decodes in place, and two calls may get the same image
             unread = _unread_file(source)
             if unread is None:
                 return _stored_pil(source)
@@ -323,7 +324,7 @@ def _read_with_pil(file: Any, at_least: int | None) -> Stored:
 
 
 def _formats() -> list[str]:
-    """The formats that this Pillow knows; AVIF came with 11.3."""
+    """The formats that this Pillow knows; AVIF was added in 11.3."""
     Image.preinit()
     known = [f for f in FORMATS if f in Image.OPEN]
     if len(known) < len(FORMATS):
@@ -333,7 +334,7 @@ def _formats() -> list[str]:
 
 
 def _unread_file(image: Image.Image) -> io.BytesIO | None:
-    """What a PIL image that was opened, but not decoded, reads from; None: only pixels are left."""
+    """What an opened but undecoded PIL image reads from; None if only its pixels are left."""
     file = getattr(image, "fp", None)
     if file is None or not getattr(image, "tile", None) or image.tell() != 0:
         return None
@@ -349,17 +350,17 @@ def _unread_file(image: Image.Image) -> io.BytesIO | None:
 
 def _stored_pil(image: Image.Image) -> Stored:
     image.load()
-    # after load(), by which PIL turns TIFFs upright and drops the tag
+    # after load(), where PIL turns TIFFs upright and drops the tag
     orientation = orientation_of(image)
     pixels = _pixels(image)
     return Stored(_upright(pixels, orientation))
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of an opened image, 1 to 8; 1 where it has none."""
+    """The EXIF orientation of an opened image, 1 to 8; 1 if it has none."""
     try:
         value = int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a broken EXIF block is no reason to lose a good picture
+    except Exception:  # a broken EXIF block is no reason to lose a good image
         return 1
     return value if 1 <= value <= 8 else 1
 
@@ -382,13 +383,13 @@ def _pixels(image: Image.Image) -> NDArray[Any]:
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)[..., None]
         return np.where(values == image.info.get("transparency", -1), np.uint16(65535), values)
-    if image.mode == "I":  # PIL's container for 16 bits, wherever the values fit
+    if image.mode == "I":  # PIL's container for 16 bits, where the values fit
         values = np.asarray(image)
         wide = values.min() < 0 or values.max() > 65535
         return values.astype(np.int64 if wide else np.uint16)[..., None]
     if image.mode == "F":
         return np.asarray(image).astype(np.float64)[..., None]
-    if image.mode == "La":  # alpha multiplied in, which PIL converts to LA alone
+    if image.mode == "La":  # premultiplied alpha, which PIL converts only to LA
         image = image.convert("LA")
     gray = image.mode in ("1", "L", "LA")
     palette = image.mode in ("P", "PA")
@@ -407,10 +408,10 @@ def is_gray(pixels: NDArray[Any]) -> bool:
 
 
 def _gray_alpha_16(content: bytes) -> NDArray[np.uint16]:
-    """A PNG of 16-bit gray and alpha, of which PIL would keep 8 bits, over white.
+    """A PNG of 16-bit gray and alpha, over white; PIL would reduce it to 8 bits.
 
-    Its four bytes a pixel are filtered and interlaced as those of 8-bit RGBA are, so PIL decodes
-    the file under that header.
+    Its four bytes per pixel are filtered and interlaced like those of 8-bit RGBA, so PIL decodes
+    the file under such a header.
     """
     import zlib
 
@@ -426,7 +427,7 @@ def _gray_alpha_16(content: bytes) -> NDArray[np.uint16]:
 
 
 def _stored_array(pixels: NDArray[Any]) -> Stored:
-    """(H, W, 1 to 4) of uint8, uint16, int64 or float64, the last of 2 and 4 being alpha."""
+    """(H, W, 1 to 4) of uint8, uint16, int64 or float64; the last of 2 or 4 channels is alpha."""
     if pixels.shape[2] in (1, 3):
         return Stored(np.ascontiguousarray(pixels))
     if pixels.dtype != np.uint8:

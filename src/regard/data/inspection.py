@@ -1,4 +1,4 @@
-"""What each image of a table holds: decoded once, in worker processes where there are many."""
+"""What each image of a table holds: decoded once, by worker processes if there are many."""
 
 import hashlib
 import itertools
@@ -18,18 +18,18 @@ from regard.data.sources import ImageTable
 from regard.data.thumbnails import thumbnail
 from regard.errors import FileError, ImageError
 
-_CHUNK = 32  # images a worker is given at a time
-_SEQUENTIAL = 200  # up to so many files, starting workers takes longer than reading
+_CHUNK = 32  # images per task of a worker
+_SEQUENTIAL = 200  # for up to this many files, starting workers takes longer than reading
 
 
 class Inspection(NamedTuple):
-    """What is remembered of one image.
+    """What is recorded of one image.
 
     Attributes:
         lowest, highest: of the finite values, as stored.
         finite: number of finite values per channel.
         digest: hash of shape and pixels, 16 bytes.
-        sums: (channels, 2) of values from 0 to 1 and of their squares; of measurements as stored.
+        sums: (channels, 2) of values scaled to 0..1 and of their squares; measurements unscaled.
         thumbnail: see `regard.data.thumbnails`.
     """
 
@@ -64,7 +64,7 @@ def _inspect(stored: Stored) -> Inspection:
 
 
 def _sums(values: NDArray[Any]) -> tuple[float, float]:
-    """(H, W) -> sum and sum of squares of values as 0 to 1, of measurements as they are."""
+    """(H, W) -> sum and sum of squares of values scaled to 0..1; measurements are not scaled."""
     if values.dtype not in (np.uint8, np.uint16):
         values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
         return float(values.sum()), float(np.square(values).sum())
@@ -77,7 +77,7 @@ def _sums(values: NDArray[Any]) -> tuple[float, float]:
 
 
 def _inspect_files(paths: list[str]) -> list[Inspection | str]:
-    """In a worker: what each file holds, or why it can't be read."""
+    """In a worker: what each file holds, or the reason why it can't be read."""
     results: list[Inspection | str] = []
     for path in paths:
         try:
@@ -102,7 +102,7 @@ def inspect_images(
         for i in itertools.chain.from_iterable(chunks):
             yield i, _inspect_files([files[i]])[0]
         return
-    # never fork: the caller may have threads (torch's) that a forked child would wait for
+    # never fork: the caller may have threads (torch's) whose locks a forked child would wait for
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context)

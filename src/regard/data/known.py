@@ -1,4 +1,4 @@
-"""Data sets that are known by their name or format: digits, CIFAR, MedMNIST."""
+"""Data sets that are known by name or format: digits, CIFAR, MedMNIST."""
 
 import os
 import zipfile
@@ -17,7 +17,7 @@ from regard.files import NPZ_FAULTS, reason
 def _in_memory(
     name: str, classes: list[str], parts: dict[str, tuple[NDArray[Any], NDArray[Any]]], **more: Any
 ) -> ImageTable:
-    """A table of {split: (images, labels)}, one split after the other, without a copy."""
+    """A table of {split: (images, labels)}, split by split, without a copy."""
     images = [images for images, _ in parts.values()]
     sizes = [len(labels) for _, labels in parts.values()]
     return ImageTable(
@@ -40,7 +40,7 @@ def open_digits(name: str) -> ImageTable:
 
 
 def open_cifar(name: str, cache: Path) -> ImageTable:
-    """torchvision's CIFAR, downloaded when it is not in the cache yet.
+    """torchvision's CIFAR, downloaded if it is not in the cache.
 
     Raises:
         FileError: it can't be downloaded.
@@ -70,10 +70,10 @@ def open_cifar(name: str, cache: Path) -> ImageTable:
 def open_medmnist(name: str, path: Path) -> ImageTable:
     """A MedMNIST file: {train,val,test}_{images,labels}.
 
-    Images that are stored uncompressed are mapped, others are decompressed once, in place.
+    Uncompressed arrays are memory-mapped, others are decompressed once, in place.
 
     Raises:
-        UsageError: no such file, or not in this format.
+        UsageError: there is no such file, or it is not in this format.
     """
     parts = {}
     try:
@@ -97,7 +97,7 @@ def open_medmnist(name: str, path: Path) -> ImageTable:
 
 
 def _member(file: zipfile.ZipFile, path: Path, key: str) -> NDArray[Any]:
-    """One array of an .npz file, mapped or read into its own memory without a second copy."""
+    """One array of an .npz file, memory-mapped or read without a second copy."""
     info = file.getinfo(f"{key}.npy")
     with file.open(info) as source:
         version = np.lib.format.read_magic(source)
@@ -116,7 +116,7 @@ def _member(file: zipfile.ZipFile, path: Path, key: str) -> NDArray[Any]:
         flat = array.reshape(-1).view(np.uint8)
         for at in range(0, len(flat), 1 << 20):
             piece = source.read(min(1 << 20, len(flat) - at))
-            flat[at : at + (1 << 20)] = np.frombuffer(piece, np.uint8)  # ValueError if cut short
+            flat[at : at + (1 << 20)] = np.frombuffer(piece, np.uint8)  # ValueError if truncated
     return array.T if fortran else array
 
 

@@ -2,7 +2,7 @@
 
 Both give the same images: position p of the training order holds the image `SampleOrder.at(p)`,
 cropped and augmented with the random numbers of position p, whatever decodes it and whatever the
-batch size. The order is a pure function of the seed, so resuming is starting at a position.
+batch size. The order is a pure function of the seed, so resuming just means starting at a position.
 """
 
 import functools
@@ -39,8 +39,8 @@ from regard.files import spread
 log: logging.Logger = logging.getLogger(__name__)
 
 CHUNK = 8  # images that a thread decodes at a time
-FIRST = 8  # chunks after which it is known how long an image takes
-PYTHON = 2e-4  # seconds of an image that threads can't share
+FIRST = 8  # chunks decoded before the time per image is estimated
+PYTHON = 2e-4  # seconds per image that threads can't share
 MEMORY_LIMIT = 2 * 1024**3  # bytes of decoded images that memory="auto" holds
 
 
@@ -71,11 +71,11 @@ class SampleOrder:
             else:
                 order = rng.choice(self.count, self.count, p=self.chances)
             previous = {e: o for e, o in self._epochs.items() if e == epoch - 1}
-            self._epochs = previous | {epoch: order}  # replaced at once: threads may be reading
+            self._epochs = previous | {epoch: order}  # atomic: threads may be reading it
         return order
 
     def at(self, start: int, count: int) -> NDArray[np.int64]:
-        """The images at `count` positions from `start` on, at least one."""
+        """The images at `count` (at least 1) positions from `start` on."""
         positions = np.arange(start, start + count)
         epochs = positions // self.count
         return np.concatenate(
@@ -84,12 +84,12 @@ class SampleOrder:
 
 
 class Spans(Sequence[Any]):
-    """Batches as (start position, count), computed when asked for: millions cost nothing.
+    """Batches as (start position, count), computed on access, so that millions cost nothing.
 
     Args:
         starts: the start positions.
         size: images in a batch.
-        end: number of positions, which cuts the last batch (default: none is cut).
+        end: number of positions; shortens the last batch (default: all are full).
     """
 
     def __init__(self, starts: range, size: int, end: int | None = None) -> None:
@@ -125,24 +125,24 @@ class Batch:
 
 
 def repeated(batch: Batch, size: int) -> Batch:
-    """A batch of `size` images made of those of another one."""
+    """A batch of `size` images that repeats the images of another."""
     rows = torch.arange(size) % len(batch.indices)
     return Batch(batch.images[rows], batch.indices[rows], batch.random_numbers[rows])
 
 
 @dataclass
 class Reader:
-    """Reads images of a table in the network's input size, before normalization."""
+    """Reads images of a table at the network's input size, before normalization."""
 
     table: ImageTable
     preprocess: Preprocess
     augmentation: Augmentation | None = None  # None: evaluation
 
     def decode(self, index: int) -> Tensor:
-        """(C, H, W) in 0..255, in the image's own size.
+        """(C, H, W) in 0..255, at the image's own size.
 
-        Only for training are large JPEGs decoded at a part of their size, unless the recipe
-        decodes in full: evaluation sees the pixels that prediction sees.
+        Large JPEGs are decoded at a fraction of their size only for training, and not if the recipe
+        decodes in full: evaluation sees the same pixels as prediction.
         """
         preprocess = self.preprocess
         in_full = self.augmentation is None or self.augmentation.full_decode
@@ -155,7 +155,7 @@ class Reader:
         return to_tensor(pixels)
 
     def crop(self, image: Tensor, u: Tensor) -> Tensor:
-        """(C, H, W) -> (C, *size): cropped at random in training, else as in a test."""
+        """(C, H, W) -> (C, *size): cropped at random in training, otherwise as in evaluation."""
         if self.augmentation is not None and self.augmentation.random_crop == "resized":
             return random_resized(image, u, self.augmentation, self.preprocess.size)
         return self.preprocess.fit(image)
@@ -167,14 +167,14 @@ class Reader:
 
 
 def stacked(images: Sequence[Tensor]) -> Tensor:
-    """(C, H, W) each -> (B, C, H, W); one float image makes all float."""
+    """(C, H, W) each -> (B, C, H, W); if one image is float, all become float."""
     if len({image.dtype for image in images}) > 1:
         images = [image.float() for image in images]
     return torch.stack(list(images))
 
 
 class _Batches(Dataset[Batch]):
-    """Item (start position, count) is the batch at these positions, decoded when asked for."""
+    """Item (start position, count) is the batch at these positions, decoded on access."""
 
     def __init__(self, reader: Reader, order: SampleOrder | None, seed: int) -> None:
         self.reader, self.order, self.seed = reader, order, seed
@@ -194,22 +194,22 @@ class _Batches(Dataset[Batch]):
         together = stacked(images) if images else torch.zeros(shape)
         batch = Batch(together, torch.from_numpy(rows)[readable], u[readable], unreadable)
         if get_worker_info() is not None:
-            # here, where a failure is an error of this batch; the queue's thread would only
-            # print it, and the batch would never arrive
+            # raised here, it is an error of this batch; the queue's thread would only print it, and
+            # the batch would never arrive
             for tensor in (batch.images, batch.indices, batch.random_numbers):
                 tensor.share_memory_()
         return batch
 
 
 class StreamingLoader:
-    """Batches decoded by workers, in order: processes, or threads where those can't be used.
+    """Batches in order, decoded by worker processes, or by threads where those can't be used.
 
-    Threads read where shared memory is too small for batches from processes, and beside
-    OpenVINO: processes forked from one that has loaded it crash it when they end.
+    Threads are used if shared memory is too small for batches from processes, or if OpenVINO is
+    loaded: processes forked from this one would crash it when they end.
 
     Attributes:
         order: the sample order, or None for rows in order.
-        stop: is asked, while a batch is not ready, whether to give up waiting.
+        stop: called while a batch is not ready; True means to give up waiting.
     """
 
     def __init__(self, reader: Reader, order: SampleOrder | None, seed: int, workers: int) -> None:
@@ -224,7 +224,7 @@ class StreamingLoader:
         """The batches at these (start, count), in this order.
 
         Raises:
-            WaitInterrupted: `stop` answered True while a batch was not ready.
+            WaitInterrupted: `stop` returned True while a batch was not ready.
             ResourceError: memory ran out, a worker was killed, or no batch came for minutes.
         """
         self.close()
@@ -232,7 +232,7 @@ class StreamingLoader:
         return self._running
 
     def close(self) -> None:
-        """Ends the workers of the batches given out last."""
+        """Ends the workers of the latest call of `batches`."""
         getattr(self._running, "close", lambda: None)()
 
     def _read(self, spans: Sequence[tuple[int, int]]) -> Iterator[Batch]:
@@ -246,7 +246,7 @@ class StreamingLoader:
         return read_ahead(spans, read, threads, PREFETCH * threads, self.stop)
 
     def _fitting(self, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        """Worker processes and their prefetching, as far as shared memory has room."""
+        """Worker processes and their prefetching, limited by the free shared memory."""
         if not spans:
             return self.workers, PREFETCH
         free = shared_memory_free()
@@ -260,7 +260,7 @@ class StreamingLoader:
         return processes, prefetch
 
 
-@functools.cache  # once for each process
+@functools.cache  # once per process
 def _announce_small_memory(workers: int, processes: int) -> None:
     instead = f"only {processes}" if processes else "threads"
     log.info(
@@ -277,9 +277,9 @@ class InMemoryLoader:
         order: the sample order, or None for rows in order.
         seed: random seed of the augmentation.
         images: (N, C, H, W), or N of (C, H, W).
-        unreadable: reasons by row, of rows that are left out of every batch.
-        threads: that cut images of a list, each a batch, ahead of the one that asks; 0: that
-            one does. For a device that computes meanwhile.
+        unreadable: reasons by row, for rows that are left out of every batch.
+        threads: threads that crop the images of a list ahead of use, one batch each, for a device
+            that computes meanwhile; 0: the caller crops.
     """
 
     def __init__(
@@ -299,7 +299,7 @@ class InMemoryLoader:
         self.threads: int = threads
 
     def close(self) -> None:
-        """Nothing to end: the threads end with the batches."""
+        """Does nothing: the threads end with the batches."""
 
     def batches(self, spans: Sequence[tuple[int, int]]) -> Iterator[Batch]:
         """The batches at these (start, count), in this order."""
@@ -334,17 +334,17 @@ def decode_all(
     limit: float = math.inf,
     on_image: Callable[[int], None] | None = None,
 ) -> tuple[Tensor | list[Tensor] | None, list[tuple[int, str]]]:
-    """Every image of the reader's table decoded, by threads: one tensor where sizes allow.
+    """Decodes all images of the reader's table with threads, into one tensor where sizes allow.
 
     Args:
-        reader: of the images.
+        reader: reads the images.
         rows: which to decode (default: all).
-        skip: rows that are not read, and are zero images.
-        limit: bytes that the decoded images may take.
-        on_image: is called with 1 for each image.
+        skip: rows that are not read; their images are zeros.
+        limit: maximum bytes of the decoded images.
+        on_image: called with 1 after each image.
 
     Returns:
-        The images, a zero image where one can't be read or is skipped, or None where they take
+        The images, with zeros for those that can't be read or are skipped, or None if they take
         more than `limit`; and (row, reason) of those that can't be read.
     """
     unreadable: list[tuple[int, str]] = []
@@ -390,10 +390,10 @@ def decode_all(
 def _by_threads(
     chunks: Sequence[Sequence[int]], decode: Callable[[Sequence[int]], list[Tensor]]
 ) -> Iterator[list[Tensor]]:
-    """decode(chunk) for each chunk, by as many threads as are of use.
+    """decode(chunk) for each chunk, with as many threads as are useful.
 
-    Of a small image most of the time is Python's, which one thread at a time runs: sixteen of
-    them take twice as long as one to read 32x32 pixels.
+    Most of the time for a small image is spent in Python, which runs one thread at a time:
+    sixteen threads take twice as long as one to read 32x32 pixels.
     """
     started, count = time.perf_counter(), 0
     for chunk in chunks[:FIRST]:
@@ -408,11 +408,11 @@ def _by_threads(
 
 
 def value_bytes(reader: Reader, most: int = 32) -> int:
-    """Bytes of a value of the decoded images: 1, or 4 for more than 8 bits; 0: none is readable.
+    """Bytes per value of the decoded images: 1, or 4 for more than 8 bits; 0: none is readable.
 
     Args:
-        reader: of the images.
-        most: images that are decoded to tell, evenly spread.
+        reader: reads the images.
+        most: number of images that are decoded to find out, evenly spread.
     """
     return max((image.element_size() for image in _sample(reader, most)), default=0)
 
@@ -426,16 +426,16 @@ def _sample(reader: Reader, most: int) -> Iterator[Tensor]:
 
 
 def fits_in_memory(reader: Reader, limit: float = MEMORY_LIMIT) -> bool:
-    """Whether the decoded images take at most `limit` bytes, judged by a sample of 32.
+    """Whether the decoded images take at most `limit` bytes, estimated from a sample of 32.
 
-    Images that are cropped at random are held in their own size, others in the input's; those
-    of more than 8 bits as float32. Where own sizes differ the limit is a quarter.
+    Images that are cropped at random are held at their own size, others at the input size; those
+    with more than 8 bits as float32. If own sizes differ, the limit is a quarter.
     """
     table = reader.table
     images = list(_sample(reader, 32))
     if not images:
         return False
-    width = max(image.element_size() for image in images)  # bytes of a value
+    width = max(image.element_size() for image in images)  # bytes per value
     if not reader.crops_at_random:
         return len(table) * math.prod(reader.preprocess.input_size) * width <= limit
     limit = limit if table.arrays is not None else limit / 4

@@ -1,4 +1,4 @@
-"""A CSV file of images as a table; every fault is named with its file and line."""
+"""A CSV file of images as a table; errors name the file and the line."""
 
 import csv
 import os
@@ -21,24 +21,24 @@ SUFFIXES = (".csv", ".tsv")
 _USED = ("path", "label", "split", "group")
 _SPLITS = ("", *SPLITS)
 _SPLIT_CELLS = {"": "", "training": "train", "testing": "test", **SPLIT_WORDS}
-_MOST_VALUES = 100_000  # of a further column; one with more, such as a text, is not read
+_MOST_VALUES = 100_000  # in a further column; one with more, such as free text, is not read
 # columns that may say which images belong together
 _OF_GROUPS = re.compile("patient|subject|participant|person|case|donor|animal|lesion|study")
-_EXCELS_SEPARATOR = re.compile("sep=(.)", re.IGNORECASE)  # alone in the first line
+_EXCELS_SEPARATOR = re.compile("sep=(.)", re.IGNORECASE)  # on the first line by itself
 _CONTENT = "content"  # a further column of the splits.csv that a run writes
 
 
 def open_manifest(name: str, path: Path) -> ImageTable:
-    """The images that a CSV file lists in its columns path and label, split and group.
+    """The images that a CSV file lists in columns path and label, and optionally split and group.
 
-    Separated by commas, semicolons or tabs, in UTF-8 or UTF-16. Paths are relative to its folder.
+    Separators are commas, semicolons or tabs, in UTF-8 or UTF-16. Paths are relative to its folder.
 
     Raises:
-        UsageError: a fault, with its line; or the first image does not exist.
+        UsageError: a fault in the file, with its line, or the first image does not exist.
     """
     with open(path, "rb") as raw:
         utf16 = raw.read(2) in (b"\xff\xfe", b"\xfe\xff")
-    # surrogateescape: a file's name may be no UTF-8 while the text is
+    # surrogateescape: a file name may not be UTF-8 although the rest is
     with open(
         path, encoding="utf-16" if utf16 else "utf-8-sig", errors="surrogateescape", newline=""
     ) as file:
@@ -51,7 +51,7 @@ def open_manifest(name: str, path: Path) -> ImageTable:
 
 
 class _Manifest:
-    """The cells of a CSV file in arrays, as it is read."""
+    """The cells of a CSV file, collected in arrays as it is read."""
 
     def __init__(self, name: str, base: str, file: TextIO) -> None:
         self.name, self.base = name, base
@@ -74,7 +74,7 @@ class _Manifest:
         self.further = {c: _Cells(self.columns.index(c)) for c in dict.fromkeys(names)}
 
     def fault(self, what: str, line: int | None = None) -> NoReturn:
-        """Ends the reading with an error that names the line."""
+        """Raises an error that names the line."""
         line = self.reader.line_num + self.head_line if line is None else line
         raise UsageError(f"{self.name} line {line}: {what}")
 
@@ -95,7 +95,7 @@ class _Manifest:
         self._check_groups()
 
     def _rows(self) -> Iterator[str]:
-        """The path of each row; its other cells go into the arrays."""
+        """The path of each row; its other cells are added to the arrays."""
         at = {c: i for i, c in enumerate(self.columns) if c in _USED}
         for fields in self.reader:
             if not any(cell.strip() for cell in fields):
@@ -132,7 +132,7 @@ class _Manifest:
         self.groups.append(self.group_index.setdefault(group, len(self.group_index)))
 
     def _check_text(self, column: str, cell: str, line: int | None = None) -> None:
-        """All but paths is text that is written again, into files of UTF-8."""
+        """Checks that a cell can be written to UTF-8 files later, as all but paths are."""
         if not cell.isascii() and not _encodable(cell):
             self.fault(f"{column} {cell[:40]!r} is not UTF-8; save the file as UTF-8", line)
 
@@ -148,7 +148,7 @@ class _Manifest:
             first[path] = self.lines[i]
 
     def _check_groups(self) -> None:
-        """A group in every row or in none."""
+        """Checks that every row or no row has a group."""
         empty = self.group_index.get("")
         if empty is not None and len(self.group_index) > 1:
             self.fault(
@@ -158,7 +158,7 @@ class _Manifest:
             )
 
     def table(self, path: str) -> ImageTable:
-        """What was read.
+        """The table that was read.
 
         Raises:
             UsageError: the first image does not exist.
@@ -196,7 +196,7 @@ class _Manifest:
             return
         count = len(self.labels)
         for name, cells in self.further.items():
-            # some have several images, and they are too many for a category
+            # some groups have several images, and there are too many for a category
             if _OF_GROUPS.search(name) and count / 20 < len(cells.index) < count:
                 yield (
                     f"images with the same {name!r} may come into different splits, which makes "
@@ -205,7 +205,7 @@ class _Manifest:
 
 
 class _Cells:
-    """A further column: each distinct value once, and a number for each row."""
+    """A further column: its distinct values, and a number for each row."""
 
     def __init__(self, place: int) -> None:
         self.place, self.codes = place, array("q")
@@ -220,7 +220,7 @@ class _Cells:
             self.codes.append(self.index.setdefault(cell, len(self.index)))
 
     def array(self) -> NDArray[np.object_]:
-        """(N,) strings, of which equal ones are one object."""
+        """(N,) strings; equal ones are one object."""
         return np.array(list(self.index), dtype=object)[np.asarray(self.codes)]
 
 
@@ -233,7 +233,7 @@ def _encodable(text: str) -> bool:
 
 
 def _sorted(names: Sequence[str], codes: array) -> tuple[list[str], NDArray[np.int64]]:
-    """The names sorted, and the codes that refer to them so."""
+    """The names in sorted order, and the codes renumbered accordingly."""
     order = sorted(range(len(names)), key=names.__getitem__)
     place = np.empty(len(names), np.int64)
     place[order] = np.arange(len(names))

@@ -1,4 +1,4 @@
-"""Files within tar files: read in place, by where their bytes lie."""
+"""Files inside tar files, read in place by their offset and size."""
 
 import io
 import os
@@ -17,7 +17,7 @@ class Member(str):
 
     Attributes:
         shard: path of the tar file.
-        offset, size: of its bytes there.
+        offset, size: where its bytes are in the tar file.
     """
 
     shard: str
@@ -33,15 +33,15 @@ class Member(str):
         return Member, (self.shard, self[len(self.shard) + 1 :], self.offset, self.size)
 
     def read(self) -> bytes:
-        """Its bytes.
+        """The member's bytes.
 
         Raises:
-            OSError: the tar file can't be read, or (FileError) is shorter than it was.
+            OSError: the tar file can't be read, or (FileError) is shorter than when it was indexed.
         """
         with open(self.shard, "rb", buffering=0) as file:
             file.seek(self.offset)
             content = bytearray()
-            while missing := self.size - len(content):  # a read may give less than it is asked for
+            while missing := self.size - len(content):  # a read may return less than requested
                 if not (block := file.read(missing)):
                     raise FileError(f"{os.path.basename(self.shard)} is cut short")
                 content += block
@@ -49,7 +49,7 @@ class Member(str):
 
 
 class MemberList(PathList):
-    """Members of several tar files, as arrays; each `Member` is made when it is asked for."""
+    """Members of several tar files, as arrays; each `Member` is made on access."""
 
     def __init__(
         self, names: PathList, shards: Sequence[str], of: NDArray[np.int32],
@@ -75,10 +75,10 @@ class MemberList(PathList):
 
 
 def open_binary(path: str | os.PathLike[str]) -> BinaryIO:
-    """A file, or a member of a tar file, for reading.
+    """Opens a file, or a member of a tar file, for reading.
 
     Raises:
-        OSError: it can't be read, or is no regular file, such as a pipe, which would block.
+        OSError: it can't be read, or is not a regular file but, say, a pipe, which would block.
     """
     if isinstance(path, Member):
         return io.BytesIO(path.read())
@@ -88,5 +88,5 @@ def open_binary(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def on_disk(path: str) -> str:
-    """The file that holds an image: itself, or the tar file of a member."""
+    """The file that holds an image: the image file itself, or the tar file of a member."""
     return path.shard if isinstance(path, Member) else path

@@ -1,9 +1,9 @@
 """The same picture twice: scaled, saved again, cropped, brightened, mirrored, with other text.
 
-Three stages, each on what the one before left: candidates by their coarse structure (`similar`),
-alignment and comparison of details on 32-pixel thumbnails (`registration`), and the same on
-larger ones that are read again for these few pairs. `benchmarks/near_duplicates.py` measures
-recall and precision.
+Three stages, each applied to what the previous one left: candidates by coarse structure
+(`similar`), alignment and comparison of details on 32-pixel thumbnails (`registration`), and the
+same on larger thumbnails, which are read again for the few remaining pairs.
+`benchmarks/near_duplicates.py` measures recall and precision.
 """
 
 import contextlib
@@ -27,19 +27,19 @@ from regard.errors import ImageError
 from regard.files import plural, spread
 
 LEAK_LIMIT = 20_000  # images that `leak_line` reads
-_CHUNK = 64  # images that a thread reads at a time
-_BATCH = 1024  # pairs that are aligned at a time
+_CHUNK = 64  # images per task of a thread
+_BATCH = 1024  # pairs aligned at a time
 _CLOSE = 96  # pixels of the larger thumbnails
-_COARSE = 0.7  # correlation of 16-pixel thumbnails once aligned; planted copies have 0.93
-_SMALLEST = 20  # pixels of the shorter side: smaller images show too little
+_COARSE = 0.7  # correlation of 16-pixel thumbnails after alignment; planted copies have 0.93
+_SMALLEST = 20  # pixels of the shorter side: smaller images show too little detail
 _SMALL = 32  # two images below this are not compared: digits of one font look the same
-_LEAST_LEFT = 0.65  # of an axis, by a crop
-_LEAST_LEFT_OF_SMALL = 0.72  # the same where thumbnails decide
-_FLAT = 4.0  # gray levels: a thumbnail with a smaller deviation shows nothing to compare
+_LEAST_LEFT = 0.65  # of an axis, after a crop
+_LEAST_LEFT_OF_SMALL = 0.72  # the same if 32-pixel thumbnails decide
+_FLAT = 4.0  # gray levels: a thumbnail with a smaller standard deviation shows nothing to compare
 
 
 class Thresholds(NamedTuple):
-    """From which agreement on two images are the same picture; see `Agreement`."""
+    """The agreement required to call two images the same picture; see `Agreement`."""
 
     tiles: int
     share: float
@@ -49,7 +49,7 @@ class Thresholds(NamedTuple):
     inner_median: float
 
     def met(self, agreed: Agreement) -> NDArray[np.bool_]:
-        """(P,) whether all are."""
+        """(P,) whether all thresholds are met."""
         pairs = zip(self, agreed[: len(self)], strict=True)
         return np.all([value >= least for least, value in pairs], axis=0)
 
@@ -63,7 +63,7 @@ class NearDuplicate:
     """Two images that show the same picture.
 
     Attributes:
-        rank: 0: with different labels; 1: in different splits; 2: neither.
+        rank: 0: different labels; 1: the same label in different splits; 2: neither.
         first, second: rows of the table, first < second.
         similarity: median correlation of the details, 0 to 1.
         mirrored: one is a mirror image of the other.
@@ -77,7 +77,7 @@ class NearDuplicate:
 
 
 class Thumbnails:
-    """Thumbnails of a table's images, as far as they were readable.
+    """Thumbnails of a table's readable images.
 
     Attributes:
         pixels: (N, SIDE, SIDE) uint8.
@@ -89,7 +89,7 @@ class Thumbnails:
         self.sides: NDArray[np.int32] = np.zeros(count, np.int32)
 
     def add(self, i: int, pixels: NDArray[np.uint8], side: int) -> None:
-        """Sets the thumbnail of image i, whose shorter side has so many pixels."""
+        """Sets the thumbnail of image i, with the length of its shorter side."""
         self.pixels[i], self.sides[i] = pixels, side
 
 
@@ -98,9 +98,9 @@ def read_thumbnails(
     rows: NDArray[np.int64] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Thumbnails:
-    """The thumbnails of a table's images, or of these rows of it; JPEG files at reduced size.
+    """The thumbnails of a table's images, or of these rows; JPEG files are read at reduced size.
 
-    Images that can't be read are left out.
+    Unreadable images are left out.
     """
     rows = np.arange(len(table)) if rows is None else rows
     read = Thumbnails(len(table))
@@ -128,18 +128,18 @@ def find_near_duplicates(
     same: Iterable[Sequence[int]] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[NearDuplicate]:
-    """Pairs of images that show the same picture, sorted: labels, splits, the rest.
+    """Pairs of images that show the same picture, sorted: different labels, splits, the rest.
 
-    Images without any structure, such as black ones, are in no pair.
+    Images without any structure, such as black ones, are not in any pair.
 
     Args:
         table: N images.
-        thumbnails: of these.
-        same: groups of rows with identical pixels, of which only the first is compared.
+        thumbnails: the images' thumbnails.
+        same: groups of rows with identical pixels; only the first of each is compared.
         progress: called with (images done, images in total).
     """
-    # The products are many and small. Threads of BLAS wait for each other at each, and where they
-    # are more than free cores, as beside other runs, without end: ten seconds become minutes.
+    # The products are many and small. BLAS threads wait for each other at each one, and with fewer
+    # free cores than threads, as next to other runs, seconds become minutes.
     with threadpool_limits(1):
         return _found(table, thumbnails, same, progress)
 
@@ -179,7 +179,7 @@ def _deviations(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 def _decided(
     table: ImageTable, thumbnails: Thumbnails, pairs: Candidates, views: list[View]
 ) -> list[NearDuplicate]:
-    """Those of the candidates that show the same picture."""
+    """The candidates that do show the same picture."""
     windows = np.array([_window(views[v]) for v in pairs.view], np.float32).reshape(-1, 4)
     mirrored = np.array([views[v].mirrored for v in pairs.view], bool)
     first = thumbnails.pixels[pairs.first].astype(np.float32)
@@ -225,7 +225,7 @@ def _halved(images: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _plausible(windows: NDArray[np.float32], least: float) -> NDArray[np.bool_]:
-    """Whether a crop that leaves `least` of each axis explains the windows."""
+    """Whether a crop that keeps at least `least` of each axis explains the windows."""
     scales, shifts = windows[:, 0::2], np.abs(windows[:, 1::2])
     return np.all((scales > least) & (scales < 1 / least) & (shifts < 1 - least), axis=1)
 
@@ -233,7 +233,7 @@ def _plausible(windows: NDArray[np.float32], least: float) -> NDArray[np.bool_]:
 def _look_closer(
     table: ImageTable, i: int, j: int, mirrored: bool, window: NDArray[np.float32], side: int
 ) -> float | None:
-    """The similarity of two images on larger thumbnails; None: they are different pictures."""
+    """The similarity of two images on larger thumbnails; None if they are different pictures."""
     try:
         first, second = (read_thumbnail(table, k, side).astype(np.float32)[None] for k in (i, j))
     except ImageError:
@@ -248,10 +248,10 @@ def _look_closer(
 def keep_together(
     table: ImageTable, pairs: Iterable[NearDuplicate], same: Iterable[Sequence[int]] = ()
 ) -> ImageTable:
-    """The table with groups that hold near-duplicates together when it is split.
+    """The table with groups that keep near-duplicates together when it is split.
 
-    The groups that the table has are joined where a pair lies in two of them. Images that have a
-    split other than train stay apart: they can't be moved.
+    Existing groups that share a pair are joined. Images that are in a split other than train stay
+    apart, as they can't be moved.
 
     Args:
         table: N images.
@@ -273,7 +273,7 @@ def keep_together(
     names = table.groups
     if names is None:
         names = np.array([table.key(k) for k in range(len(table))])
-    order = np.lexsort((names, component))  # a component is called by the first name in it
+    order = np.lexsort((names, component))  # a component gets the first of its names
     starts = np.flatnonzero(np.diff(component[order], prepend=-1))
     return replace(table, groups=names[order[starts]][component])
 
@@ -281,7 +281,7 @@ def keep_together(
 def grouped_by_content(
     table: ImageTable, progress: Callable[[int, int], None] | None = None
 ) -> ImageTable:
-    """The table with groups that hold copies and near-duplicates together when it is split.
+    """The table with groups that keep copies and near-duplicates together when it is split.
 
     Args:
         table: N images; each is read.
@@ -292,11 +292,11 @@ def grouped_by_content(
 
 
 def leak_line(table: ImageTable, most: int = LEAK_LIMIT) -> str | None:
-    """What to say where near-duplicates are in different splits of a table; None: none are.
+    """A warning that near-duplicates are in different splits of a table; None if none are.
 
     Args:
         table: N images with their splits.
-        most: images that are looked at, evenly spread.
+        most: number of images that are looked at, evenly spread.
     """
     rows = spread(len(table), most)
     if len(np.unique(table.splits)) < 2:
@@ -331,7 +331,7 @@ REASONS = ("labels", "splits", "copies")
 
 
 def describe_pair(table: ImageTable, pair: NearDuplicate) -> dict[str, Any]:
-    """A pair as `DataCheck.near_duplicates` lists it."""
+    """A pair in the form of `DataCheck.near_duplicates`."""
     both = (pair.first, pair.second)
     return {
         "paths": [table.path(i) for i in both],

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 class PathList(Sequence[str]):
     """File paths in one block of bytes, read as strings one at a time.
 
-    A million paths are three Python objects, so that forked workers share their pages, and a
-    selection shares the text.
+    A million paths are three Python objects, so forked workers share their memory pages; selections
+    share the text.
     """
 
     def __init__(self, text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
@@ -20,7 +20,7 @@ class PathList(Sequence[str]):
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> "PathList":
-        """The paths of any iterable, which is read once."""
+        """The paths from any iterable, which is read once."""
         text = bytearray()
         ends = np.fromiter(_appended(text, paths), np.int64)
         starts = np.zeros_like(ends)

@@ -20,8 +20,8 @@ from regard.errors import UsageError
 RESIZES = ("squash", "crop", "pad")
 _TIMM_MODES = {"squash": "squash", "crop": "center", "pad": "border"}
 
-LONGEST = 16  # times the shorter side, beyond which `resize_first` would take much memory
-MOST_SHRUNK = 50  # times, on a GPU: torch's kernel has no shared memory for 90 (AMD's: 60)
+LONGEST = 16  # sides' ratio beyond which `resize_first` would take much memory
+MOST_SHRUNK = 50  # largest reduction on GPUs: torch's kernel lacks shared memory for 90 (AMD's: 60)
 
 Box = tuple[float, float, float, float]
 
@@ -30,7 +30,7 @@ _CONSTANTS: dict[Any, Tensor] = {}
 
 
 def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
-    """Numbers in float32 on a device, made once for each accelerator: making them waits for it."""
+    """Numbers in float32 on a device, made once per device, as making them synchronizes with it."""
     if device.type == "cpu" or torch.compiler.is_compiling():
         return torch.tensor(values, dtype=torch.float32, device=device)
     if (values, device) not in _CONSTANTS:
@@ -51,8 +51,8 @@ def resample(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int
     """The region (left, top, right, bottom) of (C, H, W), resized to (C, *size), antialiased.
 
     torch resizes along the rows first. Where that would take several times the memory of the
-    image and the result, as for an image 1 pixel wide that is made lower and wider, the columns
-    come first.
+    image and the result, as for an image 1 pixel wide that becomes lower and wider, the columns
+    are resized first.
     """
     left, top, right, bottom = box
     region = image[:, top:bottom, left:right]
@@ -65,8 +65,8 @@ def resample(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int
 
 
 def _interpolate(image: Tensor, size: tuple[int, int]) -> Tensor:
-    # torch (seen in 2.14) mixes up the rows of floats in a result 1 pixel wide, and the values of
-    # bytes whose strides are not those of a new tensor, which contiguous() leaves where a side is 1
+    # torch (seen in 2.14) mixes up the rows of floats if the result is 1 pixel wide, and the values
+    # of bytes whose strides differ from a new tensor's, which contiguous() keeps if a side is 1
     transposed = size[1] == 1
     image = image.mT if transposed else image
     image = image.clone(memory_format=torch.contiguous_format) if 1 in image.shape else image
@@ -76,7 +76,7 @@ def _interpolate(image: Tensor, size: tuple[int, int]) -> Tensor:
     device = image.device
     if max(image.shape[-2] / size[0], image.shape[-1] / size[1]) > MOST_SHRUNK:
         image = image.cpu()
-    if image.dtype == torch.uint8 and image.device.type != "cpu":  # GPUs resize floats alone
+    if image.dtype == torch.uint8 and image.device.type != "cpu":  # GPUs only resize floats
         resized = resize(image[None].float())[0].round_().clamp_(0, 255).to(torch.uint8)
     else:
         resized = resize(image[None])[0].to(device)
@@ -89,18 +89,18 @@ class Preprocess:
 
     Attributes:
         input_size: (C, H, W) of the network's input.
-        mean, std: of each channel, of values from 0 to 1; not used where `normalization` is
+        mean, std: of each channel, on a scale of 0 to 1; not used if `normalization` is
             "image".
         resize: "squash" the whole image, "crop" its center to the input's aspect, or "pad"
             it with margins of its mean.
         crop_pct: fraction of the side that the center crop covers, as timm's for its crop
             modes; with "squash" and "pad", 1 covers the whole image.
-        normalization: "fixed", by mean and std, or "image", each image by its own.
-        resize_first: with "crop", resize the whole image and then cut it (torchvision's Resize
-            and CenterCrop), instead of resizing the cut region alone. The two differ by a
-            fraction of a pixel.
+        normalization: "fixed", by mean and std, or "image", each image by its own statistics.
+        resize_first: with "crop", resize the whole image and then crop it (torchvision's Resize
+            and CenterCrop), instead of resizing only the cropped region. The results differ by
+            a fraction of a pixel.
         value_range: lowest and highest value of measurements (signed, 32-bit and float images)
-            in the training data, which become 0 and 1; None: it has none. See `read_image`.
+            in the training data, which become 0 and 1; None if there are none. See `read_image`.
     """
 
     input_size: tuple[int, int, int]
@@ -124,7 +124,7 @@ class Preprocess:
 
     @property
     def at_least(self) -> int:
-        """The shorter side that a decoded image needs for nothing to be lost."""
+        """The shorter side that a decoded image needs so that no detail is lost."""
         return math.ceil(max(self.size) / self.crop_pct)
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -138,8 +138,8 @@ class Preprocess:
     def seen(self, height: int, width: int) -> Box:
         """(left, top, right, bottom) of what the input shows, in the image's own pixels.
 
-        As `box`, but where there are margins ("pad") it reaches beyond the image, and with
-        `resize_first` it is to the fraction of a pixel what was cut.
+        Equals `box`, except that margins ("pad") extend it beyond the image, and that with
+        `resize_first` it is exact to a fraction of a pixel.
         """
         if self._resizes_first(height, width):
             (h, w), (rows, columns) = self.size, self._whole_size(height, width)
@@ -150,27 +150,27 @@ class Preprocess:
             return float(left), float(top), float(right), float(bottom)
         (h, w), (left, top, right, bottom) = self.size, self.box(height, width)
         rows, columns = self._inner(height, width)
-        y, x = (bottom - top) / rows, (right - left) / columns  # image pixels in one of the input's
+        y, x = (bottom - top) / rows, (right - left) / columns  # image pixels per input pixel
         above, before = (h - rows) // 2, (w - columns) // 2
         return (
             left - before * x, top - above * y, left + (w - before) * x, top + (h - above) * y,
         )  # fmt: skip
 
     def _inner(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of what lies within the margins of "pad"."""
+        """Height and width of the part inside the margins of "pad"."""
         (h, w), (y, x) = self.size, self._scales(height, width)
         left, top, right, bottom = self.box(height, width)
         return max(1, min(h, round((bottom - top) * y))), max(1, min(w, round((right - left) * x)))
 
     def _scales(self, height: int, width: int) -> tuple[float, float]:
-        """By how much an image is enlarged, downwards and across."""
+        """The vertical and horizontal scale factors from image to input."""
         y, x = self.size[0] / height, self.size[1] / width
         if self.resize != "squash":
             y = x = max(y, x) if self.resize == "crop" else min(y, x)
         return y / self.crop_pct, x / self.crop_pct
 
     def fit(self, image: Tensor) -> Tensor:
-        """(C, H, W) of any size in 0..255 -> (C, *size), the same type."""
+        """(C, H, W) of any size in 0..255 -> (C, *size), of the same dtype."""
         _, height, width = image.shape
         if self._resizes_first(height, width):
             return self._resize_and_crop(image)
@@ -186,22 +186,22 @@ class Preprocess:
         return out
 
     def _resizes_first(self, height: int, width: int) -> bool:
-        """Whether an image is resized as a whole, and then cut."""
+        """Whether an image is resized as a whole and then cropped."""
         is_strip = max(height, width) > LONGEST * min(height, width)
         return self.resize_first and self.resize == "crop" and not is_strip
 
     def _resize_and_crop(self, image: Tensor) -> Tensor:
-        """(C, H, W) -> (C, *size): torchvision's Resize of the side that limits, CenterCrop."""
+        """(C, H, W) -> (C, *size): torchvision's Resize of the limiting side, then CenterCrop."""
         (h, w), resized = self.size, self._resized(image)
         top, left = self._corner(*resized.shape[-2:])
         return resized[:, top : top + h, left : left + w].contiguous()
 
     def _corner(self, rows: int, columns: int) -> tuple[int, int]:
-        """The first row and column of the center of a resized image, as CenterCrop cuts it."""
+        """The first row and column of the center of a resized image, computed as by CenterCrop."""
         return round((rows - self.size[0]) / 2), round((columns - self.size[1]) / 2)
 
     def _resized(self, image: Tensor) -> Tensor:
-        """(C, H, W) -> the whole image with the side that limits at size / crop_pct."""
+        """(C, H, W) -> the whole image, resized so that the limiting side is size / crop_pct."""
         _, height, width = image.shape
         return resample(image, (0, 0, width, height), self._whole_size(height, width))
 
@@ -215,11 +215,11 @@ class Preprocess:
         return max(h, int(columns * height / width)), columns
 
     def at_size(self, height: int, width: int) -> "Preprocess":
-        """The same preprocessing, with the same crop_pct, for another size of the input."""
+        """The same preprocessing, with the same crop_pct, for another input size."""
         return replace(self, input_size=(self.input_size[0], height, width))
 
     def without_normalization(self) -> "Preprocess":
-        """The same preprocessing, with a `normalize` that leaves the values as they are."""
+        """The same preprocessing, with a `normalize` that leaves the values unchanged."""
         mean, std = (0.0,) * self.input_size[0], (1 / 255,) * self.input_size[0]
         return replace(self, mean=mean, std=std, normalization="fixed")
 
@@ -237,7 +237,7 @@ class Preprocess:
         return self.normalize(self.fit(to_tensor(image))[None])[0]
 
     def data_config(self) -> dict[str, Any]:
-        """timm's configuration, which can't hold the entries of `regard_config`."""
+        """timm's configuration, which has no place for the entries of `regard_config`."""
         return {
             "input_size": self.input_size, "mean": self.mean, "std": self.std,
             "interpolation": "bilinear", "crop_pct": self.crop_pct,
@@ -245,7 +245,7 @@ class Preprocess:
         }  # fmt: skip
 
     def regard_config(self) -> dict[str, Any]:
-        """The entries under "regard" of a folder's config.json, which `from_config` reads."""
+        """The entries under "regard" in a folder's config.json, which `from_config` reads."""
         entries: dict[str, Any] = {"normalization": self.normalization}
         if self.value_range is not None:
             entries["value_range"] = list(self.value_range)
@@ -261,7 +261,7 @@ class Preprocess:
         value_range: Sequence[float] | None = None,
         resize_first: bool = False,
     ) -> "Preprocess":
-        """From timm's configuration of a network (its pretrained_cfg).
+        """Built from timm's configuration of a network (its pretrained_cfg).
 
         Raises:
             UsageError: an entry is missing, of the wrong type, or out of range.
@@ -301,7 +301,7 @@ class TenCrop(Preprocess):
     The geometry is torchvision's TenCrop after a Resize to size / crop_pct.
 
     Raises:
-        UsageError: `resize` is not "crop", so that there are no corners to cut.
+        UsageError: `resize` is not "crop", so there are no corners to crop.
     """
 
     def __post_init__(self) -> None:
@@ -313,7 +313,7 @@ class TenCrop(Preprocess):
 
     @classmethod
     def of(cls, preprocess: Preprocess) -> "TenCrop":
-        """The ten crops of the images that `preprocess` cuts the center of."""
+        """Ten crops in place of the center crop of `preprocess`."""
         return cls(**{f.name: getattr(preprocess, f.name) for f in fields(preprocess)})
 
     @property
@@ -322,11 +322,11 @@ class TenCrop(Preprocess):
         return (10, *self.input_size)
 
     def fit(self, image: Tensor) -> Tensor:
-        """(C, H, W) of any size in 0..255 -> (10, C, *size), the same type."""
+        """(C, H, W) of any size in 0..255 -> (10, C, *size), of the same dtype."""
         _, height, width = image.shape
         if max(height, width) <= LONGEST * min(height, width):
             return torch.stack(ten_crop(self._resized(image), list(self.size)))
-        left, top, right, bottom = self.box(height, width)  # of a strip: cut, then resize
+        left, top, right, bottom = self.box(height, width)  # of a strip: crop, then resize
         rows, columns = bottom - top, right - left
         corners = [(y, x) for y in (0, height - rows) for x in (0, width - columns)]
         views = [
@@ -337,11 +337,11 @@ class TenCrop(Preprocess):
 
 
 class Flips(Preprocess):
-    """Two views of each image: as it is, and mirrored left to right."""
+    """Two views of each image: unchanged, and flipped horizontally."""
 
     @classmethod
     def of(cls, preprocess: Preprocess) -> "Flips":
-        """The views of the images that `preprocess` prepares."""
+        """The two views of each image that `preprocess` prepares."""
         return cls(**{f.name: getattr(preprocess, f.name) for f in fields(preprocess)})
 
     @property
@@ -350,7 +350,7 @@ class Flips(Preprocess):
         return (2, *self.input_size)
 
     def fit(self, image: Tensor) -> Tensor:
-        """(C, H, W) of any size in 0..255 -> (2, C, *size), the same type."""
+        """(C, H, W) of any size in 0..255 -> (2, C, *size), of the same dtype."""
         fitted = super().fit(image)
         return torch.stack([fitted, fitted.flip(-1)])
 
@@ -361,7 +361,7 @@ def _numbers(
     """An entry of a configuration that is a list of finite numbers, at least `least`.
 
     Raises:
-        UsageError: it is not.
+        UsageError: it is something else.
     """
     values = config.get(name)
     good = isinstance(values, list | tuple) and len(values) == count
@@ -374,7 +374,7 @@ def _numbers(
 
 
 def normalize_each(x: Tensor) -> Tensor:
-    """Each image by the mean and deviation of all its values (as AG-SonoNet's authors do)."""
+    """Normalizes each image by its own mean and deviation (as AG-SonoNet's authors do)."""
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
     std = (x - mean).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
     return (x - mean) / std.clamp_min(1e-3)

@@ -1,10 +1,10 @@
-"""Whether two thumbnails show the same picture: align one to the other, then compare details.
+"""Whether two thumbnails show the same picture: aligns them, then compares their details.
 
 The alignment is Lucas and Kanade's (1981), with a scale and a shift for each axis, on thumbnails
-whose mean and deviation are removed, so that brightness and contrast don't matter. Details are
-what a blur of a few pixels takes away: two scans of the same device, or two photographs of the
-same kind of scene, agree in their coarse structure, but not in these. They are compared tile by
-tile, so that burnt-in text costs the tiles that it covers and no others.
+that are standardized, so that brightness and contrast don't matter. Details are what a blur of a
+few pixels removes: two scans from the same device, or two photographs of the same kind of scene,
+agree in their coarse structure but not in their details. These are compared tile by tile, so that
+burnt-in text affects only the tiles that it covers.
 
 Every function works on a batch of P pairs.
 """
@@ -20,25 +20,25 @@ Images = NDArray[np.float32]
 """(P, side, side), gray values of 0 to 255."""
 
 Windows = NDArray[np.float32]
-"""(P, 4) scale and shift in x, scale and shift in y: point (u, v) of the second image, each from
--1 to 1, is point (sx u + tx, sy v + ty) of the first. (1, 0, 1, 0) is the whole image."""
+"""(P, 4) scale and shift in x, scale and shift in y: point (u, v) of the second image, with
+coordinates from -1 to 1, is point (sx u + tx, sy v + ty) of the first. (1, 0, 1, 0): all of it."""
 
-_OUTLIER = 0.5  # of a deviation: differences beyond it lose their weight
-_LARGEST_STEP = 0.1  # of an iteration
-_NOISE = 1.5  # gray levels: a tile with a smaller deviation shows nothing
-_AGREES = 0.6  # correlation from which on a tile agrees
+_OUTLIER = 0.5  # standard deviations: larger differences lose weight
+_LARGEST_STEP = 0.1  # per iteration
+_NOISE = 1.5  # gray levels: a tile with a smaller standard deviation shows nothing
+_AGREES = 0.6  # correlation from which a tile agrees
 
 
 class Agreement(NamedTuple):
     """How well the details of aligned pairs agree, each (P,).
 
     Attributes:
-        tiles: tiles that show details in either image.
-        share: the share of those that agree.
-        median: median correlation of those.
-        inner_tiles, inner_share, inner_median: the same, without the tiles near the border: a
+        tiles: number of tiles that show details in either image.
+        share: the share of these that agree.
+        median: median correlation of these.
+        inner_tiles, inner_share, inner_median: the same without the tiles near the border, as a
             frame, a scanner's texts and the edge of its sector are the same in different images.
-        overlap: the share of the second image that the first has.
+        overlap: the share of the second image that the first one covers.
     """
 
     tiles: NDArray[np.int64]
@@ -53,13 +53,13 @@ class Agreement(NamedTuple):
 def register(
     first: Images, second: Images, windows: Windows, blurs: tuple[float, ...], steps: int
 ) -> Windows:
-    """The windows of the first images that look like the second ones.
+    """The windows of the first images that match the second ones.
 
     Args:
         first, second: P pairs.
-        windows: where to start.
-        blurs: deviations of the Gaussian blurs, in pixels, one after the other.
-        steps: iterations for each.
+        windows: initial windows.
+        blurs: standard deviations of the Gaussian blurs, in pixels, applied in this order.
+        steps: iterations for each blur.
     """
     for sigma in blurs:
         a, b = _blurred(first, sigma), _blurred(second, sigma)
@@ -96,7 +96,7 @@ def _step(a: Images, b: Images, windows: Windows) -> Windows:
 
 
 def warp(images: Images, windows: Windows) -> tuple[Images, NDArray[np.bool_]]:
-    """The windows of the images, at full size, and which pixels of them are inside."""
+    """The windows cut out and resized to full size, and a mask of the pixels inside the images."""
     side = images.shape[1]
     u = _coordinates(side)
     x = windows[:, 0, None] * u + windows[:, 1, None]  # (P, side)
@@ -120,7 +120,7 @@ def _blurred(images: Images, sigma: float) -> Images:
 
 
 def _standardized(images: Images, weight: Images) -> Images:
-    """Mean 0 and deviation 1 over the weighted pixels of each image."""
+    """Mean 0 and standard deviation 1 over the weighted pixels of each image."""
     total = weight.sum((1, 2), keepdims=True) + 1e-6
     centered = images - (images * weight).sum((1, 2), keepdims=True) / total
     deviation = np.sqrt((weight * np.square(centered)).sum((1, 2), keepdims=True) / total)
@@ -141,7 +141,7 @@ def agreement(first: Images, second: Images, windows: Windows, *, sigma: float) 
     Args:
         first, second: P pairs; their side is a multiple of 8.
         windows: from `register`.
-        sigma: details are what this blur takes away, in pixels.
+        sigma: the blur that removes details, in pixels.
     """
     warped, inside = warp(first, windows)
     mask = inside.astype(np.float32)
@@ -178,7 +178,7 @@ def _tiles(images: Images) -> Images:
 def _summary(
     correlations: NDArray[np.floating], used: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Number, share of those that agree, and median correlation of the tiles used."""
+    """Number of tiles used, share of them that agree, and their median correlation."""
     count = used.sum((1, 2))
     share = ((correlations > _AGREES) & used).sum((1, 2)) / np.maximum(count, 1)
     values = np.where(used, correlations, np.nan).reshape(len(used), -1)

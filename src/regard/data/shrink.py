@@ -1,8 +1,8 @@
-"""Smaller copies of a data set's images: decoding large files is what training often waits for.
+"""Smaller copies of a data set's images, as training often waits for decoding large files.
 
-The copies have the names of the originals, and lie in a folder that any other program reads as
-well. Which image each was made of is recorded, so that a run that was trained on copies knows
-the originals, too (`regard.trained_on`).
+The copies keep the names of the originals, in a folder that any other program can read. The
+original of each copy is recorded, so that a run that was trained on copies also recognizes the
+originals (`regard.trained_on`).
 """
 
 import csv
@@ -30,30 +30,30 @@ from regard.data.sources import KINDS, ImageTable
 from regard.errors import FileError, ImageError, UsageError
 from regard.files import reason, write_text
 
-PLAN = ".shrink.json"  # hidden: a folder's listing leaves it out without a word
-MANIFEST = "images.csv"  # written where DATA is no folder of class folders
-OUTSIDE = "outside"  # holds images that lie outside of the data's folder
+PLAN = ".shrink.json"  # hidden, so that listings skip it silently
+MANIFEST = "images.csv"  # written if DATA is not a folder of class folders
+OUTSIDE = "outside"  # subfolder for images outside the data's folder
 
-_AHEAD = 16  # images under way for each thread
+_AHEAD = 16  # images in progress per thread
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
-# what a format becomes; the others, such as GIF and DICOM, become PNG
+# format of the copy; the others, such as GIF and DICOM, become PNG
 _SAME = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "TIFF": "TIFF", "BMP": "BMP",
          "WEBP": "WEBP", "AVIF": "AVIF", "JPEG2000": "JPEG2000"}  # fmt: skip
-_DEEP = ("PNG", "TIFF")  # that hold 16 bits
+_DEEP = ("PNG", "TIFF")  # these store 16 bits
 
 
 @dataclass
 class Shrunk:
-    """What was done.
+    """The result of `shrink`.
 
     Attributes:
         data: what to give as DATA from now on.
         smaller: images that were made smaller.
-        copied: images that were copied byte for byte: small ones, those of a test, and
-            measurements, whose range is the data set's.
+        copied: images that were copied byte for byte: small ones, test images, and measurements,
+            whose range is the data set's.
         unreadable: (path, reason) of the images that could not be read, which are left out.
-        earlier: images that an interrupted call had made already.
-        size: bytes of all copies.
+        earlier: images that an interrupted call had already made.
+        size: total bytes of the copies.
     """
 
     data: Path
@@ -77,27 +77,27 @@ def shrink(
 ) -> Shrunk:
     """Copies a data set; images whose shorter side is above `side` are resized to it.
 
-    Images are upright as their EXIF orientation says, over white where transparent, and in the
-    format of the original where it holds them; else they become PNG. 16-bit gray stays 16-bit,
-    and DICOM becomes 16-bit PNG after its window. Resizing is bicubic with antialiasing. JPEG
-    files are decoded at a part of their size where at least twice `side` is left.
+    EXIF orientation is applied and transparency laid on white. The copy has the format of the
+    original if that can store it, else PNG. 16-bit gray stays 16-bit, and DICOM with a window
+    becomes 16-bit PNG. Resizing is bicubic with antialiasing. JPEG files are decoded at a fraction
+    of their size if at least twice `side` is left.
 
-    The copies are made in OUT.unfinished, which becomes OUT when all are there.
+    The copies are made in OUT.unfinished, which is renamed to OUT when all are complete.
 
     Args:
         table: from `open_data`.
         out: a new folder.
         side: pixels.
-        quality: of JPEG, WebP and AVIF, 1 to 100.
-        test_too: make the images of the data's own test split smaller, too. They are copied as
-            they are otherwise: a test should be of real images.
-        workers: threads; default: one for each core.
-        resume: go on with an OUT.unfinished that the same call left.
+        quality: of JPEG, WebP and AVIF files, 1 to 100.
+        test_too: also shrink the images of the data's own test split, which are copied unchanged by
+            default: a test should use real images.
+        workers: number of threads; default: one per core.
+        resume: continue an OUT.unfinished that the same call left.
         progress: called with (images done, images in total).
 
     Raises:
-        UsageError: a number out of range; OUT exists, or lies within the data; OUT.unfinished
-            exists and `resume` is not given, or is of another call.
+        UsageError: a number is out of range; OUT exists, or lies within the data; OUT.unfinished
+            exists and `resume` is not given, or comes from a different call.
         FileError: no image could be read.
         OSError: the disk is full, or a folder can't be written.
     """
@@ -130,7 +130,7 @@ def shrink(
     write_originals(work, originals)
     (work / PLAN).unlink()
     if hasattr(os, "sync"):
-        os.sync()  # a single time: the copies are on the disk before their folder has its name
+        os.sync()  # once: the copies must be on disk before their folder gets its name
     os.rename(work, out)
     return done
 
@@ -146,7 +146,7 @@ def _count(done: Shrunk, path: str, made: "_Made") -> None:
 
 
 def _work_folder(table: ImageTable, out: Path, plan: dict[str, Any], resume: bool) -> Path:
-    """OUT.unfinished, made, or left by the same call."""
+    """OUT.unfinished, newly made or left by the same call."""
     work = out.with_name(f"{out.name}.unfinished")
     if out.exists():
         raise UsageError(f"{out}: exists; nothing in it is replaced, choose a new folder")
@@ -173,7 +173,7 @@ def _read_plan(path: Path) -> Any:
 def _in_order(
     items: range, make: Callable[[int], "_Made"], threads: int
 ) -> Iterator[tuple[int, "_Made"]]:
-    """(item, make(item)) in order, by threads: decoders let others run meanwhile."""
+    """(item, make(item)) in order, computed by threads, as decoders release the GIL."""
     waiting: deque[tuple[int, Future[_Made]]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
@@ -193,12 +193,12 @@ def _in_order(
 
 
 class _Places:
-    """The place of each copy below OUT: that of the image below the data's own folder."""
+    """The path of each copy below OUT: that of the image below the data's own folder."""
 
     def __init__(self, table: ImageTable) -> None:
         self.table = table
         self.manifest: bool = table.name.startswith(KINDS) or not os.path.isdir(table.location)
-        self._outside: dict[str, str] = {}  # {key: place}; most data sets have none
+        self._outside: dict[str, str] = {}  # {key: path}; most data sets have none
         self._taken: set[str] = set()
         if table.files is not None:
             self._check_names()
@@ -206,14 +206,14 @@ class _Places:
                 self._place_outside(table.key(i))
 
     def of(self, i: int) -> PurePath:
-        """The place of image i, with the name of the original."""
+        """The path of image i, with the name of the original."""
         if self.table.files is None:
             return PurePath("images", f"{self.table.row(i):07d}.png")
         key = self.table.key(i)
         return PurePath(self._outside.get(key, key))
 
     def _check_names(self) -> None:
-        """Refuses scan.dcm beside scan.dcm.png, which is what the copy of the former is called."""
+        """Refuses scan.dcm next to scan.dcm.png, as the copy of the former has that name."""
         keys = [self.table.key(i) for i in range(len(self.table))]
         for key in set(keys) & {key[:-4] for key in keys if key.lower().endswith(".png")}:
             raise UsageError(
@@ -221,7 +221,7 @@ class _Places:
             )
 
     def _place_outside(self, key: str) -> None:
-        """Gives an image that is not below the data's folder a place there of its own."""
+        """Assigns a path of its own to an image that is not below the data's folder."""
         path = PurePath(os.path.normpath(key))
         if key in self._outside or not (path.is_absolute() or ".." in path.parts):
             return
@@ -238,7 +238,7 @@ class _Places:
 def _write_manifest(
     table: ImageTable, path: Path, places: _Places, written: NDArray[np.bool_]
 ) -> None:
-    """The CSV file of the copies: path, label, split, group and the data's further columns."""
+    """Writes the CSV file of the copies: path, label, split, group and the further columns."""
     root = path.parent
     columns = [c for c in table.columns if c not in ("path", "label", "split", "group")]
     with path.open("w", encoding="utf-8", newline="", errors="surrogateescape") as file:
@@ -254,9 +254,9 @@ def _write_manifest(
 
 
 def _existing(place: Path) -> Path:
-    """The copy that has this place, whatever its format became."""
+    """The copy at this path, whatever format it got."""
     other = _as_png(place)
-    return other if os.path.exists(other) else place  # which takes a name that is too long
+    return other if os.path.exists(other) else place  # copying reports a name that is too long
 
 
 def _as_png(place: Path) -> Path:
@@ -270,13 +270,13 @@ def _as_png(place: Path) -> Path:
 class _Made:
     how: str  # smaller, copied, earlier
     size: int = 0
-    original: int = 0  # the hash of the image that it is made of
+    original: int = 0  # hash of the original
     fault: str | None = None
 
 
 @dataclass
 class _Maker:
-    """Makes the copy of one image; several threads share it."""
+    """Makes the copy of one image; shared by several threads."""
 
     table: ImageTable
     side: int
@@ -284,7 +284,7 @@ class _Maker:
     test_too: bool
 
     def plan(self) -> dict[str, Any]:
-        """What must be the same for a call to go on with what another one left."""
+        """What a call must have in common with an earlier one to continue it."""
         hashed = hashlib.blake2b(digest_size=16)
         for i in range(len(self.table)):
             hashed.update(os.fsencode(f"{self.table.key(i)}\n{self.table.splits[i]}\n"))
@@ -303,7 +303,7 @@ class _Maker:
         except ImageError as error:
             return _Made("", fault=str(error))
         place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f".{i}.writing")  # short, however long the image's name is
+        partial = place.with_name(f".{i}.writing")  # short, as the image's name may be long
         try:
             partial.write_bytes(content)
             os.replace(partial, place)
@@ -313,7 +313,7 @@ class _Maker:
         return _Made(how, len(content), 0 if same else content_hash(self.table, i))
 
     def _content(self, i: int, place: Path) -> tuple[bytes, Path, str]:
-        """The bytes of a copy, its place, and whether it is smaller or copied."""
+        """The bytes of a copy, its path, and "smaller" or "copied"."""
         table = self.table
         whole = table.splits[i] == "test" and not self.test_too
         if table.files is None:
@@ -367,7 +367,7 @@ def _resized(pixels: NDArray[Any], side: int) -> NDArray[Any]:
 
 
 def _encoded(pixels: NDArray[Any], kind: str, quality: int) -> bytes:
-    """(H, W, 1 or 3) uint8 or (H, W, 1) uint16 as a file's bytes."""
+    """(H, W, 1 or 3) uint8 or (H, W, 1) uint16 as the bytes of a file."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     options: dict[str, Any] = {"quality": quality} if kind in _LOSSY else {}
     if kind == "TIFF":

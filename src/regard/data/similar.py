@@ -1,10 +1,10 @@
 """Candidates for near-duplicates among millions of thumbnails, in bounded memory.
 
-What perceptual hashes round to bits is used as it is: the lowest frequencies of a thumbnail's
-discrete cosine transform (as pHash, Zauner 2010), decorrelated over the data set, so that what
-all images share, such as a scanner's sector on a dark background, says nothing. Crops and mirror
-images of a thumbnail come from the same transform. Vectors are compared only within the cells of
-a k-means clustering (an inverted file, Jégou et al. 2011).
+Like pHash (Zauner 2010), this uses the lowest frequencies of a thumbnail's discrete cosine
+transform, but does not round them to bits, and decorrelates them over the data set, so that
+what all images share, such as a scanner's sector on a dark background, does not count. Crops
+and mirror images of a thumbnail come from the same transform. Vectors are only compared within
+the cells of a k-means clustering (an inverted file, Jégou et al. 2011).
 """
 
 import itertools
@@ -18,16 +18,16 @@ from scipy.fft import dct
 from regard.data.thumbnails import SIDE
 
 MOST = 8  # candidates per image
-_FREQUENCIES = 8  # of each axis
-_SPANS = ((0.0, 1.0), (0.0, 0.92), (0.08, 1.0), (0.04, 0.96))  # of an axis that a crop leaves
-_LARGER_CROPS = ((0.0, 0.84), (0.16, 1.0), (0.08, 0.92), (0.12, 0.88))  # of few images
-_FEW = 5_000  # images, up to which larger crops are looked at
-_MANY = 200_000  # images, beyond which fewer views are looked at
-_BRUTE = 4096  # images, up to which all are compared with all
+_FREQUENCIES = 8  # per axis
+_SPANS = ((0.0, 1.0), (0.0, 0.92), (0.08, 1.0), (0.04, 0.96))  # parts of an axis that a crop keeps
+_LARGER_CROPS = ((0.0, 0.84), (0.16, 1.0), (0.08, 0.92), (0.12, 0.88))  # if there are few images
+_FEW = 5_000  # up to this many images, larger crops are compared too
+_MANY = 200_000  # above this many images, fewer views are compared
+_BRUTE = 4096  # up to this many images, all pairs are compared
 _PROBED = 3  # cells
-_CHUNK = 4096  # images whose views are compared at a time
-_LEAST = 0.65  # cosine; 98 % of the benchmark's planted copies of each kind have 0.7 and more
-_LEAST_OF_FEW = 0.4  # the same among a few thousand images, all of whose candidates can be aligned
+_CHUNK = 4096  # images per block of comparisons
+_LEAST = 0.65  # cosine; 98 % of the benchmark's planted copies of each kind reach 0.7
+_LEAST_OF_FEW = 0.4  # for a few thousand images, all of whose candidates can be aligned
 
 
 class View(NamedTuple):
@@ -47,12 +47,12 @@ class Candidates(NamedTuple):
     cosine: NDArray[np.float32]
 
     def taken(self, at: Any) -> "Candidates":
-        """Some of the pairs, by any NumPy index."""
+        """A selection of the pairs, by any NumPy index."""
         return Candidates(self.first[at], self.second[at], self.view[at], self.cosine[at])
 
     @classmethod
     def joined(cls, parts: "list[Candidates]") -> "Candidates":
-        """All pairs of several."""
+        """The pairs of several `Candidates`."""
         return cls(
             np.concatenate([part.first for part in parts]),
             np.concatenate([part.second for part in parts]),
@@ -62,7 +62,7 @@ class Candidates(NamedTuple):
 
 
 def views_for(images: int) -> list[View]:
-    """The views of each image that are compared with all images."""
+    """The views of each image that are compared with the whole images."""
     spans: tuple[tuple[float, float], ...] = _SPANS[:3] if images > _MANY else _SPANS
     if images <= _FEW:
         spans += _LARGER_CROPS
@@ -76,11 +76,11 @@ def find_candidates(
     rows: NDArray[np.int64],
     progress: Callable[[int, int], None] | None = None,
 ) -> Candidates:
-    """The most similar images of each, at most `MOST`.
+    """Up to `MOST` of the most similar images for each image.
 
     Args:
         thumbnails: (N, SIDE, SIDE).
-        rows: which of them to compare.
+        rows: the images to compare.
         progress: called with (images done, images in total).
     """
     views = views_for(len(rows))
@@ -124,7 +124,7 @@ class _Space:
         low = _frequencies(view.y) @ images @ _frequencies(view.x).T  # (n, 8, 8)
         if view.mirrored:
             low[:, :, 1::2] *= -1
-        flat = low.reshape(len(rows), -1)[:, 1:]  # without the mean brightness
+        flat = low.reshape(len(rows), -1)[:, 1:]  # drops the mean brightness
         return _unit((_unit(flat) - self.mean) @ self.whiten)
 
 
@@ -135,7 +135,7 @@ def _unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _frequencies(span: tuple[float, float]) -> NDArray[np.float32]:
-    """(8, SIDE): the lowest cosine coefficients of a part of an axis, resampled linearly."""
+    """(8, SIDE): the lowest cosine coefficients of part of an axis, resampled linearly."""
     low, high = span
     at = (low + (high - low) * (np.arange(SIDE) + 0.5) / SIDE) * SIDE - 0.5
     at = np.clip(at, 0, SIDE - 1)[:, None]
@@ -144,7 +144,7 @@ def _frequencies(span: tuple[float, float]) -> NDArray[np.float32]:
 
 
 class _Index:
-    """The whole images in the cells of a clustering."""
+    """The whole images, sorted into the cells of a clustering."""
 
     def __init__(self, space: _Space, rows: NDArray[np.int64]) -> None:
         whole = View((0.0, 1.0), (0.0, 1.0), False)
@@ -168,7 +168,7 @@ class _Index:
     def search(
         self, queries: NDArray[np.float32], rows: NDArray[np.int64], images: int, least: float
     ) -> Candidates:
-        """The stored images that these views of `images` images resemble."""
+        """The indexed images that these views of `images` images resemble."""
         count = min(_PROBED, len(self.centers))
         cells = np.concatenate(
             [self._nearest(queries[at : at + _CHUNK], count) for at in range(0, len(rows), _CHUNK)]
@@ -196,7 +196,7 @@ class _Index:
 
 
 def _centers(vectors: NDArray[np.float16]) -> NDArray[np.float32]:
-    """(cells, 63), about one cell for every sqrt(N) images; one alone for a few images."""
+    """(cells, 63), about sqrt(N) cells; a single one for few images."""
     if len(vectors) <= _BRUTE:
         return np.zeros((1, vectors.shape[1]), np.float32)
     from sklearn.cluster import MiniBatchKMeans
@@ -210,7 +210,7 @@ def _centers(vectors: NDArray[np.float16]) -> NDArray[np.float32]:
 def _highest(
     cosines: NDArray[np.float32], least: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows and columns of up to MOST + 1 values of each row that are at least `least`."""
+    """Rows and columns of up to MOST + 1 values per row, each at least `least`."""
     q, j = np.nonzero(cosines >= least)
     counts = np.bincount(q, minlength=len(cosines))
     many = np.flatnonzero(counts > MOST + 1)
@@ -233,7 +233,7 @@ def _once(pairs: Candidates) -> Candidates:
 
 
 def _limited(pairs: Candidates) -> Candidates:
-    """The pairs that are among the MOST best of one of their images at least."""
+    """The pairs that are among the MOST best of at least one of their images."""
     keep = np.zeros(len(pairs.first), bool)
     for image in (pairs.first, pairs.second):
         order = np.lexsort((-pairs.cosine, image))

@@ -1,7 +1,7 @@
-"""`open_data` reads DATA, whatever it names, as an `ImageTable`.
+"""`open_data` reads any kind of DATA as an `ImageTable`.
 
-A table holds paths and labels, not pixels (except data sets of small images that come as
-arrays). A million files are listed in seconds: folders are listed, files are not opened.
+A table holds paths and labels, not pixels (except for data sets of small images that come as
+arrays). A million files are listed in seconds, as files are not opened.
 """
 
 import os
@@ -24,8 +24,8 @@ from regard.data.webdataset import open_webdataset
 from regard.errors import FileError, UsageError
 from regard.files import reason
 
-NAMES = ("digits", "cifar10", "cifar100")  # of data sets, not of files
-KINDS = ("medmnist:", "wds:", "hf:")  # before the name of data that is no folder and no CSV file
+NAMES = ("digits", "cifar10", "cifar100")  # data sets, not files
+KINDS = ("medmnist:", "wds:", "hf:")  # prefixes of data that is neither a folder nor a CSV file
 
 __all__ = [
     "KINDS",
@@ -59,14 +59,14 @@ def open_data(
     Args:
         data: `digits` (scikit-learn's); a folder of class folders, with or without
             train/val/test on top; a CSV file; `cifar10`, `cifar100`; `medmnist:FILE.npz`;
-            `wds:SHARDS`; `hf:NAME`. A folder that has one of these names is given as ./digits.
+            `wds:SHARDS`; `hf:NAME`. Write ./digits for a folder with one of these names.
         root: folder for downloads; default: ~/.cache/regard.
         splits: whether a folder's top folders are splits: yes, no, or auto (default), which
-            raises where both are possible.
-        min_classes: fewer are an error.
+            raises an error if both are possible.
+        min_classes: fewer classes are an error.
 
     Raises:
-        UsageError: DATA is none of these, or what it names is not as it should be.
+        UsageError: DATA is none of these, or its content is invalid.
         OSError: it can't be read or downloaded.
     """
     if splits not in READINGS:
@@ -87,13 +87,13 @@ def open_data(
 
 
 def folded(name: str) -> str:
-    """The name without what people and Excel change: case, spaces and zeros in front."""
+    """The name without what people and Excel change: case, spaces and leading zeros."""
     plain = "".join(unicodedata.normalize("NFKC", name).casefold().split())
     return _LEADING_ZEROS.sub("", plain)
 
 
 def _spelled_alike(kind: str, names: Sequence[str] | NDArray[np.str_] | None) -> str | None:
-    """Names that may be meant as one: other letters' case, spaces, or zeros in front."""
+    """A warning of names that may mean the same: they differ in case, spaces or leading zeros."""
     first: dict[str, str] = {}
     alike = []
     for name in [] if names is None else np.unique(names).tolist():
@@ -109,7 +109,7 @@ def _spelled_alike(kind: str, names: Sequence[str] | NDArray[np.str_] | None) ->
 
 
 def _missing_groups(groups: NDArray[np.str_] | None) -> str | None:
-    """Groups of several images whose name stands for a missing value."""
+    """A warning of groups of several images whose name stands for a missing value."""
     if groups is None:
         return None
     names, counts = np.unique(groups, return_counts=True)

@@ -1,7 +1,7 @@
-"""Divides a table into train, val and test, stratified by class and never within a group.
+"""Divides a table into train, val and test, stratified by class and without dividing groups.
 
-The same images, fractions and seed give the same splits, in whatever order the images come and
-on whatever machine.
+The same images, fractions and seed give the same splits, whatever the order of the images and
+the machine.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from regard.errors import UsageError
 from regard.files import plural
 
 _PASSES = 5
-_SWAPPED = 200  # with more groups, single moves suffice
+_SWAPPED = 200  # with more groups, single moves are enough
 _MOST_LISTED = 10  # warnings about single classes
 
 Members = Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -23,23 +23,23 @@ Members = Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 
 def assign_splits(table: ImageTable, *, val: float, test: float, seed: int) -> ImageTable:
-    """The table with the splits that it lacks, taken from its training images.
+    """The table with the missing splits added, taken from its training images.
 
-    Without any splits all images are divided; from a table with train and test, val is taken
-    from train; with train and val, test is. Splits that the table has stay as they are. Each
-    class is divided in the same proportions; a class with at least as many images as there are
-    splits is in each of them, a smaller one is in train alone. With groups, no group is divided,
-    the fractions are met as well as the groups' sizes allow, and a class is in as many splits as
-    its groups allow. Classes that a new split lacks are listed in the table's `warnings`.
+    Without any splits, all images are divided; with train and test, val is taken from train; with
+    train and val, test is. Existing splits stay the same. Each class is divided in the same
+    proportions; a class with at least as many images as there are splits is in each of them, a
+    smaller one only in train. No group is divided: with groups, the fractions are met as closely as
+    the sizes of the groups allow, and a class is in as many splits as its groups allow. Classes
+    that a new split lacks are listed in the table's `warnings`.
 
     Args:
-        table: its splits all empty or all filled.
-        val: fraction of the images for validation, 0 to 1; 0: no such split.
-        test: the same for the test.
+        table: its splits are all empty or all filled.
+        val: fraction of the images for validation, 0 to 1; 0: no validation split.
+        test: the same for the test split.
         seed: random seed of the shuffling.
 
     Raises:
-        UsageError: a fraction out of range, splits given for some images only, no
+        UsageError: a fraction is out of range, only some images have splits, there are no
             training images, too few images or groups, or a group on both sides.
     """
     for name, fraction in (("val", val), ("test", test)):
@@ -73,17 +73,17 @@ def assign_splits(table: ImageTable, *, val: float, test: float, seed: int) -> I
 
 
 def assign_folds(table: ImageTable, *, fold: int, folds: int, val: float, seed: int) -> ImageTable:
-    """The table with one fold of a cross-validation as its test, and val taken from the rest.
+    """The table with one fold of a cross-validation as its test split, and val from the rest.
 
     Over all folds every image is tested once. Folds are stratified by class, and no group is
     divided.
 
     Args:
-        table: without splits of its own.
-        fold: the test's fold, 1 to `folds`.
-        folds: at least 2.
-        val: fraction of the images outside of the fold that are for validation.
-        seed: random seed of the folds; the same for every fold of a cross-validation.
+        table: without splits.
+        fold: the test fold, 1 to `folds`.
+        folds: number of folds, at least 2.
+        val: fraction of the images outside the fold that are for validation.
+        seed: random seed of the folds; use the same one for all folds of a cross-validation.
 
     Raises:
         UsageError: the table has splits, or fewer groups or images of a class than folds.
@@ -115,10 +115,10 @@ def assign_folds(table: ImageTable, *, fold: int, folds: int, val: float, seed: 
 
 
 def limit_training(table: ImageTable, limit: int, seed: int) -> ImageTable:
-    """The table with `limit` of its training images, the classes in proportion.
+    """The table with `limit` of its training images, with the classes in proportion.
 
     Raises:
-        UsageError: fewer than one image for each class.
+        UsageError: `limit` is less than one image per class.
     """
     train = np.flatnonzero(table.splits == "train")
     if limit >= len(train):
@@ -142,7 +142,7 @@ def limit_training(table: ImageTable, limit: int, seed: int) -> ImageTable:
 
 
 def _canonical_order(table: ImageTable, pool: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The order of these images by class and name, or by row, which no reordering changes."""
+    """These images ordered by class and name, or by row, independently of the table's order."""
     if table.files is None:
         return np.argsort(pool if table.rows is None else table.rows[pool], kind="stable")
     labels = table.labels.tolist()
@@ -151,10 +151,10 @@ def _canonical_order(table: ImageTable, pool: NDArray[np.int64]) -> NDArray[np.i
 
 
 def check_groups(table: ImageTable) -> None:
-    """Makes sure that no group is in two splits.
+    """Checks that no group is in two splits.
 
     Raises:
-        UsageError: one is; it is named.
+        UsageError: one is; the message names it.
     """
     if table.groups is None:
         return
@@ -170,7 +170,7 @@ def check_groups(table: ImageTable) -> None:
 
 
 def _pool(table: ImageTable) -> tuple[NDArray[np.int64], set[str]]:
-    """The images to divide, and the splits that are there already."""
+    """The images to divide, and the splits that exist."""
     empty = table.splits == ""
     if empty.all():
         return np.arange(len(table)), set()
@@ -186,7 +186,7 @@ def _pool(table: ImageTable) -> tuple[NDArray[np.int64], set[str]]:
 def _divide_images(
     labels: NDArray[np.int64], shares: dict[str, float], rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """(N,) classes -> (N,) indices into shares, of which 0 is train."""
+    """(N,) classes -> (N,) indices into shares, where 0 is train."""
     chosen = np.zeros(len(labels), np.int64)
     order = rng.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]  # shuffled within each class
@@ -196,7 +196,7 @@ def _divide_images(
             continue
         taken = 0
         for k, share in enumerate(list(shares.values())[1:], start=1):
-            others = len(shares) - 1 - k  # later splits and train keep one image at least
+            others = len(shares) - 1 - k  # later splits and train get at least one image each
             most = len(members) - taken - others - 1
             count = min(max(1, round(share * len(members))), most)
             chosen[members[taken : taken + count]] = k
@@ -210,11 +210,11 @@ def _divide_groups(
     shares: dict[str, float],
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """As _divide_images, but all images of a group go to one split.
+    """Like _divide_images, but all images of a group go to one split.
 
     Greedy, largest groups first: each goes where it most reduces the sum over splits and classes
-    of (images there - images wanted)^2 / images wanted. scikit-learn's StratifiedGroupKFold
-    does the same, but for equal folds only.
+    of (actual images - wanted images)^2 / wanted images. scikit-learn's StratifiedGroupKFold does
+    the same, but only for equal folds.
     """
     unique, group = np.unique(names, return_inverse=True)
     if len(unique) < len(shares):
@@ -237,7 +237,7 @@ def _divide_groups(
 
 
 def _classes_of_groups(labels: NDArray[np.int64], group: NDArray[np.int64]) -> Members:
-    """Each group's classes, sparse: both may be many."""
+    """Each group's classes, stored sparsely, as both may be many."""
     width = int(labels.max()) + 1
     pairs, counts = np.unique(group * width + labels, return_counts=True)
     starts = np.flatnonzero(np.diff(pairs // width, prepend=-1))[1:]
@@ -283,7 +283,7 @@ def _few_groups(
     smallest_first: list[int],
     splits: int,
 ) -> None:
-    """Gives train few groups that hold every class, and each other split one of the rest."""
+    """Gives train a few groups that cover every class, and each other split one of the rest."""
     missing = set().union(*(at.tolist() for at, _ in members))
     rest = list(smallest_first)
     while missing:
@@ -296,18 +296,18 @@ def _few_groups(
 
 
 class _Coverage:
-    """Which classes each split has, while groups are moved until it has as many as possible.
+    """Tracks which classes each split has, and moves groups until each has as many as possible.
 
-    A change is made only if it puts more classes into splits and train keeps all of its own;
-    among such changes, the one that leaves the image counts nearest to those wanted.
+    A change is made only if it puts more classes into splits and train keeps all of its own; among
+    such changes, the one with image counts nearest to those wanted is made.
     """
 
     def __init__(
         self, split_of: NDArray[np.int64], members: Members, wanted: NDArray[np.float64]
     ) -> None:
         self.split_of, self.members, self.wanted = split_of, members, wanted
-        self.counts = np.zeros(wanted.shape, np.int64)  # groups, (splits, classes)
-        self.surplus = -wanted  # images beyond those wanted
+        self.counts = np.zeros(wanted.shape, np.int64)  # groups; (splits, classes)
+        self.surplus = -wanted  # images in excess of those wanted
         self.groups_of: dict[int, list[int]] = {}
         for g, (at, n) in enumerate(members):
             self.counts[split_of[g], at] += 1
@@ -316,7 +316,7 @@ class _Coverage:
                 self.groups_of.setdefault(c, []).append(g)
 
     def improve(self) -> None:
-        """Moves or swaps groups until nothing more is covered, or a few passes are done."""
+        """Moves or swaps groups until no more classes are covered, or after a few passes."""
         for _ in range(_PASSES):
             before = np.count_nonzero(self.counts)
             for k, c in np.argwhere(self.counts == 0).tolist():
@@ -326,7 +326,7 @@ class _Coverage:
                 return
 
     def _cover(self, k: int, c: int) -> None:
-        """Brings a group of class c into split k, alone or in exchange for another."""
+        """Brings a group of class c into split k, by a move or a swap."""
         back = np.flatnonzero(self.split_of == k).tolist()
         back = back if len(self.members) <= _SWAPPED else []
         best_cost, best = np.inf, []
@@ -343,7 +343,7 @@ class _Coverage:
             self.split_of[g] = to
 
     def _cost(self, moves: list[tuple[int, int]]) -> float:
-        """How much further from the counts wanted the moves lead; inf where they cover no more."""
+        """How much further from the wanted counts the moves lead; inf if no more is covered."""
         columns = np.unique(np.concatenate([self.members[g][0] for g, _ in moves]))
         counts, surplus = self.counts[:, columns], self.surplus[:, columns]
         wanted, before = self.wanted[:, columns], np.count_nonzero(counts)

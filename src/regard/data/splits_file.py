@@ -1,4 +1,4 @@
-"""The file of a run's splits: which image is where, and what it is, whatever it is called."""
+"""The file of a run's splits: the split of each image, and its content whatever its name."""
 
 import csv
 import os
@@ -15,7 +15,7 @@ from regard.data.table import SPLITS, ImageTable
 from regard.errors import UsageError
 
 _COLUMNS = ["path", "label", "split", "group"]
-_HASHES = ["content", "original"]  # further columns: both, the first or none
+_HASHES = ["content", "original"]  # optional columns: both, the first or neither
 
 
 def write_splits(
@@ -24,15 +24,15 @@ def write_splits(
     contents: NDArray[np.uint64] | None = None,
     originals: NDArray[np.uint64] | None = None,
 ) -> None:
-    """Writes a CSV file of path, label, split, group, and hashes where given, a line per image.
+    """Writes a CSV file with a line per image: path, label, split, group, and hashes if given.
 
-    Paths are relative to the data's own folder, so that the data may be moved.
+    Paths are relative to the data's own folder, so that the data can be moved.
 
     Args:
         table: N images.
         path: the file.
-        contents: (N,) hashes of `content_hashes`.
-        originals: (N,) those of the images that these are copies of, only with contents.
+        contents: (N,) hashes from `content_hashes`.
+        originals: (N,) hashes of the images that these are copies of; requires `contents`.
 
     Raises:
         OSError: it can't be written.
@@ -40,7 +40,7 @@ def write_splits(
     hashes = [given for given in (contents, originals) if given is not None]
     path = Path(path)
     partial = path.with_name(path.name + ".part")
-    # file names need not be UTF-8; surrogateescape writes their own bytes
+    # file names may not be UTF-8; surrogateescape writes their bytes unchanged
     with open(partial, "w", encoding="utf-8", newline="", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*_COLUMNS, *_HASHES[: len(hashes)]])
@@ -53,10 +53,10 @@ def write_splits(
 
 
 def read_splits(table: ImageTable, path: str | Path) -> ImageTable:
-    """The table with the splits of a file that write_splits wrote.
+    """The table with the splits from a file that write_splits wrote.
 
     Raises:
-        UsageError: the file is of other data (what differs first is named), or broken.
+        UsageError: the file is for other data (the first difference is named), or broken.
         OSError: it can't be read.
     """
     rows = {row.key: row for row in read_rows(path)}
@@ -79,12 +79,12 @@ def read_splits(table: ImageTable, path: str | Path) -> ImageTable:
 
 
 def rows_of(paths: Sequence[str], path: str | Path) -> "list[Row] | None":
-    """The line of each image in a file that write_splits wrote, by the image's path.
+    """The line of each image, by path, in a file that write_splits wrote.
 
-    The path may be from before the data was moved. None where an image has no line of its own.
+    The path may be from before the data was moved. None if an image has no line of its own.
 
     Raises:
-        as `read_rows`.
+        as in `read_rows`.
     """
     rows = {row.key: row for row in read_rows(path)}
     found = [
@@ -96,12 +96,12 @@ def rows_of(paths: Sequence[str], path: str | Path) -> "list[Row] | None":
 
 
 def _endings(path: str) -> Iterator[str]:
-    """What follows each folder, or kind of data, in a path: the longest first."""
+    """The rest of a path after each of its folders, or after the kind of data; longest first."""
     return (path[found.end() :] for found in re.finditer(r"[/\\:]", path))
 
 
 class Row(NamedTuple):
-    """One line of the file; content and original are 0 where they are not known."""
+    """One line of the file; content and original are 0 if unknown."""
 
     key: str
     label: str
@@ -115,7 +115,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     """The lines of a file that write_splits wrote.
 
     Raises:
-        UsageError: it is broken; the line is named.
+        UsageError: it is broken; the message names the line.
         OSError: it can't be read.
     """
     seen: set[str] = set()

@@ -1,8 +1,8 @@
-"""What the images of a data set have in common: whether any has color, and the range of values.
+"""What the images of a data set have in common: whether any is in color, and the value range.
 
-One rule for the whole data set: measurements (signed, 32-bit and float images, see `read_image`)
-become 0 to 1 by the range of the training images, so that brightness can still be compared
-between images.
+The whole data set is treated alike: measurements (signed, 32-bit and float images, see
+`read_image`) are scaled to 0..1 by the range of the training images, so that brightness remains
+comparable between images.
 """
 
 import logging
@@ -23,10 +23,10 @@ from regard.data.table import ImageTable
 from regard.errors import ImageError, UsageError
 from regard.files import spread
 
-LIMIT = 20_000  # images that are looked at, evenly spread
-SAMPLE = 64  # images whose size is looked at, where nothing else is to be learned
+LIMIT = 20_000  # images to look at, evenly spread
+SAMPLE = 64  # images whose size is looked at, if only sizes are needed
 _GRAY_MODES = ("1", "L", "LA", "I;16", "I;16B")
-_PLAIN = tuple(f for f in FORMATS if f not in ("TIFF", "PPM"))  # hold no measurements
+_PLAIN = tuple(f for f in FORMATS if f not in ("TIFF", "PPM"))  # formats without measurements
 _EVERY = 30.0  # seconds between progress messages
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -34,13 +34,13 @@ log: logging.Logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Survey:
-    """What was seen.
+    """The result of a survey.
 
     Attributes:
-        channels: 3 where any image has color, else 1.
+        channels: 3 if any image is in color, else 1.
         value_range: lowest and highest value of the training images' measurements (of all
-            images, where there are no splits); None: there are no measurements.
-        shorter_sides: of up to SAMPLE images, pixels.
+            images' if there are no splits); None if there are no measurements.
+        shorter_sides: in pixels, of up to SAMPLE images.
     """
 
     channels: int
@@ -55,7 +55,7 @@ class _Look(NamedTuple):
 
 
 def survey(table: ImageTable, limit: int = LIMIT) -> Survey:
-    """Looks at up to `limit` images. Most are not decoded: their header says enough.
+    """Looks at up to `limit` images; for most, the header is enough.
 
     Raises:
         UsageError: none of the images can be read.
@@ -88,7 +88,7 @@ def survey(table: ImageTable, limit: int = LIMIT) -> Survey:
 
 
 def range_of(stored: Stored) -> ValueRange | None:
-    """Lowest and highest finite value of measurements; None: there are none."""
+    """Lowest and highest finite value of measurements; None for other images."""
     if not stored.is_measurement:
         return None
     finite = stored.pixels[np.isfinite(stored.pixels)]
@@ -112,7 +112,7 @@ def _looks(table: ImageTable, rows: NDArray[np.int64]) -> Iterator[tuple[int, _L
         return found
 
     with ThreadPoolExecutor(default_workers()) as pool:
-        for start in range(0, len(rows), 256):  # not all at once: results are taken as they come
+        for start in range(0, len(rows), 256):  # in parts: results are consumed as they come
             part = rows[start : start + 256].tolist()
             yield from zip(part, pool.map(look, part), strict=True)
 
@@ -123,7 +123,7 @@ def _look_at_array(table: ImageTable, row: int) -> _Look:
 
 
 def _look_at_file(path: str, color_seen: bool) -> _Look:
-    """By the header where that is enough, else by the pixels; a JPEG's at an eighth of its size."""
+    """From the header if that is enough, else from the pixels; JPEGs at an eighth of their size."""
     side = None
     try:
         with open_binary(path) as file, Image.open(file, formats=_PLAIN) as image:
@@ -132,7 +132,7 @@ def _look_at_file(path: str, color_seen: bool) -> _Look:
                 return _Look(True, None, side)
             if color_seen:
                 return _Look(False, None, side)
-    except Exception:  # not of those formats, or broken: read_stored says what it is
+    except Exception:  # another format, or broken: read_stored says what it is
         side = None
     stored = read_stored(path, at_least=1)
     return _Look(is_gray(stored.pixels), range_of(stored), side or min(stored.pixels.shape[:2]))

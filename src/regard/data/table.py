@@ -1,4 +1,4 @@
-"""`ImageTable`: N labeled images as arrays of labels, splits and groups, with lazy paths."""
+"""`ImageTable`: N labeled images as arrays of labels, splits and groups, and lazy paths."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ SPLITS = ("train", "val", "test")
 
 
 class StackedArrays:
-    """Several (N, ...) arrays as if they were concatenated, without a copy."""
+    """Several (N, ...) arrays that act as if concatenated, without a copy."""
 
     def __init__(self, parts: Sequence[NDArray[np.uint8]]) -> None:
         self.parts = parts
@@ -27,7 +27,7 @@ class StackedArrays:
         return int(self._ends[-1])
 
     def __getitem__(self, i: Any) -> NDArray[np.uint8]:
-        """One row by its number; by a slice, mask or list a copy of several."""
+        """One row by index; several by a slice, mask or list, as a copy."""
         if isinstance(i, int | np.integer):
             part = int(np.searchsorted(self._ends, i, side="right"))
             return self.parts[part][int(i) - (int(self._ends[part - 1]) if part else 0)]
@@ -39,23 +39,23 @@ class StackedArrays:
 
 @dataclass(frozen=True, eq=False)
 class ImageTable:
-    """N labeled images: where they are, not what they show.
+    """N labeled images: where they are and what they belong to, but no pixels of files.
 
     Attributes:
-        name: DATA as it was given.
+        name: DATA as given.
         classes: class names.
         labels: (N,) int64, indices into classes.
         splits: (N,) of '', 'train', 'val' or 'test'.
         groups: (N,) names, such as patients, that must not be divided between splits; or None.
-        files: N paths as open() takes them, or None; a list becomes a `PathList`.
+        files: N paths that open() accepts, or None; a list becomes a `PathList`.
         arrays: the images themselves, (M, H, W) or (M, H, W, C) uint8; or None. Selections share
             them: image i is arrays[rows[i]].
-        base: the folder that paths in a file of splits are relative to.
+        base: the folder that the paths in a splits file are relative to.
         rows: (N,) rows of arrays; None: all of them, in order.
         reading: the argument `splits` of `open_data`.
-        location: absolute path of the folder or file that DATA names; '' where it names none.
+        location: absolute path of the folder or file that DATA names; '' if it names none.
         warnings: what the user should know about how the table was made, one line each.
-        columns: (N,) further cells of each image as strings, by column, such as its site.
+        columns: further cells of each image, such as its site: (N,) strings by column.
     """
 
     name: str
@@ -117,14 +117,14 @@ class ImageTable:
         return self.key_of(self.path(i))
 
     def key_of(self, path: str) -> str:
-        """The key of the image that has this path."""
+        """The key of the image with this path."""
         if self.files is not None:
             return path.removeprefix(os.path.join(self.base, ""))
         name = os.path.basename(self.name.rpartition(":")[2])
         return name + path.removeprefix(self.name)
 
     def select(self, indices: Sequence[int] | NDArray[Any]) -> "ImageTable":
-        """The table of these images, in this order; also from a mask of N booleans."""
+        """The table of these images, in this order; also accepts a mask of N booleans."""
         at = np.asarray(indices)
         at = np.flatnonzero(at) if at.dtype == bool else at.astype(np.int64)
         files, rows = self.files, self.rows
@@ -144,7 +144,7 @@ class ImageTable:
 
 
 def class_counts(table: ImageTable) -> dict[str, dict[str, int]]:
-    """Images per class in each split that the table has: {split: {class: images}}."""
+    """Number of images per class in each split of the table: {split: {class: images}}."""
     present = [s for s in ("", *SPLITS) if np.any(table.splits == s)]
     counts = {
         s: np.bincount(table.labels[table.splits == s], minlength=len(table.classes)).tolist()
@@ -156,14 +156,14 @@ def class_counts(table: ImageTable) -> dict[str, dict[str, int]]:
 def as_known(
     table: ImageTable, classes: Sequence[str], renamed: Mapping[str, str] | None = None
 ) -> ImageTable:
-    """The images of the classes that a network knows, labeled in its order.
+    """The images of the classes that a network knows, labeled by its class indices.
 
     Images of other classes are left out, with a line in `warnings`.
 
     Args:
         table: images of any classes.
-        classes: the network's.
-        renamed: the network's class for a class of the table; '' leaves its images out.
+        classes: the network's classes.
+        renamed: {class of the table: class of the network}; '' leaves its images out.
 
     Raises:
         UsageError: no class is known, or `renamed` names a class that does not exist.

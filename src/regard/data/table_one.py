@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 from regard.data.table import SPLITS, ImageTable
 
-_MOST_VALUES = 20  # of a column of words; of more, only their number is given
+_MOST_VALUES = 20  # of a column of words; if there are more, only their number is given
 _NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
 
 
 def table_one(table: ImageTable) -> list[list[str]]:
-    """Rows of cells, the header first: what, overall, and each split.
+    """Rows of cells, the header first: name, overall, and one column per split.
 
-    Classes and words are counts with percentages of the column's images; numbers are medians
-    with quartiles. Groups in several splits count in each of them.
+    Classes and words are given as counts with percentages of the column's images, numbers as
+    medians with quartiles. A group in several splits counts in each of them.
     """
     parts = [np.ones(len(table), bool)]
     splits = [s for s in SPLITS if np.any(table.splits == s)]
@@ -56,7 +56,7 @@ def _shares(
 def _column(
     title: str, values: NDArray[np.str_], parts: list[NDArray[np.bool_]]
 ) -> list[list[str]]:
-    """A column of numbers, or of words."""
+    """The rows for a column of numbers or of words."""
     numbers = _numbers(values)
     names = np.unique(values).tolist()
     if numbers is not None and len(names) > 5:
@@ -70,7 +70,7 @@ def _column(
 
 
 def _numbers(values: NDArray[np.str_]) -> NDArray[np.float64] | None:
-    """The values as numbers, NaN where missing; None where there is a word."""
+    """The values as numbers, NaN where missing; None if any is a word."""
     try:
         numbers = np.array([float(v) if v.strip() else np.nan for v in values.tolist()])
     except ValueError:
@@ -94,7 +94,7 @@ def as_csv(rows: list[list[str]]) -> str:
 
 
 def as_markdown(rows: list[list[str]]) -> str:
-    """The rows as a Markdown table, numbers on the right."""
+    """The rows as a Markdown table, with numbers right-aligned."""
     escaped = [[_cell(cell) for cell in row] for row in rows]
     head, *body = [f"| {' | '.join(row)} |" for row in escaped]
     return "\n".join([head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body]) + "\n"

@@ -1,4 +1,4 @@
-"""Small gray copies of images, by which near-duplicates are looked for."""
+"""Small gray copies of images, for finding near-duplicates."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ SIDE = 32  # pixels; 1 KB per image
 def thumbnail(pixels: NDArray[Any], side: int = SIDE) -> NDArray[np.uint8]:
     """(H, W, C) of any dtype -> (side, side) uint8 gray; the aspect ratio is not preserved.
 
-    8-bit values stay as they are; others are stretched from the image's own lowest to its
+    8-bit values stay unchanged; others are stretched from the image's own lowest to its
     highest finite value.
     """
     if pixels.dtype != np.uint8:
@@ -29,7 +29,7 @@ def thumbnail(pixels: NDArray[Any], side: int = SIDE) -> NDArray[np.uint8]:
 
 
 def as_8_bit(pixels: NDArray[Any], step: int = 1) -> NDArray[np.uint8]:
-    """Values stretched from the lowest to the highest finite one; every step-th pixel."""
+    """Values stretched from the lowest to the highest finite one; takes every step-th pixel."""
     values = pixels[::step, ::step].astype(np.float64)
     finite = np.isfinite(values)
     if not finite.any():
@@ -53,9 +53,9 @@ def read_thumbnail(table: ImageTable, i: int, side: int = SIDE) -> NDArray[np.ui
 def read_thumbnail_and_side(
     table: ImageTable, i: int, side: int = SIDE
 ) -> tuple[NDArray[np.uint8], int]:
-    """The thumbnail of image i, and the shorter side of what was decoded for it, in pixels.
+    """The thumbnail of image i, and the shorter side, in pixels, of the image decoded for it.
 
-    A JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size, which still has 3 `side` pixels.
+    A JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size if that leaves 3 `side` pixels.
 
     Raises:
         ImageError: its file can't be read.

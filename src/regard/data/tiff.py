@@ -1,4 +1,4 @@
-"""What PIL does not say, or can't read, of TIFF files: signs, inversion, doubles, many bands."""
+"""TIFF features that PIL hides or can't read: signs, inversion, doubles, many bands."""
 
 import logging
 from typing import Any
@@ -21,14 +21,14 @@ _warned: set[str] = set()
 
 
 def is_tiff(head: bytes) -> bool:
-    """Whether a file that starts so is a TIFF."""
+    """Whether a file that starts with these bytes is a TIFF."""
     return head[:4] in _MAGIC
 
 
 def is_misread(image: Any) -> bool:
     """Whether PIL (seen in 13.0) opens a planar TIFF, but decodes it wrongly.
 
-    It takes uncompressed 16-bit bands for bytes, and reads only the first where they are no RGB.
+    It takes uncompressed 16-bit bands for bytes, and reads only the first band unless they are RGB.
     """
     samples = image.tag_v2.get(_SAMPLES, 1)
     if samples == 1 or image.tag_v2.get(_PLANAR) != 2:
@@ -38,9 +38,10 @@ def is_misread(image: Any) -> bool:
 
 
 def stored_tiff(image: Any) -> NDArray[Any] | None:
-    """The stored values of a TIFF that PIL has loaded, (H, W, 1); None: PIL's own are right.
+    """The stored values of a TIFF that PIL has loaded, (H, W, 1); None if PIL's own are right.
 
-    uint16, or int64 and float64 for measurements. Where small values are white, see `_black`.
+    uint16, or int64 and float64 for measurements. For files where small values are white, see
+    `_black`.
     """
     bits = image.tag_v2.get(_BITS, (1,))
     kind = image.tag_v2.get(_SAMPLE_FORMAT, (1,))[0]
@@ -61,10 +62,10 @@ def stored_tiff(image: Any) -> NDArray[Any] | None:
 
 
 def _black(pixels: NDArray[Any], bits: int) -> NDArray[Any]:
-    """The values of the same picture where small ones are black, of a file where they are white.
+    """Converts values from a file where small ones are white to the same picture with black 0.
 
-    Integers are mirrored in the range of their bits, floats in 0 to 1, so that one range of
-    values fits files of both kinds.
+    Integers are mirrored in the range of their bits, floats in 0 to 1, so that one range of values
+    fits both kinds of file.
     """
     if pixels.dtype.kind == "f":
         return 1 - pixels
@@ -81,18 +82,18 @@ def _opened(file: Any) -> Any:
         )
     import tifffile
 
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its reasons come as exceptions
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it raises its reasons as exceptions
     file.seek(0)
     return tifffile.TiffFile(file)
 
 
 def size_with_tifffile(file: Any) -> tuple[int, int, int]:
-    """Width, height and bytes a pixel of the first page, from its header; decodes nothing.
+    """Width, height and bytes per pixel of the first page, from its header; decodes nothing.
 
-    Tiles that are larger than the image count as its size, since they are decoded as a whole.
+    Tiles larger than the image count as its size, since they are decoded as a whole.
 
     Raises:
-        ImageError: tifffile is not installed. What tifffile raises for a broken file escapes.
+        ImageError: tifffile is not installed. What tifffile raises for a broken file is not caught.
     """
     with _opened(file) as tiff:
         page = tiff.pages[0]
@@ -103,7 +104,7 @@ def size_with_tifffile(file: Any) -> tuple[int, int, int]:
 def read_with_tifffile(file: Any) -> tuple[NDArray[Any], int]:
     """The first page of a TIFF that PIL can't read: (H, W, 1 or 3) as stored, and orientation.
 
-    Of more than three bands the first three are read; alpha is laid on white for integers.
+    Of more than three bands, the first three are used; integers with alpha are laid on white.
 
     Raises:
         ImageError: tifffile is not installed, or can't read it.
@@ -133,9 +134,9 @@ def _as_stored(pixels: NDArray[Any], inverted: int | None, alpha: bool) -> NDArr
     """(H, W, samples) of any type -> (H, W, 1 or 3) of uint8, uint16, int64 or float64.
 
     Args:
-        pixels: as they are stored.
-        inverted: the bits of a sample, where small values are white.
-        alpha: whether the last sample is the opacity.
+        pixels: as stored.
+        inverted: bits per sample where small values are white, else None.
+        alpha: whether the last sample is alpha.
     """
     if pixels.dtype.kind not in "uif":
         raise ImageError(f"is a TIFF of {pixels.dtype}; integers or real numbers are needed")

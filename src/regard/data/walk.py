@@ -1,7 +1,7 @@
-"""Lists the images below a folder: what counts as one, and what is skipped and counted.
+"""Lists the images below a folder: what counts as an image, and what is skipped and counted.
 
-Training and prediction list folders by the same rules. Masks that lie beside their images and
-folders that Regard itself wrote are left out.
+Training and prediction list folders by the same rules. Masks next to their images and folders
+that Regard itself wrote are left out.
 """
 
 import logging
@@ -24,7 +24,7 @@ _MASK_WORDS = r"(?:masks?|seg(?:mentation)?s?|gt|ground[ _-]?truth|labels?|annot
 _MASK_STEM = re.compile(rf"(.+?)[ _.-]{_MASK_WORDS}(?:[ _-]?\d+)?$", re.IGNORECASE)
 _MASK_FOLDER = re.compile(_MASK_WORDS, re.IGNORECASE)
 _RESULT_FILES = ("run.json", "config.json", "model.safetensors")
-_SAMPLED = 24  # possible masks that are opened, in each listing
+_SAMPLED = 24  # possible masks that are opened per listing
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"GIF8", b"RIFF")
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 @dataclass
 class Skipped:
-    """What was left out while folders were listed.
+    """What was left out of listings.
 
     Attributes:
-        files: how many by suffix ('' for none); hidden files are not counted.
-        masks: mask images beside their images.
+        files: number of files by suffix ('' for none); hidden files are not counted.
+        masks: mask images next to their images.
         results: folders that Regard wrote.
     """
 
@@ -45,7 +45,7 @@ class Skipped:
     results: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """One sentence for each kind."""
+        """One sentence for each kind of thing left out."""
         lines = []
         if self.files:
             kinds = [f"{n} {suffix or 'without suffix'}" for suffix, n in self.files.most_common()]
@@ -66,7 +66,7 @@ class Skipped:
 def list_images(folder: str, skipped: Skipped, *, above: Iterable[str] = ()) -> list[str]:
     """Paths of the images at any depth, sorted, without masks and results.
 
-    A folder that is reached twice through links is listed once; those in `above` never.
+    A folder that links lead to twice is listed once, those in `above` not at all.
     """
     files = sorted(_walk(folder, skipped, above))
     masks = masks_among(folder, files)
@@ -77,11 +77,11 @@ def list_images(folder: str, skipped: Skipped, *, above: Iterable[str] = ()) -> 
 def images_below(paths: Sequence[Path]) -> Iterator[Path]:
     """The files given, and the images below the folders given, listed as for training.
 
-    What is skipped is logged at the end.
+    Logs at the end what was skipped.
     """
     skipped = Skipped()
     for path in paths:
-        if os.path.isdir(path):  # False for what can't be looked up, which its reader names
+        if os.path.isdir(path):  # False for paths that can't be looked up; their reader names them
             yield from map(Path, list_images(str(path), skipped))
         else:
             yield path
@@ -90,13 +90,13 @@ def images_below(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def subfolders(folder: str) -> dict[str, str]:
-    """{name: path} of the folders directly below, without hidden ones, junk and results."""
+    """{name: path} of the subfolders, without hidden ones, junk and results."""
     folders = {e.name: e.path for e in _scan(folder) if not _hidden(e.name) and _is_folder(e)}
     return dict(sorted(folders.items()))
 
 
 def has_images(folder: str, *, below: bool = True) -> bool:
-    """Whether a folder holds an image; by default also at any depth."""
+    """Whether a folder holds an image, directly or (by default) at any depth."""
     if not below:
         return any(_is_image(e) for e in _scan(folder) if not _hidden(e.name) and not _is_folder(e))
     return next(_walk(folder, Skipped(), ()), None) is not None
@@ -118,7 +118,7 @@ def _scan(folder: str) -> Iterator[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:  # a link that points to itself
         return False
 
 
@@ -155,11 +155,11 @@ def _identity(folder: str) -> tuple[int, int]:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    """By its suffix; without one, as DICOM files often are, by its first bytes."""
+    """Recognizes images by suffix; without one, as is common for DICOM, by the first bytes."""
     if entry.name.lower().endswith(IMAGE_SUFFIXES):
         return not entry.name.endswith(".explained.png")  # a figure of `regard explain`
     suffix = os.path.splitext(entry.name)[1]
-    if suffix and not suffix[1:].isdigit():  # DICOM files are often named by their number
+    if suffix and not suffix[1:].isdigit():  # the name of a DICOM file often ends in a number
         return False
     try:
         if not entry.is_file():  # a pipe would block
@@ -209,17 +209,17 @@ def _are_explanations(folder: str, names: set[str]) -> bool:
 
 
 def is_mask_folder(name: str) -> bool:
-    """Whether a folder is called as those that hold masks are."""
+    """Whether a folder has a name that is usual for masks."""
     return _MASK_FOLDER.fullmatch(name) is not None
 
 
 def masks_among(folder: str, files: Sequence[str]) -> set[str]:
-    """Those of the files that are masks of others: by name, and nearly two-valued.
+    """The files that are masks of others: they are named like masks and nearly two-valued.
 
-    `x_mask.png`, `x_seg_1.png` or `x-label.tif` beside `x.jpg`; or `masks/x.png` where `x.jpg` is
+    `x_mask.png`, `x_seg_1.png` or `x-label.tif` next to `x.jpg`; or `masks/x.png` if `x.jpg` is
     elsewhere below the folder.
     """
-    possible: dict[str, set[str]] = {}  # path: the stems that its image may have
+    possible: dict[str, set[str]] = {}  # path: stems that its image may have
     start = len(os.path.join(folder, ""))
     for path in files:
         below, name = os.path.split(path[start:])
@@ -244,12 +244,12 @@ def masks_among(folder: str, files: Sequence[str]) -> set[str]:
     masks = set(named)
     if not all(agree.values()):
         masks = {path for path in named if agree.get(path, False) or is_mask(path)}
-    # where masks are, one whose image is missing is no image either
+    # next to masks, one whose image is missing is not an image either
     return masks | {path for path in possible.keys() - set(named) if is_mask(path)}
 
 
 def is_mask(path: str) -> bool:
-    """Whether nearly all pixels have one of two values, or all one of a few."""
+    """Whether nearly all pixels have one of two values, or all one of a few values."""
     try:
         pixels = to_channels(read_stored(path).pixels, 1)[..., 0].astype(np.float64)
     except ImageError:

@@ -1,8 +1,8 @@
-"""`wds:SHARDS`: images in tar files, as WebDataset lays them out, which are read in place.
+"""`wds:SHARDS`: images in tar files with WebDataset's layout, read in place.
 
-A sample is the members of one name: `n01440764/17.jpg` with `n01440764/17.cls` or `.json`. The
-shards are indexed once, so that training visits every image in each epoch in an order that can
-be resumed at any step, as it does with files; nothing is unpacked.
+A sample is the members with one name: `n01440764/17.jpg` with `n01440764/17.cls` or `.json`. The
+shards are indexed once, so that training visits every image once per epoch in an order that can
+be resumed at any step, as with files; nothing is unpacked.
 
 The layout: https://github.com/webdataset/webdataset (as of version 1.0).
 """
@@ -36,30 +36,30 @@ from regard.files import plural, reason, shortened
 
 log: logging.Logger = logging.getLogger(__name__)
 
-CLASSES = "classes.txt"  # beside the shards: a line for each class
-_EVERY = 5.0  # seconds between lines of progress
+CLASSES = "classes.txt"  # next to the shards: a line for each class
+_EVERY = 5.0  # seconds between progress messages
 _LARGEST_LABEL = 1 << 20  # bytes of a .cls or .json
-_LABEL_KEYS = ("label", "cls", "class")  # of a .json, the first that is there
+_LABEL_KEYS = ("label", "cls", "class")  # keys in a .json; the first one present is used
 
 
 def open_webdataset(name: str, pattern: str, splits: str = "auto") -> ImageTable:
     """The labeled images of tar files.
 
-    A sample's label is in NAME.cls, else in NAME.json as `label`, `cls` or `class`; where no
-    sample of any shard has one, it is the folder of NAME. Its group, if any, is `group` in
-    NAME.json. Whole numbers are indices, into the lines of a classes.txt beside the shards where
-    there is one. The split is what the name of a shard says, or its folder, if that is called
-    train, val, test or the like. Samples without an image or a label are left out, with a
-    warning. Of two members of one name the last counts, as tar unpacks them.
+    A sample's label is in NAME.cls, else in NAME.json as `label`, `cls` or `class`; if no sample of
+    any shard has one, the folder of NAME is the label. The group, if any, is `group` in NAME.json.
+    Whole numbers are class indices, into the lines of a classes.txt next to the shards if there is
+    one. The split comes from the name of the shard, or from its folder if that is called train,
+    val, test or the like. Samples without an image or a label are left out with a warning. If
+    there are two members of one name, the last counts, as when tar unpacks them.
 
     Args:
-        name: DATA as it was given.
+        name: DATA as given.
         pattern: path of a tar file, a folder of tar files, or a pattern with *, ?, [ab],
             {000..127} or {train,val}.
-        splits: yes: every shard's name must say its split; no: none does.
+        splits: yes: every shard's name must give its split; no: none does.
 
     Raises:
-        UsageError: no such shards, or none holds an image with a label.
+        UsageError: there are no such shards, or none holds an image with a label.
         FileError: a shard can't be read.
     """
     shards, warnings = _shards(name, pattern)
@@ -74,7 +74,7 @@ def open_webdataset(name: str, pattern: str, splits: str = "auto") -> ImageTable
 
 
 def _shards(name: str, pattern: str) -> tuple[list[str], list[str]]:
-    """Absolute paths of the shards, and what is to be said of them."""
+    """Absolute paths of the shards, and warnings about them."""
     if "://" in pattern or pattern.startswith("pipe:"):
         raise UsageError(f"{name}: shards are read in place: download them, and give their paths")
     pattern = os.path.expanduser(pattern)
@@ -104,14 +104,14 @@ def _is_packed(path: str) -> bool:
 
 
 def _matches(path: str) -> list[str]:
-    """The files that a pattern names; a path that exists names itself."""
+    """The files that match a pattern; the path of an existing file matches only itself."""
     if os.path.exists(path) or not glob.has_magic(path):
         return [path]
     return sorted(glob.glob(path))
 
 
 def _expanded(pattern: str) -> Iterator[str]:
-    """What the shell makes of {a,b} and {000..127}, the first braces first."""
+    """Expands {a,b} and {000..127} as a shell does, the first braces first."""
     braces = re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern)
     if braces is None or os.path.exists(pattern):
         yield pattern
@@ -129,15 +129,15 @@ def _expanded(pattern: str) -> Iterator[str]:
 
 @dataclass
 class _Samples:
-    """What the shards hold, as lists that grow by one entry an image."""
+    """The content of the shards, as lists that grow by one entry per image."""
 
     name: str
     reading: str
     warnings: list[str]
     names: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)  # "": it has none
+    labels: list[str] = field(default_factory=list)  # "": no label
     groups: list[str] = field(default_factory=list)
-    splits: list[str] = field(default_factory=list)  # one a shard
+    splits: list[str] = field(default_factory=list)  # one per shard
     places: list[tuple[int, int, int]] = field(default_factory=list)  # shard, offset, size
     left_out: Counter[str] = field(default_factory=Counter)
 
@@ -170,7 +170,7 @@ class _Samples:
             folder, base = posixpath.split(posixpath.normpath(member.name))
             if member.isdir() or base.startswith((".", "__")):
                 continue
-            # a hard link, by which tar stores a file of several names, is the file before it
+            # tar stores another name of an earlier file as a hard link to it
             whole = held.get(member.linkname) if member.islnk() else member
             if whole is None or not whole.isreg() or whole.issparse():
                 self.left_out["links and other members that are no plain files"] += 1
@@ -257,14 +257,14 @@ def _broken(shard: str, error: Exception) -> FileError:
 
 
 def _members(shard: str, tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
-    """All members, if the file is whole: tarfile ends without a word at what it can't read.
+    """All members of a complete file: tarfile stops silently at anything it can't read.
 
     Raises:
-        FileError: a header is not one, or there is more after the end.
+        FileError: a header is invalid, or data follows the end.
     """
     try:
         members = tar.getmembers()
-    except (ValueError, OverflowError) as error:  # what Python raises for a size out of range
+    except (ValueError, OverflowError) as error:  # raised for a size out of range
         raise _broken(shard, error) from error
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
@@ -275,13 +275,13 @@ def _members(shard: str, tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
 
 
 def _folder(name: str) -> str:
-    """The folder that holds a member, or "": none does."""
+    """The folder that holds a member, "" if there is none."""
     folder = posixpath.basename(posixpath.dirname(posixpath.normpath(name)))
     return "" if folder in (".", "..") else folder
 
 
 def _common_folder(shards: Sequence[str]) -> str:
-    """The deepest folder above all shards, or "": they are on several drives."""
+    """The deepest folder above all shards, "" if they are on several drives."""
     try:
         return os.path.commonpath([os.path.dirname(shard) for shard in shards])
     except ValueError:
@@ -289,7 +289,7 @@ def _common_folder(shards: Sequence[str]) -> str:
 
 
 def _location(pattern: str) -> str:
-    """The pattern from anywhere, or "": it only holds in this folder."""
+    """The pattern as an absolute path, or "" where a { in the current folder would be expanded."""
     pattern = os.path.expanduser(pattern)
     if os.path.isabs(pattern) or os.path.exists(pattern):
         return os.path.abspath(pattern)
@@ -320,8 +320,8 @@ def _json(where: str, content: bytes) -> dict[str, Any]:
 
 
 def _scalar(where: str, key: str, value: Any) -> str:
-    """A label or a group as a string; null is none."""
-    if isinstance(value, float) and value.is_integer():  # as pandas writes numbers with gaps
+    """A label or group as a string; null counts as missing."""
+    if isinstance(value, float) and value.is_integer():  # pandas writes integers with gaps so
         value = int(value)
     if value is None:
         return ""
@@ -331,7 +331,7 @@ def _scalar(where: str, key: str, value: Any) -> str:
 
 
 def _classes(name: str, labels: Sequence[str], listed: Path) -> tuple[list[str], NDArray[np.int64]]:
-    """Class names and (N,) indices of labels, which are names or indices."""
+    """Class names and (N,) class indices, from labels that are names or indices."""
     distinct = set(labels)
     classes = _listed_classes(listed)
     if not classes or distinct <= set(classes):
@@ -351,18 +351,18 @@ def _classes(name: str, labels: Sequence[str], listed: Path) -> tuple[list[str],
 
 
 def _are_indices(distinct: set[str]) -> bool:
-    """Whether labels are 0, 1, 2, ... with few gaps; other numbers are names, such as codes."""
+    """Whether labels are 0, 1, 2, ... with few gaps; otherwise numbers are names, such as codes."""
     if not all(x.isascii() and x.isdigit() and len(x) < 10 and str(int(x)) == x for x in distinct):
         return False
     return 2 * len(distinct) > max(map(int, distinct))
 
 
 def _listed_classes(listed: Path) -> list[str]:
-    """The lines of a classes.txt; none: there is no such file.
+    """The lines of a classes.txt; empty if there is no such file.
 
     Raises:
         FileError: it can't be read.
-        UsageError: a class is there twice.
+        UsageError: a class is listed twice.
     """
     if not listed.is_file():
         return []

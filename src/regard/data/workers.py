@@ -1,8 +1,8 @@
-"""Batches read by worker processes or threads: always in order, never waited for without end.
+"""Batches from worker processes or threads: always in order, and never waited for endlessly.
 
-Worker processes ignore the signals that are sent to a whole group of processes (Ctrl-C,
-`timeout`, systemd, SLURM): the parent needs them until its step is done. It ends them when the
-batches are closed, and kills those that are left when the interpreter exits, whatever ends it.
+Worker processes ignore the signals that are sent to a whole process group (Ctrl-C, `timeout`,
+systemd, SLURM), as the parent needs them until its step is done. The parent ends them when the
+batches are closed, and kills any that are left when the interpreter exits, for whatever reason.
 """
 
 import atexit
@@ -32,10 +32,10 @@ from regard.errors import RegardError, ResourceError
 
 log: logging.Logger = logging.getLogger(__name__)
 
-POLL = 1.0  # seconds between looks at whether to stop, while waiting for a batch
-LONGEST_WAIT = 600.0  # seconds without a single batch, after which it is taken for lost
+POLL = 1.0  # seconds between checks whether to stop, while waiting for a batch
+LONGEST_WAIT = 600.0  # seconds without a batch, after which it is considered lost
 PREFETCH = 4  # batches read ahead by each worker
-SHARE = 0.8  # of the free shared memory that batches may take
+SHARE = 0.8  # of the free shared memory that batches may use
 SHARED_MEMORY = Path("/dev/shm")
 GROUP_SIGNALS = [
     getattr(signal, name)
@@ -45,16 +45,16 @@ GROUP_SIGNALS = [
 
 
 class WaitInterrupted(RegardError):  # noqa: N818 (somebody asked for it)
-    """Whoever waits for a batch was asked to stop."""
+    """Stopped waiting for a batch because `stop` returned True."""
 
 
 def never() -> bool:
-    """The answer to "stop?" where nobody can ask for it."""
+    """The default for `stop`: never."""
     return False
 
 
 def default_workers() -> int:
-    """One for each core that this process may use, eight at most."""
+    """One per core that this process may use, at most eight."""
     return min(cores(), 8)
 
 
@@ -66,14 +66,14 @@ def read_by_processes(
     prefetch: int,
     stop: Callable[[], bool] = never,
 ) -> Iterator[Any]:
-    """batches[span] for each span, in order, by worker processes.
+    """batches[span] for each span, in order, read by worker processes.
 
     Raises:
-        WaitInterrupted: `stop` answered True while the next batch was not ready.
+        WaitInterrupted: `stop` returned True while the next batch was not ready.
         ResourceError: a worker was killed, or no batch came for `LONGEST_WAIT`.
     """
     before = set(multiprocessing.active_children())
-    # from now on workers have this process's temporary folder, which one that is killed leaves
+    # workers share this process's temporary folder, as a killed worker would leave its own behind
     multiprocessing.util.get_temp_dir()
     with warnings.catch_warnings(), _signals_blocked(), worker_errors():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -98,7 +98,7 @@ def read_by_processes(
             yield batch
     finally:
         if not left:
-            del source  # which ends the workers
+            del source  # ends the workers
         else:  # torch would wait for busy workers
             _kill(mine)
             release_killed(source)
@@ -118,7 +118,7 @@ def _poll(source: Iterator[Any], _: float) -> Any:
 def worker_errors() -> Iterator[None]:
     """Turns torch's errors about its worker processes into a ResourceError.
 
-    torch raises them wherever the main thread is when a worker dies.
+    torch raises them wherever the main thread happens to be when a worker dies.
     """
     try:
         yield
@@ -128,7 +128,7 @@ def worker_errors() -> Iterator[None]:
             cause = text.partition("killed by signal: ")[2].split(".")[0]
             how = f"was killed ({cause})" if cause else "ended unexpectedly"
             raise _worker_lost(how) from error
-        full = getattr(error, "errno", None) == errno.ENOSPC  # for semaphores, which lie there
+        full = getattr(error, "errno", None) == errno.ENOSPC  # for semaphores, which live there
         if full or "shared memory" in text or "shm" in text:
             raise ResourceError(
                 "no shared memory (/dev/shm) is left for images that worker processes read: lower "
@@ -144,9 +144,9 @@ def worker_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def lost_connections(workers: Iterable[BaseProcess]) -> Iterator[None]:
-    """Turns the error of a batch whose worker died before handing it over into a ResourceError.
+    """Turns the error for a batch whose worker died before handing it over into a ResourceError.
 
-    Its tensors arrive through a socket of the worker's: what fails there depends on the moment.
+    Its tensors arrive through a socket of the worker; which call fails depends on the moment.
     """
     try:
         yield
@@ -168,7 +168,7 @@ def _worker_lost(how: str) -> ResourceError:
 
 
 def _ignore_group_signals(_: int) -> None:
-    """For a worker: it ends when its parent says so, or is gone."""
+    """Run in a worker, which then ends only when its parent says so or is gone."""
     for number in GROUP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -177,7 +177,7 @@ def _ignore_group_signals(_: int) -> None:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Until a worker that is forked here ignores them."""
+    """Blocks signals until a worker that is forked here ignores them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -191,9 +191,9 @@ def _signals_blocked() -> Iterator[None]:
 _alive: set[Any] = set()  # workers
 
 
-@atexit.register  # before multiprocessing's own, which would wait for workers without end
+@atexit.register  # before multiprocessing's own, which would wait endlessly for workers
 def kill_workers() -> None:
-    """Ends every reading process of this one.
+    """Kills all worker processes of this process.
 
     An uncaught error keeps the batches referenced, and so their workers alive, until the exit.
     """
@@ -201,13 +201,13 @@ def kill_workers() -> None:
 
 
 def _kill(workers: Iterable[Any]) -> None:
-    """Ends workers at once, without the error that torch raises where one dies."""
+    """Kills workers at once, without the error that torch raises when one dies."""
     before = None
     if hasattr(signal, "SIGCHLD"):
         with contextlib.suppress(ValueError):  # not in the main thread
             before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in list(workers):
-        with contextlib.suppress(Exception):  # of the process that forked this one
+        with contextlib.suppress(Exception):  # workers of the process that forked this one
             worker.kill()
             worker.join()
     if before is not None:
@@ -215,21 +215,21 @@ def _kill(workers: Iterable[Any]) -> None:
 
 
 def shared_memory_free() -> float:
-    """Bytes of shared memory that this process may use for batches; Docker gives 64 MB."""
+    """Bytes of shared memory that this process may use for batches; Docker's default is 64 MB."""
     if sys.platform != "linux" or not SHARED_MEMORY.is_dir():
         return math.inf
     return shutil.disk_usage(SHARED_MEMORY).free / processes_here()
 
 
 def processes_that_fit(workers: int, batch_bytes: float, free: float) -> tuple[int, int]:
-    """Worker processes, and batches that each reads ahead, whose batches fit in shared memory.
+    """How many worker processes, and batches ahead of each, fit in shared memory.
 
     Returns:
-        (workers, prefetch): as asked, or less ahead, or fewer; (0, 0) where not even two fit.
+        (workers, prefetch): as requested, or reduced; (0, 0) if not even one worker fits.
     """
     for fewer in range(workers, 0, -1):
         for prefetch in (PREFETCH, 2, 1):
-            # two more: one in use, one on the way
+            # plus two: one in use, one in transit
             if (fewer * prefetch + 2) * batch_bytes <= SHARE * free:
                 return fewer, prefetch
     return 0, 0
@@ -243,10 +243,10 @@ def read_ahead(
     window: int,
     stop: Callable[[], bool] = never,
 ) -> Iterator[Any]:
-    """read(item) for each item, in order, by threads, with at most `window` under way.
+    """read(item) for each item, in order, by threads, with at most `window` items in progress.
 
     Raises:
-        WaitInterrupted: `stop` answered True while the next result was not ready.
+        WaitInterrupted: `stop` returned True while the next result was not ready.
         ResourceError: no result came for `LONGEST_WAIT`.
     """
     waiting: deque[Future[Any]] = deque()
@@ -263,7 +263,7 @@ def read_ahead(
 
 
 def _waited(poll: Callable[[float], Any], stop: Callable[[], bool]) -> Any:
-    """What `poll` returns, which waits for POLL seconds and then raises a TimeoutError."""
+    """The result of `poll`, which waits for POLL seconds and then raises a TimeoutError."""
     waited = 0.0
     while True:
         try:

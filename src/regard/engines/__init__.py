@@ -3,9 +3,9 @@
 >>> classifier = regard.load("runs/demo")
 >>> classifier.engine = open_engine(classifier, "auto")
 
-`conversion.py` is what every engine runs, `backends.py` the engines, `choose.py` opens one,
-`formats.py` has the file formats of `regard export`, `standalone.py` the program beside a file,
-and `bench.py` the measurement of `regard bench`. A new engine is a subclass of `Engine` in
+`conversion.py` builds what every engine runs, `backends.py` has the engines, `choose.py` opens one,
+`formats.py` has the file formats of `regard export`, `standalone.py` the program written with a
+file, and `bench.py` the measurement of `regard bench`. A new engine is a subclass of `Engine` in
 ENGINES, a new file format a subclass of `Format` in FORMATS.
 """
 

@@ -27,7 +27,7 @@ from regard.log import silence_libraries
 from regard.machine import cpu_has_bf16, keep_freed_memory
 
 Run = Callable[[Tensor], Sequence[Tensor]]
-"""(B, C, H, W) float32 of one fixed B -> (B, classes), and with features (B, D)."""
+"""(B, C, H, W) float32 with one fixed B -> (B, classes), and with features also (B, D)."""
 
 
 class Engine:
@@ -36,21 +36,21 @@ class Engine:
     Several threads may call it.
 
     Args:
-        model: in evaluation mode. Not changed.
+        model: in evaluation mode; not changed.
         preprocess: its `input_size` is the size of all images.
         sizes: the batch sizes to compile for.
         precision: one of `precisions`.
-        features: whether `with_features` gives what the last layer is given.
+        features: whether `with_features` returns the input of the last layer.
 
     Raises:
-        UsageError: a package is not installed, the precision is not one of the engine's, or the
+        UsageError: a package is not installed, the engine does not support the precision, or the
             network can't be converted.
     """
 
     name = ""
-    needs: tuple[str, ...] = ()  # modules of the extra that is called as the engine
+    needs: tuple[str, ...] = ()  # modules of the extra that has the engine's name
     precisions: tuple[str, ...] = ("fp32", "bf16")
-    pads = True  # a batch to one of `sizes`
+    pads = True  # whether a batch is padded to one of `sizes`
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Engine:
         return self._answers(images)[0]
 
     def with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As a call, and the features (B, D), float32; only where `gives_features`."""
+        """Like a call, with the features (B, D), float32; only if `gives_features`."""
         probabilities, features = self._answers(images)
         return probabilities, features
 
@@ -98,7 +98,7 @@ class Engine:
         return [torch.cat(each) for each in zip(*parts, strict=True)]
 
     def _deployed(self, own: torch.nn.Module, preprocess: Preprocess) -> Deployed:
-        """The graph to run, of the engine's own copy of the network."""
+        """The graph to run, made from the engine's own copy of the network."""
         kind = DeployedWithFeatures if self.gives_features else Deployed
         return kind(own, preprocess)
 
@@ -106,7 +106,7 @@ class Engine:
         count = len(images)
         size = next(s for s in self.sizes if s >= count)
         x = self._as_floats(images)
-        # padded with its first image: zeros could be slow (denormals)
+        # padded with its first image, as zeros could be slow (denormals)
         if self.pads and count < size:
             x = torch.cat([x, x[:1].expand(size - count, -1, -1, -1)])
         return [answer[:count].cpu() for answer in self._runs(x)]
@@ -119,11 +119,11 @@ class Engine:
 
 
 class _OutsideTorch(Engine):
-    """An engine that computes outside of PyTorch, with its own threads, on the CPU."""
+    """An engine that computes outside PyTorch, with its own threads, on the CPU."""
 
     def _as_floats(self, images: Tensor) -> Tensor:
-        # numpy converts: torch's threads would go on spinning for milliseconds afterwards, on the
-        # cores that this engine's threads are about to need
+        # converted by NumPy: torch's threads would spin for milliseconds afterwards, on the cores
+        # that this engine's threads are about to need
         return torch.from_numpy(images.cpu().numpy().astype(np.float32))
 
 
@@ -137,11 +137,11 @@ class Eager(Engine):
         bf16 = self.precision == "bf16"
         own = fold_batch_norms(model).bfloat16() if bf16 else copy.deepcopy(model)
         deployed = Deployed(own.to(memory_format=torch.channels_last), preprocess)
-        features = self.gives_features  # `run` holds the network, but not the engine that holds it
+        features = self.gives_features  # no reference to the engine, which refers to `run`
         layers = last_layers(own) if features else []
 
         def run(x: Tensor) -> Sequence[Tensor]:
-            with inputs_of(layers) as given:  # of this call alone: several threads may call
+            with inputs_of(layers) as given:  # for this call only: several threads may call
                 answers = _several(deployed(x.contiguous(memory_format=torch.channels_last)))
             return [*answers, joined_features(given)] if features else answers
 
@@ -154,17 +154,17 @@ class Compiled(Engine):
     name = "compiled"
 
     def _build(self, model: torch.nn.Module, preprocess: Preprocess) -> Run:
-        silence_libraries()  # inductor warns at its first use where there is no GPU
+        silence_libraries()  # inductor warns at its first use if there is no GPU
         folded = fold_batch_norms(model).to(memory_format=torch.channels_last)
         if self.precision == "bf16":
             folded = folded.bfloat16()
         compiled = torch.compile(_own_code(self._deployed(folded, preprocess)), dynamic=False)
         on_cpu = self.device.type == "cpu"
-        alone = threading.Lock()  # the settings are the process's, the features the network's
+        alone = threading.Lock()  # settings are per process, features per network
 
         def run(x: Tensor) -> Sequence[Tensor]:
-            # not an option of torch.compile: dynamo reads it before inductor sees the options,
-            # and would pass the weights as inputs, which can't be frozen
+            # not an option of torch.compile: dynamo reads it before inductor sees the options, and
+            # would pass the weights as inputs, which can't be frozen
             with alone, torch._inductor.config.patch(freezing=on_cpu):
                 return _several(compiled(x.contiguous(memory_format=torch.channels_last)))
 
@@ -172,10 +172,10 @@ class Compiled(Engine):
 
 
 def _own_code(module: torch.nn.Module) -> Callable[[Tensor], Any]:
-    """A function that calls a module, with a code object of its own.
+    """A function that calls a module, with its own code object.
 
-    Dynamo keeps what it compiles at the code object, for as long as that lives and at most 8 times:
-    a ninth network, or batch size, would run eagerly.
+    Dynamo caches what it compiles on the code object, as long as that exists and at most 8 times:
+    a ninth network or batch size would run eagerly.
     """
 
     def call(images: Tensor) -> Any:
@@ -207,8 +207,8 @@ class OnnxRuntime(_OutsideTorch):
 class OpenVino(_OutsideTorch):
     """OpenVINO on the CPU; in bf16 it chooses the layers itself.
 
-    Each image's own normalization is then done before, in float32: in bf16 the mean, and pixels
-    between whole numbers, are rounded by up to half a gray level, which is much of a pale image.
+    Per-image normalization is then done beforehand in float32: bf16 rounds the mean, and pixels
+    between whole numbers, by up to half a gray level, which is much for a pale image.
     """
 
     name = "openvino"
@@ -223,7 +223,7 @@ class OpenVino(_OutsideTorch):
             converted.reshape([size, *preprocess.input_size])
             compiled = compile_openvino(converted, self.precision, preprocess.normalization)
             runs[size] = compiled.create_infer_request()
-        alone = threading.Lock()  # a request holds the answers of one call
+        alone = threading.Lock()  # an inference request holds the outputs of one call
 
         def run(x: Tensor) -> Sequence[Tensor]:
             images = x.cpu().contiguous().numpy()
@@ -242,7 +242,7 @@ ENGINES: dict[str, type[Engine]] = {e.name: e for e in (Eager, Compiled, OnnxRun
 
 
 def _normalize_each(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`regard.data.preprocess.normalize_each` by numpy, see `_OutsideTorch._as_floats`."""
+    """`regard.data.preprocess.normalize_each` in NumPy, see `_OutsideTorch._as_floats`."""
     rest = images - images.mean(axis=(1, 2, 3), keepdims=True)
     std = np.sqrt(np.square(rest).mean(axis=(1, 2, 3), keepdims=True))
     rest /= np.maximum(std, np.float32(1e-3))
@@ -267,8 +267,8 @@ def onnxruntime_session(model: str | bytes) -> Any:
 def compile_openvino(model: Any, precision: str, normalization: str) -> Any:
     """A model compiled for this CPU with as many threads as torch has.
 
-    With "int8", layers that are not quantized compute in bf16 where the CPU does, which is
-    OpenVINO's default; but in fp32 if they normalize each image by itself, see `OpenVino`.
+    With "int8", layers that are not quantized compute in bf16 if the CPU does, which is OpenVINO's
+    default, but in fp32 if they normalize each image by its own statistics, see `OpenVino`.
     """
     wide = precision == "int8" and normalization == "fixed" and cpu_has_bf16()
     bf16 = precision == "bf16" or wide

@@ -1,4 +1,4 @@
-"""How fast each engine predicts on this machine: what `regard bench` measures."""
+"""How fast each engine predicts on this machine: the measurement of `regard bench`."""
 
 import logging
 import math
@@ -31,7 +31,7 @@ Clock = Callable[[], float]
 
 @dataclass
 class Timing:
-    """One engine: seconds of one call in each round, seconds until it was ready, or a fault."""
+    """One engine: seconds per call in each round, seconds until it was ready, or a fault."""
 
     engine: str
     precision: str
@@ -41,12 +41,12 @@ class Timing:
 
     @property
     def quartiles(self) -> list[float]:
-        """First quartile, median and third quartile of the seconds of one call."""
+        """First quartile, median and third quartile of the seconds per call."""
         return np.quantile(self.seconds, (0.25, 0.5, 0.75)).tolist()
 
 
 class OpenVinoInt8(OpenVino):
-    """OpenVINO in 8 bits as `export` writes it, calibrated on noise: its speed is the same."""
+    """OpenVINO in 8 bits as `export` writes it, but calibrated on noise, with the same speed."""
 
     needs: tuple[str, ...] = ("openvino", "nncf")
     precisions: tuple[str, ...] = ("int8",)
@@ -75,7 +75,7 @@ def bench(
         started = time.perf_counter()
         try:
             engine = made(model, preprocess, (batch,), t.precision)
-        except Exception as error:  # converters and compilers raise nearly anything
+        except Exception as error:  # converters and compilers raise almost anything
             t.fault = reason(error, 300)
             log.warning("%s, %s: %s", t.engine, t.precision, t.fault)
             continue
@@ -91,9 +91,9 @@ def bench(
 def time_in_rounds(
     steps: Sequence[Callable[[], object]], rounds: int, clock: Clock = time.perf_counter
 ) -> list[list[float]]:
-    """Seconds of a call of each step, in each round, whose order of steps differs.
+    """Seconds per call of each step in each round; the order of the steps differs by round.
 
-    A step shorter than 0.1 s is called several times in a round.
+    A step shorter than 0.1 s is called several times per round.
     """
     calls, seconds = [], [[0.0] * rounds for _ in steps]
     for step in steps:
@@ -105,7 +105,7 @@ def time_in_rounds(
         random.Random(number).shuffle(order)
         for k in order:
             if calls[k] > 1:
-                steps[k]()  # not timed: threads of the step before may still be spinning
+                steps[k]()  # untimed: threads of the previous step may still be spinning
             seconds[k][number] = _seconds(steps[k], calls[k], clock)
     return seconds
 
@@ -125,7 +125,7 @@ def installed(
     """The (engine, precision) pairs that this machine can run; "auto" is every precision.
 
     Raises:
-        UsageError: a precision that this machine does not have, or no engine for it.
+        UsageError: this machine does not support the precision, or no engine does.
     """
     able = {
         "fp32": True,
@@ -150,7 +150,7 @@ def installed(
 
 
 def network(name: str, size: tuple[int, int] | None = None) -> tuple[nn.Module, Preprocess]:
-    """A run's network, or a named one with the same random weights each time, to measure.
+    """A run's network, or a named one with the same random weights each time, for measurement.
 
     Raises:
         UsageError: there is no such network, or it can't take images of this height and width.

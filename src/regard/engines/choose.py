@@ -1,4 +1,4 @@
-"""Opening an engine by name, and `auto`: measure the installed engines once, cache the result."""
+"""Opens an engine by name; `auto` measures the installed engines once and caches the result."""
 
 import contextlib
 import hashlib
@@ -27,10 +27,10 @@ log: logging.Logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "fp32", "bf16")
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.05}
-"""The largest difference of a probability from eager fp32 with which `auto` takes an engine."""
-WORTH_MEASURING = 180.0  # seconds with eager, above which a job may measure the other engines
-WORTH_TAKING = 0.1  # of eager's time
-ROUNDS, WARMUP = 7, 2  # timed calls of an engine, after those that are not timed
+"""The largest difference of a probability from eager fp32 that `auto` accepts in an engine."""
+WORTH_MEASURING = 180.0  # seconds with eager from which the others may be measured
+WORTH_TAKING = 0.1  # fraction of eager's time
+ROUNDS, WARMUP = 7, 2  # timed calls of an engine, after untimed ones
 
 
 @dataclass(frozen=True)
@@ -69,24 +69,24 @@ def open_engine(
     images: Tensor | None = None,
     count: int | None = None,
 ) -> Engine:
-    """A classifier's network in an engine; `classifier.engine = open_engine(...)` uses it.
+    """Opens a classifier's network in an engine; `classifier.engine = open_engine(...)` uses it.
 
-    What was chosen, how far its answers are from eager fp32, and what is not installed is logged.
+    Logs the choice, how far its probabilities are from eager fp32, and what is not installed.
 
     Args:
         classifier: from `regard.load`.
         name: "auto" or one of ENGINES.
-        precision: "auto" is bf16 where the machine computes in it, except for eager, which is the
+        precision: "auto" is bf16 if the machine computes in it, except for eager, which is the
             reference.
         sizes: batch sizes to compile for; the last one is measured.
-        images: (B, C, H, W) in 0..255 on which answers are compared with eager fp32; real images
+        images: (B, C, H, W) in 0..255 for comparing probabilities with eager fp32; real images
             make the comparison meaningful. Default: noise.
-        count: how many images will be predicted, which decides whether a slow start pays.
+        count: number of images to predict, which decides whether a slow start pays off.
             Default: many.
 
     Raises:
-        UsageError: no such engine or precision, one that is not installed, or a network that the
-            engine can't take.
+        UsageError: there is no such engine or precision, it is not installed, or the engine can't
+            take the network.
     """
     check_choice(name, precision, next(classifier.model.parameters()).device)
     probe = _probe(classifier, images, max(sizes))
@@ -127,7 +127,7 @@ def _resolve(name: str, precision: str, classifier: Classifier) -> str:
 
 
 def missing_engines(names: Iterable[str] | None = None) -> dict[str, str]:
-    """Those engines (default: all) that are not installed, with the command that installs each.
+    """Those of the engines (default: all) that are not installed, with the command to install each.
 
     Raises:
         UsageError: there is no such engine.
@@ -147,7 +147,7 @@ def _open_fastest(
     probe: Tensor,
     count: int | None,
 ) -> Engine:
-    """The engine that predicts `count` images soonest, its start included."""
+    """The engine that predicts `count` images soonest, including its start."""
     if absent := missing_engines():
         log.info("not installed: %s", ", ".join(f"{n} ({how})" for n, how in absent.items()))
     rows = _cached(classifier, precision, sizes)
@@ -164,7 +164,7 @@ def _take(
     probe: Tensor,
     count: int | None,
 ) -> Engine:
-    """The cheapest of the measured engines whose answers still agree with eager's."""
+    """The cheapest of the measured engines whose probabilities still agree with eager's."""
     while any(row.acceptable for row in rows):
         best = cheapest(rows, count, sizes[-1])
         engine, found = measure(classifier, best.engine, best.precision, sizes, probe, rounds=0)
@@ -172,7 +172,7 @@ def _take(
             how = _explain(best, rows, count, sizes[-1])
             log.info("%s; probabilities within %.1g of eager fp32", how, found.difference)
             return engine
-        # the cached measurement no longer holds: other images, or a package that is gone
+        # the cached measurement is outdated: other images, or a package is gone
         log.info("%s, %s: %s", best.engine, best.precision, found.fault or _disagreement(found))
         rows = [row for row in rows if row is not best]
     raise UsageError("no engine can be used: the network fails, or its answers are not finite")
@@ -185,16 +185,16 @@ def open_if_it_pays(
     images: Callable[[], Tensor | None] = lambda: None,
     count: int | None = None,
 ) -> Engine | None:
-    """A faster engine in fp32, where it saves a long job at least a tenth of its time; else None.
+    """A faster engine in fp32, if it saves a long job at least a tenth of its time; else None.
 
-    None is the network itself, whose answers are the reference bit for bit. The engines are
-    measured only for a job of more than `WORTH_MEASURING` seconds; a shorter one, or one of
-    unknown length, is given what was measured before.
+    None stands for the network itself, the reference bit for bit. Engines are measured only for a
+    job of more than `WORTH_MEASURING` seconds; for a shorter one, or one of unknown length, earlier
+    measurements are used.
 
     Args:
         classifier, sizes: as for `open_engine`.
-        images: reads those on which answers are compared; called only where they are needed.
-        count: how many images will be predicted. Default: unknown.
+        images: reads the images for comparing probabilities; called only if needed.
+        count: number of images to predict. Default: unknown.
     """
     size = max(sizes)
     rows = _cached(classifier, "fp32", sizes)
@@ -217,7 +217,7 @@ def open_if_it_pays(
 
 
 def _seconds_an_image(classifier: Classifier, images: Tensor) -> float:
-    """Of the network itself, the second of two calls."""
+    """Seconds per image of the network itself, from the second of two calls."""
     for _ in range(2):
         started = time.perf_counter()
         classifier.answers(images).cpu()
@@ -233,7 +233,7 @@ def _cached(
 def _measured(
     classifier: Classifier, precision: str, sizes: tuple[int, ...], probe: Tensor
 ) -> list[Measurement]:
-    """Measures all installed engines, and caches it."""
+    """Measures all installed engines, and caches the result."""
     rows = _measure_all(classifier, precision, sizes, probe)
     _write_cache(cache_path(), *_cache_key(classifier, sizes, precision), rows)
     return rows
@@ -242,7 +242,7 @@ def _measured(
 def _measure_all(
     classifier: Classifier, precision: str, sizes: tuple[int, ...], probe: Tensor
 ) -> list[Measurement]:
-    """All installed engines, eager in fp32 (the reference) first."""
+    """Measurements of all installed engines, with eager in fp32 (the reference) first."""
     bf16 = precision != "fp32" and has_bf16(next(classifier.model.parameters()).device)
     absent, rows = missing_engines(), []
     for name, kind in ENGINES.items():
@@ -266,7 +266,7 @@ def measure(
     probe: Tensor,
     rounds: int = ROUNDS,
 ) -> tuple[Engine | None, Measurement]:
-    """One engine: opened, compared with eager fp32 on `probe`, and timed; 0 rounds: not timed."""
+    """Opens an engine, compares it with eager fp32 on `probe`, and times it, if `rounds` > 0."""
     started = time.perf_counter()
     try:
         engine = ENGINES[name](
@@ -275,7 +275,7 @@ def measure(
         )  # fmt: skip
         startup = time.perf_counter() - started
         answer = engine(probe)
-    except Exception as error:  # converters and compilers raise nearly anything
+    except Exception as error:  # converters and compilers raise almost anything
         return None, Measurement(name, precision, fault=reason(error, 300))
     expected = answer
     if (name, precision) != ("eager", "fp32"):
@@ -295,12 +295,12 @@ def measure(
 
 
 def cheapest(rows: list[Measurement], count: int | None, size: int) -> Measurement:
-    """The row with the least time for `count` images, its start included; None: many images."""
+    """The row with the least time for `count` images, including the start; None: many images."""
     return min((row for row in rows if row.acceptable), key=lambda row: cost(row, count, size))
 
 
 def cost(row: Measurement, count: int | None, size: int) -> float:
-    """Seconds for `count` images in batches of `size`; of one batch where it is None."""
+    """Seconds for `count` images in batches of `size`; for a single batch if it is None."""
     return row.batch if count is None else row.startup + row.batch * count / size
 
 
@@ -329,7 +329,7 @@ def _rate(row: Measurement, size: int) -> str:
 
 # --------------------------------------------------------------------------- probe images
 def _probe(classifier: Classifier, images: Tensor | None, size: int) -> Tensor:
-    """A full batch (size, C, H, W): the images, repeated, or noise."""
+    """A full batch (size, C, H, W): the images, repeated as needed, or noise."""
     if images is None or len(images) == 0:
         generator = torch.Generator().manual_seed(0)
         return torch.rand(size, *classifier.preprocess.input_size, generator=generator) * 255
@@ -337,7 +337,7 @@ def _probe(classifier: Classifier, images: Tensor | None, size: int) -> Tensor:
 
 
 def probe_images(reads: Iterable[Callable[[], Tensor]], most: int = 32) -> Tensor | None:
-    """The first images that can be read, as (B, C, H, W) in 0..255, to compare answers on."""
+    """The first images that can be read, (B, C, H, W) in 0..255, for comparing probabilities."""
     found: list[Tensor] = []
     for read in reads:
         if len(found) == most:
@@ -379,7 +379,7 @@ def _read_cache(path: Path, key: str) -> list[Measurement] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return [Measurement(**row) for row in content[key]["measured"]]
-    except (OSError, ValueError, KeyError, TypeError):  # absent, of another version, or damaged
+    except (OSError, ValueError, KeyError, TypeError):  # absent, from another version, or damaged
         return None
 
 

@@ -1,7 +1,7 @@
-"""From a network to what is deployed of it: pixels in, probabilities out, all in one graph.
+"""Converts a network for deployment: pixels in, probabilities out, all in one graph.
 
-`Deployed` is the graph's content, `fold_batch_norms` makes it smaller, and the functions below
-them turn it into a program of torch.export, ONNX or OpenVINO, in float32 or in 8 bits.
+`Deployed` defines the graph, `fold_batch_norms` makes it smaller, and the functions below them
+convert it into a program of torch.export, ONNX or OpenVINO, in float32 or in 8 bits.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Deployed(nn.Module):
     Args:
         model: in evaluation mode; its weights are shared, not copied.
         preprocess: how the network's images are normalized.
-        maps: names of attention modules whose maps are outputs as well.
+        maps: names of attention modules whose maps are additional outputs.
         temperature: the logits are divided by it.
 
     Shapes: (B, C, H, W) in 0..255 -> probabilities (B, classes) in float32; with `maps` a tuple
@@ -66,7 +66,7 @@ class Deployed(nn.Module):
         if not self.maps:
             return self._softmax(self.model(x))
         outputs: dict[str, Tensor] = {}
-        with contextlib.ExitStack() as hooks:  # on the model for the length of this call only
+        with contextlib.ExitStack() as hooks:  # on the model only during this call
             for name in self.maps:
                 module = self.model.get_submodule(name)
                 hook = module.register_forward_hook(
@@ -82,9 +82,9 @@ class Deployed(nn.Module):
 
 
 class DeployedWithFeatures(Deployed):
-    """`Deployed` with the features that the last layer is given, for an engine's own copy.
+    """`Deployed` that also outputs the features, for an engine's own copy of the network.
 
-    Hooks stay on the model: those of one call, as `Deployed` has, can't be compiled.
+    The hooks stay on the model, as hooks for one call, which `Deployed` has, can't be compiled.
 
     Shapes: (B, C, H, W) in 0..255 -> (B, classes) and (B, D), float32.
     """
@@ -115,7 +115,7 @@ def spatial_maps(model: nn.Module) -> list[str]:
 
 
 class _Tracer(fx.Tracer):
-    """Traces as timm does: its non-traceable functions and modules are leaves."""
+    """Traces as timm does: timm's non-traceable functions and modules are leaves."""
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
@@ -128,10 +128,10 @@ class _Tracer(fx.Tracer):
 def _joined(
     model: nn.Module, first: type[nn.Module], then: type[nn.Module]
 ) -> list[tuple[str, str]]:
-    """Pairs of module names, the second called once, on nothing but the output of the first.
+    """Pairs of module names, where the second is called once, directly on the first's output.
 
-    The first is called once too, and its output is used nowhere else. Empty where the network
-    can't be traced because its control flow depends on data.
+    The first is called once too, and its output is not used elsewhere. Empty if the network can't
+    be traced because its control flow depends on data.
     """
     try:
         nodes = _Tracer().trace(model).nodes
@@ -164,7 +164,7 @@ def _replace(model: nn.Module, name: str, by: nn.Module) -> None:
 def fold_batch_norms(model: nn.Module) -> nn.Module:
     """A copy with each BN that directly follows one convolution folded into it.
 
-    The same function up to rounding, with fewer passes over the feature maps; done in the
+    Computes the same function up to rounding, with fewer passes over the feature maps; done in the
     weights' own precision, before any cast to bf16. A BN before its convolution (pre-activation
     units) stays. A network that can't be traced is copied unchanged.
     """
@@ -205,7 +205,7 @@ def exported(deployed: Deployed) -> torch.export.ExportedProgram:
     with quiet(), torch.no_grad():
         try:
             return torch.export.export(deployed, (example,), dynamic_shapes=({0: batch},))
-        except Exception as error:  # torch has no class of its own for these
+        except Exception as error:  # torch has no specific class for these
             raise UsageError(f"torch.export: {reason(error)}") from error
 
 
@@ -222,12 +222,12 @@ def onnx_model(deployed: Deployed) -> Any:
                 program, (), input_names=["images"], output_names=deployed.output_names,
                 dynamo=True, verbose=False,
             ).model_proto  # type: ignore[union-attr]  # fmt: skip
-        except Exception as error:  # the exporter has no class of its own for these
+        except Exception as error:  # the exporter has no specific class for these
             raise UsageError(f"torch.onnx: {reason(error)}") from error
 
 
 def import_openvino() -> Any:
-    """OpenVINO, without the usage statistics that it and NNCF would send over the network."""
+    """Imports OpenVINO without the usage statistics that it and NNCF would send to the network."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # not importable
     os.environ.setdefault("NNCF_CI", "1")
     import openvino
@@ -259,10 +259,10 @@ def openvino_model(deployed: Deployed) -> Any:
 def openvino_int8(deployed: Deployed, images: Tensor) -> Any:
     """OpenVINO's model in 8 bits, calibrated on `images` (n, C, H, W) in 0..255.
 
-    Only convolutions are quantized: they have nearly all of the arithmetic, and gates, masks
-    and sums in bf16 are as fast and lose less. Ranges hold the values of all images: NNCF's
-    default, the mean of each image's extremes, cuts off many. Its correction of biases is left
-    out. With both, a probability of the digits network was 0.21 off, without 0.03.
+    Only convolutions are quantized: they have nearly all of the arithmetic, and gates, masks and
+    sums in bf16 are as fast and lose less. Ranges cover the values of all images, since NNCF's
+    default, the mean of each image's extremes, cuts off many. NNCF's bias correction is disabled.
+    With both defaults, a probability of the digits network was off by 0.21, without them by 0.03.
     """
     import_openvino()
     import nncf
@@ -279,7 +279,7 @@ def openvino_int8(deployed: Deployed, images: Tensor) -> Any:
                 disable_bias_correction=True,
                 activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
             ),
-            # NNCF's graph lacks some of the other types, which its validation would refuse
+            # NNCF's graph lacks some of the other types, and its validation would refuse them
             ignored_scope=nncf.IgnoredScope(types=sorted(others), validate=False),
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The file formats of `regard export`: writing, metadata, 8 bits, and loading again."""
+"""The file formats of `regard export`: writing, metadata, 8 bits, and loading."""
 
 import json
 import threading
@@ -22,21 +22,21 @@ from regard.engines.conversion import (
 )
 from regard.extras import require
 
-Facts = Mapping[str, Any]  # the metadata: every value can be JSON
+Facts = Mapping[str, Any]  # the metadata; every value is JSON-serializable
 Run = Callable[[Tensor], list[Tensor]]  # (B, C, H, W) float32 in 0..255 -> the graph's outputs
 
 
 class Format:
-    """One file format; a subclass in FORMATS is all that a new one takes."""
+    """One file format; to add one, write a subclass and list it in FORMATS."""
 
     name: ClassVar[str]
     suffix: ClassVar[str]
-    extra: ClassVar[str | None] = None  # of regard.extras
+    extra: ClassVar[str | None] = None  # a key of regard.extras
     needs: ClassVar[tuple[str, ...]] = ()  # modules of that extra
-    int8_needs: ClassVar[tuple[str, ...] | None] = None  # None: no 8 bits in this format
+    int8_needs: ClassVar[tuple[str, ...] | None] = None  # None: the format does not support 8 bits
 
     def require(self, int8: bool) -> None:
-        """Refuses the format where a package is missing.
+        """Refuses the format if a package is missing.
 
         Raises:
             UsageError: names the packages and the command that installs them.
@@ -54,15 +54,15 @@ class Format:
         raise NotImplementedError
 
     def quantize(self, path: Path, deployed: Deployed, facts: Facts, images: Tensor) -> None:
-        """Replaces the file by one in 8 bits, calibrated on `images` (n, C, H, W) in 0..255."""
+        """Replaces the file by an 8-bit version, calibrated on `images` (n, C, H, W) in 0..255."""
         raise NotImplementedError
 
     def metadata(self, path: Path) -> dict[str, Any]:
-        """The facts in a file."""
+        """The metadata stored in a file."""
         raise NotImplementedError
 
     def open(self, path: Path, precision: str = "fp32") -> Run:
-        """A file in its own runtime on the CPU, in "fp32" or as a file in "int8" is run."""
+        """Loads a file in its own runtime on the CPU, as "fp32" or with the settings for "int8"."""
         raise NotImplementedError
 
 
@@ -106,7 +106,7 @@ class Onnx(Format):
 
 
 class OpenVino(Format):
-    """OpenVINO's FILE.xml with the weights in FILE.bin, in float32 and not in float16."""
+    """OpenVINO's FILE.xml with the weights in FILE.bin, in float32 rather than float16."""
 
     name: ClassVar[str] = "openvino"
     suffix: ClassVar[str] = ".xml"
@@ -138,7 +138,7 @@ class OpenVino(Format):
         model = import_openvino().Core().read_model(str(path))
         compiled = compile_openvino(model, precision, self.metadata(path)["normalization"])
         count = len(compiled.outputs)
-        alone = threading.Lock()  # calls share one request, which holds the answers
+        alone = threading.Lock()  # calls share one request, which holds the outputs
 
         def run(x: Tensor) -> list[Tensor]:
             with alone:
@@ -182,5 +182,5 @@ FORMATS: dict[str, Format] = {f.name: f for f in (Onnx(), OpenVino(), Torch())}
 
 
 def _texts(facts: Facts) -> dict[str, str]:
-    """Each value as JSON, as the files hold it."""
+    """Each value as JSON, as the files store it."""
     return {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}

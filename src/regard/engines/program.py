@@ -1,4 +1,4 @@
-"""The program that is written with an exported file: a copy of standalone.py for that file."""
+"""The program that is written next to an exported file: a copy of standalone.py for that file."""
 
 import re
 import sys
@@ -14,9 +14,9 @@ _HEAD = "# Written by Regard"
 
 
 def program_path(out: Path) -> Path:
-    """The program's path for an exported file, whose name must not hide a module that it imports.
+    """The program's path for an exported file; its name must not shadow a module that it imports.
 
-    Where net.py is the program of net.onnx, that of net.pt2 is net_pt2.py.
+    If net.py belongs to net.onnx, the program of net.pt2 is net_pt2.py.
     """
     path = out.with_name(f"{out.stem}_predict.py" if out.stem in _TAKEN else f"{out.stem}.py")
     if _model_of(path) in (None, f"{out.name!a}"):
@@ -25,7 +25,7 @@ def program_path(out: Path) -> Path:
 
 
 def _model_of(path: Path) -> str | None:
-    """The literal that names the exported file in a program of Regard's; None: it is none."""
+    """The literal that names the exported file in a program of Regard's; None for other files."""
     try:
         text = path.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):

@@ -54,7 +54,7 @@ class Network:
         self.facts, self.run = opened(str(path))
 
     def predict(self, paths: list[str], top: int) -> Iterator[dict[str, Any]]:
-        """The classes of each image, or why it has none."""
+        """The classes of each image, or the reason why it has none."""
         for start in range(0, len(paths), BATCH):
             part = paths[start : start + BATCH]
             inputs = [_read_or_error(path, self.facts) for path in part]
@@ -65,7 +65,7 @@ class Network:
                     yield {"path": path, "error": x}
                     continue
                 shares = next(answers)
-                if not np.isfinite(shares).all():  # NaN would be no JSON
+                if not np.isfinite(shares).all():  # NaN is not valid JSON
                     yield {"path": path, "error": f"{path}: its answer is not finite"}
                     continue
                 order = np.argsort(-shares, kind="stable")[:top]
@@ -77,13 +77,13 @@ class Network:
 
 
 def _decision(shares: Array, facts: dict[str, Any]) -> dict[str, str]:
-    """The decision at the threshold that the network was exported with, if there is one."""
+    """The decision at the threshold that the network was exported with, if it has one."""
     threshold = (facts.get("calibration") or {}).get("threshold")
     if threshold is None:
         return {}
     names, positive = facts["class_names"], threshold["positive"]
     value = math.inf if threshold["value"] is None else threshold["value"]
-    # within rounding, as regard.evaluation.statistics.reaches
+    # within rounding, as in regard.evaluation.statistics.reaches
     least = value - 1e-5 * value * (1 - value) - 1.5e-7 * value if value < math.inf else value
     if float(shares[names.index(positive)]) >= least:
         return {"decision": positive}
@@ -110,7 +110,7 @@ def _open_openvino(path: str) -> Opened:
     model = core.read_model(path)
     texts = model.get_rt_info(["regard"]).value
     facts = {k: json.loads(v if isinstance(v, str) else v.value) for k, v in texts.items()}
-    # by default it would compute in bf16 where the processor does, also each image's own mean
+    # the default is bf16 if the processor supports it, even for each image's own mean
     f32 = facts["precision"] == "fp32" or facts["normalization"] == "image"
     hint = {"INFERENCE_PRECISION_HINT": "f32"} if f32 else {}
     compiled = core.compile_model(model, "CPU", hint)
@@ -134,7 +134,7 @@ def _open_torch(path: str) -> Opened:
 
 # ---------------------------------------------------------------------------- reading images
 class ImageError(Exception):
-    """An image can't be read, for the reason that it says."""
+    """An image can't be read; the message says why."""
 
 
 def _read_or_error(path: str, facts: dict[str, Any]) -> Array | str:
@@ -144,7 +144,7 @@ def _read_or_error(path: str, facts: dict[str, Any]) -> Array | str:
         return f"{path}: no such file"
     except Image.UnidentifiedImageError:
         return f"{path}: is no image that Pillow can read"
-    except Exception as error:  # decoders raise nearly anything for broken files
+    except Exception as error:  # decoders raise almost anything for broken files
         return f"{path}: {' '.join(str(error).split()) or type(error).__name__}"
 
 
@@ -165,7 +165,7 @@ def _decode(content: bytes, value_range: list[float] | None) -> Array:
     if content[128:132] == b"DICM":
         raise ImageError("is DICOM: convert it to 16-bit PNG first")
     gray_alpha_16 = content[:8] == b"\x89PNG\r\n\x1a\n" and content[24:26] == b"\x10\x04"
-    if gray_alpha_16:  # Pillow would keep 8 bits; as 8-bit RGBA its bytes are the same
+    if gray_alpha_16:  # Pillow would reduce it to 8 bits; read as 8-bit RGBA its bytes are the same
         header = content[12:24] + b"\x08\x06" + content[26:29]
         checksum = zlib.crc32(header).to_bytes(4, "big")
         content = content[:12] + header + checksum + content[33:]
@@ -176,7 +176,7 @@ def _decode(content: bytes, value_range: list[float] | None) -> Array:
         image.load()
         try:
             orientation = int(image.getexif().get(0x0112, 1))
-        except Exception:  # a broken EXIF block is no reason to lose a good picture
+        except Exception:  # a broken EXIF block is no reason to lose a good image
             orientation = 1
         if gray_alpha_16:
             pixels = _over_white_16(np.asarray(image).view(">u2").astype(np.float64))
@@ -207,7 +207,7 @@ def _pixels(image: Any) -> Array:
         return values.astype(np.int64 if wide else np.uint16)[..., None]
     if image.mode == "F":
         return np.asarray(image).astype(np.float64)[..., None]
-    if image.mode == "La":  # alpha multiplied in, which PIL converts to LA alone
+    if image.mode == "La":  # premultiplied alpha, which PIL converts only to LA
         image = image.convert("LA")
     gray, palette = image.mode in ("1", "L", "LA"), image.mode == "P"
     if image.has_transparency_data:
@@ -221,13 +221,13 @@ def _pixels(image: Any) -> Array:
 
 
 def _correct_tiff(image: Any) -> None:
-    """Corrects what Pillow (seen in 13.0) would misread of a TIFF, or refuses it."""
+    """Corrects what Pillow (seen in 13.0) would misread in a TIFF, or refuses the file."""
     samples, bits = image.tag_v2.get(277, 1), image.tag_v2.get(258, (1,))[0]
-    if samples > 1 and image.tag_v2.get(284) == 2:  # bands one after the other
+    if samples > 1 and image.tag_v2.get(284) == 2:  # planes, one after the other
         raw = bits != 8 and image.tile[0].codec_name == "raw"
         if raw or len(image.getbands()) < min(samples, 3):
             raise ImageError("is a TIFF of separate bands, which Pillow misreads: convert it first")
-    if sys.byteorder == "little":  # libtiff has swapped the bytes already
+    if sys.byteorder == "little":  # libtiff has already swapped the bytes
         native = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
         image.tile = [
             tile._replace(args=(native[tile.args[0]], *tile.args[1:]))
@@ -237,7 +237,7 @@ def _correct_tiff(image: Any) -> None:
 
 
 def _tiff_pixels(image: Any) -> Array | None:
-    """Values (H, W) of a TIFF as its tags say; None: they are as Pillow has them."""
+    """Values (H, W) of a TIFF as its tags say; None if Pillow's own are right."""
     bits, sample_format = image.tag_v2.get(258, (1,)), image.tag_v2.get(339, (1,))[0]
     inverted = image.tag_v2.get(262) == 0  # small values are white
     pixels = np.asarray(image)
@@ -253,7 +253,7 @@ def _tiff_pixels(image: Any) -> Array | None:
         pixels = pixels.astype(np.float64)
     else:
         return None
-    return 1 - pixels if inverted else pixels  # integers of this kind are not Pillow's
+    return 1 - pixels if inverted else pixels  # Pillow has no integers of this kind
 
 
 def _over_white_16(values: Array) -> Array:
@@ -263,7 +263,7 @@ def _over_white_16(values: Array) -> Array:
 
 
 def _scaled(pixels: Array, value_range: list[float] | None) -> Array:
-    """Signed, 32-bit and float values to 0..1 by the range of the training data."""
+    """Scales signed, 32-bit and float values to 0..1 by the range of the training data."""
     if pixels.dtype not in (np.int64, np.float64):
         return pixels
     finite = np.isfinite(pixels)
@@ -306,7 +306,7 @@ def fit(pixels: Array, facts: dict[str, Any]) -> Array:
         and (max(height, width) <= 16 * min(height, width))
     ):
         return resized_and_cropped(pixels, rows, columns, facts["crop_pct"])
-    y, x = rows / height, columns / width  # enlargement
+    y, x = rows / height, columns / width  # scale factors
     if facts["resize"] == "crop":
         y = x = max(y, x)
     elif facts["resize"] == "pad":
@@ -328,7 +328,7 @@ def fit(pixels: Array, facts: dict[str, Any]) -> Array:
 
 
 def resized_and_cropped(pixels: Array, rows: int, columns: int, crop_pct: float) -> Array:
-    """The whole image resized, then its center cut: (H, W, C) -> (rows, columns, C)."""
+    """The whole image resized, then its center cropped: (H, W, C) -> (rows, columns, C)."""
     height, width = pixels.shape[:2]
     if rows / height >= columns / width:
         high = math.floor(rows / crop_pct)
@@ -343,19 +343,19 @@ def resized_and_cropped(pixels: Array, rows: int, columns: int, crop_pct: float)
 def resized(pixels: Array, rows: int, columns: int) -> Array:
     """Bilinear with antialiasing, (H, W, C) -> (rows, columns, C), along the rows first."""
     height, width = pixels.shape[:2]
-    if height * columns > 4 * max(height * width, rows * columns):  # that would take much memory
+    if height * columns > 4 * max(height * width, rows * columns):  # needs less memory
         pixels = _resized_axis(pixels, rows, 0)
     return _resized_axis(_resized_axis(pixels, columns, 1), rows, 0)
 
 
 def _resized_axis(pixels: Array, size: int, axis: int) -> Array:
-    """One axis resized; uint8 in whole numbers with weights of 15 bits, as torchvision does."""
+    """One axis resized; uint8 in integer arithmetic with 15-bit weights, as in torchvision."""
     have = pixels.shape[axis]
     if have == size:
         return pixels
     scale = have / size
     reach = max(scale, 1.0)
-    taps = []  # for each place of the result: where its pixels begin, and their weights
+    taps = []  # for each output position: where its pixels begin, and their weights
     for place in range(size):
         center = scale * (place + 0.5)
         first, last = max(int(center - reach + 0.5), 0), min(int(center + reach + 0.5), have)
@@ -365,7 +365,7 @@ def _resized_axis(pixels: Array, size: int, axis: int) -> Array:
     largest = max(weights.max() for _, weights in taps)
     while whole and bits < 22 and int(0.5 + largest * 2 ** (bits + 1)) < 2**15:
         bits += 1
-    lines = np.moveaxis(pixels, axis, 0)  # the axis first
+    lines = np.moveaxis(pixels, axis, 0)  # moves the axis to the front
     out = np.empty((size, *lines.shape[1:]), pixels.dtype)
     for place, (first, weights) in enumerate(taps):
         part = lines[first : first + len(weights)].astype(np.float64)
@@ -387,7 +387,7 @@ def _files(names: list[str]) -> Iterator[str]:
 
 
 def _below(folder: str) -> Iterator[str]:
-    """Images at any depth, links followed, without hidden files and systems' own folders."""
+    """Images at any depth, following links, without hidden files and system folders."""
     seen = set()  # a folder that is reached twice through links is listed once
     for here, folders, files in os.walk(folder, followlinks=True):
         identity = os.stat(here).st_dev, os.stat(here).st_ino
@@ -402,7 +402,7 @@ def _below(folder: str) -> Iterator[str]:
 
 
 def main() -> int:
-    """Prints the predictions; 1 if some images can't be read, 2 if none can."""
+    """Prints the predictions; returns 1 if some images can't be read, 2 if none can."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("images", nargs="+", help="image files and folders of images")
     parser.add_argument("--model", type=Path, default=Path(__file__).with_name(MODEL))

@@ -1,9 +1,9 @@
 """The explanation of an ensemble: the mean of its members' maps.
 
-Members answer for the same class. Each map is divided by its own maximum, so that every member
-counts alike whatever the scale of its attention, enlarged to the finest of their grids, and
-averaged. Maps that not all members have, as networks of different kinds, are left out of the
-mean; `Explanation.members` has each member's own.
+All members explain the same class. Each map is divided by its own maximum, so that every member
+counts equally whatever the scale of its attention, upsampled to the finest grid, and averaged.
+Maps that not all members have, as with networks of different kinds, are left out of the mean;
+`Explanation.members` has each member's own maps.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ _SAME = 1.0  # pixels: the members' views of an image may differ by rounding
 def average_explanations(
     each: Sequence["Explanation"], classes: list[tuple[str, float]]
 ) -> "Explanation":
-    """One explanation from those of the members for the same image and class.
+    """One explanation from the members' explanations of the same image and class.
 
     Args:
         each: the members' explanations.
-        classes: the ensemble's answer, all classes with their probabilities, top-1 first.
+        classes: the ensemble's prediction, all classes with their probabilities, top-1 first.
 
     Raises:
-        UsageError: the members see different parts of the image, so that no mean would be right.
+        UsageError: the members see different parts of the image, so their maps can't be averaged.
     """
     first = each[0]
     if len(each) == 1:

@@ -28,9 +28,9 @@ def curves_figure(scores: Mapping[str, MapScore], *, width: float = 7.16, seed: 
     The controls are gray and dashed, without intervals.
 
     Args:
-        scores: by map, of `regard.explanations.faithfulness`.
-        width: in inches; below 5 the panels stand one above the other.
-        seed: of the bootstrap.
+        scores: by map, from `regard.explanations.faithfulness`.
+        width: in inches; below 5 the panels are stacked vertically.
+        seed: random seed of the bootstrap.
     """
     with for_print():
         narrow = width < 5

@@ -1,13 +1,13 @@
-"""Deletion and insertion: how far a map shows what the answer depends on.
+"""Deletion and insertion: how well a map shows what the prediction depends on.
 
 Petsiuk et al., RISE, BMVC 2018, arXiv 1806.07421: the pixels that a map ranks highest are
-removed from the image, or put onto a baseline without detail, step by step, and the probability
-of the class is recorded. The better the map shows what the answer depends on, the faster the
+removed from the image, or added to a baseline without detail, step by step, and the probability
+of the class is recorded. The better the map shows what the prediction depends on, the faster the
 probability falls (deletion) or rises (insertion). Every map is compared with the same random
 maps, which have the resolution of the finest map, and with a blob in the center, where
-photographers put things. What a random order has left to delete is a random part of the image,
-as is what it has inserted: on average its insertion is its deletion, whatever its resolution, and
-fine maps vary least.
+photographers put things. In a random order, the pixels not yet deleted are a random part of the
+image, as are the pixels inserted, so its insertion equals its deletion on average, whatever the
+resolution; fine maps vary least.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,24 +31,24 @@ CONTROLS = (RANDOM, CENTER)
 
 
 def baseline_of(x: Tensor, kind: str = "blur") -> Tensor:
-    """Images without detail, (B, C, H, W) -> the same: strongly blurred, or each image's mean.
+    """Images without detail, (B, C, H, W) -> the same: strong blur, or each image's mean.
 
     Raises:
-        UsageError: another kind.
+        UsageError: `kind` is neither.
     """
     if kind == "mean":
         return x.mean(dim=(2, 3), keepdim=True).expand_as(x)
     if kind != "blur":
         raise UsageError(f"baseline={kind!r}: choose one of {', '.join(BASELINES)}")
-    sigma = max(x.shape[-2:]) / 6  # at a twelfth, digits can still be read
+    sigma = max(x.shape[-2:]) / 6  # with a twelfth, digits remain legible
     size = [min(2 * int(3 * sigma) + 1, 2 * ((n - 1) // 2) + 1) for n in x.shape[-2:]]
     return gaussian_blur(x, [size[1], size[0]], [sigma, sigma])
 
 
 def ranks_of(maps: Tensor, size: tuple[int, int], seed: int = 0) -> Tensor:
-    """The order of the pixels: maps (B, h, w) -> (B, H, W), 0 for the highest.
+    """The rank of each pixel: maps (B, h, w) -> (B, H, W), 0 for the highest.
 
-    The map is enlarged bilinearly; equal pixels get a random order.
+    The map is upsampled bilinearly; ties get a random order.
     """
     grown = F.interpolate(maps[:, None].float(), size=size, mode="bilinear")[:, 0].flatten(1)
     generator = torch.Generator().manual_seed(seed)
@@ -72,14 +72,14 @@ def curves(
     batch_size: int = 64,
     seed: int = 0,
 ) -> tuple[Floats, Floats]:
-    """Deletion and insertion curves: the class's probability after 0, 1, ... `steps` steps.
+    """Deletion and insertion curves: the class's probability after 0, 1, ..., `steps` steps.
 
     Args:
         predict: (B, C, H, W) -> (B, classes) probabilities.
-        x: (B, C, H, W), as the network takes them.
-        maps: (B, h, w), higher where it looks.
+        x: (B, C, H, W), the network's input.
+        maps: (B, h, w), higher where the network looks.
         target: (B,) classes.
-        baseline: (B, C, H, W), the replacement of the pixels.
+        baseline: (B, C, H, W), the replacement for the pixels.
 
     Returns:
         Deletion and insertion, (B, steps + 1) each.
@@ -103,12 +103,12 @@ def curves(
         )
         which, of, at = map(list, zip(*part, strict=True))
         found = predict(images).gather(1, target[of][:, None].to(images.device))
-        measured[which, of, at] = found[:, 0].cpu().numpy()  # one wait for the device a batch
+        measured[which, of, at] = found[:, 0].cpu().numpy()  # one device synchronization per batch
     return measured[0], measured[1]
 
 
 def area(curve: Floats) -> Floats:
-    """The mean height of curves (B, steps + 1), by trapezoids: 0 to 1."""
+    """The mean height of curves (B, steps + 1), by the trapezoidal rule: 0 to 1."""
     return (curve[:, 1:] + curve[:, :-1]).mean(axis=1) / 2
 
 
@@ -118,7 +118,7 @@ def random_maps(shape: tuple[int, int, int], seed: int) -> Tensor:
 
 
 def center_maps(shape: tuple[int, int, int]) -> Tensor:
-    """(B, h, w): a Gaussian in the center, its deviation a quarter of the side."""
+    """(B, h, w): a Gaussian in the center; its standard deviation is a quarter of the side."""
     batch, height, width = shape
     y = (torch.arange(height) + 0.5) / height - 0.5
     x = (torch.arange(width) + 0.5) / width - 0.5
@@ -142,14 +142,14 @@ def measure(
 
     Args:
         predict: (B, C, H, W) -> (B, classes) probabilities.
-        x: (B, C, H, W), as the network takes them.
-        maps: by name, (B, h, w) each, higher where it looks.
+        x: (B, C, H, W), the network's input.
+        maps: by name, (B, h, w) each, higher where the network looks.
         target: (B,) classes.
         baseline: "blur" or "mean", see `baseline_of`.
-        steps: of a curve.
-        repeats: random maps per image, of the resolution of the finest map; the curves of the
-            control are their mean.
-        seed: of random maps and ties.
+        steps: steps of a curve.
+        repeats: random maps per image, at the resolution of the finest map; the control's curves
+            are their mean.
+        seed: random seed of random maps and ties.
 
     Raises:
         UsageError: no map, a map of another shape or not finite, or an unknown baseline.
@@ -195,11 +195,11 @@ class MapScore:
         deletion, insertion: mean areas under the curves; a faithful map has a low deletion and
             a high insertion.
         difference: mean of insertion - deletion.
-        over_random, over_center: how much its difference is above that of random maps and of
-            the center blob, paired by image; None for these themselves.
+        over_random, over_center: how much `difference` exceeds that of random maps and of the
+            center blob, paired by image; None for these themselves.
         each: (B, 2) deletion and insertion areas of each image.
         curves: (2, B, steps + 1), the deletion and insertion curves themselves.
-        groups: (B,) those of the images, such as patients; None: they are independent.
+        groups: (B,) groups of the images, such as patients; None: images are independent.
     """
 
     name: str
@@ -213,7 +213,7 @@ class MapScore:
     groups: Sequence[str] | None = None
 
     def verdict(self) -> str:
-        """One plain sentence on what follows."""
+        """The conclusion in one plain sentence."""
         if self.over_random is None or self.over_center is None:
             return f"{self.name} is a control."
         r, c = self.over_random, self.over_center

@@ -1,4 +1,4 @@
-"""What a network attends to on each image: its own maps by stage, and Grad-CAM.
+"""What a network attends to in each image: its own maps by stage, and Grad-CAM.
 
 >>> explanations = regard.explain("runs/demo", ["scan.png"])
 >>> explanations[0].save_figure("scan.pdf")
@@ -49,7 +49,7 @@ GRADCAM = "Grad-CAM"
 
 @dataclass(eq=False, kw_only=True)
 class Explanation:
-    """One image, the network's answer, and where it looked.
+    """One image, the network's prediction, and where it looked.
 
     Attributes:
         path: the image's file, or a name for it.
@@ -57,12 +57,12 @@ class Explanation:
         box: left, top, right, bottom of what the network saw, in the original's pixels.
         classes: all class names with their probabilities, sorted, top-1 first.
         target: the class that Grad-CAM explains, with its probability.
-        maps: the maps to show, grouped by stage; Grad-CAM's is the last.
-        modules: the ungrouped maps, one per module; "channel" ones hold a weight per channel.
-        raw: masks with all their channels, (C, h, w), by module, if they were asked for.
-        true: the true class, where it is known.
-        mask: (H, W), what people marked in the image, where there is such a mask.
-        members: of an ensemble, each network's own explanation, for the same target.
+        maps: the maps to show, grouped by stage; Grad-CAM is the last.
+        modules: the ungrouped maps, one per module; "channel" maps hold a weight per channel.
+        raw: masks with all their channels, (C, h, w), by module, if requested.
+        true: the true class, if known.
+        mask: (H, W), what people marked in the image, if there is such a mask.
+        members: for an ensemble, each network's own explanation, for the same target.
     """
 
     path: str
@@ -92,7 +92,7 @@ class Explanation:
         return [m for m in self.maps if m.kind != "channel"]
 
     def overlay(self, name: str) -> Picture:
-        """The map of this name over the image, in the image's own size: (H, W, 3), uint8.
+        """The map with this name over the image, at the image's own size: (H, W, 3), uint8.
 
         Raises:
             UsageError: there is no such map.
@@ -103,7 +103,7 @@ class Explanation:
         raise UsageError(f"name={name!r}: maps are {', '.join(m.name for m in self.spatial())}")
 
     def reduced(self, side: int) -> "Explanation":
-        """The same with an image of at most `side` pixels a side, and without module maps."""
+        """The same with an image of at most `side` pixels per side, and without module maps."""
         height, width = self.image.shape[:2]
         factor = min(1.0, side / max(height, width))
         image, mask = self.image, self.mask
@@ -122,10 +122,10 @@ class Explanation:
         return explanation_figure(self, width=width)
 
     def save_figure(self, path: str | Path, *, dpi: int = 200, width: float = 7.16) -> None:
-        """Writes the figure; the suffix is the format: .pdf, .svg, .png, .tiff.
+        """Writes the figure; the suffix gives the format: .pdf, .svg, .png, .tiff.
 
         Raises:
-            UsageError: the suffix is no format, or `width` is too small.
+            UsageError: the suffix is not a format, or `width` is too small.
             FileError: the file can't be written.
         """
         save(self.figure(width=width), Path(path), dpi=dpi)
@@ -137,15 +137,15 @@ class Explanation:
         about: dict[str, Any] | None = None,
         arrays: dict[str, Any] | None = None,
     ) -> None:
-        """Writes the numbers: "KIND/MODULE" for each module's map, "raw/MODULE", "gradcam".
+        """Writes the maps as numbers: "KIND/MODULE" for each module, "raw/MODULE", "gradcam".
 
-        Also "box", and "about", a JSON text with path, classes, target, and how each map was
+        Also "box", and "about", a JSON string with path, classes, target, and how each map was
         reduced.
 
         Args:
             path: the .npz file.
-            about: further entries of "about".
-            arrays: further arrays.
+            about: additional entries of "about".
+            arrays: additional arrays.
 
         Raises:
             FileError: the file can't be written.
@@ -217,22 +217,22 @@ def explain(
         >>> regard.explain("runs/demo", "scan.png")[0].figure()
 
     Args:
-        network: a classifier, or the folder of a run or of a timm `local-dir` network. Of an
-            ensemble the maps are the means of its networks', see `regard.explanations.averaging`.
+        network: a classifier, or the folder of a run or of a timm `local-dir` network. For an
+            ensemble, the maps are means over its networks, see `regard.explanations.averaging`.
         images: one image or several: a path, bytes, a file object, a PIL image, an array
             (H, W[, C]) or a tensor ([C, ]H, W).
-        target: the class that Grad-CAM explains; default: the predicted one.
+        target: the class that Grad-CAM explains; default: the predicted class.
         methods: "attention", the network's own maps, "gradcam", or both.
-        reduce: how a mask's channels become one map: "mean", "max" or a channel number.
-        layer: the submodule of Grad-CAM; default: see `default_layer`.
-        keep_channels: keep every channel of the masks too, in `Explanation.raw`.
+        reduce: how to reduce a mask's channels to one map: "mean", "max" or a channel number.
+        layer: the submodule for Grad-CAM; default: see `default_layer`.
+        keep_channels: also keep every channel of the masks, in `Explanation.raw`.
 
     Returns:
         One explanation per image.
 
     Raises:
-        ImageError: an image can't be read, or has no finite answer.
-        UsageError: no network there, or an argument is not among its choices.
+        ImageError: an image can't be read, or its prediction is not finite.
+        UsageError: there is no such network, or an argument is not among its choices.
     """
     if isinstance(network, nn.Module):
         raise UsageError(
@@ -264,7 +264,7 @@ def _explained(
     target: str | None,
     options: dict[str, Any],
 ) -> Explanation:
-    """The explanation of one network."""
+    """The explanation by a single network."""
     x, picture, box = read_to_explain(classifier, image)
     (shown,) = explain_batch(
         classifier.model, x, [picture], [box], classes=classifier.class_names, target=target,
@@ -289,26 +289,26 @@ def explain_batch(
     batch_size: int = 16,
     temperature: float = 1.0,
 ) -> Explanations:
-    """`explain` for any classifier and inputs that are prepared already.
+    """`explain` for any classifier and inputs that are already preprocessed.
 
     Args:
         model: any classifier; its own attention is shown if it has any.
         x: (B, C, H, W), preprocessed, on the model's device.
         images: B originals, uint8, (H, W) or (H, W, 3), of any sizes.
-        boxes: what part of each original the network saw; default: all of it.
+        boxes: the part of each original that the network saw; default: all of it.
         classes: the class names, in the order of the outputs.
-        target: a class by number or name, or one number per image; default: the predicted one.
+        target: a class number or name, or one number per image; default: the predicted class.
         methods: "attention", the network's own maps, "gradcam", or both.
-        reduce: how a mask's channels become one map: "mean", "max" or a channel number.
-        layer: the submodule of Grad-CAM.
+        reduce: how to reduce a mask's channels to one map: "mean", "max" or a channel number.
+        layer: the submodule for Grad-CAM.
         paths: the images' names.
-        keep_channels: keep every channel of the masks too, in `Explanation.raw`.
-        batch_size: images at once.
-        temperature: the logits are divided by it in the probabilities.
+        keep_channels: also keep every channel of the masks, in `Explanation.raw`.
+        batch_size: images per batch.
+        temperature: the logits are divided by it for the probabilities.
 
     Raises:
-        UsageError: an argument is not among its choices, or counts don't agree.
-        ImageError: an image's answer is not finite.
+        UsageError: an argument is not among its choices, or numbers of items don't agree.
+        ImageError: the prediction for an image is not finite.
     """
     check_reduce(reduce)
     boxes, paths = _checked(x, images, boxes, paths, methods)
@@ -329,7 +329,7 @@ def explain_batch(
 
 
 def class_number(name: str, classes: Sequence[str]) -> int:
-    """The output of a class.
+    """The output index of a class.
 
     Raises:
         UsageError: there is no such class.
@@ -375,7 +375,7 @@ def _explain_batch(
     keep_channels: bool,
     temperature: float,
 ) -> Iterator[dict[str, Any]]:
-    """The attributes of an Explanation for each image, apart from path, image and box."""
+    """The attributes of an Explanation for each image, except path, image and box."""
     maps = AttentionMaps({})
     own = "attention" in methods and (attention_kinds(model) or len(methods) == 1)
     with torch.no_grad(), evaluating(model):

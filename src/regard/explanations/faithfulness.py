@@ -1,7 +1,7 @@
-"""How far maps can be believed: deletion, insertion and sanity checks, image by image.
+"""How trustworthy maps are: deletion, insertion and sanity checks, image by image.
 
-`judge` scores a batch. For many images a `Scorer` takes one at a time, so that memory stays
-flat and work can be resumed, and `summarize` puts the scores together.
+`judge` scores a batch. For many images, a `Scorer` takes one at a time, so that memory use stays
+constant and work can be resumed, and `summarize` combines the scores.
 """
 
 import zlib
@@ -53,13 +53,13 @@ def spatial_maps(
 
 @dataclass(frozen=True, eq=False)
 class ImageScore:
-    """One image's part of the scores.
+    """The scores of one image.
 
     Attributes:
-        curves: deletion and insertion, (2, steps + 1), by map, the controls last.
-        maps: the maps themselves, (h, w) float32, by name.
-        similarity: rank correlation with the map of random weights, by map.
-        without_detail: the class's probability on the baseline image.
+        curves: deletion and insertion by map, (2, steps + 1), the controls last.
+        maps: the maps themselves by name, (h, w) float32.
+        similarity: rank correlation with the map of the network with random weights, by map.
+        without_detail: the class's probability for the baseline image.
     """
 
     curves: dict[str, Floats]
@@ -73,8 +73,8 @@ class Faithfulness:
     """The scores of all images.
 
     Attributes:
-        images: how many.
-        groups: how many they come in; None: they are independent.
+        images: number of images.
+        groups: number of groups; None: images are independent.
         scores: by map, the controls last.
         checks: one sanity check per map.
         warnings: reasons to doubt the scores themselves.
@@ -88,13 +88,13 @@ class Faithfulness:
 
     @property
     def over(self) -> str:
-        """What the intervals are over: "images", "7 groups", or "" where there are none."""
+        """What the intervals are over: "images", "7 groups", or "" if there are none."""
         if min(self.images, self.groups or self.images) < 2:
             return ""
         return "images" if self.groups is None else f"{self.groups} groups"
 
     def sentences(self) -> list[str]:
-        """What follows, in plain words: warnings, then a verdict per map and per check."""
+        """The conclusions in plain words: warnings, then a verdict per map and per check."""
         verdicts = [s.verdict() for s in self.scores.values() if s.over_random is not None]
         return [*self.warnings, *verdicts, *(c.verdict() for c in self.checks)]
 
@@ -115,15 +115,15 @@ class Faithfulness:
 class Scorer:
     """Scores the maps of one image at a time.
 
-    An image's scores depend on the image and the settings alone, not on its position: the seed
-    of its random maps is made from its pixels.
+    An image's scores depend only on the image and the settings, not on its position: the seed of
+    its random maps is computed from its pixels.
 
     Args:
-        model: the network, left as it is.
+        model: the network; it is not changed.
         methods, reduce, layer: as for `explain`.
         baseline: "blur" or "mean", see `deletion.baseline_of`.
-        seed: of random maps and random weights.
-        steps: of a curve.
+        seed: random seed of random maps and random weights.
+        steps: steps of a curve.
         repeats: random maps per image.
     """
 
@@ -154,7 +154,7 @@ class Scorer:
             return self.model(x).float().softmax(dim=1)
 
     def score(self, x: Tensor, target: int | None = None) -> ImageScore:
-        """Scores one image (1, C, H, W) for a class; default: the predicted one.
+        """Scores one image (1, C, H, W) for a class; default: the predicted class.
 
         Raises:
             UsageError: the network has no map to score, or an unknown baseline.
@@ -184,13 +184,13 @@ def summarize(
     seed: int = 0,
     groups: Sequence[str] | None = None,
 ) -> Faithfulness:
-    """Scores and checks over images, at least one, in their order.
+    """Scores and checks over one or more images, in their order.
 
     Args:
-        each: of the images.
-        baseline: the one of the scores.
-        seed: of the bootstrap.
-        groups: of the images, such as patients; intervals are over these where they are given.
+        each: the images' scores.
+        baseline: the baseline of the scores.
+        seed: random seed of the bootstrap.
+        groups: of the images, such as patients; if given, intervals are over these.
     """
     names = list(each[0].curves)
     curves = {name: np.stack([one.curves[name] for one in each], axis=1) for name in names}
@@ -220,8 +220,8 @@ def judge(
     Args:
         model: any classifier.
         x: preprocessed images, at least one.
-        target: the class to explain for each; default: the predicted one.
-        settings: those of `Scorer`.
+        target: the class to explain for each image; default: the predicted class.
+        settings: arguments of `Scorer`.
 
     Raises:
         UsageError: the network has no map to score, or an unknown baseline.
@@ -233,7 +233,7 @@ def judge(
 
 
 def interval(estimate: Estimate | None, decimals: int = 3) -> str:
-    """ "0.412 (0.376 to 0.450)"; without one where an image or group was alone; "–" for None."""
+    """ "0.412 (0.376 to 0.450)"; without the interval if there is none; "–" for None."""
     if estimate is None:
         return "–"
     value = f"{estimate.value:.{decimals}f}"
@@ -243,7 +243,7 @@ def interval(estimate: Estimate | None, decimals: int = 3) -> str:
 
 
 def numbers(scores: Mapping[str, MapScore]) -> dict[str, Any]:
-    """Scores for JSON: value, low and high of each number (null without an interval)."""
+    """Scores for JSON: value, low and high of each number (null if there is no interval)."""
     parts = ("deletion", "insertion", "difference", "over_random", "over_center")
     return {
         name: {

@@ -1,8 +1,8 @@
 """Figures: one explanation for a paper, and a contact sheet of many.
 
-Every map has its own scale with its name and its true range below it, its size, and how channels
-or blocks became one map. What people marked is outlined in every panel. The colors are those of
-`regard.explanations.overlay`.
+Every map has its own scale, with its name and true range below it, and states its size and how
+channels or blocks were reduced to one map. What people marked is outlined in every panel. The
+colors are those of `regard.explanations.overlay`.
 """
 
 import math
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 
 # in inches
 _GAP = 0.14  # between panels
-_TITLE = 0.32  # two lines above a panel
-_BAR = 0.38  # the scale below it, with its numbers and its name
+_TITLE = 0.32  # for two lines above a panel
+_BAR = 0.38  # the color scale below it, with its numbers and name
 _CHART = 0.95  # a channel chart's axes
 _CHART_FOOT = 0.34
-_LINE, _MORE = 0.135, 0.04  # a line above the panels, and more for a line of large type
-_LEAST = 0.02  # a panel's height and width, whatever the image's shape
+_LINE, _MORE = 0.135, 0.04  # per line above the panels, and extra for a line of large type
+_LEAST = 0.02  # a panel's minimum height and width, whatever the image's shape
 _NORMAL, _LARGE = 8.0, 9.5  # points
-_PIXELS = 480  # of a panel's longer side, at most twice: sharp at 300 dpi
+_PIXELS = 480  # pixels of a panel's longer side, at most doubled: sharp at 300 dpi
 _TALLEST = 1.6  # a taller image is drawn narrower than its column
-_NARROWEST = 1.55  # of a column, for its numbers and names to be read
+_NARROWEST = 1.55  # column, for its numbers and names to be legible
 _LEAST_WIDTH = 50 / 25.4
 
 
@@ -54,10 +54,10 @@ def _short(text: str, length: int) -> str:
 
 
 def _label(m: StageMap) -> tuple[str, str]:
-    """A panel's two lines: which map, and its size and how it became one map.
+    """A panel's two lines: which map it is; its size and how it was reduced to one map.
 
-    Of a module's name what is before the gate's own, which all panels share: "block1.2.2", not
-    "block1.2.2.attention.spatial", of which the panel has no room for the end.
+    A module's name is shortened by the gate's own part, which all panels share: "block1.2.2", not
+    "block1.2.2.attention.spatial", whose end would not fit into the panel.
     """
     name = m.name
     if name.startswith(m.stage):
@@ -67,7 +67,7 @@ def _label(m: StageMap) -> tuple[str, str]:
 
 
 def size_of(m: StageMap) -> str:
-    """ "7×7", or "2×2 = 4 cells" where a map is drawn as cells."""
+    """ "7×7", or "2×2 = 4 cells" if a map is drawn as cells."""
     size = "×".join(str(n) for n in m.values.shape)
     if m.kind == "channel" or not has_few_cells(m.values):
         return size
@@ -86,7 +86,7 @@ def _display_size(image: Picture) -> tuple[int, int]:
 
 
 def _columns(image: Picture, width: float) -> int:
-    """Panels in a row: fewer of them for wide images, which would be too low."""
+    """Panels per row: fewer for wide images, whose panels would be too low."""
     aspect = image.shape[0] / image.shape[1]
     most = 2 if aspect < 0.35 else 3 if aspect < 0.6 else 4
     return max(1, min(most, int(width / _NARROWEST)))
@@ -133,7 +133,7 @@ def _scale_name(m: StageMap) -> str:
 
 
 def _scale(grid: _Grid, m: StageMap, left: float, top: float, width: float) -> None:
-    """The colors with the true numbers at their ends, the mean between, and the scale's name."""
+    """The color bar with the true numbers at its ends, the mean between, and the scale's name."""
     axes = grid.axes(left, top + 0.05, width, 0.07)
     numbers = spread(m.values)
     if numbers is None:
@@ -154,7 +154,7 @@ def _scale(grid: _Grid, m: StageMap, left: float, top: float, width: float) -> N
 
 
 def _chart(axes: Axes, stage: str, gates: Sequence[StageMap], width: float) -> None:
-    """Channel weights of a stage's gates, each sorted, so that their spread can be compared."""
+    """Channel weights of a stage's gates, each sorted, so that their spreads can be compared."""
     colors = matplotlib.colormaps["viridis"]
     for i, gate in enumerate(gates):
         color = colors(0.0 if len(gates) == 1 else 0.85 * i / (len(gates) - 1))
@@ -180,7 +180,7 @@ def _heading(shown: "Explanation", width: float) -> list[tuple[str, float]]:
     """The lines above the panels, with their size in points."""
     name, p = shown.classes[0]
     others = ", ".join(f"{_short(c, 24)} ({_percent(q)})" for c, q in shown.classes[1:3])
-    path = shown.path if len(shown.path) <= 44 else f"…{shown.path[-43:]}"  # the end tells more
+    path = shown.path if len(shown.path) <= 44 else f"…{shown.path[-43:]}"  # its end says more
     first = f"{path}: {_short(name, 36)} ({_percent(p)})"
     parts = [f"then {others}"] if others else []
     if shown.true is not None:
@@ -208,12 +208,12 @@ def explanation_figure(shown: "Explanation", *, width: float = 7.16) -> Figure:
     """The image, each map over it with its scale, Grad-CAM, and the channel weights as charts.
 
     Args:
-        shown: of `regard.explain`.
+        shown: from `regard.explain`.
         width: of the figure, in inches; type is 6.5 to 9.5 points at any width, and narrow
-            figures have fewer panels in a row.
+            figures have fewer panels per row.
 
     Returns:
-        A matplotlib figure, to be saved in any of its formats.
+        A matplotlib figure, which can be saved in any of its formats.
 
     Raises:
         UsageError: a width under 50 mm.
@@ -278,7 +278,7 @@ def _panel(
         if m.kind == "gradcam":
             first = f"{first}: {shown.target[0]}"
         _title(axes, first, second, column)
-        # as wide as the column: a narrow image leaves no room for the numbers
+        # as wide as the column, as a narrow image leaves no room for the numbers
         _scale(grid, m, at[0], at[1] + at[3], column)
     if shown.mask is not None:
         _outline(axes, shown.mask, size)
@@ -290,7 +290,7 @@ def _outline(axes: Axes, mask: Any, size: tuple[int, int]) -> None:
     if most < 1:
         side = max(1, round(mask.shape[1] * most)), max(1, round(mask.shape[0] * most))
         mask = np.asarray(Image.fromarray(mask).resize(side))
-    padded = np.pad(mask.astype(np.float32), 1)  # a mask at the image's border is closed there
+    padded = np.pad(mask.astype(np.float32), 1)  # closes the outline at the image's border
     height, width = mask.shape
     x = (np.arange(-1, width + 1) + 0.5) * size[1] / width - 0.5
     y = (np.arange(-1, height + 1) + 0.5) * size[0] / height - 0.5
@@ -301,7 +301,7 @@ def _outline(axes: Axes, mask: Any, size: tuple[int, int]) -> None:
 
 
 def _frame(axes: Axes, shown: "Explanation", size: tuple[int, int]) -> None:
-    """A dashed frame around what the network saw, where that is not the whole image."""
+    """A dashed frame around what the network saw, unless that is the whole image."""
     height, width = shown.image.shape[:2]
     left, top, right, bottom = np.clip(shown.box, 0, (width, height) * 2).tolist()
     if (round(left), round(top), round(right), round(bottom)) == (0, 0, width, height):
@@ -325,19 +325,19 @@ def contact_sheet(
     side: int = 180,
     maps: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Many images on one sheet: each with some of its maps beside it and their ranges below.
+    """Many images on one sheet: each with some of its maps next to it and their ranges below.
 
     Args:
         shown: explanations.
-        columns: images in a row; as many as fit into 1800 pixels by default.
-        side: of each thumbnail's square in pixels, at least 100; images keep their aspect.
-        maps: which to show, by name; the last attention map and Grad-CAM by default.
+        columns: images per row; by default as many as fit into 1800 pixels.
+        side: of each thumbnail's square in pixels, at least 100; aspect ratios are preserved.
+        maps: names of the maps to show; by default the last attention map and Grad-CAM.
 
     Returns:
         An RGB image.
 
     Raises:
-        UsageError: nothing to show, a map that none has, or a side under 100.
+        UsageError: nothing to show, a map that no explanation has, or a side under 100.
     """
     if not shown:
         raise UsageError("a contact sheet needs at least one explanation")
@@ -390,7 +390,7 @@ def _range(m: StageMap) -> str:
 
 
 def _thumbnail(e: "Explanation", m: StageMap | None, side: int) -> Image.Image:
-    """The image, or a map over it, within a square, its aspect kept, on white."""
+    """The image, or a map over it, fitted into a square on white with its aspect preserved."""
     height, width = e.image.shape[:2]
     factor = side / max(height, width)
     size = max(1, round(height * factor)), max(1, round(width * factor))
@@ -412,7 +412,7 @@ def _font(size: int, weight: str) -> Any:
 
 
 def _fit(text: str, font: Any, width: float) -> str:
-    """The text, cut with … where it is wider than `width` pixels."""
+    """The text, cut with … if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

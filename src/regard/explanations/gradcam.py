@@ -1,6 +1,6 @@
-"""Grad-CAM (Selvaraju et al., ICCV 2017, arXiv 1610.02391) for any classifier of timm's.
+"""Grad-CAM (Selvaraju et al., ICCV 2017, arXiv 1610.02391) for any of timm's classifiers.
 
-The map is the layer's own size and unscaled: nothing is enlarged, divided or cut off here.
+The map has the layer's own size and scale: it is neither upsampled nor normalized.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def check_targets(target: Tensor | Sequence[int] | int, logits: Tensor) -> Tenso
     """One class for each image, (B,), on the device of the logits (B, classes).
 
     Raises:
-        UsageError: another number of classes than images, or a class that does not exist.
+        UsageError: the number of classes and images differ, or a class does not exist.
     """
     targets = torch.as_tensor(target, device=logits.device)
     if targets.ndim == 0:
@@ -30,15 +30,15 @@ def check_targets(target: Tensor | Sequence[int] | int, logits: Tensor) -> Tenso
 
 
 def default_layer(model: nn.Module, x: Tensor) -> str:
-    """The layer that Grad-CAM is taken at: the network's last map of features.
+    """The default layer for Grad-CAM: the network's last feature map.
 
-    timm's `feature_info` says which it is; for a vision transformer it is the first norm of
-    the last block, as the last block's own patches don't reach the class token. For a network
-    that says nothing, or names a layer of several maps (HRNet, CrossViT), it is the last
-    submodule that gives a map of more than one position, or else tokens of a grid.
+    timm's `feature_info` names it; for a vision transformer it is the first norm of the last block,
+    as the patches that the last block outputs don't reach the class token. For a network without
+    this information, or where it names a layer with several maps (HRNet, CrossViT), it is the last
+    submodule that outputs a map of more than one position, or else tokens of a grid.
 
     Raises:
-        UsageError: no submodule gives a map.
+        UsageError: no submodule outputs a map.
     """
     blocks = getattr(model, "blocks", None)
     if isinstance(blocks, nn.Sequential | nn.ModuleList) and hasattr(model, "num_prefix_tokens"):
@@ -62,7 +62,7 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def _outputs(model: nn.Module, x: Tensor) -> list[tuple[str, Tensor]]:
-    """Every submodule that answers with a tensor, and its shape as a tensor on meta."""
+    """Every submodule that outputs a tensor, with a meta tensor of the output's shape."""
     found: list[tuple[str, Tensor]] = []
 
     def hook_of(name: str) -> Any:
@@ -84,7 +84,7 @@ def _outputs(model: nn.Module, x: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def _last_that_matters(model: nn.Module, x: Tensor, names: Sequence[str]) -> list[str]:
-    """Those of the layers whose patches, not only the class token, reach the logits."""
+    """The layers whose patches, not only the class token, affect the logits."""
     outputs: dict[str, Tensor] = {}
 
     def hook_of(name: str) -> Any:
@@ -120,10 +120,10 @@ def _fits(grid: tuple[int, int], size: tuple[int, int]) -> bool:
 
 
 def _grid(tokens: Tensor, model: nn.Module, size: tuple[int, int]) -> tuple[int, int, int] | None:
-    """Leading tokens that are no patches, and the patches' rows and columns; None: no grid.
+    """Number of leading non-patch tokens, rows and columns of the patches; None if not a grid.
 
-    The grid is the one of the model's patches, or else the one of square patches on an input of
-    this height and width.
+    The grid is that of the model's patches, or else that of square patches on an input of this
+    height and width.
     """
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     high, wide = patch if isinstance(patch, tuple | list) else (patch or 0,) * 2
@@ -142,11 +142,11 @@ def _grid(tokens: Tensor, model: nn.Module, size: tuple[int, int]) -> tuple[int,
 
 
 def _channels_first(values: Tensor, model: nn.Module, size: tuple[int, int]) -> Tensor:
-    """A layer's output as (B, C, h, w): from NCHW, NHWC as Swin's, or tokens (B, N, C)."""
+    """A layer's output as (B, C, h, w): from NCHW, NHWC (as in Swin), or tokens (B, N, C)."""
     if values.ndim == 4:
         _, a, b, c = values.shape
         first, last = _fits((b, c), size), _fits((a, b), size)
-        if first == last:  # the shape does not say
+        if first == last:  # ambiguous by shape
             last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         return values.permute(0, 3, 1, 2) if last else values
     if values.ndim == 3 and (grid := _grid(values, model, size)) is not None:
@@ -165,20 +165,20 @@ def gradcam(
     """Grad-CAM: ReLU(sum over c of alpha_c A_c), alpha_c the mean over positions of dy/dA_c.
 
     A is a layer's output and y the logit of the class. The network is evaluated as in
-    prediction; its mode, weights, gradients and hooks are left as they were.
+    prediction; its mode, weights, gradients and hooks are unchanged afterwards.
 
     Args:
         x: (B, C, H, W), preprocessed.
-        target: the class to explain, one for each image or one for all; what the network
-            predicts by default.
-        layer: a submodule's name; the last map of features by default, see default_layer.
+        target: the class to explain, one for each image or one for all; default: the predicted
+            class.
+        layer: a submodule's name; default: the last feature map, see default_layer.
 
     Returns:
-        (B, h, w), of the layer's size, at least 0, on the device of x.
+        (B, h, w), at the layer's size, at least 0, on the device of x.
 
     Raises:
-        UsageError: a layer that does not exist, did not run or gives no map, or a target that
-            is no class.
+        UsageError: the layer does not exist, did not run or outputs no map, or the target is not
+            a class.
     """
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
         x = x.detach().clone()
@@ -191,8 +191,8 @@ def gradcam(
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             if not isinstance(output, Tensor):
                 raise UsageError(f"layer={name!r}: its output is {type(output).__name__}, no map")
-            # a leaf, so that nothing before the layer is differentiated; and a copy of it for
-            # what follows, which may work in place
+            # a leaf, so that nothing before the layer is differentiated, and a copy of it for the
+            # layers that follow, which may work in place
             kept[:] = [output.detach().requires_grad_()]
             return kept[0].clone()
 
@@ -204,7 +204,7 @@ def gradcam(
         if not kept:
             raise UsageError(f"layer={name!r} did not run: give a layer in use, model uncompiled")
         targets = check_targets(logits.argmax(dim=1) if target is None else target, logits)
-        targets = targets.clone()  # one made in inference mode can't be saved for the backward pass
+        targets = targets.clone()  # tensors made in inference mode can't be saved for backward
         scores = logits.gather(1, targets[:, None]).sum()
         if not scores.requires_grad:
             raise UsageError(f"layer={name!r}: the class does not depend on it")

@@ -1,8 +1,8 @@
-"""Which images are explained, what they are called, and which files their results may replace.
+"""Which images are explained, their names, and which files their results may replace.
 
-An image is called by its path relative to the closest folder that holds all images given, and
-its results are `NAME.explained.png` and `NAME.explained.npz`: names of their own, whatever else
-is in the folder. A file that Regard did not write is never replaced unasked.
+An image's name is its path relative to the closest folder that holds all given images. Its
+results are `NAME.explained.png` and `NAME.explained.npz`, which are unique whatever else is in
+the folder. A file that Regard did not write is never replaced unless asked to.
 """
 
 import json

@@ -1,7 +1,7 @@
 """What people marked in images: boxes from a CSV file, or a folder of mask images.
 
-Everything is checked before the work: an image without a usable mask is named with the reason
-and skipped; what could belong to several images is an error.
+Everything is checked before the work starts: an image without a usable mask is named with the
+reason and skipped; a path that could belong to several images is an error.
 """
 
 import csv
@@ -30,10 +30,10 @@ class Masks:
     """The masks of images, by the images' names.
 
     Attributes:
-        boxes: left, top, right, bottom in the original's pixels; several make one mask.
-        files: mask images, marked where brighter than half of their maximum; several are united.
+        boxes: left, top, right, bottom in the original's pixels; several form one mask.
+        files: mask images, marked where brighter than half their maximum; several are combined.
         problems: why an image has no usable mask.
-        groups: of images, such as their patients, where the table has a column group.
+        groups: of the images, such as patients, if the table has a column group.
     """
 
     boxes: dict[str, list[Corners]] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Masks:
         """The mask (H, W) of an image of this size.
 
         Raises:
-            UsageError: it marks nothing of the image, or has another size.
+            UsageError: it marks nothing in the image, or has another size.
             ImageError: a mask image can't be read.
         """
         mask = np.zeros(size, dtype=bool)
@@ -71,15 +71,15 @@ def open_masks(source: Path, images: Sequence[Source]) -> Masks:
 
     Args:
         source: a CSV file with the columns path, x0, y0, x1, y1 (pixels of the original, any
-            number of rows per image) and optionally group, or a folder with a mask image per
-            image: of the same relative path with any image suffix, or with _mask, _seg, _gt or
-            _label before it. The end of a path is enough where it names one image only.
+            number of rows per image) and optionally group, or a folder with a mask image for each
+            image: with the same relative path and any image suffix, or with _mask, _seg, _gt or
+            _label before it. The end of a path is enough if only one image matches.
         images: the images.
 
     Raises:
-        UsageError: no such file or folder, a CSV without these columns or numbers, or with a
-            group in some rows only or several groups for one image, a path that could be of
-            several images, or no usable mask at all.
+        UsageError: no such file or folder; a CSV file without these columns or numbers, with a
+            group in only some rows, or with several groups for one image; a path that matches
+            several images; or no usable mask at all.
     """
     if source.is_dir():
         masks = _from_folder(source, images)
@@ -94,7 +94,7 @@ def open_masks(source: Path, images: Sequence[Source]) -> Masks:
 
 
 class _Names:
-    """Looks images up by the end of their path."""
+    """Finds images by the end of their path."""
 
     def __init__(self, images: Sequence[Source], *, suffixes: bool) -> None:
         self.suffixes = suffixes
@@ -109,7 +109,7 @@ class _Names:
         return (pure if self.suffixes else pure.with_suffix("")).parts
 
     def of(self, path: str, where: str) -> str | None:
-        """The image of a path, by its name or else by the end of its path; None for none."""
+        """The image with this path, by its name or else by the end of its path, or None."""
         parts = self._parts(path)
         if parts in self.exact:
             return self.exact[parts]
@@ -152,7 +152,7 @@ def _from_csv(source: Path, images: Sequence[Source]) -> Masks:
 
 
 def _check_groups(source: Path, rows: list[tuple[int, str, Corners, str]]) -> None:
-    """A group in every row or in none, as for the images of a training."""
+    """Checks that every row or no row has a group, as for training images."""
     empty = [line for line, *_, group in rows if not group]
     if empty and len(empty) < len(rows):
         raise UsageError(f"{source}, line {empty[0]}: group is empty, while other rows have one")
@@ -204,7 +204,7 @@ def _from_folder(source: Path, images: Sequence[Source]) -> Masks:
     names, masks = _Names(images, suffixes=False), Masks()
     given = {os.path.realpath(image.path) for image in images}
     for path in _files(source):
-        if os.path.realpath(path) in given:  # masks beside their images
+        if os.path.realpath(path) in given:  # masks next to their images
             continue
         relative = path.relative_to(source).as_posix()
         stem = _MASK.fullmatch(path.stem)
@@ -229,7 +229,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _file_problem(image: Source, files: Sequence[Path], source: Path) -> dict[str, str]:
-    """The reason by the image's name; empty where its masks are usable."""
+    """{image's name: reason}; empty if its masks are usable."""
     stems = [path.with_suffix("") for path in files]
     if not files:
         reason = f"{source} has no mask for it"

@@ -1,14 +1,14 @@
-"""An attention map laid over its image, with the range of numbers that the colors stand for.
+"""An attention map laid over its image, with the range of values that the colors stand for.
 
-The image stays underneath in gray, a little compressed so that black and white can carry
-color too. The attention is color on top, as opaque as it is strong: nothing at the low end
+The image stays underneath in gray, slightly compressed so that black and white can also show
+color. The attention is color on top, and the stronger the more opaque: nothing at the low end
 of its range, then teal, green and yellow. The colors are the upper part of matplotlib's
-viridis, which is even in brightness, survives a gray print and is read by color-blind
-people; a thin white outline can mark a level without any color at all.
+viridis, which is perceptually uniform, survives grayscale printing and is readable for
+color-blind people; a thin white outline can mark a level without any color.
 
-A color says where a value lies in the picture's range, not what it is: `describe` gives
-the true numbers, to be printed with every picture. A map of few cells is drawn as those cells:
-a smooth picture would look finer than the network saw.
+A color shows where a value lies in the picture's range, not the value: `describe` gives the
+true numbers, to be printed with every picture. A map with few cells is drawn as those cells:
+a smooth picture would look finer than what the network saw.
 """
 
 import math
@@ -25,11 +25,11 @@ Picture = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 _GRAY = (0.10, 0.80)  # black and white of the image, of 0..1: color must show on both
-_OPACITY = 0.75  # of the strongest attention: a quarter of the image is always seen
+_OPACITY = 0.75  # of the strongest attention: a quarter of the image always shows through
 VIRIDIS_FROM = 0.30  # below is a violet too dark to tell from a dark image
-_FADED = 0.5  # towards white, of what the network did not see
-FEW_CELLS = 16  # a map of at most so many is drawn as cells, not smoothly
-_ROUNDING = 1e-6  # a spread below this part of the values is float32 rounding, not attention
+_FADED = 0.5  # towards white, for the part that the network did not see
+FEW_CELLS = 16  # a map of at most this many is drawn as cells, not smoothly
+_ROUNDING = 1e-6  # a relative spread below this is float32 rounding, not attention
 
 
 def _as_image(image: ArrayLike) -> Image.Image:
@@ -56,7 +56,7 @@ def _is_flat(attention: Floats) -> bool:
 
 
 def _relative(attention: Floats, limits: tuple[float, float] | None) -> Floats:
-    """The map from 0 at the low limit to 1 at the high one; a constant map is 0 everywhere."""
+    """The map scaled from 0 at the low limit to 1 at the high one; a constant map becomes 0."""
     if limits is None:
         if _is_flat(attention):
             return np.zeros_like(attention)
@@ -68,7 +68,7 @@ def _relative(attention: Floats, limits: tuple[float, float] | None) -> Floats:
 
 
 def resize_image(image: ArrayLike, size: tuple[int, int]) -> Picture:
-    """An image at `size` (height, width): its own pixels when enlarged, averages when reduced.
+    """An image at `size` (height, width): pixels are repeated to enlarge, averaged to reduce.
 
     Args:
         image: (H, W) or (H, W, 3), uint8.
@@ -78,7 +78,7 @@ def resize_image(image: ArrayLike, size: tuple[int, int]) -> Picture:
         (height, width) or (height, width, 3), uint8.
 
     Raises:
-        UsageError: not such an image, or a size below 1.
+        UsageError: the array is not such an image, or a size is below 1.
     """
     picture = _as_image(image)
     height, width = size
@@ -110,22 +110,22 @@ def place(
     outside: float = 0.0,
     smooth: bool = True,
 ) -> Floats:
-    """A map put where it belongs in the image, enlarged bilinearly (corners not aligned).
+    """Places a map where it belongs in the image, upsampled bilinearly (align_corners=False).
 
     Args:
         attention: (h, w) floats.
         size: (height, width) of the image, in pixels.
-        box: left, top, right and bottom of what the map covers, in the same pixels; of these
-            whole ones are covered. It may reach beyond the image, where a network saw padding.
-            The whole image by default.
+        box: left, top, right and bottom of what the map covers, in the same pixels, of which whole
+            ones are covered. It may reach beyond the image, where a network saw padding. Default:
+            the whole image.
         outside: the value of pixels that the map does not cover.
-        smooth: False enlarges each value to a rectangle of its own.
+        smooth: if False, each value becomes a rectangle.
 
     Returns:
         (height, width).
 
     Raises:
-        UsageError: not such a map, or a box without a pixel of the image.
+        UsageError: the array is not such a map, or the box covers no pixel of the image.
     """
     height, width = size
     values = _as_map(attention)
@@ -178,31 +178,31 @@ def overlay(
 ) -> Picture:
     """An attention map in color over its image in gray.
 
-    The map is put between 0 and 1 by its limits, then enlarged bilinearly with Pillow (pixel
-    centers at half pixels, the corners not aligned; triangle-filtered if it is reduced). Map
-    and image cover the same field, whatever their shapes: the result has the image's aspect.
-    A map that is constant to within rounding highlights nothing: the gray image comes back.
+    The map is scaled to 0..1 by its limits, then resized bilinearly with Pillow (pixel centers at
+    half pixels, corners not aligned; triangle-filtered if it is reduced). Map and image cover the
+    same field, whatever their shapes: the result has the image's aspect. A map that is constant
+    within rounding highlights nothing: the result is the gray image.
 
     Args:
         image: (H, W) or (H, W, 3), uint8.
         attention: (h, w), real numbers of any range.
-        size: (height, width) of the result in pixels; the image's own by default. A small
-            image enlarged here keeps its square pixels under a smooth map.
-        limits: the attention without any color and with the strongest; the map's own
-            minimum and maximum by default. Give the same for pictures to be compared.
-        outline: a level of 0..1 between the limits around which a white line is drawn, 2
-            pixels wide; for results of about 100 pixels and more. None by default.
+        size: (height, width) of the result in pixels; default: the image's own. A small image
+            enlarged here keeps its square pixels under a smooth map.
+        limits: the attention values without color and with the strongest color; default: the
+            map's own minimum and maximum. Use the same limits for pictures to be compared.
+        outline: a level of 0..1 between the limits around which a white line is drawn, 2 pixels
+            wide; for results of about 100 pixels and more. Default: none.
         box: left, top, right, bottom of what the map covers, in the image's own pixels; the
-            rest of the image is faded. The whole image by default.
-        smooth: interpolate, or draw each value as a rectangle; by default maps of more than
-            16 values are smooth.
+            rest of the image is faded. Default: the whole image.
+        smooth: interpolate, or draw each value as a rectangle; default: interpolate maps of more
+            than 16 values.
 
     Returns:
         (height, width, 3), uint8.
 
     Raises:
         UsageError: an image or a map of another kind, values that are not finite, limits that
-            are not in order, an outline outside 0..1, or a box outside the image.
+            are not ascending, an outline outside 0..1, or a box outside the image.
     """
     if outline is not None and not 0.0 < outline < 1.0:
         raise UsageError(f"outline={outline}: a level between 0 and 1")
@@ -232,9 +232,9 @@ def _decimals(value: float) -> int:
 
 
 def _numbers(low: float, high: float, between: float) -> list[str]:
-    """Three numbers of equal precision, enough to tell `low` from `high`."""
+    """Three numbers with equal decimals, enough to distinguish `low` from `high`."""
     decimals = _decimals(high - low)
-    if decimals > 5:  # longer ones run into each other below a scale
+    if decimals > 5:  # longer ones would overlap below a scale
         digits = 2 + math.floor(math.log10(max(abs(low), abs(high)) / (high - low)))
         return [f"{value:.{max(digits, 2)}g}" for value in (low, high, between)]
     decimals = min(max(decimals, min(_decimals(between), decimals + 1)), 5)
@@ -244,9 +244,9 @@ def _numbers(low: float, high: float, between: float) -> list[str]:
 def describe(attention: ArrayLike) -> str:
     """A map's true range in words, for the picture's caption.
 
-    "attention 0.0002–0.0031; uniform would be 0.0010" for a map that sums to 1 (to within
-    1 %, for half precision), "attention 0.12–0.93; mean 0.40" for another, and "attention
-    0.0069 everywhere" for a constant one.
+    "attention 0.0002–0.0031; uniform would be 0.0010" for a map that sums to 1 (within 1 %, for
+    half precision), "attention 0.12–0.93; mean 0.40" for others, and "attention 0.0069
+    everywhere" for a constant map.
 
     Raises:
         UsageError: not an (h, w) map of finite numbers.
@@ -261,7 +261,7 @@ def describe(attention: ArrayLike) -> str:
 
 
 def sums_to_one(attention: ArrayLike) -> bool:
-    """Whether a map of finite numbers sums to 1, to within 1 % for half precision."""
+    """Whether a map of finite numbers sums to 1, within 1 % (for half precision)."""
     array = np.asarray(attention, np.float64)
     return bool(array.min() >= 0 and abs(array.sum() - 1.0) < 0.01)
 
@@ -269,7 +269,7 @@ def sums_to_one(attention: ArrayLike) -> bool:
 def spread(attention: ArrayLike) -> tuple[str, str, str] | None:
     """A map's lowest and highest value, and "mean 0.40" or "uniform 0.0069", for a scale.
 
-    None for a map that is constant to within rounding.
+    None for a map that is constant within rounding.
 
     Raises:
         UsageError: not an (h, w) map of finite numbers.
@@ -284,7 +284,7 @@ def spread(attention: ArrayLike) -> tuple[str, str, str] | None:
 
 
 def color_key(width: int, height: int) -> Picture:
-    """What the colors mean: attention from least (left) to most, over black (top) to white.
+    """A key to the colors: attention from least (left) to most, over black (top) to white.
 
     Returns:
         (height, width, 3), uint8.
@@ -294,11 +294,11 @@ def color_key(width: int, height: int) -> Picture:
 
 
 def color_bar(low: float, high: float, *, width: int = 240) -> Picture:
-    """A color scale for figures: the colors over black to white, `low` and `high` below.
+    """A color scale for figures: the colors over black to white, with `low` and `high` below.
 
     Args:
-        low: the attention that has no color.
-        high: the attention that has the strongest.
+        low: the attention value without color.
+        high: the attention value with the strongest color.
         width: in pixels; the height is a sixth of it, and at least 40.
 
     Returns:

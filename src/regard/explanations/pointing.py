@@ -14,7 +14,7 @@ from regard.evaluation.predictions import units
 from regard.explanations.overlay import Box, place
 
 Mask = NDArray[np.bool_]
-LEVEL = 0.5  # of a map's range: what is above is taken for what it marks
+LEVEL = 0.5  # of a map's range; pixels above it count as marked by the map
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Pointing:
     Attributes:
         hit: whether the map's highest value lies inside the mask.
         energy: the share of the map's sum that lies inside the mask.
-        chance: the share that is marked of what the map covers: the energy of a uniform map.
-        iou, dice: overlap of the mask with what the map marks, the pixels above half of its range.
+        chance: the marked share of the area that the map covers: the energy of a uniform map.
+        iou, dice: overlap of the mask with what the map marks: the pixels above half of its range.
         map_box: left, top, right, bottom of what the map marks, in the image's pixels.
-        mask_box: of the mask.
+        mask_box: the same for the mask.
     """
 
     hit: bool
@@ -41,10 +41,10 @@ class Pointing:
 
 @dataclass(frozen=True)
 class PointingScore:
-    """The means over images of `Pointing`, with 95 % intervals.
+    """Means of `Pointing` over images, with 95 % intervals.
 
-    The share of hits has Wilson's interval (of images in groups `share_of_groups`), the others
-    the bootstrap's, of whole groups where there are any. One image or group has no interval.
+    The share of hits has Wilson's interval (for images in groups, `share_of_groups`), the others
+    have bootstrap intervals, over whole groups if there are any. A single image or group has none.
     """
 
     images: int
@@ -59,11 +59,11 @@ class PointingScore:
     def of(
         cls, each: Sequence[Pointing], seed: int = 0, groups: Sequence[str] | None = None
     ) -> "PointingScore":
-        """From at least one image.
+        """Scores of one or more images.
 
         Args:
-            each: of the images.
-            seed: of the bootstrap.
+            each: the images' results.
+            seed: random seed of the bootstrap.
             groups: one for each image, such as its patient; default: images are independent.
         """
         unit, count = units(groups, len(each))
@@ -96,7 +96,7 @@ def point(attention: ArrayLike, mask: Mask, *, box: Box | None = None) -> Pointi
         box: left, top, right, bottom of what the map covers; the whole image by default.
 
     Raises:
-        UsageError: a mask in which nothing is marked.
+        UsageError: the mask marks nothing.
     """
     if not mask.any():
         raise UsageError("the mask marks nothing")
@@ -130,7 +130,7 @@ COLUMNS = (*SHARES, "x0", "y0", "x1", "y1")
 
 
 def cells(pointing: Pointing | None) -> list[str]:
-    """The cells of `COLUMNS` for a CSV file; empty ones for None."""
+    """The cells of `COLUMNS` for a CSV file; empty for None."""
     if pointing is None:
         return [""] * len(COLUMNS)
     values = asdict(pointing)

@@ -1,10 +1,10 @@
 """How figures are drawn and saved for print: sizes, type, colors and files.
 
-Every figure of Regard is made within `for_print()` and written by `save`: type of 6 to 8 points
+All of Regard's figures are made within `for_print()` and written by `save`: type of 6 to 8 points
 in one sans-serif font, embedded as TrueType (type 42) in PDF and left as text in SVG, and the
-same bytes for the same content. The colors of `CYCLE` are Okabe and Ito's without their yellow
-and black, which one of a white and a dark page would hide: they differ for color-blind readers,
-and each line also has a style of its own.
+same bytes for the same content. The colors of `CYCLE` are Okabe and Ito's without yellow and
+black, one of which would vanish on a white or a dark page: color-blind readers can distinguish
+them, and each line also has its own style.
 """
 
 import contextlib
@@ -42,10 +42,10 @@ _INCHES = {"mm": 1 / 25.4, "cm": 1 / 2.54, "in": 1.0, "pt": 1 / 72}
 
 
 def width_in_inches(text: str) -> float:
-    """The width of a figure from a length such as "85mm", "8.5 cm", "3.3in" or "240pt".
+    """The width of a figure in inches, from a length such as "85mm", "8.5 cm", "3.3in" or "240pt".
 
     Raises:
-        UsageError: it is no such length, or not between 50 and 400 mm.
+        UsageError: it is not such a length, or is not between 50 and 400 mm.
     """
     match = _LENGTH.fullmatch(text)
     if match is None:
@@ -58,19 +58,19 @@ def width_in_inches(text: str) -> float:
 
 @lru_cache(maxsize=1)
 def _fonts() -> list[str]:
-    """Fonts that journals ask for, as far as they are installed; matplotlib's own is the last."""
+    """The fonts that journals ask for and that are installed; matplotlib's own is the last."""
     known = {font.name for font in font_manager.fontManager.ttflist}
     wanted = ("Arial", "Helvetica", "Liberation Sans", "Noto Sans CJK SC", "Noto Sans CJK JP")
     return [name for name in wanted if name in known] + ["DejaVu Sans"]
 
 
-# matplotlib's settings are the process's: a thread that left would take them from the others
+# matplotlib's settings are global: a thread that leaves would reset them for the others
 _settings_lock = threading.RLock()
 
 
 @contextlib.contextmanager
 def for_print() -> Iterator[None]:
-    """The settings that figures are made and saved with; one thread at a time is in the block."""
+    """Applies the settings to make and save figures with; only one thread at a time is inside."""
     settings: Any = {
         "font.family": _fonts(), "font.size": SMALL, "pdf.fonttype": 42, "ps.fonttype": 42,
         "svg.fonttype": "none", "svg.hashsalt": "regard", "text.usetex": False,
@@ -96,8 +96,8 @@ def new_figure(
 
     Args:
         width, height: in inches.
-        panels: axes.
-        apart: room between panels, as a share of their width.
+        panels: number of axes.
+        apart: space between panels, as a fraction of their width.
     """
     figure = Figure(
         figsize=(width, height),
@@ -122,7 +122,7 @@ def _glyphs() -> frozenset[int]:
 
 
 def printable(text: str) -> str:
-    """The text with U+FFFD for what the fonts lack, such as undecodable bytes of a file name."""
+    """The text with U+FFFD for what the fonts lack, such as undecodable bytes of file names."""
     glyphs = _glyphs()
     return "".join(c if ord(c) in glyphs else "\N{REPLACEMENT CHARACTER}" for c in text)
 
@@ -130,7 +130,7 @@ def printable(text: str) -> str:
 def short(text: str, length: int) -> str:
     """The text, cut with … after `length` characters, and printable.
 
-    A space goes before an underscore: matplotlib leaves labels that begin with one out of legends.
+    A leading underscore gets a space before it, as matplotlib leaves such labels out of legends.
     """
     text = printable(text if len(text) <= length else f"{text[: length - 1]}…")
     return f" {text}" if text.startswith("_") else text
@@ -151,7 +151,7 @@ def _renderer() -> RendererAgg:
 
 
 def wrapped(text: str, inches: float, points: float, *, bold: bool = False) -> list[str]:
-    """The text, printable, in lines of at most this width; long words are broken."""
+    """The printable text, in lines of at most this width; long words are broken."""
     text = printable(text)
     lines: list[str] = []
     for letters in range(max(2, int(inches * 72 / (0.35 * points))), 1, -1):
@@ -162,7 +162,7 @@ def wrapped(text: str, inches: float, points: float, *, bold: bool = False) -> l
 
 
 def fitting(text: str, inches: float, points: float, *, bold: bool = False) -> str:
-    """The text, printable, cut with … where it would be wider, but not below 8 characters."""
+    """The printable text, cut with … if it would be wider, but not below 8 characters."""
     text = printable(text)
     for length in range(len(text), 8, -1):
         part = text if length == len(text) else f"{text[: length - 1]}…"
@@ -176,12 +176,12 @@ def save(figure: Figure, path: Path, *, dpi: int = 300) -> None:
 
     Args:
         figure: made within `for_print`.
-        path: ends in .pdf, .svg, .png, .tiff (or .tif).
-        dpi: of PNG and TIFF, and of pictures within PDF and SVG.
+        path: ends with .pdf, .svg, .png, .tiff (or .tif).
+        dpi: resolution of PNG and TIFF, and of pictures within PDF and SVG.
 
     Raises:
-        UsageError: no such format.
-        FileError: it can't be written.
+        UsageError: there is no such format.
+        FileError: the file can't be written.
     """
     kind = path.suffix.lower().removeprefix(".")
     kind = "tiff" if kind == "tif" else kind

@@ -1,4 +1,4 @@
-"""An image as it is explained: the network's input, the picture, and the part that was seen."""
+"""An image prepared for explaining: the network's input, the picture, and the part seen."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ from regard.predict import Classifier
 
 
 def read_to_explain(classifier: Classifier, image: ImageSource) -> tuple[Tensor, Picture, Box]:
-    """One image as the network's input (1, C, H, W), as a picture, and the box it saw of it.
+    """An image as the network's input (1, C, H, W) and as a picture, and the box the network sees.
 
-    Of test-time augmentation it is the image as it is.
+    With test-time augmentation, this is the unchanged view.
 
     Raises:
         ImageError: it can't be read.
     """
     preprocess, weights = classifier.preprocess, next(classifier.model.parameters())
     pixels = read_image(image, value_range=preprocess.value_range)
-    # one view, also where `preprocess` makes several of an image
+    # one view, even if `preprocess` makes several
     fitted = Preprocess.fit(preprocess, to_tensor(to_channels(pixels, preprocess.input_size[0])))
-    x = preprocess.normalize(fitted[None].to(weights.device))  # as Classifier.decode prepares it
+    x = preprocess.normalize(fitted[None].to(weights.device))  # as Classifier.decode does
     x = x.contiguous(memory_format=torch.channels_last)
     return x, as_picture(pixels), preprocess.seen(*pixels.shape[:2])
 

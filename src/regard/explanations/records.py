@@ -1,4 +1,4 @@
-"""One image's numbers as a file: its maps, its answer, its scores, and the settings they are of.
+"""One image's results as a file: its maps, prediction, scores, and the settings they used.
 
 A later call with the same network, image and settings reads the file instead of computing.
 """
@@ -21,11 +21,11 @@ from regard.predict import Classifier
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of one image.
+    """The results for one image.
 
     Attributes:
         explanation: its image may be a placeholder of the right size, see `read_record`.
-        score: None where the maps were not scored.
+        score: None if the maps were not scored.
     """
 
     explanation: Explanation
@@ -77,9 +77,9 @@ def write_record(
 def read_record(
     path: Path, settings: dict[str, Any], score_settings: dict[str, Any] | None
 ) -> Record | None:
-    """The record of an earlier call; None where there is none of these settings.
+    """The record of an earlier call; None if there is none with these settings.
 
-    The image is a blank of the original's size.
+    The image is a blank one of the original's size.
     """
     try:
         with np.load(path) as file:

@@ -1,8 +1,8 @@
 """Sanity checks: whether maps depend on the weights, and on the image.
 
 Adebayo et al., NeurIPS 2018, arXiv 1810.03292: a map that stays the same when the weights are
-made random says nothing about what was learned. And a map that is the same for every image says
-nothing about what is in an image, however much it depends on the weights.
+randomized says nothing about what was learned. Likewise, a map that is the same for every image
+says nothing about the image, however much it depends on the weights.
 """
 
 import copy
@@ -27,8 +27,8 @@ class Sanity:
 
     Attributes:
         name: the map's name.
-        similarity: (B,) rank correlation of each image's map with the one of random weights.
-        between: mean rank correlation between the maps of different images; None for one image.
+        similarity: (B,) rank correlation of each image's map with that of the randomized network.
+        between: mean rank correlation between maps of different images; None for one image.
         shape: (h, w) of the map.
     """
 
@@ -44,11 +44,11 @@ class Sanity:
 
     @property
     def passed(self) -> bool:
-        """Whether the maps change with the weights and, if it was measured, with the image."""
+        """Whether the maps change with the weights and, if this was measured, with the image."""
         return self.unchanged <= 0.5 and (self.between is None or self.between <= LIMIT)
 
     def verdict(self) -> str:
-        """One plain sentence, and a second one for a map of few cells."""
+        """One plain sentence, and a second one for a map with few cells."""
         learned, alike = self.unchanged <= 0.5, self.between is not None and self.between > LIMIT
         if alike:
             ends = "they are nearly the same for every image and do not show what is in one"
@@ -72,8 +72,8 @@ class Sanity:
 
 
 def _ranked(values: Tensor) -> tuple[Floats, NDArray[np.bool_]]:
-    """Standardized ranks (B, h * w) of maps (B, h, w), zero for constant maps; which are those."""
-    flat = values.flatten(1).cpu().double().numpy()  # some devices have no float64
+    """Standardized ranks (B, h * w) of maps (B, h, w), zero if constant; and which are constant."""
+    flat = values.flatten(1).cpu().double().numpy()  # some devices lack float64
     finite = np.isfinite(flat).all(axis=1)
     flat = np.where(finite[:, None], flat, 0.0)
     constant = np.ptp(flat, axis=1) <= 1e-6 * abs(flat).max(axis=1)
@@ -84,13 +84,13 @@ def _ranked(values: Tensor) -> tuple[Floats, NDArray[np.bool_]]:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Floats:
-    """Spearman's, of maps (B, h, w) pairwise: (B,); 1 for two constant maps, 0 for one."""
+    """Pairwise Spearman correlation of maps (B, h, w): (B,); 1 for two constant maps, 0 for one."""
     (first, flat_a), (second, flat_b) = _ranked(a), _ranked(b)
     return np.where(flat_a & flat_b, 1.0, (first * second).sum(axis=1))
 
 
 def correlation_between(maps: Tensor) -> float | None:
-    """The mean rank correlation between the maps (B, h, w) of different images; None for one.
+    """Mean rank correlation between maps (B, h, w) of different images; None for one image.
 
     Two constant maps count as 1.
     """
@@ -112,6 +112,6 @@ def randomized(model: nn.Module, seed: int) -> nn.Module:
             if callable(reset):
                 reset()
                 continue
-            for p in module.parameters(recurse=False):  # a parameter of the module's own
+            for p in module.parameters(recurse=False):  # parameters of the module itself
                 nn.init.normal_(p, std=0.02)
     return other

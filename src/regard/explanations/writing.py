@@ -1,7 +1,7 @@
 """Writes explanations into a folder: a figure and raw maps per image, a sheet, and scores.
 
-One image is in memory at a time. Each image's numbers are written last and hold the settings
-they were made with, so that a second call goes on where the first was stopped.
+Only one image is in memory at a time. Each image's numbers are written last and record the
+settings used, so that a second call continues where the first was stopped.
 """
 
 import csv
@@ -48,7 +48,7 @@ from regard.predict import Classifier
 
 log: logging.Logger = logging.getLogger(__name__)
 
-SCORED = 256  # of more images, so many are scored, evenly spread
+SCORED = 256  # of more images, this many are scored, evenly spread
 ON_A_SHEET = 60
 
 
@@ -61,8 +61,8 @@ class Options:
         score: measure deletion, insertion and the sanity checks.
         baseline, seed, steps, repeats: as for `Scorer`.
         masks: what people marked, see `open_masks`.
-        overwrite: replace files that Regard did not write.
-        precision: what the network computes in, as it was loaded.
+        overwrite: also replace files that Regard did not write.
+        precision: the precision that the network was loaded for.
     """
 
     target: str | None = None
@@ -80,7 +80,7 @@ class Options:
     precision: str = "fp32"
 
     def settings(self, network: str, image: str) -> dict[str, Any]:
-        """What an image's maps depend on, for JSON."""
+        """The settings that an image's maps depend on, for JSON."""
         return {
             "software": SOFTWARE, "network": network, "image": image, "target": self.target,
             "methods": list(self.methods), "reduce": self.reduce, "layer": self.layer,
@@ -89,7 +89,7 @@ class Options:
         }  # fmt: skip
 
     def score_settings(self) -> dict[str, Any]:
-        """What an image's scores depend on too."""
+        """The further settings that an image's scores depend on."""
         return {
             "baseline": self.baseline, "seed": self.seed, "steps": self.steps,
             "repeats": self.repeats,
@@ -98,15 +98,15 @@ class Options:
 
 @dataclass
 class Outcome:
-    """What was done.
+    """The result of `Writer.run`.
 
     Attributes:
-        explained: images, and how many of them were `reused` from an earlier call.
+        explained: number of images; `reused` of them are from an earlier call.
         unreadable: images that can't be read.
-        skipped_masks: why an image was left out of the pointing game.
-        faithfulness: the scores, if they were asked for.
+        skipped_masks: why images were left out of the pointing game.
+        faithfulness: the scores, if requested.
         pointing: by map, if there are masks.
-        pointing_by_class: by class that the maps explain, then by map.
+        pointing_by_class: by the class that the maps explain, then by map.
     """
 
     explained: int = 0
@@ -122,8 +122,8 @@ class Writer:
     """Explains images and writes the results into a folder.
 
     Raises:
-        UsageError: an option is not among its choices, masks that don't fit, or a file in the
-            way; before anything is written.
+        UsageError: an option is not among its choices, masks don't fit, or a file is in the way;
+            raised before anything is written.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Writer:
         score_settings = self.options.score_settings() if scored else None
         try:
             if not source.path.is_file():
-                read_stored(source.path)  # raises, and says why; a pipe would block when hashed
+                read_stored(source.path)  # raises with the reason; hashing would block on a pipe
             settings = self.options.settings(self.network, file_id(source.path))
             record = read_record(file, settings, score_settings) if picture.is_file() else None
             if record is None:
@@ -310,7 +310,7 @@ class Writer:
         return PointingScore.of(list(each.values()), self.options.seed, self._groups(each))
 
     def _groups(self, paths: Iterable[str]) -> list[str] | None:
-        """Those of the file of masks; an image that it lacks is a group of its own."""
+        """The groups from the file of masks; an image without one is its own group."""
         named = self.masks.groups
         return [f"={named[p]}" if p in named else p for p in paths] if named else None
 

@@ -1,4 +1,4 @@
-"""The networks of the three papers, one file a paper, all registered with timm."""
+"""The networks of the three papers, one file per paper, all registered with timm."""
 
 import fnmatch
 
@@ -26,8 +26,8 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
     """The names of Regard's networks that match a shell pattern, sorted by family.
 
     Args:
-        pattern: of the names.
-        pretrained: the names of the weights that come with Regard, as "ag_sononet8.digits".
+        pattern: shell pattern of the names.
+        pretrained: list the weights that come with Regard instead, such as "ag_sononet8.digits".
     """
     if pretrained:
         return sorted(name for name in shipped() if fnmatch.fnmatch(name, pattern))

@@ -26,7 +26,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def fitted(model: nn.Module, head: M) -> M:
-    """A new head on the device and in the precision and mode of the model's other layers."""
+    """A new head on the device of the model's other layers, with their dtype and mode."""
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     if like is not None:
         head = head.to(device=like.device, dtype=like.dtype)
@@ -34,11 +34,11 @@ def fitted(model: nn.Module, head: M) -> M:
 
 
 def largest_over_channels(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 1, H, W): amax, whose gradient is divided among equals.
+    """(B, C, H, W) -> (B, 1, H, W): amax, whose gradient is divided among equal maxima.
 
-    Compiled for training, it is the first of equals that is remembered, by its place. The
-    gradient of amax asks which values equal the largest; in half precision Inductor compares
-    rounded values with ones that were not, finds none, and divides by their number.
+    Compiled for training, only the first of equal maxima gets the gradient, by its index. The
+    gradient of amax looks for values equal to the maximum; in half precision, Inductor compares
+    rounded values with unrounded ones, finds none, and divides by their number.
     """
     if torch.compiler.is_compiling() and x.requires_grad:
         return x.max(dim=1, keepdim=True)[0]
@@ -46,7 +46,7 @@ def largest_over_channels(x: Tensor) -> Tensor:
 
 
 def largest_over_positions(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, 1, 1), as `largest_over_channels`."""
+    """(B, C, H, W) -> (B, C, 1, 1), like `largest_over_channels`."""
     if torch.compiler.is_compiling() and x.requires_grad:
         return x.flatten(2).max(dim=2)[0][:, :, None, None]
     return x.amax(dim=(2, 3), keepdim=True)
@@ -60,7 +60,7 @@ FREE_ARGUMENTS = ("num_classes", "in_chans", "global_pool")
 
 
 def as_json(value: Any) -> Any:
-    """An argument as config.json has it, lists for tuples: to be compared with one from there."""
+    """An argument as it is in config.json, with lists for tuples, for comparison with one there."""
     return [as_json(each) for each in value] if isinstance(value, tuple | list) else value
 
 

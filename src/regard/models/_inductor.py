@@ -1,8 +1,8 @@
-"""A convolution that Inductor calls as it is, for training compiled networks on CUDA.
+"""A convolution that Inductor calls unchanged, for training compiled networks on CUDA.
 
-Inductor plans with the memory layouts that it expects of cuDNN. For the gradient of a spatial
-gate's convolution, of two channels to one, cuDNN gives others, and the step ends in an assertion
-(seen with torch 2.11 on an H200). An operator of our own says which layouts it returns.
+Inductor plans with the memory layouts that it expects from cuDNN. For the gradient of a spatial
+gate's convolution, from two channels to one, cuDNN returns others, and the step fails an assertion
+(seen with torch 2.11 on an H200). A custom operator declares which layouts it returns.
 """
 
 import torch
@@ -17,7 +17,7 @@ def compiled_for_training(x: Tensor) -> bool:
 
 @torch.library.custom_op("regard::convolution", mutates_args=())
 def convolution(x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    """A convolution of stride 1, without groups, dilation and bias: F.conv2d's."""
+    """A convolution with stride 1, without groups, dilation and bias, like F.conv2d."""
     return F.conv2d(x, weight, padding=padding).contiguous()
 
 

@@ -1,9 +1,9 @@
-"""Networks of Regard registered with timm together with the weights that come with Regard.
+"""Registers networks with timm together with the weights that come with Regard.
 
 `create_model("ag_sononet8", pretrained=True)` and `"ag_sononet8.digits"` load them, with the
-arguments that they were trained with. Without `pretrained=True` a network is the paper's: its
-number of classes and its input do not depend on which weights were shipped. That is why the
-entry without a tag stays the default, where timm's own networks have the first pretrained one.
+arguments that they were trained with. Without `pretrained=True` a network is as in the paper: its
+number of classes and its input do not depend on which weights come with Regard. That is why the
+entry without a tag stays the default, whereas timm's own networks default to a pretrained one.
 """
 
 import functools
@@ -26,7 +26,7 @@ _SOURCES = ("file", "url", "hf_hub_id", "state_dict")
 
 
 def generate_default_cfgs(cfgs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """timm's function of this name, with an entry for each of the weights that are shipped."""
+    """timm's function of this name, with an added entry for each of the shipped weights."""
     made: dict[str, Any] = _generate({name: dict(cfg) for name, cfg in cfgs.items()})
     for each in shipped().values():
         if (default := made.get(each.architecture)) is not None:
@@ -37,7 +37,7 @@ def generate_default_cfgs(cfgs: Mapping[str, Mapping[str, Any]]) -> dict[str, An
 
 
 def register_model(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """timm's decorator of this name; `pretrained=True` takes the weights that are shipped."""
+    """timm's decorator of this name; `pretrained=True` loads the shipped weights."""
 
     @functools.wraps(make)
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -48,7 +48,7 @@ def register_model(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         trained_with = found.config.get("model_args", {})
         _refuse_others(found, make, kwargs)
         model = make(pretrained=True, **_arguments(found, trained_with, kwargs))
-        again: Any = dict(trained_with)  # what makes the network again, to save it
+        again: Any = dict(trained_with)  # what rebuilds the network once it is saved
         model._model_args = again
         return model
 
@@ -59,7 +59,7 @@ def register_model(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 def _asked_for(name: str, kwargs: Mapping[str, Any]) -> Weights | None:
-    """The shipped weights that a call of create_model means; None: weights from elsewhere."""
+    """The shipped weights that a call of create_model means; None for weights from elsewhere."""
     cfg = kwargs.get("pretrained_cfg")
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     if any(overlay.get(source) for source in _SOURCES) or (cfg and not isinstance(cfg, str)):
@@ -67,7 +67,7 @@ def _asked_for(name: str, kwargs: Mapping[str, Any]) -> Weights | None:
     return find_shipped(f"{name}.{cfg}" if cfg else name)
 
 
-# change no answer in evaluation, or say which answers are given
+# arguments that change no output in evaluation, or only select outputs
 _HARMLESS = (
     *FREE_ARGUMENTS, "drop_rate", "drop_path_rate", "drop_block_rate", "zero_init_last", "device",
     "dtype", "features_only", "out_indices", "feature_cls", "output_fmt", "pretrained_cfg",
@@ -78,12 +78,12 @@ _HARMLESS = (
 def _refuse_others(
     found: Weights, make: Callable[..., nn.Module], kwargs: Mapping[str, Any]
 ) -> None:
-    """Refuses arguments of which the weights' network had the default.
+    """Refuses other values of arguments that had their defaults when the weights were trained.
 
-    Their shapes may be the same: `channel_pool="max"` would load, and answer something else.
+    Shapes may not reveal them: `channel_pool="max"` would load and compute something else.
 
     Raises:
-        UsageError: one has another value.
+        UsageError: an argument has another value.
     """
     own = {k: v for k, v in found.config.get("model_args", {}).items() if k not in FREE_ARGUMENTS}
     if not (others := {k: v for k, v in kwargs.items() if k not in (*own, *_HARMLESS)}):
@@ -96,7 +96,7 @@ def _refuse_others(
 
 
 def _defaults(network: type[nn.Module]) -> dict[str, Any]:
-    """The defaults of all arguments that a network takes, its gates' included."""
+    """The defaults of all arguments that a network accepts, including its gates'."""
     found: dict[str, Any] = {}
     for each in (CBAM, *reversed(network.__mro__)):
         if (init := vars(each).get("__init__")) is None:
@@ -110,10 +110,10 @@ def _defaults(network: type[nn.Module]) -> dict[str, Any]:
 def _arguments(
     found: Weights, trained_with: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What makes the network of these weights.
+    """The arguments that make the network of these weights.
 
     Raises:
-        UsageError: an argument is another than the weights were trained with.
+        UsageError: an argument differs from that in the training of the weights.
     """
     own = {k: v for k, v in trained_with.items() if k not in FREE_ARGUMENTS}
     for name, value in own.items():

@@ -1,4 +1,4 @@
-"""timm's verbs for a network of stages, one after the other: what no paper says."""
+"""timm's methods for a network of consecutive stages: what no paper describes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ class StagedNetwork(nn.Module):
         num_classes: of the classifier.
         in_chans: channels of the images.
         drop_rate: dropout before the classifier.
-        stages: the attribute of each map's stage, in order; "" for a map of the stem.
+        stages: the attribute of each map's stage, in order; "" for the stem's map.
     """
 
     def __init__(
@@ -37,35 +37,35 @@ class StagedNetwork(nn.Module):
         self.head_hidden_size: int = 0
         self.global_pool: Any
         self.fc: Any
-        self.maxpool: Any  # of the networks that have one after the stem
+        self.maxpool: Any  # only in networks with a pooling after the stem
 
     def _place(self, device: Any, dtype: Any) -> None:
-        """Moves the finished network to where and to what timm's arguments ask for."""
+        """Moves the finished network to the device and dtype in timm's arguments."""
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
 
     def _entry(self, x: Tensor) -> Tensor:
-        """What comes before the first map's stage."""
+        """The layers before the first map's stage."""
         return x
 
     def _steps(self) -> list[Callable[[Tensor], Tensor]]:
-        """What makes each map from the one before."""
+        """The functions that compute each map from the previous one."""
         return [self._checkpointed(getattr(self, name)) for name in self.stage_names]
 
     def _checkpointed(self, stage: nn.Module) -> Callable[[Tensor], Tensor]:
         return (lambda x: checkpoint_seq(stage, x)) if self.grad_checkpointing else stage
 
     def _normed(self, x: Tensor) -> Tensor:
-        """The last stage's map as the network's own final norm leaves it."""
+        """The last stage's map after the network's own final norm."""
         return x
 
     def _final(self, maps: list[Tensor]) -> Tensor:
-        """What forward_features gives, from the maps of all stages."""
+        """The output of forward_features, from the maps of all stages."""
         return self._normed(maps[-1])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory: each block is computed again in the backward pass."""
+        """Trades time for memory: each block is recomputed in the backward pass."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -93,10 +93,10 @@ class StagedNetwork(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The map after each stage, and forward_features' map; see timm's.
+        """The map after each stage, and forward_features' map; see timm.
 
-        norm applies the final norm to the last stage's map as well. With stop_early the
-        first of the two is the last map that was computed.
+        norm also applies the final norm to the last stage's map. With stop_early, the first
+        of the two results is the last map that was computed.
         """
         if output_fmt != "NCHW":
             raise UsageError(f"output_fmt={output_fmt!r}: only 'NCHW'")
@@ -118,13 +118,13 @@ class StagedNetwork(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops what forward_intermediates does not need for these maps."""
+        """Drops the layers that forward_intermediates does not need for these maps."""
         count = len(self.stage_names)
         take, last = feature_take_indices(count, indices)
         cut = last < count - 1
         for name in self.stage_names[last + 1 :]:
             setattr(self, name, nn.Sequential())
-        if last == 0 and hasattr(self, "maxpool"):  # it follows the stem's map
+        if last == 0 and hasattr(self, "maxpool"):  # the pooling follows the stem's map
             self.maxpool = nn.Identity()
         if cut:
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]

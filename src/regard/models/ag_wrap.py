@@ -1,7 +1,7 @@
-"""Attention gates on any network of timm's (Schlemper et al., arXiv 1808.08114).
+"""Attention gates on any timm network (Schlemper et al., arXiv 1808.08114).
 
-The paper's gate fits every convolutional backbone: maps of earlier stages are compared with
-the last one, the gating signal, and pooled by where they agree with it.
+The paper's gate fits every convolutional backbone: maps of earlier stages are compared with the
+last one, the gating signal, and pooled with weights that reflect where they agree with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ from regard.models.sononet import AGGREGATIONS, AGSonoNet
 class AGNetwork(nn.Module):
     """A backbone with attention gates on some of its maps; see `ag_wrap`.
 
-    Input (B, in_chans, H, W); output (B, num_classes), and in training with `mean` and
-    `deep_sup` (B, heads, num_classes), as AG-SonoNet's.
+    Input (B, in_chans, H, W); output (B, num_classes), or with `mean` and `deep_sup` in training
+    (B, heads, num_classes), as for AG-SonoNet.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class AGNetwork(nn.Module):
         vectors.append(last.mean(dim=(2, 3)))
         return self._head(vectors)  # type: ignore[misc]
 
-    # the aggregations are AG-SonoNet's, whatever the number of vectors
+    # AG-SonoNet's aggregations, for any number of vectors
     _head = AGSonoNet._head
     join_heads = AGSonoNet.join_heads
 
@@ -80,21 +80,21 @@ def ag_wrap(
     pretrained: bool = False,
     **arguments: Any,
 ) -> AGNetwork:
-    """A network of timm's with attention gates, guided by its last map.
+    """A timm network with attention gates, guided by its last map.
 
     Examples:
         >>> model = regard.ag_wrap("resnet18", taps=(-3, -2), num_classes=5)
 
     Args:
-        backbone: the name of any network of timm's that takes `features_only`.
-        taps: which of its maps have gates, as indices into them; the last is the signal.
-        aggregation: "concat", "mean", "deep_sup" or "ft", as AG-SonoNet's.
-        normalize: of the gates' maps, as AG-SonoNet's.
-        pretrained: starts the backbone from timm's weights.
-        arguments: further ones of the backbone.
+        backbone: name of any timm network that supports `features_only`.
+        taps: indices of the maps that get gates; the last map is the gating signal.
+        aggregation: "concat", "mean", "deep_sup" or "ft", as for AG-SonoNet.
+        normalize: normalization of the gates' maps, as for AG-SonoNet.
+        pretrained: start the backbone from timm's weights.
+        arguments: further arguments of the backbone.
 
     Raises:
-        UsageError: the backbone is unknown or gives no maps, or a tap does not exist.
+        UsageError: the backbone is unknown or outputs no maps, or a tap does not exist.
     """
     more = {"in_chans": in_chans, "features_only": True, **arguments}
     out_indices = _maps_of(backbone, taps, more)
@@ -110,10 +110,10 @@ def ag_wrap(
 
 
 def _maps_of(backbone: str, taps: Sequence[int], arguments: Mapping[str, Any]) -> tuple[int, ...]:
-    """The indices of the tapped maps and of the last one, counted from the first.
+    """The indices of the tapped maps and of the last one, counted from 0.
 
     Raises:
-        UsageError: the backbone is unknown or gives no maps, or a tap does not exist.
+        UsageError: the backbone is unknown or outputs no maps, or a tap does not exist.
     """
     if not timm.is_model(backbone):
         raise UsageError(f"backbone={backbone!r}: timm has no such network")

@@ -1,4 +1,4 @@
-"""The arguments of each network that a paper varies or that set its size, with their choices."""
+"""The arguments of each network that a paper varies or that set its size, and their choices."""
 
 import inspect
 import re
@@ -55,8 +55,8 @@ class Argument:
 
     Attributes:
         name: for create_model() and `--arg`.
-        default: the network's own.
-        choices: all of them, or which values it takes, in words.
+        default: the network's default.
+        choices: all possible values, or a description of them.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Argument:
 
 
 def arguments(network: str) -> list[Argument]:
-    """The arguments of one of Regard's networks, those that the papers vary first.
+    """The arguments of one of Regard's networks, starting with those that the papers vary.
 
     >>> arguments("se_resnet50")[0]
     Argument(name='reduction', default=16, choices='a whole number, at least 1')
@@ -84,7 +84,7 @@ def arguments(network: str) -> list[Argument]:
 
 
 def _owners(network: str) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
-    """What takes the arguments of a network, and the values that its name sets."""
+    """The callables that take a network's arguments, and the values that its name sets."""
     if network.removeprefix("ag_").startswith("sononet"):
         features = {"features": int(re.findall(r"\d+$", network)[0])}
         return [(AGSonoNet if network.startswith("ag_") else SonoNet, features)]
@@ -101,15 +101,15 @@ def _owners(network: str) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
 
 
 def _se(*, reduction: int = 16) -> None:
-    """What SE's gates take of CBAM's arguments."""
+    """The arguments that SE's gates share with CBAM."""
 
 
 def _resnet(*, stem: str = "imagenet", zero_init_last: bool = False) -> None:
-    """What AttentionResNet takes besides timm's arguments and the gates."""
+    """AttentionResNet's arguments other than timm's and the gates'."""
 
 
 def _mobilenet(*, width: float = 1.0) -> None:
-    """What AttentionMobileNet takes besides timm's arguments and the gates."""
+    """AttentionMobileNet's arguments other than timm's and the gates'."""
 
 
 def _keywords(owner: Callable[..., Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The attention gate (Schlemper et al., Medical Image Analysis 2019, arXiv 1808.08114).
 
-The gate alone: sononet.py has the paper's network, and ag_wrap.py puts gates on any other.
+The gate alone: sononet.py has the paper's network, and ag_wrap.py adds gates to any other.
 Checked against the authors' grid_attention_layer.py
-(github.com/ozan-oktay/Attention-Gated-Networks, MIT license). Where this differs: the map is
-normalized safely where it is constant (their 0/0), in float32 under half precision.
+(github.com/ozan-oktay/Attention-Gated-Networks, MIT license), with one difference: a constant
+map is normalized safely (theirs is 0/0), in float32 under half precision.
 """
 
 import torch
@@ -20,7 +20,7 @@ NORMALIZATIONS = ("mean_flow", "softmax", "sigmoid", "mean", "range")
 @torch.fx.wrap
 @register_notrace_function
 def normalize_map(score: Tensor, how: str) -> Tensor:
-    """The gate's map of a score: GateMap's formulas, in float32 under half precision.
+    """The gate's map from a score: GateMap's formulas, in float32 under half precision.
 
     Shapes: (B, 1, H, W) -> the same.
     """
@@ -42,7 +42,7 @@ def normalize_map(score: Tensor, how: str) -> Tensor:
     else:
         if how == "mean_flow":
             s = s + largest_over_positions(-s)
-        # what is within rounding of nothing is nothing: dividing by it would show noise
+        # a spread within rounding counts as zero: dividing by it would show noise
         total = s.sum(dim=(2, 3), keepdim=True)
         flat = total.abs() <= eps * size * positions
         one = torch.ones_like(total)
@@ -62,8 +62,8 @@ class GateMap(nn.Module):
     mean       s / sum(s)
     range      (s - min s) / (max s - min s)
 
-    Computed in float32 under half precision. A map that is constant to within rounding
-    has no preferred place: it gives 1 / (H W) everywhere, and for `range` 1.
+    Computed in float32 under half precision. A map that is constant within rounding has no
+    preferred place: it becomes 1 / (H W) everywhere, or 1 for `range`.
 
     Shapes: x (B, C, H, W), g (B, C_g, h, w) -> (B, 1, H, W).
     """
@@ -80,7 +80,7 @@ class GateMap(nn.Module):
 
     @torch.jit.ignore
     def init_gate(self, generator: torch.Generator | None = None) -> None:
-        """He normal fan-in; psi's bias PyTorch's, or 3 for "sigmoid" and 10 for "softmax"."""
+        """He normal fan-in; psi's bias is PyTorch's, or 3 for "sigmoid" and 10 for "softmax"."""
         for conv in (self.theta, self.phi, self.psi):
             pytorch_default(conv, generator)
             nn.init.kaiming_normal_(conv.weight, generator=generator)
@@ -101,16 +101,16 @@ class AttentionGate(nn.Module):
     """Attention gate: one vector of attended features, the sum over positions of alpha * x.
 
     Args:
-        channels: of the map x.
-        gating_channels: of the gating signal g, a coarser map.
-        inner: channels in which the two are compared; those of g by default.
-        normalize: of alpha, one of "mean_flow", "softmax", "sigmoid", "mean", "range".
+        channels: channels of the map x.
+        gating_channels: channels of the gating signal g, a coarser map.
+        inner: number of channels for comparing the two; default: that of g.
+        normalize: how alpha is normalized: "mean_flow", "softmax", "sigmoid", "mean" or "range".
 
     Shapes: x (B, C, H, W), g (B, C_g, h, w) -> (B, C).
 
-    Compiled, x is read twice: by theta's convolution, and by the weighted sum, whose products
-    are never written. Between them one pass reads theta(x), interpolates phi(g), adds and
-    rectifies, in place; psi reads that.
+    Compiled, x is read twice: by theta's convolution, and by the weighted sum, whose products are
+    never stored. Between them, one in-place pass reads theta(x), interpolates phi(g), adds and
+    rectifies; psi reads the result.
 
     Raises:
         UsageError: an argument is not among its choices.

@@ -1,10 +1,10 @@
 """MobileNets with CBAM, with squeeze-and-excitation, and plain (CBAM's table 5).
 
 MobileNetV1 (Howard et al. 2017, arXiv 1704.04861): a 3x3 stem and 13 depthwise separable
-blocks. The authors' code has no such network; where its gates are is worked out from the
+blocks. The authors' code has no such network; the places of the gates are inferred from the
 counts that the paper prints. A gate follows every convolution's BN and ReLU: the stem's, the
 13 depthwise and the 13 pointwise ones, 27 in all, with reduction 16 and biases in the MLP.
-Counted at 224x224, beside the printed numbers:
+Counted at 224x224, next to the printed numbers:
 
                       parameters (M)         multiply-adds (G)
                    counted      paper        counted      paper
@@ -16,13 +16,13 @@ Counted at 224x224, beside the printed numbers:
       + CBAM         2.707       2.71          0.289      0.289
 
 Widths are int(0.7 * w). Rounding them to multiples of 8, as timm does, gives 2.317M parameters
-for the plain MobileNet-0.7, which does not fit. The MLP has C // 16 hidden channels, as in the
-authors' code for ResNets; rounded to the nearest number they would give 2.710M and 2.713M with
-SE and CBAM, which would print as 2.71 both. The multiply-adds are those of convolutions and
-linear layers.
+for the plain MobileNet-0.7, which does not match. The MLP has C // 16 hidden channels, as in the
+authors' code for ResNets; rounding to the nearest number would give 2.710M and 2.713M with SE and
+CBAM, both of which would print as 2.71. Multiply-adds are those of convolutions and linear
+layers.
 
-Starting weights: convolutions He normal fan-out, counted in each group as timm does; the
-classifier He normal fan-in; the gates their own. Twins share them, see initialization.py.
+Initialization: convolutions He normal fan-out, counted per group as in timm; the classifier He
+normal fan-in; the gates by their own rules. Twins share it, see initialization.py.
 
 Reading order: convolution, block, network, variants.
 """
@@ -86,7 +86,7 @@ class GatedConv(nn.Module):
 
 
 class SeparableBlock(nn.Module):
-    """Depthwise 3x3 convolution, which has the stride, then a pointwise one; no shortcut.
+    """Depthwise 3x3 convolution with the stride, then a pointwise one; no shortcut.
 
     Shapes: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride)).
     """
@@ -105,10 +105,10 @@ class SeparableBlock(nn.Module):
 
 
 class AttentionMobileNet(StagedNetwork):
-    """MobileNetV1 with gates, or plain, over timm's interface.
+    """MobileNetV1 with gates, or plain, with timm's interface.
 
     Args:
-        width: factor of every layer's channels, rounded down.
+        width: factor for every layer's channels, rounded down.
         attention: makes a gate from its channels; None for a plain network.
 
     Input: (B, in_chans, H, W), any height and width.
@@ -160,7 +160,7 @@ class AttentionMobileNet(StagedNetwork):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups for layer-wise learning rates, as timm's networks have."""
+        """Parameter groups for layer-wise learning rates, as in timm's networks."""
         return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def _entry(self, x: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def _init_layer(layer: nn.Module, generator: torch.Generator) -> None:
 
 
 def width_of(name: str) -> float:
-    """The factor of the channels that a network's name sets: 0.7 for "se_mobilenet_070"."""
+    """The width factor in a network's name: 0.7 for "se_mobilenet_070"."""
     return int(name[-3:]) / 100
 
 

@@ -1,13 +1,12 @@
 """ResNets with CBAM, with squeeze-and-excitation, and plain (CBAM's tables 4 and 5).
 
 timm's ResNet with a gate in every block, after the last BN of the residual branch and before
-the addition. The plain networks differ from them in the gates alone, starting weights
-included, and are timm's own networks: timm's weights load under their names. timm's own
-constructor starts the last BN of each branch at 0; the authors and these networks start it
-at 1.
+the addition. The plain networks differ only in having no gates, with the same initialization,
+and are timm's own networks: timm's weights load under their names. timm's constructor starts the
+last BN of each branch at 0 by default; the authors and these networks start it at 1.
 
 The paper counts multiply-adds with the stride on a bottleneck's first 1x1 convolution; the
-authors' code, and every weight that exists, has it on the 3x3, and so have these networks.
+authors' code and all existing weights have it on the 3x3 convolution, as do these networks.
 
 Reading order: network, starting from timm's weights, variants.
 """
@@ -32,14 +31,14 @@ from regard.models.initialization import initialize, initialized_by_name
 
 
 class AttentionResNet(ResNet):
-    """timm's ResNet with gates, or plain, from the authors' initialization.
+    """timm's ResNet with gates, or plain, with the authors' initialization.
 
     Args:
-        attention: makes the module of a block from its channels; None for a plain network.
+        attention: makes a block's gate module from its channels; None for a plain network.
         stem: "imagenet", or "cifar" for conv 3x3 stride 1 without pooling.
-        zero_init_last: starts the last BN of each branch at 0, timm's own default, instead
-            of the authors' 1.
-        kwargs: timm's ResNet's own.
+        zero_init_last: start the last BN of each branch at 0, timm's default, instead of the
+            authors' 1.
+        kwargs: further arguments of timm's ResNet.
 
     Raises:
         UsageError: an argument is not among its choices.
@@ -74,8 +73,8 @@ class AttentionResNet(ResNet):
         """The authors' initialization (model_resnet.py), layer by layer: see initialization.py.
 
         Convolutions He normal fan-out, classifier He normal fan-in, biases 0, BN 1 and 0, and
-        the gates' own. Their loop goes by names and so passes over the shortcuts'
-        convolutions; here they are treated as the others.
+        the gates' own. The authors' loop selects layers by name and misses the shortcuts'
+        convolutions; here they are initialized like the others.
         """
         if not self._built:  # timm's constructor calls this before the stem is chosen
             return
@@ -96,13 +95,13 @@ def _init_layer(layer: nn.Module, generator: torch.Generator) -> None:
         nn.init.zeros_(layer.bias)
 
 
-# The paper's eight networks (tables 4 and 5): timm's ResNet arguments.
+# The paper's eight networks (tables 4 and 5) as timm's ResNet arguments.
 _RESNETS: dict[str, dict[str, Any]] = {
     "resnet18": {"block": BasicBlock, "layers": (2, 2, 2, 2)},
     "resnet34": {"block": BasicBlock, "layers": (3, 4, 6, 3)},
     "resnet50": {"block": Bottleneck, "layers": (3, 4, 6, 3)},
     "resnet101": {"block": Bottleneck, "layers": (3, 4, 23, 3)},
-    # widen 1.5 and 2: the four stages' widths, the stem stays at 64
+    # widen 1.5 and 2: the widths of the four stages; the stem stays at 64
     "wide_resnet18_1_5": {
         "block": BasicBlock, "layers": (2, 2, 2, 2), "channels": (96, 192, 384, 768),
     },
@@ -129,7 +128,7 @@ def _create(
     gates = {k: kwargs.pop(k) for k in GATE_ARGUMENTS if attention is not None and k in kwargs}
     if attention is not None and gates:
         attention = partial(attention, **gates)
-    told = kwargs.get("pretrained_cfg")  # a saved network's own, when it is loaded again
+    told = kwargs.get("pretrained_cfg")  # the saved configuration when a network is loaded
     if kwargs.get("stem") == "cifar" and (not told or isinstance(told, str)):
         overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
         cifar = {"input_size": (3, 32, 32), "pool_size": (4, 4), "crop_pct": 1.0}
@@ -145,9 +144,9 @@ def _create(
 
 
 def _load_pretrained_plain(model: ResNet, base: str) -> None:
-    """Loads timm's pretrained weights of the plain network and starts the gates neutral."""
+    """Loads timm's pretrained weights for the plain network; the gates start neutral."""
     try:
-        file = cached_weights(base)  # then the hub need not be asked
+        file = cached_weights(base)  # avoids asking the hub
         source = timm.create_model(
             base, pretrained=True, num_classes=model.num_classes, in_chans=model.in_chans,
             pretrained_cfg_overlay=None if file is None else {"file": str(file)},

@@ -1,9 +1,9 @@
-"""Where gates go in a network: where its residual branches end, else where its stages do.
+"""Where gates go in a network: at the ends of its residual branches, else of its stages.
 
-Residual branches are found by watching one image go through the network: where two maps of one
-size are added, the one that took more operations is the branch. Additions within blocks that are
-merged into one convolution for prediction (timm's `reparameterize_model`) are none. A network
-that adds nothing (VGG, DenseNet, SonoNet) has stages, which its `feature_info` names.
+Residual branches are found by tracing one image through the network: where two maps of the same
+size are added, the one computed by more operations is the branch. Additions within blocks that
+are merged into one convolution for prediction (timm's `reparameterize_model`) do not count. A
+network without additions (VGG, DenseNet, SonoNet) has stages, which its `feature_info` names.
 """
 
 import copy
@@ -25,19 +25,19 @@ _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 _ADDITIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 
 Tap = dict[str, Any]
-"""What a gate is made with: channels, and whether they come last."""
+"""The arguments of a gate: channels, and whether they come last."""
 
 
 @dataclass
 class End:
-    """Where a branch or stage ends: the module that makes it, and arguments of the gates."""
+    """Where a branch or stage ends: the module that outputs it, and arguments of the gates."""
 
-    made_by: str  # innermost: the gates may follow a module that holds it
+    made_by: str  # innermost: the gates may follow a module that contains it
     tap: Tap
 
 
 def resnet_ends(model: nn.Module) -> dict[str, End]:
-    """The blocks of timm's own ResNets, which have a place for attention; else nothing."""
+    """The blocks of timm's own ResNets, which have a slot for attention; else nothing."""
     if not isinstance(model, ResNet):
         return {}
     blocks = {n: m for n, m in model.named_modules() if hasattr(m, "se")}
@@ -49,31 +49,31 @@ def resnet_ends(model: nn.Module) -> dict[str, End]:
 
 
 class _Watch(TorchFunctionMode):
-    """Sees which tensors each tensor was computed from, and where two maps are added.
+    """Tracks which tensors each tensor was computed from, and where two maps are added.
 
-    Ancestors are bits of an integer, one a tensor.
+    Ancestors are the bits of an integer, one bit per tensor.
     """
 
     def __init__(self, x: Tensor, merging: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.merging: set[int] = {id(module) for module in merging.values()}
         self.ancestors: dict[int, int] = {id(x): 1}
-        self.alive: list[Any] = [x]  # so that no id is used twice
+        self.alive: list[Any] = [x]  # keeps tensors alive, so that no id is reused
         self.made_by: dict[int, list[str]] = {}  # from the innermost module outwards
         self.passed_by: dict[int, list[str]] = {}
-        self.given_by: dict[int, list[str]] = {}  # made or passed, in the order of their ends
+        self.given_by: dict[int, list[str]] = {}  # made or passed on, in the order of finishing
         self.calls: dict[str, int] = {}
-        self.inside: list[nn.Module] = []  # the modules that run now
+        self.inside: list[nn.Module] = []  # the modules being executed
         self.merged: int = 0  # additions within what becomes one layer
         self.branches: list[tuple[list[str], torch.Size]] = []  # who made it, and its shape
-        self.maps: dict[str, Tensor] = {}  # what each module gave last, or the first of several
+        self.maps: dict[str, Tensor] = {}  # each module's latest output, or the first of several
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         known = [t for t in given if id(t) in self.ancestors]
-        # GRN's own sum, say, is no branch
+        # GRN's internal sum, for example, is not a branch
         inner = self.inside and next(self.inside[-1].children(), None) is None
         if getattr(func, "__name__", "") in _ADDITIONS and len(known) == 2 and not inner:
             if any(id(module) in self.merging for module in self.inside):
@@ -96,10 +96,10 @@ class _Watch(TorchFunctionMode):
         before = {id(t): self.ancestors[id(t)] for t in (a, b)}
         branch, shortcut = sorted((a, b), key=lambda t: -before[id(t)].bit_count())
         own = before[id(shortcut)] & ~before[id(branch)]
-        # the shortcut is an earlier map, or a projection of one: a few operations of a module
+        # the shortcut is an earlier map, or a projection of one: a few operations of one module
         projected = own.bit_count() <= 4 and id(shortcut) in self.made_by
         if before[id(branch)] & ~before[id(shortcut)] and (own == 0 or projected):
-            # as of now: in place, a later module may return the same tensor with other values
+            # recorded now: a later in-place module may return the same tensor with other values
             names = self.made_by.get(id(branch)) or self.passed_by.get(id(branch)) or []
             self.branches.append((list(names), branch.shape))
 
@@ -125,16 +125,16 @@ class _Watch(TorchFunctionMode):
 def find_ends(model: nn.Module, x: Tensor) -> dict[str, End]:
     """The end of each residual branch, by the name of the module that gates follow.
 
-    Of a network without residual branches: the end of each stage.
+    For a network without residual branches: the end of each stage.
 
     Raises:
-        UsageError: there are neither, or a branch does not end in a module, or not in a map.
+        UsageError: there are neither, or a branch does not end in a module or in a map.
     """
     merging = {n: m for n, m in model.named_modules() if n and _merges(m)}
     watch = _Watch(x, merging)
     named = [(n, m) for n, m in model.named_modules() if n]
     handles = [m.register_forward_hook(watch.hook_of(n), with_kwargs=True) for n, m in named]
-    handles += [m.register_forward_pre_hook(watch.enter) for _, m in named]  # not of the whole
+    handles += [m.register_forward_pre_hook(watch.enter) for _, m in named]  # not the whole
     try:
         with torch.no_grad(), evaluating(model), watch:
             model(x)
@@ -172,10 +172,10 @@ def find_ends(model: nn.Module, x: Tensor) -> dict[str, End]:
 
 
 def _stage_ends(model: nn.Module, watch: _Watch) -> dict[str, End]:
-    """Each stage that ends in a map: its last layer, before the pooling that may follow.
+    """Each stage that ends in a map: its last layer, before any pooling.
 
-    The innermost one, as what holds it may be looked into: checkpoints of a stage, say. Of a stage
-    that gives several maps it is what gave the first, which is the one that timm names.
+    The innermost layer, as its parents may be bypassed, such as when a stage is checkpointed. If a
+    stage outputs several maps, the layer is that of the first one, which timm names.
     """
     ends: dict[str, End] = {}
     for stage in getattr(model, "feature_info", None) or ():
@@ -198,15 +198,15 @@ def _stage_ends(model: nn.Module, watch: _Watch) -> dict[str, End]:
 
 
 def _merges(module: nn.Module) -> bool:
-    """Whether timm's `reparameterize_model` makes one layer of a module below the network."""
+    """Whether timm's `reparameterize_model` merges a module inside the network into one layer."""
     if not hasattr(module, "fuse"):
         return hasattr(module, "reparameterize") or hasattr(module, "switch_to_deploy")
     twin: Any = copy.deepcopy(module).eval()
-    return twin.fuse() is not twin  # as a residual block answers that holds no convolution
+    return twin.fuse() is not twin  # a residual block without convolutions returns itself
 
 
 def _channels_last(model: nn.Module, module: nn.Module, shape: torch.Size) -> bool:
-    """Whether a module gives (B, H, W, C)."""
+    """Whether a module outputs (B, H, W, C)."""
     if isinstance(module, nn.Linear) or type(module) is nn.LayerNorm:
         return True
     weight = getattr(module, "weight", None)
@@ -216,7 +216,7 @@ def _channels_last(model: nn.Module, module: nn.Module, shape: torch.Size) -> bo
 
 
 def foldable_norm(module: nn.Module) -> Any:
-    """The affine norm whose output is a branch's end, or None."""
+    """The affine norm whose output ends a branch, or None."""
     if type(module) in (BasicBlock, Bottleneck):
         module = module.bn3 if isinstance(module, Bottleneck) else module.bn2  # type: ignore[assignment]
     if not isinstance(module, _AFFINE_NORMS) or not isinstance(

@@ -1,15 +1,15 @@
 """CBAM: Convolutional Block Attention Module (Woo et al., ECCV 2018, arXiv 1807.06521).
 
 The module alone: attention_resnet.py and attention_mobilenet.py have the paper's networks,
-and graft.py puts it into any other. Checked against the authors' code
+and graft.py inserts it into any other. Checked against the authors' code
 (github.com/Jongchan/attention-module, MIT license).
 
-Where the authors' code and the paper's formulas differ, this is the code: the MLP has
+Where the authors' code and the paper's formulas differ, this follows the code: the MLP has
 biases, a BN (eps 1e-5, momentum 0.01) follows the 7x7 convolution, which has no bias, and
 the maps are concatenated [max, mean].
 
-Squeeze-and-excitation (Hu et al., CVPR 2018, arXiv 1709.01507), with which the paper
-compares, is the channel gate alone with average pooling: `SE` below.
+Squeeze-and-excitation (Hu et al., CVPR 2018, arXiv 1709.01507), the paper's baseline, is the
+channel gate alone with average pooling: `SE` below.
 """
 
 from functools import partial
@@ -31,8 +31,8 @@ ORDERS = ("channel_spatial", "spatial_channel", "parallel", "channel", "spatial"
 class ChannelGate(nn.Module):
     """Channel attention: sigmoid(MLP(avg-pool(x)) + MLP(max-pool(x))), equation 2.
 
-    One shared MLP of C -> C / reduction -> C with biases and ReLU; pool "avg" or "max" is
-    the ablation with one of the two.
+    One shared MLP C -> C / reduction -> C with biases and ReLU; pool "avg" or "max" is the
+    ablation with only one of the two.
 
     Shapes: (B, C, H, W) -> (B, C, 1, 1), between 0 and 1.
     """
@@ -110,7 +110,7 @@ class SpatialGate(nn.Module):
         return torch.sigmoid(self.bn(self._convolve(pooled)))
 
     def _convolve(self, pooled: Tensor) -> Tensor:
-        """self.conv; compiled for training, by an operator that Inductor takes as it is."""
+        """self.conv; if compiled for training, an operator that Inductor calls unchanged."""
         if not torch.jit.is_scripting() and compiled_for_training(pooled):
             weight = self.conv.weight.to(pooled.dtype)
             return convolution(pooled, weight, self.conv.kernel_size[0] // 2)
@@ -119,7 +119,7 @@ class SpatialGate(nn.Module):
 
 
 class CBAM(nn.Module):
-    """Convolutional block attention module for a map of `channels` channels, in any network.
+    """Convolutional block attention module for a map with `channels` channels, in any network.
 
         channel_spatial  x' = x * channel(x);  x' * spatial(x')      (the paper's choice)
         spatial_channel  x' = x * spatial(x);  x' * channel(x')
@@ -129,18 +129,18 @@ class CBAM(nn.Module):
 
     Args:
         channels: C of the map.
-        reduction: of the channel gate's MLP (16 in the paper).
+        reduction: reduction of the channel gate's MLP (16 in the paper).
         channel_pool: "both", "avg" or "max" (table 1).
         spatial_pool: "avg_max", or "conv" for a learned 1x1 convolution (table 2).
-        kernel_size: of the spatial gate's convolution, 7 or 3 (table 2).
+        kernel_size: kernel size of the spatial gate's convolution, 7 or 3 (table 2).
         order: one of the five above (table 3).
 
     Shapes: (B, C, H, W) -> the same.
 
-    Compiled, x is read three times and written once: mean and max over positions in one
-    pass; times the channel gate, mean and max over channels in one; times both gates, with
-    the addition of the shortcut and the ReLU that follow in a ResNet's block, in one. Called
-    operator by operator, six reads and two writes, before that addition and ReLU.
+    Compiled, x is read three times and written once: one pass computes mean and max over
+    positions; one applies the channel gate and computes mean and max over channels; one applies
+    both gates, and in a ResNet's block also the addition of the shortcut and the ReLU. In eager
+    mode there are six reads and two writes, before that addition and ReLU.
 
     Raises:
         UsageError: an argument is not among its choices.
@@ -186,16 +186,16 @@ class CBAM(nn.Module):
 
 
 SE = partial(CBAM, order="channel", channel_pool="avg")
-"""Squeeze-and-excitation with the paper's reduction 16: the channel gate on the average."""
+"""Squeeze-and-excitation with the paper's reduction 16: the channel gate with average pooling."""
 
 
 @torch.no_grad()
 def start_neutral(attention: CBAM, norm: nn.Module) -> None:
-    """Makes fresh gates after an affine norm answer bit for bit as the norm would alone.
+    """Makes fresh gates after an affine norm return exactly, to the bit, what the norm alone does.
 
-    Each gate starts at exactly 1/2: the MLP's last layer is zero, and so are weight and
-    bias of the spatial gate's BN. The factor 2 a gate goes into weight and bias of the
-    norm; powers of two are exact in floating point.
+    Each gate starts at exactly 1/2: the MLP's last layer is zero, and so are weight and bias of
+    the spatial gate's BN. A factor of 2 per gate goes into weight and bias of the norm; powers of
+    two are exact in floating point.
     """
     factor = 2.0 ** start_at_half(attention)
     assert isinstance(norm.weight, Tensor)
@@ -205,7 +205,7 @@ def start_neutral(attention: CBAM, norm: nn.Module) -> None:
 
 
 def start_at_half(attention: CBAM) -> int:
-    """Makes every gate answer exactly 1/2 everywhere, and returns how many there are."""
+    """Makes every gate output exactly 1/2 everywhere, and returns the number of gates."""
     gates = 0
     if attention.channel is not None:
         last = attention.channel.mlp[2]

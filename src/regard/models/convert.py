@@ -1,4 +1,4 @@
-"""An authors' checkpoint becomes a folder that timm loads."""
+"""Converts an authors' checkpoint into a folder that timm loads."""
 
 import json
 import logging
@@ -25,10 +25,10 @@ log: logging.Logger = logging.getLogger(__name__)
 
 
 def read_class_names(path: Path) -> list[str]:
-    """The class names in a file: one a line, or a JSON list, in the order of the outputs.
+    """The class names in a file: one per line, or a JSON list, in the order of the outputs.
 
     Raises:
-        UsageError: it can't be read, or a name is empty, no text, or there twice.
+        UsageError: the file can't be read, or a name is empty, not text, or duplicated.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -58,23 +58,23 @@ def convert(
     arguments: Mapping[str, Any],
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """Loads the checkpoint into the network and writes the folder, whole or not at all.
+    """Loads the checkpoint into the network and writes the folder completely or not at all.
 
     Args:
         source: the authors' checkpoint.
         model: the network's name.
-        out: a folder that does not exist yet, or is empty.
-        arguments: of the network, above what the checkpoint tells.
+        out: a folder that does not exist or is empty.
+        arguments: arguments of the network; they override those inferred from the checkpoint.
         class_names: in the order of the classifier's outputs.
 
     Raises:
         UsageError: the network is unknown, an argument is wrong, the folder is not new, the
-            checkpoint can't be read or does not fit, or there is not a name for each class.
+            checkpoint can't be read or does not fit, or a class has no name.
         OSError: the folder can't be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already: out must be a new or an empty folder")
-    make(model, {"num_classes": 0} if model in list_models() else {})  # an unknown name first
+    make(model, {"num_classes": 0} if model in list_models() else {})  # reports unknown names
     tensors = read_tensors(source)
     found = {**arguments_of(model, tensors), **arguments}
     network = make(model, found)

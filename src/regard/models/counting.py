@@ -8,15 +8,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All of them, trained or not."""
+    """The number of all parameters, trained or not."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_multiply_adds(model: nn.Module, input_size: Sequence[int]) -> int:
-    """Multiply-adds of convolutions and matrix products for one image; half of torch's FLOPs.
+    """Multiply-adds of convolutions and matrix products for one image: half of torch's FLOPs.
 
     Args:
-        model: a network; its mode (training or evaluation) is as before afterwards.
+        model: a network; its mode (training or evaluation) is restored afterwards.
         input_size: (C, H, W).
     """
     parameter = next(model.parameters())

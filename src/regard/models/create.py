@@ -1,4 +1,4 @@
-"""Making a network by name: arguments, input size, starting weights."""
+"""Creates a network by name: arguments, input size, initial weights."""
 
 import difflib
 import logging
@@ -34,11 +34,11 @@ log: logging.Logger = logging.getLogger(__name__)
 
 
 def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """create_model(), with errors for a person.
+    """create_model() with readable errors.
 
     Raises:
-        UsageError: the network is unknown (the nearest names are told), or an argument is
-            not one of its arguments or has a value that it does not take.
+        UsageError: the network is unknown (the message names the nearest ones), or an argument
+            does not exist or has an invalid value.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -53,7 +53,7 @@ def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def classifier_modules(model: nn.Module) -> list[str]:
-    """The names of a network's classifiers: timm's one or, of distilled networks, two."""
+    """The names of a network's classifiers: timm's, two for distilled networks."""
     found = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
     parts = found if isinstance(found, tuple | list) else (found,)
     names = [n for n, module in model.named_modules() if any(module is part for part in parts)]
@@ -62,7 +62,7 @@ def classifier_modules(model: nn.Module) -> list[str]:
 
 
 def _outline(name: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """The network without weights, which costs no time; the errors are those of `make`."""
+    """The network without weights, which takes no time; raises the same errors as `make`."""
     with torch.device("meta"):
         return make(name, {**(arguments or {}), "num_classes": 2})
 
@@ -77,17 +77,17 @@ def make_model(
     class_names: Sequence[str] | None = None,
     graft: str = "none",
 ) -> nn.Module:
-    """The network, from its initialization, timm's pretrained weights, or a run's.
+    """The network with its own initialization, timm's pretrained weights, or a run's.
 
     Args:
-        name: of the network.
-        arguments: of the network.
-        classes: their number.
+        name: name of the network.
+        arguments: arguments of the network.
+        classes: number of classes.
         input_size: (C, H, W).
-        pretrained: start from timm's pretrained weights, of the plain network where it has one.
+        pretrained: start from timm's pretrained weights, of the plain network if there is one.
         weights: a run's folder, shipped weights or an authors' checkpoint to start from.
-        class_names: of the classes, for a folder that has others.
-        graft: "se" or "cbam": the attention that is inserted into the network of these weights.
+        class_names: names of the classes, for a folder with other classes.
+        graft: "se" or "cbam": the attention to insert into the network with these weights.
 
     Raises:
         UsageError: an argument is wrong, the images are too small, the weights don't fit, or no
@@ -111,7 +111,7 @@ def make_model(
     check_size(model, name, input_size)
     source = None if weights is None else find_folder(weights) or Path(weights)
     gated = graft != "none" and source is not None and source.is_dir() and _has_gates(source)
-    if gated:  # weights of a network into which attention was inserted before
+    if gated:  # weights of a network into which attention was inserted earlier
         model = _grafted(model, graft)
     if source is not None:
         load_weights(model, source, class_names)
@@ -123,7 +123,7 @@ def _has_gates(folder: Path) -> bool:
 
 
 def _grafted(model: nn.Module, attention: str) -> nn.Module:
-    """The network with "se" or "cbam" inserted; what is drawn at random after it is the same.
+    """The network with "se" or "cbam" inserted; later random draws are not affected.
 
     Raises:
         UsageError: it can't be inserted, or the network could not be saved after its training.
@@ -135,7 +135,7 @@ def _grafted(model: nn.Module, attention: str) -> nn.Module:
 
 
 def check_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
-    """Tries an image of zeros, before anything is written.
+    """Tries an image of zeros before anything is written.
 
     Raises:
         UsageError: the network can't take images of this size.
@@ -160,7 +160,7 @@ def check_size(model: nn.Module, name: str, input_size: tuple[int, int, int]) ->
 
 
 def plain_source(name: str) -> str | None:
-    """The network of timm's whose pretrained weights `name` starts from; None: there is none.
+    """timm's network whose pretrained weights `name` starts from; None if there is none.
 
     >>> plain_source("cbam_resnet50"), plain_source("resnet18"), plain_source("attention56")
     ('resnet50', 'resnet18', None)
@@ -174,22 +174,22 @@ def plain_source(name: str) -> str | None:
 
 
 def _has_plain(name: str) -> bool:
-    """Whether a network of Regard's can start from timm's weights of its plain twin."""
+    """Whether a network of Regard's can start from timm's weights for its plain twin."""
     family = twins_of(name)
     base = family.get("plain", "").removeprefix("plain_")
     return "cbam" in family and name in family.values() and timm.is_model_pretrained(base)
 
 
 def load_weights(model: nn.Module, source: Path, classes: Sequence[str] | None = None) -> None:
-    """Starts from a run's folder, whatever classes it had, or from an authors' checkpoint.
+    """Starts from a run's folder, with any classes, or from an authors' checkpoint.
 
     Args:
-        model: gets the weights.
+        model: receives the weights.
         source: the folder or the checkpoint.
-        classes: names of the model's classes. The classifier's rows are copied by name where
-            the folder has other classes; rows of new classes, and tensors of the classifier
-            that do not fit, stay as they were initialized. It is logged. A checkpoint names no
-            classes: its classifier is taken where the shapes are the model's.
+        classes: names of the model's classes. If the folder has other classes, the classifier's
+            rows are copied by name; rows of new classes, and tensors of the classifier that do not
+            fit, stay as initialized. This is logged. A checkpoint has no class names: its
+            classifier is used if the shapes match.
 
     Raises:
         UsageError: the source can't be read, or more than the classifier does not fit.
@@ -200,7 +200,7 @@ def load_weights(model: nn.Module, source: Path, classes: Sequence[str] | None =
     before = config.get("label_names")
     if classes is not None and before and list(classes) != list(before):
         names = [k for k in found if k in own and k.startswith(heads)]
-        joint = getattr(model, "aggregation", "") == "ft"  # its input are the heads' classes
+        joint = getattr(model, "aggregation", "") == "ft"  # its inputs are the heads' classes
         by_name = {
             k: _rows_by_name(own[k], found[k], classes, before, joint and k == "classifier.weight")
             for k in names
@@ -224,7 +224,7 @@ def load_weights(model: nn.Module, source: Path, classes: Sequence[str] | None =
 
 
 def _load_authors(model: nn.Module, source: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """An authors' checkpoint as the network that it is of, and what a config.json would say."""
+    """An authors' checkpoint as its network, and the content of a config.json for it."""
     tensors = read_tensors(source)
     cfg: Any = model.pretrained_cfg
     name = cfg["architecture"]
@@ -236,7 +236,7 @@ def _load_authors(model: nn.Module, source: Path) -> tuple[nn.Module, dict[str, 
 
 
 def _described(config: Mapping[str, Any]) -> str:
-    """What a folder's network is, in words: its name, its channels and its other arguments."""
+    """A folder's network in words: its name, its channels and its other arguments."""
     arguments = network_in(config)[1]
     own = {k: v for k, v in arguments.items() if k not in FREE_ARGUMENTS}
     channels = arguments.get("in_chans")
@@ -253,15 +253,15 @@ def _rows_by_name(
     before: Sequence[str],
     joint: bool = False,
 ) -> torch.Tensor | None:
-    """A tensor of the classifier with the rows of the classes in common.
+    """A tensor of the classifier, with the rows of the shared classes copied.
 
     Args:
-        own, found: (classes, ...) of the network, and of the one before.
+        own, found: (classes, ...) of this network, and of the loaded one.
         classes, before: names of their rows.
         joint: whether the columns are classes too, as (classes, heads * classes).
 
     Returns:
-        The tensor, or None where the tensors are not by class.
+        The tensor, or None if the tensors have no row per class.
     """
     if own.ndim == 0 or (len(own), len(found)) != (len(classes), len(before)):
         return None

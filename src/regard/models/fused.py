@@ -1,21 +1,21 @@
-"""A ResNet block's end with CBAM as one operator: BN, channel gate, spatial gate, + shortcut, ReLU.
+"""The end of a ResNet block with CBAM as one operator: BN, both gates, + shortcut, ReLU.
 
-Operator by operator these pass some 25 times over the block's map in a training step; here the
-forward pass reads it three times and writes it once, the backward pass reads it three times more
-and writes the gradients. Only maps' sums leave a pass, and the gates' own layers, which are
-small, are called as they are: their parameters, their autocast and their gradients, also those
-that processes exchange, are PyTorch's.
+In eager mode, a training step passes some 25 times over the block's map here; the fused forward
+pass reads it three times and writes it once, the backward pass reads it three more times and
+writes the gradients. Only sums over maps leave a pass, and the gates' own small layers are called
+as modules: their parameters, autocast and gradients, including the exchange of gradients between
+processes, are PyTorch's.
 
     x = (y - mean) * g + b        g = weight / sqrt(var + eps)
     z = x * c                     c = sigmoid(mlp(mean over positions) + mlp(max over positions))
     out = relu(z * s + k)         s = sigmoid(bn(conv([max over channels of z, mean of z])))
 
-Three autograd functions share what their backward passes compute: `_Output` runs first in it,
-`_Pooled` next, and `_Statistics`, which all else depends on, last; it writes y's gradient.
+Three autograd functions share what their backward passes compute: in backward, `_Output` runs
+first, `_Pooled` next, and `_Statistics`, on which all else depends, last; it writes y's gradient.
 
-Sums are in float32 (float64 of float64 maps) whatever the maps' precision, so that in bf16 the
-numbers are nearer to those of float32 than the modules' are. Where several values are the
-largest, their gradient is divided among them, as torch's `amax` does.
+Sums are in float32 (float64 for float64 maps) whatever the maps' precision, so that in bf16 the
+results are closer to those of float32 than the modules' are. Where several values are the
+maximum, the gradient is divided among them, as in torch's `amax`.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ from regard.models.cbam import CBAM
 
 @dataclass
 class _Shared:
-    """What the three functions of one call leave for each other.
+    """What the three functions of one call pass to each other.
 
-    Small tensors are in float32 (float64), so that each is converted once. None may belong to the
-    graph whose nodes hold this: nothing would free either.
+    Small tensors are in float32 (float64), so that each is converted only once. None may belong to
+    the graph whose nodes hold this object: the reference cycle would never be freed.
     """
 
     passes: Any  # the module with the passes over the map
@@ -48,7 +48,7 @@ class _Shared:
     variance: Tensor  # (C,)
     g: Tensor  # (C,)
     b: Tensor  # (C,)
-    means: Tensor  # (2, B, 1, C): mean of y - mean over positions, and what the maximum has
+    means: Tensor  # (2, B, 1, C): mean of y - mean over positions, and y - mean at the maximum
 
     c: Tensor | None = None  # the channel gate, (B, 1, C)
     gc: Tensor | None = None  # g * c
@@ -75,7 +75,7 @@ def _start(passes: Any, y: Tensor, norm: nn.BatchNorm2d) -> _Shared:
     mean = shift + off
     means = torch.empty_like(sums)
     torch.div(sums[0], y.shape[1], out=means[0]).sub_(off)
-    # the bits that the passes' y - mean has there, by which they find the maximum again
+    # bit for bit the passes' y - mean at the maximum, by which they find it again
     torch.sub(largest, mean, out=means[1])
     return _Shared(
         passes, mean, deviation, variance, (weight * deviation).to(shift), bias.to(shift), means
@@ -106,7 +106,7 @@ class _Statistics(torch.autograd.Function):
         d = dmeans.to(g.dtype).view_as(shared.means)
         bias_sum, weight_sum = (shared.c * shared.sums).sum((1, 2))
         dbias = d.sum((0, 1, 2)) + bias_sum
-        # the largest of equal values, where BN's weight is 0, is each of them
+        # if BN's weight is 0, all values are equal, and each of them is the maximum
         at_weight = torch.where(weight == 0, average, largest)
         by_means = torch.addcmul(d[0] * average, d[1], at_weight).sum((0, 1))
         dweight = (weight_sum + by_means).mul_(shared.deviation)
@@ -135,7 +135,7 @@ class _Pooled(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dpooled: Tensor) -> Any:
-        """The gate's gradient is the whole one: what the output gives is added here."""
+        """Returns the gate's whole gradient: the output's contribution is added here."""
         y, pooled = ctx.saved_tensors
         shared: _Shared = ctx.shared
         assert shared.sums is not None
@@ -143,7 +143,7 @@ class _Pooled(torch.autograd.Function):
             sums, shared.count, shared.share = shared.passes.pooled_backward(
                 y, shared.mean, shared.gc, shared.bc, shared.means[1], pooled, dpooled
             )
-        shared.pooled = pooled.detach(), dpooled  # saved outputs are of the graph
+        shared.pooled = pooled.detach(), dpooled  # saved outputs belong to the graph
         shared.sums = sums.add_(shared.sums)
         dc = torch.addcmul(sums[0] * shared.b, sums[1], shared.g)[:, 0]
         return None, dc.to(ctx.kind), None
@@ -152,8 +152,8 @@ class _Pooled(torch.autograd.Function):
 class _Output(torch.autograd.Function):
     """relu(z * s + k), (B, P, C), from y, k and the spatial gate (B, P, 1).
 
-    Its gradient for the channel gate waits for `_Pooled`, which comes after it as the spatial
-    gate is made of that one's result.
+    Its gradient for the channel gate waits for `_Pooled`, whose backward comes after it because
+    the spatial gate is computed from `_Pooled`'s result.
     """
 
     @staticmethod
@@ -184,8 +184,8 @@ def fused_end(
 
     Args:
         y, shortcut: (B, C, H, W).
-        norm, gates: for which `fits` is True.
-        passes: the module with the passes (default: the device's).
+        norm, gates: modules for which `fits` is True.
+        passes: the module with the passes (default: that for the device).
     """
     assert gates.channel is not None
     assert gates.spatial is not None
@@ -195,7 +195,7 @@ def fused_end(
         shared = _start(passes or _passes(y.device), rows, norm)
         _update_running(norm, shared, rows.shape[0] * rows.shape[1])
     means = _Statistics.apply(rows, norm.weight, norm.bias, shared)
-    # one call of the MLP for both: on a GPU a small layer takes as long as it takes to ask for it
+    # one call of the MLP for both: on a GPU, a small layer takes as long as its launch
     c = torch.sigmoid(gates.channel.mlp(means).view(2, batch, channels).sum(0))
     pooled = _Pooled.apply(rows, c, shared)
     pooled = pooled.view(batch, height, width, 2).permute(0, 3, 1, 2)
@@ -205,13 +205,13 @@ def fused_end(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H * W, C), a view where x is in channels_last."""
+    """(B, C, H, W) -> (B, H * W, C), a view if x is in channels_last."""
     return x.permute(0, 2, 3, 1).contiguous().view(len(x), -1, x.shape[1])
 
 
 @functools.cache
 def _passes(device: torch.device) -> Any:
-    """The module with the passes for a device; None: there is none."""
+    """The module with the passes for a device; None if there is none."""
     if device.type == "cpu":
         return fused_torch
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
@@ -227,7 +227,7 @@ def can_fuse(device: torch.device) -> bool:
 
 
 def _update_running(norm: nn.BatchNorm2d, shared: _Shared, count: int) -> None:
-    """As nn.BatchNorm2d does in training."""
+    """Updates the running statistics like nn.BatchNorm2d in training."""
     if norm.running_mean is None or norm.running_var is None:
         return
     momentum = norm.momentum
@@ -241,15 +241,15 @@ def _update_running(norm: nn.BatchNorm2d, shared: _Shared, count: int) -> None:
 
 
 # ------------------------------------------------------------------------------- in networks
-# values of a map below which the modules are as fast (docs/performance.md): on a GPU, the time
-# that its host needs to ask for the passes, unless they are recorded (training/graphs.py)
+# values in a map below which the modules are as fast (docs/performance.md): on a GPU because of
+# launch overhead, unless the passes are recorded (training/graphs.py)
 LEAST = {"cpu": 2**19, "cuda": 2**25}
 _every_size = contextvars.ContextVar("every_size", default=False)
 
 
 @contextlib.contextmanager
 def fused_at_every_size() -> Iterator[None]:
-    """Within it the smallest maps' blocks end in one operator, too."""
+    """Within this context, blocks with the smallest maps also end in one operator."""
     token = _every_size.set(True)
     try:
         yield
@@ -284,7 +284,7 @@ def _parts(block: Any) -> tuple[Any, Any, Any]:
 
 
 def _is_watched(block: nn.Module) -> bool:
-    """Whether a hook waits for a part of the end, as `regard.record` does."""
+    """Whether a part of the end has a hook, such as those of `regard.record`."""
     norm, gates, act = _parts(block)
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
@@ -293,7 +293,7 @@ def _is_watched(block: nn.Module) -> bool:
 
 
 def _fuses_now(block: Any, x: Any) -> bool:
-    """Whether this call is one of eager training, which nobody watches or traces."""
+    """Whether this call is eager training without hooks or tracing."""
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
@@ -307,7 +307,7 @@ def _fuses_now(block: Any, x: Any) -> bool:
 
 
 def _end(block: Any, y: Tensor, shortcut: Tensor) -> Tensor:
-    """The end of a block, fused where its map is large enough and in channels_last."""
+    """The end of a block, fused if its map is large enough and in channels_last."""
     norm, gates, act = _parts(block)
     small = y.numel() < LEAST[y.device.type] and not _every_size.get()
     if small or not y.is_contiguous(memory_format=torch.channels_last):
@@ -317,7 +317,7 @@ def _end(block: Any, y: Tensor, shortcut: Tensor) -> Tensor:
 
 
 class FusedBasicBlock(BasicBlock):
-    """timm's basic block whose end is one operator in training; made by `set_fused`."""
+    """timm's basic block, whose end is one operator in training; made by `set_fused`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not _fuses_now(self, x):
@@ -331,7 +331,7 @@ class FusedBasicBlock(BasicBlock):
 
 
 class FusedBottleneck(Bottleneck):
-    """timm's bottleneck whose end is one operator in training; made by `set_fused`."""
+    """timm's bottleneck, whose end is one operator in training; made by `set_fused`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not _fuses_now(self, x):
@@ -350,7 +350,7 @@ _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 
 
 def _plain(block: nn.Module) -> nn.Module:
-    """The block as timm has it, sharing all that it holds: for TorchScript."""
+    """The block as timm's class, sharing all of its contents: for TorchScript."""
     kind = _PLAIN[type(block)]
     plain: nn.Module = kind.__new__(kind)  # type: ignore[call-overload]
     plain.__dict__ = block.__dict__.copy()
@@ -358,15 +358,15 @@ def _plain(block: nn.Module) -> nn.Module:
 
 
 def set_fused(model: nn.Module, fused: bool = True) -> int:
-    """Has blocks of ResNets with CBAM end in one operator while they are trained, or no longer.
+    """Makes blocks of ResNets with CBAM end in one operator in training, or undoes this.
 
-    Names, weights and, within rounding, numbers stay the same. The modules themselves are
-    called in evaluation, where hooks watch the gates (`regard.record`), under torch.compile, in
-    tracing, scripting and export, of maps that are not in channels_last or are small, and for
-    gates in other orders or with other pooling. Second derivatives are not supported.
+    Names, weights and, within rounding, results stay the same. The modules themselves are called
+    in evaluation, where hooks watch the gates (`regard.record`), under torch.compile, in tracing,
+    scripting and export, for maps that are small or not in channels_last, and for gates in other
+    orders or with other pooling. Second derivatives are not supported.
 
     Returns:
-        How many blocks end in one operator now.
+        The number of blocks that now end in one operator.
     """
     count = 0
     for block in model.modules():

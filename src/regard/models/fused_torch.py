@@ -1,9 +1,9 @@
-"""The passes of the fused CBAM block in PyTorch's own operators: on CPUs, and wherever else.
+"""The passes of the fused CBAM block in PyTorch operators: for CPUs, but valid anywhere.
 
-A map is taken in chunks that stay in a core's cache, in float32 (float64 for float64 maps), so
-that main memory is read and written once a pass though each chunk meets several operators.
-Maps are (B, P, C) here: P positions, channels last. What a pass returns is small, (B, C) or
-(B, P, 1), unless it says otherwise.
+A map is processed in chunks that stay in a core's cache, in float32 (float64 for float64 maps),
+so that each pass reads and writes main memory once although several operators use each chunk.
+Maps are (B, P, C) here: P positions, channels last. Results of a pass are small, (B, C) or
+(B, P, 1), unless stated otherwise.
 
 Notation, as in fused.py: x = (y - mean) * g + b is the batch-normalized map, z = x * c the map
 after the channel gate c (B, 1, C), out = relu(z * s + k) with the spatial gate s (B, P, 1).
@@ -44,8 +44,8 @@ def statistics(y: Tensor, shift: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         y: (B, P, C).
-        shift: (C,), near the mean, or the sums would cancel.
-        sign: (C,), 1 or -1: whether the largest or the smallest value is looked for.
+        shift: (C,), near the mean, to avoid cancellation in the sums.
+        sign: (C,), 1 or -1: whether to find the largest or the smallest value.
     """
     sums = total, squares = _zeros(y, 2)
     largest = torch.full_like(total, -torch.inf)
@@ -81,7 +81,7 @@ def output(y: Tensor, k: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, s: Tensor
 def output_backward(
     y: Tensor, out: Tensor, go: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, s: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the output's gradient: q, and sums of q * s and q * s * (y - mean), and of q * z.
+    """From the output's gradient: q, the sums of q * s and q * s * (y - mean), and that of q * z.
 
     Returns:
         q = go where out > 0, (B, P, C); the first two sums over positions (2, B, 1, C); the third
@@ -114,13 +114,13 @@ def pooled_backward(
     """Sums over positions of dz, the gradient of z by its pooling, and of dz * (y - mean).
 
     Args:
-        largest: (B, 1, C), the value of y - mean that the channel gate's maximum took.
-        pooled: (B, P, 2), what `pooled` returned.
+        largest: (B, 1, C), the value of y - mean at the channel gate's maximum.
+        pooled: (B, P, 2), from `pooled`.
         dpooled: (B, P, 2), its gradient, in any precision.
 
     Returns:
-        Both sums, (2, B, 1, C); how many positions have `largest`; and the gradient of the
-        largest z divided by how many channels have it, (B, P, 1).
+        Both sums, (2, B, 1, C); the number of positions with `largest`; and the gradient of the
+        largest z divided by the number of channels that have it, (B, P, 1).
     """
     all_sums = _zeros(y, 3)
     plain, times_y, count = all_sums
@@ -141,7 +141,7 @@ def pooled_backward(
 
 
 def _by_z(dpooled: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of a position's largest z, and of its mean by each z: (B, P, 1) each."""
+    """The gradients of a position's largest z, and of each z through their mean: (B, P, 1) each."""
     wide = dpooled.to(_dtype(y))
     return wide[..., :1].contiguous(), wide[..., 1:] / y.shape[2]
 
@@ -161,9 +161,9 @@ def input_backward(
     by_y: Tensor,
     plain: Tensor,
 ) -> Tensor:
-    """dz * gc + (y - mean) * by_y + plain, and at_largest more where y - mean is `largest`.
+    """dz * gc + (y - mean) * by_y + plain, plus at_largest where y - mean is `largest`.
 
-    Here dz = q * s + the gradient of the mean by z, and `share` where z is the largest;
+    Here dz = q * s + the gradient of the mean by z, plus `share` where z is the largest;
     (B, P, C) in y's precision.
     """
     out = torch.empty_like(y)

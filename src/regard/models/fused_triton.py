@@ -1,11 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """The passes of the fused CBAM block as Triton kernels, for GPUs; the functions of fused_torch.py.
 
-A kernel's program has one tile of TILE positions of an image and walks over its channels in
-blocks, which lie side by side in memory. What it sums over channels stays in its registers; of
-what is summed over positions it leaves a partial sum a tile, and these are added up afterwards.
-Arithmetic is in float32. `tl.fma` makes z the same number in each kernel, so that the largest is
-found again.
+A kernel's program has one tile of TILE positions of an image and iterates over its channels in
+blocks, which are contiguous in memory. Sums over channels stay in its registers; for sums over
+positions it writes one partial sum per tile, and these are added up afterwards. Arithmetic is in
+float32. `tl.fma` makes z the same number in each kernel, so that the maximum is found again.
 
 Checked against float64 on an H200, and under Triton's interpreter (TRITON_INTERPRET=1) on a CPU.
 """
@@ -17,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# the fastest of nine pairs on an H200, of maps of 256x56x56 and 1024x14x14 (docs/performance.md)
-TILE = 64  # positions of a program
+# the fastest of nine pairs on an H200, for maps of 256x56x56 and 1024x14x14 (docs/performance.md)
+TILE = 64  # positions per program
 BLOCK = 64  # channels read at a time
 
 
 @triton.jit
 def _tile(P, C, start_c, T: tl.constexpr, B: tl.constexpr):
-    """A tile's image and tile number, places in the map, channels, and masks of both."""
+    """A tile's image and tile number, offsets in the map, channels, and masks of both."""
     image, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p = tile * T + tl.arange(0, T)
     c = start_c + tl.arange(0, B)
@@ -34,33 +33,33 @@ def _tile(P, C, start_c, T: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def _positions(P, T: tl.constexpr):
-    """A tile's rows in (B, P) and which of them there are."""
+    """A tile's rows in (B, P), and a mask of those that exist."""
     p = tl.program_id(1) * T + tl.arange(0, T)
     return tl.program_id(0).to(tl.int64) * P + p, p < P
 
 
 @triton.jit
 def _by_image(pointer, c, C):
-    """The values of channels `c` in (B, C), as a row."""
+    """The values for channels `c` in (B, C), as a row."""
     return tl.load(pointer + tl.program_id(0).to(tl.int64) * C + c, mask=c < C, other=0.0)[None, :]
 
 
 @triton.jit
 def _by_channel(pointer, c, C):
-    """The values of channels `c` in (C,), as a row."""
+    """The values for channels `c` in (C,), as a row."""
     return tl.load(pointer + c, mask=c < C, other=0.0)[None, :]
 
 
 @triton.jit
 def _store_partial(pointer, c, C, values):
-    """A tile's partial sums of channels `c`, in (B, tiles, C)."""
+    """Stores a tile's partial sums for channels `c` in (B, tiles, C)."""
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(pointer + row * C + c, values, mask=c < C)
 
 
 @triton.jit
 def _by_mean(dpooled, rows, there, C):
-    """The gradient of each z of a position by their mean, as a column."""
+    """The gradient of each z of a position through their mean, as a column."""
     return tl.load(dpooled + rows * 2 + 1, mask=there, other=0.0).to(tl.float32)[:, None] / C
 
 
@@ -146,7 +145,7 @@ def _pooled_backward(
     dmax = tl.load(dpooled + rows * 2, mask=there, other=0.0).to(tl.float32)
     share = dmax / tl.maximum(several, 1.0)
     tl.store(shared + rows, share, mask=there)
-    for start in range(0, C, B):  # once more: from the cache
+    for start in range(0, C, B):  # a second time, from the cache
         at, c, inside = _tile(P, C, start, T, B)
         off = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - _by_channel(mean, c, C)
         gains, offsets = _by_image(gc, c, C), _by_image(bc, c, C)
@@ -191,7 +190,7 @@ def _launch(kernel: Any, y: Tensor, *arguments: Tensor) -> None:
 
 
 def _partial(y: Tensor, count: int) -> Tensor:
-    """Room for `count` sums a tile of positions: (count, B, tiles, C)."""
+    """A buffer for `count` sums per tile of positions: (count, B, tiles, C)."""
     tiles = triton.cdiv(y.shape[1], TILE)
     return y.new_empty((count, len(y), tiles, y.shape[2]), dtype=torch.float32)
 

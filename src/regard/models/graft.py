@@ -1,14 +1,14 @@
-"""Grafting: attention under trained weights, without changing one bit of an answer.
+"""Grafting: inserts attention into a trained network without changing a bit of its outputs.
 
-`graft` finds where the residual branches of any network of timm's end, or its stages where it has
-no such branches (`regard.models.branches`), and the gates follow the modules that made them
-(`Gated`). Every gate starts at exactly 1/2; the factor that this costs goes into the branch's last
-norm where that is affine (powers of two are exact), and otherwise the map is multiplied by it, so
-that the product with the gates starts at exactly 1. Then both networks answer random images, in
-evaluation and in training, and must agree.
+`graft` finds the ends of residual branches in any timm network, or of its stages if it has no
+such branches (`regard.models.branches`), and adds gates after the modules there (`Gated`). Every
+gate starts at exactly 1/2; the inverse factor goes into the branch's last norm if that is affine
+(powers of two are exact), otherwise the map is multiplied by it, so that the product with the
+gates starts at exactly 1. Then the outputs of both networks for random images, in evaluation
+and in training, must be identical.
 
-A grafted network that has no name of its own is saved as `grafted`, with its plain
-network's name and arguments and the list of modules that have gates.
+A grafted network that has no name in Regard is saved as `grafted`, with its plain network's name
+and arguments and the list of modules that have gates.
 """
 
 import copy
@@ -44,14 +44,14 @@ _KINDS: dict[str, Callable[..., CBAM]] = {"cbam": CBAM, "se": SE}
 
 
 class Gated(nn.Module):
-    """A module of a network, and the gates that `scale` times its output goes through.
+    """A module of a network, and gates that its output, multiplied by `scale`, goes through.
 
-    Shapes: what the module takes -> what it gives, (B, C, H, W), or with `channels_last`
+    Shapes: the module's input -> its output, (B, C, H, W), or with `channels_last`
     (B, H, W, C).
 
-    The module stays a child of its own, so that whatever replaces a BN in a network (folding it,
-    `convert_sync_batchnorm`, freezing it) leaves the gates where they are. In a state dict its
-    entries have the names that they have in the plain network.
+    The module remains a child, so that anything that replaces a BN in a network (folding,
+    `convert_sync_batchnorm`, freezing) leaves the gates in place. In a state dict its entries
+    have the same names as in the plain network.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Gated(nn.Module):
         return x.permute(0, 2, 3, 1) if self.channels_last else x
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """As nn.Module's, without the name of `module`."""
+        """Like nn.Module's, without the name of `module`."""
         found = self.module.state_dict(*args, prefix=prefix, **kwargs)
         kwargs["destination"] = found
         return self.attention.state_dict(*args, prefix=f"{prefix}attention.", **kwargs)
@@ -84,30 +84,29 @@ class Gated(nn.Module):
 
 
 def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
-    """A copy of a network of timm's with attention in every residual branch.
+    """A copy of a timm network with attention in every residual branch.
 
-    A network without residual branches, such as VGG, DenseNet or SonoNet, gets it at the end of
+    In a network without residual branches, such as VGG, DenseNet or SonoNet, it is at the end of
     every stage that ends in a map.
 
     The copy's outputs equal those of `plain` bit for bit, in evaluation and in training, and
-    training moves the gates from there. Weights that are loaded under fresh gates any other
-    way lose accuracy at once.
+    training moves the gates from there. Loading weights under fresh gates in any other way loses
+    accuracy at once.
 
     Args:
-        plain: any network of timm's or Regard's, of whatever weights, whose residual branches or
-            stages end in maps. Attention of timm's within its blocks, such as SE, stays before
-            the gates.
+        plain: any timm or Regard network, with any weights, whose residual branches or stages end
+            in maps. timm's own attention within its blocks, such as SE, stays before the gates.
         attention: CBAM, SE, or a partial of CBAM.
 
     Returns:
-        The grafted network, on the device, in the precision and mode of `plain`. timm's
-        ResNets get their gates as `cbam_resnet50` and its kin have them; other networks as
-        `attention` of the `Gated` module that ends a branch.
+        The grafted network, with the device, precision and mode of `plain`. timm's ResNets get
+        their gates as in `cbam_resnet50` and its kin; other networks as `attention` of the
+        `Gated` module that ends a branch.
 
     Raises:
-        UsageError: it is Regard's or a ResNet of timm's with attention already, has neither
-            residual branches nor stages that end in maps, or would not answer the same; the
-            message says where and why.
+        UsageError: it is a network of Regard's or a timm ResNet that already has attention, has
+            neither residual branches nor stages that end in maps, or its outputs would change;
+            the message says where and why.
     """
     kind, arguments = _kind_of(attention)
     if not getattr(plain, "pretrained_cfg", None):
@@ -136,7 +135,7 @@ def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
 
 
 def _kind_of(attention: Callable[..., CBAM]) -> tuple[str, dict[str, Any]]:
-    """ "cbam" or "se", and the gates' further arguments, of CBAM, SE or a partial of CBAM."""
+    """ "cbam" or "se", and the gates' further arguments, from CBAM, SE or a partial of CBAM."""
     if attention is SE:
         return "se", {}
     if attention is CBAM:
@@ -156,7 +155,7 @@ def _refuse_attention(plain: nn.Module) -> None:
 
 
 def _probe_image(plain: nn.Module) -> Tensor:
-    """Two random images of the smallest size that the network takes, on its device."""
+    """Two random images of the smallest size that the network accepts, on its device."""
     cfg: Any = plain.pretrained_cfg
     channels, height, width = cfg["input_size"]
     made_with: Any = getattr(plain, "_model_args", None) or {}
@@ -201,7 +200,7 @@ def _replace(model: nn.Module, name: str, by: nn.Module) -> None:
 
 # ----------------------------------------------------------------------------- the probe
 def _check_neutral(plain: nn.Module, model: nn.Module, taps: Mapping[str, Tap], x: Tensor) -> None:
-    """Refuses a graft that changes an answer, or that has a gate which is never asked.
+    """Refuses a graft that changes an output, or that has a gate which is never called.
 
     Raises:
         UsageError: it does; the message names the module.
@@ -209,7 +208,7 @@ def _check_neutral(plain: nn.Module, model: nn.Module, taps: Mapping[str, Tap], 
     try:
         with torch.no_grad(), evaluating(model), record(model) as maps:
             model(x)
-    except (AttributeError, TypeError) as error:  # a network that looks into its modules
+    except (AttributeError, TypeError) as error:  # a network that inspects its modules
         raise UsageError(
             f"{type(model).__name__} does more with its modules than to call them: it can't be "
             f"grafted ({reason(error)})"
@@ -235,7 +234,7 @@ def _check_neutral(plain: nn.Module, model: nn.Module, taps: Mapping[str, Tap], 
 def _same_answers(plain: nn.Module, model: nn.Module, x: Tensor) -> bool:
     answers = []
     for network in (plain, model):
-        trained = copy.deepcopy(network).train()  # running statistics move
+        trained = copy.deepcopy(network).train()  # a copy, as running statistics change
         with preserved_rng_state(), evaluating(network):
             torch.manual_seed(0)
             evaluated = network(x)
@@ -249,7 +248,7 @@ def _same_answers(plain: nn.Module, model: nn.Module, x: Tensor) -> bool:
 def _name_after_grafting(
     model: nn.Module, kind: str, arguments: Mapping[str, Any], taps: Mapping[str, Tap]
 ) -> None:
-    """Gives the grafted network a name and arguments that make it again."""
+    """Gives the grafted network a name and arguments from which it can be rebuilt."""
     cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     made_with: dict[str, Any] = dict(getattr(model, "_model_args", None) or {})
     base = str(cfg.get("architecture"))
@@ -259,7 +258,7 @@ def _name_after_grafting(
         cfg["architecture"], made_with = name, {**made_with, **arguments}
     else:
         cfg["architecture"] = "grafted"
-        # else timm sets it from the configuration of `grafted`, above what made the base
+        # otherwise timm takes it from the configuration of `grafted`, overriding the base's
         channels = made_with.pop("in_chans", cfg["input_size"][0])
         made_with = {
             "in_chans": channels, "base": base, "base_args": made_with, "attention": kind,
@@ -292,14 +291,14 @@ _FEATURES = {FeatureListNet: "list", FeatureDictNet: "dict", FeatureHookNet: "ho
 
 @register_model
 def grafted(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A network that `graft` made, from what it was saved with; see `_name_after_grafting`.
+    """A network that `graft` made, rebuilt from saved arguments; see `_name_after_grafting`.
 
-    With `features_only` its features are those that timm takes from the plain network.
+    With `features_only`, its features are those that timm takes from the plain network.
 
     Raises:
-        UsageError: features_only of a network whose features can't be taken with gates.
+        UsageError: features_only for a network whose features can't be taken with gates.
     """
-    kwargs["pretrained_filter_fn"] = without_other_heads  # as SonoNet's own function has it
+    kwargs["pretrained_filter_fn"] = without_other_heads  # as in SonoNet's own function
     if not kwargs.get("features_only"):
         model: nn.Module = build_model_with_cfg(_make_grafted, "grafted", pretrained, **kwargs)
         return model
@@ -322,8 +321,8 @@ def grafted(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _feature_cfg(features: Any, whole: nn.Module) -> dict[str, Any]:
-    """timm's `feature_cfg` of a network, which only its builder knows, from what it made."""
-    # a class of the network's own: its features by forward_intermediates, compared by the caller
+    """timm's `feature_cfg` of a network, which only its builder knows, inferred from the result."""
+    # a custom class: features by forward_intermediates, which the caller compares
     kind = _FEATURES.get(type(features), "getter")
     cfg: dict[str, Any] = {
         "feature_cls": kind,

@@ -1,7 +1,7 @@
-"""Files of the Hugging Face hub: what is cached, whether the hub can be reached, downloads.
+"""Files of the Hugging Face hub: the cache, whether the hub can be reached, downloads.
 
-`huggingface_hub` decides where the hub and the cache are (HF_ENDPOINT, HF_HOME) and whether it
-may be asked at all (HF_HUB_OFFLINE).
+`huggingface_hub` determines where the hub and the cache are (HF_ENDPOINT, HF_HOME) and whether
+the hub may be contacted at all (HF_HUB_OFFLINE).
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from regard.models.initialization import preserved_rng_state
 
 log: logging.Logger = logging.getLogger(__name__)
 
-SECONDS = 5.0  # in which the hub must answer
+SECONDS = 5.0  # time limit for an answer of the hub
 STALL = 15.0  # seconds without a further byte, after which a download is given up
 _THREAD = "regard-hub"
 _STALLED = f"no further byte in {STALL:g} s"
@@ -35,7 +35,7 @@ FAMILIARITY = "familiarity.safetensors"
 
 
 def _timm_source(name: str) -> tuple[str, str] | None:
-    """Repository and file of timm's pretrained weights of a network; None: they have none."""
+    """Repository and file of timm's pretrained weights for a network; None if there are none."""
     cfg = timm.models.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
     if cfg is None or not cfg.hf_hub_id or cfg.custom_load:
         return None
@@ -44,7 +44,7 @@ def _timm_source(name: str) -> tuple[str, str] | None:
 
 
 def cached_weights(name: str) -> Path | None:
-    """The file of timm's pretrained weights of a network in the local cache, or None."""
+    """The file of timm's pretrained weights for a network in the local cache, or None."""
     if (source := _timm_source(name)) is None:
         return None
     found = huggingface_hub.try_to_load_from_cache(*source)
@@ -52,22 +52,22 @@ def cached_weights(name: str) -> Path | None:
 
 
 def has_weights(name: str) -> bool:
-    """Whether `fetch_weights` can have weights of a network: timm has them on the hub."""
+    """Whether `fetch_weights` can get weights for a network: timm has them on the hub."""
     return _timm_source(name) is not None
 
 
 def fetch_weights(name: str) -> str:
-    """Has timm's pretrained weights of a network in the local cache; downloads them if needed.
+    """Makes sure that timm's pretrained weights for a network are in the local cache.
 
-    A file that is damaged or of another network, as a broken download or a proxy leaves it, is
+    A file that is damaged or not the network's, as a broken download or a proxy may leave it, is
     downloaded again.
 
     Returns:
-        Where they came from: "the local cache" or "the hub".
+        Their source: "the local cache" or "the hub".
 
     Raises:
         FileError: they are in neither, the hub does not answer in SECONDS or stops sending, or
-            what it sends is no such file.
+            sends something else.
     """
     if (source := _timm_source(name)) is None:
         raise FileError(f"timm has no weights of {name} on the hub")
@@ -86,7 +86,7 @@ def fetch_weights(name: str) -> str:
                     *source, force_download=path is not None, **bar
                 )
             )
-        except OSError as error:  # FileError among them
+        except OSError as error:  # includes FileError
             raise FileError(f"{damaged}{_why(error)}") from error
     if fault := _fault(name, Path(found)):
         raise FileError(f"what the hub sent is not as it should be ({fault}): {found}")
@@ -94,7 +94,7 @@ def fetch_weights(name: str) -> str:
 
 
 def _fault(name: str, path: Path) -> str | None:
-    """Why a file can't be weights of timm's network of this name, or None."""
+    """Why a file can't hold timm's weights for the network of this name, or None."""
     try:
         with preserved_rng_state():
             model = timm.create_model(
@@ -107,20 +107,20 @@ def _fault(name: str, path: Path) -> str | None:
 
 
 def check_reachable(repository: str, file: str, revision: str | None = None) -> None:
-    """Asks the hub for a file's size, to know at once whether a download can begin.
+    """Asks the hub for a file's size, to find out quickly whether a download can start.
 
     Raises:
-        FileError: the hub may not be asked, does not answer in time, or has no such file.
+        FileError: the hub may not be contacted, does not answer in time, or has no such file.
     """
     if (error := _refusal(repository, file, revision)) is not None:
         raise FileError(f"the hub does not give it ({_why(error)})") from error
 
 
 def _refusal(repository: str, file: str, revision: str | None = None) -> Exception | None:
-    """What the hub answers when it is asked for a file's size: an error, or None.
+    """The hub's error when asked for a file's size, or None.
 
     Raises:
-        FileError: the hub may not be asked, or does not answer in SECONDS.
+        FileError: the hub may not be contacted, or does not answer in SECONDS.
     """
     if constants.HF_HUB_OFFLINE:
         raise FileError("the hub is not asked: HF_HUB_OFFLINE is set")
@@ -135,23 +135,23 @@ def _refusal(repository: str, file: str, revision: str | None = None) -> Excepti
         error = answers.get(timeout=limit)[1]
     except queue.Empty:
         raise FileError(f"the hub can't be reached (no answer in {limit:g} s)") from None
-    # such as the HTTP library's own time limit, which may be noticed before this one
+    # such as the HTTP library's own timeout, which may come before this one
     if error is not None and getattr(error, "response", None) is None:
         raise FileError(f"the hub can't be reached ({_why(error)})") from error
     return error
 
 
 def _in_thread(work: Callable[[], Any]) -> "queue.Queue[tuple[Any, Exception | None]]":
-    """A queue that gets the result of `work`, or its error; neither can be waited for too long.
+    """Runs `work` in a thread; returns a queue that receives its result or its error.
 
-    A name server that does not answer can't be given a time limit: the thread is left behind.
+    Waiting for a name server that does not answer can't be limited: such a thread is left behind.
     """
     answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
 
     def run() -> None:
         try:
             answers.put((work(), None))
-        except Exception as error:  # of the HTTP library, of the hub, of the disk
+        except Exception as error:  # of the HTTP library, the hub or the disk
             answers.put((None, error))
 
     threading.Thread(target=run, name=_THREAD, daemon=True).start()
@@ -159,7 +159,7 @@ def _in_thread(work: Callable[[], Any]) -> "queue.Queue[tuple[Any, Exception | N
 
 
 def _why(error: BaseException) -> str:
-    """What an error says: the file of a disk's, and nothing of where to read more."""
+    """The text of an error: with the file for a disk error, and without links for reading more."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return reason(error, 1000).partition(" For more information")[0][:200]
@@ -167,7 +167,7 @@ def _why(error: BaseException) -> str:
 
 # ------------------------------------------------------------------------------ downloads
 class _Progress:
-    """The bytes of a download; `bar` is the class of progress bars that counts them."""
+    """The bytes of a download; `bar` is the progress bar class that counts them."""
 
     def __init__(self) -> None:
         self.position, self.most, self.changed = 0.0, 0.0, time.monotonic()
@@ -183,10 +183,10 @@ class _Progress:
         self.bar: type = Bar
 
     def add(self, count: float) -> None:
-        """Counts bytes, which a server that can't resume takes back.
+        """Counts bytes; a server that can't resume makes the count go back.
 
         Raises:
-            TimeoutError: nothing new has come for too long.
+            TimeoutError: nothing new has arrived for too long.
         """
         self.position += count
         if self.position > self.most:
@@ -200,7 +200,7 @@ class _Progress:
 
 
 class _Quiet(logging.Filter):
-    """Drops the warnings of each attempt of a watched download; a thread left behind has some."""
+    """Drops the warnings of each attempt of a watched download; abandoned threads have some too."""
 
     active = 0
 
@@ -209,7 +209,7 @@ class _Quiet(logging.Filter):
 
     def __enter__(self) -> None:
         self.active += 1
-        logging.getLogger("huggingface_hub.file_download").addFilter(self)  # once alone
+        logging.getLogger("huggingface_hub.file_download").addFilter(self)  # adds it only once
 
     def __exit__(self, *_: object) -> None:
         self.active -= 1
@@ -219,13 +219,13 @@ _QUIET = _Quiet()
 
 
 def watched(download: Callable[..., str]) -> str:
-    """The path that a download returns, which is given up where STALL seconds bring no new byte.
+    """The path that a download returns; gives up after STALL seconds without a new byte.
 
-    Left alone, huggingface_hub tries for a minute where nothing comes, and without end where a
-    server breaks off and can't resume.
+    By itself, huggingface_hub retries for a minute if nothing arrives, and endlessly if a server
+    breaks off and can't resume.
 
     Args:
-        download: a function of huggingface_hub's; called with `tqdm_class` where it has that.
+        download: a function of huggingface_hub's; called with `tqdm_class` if it accepts that.
 
     Raises:
         FileError: it failed, or was given up.
@@ -250,10 +250,10 @@ def watched(download: Callable[..., str]) -> str:
 
 @contextlib.contextmanager
 def one_at_a_time(repository: str) -> Iterator[None]:
-    """Within, no other process of Regard's downloads this repository: they wait for each other."""
+    """Makes Regard's processes wait for each other when they download the same repository."""
     path = Path(constants.HF_HUB_CACHE, ".locks", f"regard--{repository.replace('/', '--')}.lock")
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a cache that can't be written: the download says so
+        with contextlib.suppress(OSError):  # if the cache can't be written, the download says so
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(path))
         yield
@@ -261,20 +261,20 @@ def one_at_a_time(repository: str) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------ whole runs
 PREFIX = "hf-hub:"
-# no images and no names of files: report.html, splits.csv and predictions.npz stay
+# no images and no file names: report.html, splits.csv and predictions.npz stay
 FILES = (
     "config.json", WEIGHTS, "README.md", "recipe.toml", "metrics.csv", "evaluation.json",
-    "calibration.json", FAMILIARITY,  # without which it would answer otherwise
-    "started.npz",  # hashes, as KNOWN
+    "calibration.json", FAMILIARITY,  # without these it would predict differently
+    "started.npz",  # hashes, as in KNOWN
 )  # fmt: skip
 KNOWN = "images.npz"  # hashes of the training images, instead of splits.csv
 
 
 def snapshot(name: str) -> Path:
-    """The folder of `hf-hub:OWNER/NAME[@REVISION]` in the local cache, downloaded where needed.
+    """The folder of `hf-hub:OWNER/NAME[@REVISION]` in the local cache, downloaded if needed.
 
     Raises:
-        UsageError: it is no name of a repository.
+        UsageError: it is not a repository name.
         FileError: it is not on the hub, or the hub can't be reached and the cache lacks it.
     """
     repository, _, after = name.removeprefix(PREFIX).partition("@")
@@ -302,12 +302,12 @@ def snapshot(name: str) -> Path:
 
 
 def _snapshot_before(repository: str, revision: str | None) -> Path | None:
-    """The folder of a repository as it was when it was last reached; None where it is not whole."""
+    """The folder of a repository as last downloaded; None if it is incomplete."""
     try:
         found = huggingface_hub.snapshot_download(
             repository, revision=revision, local_files_only=True
         )
-    except Exception:  # it is not in the cache
+    except Exception:  # not in the cache
         return None
     whole = all(Path(found, name).is_file() for name in ("config.json", WEIGHTS))
     return Path(found) if whole else None
@@ -327,7 +327,7 @@ def push_files(folder: Path, repository: str) -> list[Path]:
     """The files of a finished run that are uploaded.
 
     Raises:
-        UsageError: the folder holds no network with a card, or REPO is no name.
+        UsageError: the folder holds no network with a card, or REPO is not a name.
     """
     _check_name(repository)
     if missing := [n for n in ("config.json", WEIGHTS, "README.md") if not (folder / n).is_file()]:
@@ -338,18 +338,18 @@ def push_files(folder: Path, repository: str) -> list[Path]:
 def push(
     files: Sequence[Path], repository: str, *, private: bool = False, more: Sequence[Path] = ()
 ) -> str:
-    """Uploads files in one commit, to a repository that is made where it is missing.
+    """Uploads files in one commit, to a repository that is created if needed.
 
-    What an earlier push left there and the run has no more, such as a calibration that was
-    removed, is deleted: the network would answer by it.
+    Files from an earlier push that the run no longer has, such as a calibration that was removed,
+    are deleted, as the network would use them.
 
     Returns:
         The repository's address.
 
     Raises:
-        FileError: the hub can't be reached, or refuses: without a token, say.
+        FileError: the hub can't be reached, or refuses, for example without a token.
     """
-    _refusal(repository, "config.json")  # that it answers is enough: it need not be there
+    _refusal(repository, "config.json")  # an answer is enough: the file need not exist
     api = huggingface_hub.HfApi()
     adds = [
         huggingface_hub.CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path)
@@ -361,7 +361,7 @@ def push(
         there = gone.intersection(api.list_repo_files(repository))
         deletes = [huggingface_hub.CommitOperationDelete(name) for name in sorted(there)]
         api.create_commit(repository, [*adds, *deletes], commit_message="A run of Regard")
-    except Exception as error:  # of the HTTP library, of the hub: a token that is missing or wrong
+    except Exception as error:  # of the HTTP library or the hub: a missing or wrong token
         hint = (
             "; `hf auth login` stores a token" if "401" in str(error) or "403" in str(error) else ""
         )

@@ -1,9 +1,9 @@
 """Initialization by name, so that twins start from the same weights.
 
-A network draws one seed from torch's generator. Each of its layers is then initialized by a
-generator of its own, seeded by that seed and the layer's name: two networks that share a
-layer's name and shape share its starting weights, whatever else each of them has, and both
-leave torch's generator in the same state.
+A network draws one seed from torch's generator. Each layer is then initialized with its own
+generator, seeded by that seed and the layer's name: two networks that share a layer's name and
+shape share its initial weights, whatever their other layers, and both leave torch's generator in
+the same state.
 """
 
 import functools
@@ -30,9 +30,9 @@ def preserved_rng_state() -> Iterator[None]:
 
 
 def initialized_by_name(init: Callable[..., None]) -> Callable[..., None]:
-    """Decorates the `__init__` of a network that ends with `init_weights()`, called here.
+    """Decorates a network's `__init__`, whose last step, `init_weights()`, is called here.
 
-    What PyTorch's own initialization of the layers draws is taken back.
+    The random numbers drawn by PyTorch's own initialization of the layers are undone.
     """
 
     @functools.wraps(init)
@@ -45,10 +45,10 @@ def initialized_by_name(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def initialize(model: nn.Module, rule: Rule) -> None:
-    """Applies `rule(layer, generator)` to every layer of `model` that has parameters of its own.
+    """Applies `rule(layer, generator)` to every layer of `model` that has its own parameters.
 
     A submodule with a method `init_gate(generator)` is initialized by that, as a whole.
-    Layers on the meta device are left alone.
+    Layers on the meta device are skipped.
     """
     seed = int(torch.randint(2**62, (), device="cpu"))
 

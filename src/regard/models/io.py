@@ -1,7 +1,7 @@
 """A network as a folder that timm loads: config.json and model.safetensors.
 
-`timm.create_model("local-dir:FOLDER", pretrained=True)` gives it back, arguments, weights
-and all; what images it takes and what its classes are called is in config.json.
+`timm.create_model("local-dir:FOLDER", pretrained=True)` restores it with arguments and weights;
+config.json also has the input that it expects and the class names.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from regard.files import reason, shortened
 from regard.models.hub import FAMILIARITY, PREFIX, snapshot
 from regard.weights import find_shipped, shipped
 
-# how a network was made, not what it is: loading a folder must not fetch weights again
+# affects how a network was made, not what it is: loading a folder must not fetch weights again
 _NOT_SAVED = ("pretrained_plain",)
 _ENTRIES = {"architecture": str, "num_classes": int, "model_args": dict, "pretrained_cfg": dict}
 
@@ -42,8 +42,8 @@ def save_model(
 
     Args:
         model: made by create_model().
-        folder: made where missing; each file is written beside and then renamed, so that
-            there is never half a file under its name.
+        folder: created if missing; each file is written under a temporary name and then renamed,
+            so that no incomplete file ever has its final name.
         class_names: in the order of the classifier's outputs.
         data_config: timm's preprocessing: input_size (C, H, W), mean, std, interpolation,
             crop_pct, crop_mode.
@@ -53,7 +53,7 @@ def save_model(
         The folder.
 
     Raises:
-        UsageError: the class names are not as many as the classes, or the network is not
+        UsageError: the number of class names differs from that of classes, or the network is not
             what its name and arguments make, so that the folder could not be loaded.
         OSError: the folder can't be written.
     """
@@ -69,11 +69,11 @@ def save_model(
         weights, path = Path(scratch, "model.safetensors"), Path(scratch, "config.json")
         try:
             _write_weights(model, weights)
-        except SafetensorError as error:  # a full disk, say, which is no OSError there
+        except SafetensorError as error:  # e.g. for a full disk; not an OSError there
             raise FileError(f"{folder}: its weights can't be written ({reason(error)})") from error
         with _described_as_it_is(model):
             save_config_for_hf(model, path, model_config=config, data_config=data_config)
-        weights.chmod(path.stat().st_mode)  # save_file leaves it to its owner alone
+        weights.chmod(path.stat().st_mode)  # save_file makes it readable by its owner only
         for name in ("model.safetensors", "config.json"):
             os.replace(Path(scratch, name), folder / name)
     return folder
@@ -86,7 +86,7 @@ def _write_weights(model: nn.Module, path: Path) -> None:
 
 @contextlib.contextmanager
 def _described_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Within, timm's record of the arguments is what makes the network as it is now."""
+    """Within this context, timm's record of the arguments describes the network as it is now."""
     made_with: Any = getattr(model, "_model_args", None)
     try:
         model._model_args = arguments_now(model)  # type: ignore[assignment]
@@ -96,14 +96,14 @@ def _described_as_it_is(model: nn.Module) -> Iterator[None]:
 
 
 def arguments_now(model: nn.Module) -> dict[str, Any]:
-    """What makes the network again: create_model's arguments, with the classes that it has now."""
+    """create_model's arguments to rebuild the network, with its current number of classes."""
     made_with: Any = getattr(model, "_model_args", None) or {}
     kept = {k: v for k, v in made_with.items() if k not in _NOT_SAVED}
     return {**kept, "num_classes": model.num_classes}
 
 
 def check_loadable(model: nn.Module) -> None:
-    """Refuses a network whose name and arguments make another one, before it is written.
+    """Refuses, before writing, a network whose name and arguments make a different one.
 
     Raises:
         UsageError: they do; the message names the first tensors that differ.
@@ -128,18 +128,18 @@ def check_loadable(model: nn.Module) -> None:
 
 
 def find_folder(name: str | Path) -> Path | None:
-    """The folder of a network that is named by its folder or by weights that come with Regard.
+    """The folder of a network, given by its path or by the name of shipped or hub weights.
 
     Args:
         name: a folder, with or without timm's prefix `local-dir:`, or the name of shipped
-            weights, such as "ag_sononet8.digits", whose tag may be left out, or
+            weights, such as "ag_sononet8.digits" (the tag may be left out), or
             `hf-hub:OWNER/NAME` for a repository of the Hugging Face hub.
 
     Returns:
-        The folder; None where there is none.
+        The folder; None if there is none.
 
     Raises:
-        CheckpointError: shipped weights are not as they were shipped.
+        CheckpointError: shipped weights have been changed.
         FileError: a repository of the hub can't be loaded.
     """
     if str(name).startswith(PREFIX):
@@ -154,11 +154,11 @@ def find_folder(name: str | Path) -> Path | None:
 
 
 def network_folder(name: str | Path) -> Path:
-    """As `find_folder`, where there must be one.
+    """Like `find_folder`, but raises if there is none.
 
     Raises:
         UsageError: there is none.
-        CheckpointError: shipped weights are not as they were shipped.
+        CheckpointError: shipped weights have been changed.
     """
     if (folder := find_folder(name)) is not None:
         return folder
@@ -171,14 +171,14 @@ def network_folder(name: str | Path) -> Path:
 
 
 def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
-    """The network of a folder in timm's `local-dir` layout, and its config.json.
+    """The network in a folder with timm's `local-dir` layout, and its config.json.
 
     Args:
         folder: see `network_folder`.
 
     Raises:
         UsageError: the folder holds no network, or one that can't be loaded.
-        CheckpointError: shipped weights are not as they were shipped.
+        CheckpointError: shipped weights have been changed.
     """
     folder = network_folder(folder)
     if not (folder / "config.json").is_file():
@@ -189,10 +189,10 @@ def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     try:
         with _float32_by_default():
             model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except Exception as error:  # timm raises nearly anything for damaged files
+    except Exception as error:  # timm raises almost anything for damaged files
         raise UsageError(f"{folder}: its network can't be loaded ({reason(error, 300)})") from error
     classes = config.get("num_classes", config.get("pretrained_cfg", {}).get("num_classes"))
-    if classes is not None and classes != model.num_classes:  # then timm draws the last layer
+    if classes is not None and classes != model.num_classes:  # timm then draws the last layer
         raise UsageError(
             f"{folder / 'config.json'}: num_classes is {classes}, and {model.num_classes} by "
             "model_args"
@@ -205,12 +205,12 @@ def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     return model, config
 
 
-_ONE_AT_A_TIME = threading.Lock()  # torch's default is the whole process's
+_ONE_AT_A_TIME = threading.Lock()  # torch's default dtype is global to the process
 
 
 @contextlib.contextmanager
 def _float32_by_default() -> Iterator[None]:
-    """Within, networks are made in float32, as they are saved, whatever torch's default is."""
+    """Within this context, networks are made in float32, as saved, whatever torch's default is."""
     with _ONE_AT_A_TIME:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
@@ -221,10 +221,10 @@ def _float32_by_default() -> Iterator[None]:
 
 
 def _check_has_weights(folder: Path) -> None:
-    """Refuses a folder whose one file of tensors is not the network's: timm takes any.
+    """Refuses a folder without the network's weights: timm would load any other file of tensors.
 
     Raises:
-        UsageError: it is.
+        UsageError: there are no weights.
     """
     found = {p.suffix for p in folder.iterdir() if p.is_file() and p.name != FAMILIARITY}
     if not found & {".safetensors", ".bin", ".pth", ".pt", ".tar"}:
@@ -232,9 +232,9 @@ def _check_has_weights(folder: Path) -> None:
 
 
 def network_in(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], str]:
-    """The network that a config.json is of: its name, arguments, and the attention inserted.
+    """The network that a config.json describes: its name, arguments, and the inserted attention.
 
-    The attention is "cbam", "se" or "none", as `--graft` takes it.
+    The attention is "cbam", "se" or "none", as for `--graft`.
     """
     name, own = config.get("architecture"), config.get("model_args") or {}
     if name != "grafted":
@@ -244,20 +244,20 @@ def network_in(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], str]:
 
 
 def network_words(config: Mapping[str, Any]) -> str:
-    """The network that a config.json is of, for people: "sononet8 + CBAM"."""
+    """The network that a config.json describes, in words: "sononet8 + CBAM"."""
     name, _, inserted = network_in(config)
     return str(name) + (f" + {inserted.upper()}" if inserted != "none" else "")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json, as far as it is what `save_model` writes.
+    """config.json, checked against the format that `save_model` writes.
 
     Raises:
-        UsageError: it can't be read, or an entry is not of its type.
+        UsageError: it can't be read, or an entry has the wrong type.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8 or not JSON
         raise UsageError(f"{path} can't be read ({reason(error)})") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path}: a JSON object is expected, not {type(config).__name__}")

@@ -1,7 +1,7 @@
 """Reads the authors' own checkpoints, in their own layouts, into Regard's networks.
 
-Three layouts, one a family; which of a layout's names a tensor has follows from its name
-here by a few rules, so that every depth, width and class count is covered:
+There are three layouts, one per family. A few rules derive a tensor's name in its layout from its
+name here, so that every depth, width and number of classes is covered:
 
 residual attention  Caffe's LAYER/weight, and for BN LAYER/weight, bias, mean, var
                     (fwang91/residual-attention-network, imagenet_model/*.prototxt);
@@ -33,15 +33,15 @@ def load_authors_weights(model: nn.Module, source: Source) -> None:
     """Loads an authors' checkpoint into the network of Regard's that it belongs to.
 
     Args:
-        model: one of Regard's networks, or a plain ResNet of timm's, in any precision; its
-            classes, input channels and arguments must be the checkpoint's.
-        source: a `.pth` (the tensors by name, also under "state_dict" or "module."; read
-            with weights_only=True), an `.npz`, or a mapping of names to tensors or arrays.
+        model: one of Regard's networks, or a plain timm ResNet, in any precision, with the same
+            classes, input channels and arguments as the checkpoint.
+        source: a `.pth` (tensors by name, possibly under "state_dict" or with "module."; read with
+            weights_only=True), an `.npz`, or a mapping of names to tensors or arrays.
 
     Raises:
-        CheckpointError: the file can't be read, the network has no authors' layout, or
-            tensors are missing, extra, or of another shape; the message names the first
-            and counts the others. The model is unchanged then.
+        CheckpointError: the file can't be read, the network has no authors' layout, or tensors
+            are missing, extra, or of another shape; the message names the first and counts the
+            others. The model is then unchanged.
     """
     tensors = read_tensors(source)
     names = authors_names(model, tensors)
@@ -60,7 +60,7 @@ def load_authors_weights(model: nn.Module, source: Source) -> None:
     for ours, theirs in names.items():
         if theirs in tensors:
             tensor, shape = tensors[theirs], target[ours].shape
-            # Caffe keeps vectors and matrices with leading ones, as (1, C, 1, 1)
+            # Caffe stores vectors and matrices with leading ones, as (1, C, 1, 1)
             if _no_ones(tensor.shape) == _no_ones(shape):
                 found[ours] = tensor.reshape(shape)
             else:
@@ -79,7 +79,7 @@ def load_authors_weights(model: nn.Module, source: Source) -> None:
 
 
 def _foreign_prefix(tensors: Mapping[str, Any], wanted: set[str]) -> str:
-    """What stands before every name where the rest of the names is what is wanted."""
+    """The common prefix of all names, if the names without it are wanted."""
     if not tensors or wanted & set(tensors):
         return ""
     first = next(iter(tensors))
@@ -100,7 +100,7 @@ def read_tensors(source: Source) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, without "module." and BN's batch counts.
 
     Raises:
-        CheckpointError: the file can't be read, or holds something else than tensors.
+        CheckpointError: the file can't be read, or holds anything but tensors.
     """
     content: Any = source
     if isinstance(source, str | Path):
@@ -139,12 +139,12 @@ def _read_file(path: Path) -> Any:
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken or foreign file makes a reader raise
+    except Exception as error:  # whatever a reader raises for a broken or foreign file
         raise CheckpointError(f"{path}: {_why_unreadable(path, error)}") from error
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """What a file that is no checkpoint is, in one line without a reader's advice."""
+    """Why a file is not a checkpoint, in one line without the reader's advice."""
     with path.open("rb") as file:
         start = file.read(512)
     text = start.lstrip().lower()
@@ -166,9 +166,9 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 
 def authors_names(model: nn.Module, tensors: Mapping[str, Any] = {}) -> dict[str, str]:
-    """The authors' name of every tensor of `model`, by the name it has here.
+    """The authors' name of every tensor of `model`, by its name here.
 
-    `tensors` tells which of two spellings a residual attention checkpoint has.
+    `tensors` shows which of two spellings a residual attention checkpoint uses.
 
     Raises:
         CheckpointError: the authors have no such network.
@@ -197,7 +197,7 @@ def _sononet_rule(model: SonoNet | AGSonoNet) -> Any:
     def rename(name: str) -> str:
         if found := re.fullmatch(r"block(\d)\.(\d+)\.(.+)", name):
             block, place, rest = found.groups()
-            conv = int(place) + (block == "1")  # the others begin with their pooling
+            conv = int(place) + (block == "1")  # the other blocks begin with their pooling
             return f"conv{block}.conv{conv}.{rest}"
         if found := re.fullmatch(r"gate([34])\.map\.(.+)", name):
             return f"compatibility_score{int(found[1]) - 2}.{found[2]}"
@@ -244,8 +244,8 @@ def _residual_attention_rule(model: ResidualAttentionNet, tensors: Mapping[str, 
 class _CaffeLayers:
     """The Caffe layer of every convolution, BN and linear layer, by its name here.
 
-    In the pre-activation networks a BN between two units is named after the one before it,
-    so each unit is given the name of what feeds it.
+    In the pre-activation networks, a BN between two units is named after the previous unit, so
+    each unit receives the name of its input.
     """
 
     def __init__(self, model: ResidualAttentionNet, down: str, up: str) -> None:
@@ -289,7 +289,7 @@ class _CaffeLayers:
         fed_by = self._units(f"{ours}.pre", names[:p], fed_by)
         self._units(f"{ours}.trunk", names[p:], fed_by)
         self._mask(module, f"{ours}.mask", f"{theirs}/mask")
-        # the units after (1 + M) * T have no name of their own: the module's
+        # units after (1 + M) * T have no name of their own, but the module's
         fed_by = f"{theirs}/fusion"
         for i in range(p):
             fed_by = self._unit(f"{ours}.post.{i}", theirs, fed_by)
@@ -318,8 +318,8 @@ class _CaffeLayers:
 def arguments_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments that make the network `name` fit an authors' checkpoint.
 
-    Classes, input channels, AG-SonoNet's aggregation, SonoNet's convolutions and a CIFAR
-    stem are seen from the tensors' names and shapes; what is not seen is left out.
+    Classes, input channels, AG-SonoNet's aggregation, SonoNet's convolutions and a CIFAR stem are
+    inferred from the tensors' names and shapes; other arguments are left out.
     """
     found: dict[str, Any] = {}
 
@@ -356,10 +356,10 @@ def arguments_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def data_config_of(model: nn.Module) -> dict[str, Any]:
-    """timm's preprocessing of a network, for the input channels that it was made with.
+    """timm's preprocessing for a network, for its number of input channels.
 
-    Mean and deviation of its configuration are for the channels that its name has by default;
-    for others their averages are taken.
+    The configuration's mean and standard deviation are for the default number of channels; for
+    other numbers their averages are used.
     """
     cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     channels = int(getattr(model, "in_chans", cfg["input_size"][0]))
@@ -372,9 +372,9 @@ def data_config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def authors_normalization(name: str) -> str:
-    """How a network's authors standardize images: "fixed", or "image", each by its own values.
+    """How a network's authors standardize images: "fixed", or "image", each by its own statistics.
 
-    SonoNet and AG-SonoNet take each image less its mean, over its deviation, which timm's
-    configuration can't express.
+    SonoNet and AG-SonoNet subtract each image's mean and divide by its standard deviation, which
+    timm's configuration can't express.
     """
     return "image" if name.startswith(("sononet", "ag_sononet")) else "fixed"

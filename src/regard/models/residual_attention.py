@@ -3,29 +3,29 @@
 The ImageNet networks are the authors' own definitions, layer for layer
 (github.com/fwang91/residual-attention-network, Caffe; BSD license); the arithmetic is
 checked against them. Where the paper's figure and the definitions differ, the definitions
-are right: the skip path of a mask is one residual unit (a single identity), the trunk is
-not added into the mask, max-pools have no padding and round up, and interpolation aligns
-the corners.
+are followed: the skip path of a mask is one residual unit (a single identity), the trunk is
+not added to the mask, max-pools have no padding and round up, and interpolation aligns
+corners.
 
 The authors published no definition of the CIFAR networks. Section 4.1 gives three stages of m
 modules each, two residual units added at each stage, and a depth of 36m + 20. Here that is
 conv 3x3 to 16 channels, then stages of 64 / 128 / 256 channels at 32 / 16 / 8 pixels, each
-of one projecting unit, m modules and one more unit, then BN-ReLU, average pooling and the
+with one projecting unit, m modules and one more unit, then BN-ReLU, average pooling and the
 classifier:
 
     depth = 1 (stem) + 3 stages * 3 layers * (2 units + 4m units of trunks) + 1 (classifier)
           = 36m + 20 for p, t, r = 1, 2, 1
 
 The masks pool 2 / 1 / 0 times, down to the 8x8 pixels of the last stage, whose mask is the
-paper's local form: three units and no sampling, whatever r is. Parameters (M) with 100
-classes, as counted, and as the paper prints them:
+paper's local form: three units without sampling, whatever r is. Parameters (M) with 100
+classes, counted here and printed in the paper:
 
     Attention-    56     92    236    452
     counted    1.057  1.871  5.128  7.999
     paper               1.9    5.1    8.6
 
-With 10 classes the classifier has 257 * 90 = 23,130 fewer. Attention-452 has m = 6 and
-p, t, r = 2, 4, 3. Readings that count to 8.6M as well exist, but each needs a detail that
+With 10 classes, the classifier has 257 * 90 = 23,130 fewer. Attention-452 has m = 6 and
+p, t, r = 2, 4, 3. There are interpretations that give 8.6M, but each needs a detail that
 the paper does not state, such as a third mask of two units under masks that pool 3 and 2
 times (8.515M).
 
@@ -58,10 +58,10 @@ MASKS = ("encoder_decoder", "local")
 class PreActUnit(nn.Module):
     """Pre-activation bottleneck: x + conv1x1(a(conv3x3(a(conv1x1(a(x)))))), a = BN then ReLU.
 
-    The 3x3 convolution has the stride. Where the shape changes, the shortcut is a 1x1
-    convolution of the activated input a(x); elsewhere it is x itself.
+    The 3x3 convolution has the stride. If the shape changes, the shortcut is a 1x1 convolution of
+    the activated input a(x); otherwise it is x itself.
 
-    The first unit of a stage always has that shortcut, `project=True`.
+    The first unit of a stage always has this convolution, `project=True`.
 
     Shapes: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride)).
     """
@@ -97,10 +97,10 @@ class PreActUnit(nn.Module):
 
 
 class ResNeXtUnit(nn.Module):
-    """Post-activation ResNeXt bottleneck of 32 groups, half as wide as its output.
+    """Post-activation ResNeXt bottleneck with 32 groups, half as wide as its output.
 
     ReLU(BN(conv1x1(a(conv3x3(a(conv1x1(x)))))) + shortcut), where a is BN then ReLU after
-    each convolution, and the shortcut BN(conv1x1(x)) where the shape changes, else x.
+    each convolution, and the shortcut is BN(conv1x1(x)) if the shape changes, else x.
 
     Shapes: (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride)).
     """
@@ -160,8 +160,8 @@ class MaskActivation(nn.Module):
     channel  f2(x) = x / ||x_i||, the L2 norm over the channels at each position i
     spatial  f3(x) = sigmoid((x - mean_c) / std_c), over the positions of each channel c
 
-    f2 and f3 are computed in float32 under autocast, and a map of zeros or of one value
-    gives 0 and 1/2 there instead of 0/0.
+    f2 and f3 are computed in float32 under autocast; for a map of zeros or of one value they
+    give 0 and 1/2 instead of 0/0.
 
     Shapes: (B, C, H, W) -> the same.
     """
@@ -180,16 +180,16 @@ class MaskActivation(nn.Module):
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:
-    """x interpolated to the height and width of `like`, as Caffe does: corners aligned."""
+    """x interpolated to the height and width of `like`, as in Caffe: corners aligned."""
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=True)
 
 
 class MaskBranch(nn.Module):
-    """Soft mask branch: pools `depth` times, comes up again, and ends in the mask M.
+    """Soft mask branch: pools `depth` times, upsamples again, and ends in the mask M.
 
     Down: max-pool 3x3 stride 2, then r units, `depth` times; r more units at the bottom.
-    Up: interpolate to the size of the map that is joined, add the skip path (one unit on
-    that map), then r units; the last interpolation has neither skip nor unit. Tail:
+    Up: interpolate to the size of the map to be joined, add the skip path (one unit on that
+    map), then r units; the last interpolation has neither skip nor unit. Tail:
     BN-ReLU-conv1x1 twice (pre-activation) or conv1x1-BN-ReLU, conv1x1 (post-activation).
 
     depth 0, or `mask="local"`, is the paper's comparison without sampling: three units at full
@@ -223,7 +223,7 @@ class MaskBranch(nn.Module):
         for down in self.down:
             joined.append(down(self.pool(joined[-1])))
         y = self.bottom(joined[-1])
-        # joined[-1] is the bottom itself: it is left by interpolation, not joined
+        # joined[-1] is the bottom, where the interpolation starts
         for i, (skip, up) in enumerate(zip(self.skip, self.up)):  # noqa: B905 (TorchScript)
             level = joined[-2 - i]
             y = up(_resize(y, level) + skip(level))
@@ -243,8 +243,8 @@ class AttentionModule(nn.Module):
 
     Shapes: (B, C, H, W) -> the same.
 
-    Compiled, sigmoid, product, sum and the next unit's BN and ReLU are one pass, which reads
-    the trunk and the mask's last map; called operator by operator they are five.
+    Compiled, sigmoid, product, sum and the next unit's BN and ReLU are one pass, which reads the
+    trunk and the mask's last map; in eager mode they are five passes.
     """
 
     def __init__(
@@ -293,7 +293,7 @@ def check_size(x: Tensor, least: int, stem_stride: int) -> None:
 
 
 class ResidualAttentionNet(StagedNetwork):
-    """Residual attention network over timm's interface.
+    """Residual attention network with timm's interface.
 
     Args:
         modules: attention modules in each of the three stages; (1, 1, 1) is Attention-56,
@@ -301,10 +301,10 @@ class ResidualAttentionNet(StagedNetwork):
         units: residual units after the modules of each stage.
         channels: widths of the stem and of the three stages, and of a fourth stage of three
             units if there are five.
-        depths: how often the masks of each stage pool.
+        depths: how many times the masks of each stage pool.
         unit: "preact" (Attention) or "resnext" (AttentionNeXt).
         stem: "imagenet", conv 7x7 stride 2 and max-pool 3x3 stride 2, or "cifar", conv 3x3.
-        p, t, r: units before and after, in the trunk, and between two poolings.
+        p, t, r: numbers of units before and after, in the trunk, and between two poolings.
         attention: "residual", (1 + M) * T, "naive", M * T, or "none", T: the plain twin.
         mask: "encoder_decoder", or "local" convolutions without pooling.
         mask_activation: "mixed", "channel" or "spatial".
@@ -346,7 +346,7 @@ class ResidualAttentionNet(StagedNetwork):
         preact = choose("unit", unit, ("preact", "resnext")) == "preact"
         self.num_features: int = channels[-1]
         self._make_stem(in_chans, channels[0], choose("stem", stem, ("imagenet", "cifar")))
-        # a map of n is pooled to ceil((n - 1) / 2), and the next stage halves it as well
+        # a map of n is pooled to ceil((n - 1) / 2), and the next stage also halves it
         pools = mask != "local" and attention != "none"
         self._least = max(2 ** (d + s) for s, d in enumerate(depths)) if pools else 1
         self.min_size: int = self._least * self._stem_stride
@@ -417,7 +417,7 @@ class ResidualAttentionNet(StagedNetwork):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups for layer-wise learning rates, as timm's networks have."""
+        """Parameter groups for layer-wise learning rates, as in timm's networks."""
         blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
         return {"stem": r"^conv1|^bn1", "blocks": [(blocks, None), (r"^norm", (99999,))]}
 

@@ -43,7 +43,7 @@ def arguments_by_name(name: str) -> dict[str, Any]:
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> ResidualAttentionNet:
     kwargs = {**arguments_by_name(name), **kwargs}
-    maps = len(kwargs.get("channels", range(5)))  # the stem's and the stages'
+    maps = len(kwargs.get("channels", range(5)))  # of the stem and the stages
     return build_model_with_cfg(
         ResidualAttentionNet, name, pretrained,
         feature_cfg={"flatten_sequential": False, "out_indices": tuple(range(maps))}, **kwargs,
@@ -126,7 +126,7 @@ def attention452_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAtten
 def preact_resnet164_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
     """Pre-activation ResNet-164 (He et al., 2016): 18 units a stage (RAN's table 5).
 
-    Its first unit projects the activated input, as those of the residual attention networks.
+    Its first unit projects the activated input, as in the residual attention networks.
     """
     return _create("preact_resnet164_cifar", pretrained, **kwargs)
 

@@ -1,11 +1,11 @@
 """SonoNet and the attention-gated SonoNet (Schlemper et al., Medical Image Analysis 2019,
-*Attention gated networks*, arXiv 1808.08114), for grayscale ultrasound and the like.
+*Attention gated networks*, arXiv 1808.08114), for grayscale ultrasound and similar images.
 
 Checked against the authors' code (github.com/ozan-oktay/Attention-Gated-Networks, MIT
 license: sononet.py, sononet_grid_attention.py, grid_attention_layer.py).
 
-Where this differs from the code: the gate's map is normalized safely where it is constant
-(their 0/0), in float32 under half precision; and the network that they call `sononet`, of
+Differences from the code: the gate's map is normalized safely if it is constant (theirs is
+0/0), in float32 under half precision; and the network that they call `sononet`, with
 [2, 2, 3, 3, 3] convolutions, is `convs=(2, 2, 3, 3, 3)` here, where the default is the
 paper's [3, 3, 3, 2, 2] (their `sononet2`).
 
@@ -36,7 +36,7 @@ AGGREGATIONS = ("concat", "mean", "deep_sup", "ft")
 
 
 def _conv(in_channels: int, channels: int, kernel_size: int = 3, *, relu: bool = True) -> nn.Module:
-    """Convolution with bias -> BN -> ReLU, the size kept."""
+    """Convolution with bias -> BN -> ReLU, at the same size."""
     layers: list[nn.Module] = [
         nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2),
         nn.BatchNorm2d(channels),
@@ -55,7 +55,7 @@ def _block(in_channels: int, channels: int, convs: int, *, pool: bool) -> nn.Seq
 @torch.fx.wrap
 @register_notrace_function
 def check_size(x: Tensor) -> None:
-    """Refuses an image that four poolings leave nothing of; no underscore, or FX traces it."""
+    """Refuses images too small for four poolings; no underscore, or FX would trace into it."""
     if x.shape[-2] < 16 or x.shape[-1] < 16:
         raise UsageError(
             "the image is too small for SonoNet, which pools four times by two: at least 16x16 "
@@ -74,7 +74,7 @@ def _init_layer(layer: nn.Module, generator: torch.Generator) -> None:
 
 
 class _SonoNetBase(StagedNetwork):
-    """The five convolution blocks that both networks share, and timm's interface to them."""
+    """The five convolution blocks that both networks share, with timm's interface."""
 
     def __init__(
         self, in_chans: int, features: int, convs: Sequence[int], num_classes: int, drop_rate: float
@@ -100,14 +100,14 @@ class _SonoNetBase(StagedNetwork):
     def init_weights(self) -> None:
         """The authors' initialization: convolutions He normal fan-in, BN weights N(1, 0.02).
 
-        Biases of BN are 0; those of convolutions, and the linear layers, stay PyTorch's. A
-        gate's psi has bias 3 for "sigmoid" and 10 for "softmax" (grid_attention_layer.py).
+        BN biases are 0; convolution biases, and the linear layers, are PyTorch's. A gate's psi
+        has bias 3 for "sigmoid" and 10 for "softmax" (grid_attention_layer.py).
         """
         initialize(self, _init_layer)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups for layer-wise learning rates, as timm's networks have."""
+        """Parameter groups for layer-wise learning rates, as in timm's networks."""
         return {"stem": r"^block1", "blocks": r"^block(\d+)" if coarse else r"^block(\d+)\.(\d+)"}
 
     def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,21 +137,21 @@ class _SonoNetBase(StagedNetwork):
 
 
 def _pool(kind: str) -> nn.Module:
-    """timm's pooling of this name, but for those that give several values a channel.
+    """timm's pooling of this name, unless it gives several values per channel.
 
     Raises:
-        UsageError: there is no such one here.
+        UsageError: there is no such pooling here.
     """
     chosen = choose("global_pool", kind, POOLS)
     return SelectAdaptivePool2d(pool_type=chosen, flatten=bool(chosen))
 
 
 class SonoNet(_SonoNetBase):
-    """SonoNet: five blocks of convolutions, then 1x1 convolutions to one map a class, averaged.
+    """SonoNet: five blocks of convolutions, then 1x1 convolutions to one map per class, averaged.
 
     Args:
         features: filters of the first block; the others have 2, 4, 8 and 8 times as many.
-        convs: convolutions of each block.
+        convs: number of convolutions in each block.
         global_pool: "avg" (the authors'), "max", "avgmax" (the mean of both), or "" for the
             classes' maps themselves.
 
@@ -221,10 +221,10 @@ class AGSonoNet(_SonoNetBase):
     The features are three vectors: attended block 3 (4f wide), attended block 4 (8f), and
     the average of block 5 (8f). Aggregations:
 
-    concat    one linear layer on the three vectors
-    mean      a linear layer for each; predicts the mean of their softmaxes
-    deep_sup  the concat layer and the three; predicts the concat layer's
-    ft        a linear layer for each, and one on their logits, for fine-tuning after `mean`
+    concat    one linear layer on the concatenated vectors
+    mean      one linear layer per vector; predicts the mean of their softmaxes
+    deep_sup  the concat layer and the three; predicts with the concat layer
+    ft        one linear layer per vector, and one on their logits, for fine-tuning after `mean`
 
     In evaluation the output is (B, num_classes), logits whose softmax is the prediction. In
     training `mean` and `deep_sup` give (B, heads, num_classes), in the order above, for
@@ -232,11 +232,11 @@ class AGSonoNet(_SonoNetBase):
 
     Args:
         features: filters of the first block, f; the others have 2, 4, 8 and 8 times as many.
-        convs: convolutions of each block.
+        convs: number of convolutions in each block.
         aggregation: one of the four above.
-        normalize: of the gates' maps, see GateMap.
-        global_pool: of block 5: "avg" (the authors'), "max", "avgmax" (the mean of both), or ""
-            for the features as a map.
+        normalize: normalization of the gates' maps, see GateMap.
+        global_pool: pooling of block 5: "avg" (the authors'), "max", "avgmax" (the mean of both),
+            or "" for the features as a map.
 
     Input: (B, in_chans, H, W) of at least 16x16 pixels.
 
@@ -310,7 +310,7 @@ class AGSonoNet(_SonoNetBase):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """As the other networks'; without block 5 there is no gate, and its vector is the map's."""
+        """As in the base class; without block 5 there are no gates, and only the map is pooled."""
         take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if not len(self.block5):
             self.gate3, self.gate4 = nn.Identity(), nn.Identity()
@@ -328,8 +328,8 @@ class AGSonoNet(_SonoNetBase):
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, 20 features, H / 16, W / 16), rounded down.
 
-        The two attended vectors, the same at every position, then block 5's map, so that
-        pooling over the positions gives the three vectors.
+        The two attended vectors, repeated at every position, then block 5's map, so that pooling
+        over the positions gives the three vectors.
         """
         block3, block4, block5 = self._maps(x)
         return self._last_map(block3, block4, block5)
@@ -349,7 +349,7 @@ class AGSonoNet(_SonoNetBase):
         return self._head([attended3, attended4, self.global_pool(x[:, gated:])], pre_logits)
 
     def _head(self, vectors: list[Tensor], pre_logits: bool = False) -> Tensor:
-        """The three vectors, (B, 4f), (B, 8f) and (B, 8f) -> what forward_head gives."""
+        """The three vectors, (B, 4f), (B, 8f) and (B, 8f) -> the output of forward_head."""
         if self.drop_rate > 0.0:
             vectors = [F.dropout(v, p=self.drop_rate, training=self.training) for v in vectors]
         if pre_logits or self.num_classes == 0:
@@ -366,14 +366,14 @@ class AGSonoNet(_SonoNetBase):
         return stacked if self.training else self.join_heads(stacked)
 
     def join_heads(self, outputs: Tensor) -> Tensor:
-        """(B, heads, num_classes) of training -> (B, num_classes), the logits of evaluation."""
+        """(B, heads, num_classes) from training -> (B, num_classes), the logits of evaluation."""
         if self.aggregation == "deep_sup":
             return outputs[:, 0]
         # the logarithm of the mean of the softmaxes: its softmax is that mean
         return torch.log_softmax(outputs, dim=2).logsumexp(dim=1) - math.log(outputs.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """forward_head of forward_features, without laying the vectors out as a map between."""
+        """forward_head of forward_features, without expanding the vectors into a map in between."""
         block3, block4, block5 = self._maps(x)
         if not self.pooled:
             return self._last_map(block3, block4, block5)
@@ -384,10 +384,10 @@ class AGSonoNet(_SonoNetBase):
 
 
 def without_other_heads(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Trained weights without the tensors of a head for another number of classes.
+    """Trained weights without the tensors of a head for a different number of classes.
 
-    timm leaves out weight and bias of the layers that its configuration names; SonoNet's head
-    has running statistics as well, and AG-SonoNet several heads.
+    timm drops weight and bias of the layers that its configuration names; SonoNet's head also has
+    running statistics, and AG-SonoNet has several heads.
     """
     own = model.state_dict()
 
@@ -401,7 +401,7 @@ def without_other_heads(state: dict[str, Tensor], model: nn.Module) -> dict[str,
 def _create(
     variant: type[_SonoNetBase], name: str, features: int, pretrained: bool, /, **kwargs: Any
 ) -> nn.Module:
-    # where the classifier is depends on the aggregation: tell timm's configuration
+    # the aggregation decides where the classifier is: update timm's configuration
     if kwargs.get("aggregation", "mean") != "mean":
         overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
         kwargs["pretrained_cfg_overlay"] = {"classifier": "classifier", **overlay}

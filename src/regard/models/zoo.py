@@ -1,10 +1,10 @@
-"""Every network's parameters and multiply-adds beside the paper's own figures.
+"""Every network's parameters and multiply-adds next to the paper's own figures.
 
-The counts are in zoo.csv, so that `regard models` need not build the networks; they are
-written by scripts/make_tables.py and counted again by the tests. The papers' figures are
-those of the tables in `regard.papers`.
+The counts are in zoo.csv, so that `regard models` need not build the networks;
+scripts/make_tables.py writes them and the tests count again. The papers' figures are those of
+the tables in `regard.papers`.
 
-Twins are networks that differ in their attention alone.
+Twins are networks that differ only in their attention.
 """
 
 import csv
@@ -23,9 +23,9 @@ class ZooEntry:
     Attributes:
         name: for create_model().
         paper: RAN, CBAM or AG, see `regard.papers.PAPERS`.
-        input: the size at which it is counted, "3x224x224".
-        parameters: ours, counted.
-        macs: ours, multiply-adds of convolutions and products for one image, counted.
+        input: the input size for the counts, "3x224x224".
+        parameters: counted here.
+        macs: counted here: multiply-adds of convolutions and products for one image.
         paper_parameters, paper_gmacs: the paper's, in millions and 10^9, as printed; or "".
         paper_result: the paper's, as printed, or "".
         note: where and why the two differ.
@@ -67,7 +67,7 @@ def _entry(row: dict[str, str]) -> ZooEntry:
 
 
 def _twin_families() -> list[dict[str, str]]:
-    """All families of twins: name by kind."""
+    """All families of twins, each as {kind: name}."""
     resnets = ("resnet18", "resnet34", "resnet50", "resnet101")
     resnexts = ("resnext50_32x4d", "resnext101_32x4d")
     wide = ("wide_resnet18_1_5", "wide_resnet18_2")
@@ -83,7 +83,7 @@ def _twin_families() -> list[dict[str, str]]:
 
 
 def twins_of(name: str) -> dict[str, str]:
-    """As `twins`, and empty where the network has none."""
+    """Like `twins`, but empty if the network has none."""
     for family in _twin_families():
         # timm's resnet18 is plain_resnet18 with another initialization
         if name in family.values() or f"plain_{name}" == family["plain"]:
@@ -92,7 +92,7 @@ def twins_of(name: str) -> dict[str, str]:
 
 
 def twins(name: str) -> dict[str, str]:
-    """The names of a network and of its twins, which differ in the attention alone.
+    """The names of a network and its twins, which differ only in their attention.
 
     Examples:
         >>> twins("cbam_resnet50")
@@ -102,13 +102,13 @@ def twins(name: str) -> dict[str, str]:
         >>> twins("attention56")
         {'plain': 'plain_attention56', 'attention': 'attention56'}
 
-    Made with the same arguments after the same `torch.manual_seed`, twins have the same
-    starting weights in every tensor that they share. timm's `resnet50` has the twins of
-    `plain_resnet50`, which is the same network with the authors' initialization. AG-SonoNet
-    and SonoNet share all convolution blocks; their classifiers are the paper's, and differ.
+    Built with the same arguments after the same `torch.manual_seed`, twins have the same initial
+    weights in every tensor that they share. timm's `resnet50` has the twins of `plain_resnet50`,
+    which is the same network with the authors' initialization. AG-SonoNet and SonoNet share all
+    convolution blocks; their classifiers are the paper's, and differ.
 
     Raises:
-        UsageError: the network has no twin; the message names those that have.
+        UsageError: the network has no twin; the message names the networks that have one.
     """
     if family := twins_of(name):
         return family
