@@ -28,7 +28,7 @@ from regard.training.trial import first_batches
 try:
     import torchcodec.decoders
 except (ImportError, OSError, RuntimeError):  # its wheel for CUDA beside a torch for CPUs
-    pytest.skip("torchcodec does not load beside this torch", allow_module_level=True)
+    pytest.skip("torchcodec does not load with this torch", allow_module_level=True)
 
 CPU = torch.device("cpu")
 ORIENTATION = 0x0112  # EXIF 2.3
@@ -312,13 +312,13 @@ def test_devices_that_decode_nothing_are_refused(monkeypatch):
         raise RuntimeError("Failed to initialize nvjpeg with hardware backend: 6")
 
     monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", fails)
-    with pytest.raises(UsageError, match=r"does not decode on cuda:0 .*hardware backend: 6\); "):
+    with pytest.raises(UsageError, match=r"can't decode on cuda:0 .*hardware backend: 6\): "):
         check_device_decoding(torch.device("cuda", 0))
 
 
 def test_a_torchcodec_that_does_not_load_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # importing it fails
-    with pytest.raises(UsageError, match=r"^decode=device: torchcodec does not decode on cpu"):
+    with pytest.raises(UsageError, match=r"^decode=device: torchcodec can't decode on cpu"):
         check_device_decoding(CPU)
 
 

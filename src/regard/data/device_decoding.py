@@ -50,8 +50,8 @@ def check_device_decoding(device: torch.device) -> None:
         decode_jpeg([file.getvalue()], mode="UNCHANGED", device=device)
     except (ImportError, OSError, RuntimeError) as error:  # from another build of torch; no nvJPEG
         raise UsageError(
-            f"decode=device: torchcodec does not decode on {device} beside torch "
-            f"{torch.__version__} ({reason(error)}); install the release that fits, or use cpu"
+            f"decode=device: torchcodec can't decode on {device} with torch {torch.__version__} "
+            f"({reason(error)}): install the release for it, or use decode=cpu"
         ) from error
 
 
