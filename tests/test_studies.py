@@ -641,7 +641,7 @@ def test_rows_that_leave_the_values_for_random_weights_are_named(command, tmp_pa
     with (tmp_path / "gates.toml").open("a") as file:
         file.write('[[rows]]\nname = "faster"\nnetwork = "sononet16"\nchanges = { lr = 0.02 }\n')
     command("--dry-run")
-    assert "faster will be trained without the recipe's [random_start]" in caplog.text
+    assert "faster: trained from random weights without the recipe's [random_start]" in caplog.text
     caplog.clear()
     command("--dry-run", "--optimizer", "sgd")  # no row has them then
     assert "random_start" not in caplog.text

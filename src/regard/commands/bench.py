@@ -36,25 +36,25 @@ def command(
     """Measure how fast networks predict or train on this machine, engine by engine.
 
     Predicting is from a batch of images in memory to probabilities; a training step is forward,
-    backward and optimizer on images that are on the device. Both on noise, with random weights
-    for networks given by name: neither changes the time.
+    backward and optimizer on images that are on the device. Both use noise as images, and random
+    weights for networks given by name; neither affects the timing.
 
     Parameters
     ----------
     network
-        Networks' names or runs' folders; default: cbam_resnet50, attention56, ag_sononet8.
+        Network names or run folders; default: cbam_resnet50, attention56, ag_sononet8.
     train
         Measure training steps. Networks named together are timed in the same rounds, and
         attention networks are compared with their plain twin if that is named too.
     recipe
         Recipe whose optimizer and loss a training step uses.
     engine
-        Engines to measure; default: all that are installed; eager and compiled with --train. fused
+        Engines to measure; default: all installed ones; eager and compiled with --train. fused
         (--train only) computes the end of ResNet blocks with CBAM as one operator; graphs (--train
-        on CUDA only) does, too, and replays the passes as CUDA graphs.
+        on CUDA only) does so too and replays the passes as CUDA graphs.
     precision
         Precisions to measure (int8: OpenVINO only; tf32 and fp16: training on GPUs only);
-        default: fp32, and bf16 and int8 where the machine computes in them.
+        default: fp32, plus bf16 and int8 where the hardware supports them.
     batch_size
         Batch sizes; default: 8.
     size

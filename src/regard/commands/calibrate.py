@@ -36,21 +36,21 @@ def command(
     """Fit a temperature and choose a threshold on a run's validation images.
 
     Both are stored in the run's calibration.json. predict, evaluate, explain, serve and export
-    use them from then on, and say so; evaluate reports what they do on the test images. Another
-    way of asking the network (--tta, --size, --crop-pct, --ten-crop) has other probabilities: what
-    was fitted with --tta flips is used with it alone, and nothing is used with the others.
+    use them from then on, and say so; evaluate reports what they do on the test images. --tta,
+    --size, --crop-pct and --ten-crop change the probabilities: what was fitted with --tta flips is
+    used only with --tta flips, and with the other three no calibration is used.
 
     Parameters
     ----------
     run
         A run's folder.
     source
-        Labeled images to calibrate on, for a run without validation images. Images that trained
-        or test the run are left out. Default: the run's own validation images.
+        Labeled images to calibrate on, for a run without validation images. Images that the run
+        was trained or tested on are left out. Default: the run's own validation images.
     positive
         The class whose probability is compared with the threshold.
     at
-        How its threshold is chosen: sensitivity=0.95, specificity=0.9, youden, or cost=5:1 (a
+        How to choose its threshold: sensitivity=0.95, specificity=0.9, youden, or cost=5:1 (a
         false negative costs 5 false positives). Default: no threshold.
     temperature
         Fit the temperature by which the logits are divided.

@@ -32,8 +32,8 @@ def command(
     """Compare finished runs on the same test images.
 
     Each run's metrics are compared with the first run's: paired differences with 95 % intervals,
-    p-values corrected for all comparisons (Holm), and whether anything is shown. Runs of one
-    seed each: what is shown holds for these trained networks; `regard study` compares networks
+    p-values corrected for all comparisons (Holm), and whether a difference is shown. Each run has
+    one seed, so a result holds only for these trained networks; `regard study` compares networks
     over seeds. Networks are compared as they were trained: without a temperature or threshold
     that `regard calibrate` stored, so the most probable class decides.
 
@@ -61,7 +61,7 @@ def command(
     if len(runs) < 2:
         raise UsageError("compare needs at least two runs")
     if len({run.resolve() for run in runs}) < len(runs):
-        raise UsageError("compare: one run is given twice")
+        raise UsageError("compare: the same run is given twice")
     split, predictions = _aligned(runs)
     for run in runs:
         if read_calibration(run) is not None:
@@ -106,7 +106,7 @@ def _aligned(runs: list[Path]) -> tuple[str, list[Any]]:
     for path in runs:
         folder = RunFolder(path)
         if not folder.finished:
-            raise UsageError(f"{path} is no finished run: train it to the end first")
+            raise UsageError(f"{path} is not a finished run: train it to the end first")
         read.append(folder.read_named())
     split, first = read[0]
     for path, (other, said) in zip(runs, read, strict=True):

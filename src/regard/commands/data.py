@@ -115,7 +115,7 @@ def check_page(path: Path) -> None:
     if path.is_file():
         with path.open("rb") as file:
             if file.read(15).lower() != b"<!doctype html>":
-                raise UsageError(f"--html {path}: this file is no page; it is not replaced")
+                raise UsageError(f"--html {path}: is not an HTML page; it is not replaced")
 
 
 def _check_table(path: Path) -> None:
@@ -183,7 +183,7 @@ def _lines(check: "DataCheck") -> Iterator[str]:
     if check.value_range is not None:
         low, high = check.value_range
         span = f"values  {low:.6g} to {high:.6g}"
-        yield f"{span}, which become 0 to 1 in every image without a range of its own"
+        yield f"{span}, mapped to 0 to 1 in every image that does not store its own range"
     yield "mean  " + ", ".join(f"{m:.4f}" for m in check.mean)
     yield "deviation  " + ", ".join(f"{s:.4f}" for s in check.std)
     if g := check.groups:

@@ -38,10 +38,10 @@ def command(
     epochs
         Training epochs.
     fast
-        Do not train: take the weights that come with Regard, which are of seed 0 and 15 epochs.
+        Skip training: use the weights that come with Regard (seed 0, 15 epochs).
     """
     if fast and (seed, epochs) != (0, 15):
-        raise UsageError("--fast: trains nothing, so that it takes neither --seed nor --epochs")
+        raise UsageError("--fast: nothing is trained; leave out --seed and --epochs")
     if epochs < 1:
         raise UsageError(f"--epochs {epochs}: at least 1")
     if fast:
@@ -102,7 +102,7 @@ def take_shipped(out: Path) -> Path:
     split, said, _ = predictions_of(out)
     found = evaluate(said)
     RunFolder(out).write_evaluation(split, found, said)
-    log.info(f"{SHIPPED}, trained before: {accuracy_words(found, split)}")
+    log.info(f"{SHIPPED}, already trained: {accuracy_words(found, split)}")
     log.info(f"the network: {out}")
     log.info(f"the report: {report_run(out)}")
     return out

@@ -27,8 +27,8 @@ def command(
     """Rank the images whose labels may be wrong, by the loss of networks trained on the others.
 
     Give the runs of a cross-validation (`regard train --fold 1/5 ...`) together, or a study's
-    folder: then every image is ranked by a network that was not trained on it. Of a single run
-    that holds for its validation and test images alone.
+    folder: then every image is ranked by a network that was not trained on it. For a single run
+    this holds only for its validation and test images.
 
     Parameters
     ----------

@@ -115,21 +115,21 @@ def command(
     splits
         Whether the top folders of DATA are splits rather than classes.
     map
-        CLASS=NAME: the network's name of a class of DATA; CLASS= leaves its images out. May be
-        repeated. Images of classes that the network does not know are left out, too.
+        CLASS=NAME: the network's name for a class of DATA; CLASS= leaves its images out;
+        repeatable. Images of classes that the network does not know are left out too.
     weights
-        For the name of a network: a run's folder or an authors' checkpoint.
+        Weights for a network given by name: a run's folder or an authors' checkpoint.
     root
         Folder of cifar10 and cifar100.
     predictions
-        Write the probabilities of each image to this new .npz file, as predictions.npz of a run.
+        Write the probabilities of each image to this new .npz file, like a run's predictions.npz.
     json
         Print JSON.
     """
     runs, source = _runs_and_data(run, more)
     numbers.check()
     if len(runs) > 1 and (numbers.at or numbers.calibrate or weights):
-        raise UsageError("several runs: --at, --calibrate and --weights are for one")
+        raise UsageError("several runs: --at, --calibrate and --weights work with one run only")
     if tta is not None and input.ten_crop:
         raise UsageError(f"--ten-crop and --tta {tta}: ten crops are mirrored already; give one")
     parts.check()
@@ -174,7 +174,7 @@ def command(
 
     def validation() -> Any:
         if named in ("val", "all"):
-            log.warning("threshold and temperature fit images that are also tested on")
+            log.warning("threshold and temperature are fitted on images that are also tested")
         folder = find_folder(run) if weights is None else None
         own = folder is not None
         if folder is not None and not input.differs and tta is None:
@@ -188,7 +188,7 @@ def command(
         named, found, unreadable = _averaged(each, runs, tested)
     calibration = stored[0] if len(runs) == 1 else None
     if calibration is not None and numbers.calibrate is None and named == "val" and source is None:
-        log.warning("the stored temperature and threshold fit the images that are tested on")
+        log.warning("the stored temperature and threshold were fitted on the images tested here")
     if predictions is not None:
         write_predictions(predictions, named, found)
     if not json:

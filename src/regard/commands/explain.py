@@ -43,8 +43,8 @@ def command(
 ) -> int:
     """Show where a network looks, and how far that can be believed.
 
-    Writes a figure and the raw maps of each image, and a contact sheet of several. A second
-    call goes on where the first was stopped.
+    Writes a figure and the raw maps of each image, and a contact sheet of several images. If the
+    command was stopped, running it again continues where it left off.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def _print_pointing(outcome: "Outcome") -> None:
     for name, score in outcome.pointing.items():
         print(_pointing_line(name, score))
     for name, reason in outcome.skipped_masks.items():
-        log.warning("%s: no mask is compared (%s)", name, reason)
+        log.warning("%s: not compared with a mask (%s)", name, reason)
     if outcome.skipped_masks:
         log.warning("no usable mask: %s", plural(len(outcome.skipped_masks), "image"))
 

@@ -31,11 +31,11 @@ def command(
 ) -> int:
     """Write every figure of a finished run as files for print.
 
-    ROC, precision-recall, reliability, confusion matrix, of one class calibration and decision
-    curve, subgroups, learning curves, faithfulness, and explanations of the images that the
+    ROC, precision-recall, reliability, confusion matrix, calibration and decision curve of one
+    class, subgroups, learning curves, faithfulness, and explanations of the images that the
     report shows; vector graphics with embedded fonts where the format has them. methods.md drafts
     the methods paragraph of a paper, checklists.md answers CLAIM, STARD-AI and TRIPOD+AI as far
-    as the run knows, subgroups.csv has every number of the subgroups.
+    as the run's data allows, subgroups.csv has every number of the subgroups.
 
     Parameters
     ----------
@@ -50,13 +50,13 @@ def command(
     width
         Width of each figure, in mm, cm, in or pt.
     images
-        Number of images to explain; 0: none.
+        Number of images to explain (0 = none).
     masks
         Masks to outline in the explanations: a CSV file (path, x0, y0, x1, y1 in pixels) or a
         folder of mask images.
     positive
-        Class of the ROC, precision-recall and decision curves (default: of two classes the rarer;
-        of more, each against the rest).
+        Class of the ROC, precision-recall and decision curves (default: the rarer of two classes;
+        with more classes, each against the rest).
     scored
         Number of images on which the maps' faithfulness is measured (default: the run's).
     overwrite

@@ -32,7 +32,7 @@ DeviceFlag = Annotated[
     Literal["auto", "cpu", "cuda", "mps", "xpu"],
     Parameter(
         help="Device that the network runs on; auto is $REGARD_DEVICE, else this machine's "
-        "accelerator, else the CPU. cuda is a GPU of NVIDIA's or AMD's."
+        "accelerator, else the CPU. cuda is an NVIDIA or AMD GPU."
     ),
 ]
 
@@ -55,8 +55,8 @@ class EngineFlags:
         Parameter(
             help="Engine that runs the network; auto benchmarks the installed ones, once per "
             "network and machine, and uses the fastest whose answers agree with eager's. Default: "
-            "the network itself (eager); for a job of minutes the fastest in fp32, which is "
-            "named. eager gives the same bits each time."
+            "the network itself (eager); for jobs that take minutes, the fastest in fp32, which is "
+            "logged. eager gives bit-identical results each time."
         ),
     ] = None
     precision: Annotated[
@@ -130,9 +130,9 @@ def check_image_names(images: Sequence[str]) -> None:
         UsageError: an empty one, standard input twice, or closed standard input.
     """
     if "" in images:  # an unset variable in quotes; as a path it would be the current folder
-        raise UsageError("IMAGES: '' names no file")
+        raise UsageError("IMAGES: '' is not a file name")
     if images.count("-") > 1:
-        raise UsageError("-: standard input holds one image")
+        raise UsageError("-: standard input is read as one image; give - once")
     if "-" in images and sys.stdin is None:
         raise UsageError("-: standard input is closed")
 
@@ -163,7 +163,7 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise UsageError(f"--arg {pair}: give NAME=VALUE, as aggregation=concat")
+            raise UsageError(f"--arg {pair}: give NAME=VALUE, such as aggregation=concat")
         try:
             found[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

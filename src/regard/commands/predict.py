@@ -70,15 +70,15 @@ def command(
         Write a CSV file instead of printing: the most probable class, the decision at the run's
         threshold (`regard calibrate`), the distance from the training images and whether it is
         beyond that of 99 % of the validation images (unlike_training: a false alarm rate of 1 %),
-        and the probability of each class, p_CLASS. What is done stays there if the command is
+        and the probability of each class, p_CLASS. Finished rows are kept if the command is
         stopped.
     overwrite
         Replace a CSV file that exists.
     resume
-        Continue a CSV file that was stopped; give the same images.
+        Continue the CSV file of a command that was stopped; give the same images.
     shard
-        I/N: only every N-th image, beginning with the I-th, so that N machines share the images;
-        each writes a file of its own.
+        I/N: only every N-th image, starting with the I-th, so that N machines share the images;
+        each writes its own file.
     """
     share = None if shard is None else _share(shard)
     top = (5 if csv is None else 1) if top is None else top
@@ -103,7 +103,7 @@ def command(
         if classifier.familiarity is not None and csv is not None:
             log.info(classifier.familiarity.sentence())
         if more and classifier.measures_distances and csv is not None:
-            log.info("unlike_training: mean distance, each over its network's threshold, above 1")
+            log.info("unlike_training: mean over networks of distance / threshold is above 1")
         if more:
             log.info(f"the mean of {len(runs)} networks: {', '.join(map(str, runs))}")
         if tta is not None:
@@ -158,7 +158,7 @@ def _share(text: str) -> tuple[int, int]:
     """
     found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"--shard {text}: I/N with I from 1 to N, such as 1/8")
+        raise UsageError(f"--shard {text}: give I/N with I from 1 to N, such as 1/8")
     return int(found[1]), int(found[2])
 
 
@@ -216,7 +216,7 @@ class _Counts:
         if self.csv is None:
             return f"stopped after {images}"
         return (
-            f"stopped after {images}, which {self.csv} holds: continue with the same command and "
+            f"stopped after {images}, all in {self.csv}: continue with the same command and "
             "--resume"
         )
 

@@ -32,7 +32,7 @@ def check_output(
     from regard.data.images import IMAGE_SUFFIXES
 
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        raise UsageError(f"--csv {path}: is an image's name; give the name of the CSV file")
+        raise UsageError(f"--csv {path}: is the name of an image; give the name of the CSV file")
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -157,8 +157,8 @@ class PredictionsCsv:
                 _cut_last_line(self.path, end)
                 return
         raise UsageError(  # before a byte of somebody's file is changed
-            f"--resume: {self.path} has other columns; its --top or classes may differ, or it is "
-            "no file of `regard predict`"
+            f"--resume: {self.path} has other columns; its --top or classes may differ, or it was "
+            "not written by `regard predict`"
         )
 
     def write(self, p: "Prediction") -> None:
@@ -227,8 +227,8 @@ class PredictionsCsv:
                 if not row or name != row[0] or len(row) != len(self.columns):
                     there = row[0] if row else "an empty line"
                     raise UsageError(
-                        f"--resume: image {number} in {self.path} is {there}, and of this call "
-                        f"{name or 'there is none'}: give the same images, or --overwrite"
+                        f"--resume: image {number} in {self.path} is {there}, but in this call it "
+                        f"is {name or 'missing'}: give the same images, or --overwrite"
                     )
                 failed += row[-1] != ""
                 answered += row[-1] == ""

@@ -20,7 +20,7 @@ def command(
 ) -> int:
     """Upload a finished run with its model card to the Hugging Face hub.
 
-    Without --yes nothing is uploaded: the files are listed. Afterwards predict, evaluate, explain,
+    Without --yes the files are only listed. After the upload predict, evaluate, explain,
     serve, export and train --weights take hf-hub:REPO, and
     timm.create_model("hf-hub:REPO", pretrained=True) loads it.
 
@@ -29,7 +29,7 @@ def command(
     run
         Folder of a finished run.
     repository
-        OWNER/NAME on the hub; made where it is missing.
+        OWNER/NAME on the hub; created if it does not exist.
     private
         Make a new repository private.
     yes
@@ -45,8 +45,8 @@ def command(
     for path in files:
         print(f"{path.name}: {path.stat().st_size:,} bytes")
     if known is not None:
-        print(f"{KNOWN}: hashes of {len(known):,} images, by which they are known again")
-    print("report.html, splits.csv and predictions.npz, with images or names of files, stay here")
+        print(f"{KNOWN}: hashes of {len(known):,} images, by which they are recognized")
+    print("report.html, splits.csv and predictions.npz hold images or file names and stay here")
     if not yes:
         print(f"not uploaded to {repository}: --yes uploads these files")
         return 0

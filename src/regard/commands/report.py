@@ -34,7 +34,7 @@ def command(
         of mask images.
     positive
         Class of the ROC, precision-recall and decision curves and of the diagnostic numbers
-        (default: of two classes the rarer; of more, each against the rest).
+        (default: the rarer of two classes; with more classes, each against the rest).
     explained
         Number of images that are stored at their own resolution with all maps, as far as a page
         of 10 MB has room.

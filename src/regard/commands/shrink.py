@@ -39,14 +39,14 @@ def command(
     source
         A folder of class folders, a CSV file, or any other DATA that train takes.
     out
-        A new folder. Of a folder of class folders it becomes one as well; of other data it holds
-        the images and an images.csv.
+        A new folder. For a folder of class folders it has the same layout; for other data it
+        holds the images and an images.csv.
     side
         Pixels of the shorter side; images that are smaller are copied as they are.
     quality
         Quality of JPEG, WebP and AVIF files, 1 to 100.
     test_too
-        Make the test images of DATA smaller, too. Default: they are copied as they are.
+        Make the test images of DATA smaller too. Default: they are copied unchanged.
     workers
         Threads. Default: one per core.
     splits
@@ -54,7 +54,7 @@ def command(
     root
         Folder of cifar10 and cifar100.
     resume
-        Go on where the same command was stopped.
+        Continue where the same command was stopped.
     """
     require_data(source)
     from regard.data import open_data
@@ -94,9 +94,9 @@ def _print(made: "Shrunk", *, whole_test: bool) -> None:
         log.warning(fault if fault.startswith(path) else f"{path}: {fault}")
     parts = [f"{made.smaller:,} made smaller", f"{made.copied:,} copied as they are"]
     if made.earlier:
-        parts.append(f"{made.earlier:,} were there")
+        parts.append(f"{made.earlier:,} made earlier")
     if made.unreadable:
         parts.append(f"{len(made.unreadable):,} can't be read and are left out")
     print(f"{', '.join(parts)}; {made.size / 1e6:,.1f} MB")
     if whole_test:
-        print("the test images are as they were, so that accuracy is that on real images")
+        print("test images are unchanged, so that accuracy is measured on the originals")

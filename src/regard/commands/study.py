@@ -31,8 +31,8 @@ class TrainFlags:
     recipe: Annotated[
         str | None,
         Parameter(
-            help="Name or path of a recipe for all rows, instead of the study's; what a row "
-            "changes stays. Flags override its values."
+            help="Name or path of a recipe for all rows, instead of the study's; a row's own "
+            "changes still apply. Flags override its values."
         ),
     ] = None
     weights: Annotated[
@@ -102,13 +102,13 @@ def command(
         Names or numbers of the rows to train and compare; the one that comes first in the study is
         the reference. Default: all.
     only
-        Train the i-th of n parts of the runs (i/n), for an array of jobs.
+        Train only part i of n of the runs (i/n), for job arrays.
     jobs
-        Runs at a time; cores or GPUs are divided among them.
+        Number of runs at the same time; cores or GPUs are divided among them.
     ray
         Run on a Ray cluster: its address, or "auto".
     slurm
-        Print a SLURM script of an array of this many jobs, and exit.
+        Print a SLURM script for an array of this many jobs, and exit.
     dry_run
         Print the commands of all runs, and exit.
     json
@@ -123,7 +123,7 @@ def command(
     )
 
     if ray is not None and jobs != 1:
-        raise UsageError(f"--jobs {jobs}: not used with --ray, whose cluster deals out the runs")
+        raise UsageError(f"--jobs {jobs}: not used with --ray: its cluster distributes the runs")
     table = choose_rows(open_study(study, model), rows or [])
     table = on_one_data_set(table, source)
     start_alike = flags.pretrained is None and all(  # type: ignore[attr-defined]
@@ -148,7 +148,7 @@ def command(
         return _print_commands(part)
     if start_alike and train.weights is None:
         with info_on_stderr():
-            log.info("all runs start from random weights, alike; --pretrained yes changes that")
+            log.info("all runs start from random weights, so they compare; --pretrained yes changes it")
     study_now = _Study(table, runs, asked, out)
     if json:
         with info_on_stderr():
@@ -201,8 +201,8 @@ def _asked(table: "Table", data: str, train: TrainFlags, flags: Any) -> "dict[st
     alone = [r for r, a in found.items() if a.base.random_start and not _starts_at_random(a)]
     if alone and len(alone) < len(with_table):
         log.warning(
-            f"from random weights {', '.join(alone)} will be trained without the recipe's "
-            "[random_start], a value of which they change, and the other rows with it"
+            f"{', '.join(alone)}: trained from random weights without the recipe's [random_start], "
+            "as one of its values is changed; the other rows are trained with it"
         )
     return found
 

@@ -19,7 +19,8 @@ _SHOWN = ("top1", "balanced_accuracy", "macro_f1", "roc_auc", "sensitivity", "sp
 BandsFlag = Annotated[
     list[str] | None,
     Parameter(
-        help="COLUMN=A,B,C: a number's values in bands: below A, A to below B, ..., C and up.",
+        help="COLUMN=A,B,C: divide a numeric column into bands: below A, A to below B, ..., C and "
+        "up.",
         consume_multiple=True,
         negative=(),
     ),
@@ -38,7 +39,7 @@ def parse_bands(given: Sequence[str] | None) -> dict[str, list[float]]:
         try:
             limits = [float(n) for n in numbers.split(",")]
         except ValueError:
-            raise UsageError(f"--bands {each}: give COLUMN=A,B,C, as age=40,60") from None
+            raise UsageError(f"--bands {each}: give COLUMN=A,B,C, such as age=40,60") from None
         if limits != sorted(set(limits)) or not all(map(math.isfinite, limits)):
             raise UsageError(f"--bands {each}: give increasing limits")
         found[column.strip().lower()] = limits
@@ -53,7 +54,7 @@ class SubgroupFlags:
         list[str] | None,
         Parameter(
             help="Further columns of a CSV source, such as site sex age: the images of each value "
-            "are evaluated by themselves.",
+            "are evaluated separately.",
             consume_multiple=True,
             negative=(),
         ),
@@ -62,8 +63,8 @@ class SubgroupFlags:
     smallest: Annotated[
         int,
         Parameter(
-            help="Images (groups, where there are groups) of a subgroup below which it is counted "
-            "but has no metrics."
+            help="Smallest number of images (groups, where there are groups) for which a subgroup "
+            "gets metrics; smaller ones are only counted."
         ),
     ] = 10
     subgroups_csv: Annotated[

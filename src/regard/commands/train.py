@@ -82,7 +82,7 @@ def command(
         (path, label, split, group), digits, cifar10, cifar100, medmnist:FILE.npz,
         wds:SHARDS (tar files) or hf:NAME.
     model
-        Name of a network of Regard's (`regard models`) or timm's. Default: the recipe's.
+        Name of one of Regard's networks (`regard models`) or timm's. Default: the recipe's.
     recipe
         Name of a recipe (`regard recipes`) or path of a TOML file. Flags override its values.
     out
@@ -90,8 +90,8 @@ def command(
     resume
         Continue the run in that folder from its last saved state.
     resume_auto
-        Continue the run in that folder if there is one, else start it: for jobs that are started
-        again by themselves (SLURM's requeue, torchrun --max-restarts). Also --resume auto.
+        Continue the run in that folder if there is one, else start it: for jobs that restart
+        automatically (SLURM's requeue, torchrun --max-restarts). Also --resume auto.
     weights
         Start from the network of a run's folder, or from an authors' checkpoint.
     root
@@ -102,8 +102,8 @@ def command(
         Argument of the network as NAME=VALUE, such as aggregation=concat; repeatable.
     log
         Experiment trackers: tensorboard, wandb, mlflow, aim, clearml, comet_ml, swanlab,
-        trackio, or none. Default: tensorboard. torchrun may take --log for a flag of its own:
-        --trackers is the same.
+        trackio, or none. Default: tensorboard. --trackers is the same, for torchrun, which may
+        take --log as its own flag.
     """
     changes = {k: v for k, v in vars(flags).items() if v is not None}
     with naming_flags(), _told_once():
