@@ -104,7 +104,7 @@ def commands_page() -> str:
     text = re.sub(r"## Table of Contents.*?(?=\*\*Commands\*\*)", "", text, flags=re.S)
     codes = (
         "Exit codes: 0, all is done; 1, the work failed, in part or as a whole; 2, a wrong call or "
-        "input; 70, a fault of Regard's; 128 + N, ended by signal N. Messages are on standard "
+        "input; 70, a bug in Regard; 128 + N, ended by signal N. Messages are on standard "
         "error, results on standard output.\n\n**Commands**"
     )
     return text.replace("# regard\n", "# Commands\n", 1).replace("**Commands**", codes, 1)

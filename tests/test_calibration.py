@@ -334,7 +334,7 @@ def test_other_images_calibrate_but_never_those_of_training_and_test(mine, scans
     _, err = call("calibrate", mine, folder, code=2, capsys=capsys)
     assert "none for validation" in err
     _, err = call("calibrate", mine, folder, "--split", "all", code=2, capsys=capsys)
-    assert "96 images trained or test" in err
+    assert "96 images were used to train or test" in err
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_recipes_are_listed_and_printed():
         (["train", "digits", "--bogus", "1"], "--bogus"),
         (["train", "digits", "--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
         (["data", "nowhere"], "nowhere"),
-        (["evaluate", "nowhere"], "nowhere is no run's folder"),
+        (["evaluate", "nowhere"], "nowhere is not a run's folder"),
         (["report", "nowhere"], "nowhere holds no finished run"),
         (["demo", "--epochs", "0"], "--epochs 0"),
         (["frobnicate"], "frobnicate"),

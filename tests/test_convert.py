@@ -99,7 +99,7 @@ def test_images_are_standardized_as_the_authors_do(tmp_path, capsys, checkpoint)
 
 def test_a_checkpoint_of_other_classes_is_not_tested_with_a_random_classifier(checkpoint):
     table = ImageTable("a", ["x", "y"], np.zeros(1, np.int64), np.full(1, ""))
-    with pytest.raises(ValueError, match=r"is of a network of 14 classes, and a has 2$"):
+    with pytest.raises(ValueError, match=r"is of a network of 14 classes, but a has 2$"):
         _named("ag_sononet8", table, checkpoint)
 
 

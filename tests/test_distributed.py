@@ -309,7 +309,7 @@ def test_only_the_first_machine_has_the_folder_the_recipe_and_the_weights(tmp_pa
     (code, told), (other, also) = apart([first, second], *settings, FAULT="6")
     assert (code, other) == (1, 70), (told, also)
     assert also.count("KeyError: 'a fault of rank 1'") == 1
-    assert "fault of Regard's" not in told
+    assert "bug in Regard" not in told
     assert "Traceback" not in told
     (code, told), (other, also) = apart([first, second], *settings)
     assert (code, other) == (0, 0), (told, also)

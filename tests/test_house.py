@@ -96,7 +96,7 @@ def test_a_fault_of_ours_is_a_traceback_and_no_users_mistake():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 70
     first, *rest = done.stderr.splitlines()
-    assert "fault of Regard" in first
+    assert "bug in Regard" in first
     assert rest[-1].startswith("ValueError: too many values")
 
 

@@ -429,7 +429,7 @@ def test_a_run_is_resumed_where_its_data_is_now(moved, scans, tmp_path, monkeypa
     new_images(tmp_path / "other", 1)
     (tmp_path / "other/0/new0.png").rename(tmp_path / "other/0/00.png")
     said = run("train", tmp_path / "other", "--resume", "--out", moved, code=2)
-    assert "1 image not as the run was trained with, such as 0/00.png" in said
+    assert "1 image not the same as the run was trained with, such as 0/00.png" in said
 
 
 def test_images_that_changed_under_their_names_are_told(scans, tmp_path, warned, capsys):

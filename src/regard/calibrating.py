@@ -84,7 +84,7 @@ def _measure(run: Path, root: str | Path | None, device: str) -> None:
         classifier = load(run, device, calibrated=False)
         write_familiarity(run, measure_familiarity(classifier, parts[0], parts[1], run))
     except (UsageError, FileError) as error:
-        log.warning(f"no sign of images unlike the training images: {error}")
+        log.warning(f"images unlike the training images can't be flagged: {error}")
 
 
 def remove_calibration(run: str | Path) -> bool:
@@ -96,7 +96,7 @@ def remove_calibration(run: str | Path) -> bool:
     """
     path = Path(run) / FILE
     if not path.parent.is_dir():
-        raise UsageError(f"{run} is no run's folder")
+        raise UsageError(f"{run} is not a run's folder")
     try:
         path.unlink()
     except FileNotFoundError:
@@ -147,8 +147,8 @@ def _check_has_validation(run: Path) -> None:
     counts = folder.read_facts().get("counts")
     if counts is not None and not counts.get("val"):
         raise UsageError(
-            f"{run} was trained without validation images: give data that neither trained nor "
-            "test it"
+            f"{run} was trained without validation images: give data that it was neither trained "
+            "nor tested on"
         )
 
 
@@ -171,7 +171,7 @@ def _to_calibrate_on(table: ImageTable, split: str | None, shared: Overlap | Non
         at = np.ones(len(table), bool) if split == "all" else table.splits == split
     if not at.any():
         has = ", ".join(s for s in ("train", "val", "test") if (table.splits == s).any())
-        raise UsageError(f"{table.name} has {has} images and none for validation: choose a split")
+        raise UsageError(f"{table.name} has {has} images but none for validation: choose a split")
     if shared is None:
         return table.select(at)
     related = shared.related("train", "test")
@@ -184,19 +184,19 @@ def _to_calibrate_on(table: ImageTable, split: str | None, shared: Overlap | Non
         )
         if not (at & ~used).any():
             raise UsageError(
-                f"{table.name}: all {plural(count, 'image')} trained or test this run{more}; give "
-                "others"
+                f"{table.name}: all {plural(count, 'image')} were used to train or test this run"
+                f"{more}; give other images"
             )
         log.warning(
-            f"{table.name}: left out {plural(count, 'image')} of {int(at.sum()):,} that trained "
-            f"or test this run{more}"
+            f"{table.name}: left out {plural(count, 'image')} of {int(at.sum()):,} that were used "
+            f"to train or test this run{more}"
         )
     started = np.zeros(len(table), bool) if shared.started is None else shared.started == "train"
     if count := int((at & ~used & started).sum()):
         log.warning(
             f"{table.name}: {count:,} of {plural(int((at & ~used).sum()), 'image')} trained the "
-            "weights that this run started from: a temperature and threshold from them are for "
-            "images it knows"
+            "weights that this run started from: a temperature and threshold fitted on them may "
+            "not suit new images"
         )
     if line := shared.namesakes_line(at & ~used, "train", "test"):
         log.warning(f"{table.name}: {line}")

@@ -149,8 +149,8 @@ def _refuse_several_processes(tokens: Sequence[str]) -> None:
     if is_told_by_another():
         raise ToldElsewhere(2)
     raise UsageError(
-        f"{tokens[0]} runs in one process, and {several} were started: leave torchrun or "
-        "accelerate launch out, which are for train"
+        f"{tokens[0]} runs in one process, but {several} were started: use torchrun and "
+        "accelerate launch for train only"
     )
 
 
@@ -186,8 +186,7 @@ def _explained(error: Exception) -> int:
         _complain(f"{where}{(error.strerror or str(error)).lower()}")
         return 1
     _complain(
-        f"this is a fault of Regard's ({type(error).__name__}), not yours; please report it with "
-        "the lines below"
+        f"this is a bug in Regard ({type(error).__name__}); please report it with the lines below"
     )
     traceback.print_exception(error)
     return 70

@@ -107,9 +107,9 @@ def predictions_of(
         table, shared = _run_table(folder, data, root, splits)
     else:
         if data is None:
-            missing = "" if os.path.exists(run) else " (no such folder), nor shipped weights"
+            missing = "" if os.path.exists(run) else " (no such folder) or shipped weights"
             raise UsageError(
-                f"{run} is no run's folder{missing}: a network's name needs data and weights"
+                f"{run} is not a run's folder{missing}: a network's name needs data and weights"
             )
         table = open_data(data, root=root, splits=splits, min_classes=1)
         classifier = _named(str(run), table, weights)
@@ -221,8 +221,8 @@ def _run_table(
             folder.attach(table)
         if divided := int(np.isin(hashes, known.divided).sum()):
             logger.warning(
-                f"{table.name}: {plural(divided, 'image')} in several splits of the run (copies): "
-                "they count as trained on, or else as validated with"
+                f"{table.name}: {plural(divided, 'image')} in several splits of the run (copies), "
+                "counted as training images, or else as validation images"
             )
         table = replace(table, splits=shared.images)
     return table, shared
@@ -301,11 +301,11 @@ def choose_split(
         if not (at & ~used).any():
             raise UsageError(
                 f"{table.name}: the run was trained on all {plural(int(at.sum()), 'image')} to "
-                f"test{more}; split=all tests them nevertheless"
+                f"test{more}; split=all tests on them anyway"
             )
         logger.warning(
             f"{table.name}: left out {plural(int((at & used).sum()), 'image')} of {at.sum():,} "
-            f"that this run was trained on or validated with{more}; split=all tests them too"
+            f"that this run was trained on or validated with{more}; split=all tests on them too"
         )
         chosen, at = "new" if chosen == "all" else chosen, at & ~used
     elif not (shared.own and chosen == "val") and (line := shared.overlap_line(at)):
@@ -316,7 +316,7 @@ def choose_split(
     if count := int((at & ~used & started).sum()):
         logger.warning(
             f"{table.name}: {count:,} of {plural(int(at.sum()), 'image')} trained or validated the "
-            "weights that this run started from: no test of what it does with others"
+            "weights that this run started from: results on them say nothing about new images"
         )
     return chosen, table if at.all() else table.select(at)
 
@@ -324,7 +324,7 @@ def choose_split(
 def _named(name: str, table: ImageTable, weights: str | Path | None) -> Classifier:
     """A network by name, with weights from elsewhere."""
     if weights is None:
-        raise UsageError(f"{name} is no run's folder: to test a network by its name give weights")
+        raise UsageError(f"{name} is not a run's folder: to test a network by name, give weights")
     if Path(weights).is_dir():  # a run's folder: images are preprocessed as in that run
         other = load(weights)
         made_with: Any = getattr(other.model, "_model_args", None) or {}
@@ -339,7 +339,7 @@ def _named(name: str, table: ImageTable, weights: str | Path | None) -> Classifi
     classes = seen.pop("num_classes", None)
     if classes not in (None, len(table.classes)):  # its classifier would start at random
         raise UsageError(
-            f"{weights} is of a network of {classes:,} classes, and {table.name} has "
+            f"{weights} is of a network of {classes:,} classes, but {table.name} has "
             f"{len(table.classes):,}"
         )
     model = make_model(name, seen, len(table.classes), size, False, str(weights))

@@ -177,8 +177,8 @@ class Overlap:
         return (
             f"{plural(int(alike.sum()), 'image')} of {groups} whose names the run's "
             f"{' and '.join(splits)} images have too, such as {str(self.groups[alike][0])!r}: if "
-            "these are the same (patients), leave their images out, as the numbers are too good "
-            "with them; if not, give the groups other names"
+            "they are the same patients, leave their images out, as they make the scores too good; "
+            "if not, rename the groups"
         )
 
 
@@ -230,7 +230,8 @@ def overlap_line(counts: Counter[str], total: int, related: int = 0, groups: int
         parts.append(f"{came} that trained or validated this network")
     if not parts:
         return None
-    return f"of {plural(total, 'image')} {' and '.join(parts)}: no test of what it does with others"
+    seen = f"of {plural(total, 'image')} {' and '.join(parts)}"
+    return f"{seen}: results on them say nothing about new images"
 
 
 # ---- the run's own data
@@ -272,8 +273,8 @@ def own_data(run: Path, plan: dict[str, Any], root: str | Path | None = None) ->
         path = location if there else given
         if kind != "wds:" and not os.path.exists(os.path.expanduser(path)):
             raise UsageError(
-                f"{run} was trained on {location}, which does not exist any more: give DATA, its "
-                "new place"
+                f"{run} was trained on {location}, which does not exist any more: give its new "
+                "place as DATA"
             )
         data = kind + path + (f":{configuration}" if configuration else "")
     table = open_data(data, root=root or plan.get("root"), splits=plan.get("reading", "auto"))
@@ -331,7 +332,7 @@ def changed_line(
         return None
     return (
         f"{table.name}: {len(found):,} of {plural(len(rows), 'image')} changed since the run was "
-        f"started, such as {found[0]}; its splits go by their names, and one that was trained on "
+        f"started, such as {found[0]}; its splits are assigned by file name, and a training image "
         "may have another name now"
     )
 
@@ -373,8 +374,8 @@ def _attach(table: ImageTable, splits_csv: Path, verify: bool) -> tuple[ImageTab
         other = (contents != UNREADABLE) & (content_hashes(table) != contents)
         if other.any():
             raise UsageError(
-                f"{table.name}: {plural(int(other.sum()), 'image')} not as the run was trained "
-                f"with, such as {table.key(int(other.argmax()))}"
+                f"{table.name}: {plural(int(other.sum()), 'image')} not the same as the run was "
+                f"trained with, such as {table.key(int(other.argmax()))}"
             )
     return table, rows
 

@@ -148,7 +148,7 @@ def command(
         return _print_commands(part)
     if start_alike and train.weights is None:
         with info_on_stderr():
-            log.info("all runs start from random weights, so they compare; --pretrained yes changes it")
+            log.info("all runs start from random weights; --pretrained yes changes that")
     study_now = _Study(table, runs, asked, out)
     if json:
         with info_on_stderr():
