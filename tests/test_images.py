@@ -202,11 +202,11 @@ def faulty(folder, fault):
     [
         ("truncated", "truncated"),
         ("cut PNG", "truncated"),
-        ("text", "is no PNG, JPEG, TIFF, .* or DICOM image"),
+        ("text", "is not a PNG, JPEG, TIFF, .* or DICOM image"),
         ("empty", r"is empty \(0 bytes\)"),
         ("folder", "is a folder"),
         ("pipe", "is not a regular file"),
-        ("PDF", "is no PNG"),
+        ("PDF", "is not a PNG"),
         ("link", "no such file"),
         ("missing", "no such file"),
     ],

@@ -274,7 +274,7 @@ def test_what_can_not_be_read_is_named_and_left_out(photographs, tmp_path, capsy
     (photographs / "train/a/0.jpg").write_bytes(b"no image")
     assert run_command(["shrink", str(photographs), str(tmp_path / "out"), "--side", "100"]) == 1
     said = capsys.readouterr()
-    assert f"{photographs}/train/a/0.jpg: is no PNG" in said.err
+    assert f"{photographs}/train/a/0.jpg: is not a PNG" in said.err
     assert "1 can't be read" in said.out
     assert "train/a/0.jpg" not in files_below(tmp_path / "out")
     for path in photographs.rglob("*.jpg"):

@@ -237,7 +237,7 @@ def test_patients_that_are_missing_are_told(tmp_path):
 def test_a_column_of_patients_that_is_not_the_groups_is_told(tmp_path):
     rows = ["x.png,a,7", "y.png,b,7", "sub/z.png,a,8"]
     told = open_data(manifest(tmp_path, "\n".join(["path,label,Patient ID", *rows]))).warnings[1]
-    assert told.startswith("images with the same 'patient id' may come into different splits")
+    assert told.startswith("images with the same 'patient id' may end up in different splits")
     for head in ("path,label,group", "path,label,site"):
         assert len(open_data(manifest(tmp_path, "\n".join([head, *rows]))).warnings) < 2
     every = ["path,label,patient", "x.png,a,7", "y.png,b,9", "sub/z.png,a,8"]
@@ -292,7 +292,7 @@ def test_medmnist_mistakes(tmp_path, changes, told):
     with pytest.raises(ValueError, match=told):
         open_data(data)
     (tmp_path / "b.npz").write_text("no archive")
-    with pytest.raises(ValueError, match=r"is no \.npz file"):
+    with pytest.raises(ValueError, match=r"is not a readable \.npz file"):
         open_data(f"medmnist:{tmp_path / 'b.npz'}")
     with pytest.raises(ValueError, match="no such file"):
         open_data(f"medmnist:{tmp_path / 'c.npz'}")

@@ -273,7 +273,7 @@ def test_digits_and_their_selection(tmp_path):
     write_splits(part, tmp_path / "s.csv")
     again = read_splits(open_data("digits").select(range(900, 1000)), tmp_path / "s.csv")
     assert np.array_equal(again.splits, part.splits)
-    with pytest.raises(ValueError, match=r"are not in it, as digits\[0\]"):
+    with pytest.raises(ValueError, match=r"are not in it, such as digits\[0\]"):
         read_splits(open_data("digits").select(range(100)), tmp_path / "s.csv")
 
 
@@ -283,7 +283,7 @@ def test_other_data_is_named(tmp_path):
     write_splits(data, path)
     with pytest.raises(ValueError, match=r"1\.png is 'c1', but in data it is 'c0'"):
         read_splits(table([0, 0, 1], groups=["p", "q", "q"]), path)
-    with pytest.raises(ValueError, match=r"2 of data's images are not in it, as 3\.png"):
+    with pytest.raises(ValueError, match=r"2 of data's images are not in it, such as 3\.png"):
         read_splits(table([0, 1, 1, 0, 1], groups=["p", "q", "q", "r", "r"]), path)
     with pytest.raises(ValueError, match=r"1 images of it are not in data, as 2\.png"):
         read_splits(data.select([0, 1]), path)

@@ -110,7 +110,7 @@ def test_what_is_no_labeled_image_is_left_out_and_counted(tmp_path):
     ("files", "message"),
     [
         ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"0"}, "a has several images"),
-        ({"a.jpg": b"x", "a.cls": b"\xff"}, "no UTF-8"),
+        ({"a.jpg": b"x", "a.cls": b"\xff"}, "is not UTF-8"),
         ({"a.jpg": b"x", "a.json": b"{"}, "a: its .json can't be read"),
         ({"a.jpg": b"x"}, "no image with a label"),
         ({"a.jpg": b"x", "a.json": b'{"label": "c", "group": "g"}', "b.jpg": b"x", "b.cls": b"d"},
@@ -132,7 +132,7 @@ def test_shards_that_can_not_be_read_are_refused(shards, tmp_path):
     ends = (image.offset + 100, image.offset_data + 1)  # within a header, within an image
     for content_of in (bytes(damaged), b"", *(whole[:end] for end in ends)):
         shard.write_bytes(content_of)
-        with pytest.raises(FileError, match=r"in-train-000\.tar: is no tar file, or is cut short"):
+        with pytest.raises(FileError, match=r"train-000\.tar: is not a tar file, or is cut short"):
             open_data(f"wds:{shard}")
     for pattern, message in (
         ("in-train-{000..007}.tar", "no such file: .*in-train-002.tar"),
@@ -217,7 +217,7 @@ def test_of_two_members_of_one_name_the_last_counts_as_tar_unpacks_them(tmp_path
     table = open_data(f"wds:{shard}")
     assert [table.key(i) for i in range(len(table))] == ["a.tar/a/000.jpg", "a.tar/a/001.jpg"]
     assert np.array_equal(table.read(0), read_image(picture(9)))
-    assert "1 members that a later one of the same name replaces" in table.warnings[0]
+    assert "1 members replaced by a later one of the same name" in table.warnings[0]
 
 
 def test_hard_links_are_the_files_before_them_and_other_links_are_counted(tmp_path):
@@ -271,7 +271,7 @@ def test_numbers_are_indices_only_where_they_can_be(tmp_path, values, classes, l
 @pytest.mark.parametrize("value", [1.5, True, ["a"], {"a": 1}])
 def test_other_values_are_refused(tmp_path, value):
     files = {"a.jpg": picture(1), "a.json": json.dumps({"label": value}).encode()}
-    with pytest.raises(UsageError, match=r"a: label is .*neither a text nor a whole number"):
+    with pytest.raises(UsageError, match=r"a: label is .*neither text nor a whole number"):
         open_data(f"wds:{write(tmp_path / 'a.tar', files)}")
 
 

@@ -70,7 +70,7 @@ def group_risk(table: ImageTable) -> str | None:
             return None
         sign = f"file names that begin alike, such as {shared}: several may be of one patient"
     return (
-        f"{sign}, who is then in training and in the test, and scores would be too good; list the "
+        f"{sign}; with the same patient in training and test, scores would be too good: list the "
         "images in a CSV file with a column group"
     )
 

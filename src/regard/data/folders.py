@@ -72,7 +72,7 @@ def open_folder(name: str, root: str, splits: str = "auto") -> ImageTable:
             listed[split_of[top]] = _listed(tops[top], folders, skipped, above=above)
             warnings += lines
         if others := [top for top in tops if top not in split_of]:
-            warnings.append(f"{name}: {shortened(others)} is no split: left out")
+            warnings.append(f"{name}: not splits, left out: {shortened(others)}")
     if not any(listed.values()):
         raise UsageError(f"{name}: has no class folders with images (FOLDER/CLASS/IMAGE)")
     return _table(name, root, listed, (*warnings, *skipped.lines()))
@@ -90,7 +90,7 @@ def _with_images(folder: str, skipped: Skipped) -> tuple[dict[str, str], list[st
             empty.append(path)
     lines = [f"without images, left out: {shortened(empty)}"] if empty else []
     if with_images and has_images(folder, below=False):
-        lines.append(f"images directly in {folder} belong to no class: left out")
+        lines.append(f"images directly in {folder} have no class: left out")
     return with_images, lines
 
 

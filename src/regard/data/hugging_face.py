@@ -79,7 +79,7 @@ def _load(name: str, source: str, configuration: str | None) -> Mapping[str, Any
     one = os.path.isfile(os.path.join(source, "state.json"))  # one split, by `save_to_disk`
     several = os.path.isfile(os.path.join(source, "dataset_dict.json"))
     if configuration is not None and (one or several):
-        raise UsageError(f"{name}: what save_to_disk wrote has no configuration {configuration!r}")
+        raise UsageError(f"{name}: data of save_to_disk has no configuration {configuration!r}")
     try:
         if one:
             part = datasets.load_from_disk(source)
@@ -113,7 +113,7 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
     named = False
     for key, part in loaded.items():
         if key not in splits:
-            rows.left_out[f"{key}, which is no train, validation or test split"] = len(part)
+            rows.left_out[f"{key}, which is not a train, validation or test split"] = len(part)
             continue
         image = _image_column(name, part.features)
         classes, labels = _labels(f"{name}: {key}", name, part)
@@ -184,7 +184,7 @@ def _labels(where: str, name: str, part: Any) -> tuple[list[str], list[str | Non
     classes = list(features[column].names)
     numbers = [-1 if v is None else int(v) for v in part[column]]
     if numbers and max(numbers) >= len(classes):
-        raise UsageError(f"{where}: has the label {max(numbers)}, of {len(classes)} classes")
+        raise UsageError(f"{where}: has the label {max(numbers)}, but only {len(classes)} classes")
     return classes, [None if number < 0 else classes[number] for number in numbers]
 
 

@@ -136,7 +136,7 @@ def _fault(error: Exception) -> str:
         case ImageError():
             return str(error)
         case Image.UnidentifiedImageError():
-            return "is no PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, JPEG 2000, AVIF or DICOM image"
+            return "is not a PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, JPEG 2000, AVIF or DICOM image"
         case Image.DecompressionBombError() | Image.DecompressionBombWarning():
             return f"too large, maybe a decompression bomb ({error})"
         case FileNotFoundError():
@@ -240,7 +240,7 @@ def _warn_of_clipping(name: str, count: int, total: int, value_range: ValueRange
     global _clipped_images
     _clipped_images += 1
     if _clipped_images <= _NAMED:
-        more = "; further images are not named" if _clipped_images == _NAMED else ""
+        more = "; further images are not reported" if _clipped_images == _NAMED else ""
         low, high = value_range
         log.warning(
             "%s: %d of %d values are outside %.6g to %.6g, the range of the data set, and were "
@@ -262,15 +262,15 @@ def _read(source: ImageSource, at_least: int | None) -> Stored:
     if hasattr(source, "read"):
         content = source.read()
         if not isinstance(content, bytes):
-            raise ImageError("a file that is open as text; open it as binary ('rb')")
+            raise ImageError("a file opened as text; open it in binary mode ('rb')")
         return _read_file(io.BytesIO(content), at_least)
     if isinstance(source, np.ndarray):
         return _stored_array(array_pixels(source))
     if hasattr(source, "detach") and hasattr(source, "movedim"):  # torch's, without importing it
         return _stored_array(tensor_pixels(source))
     raise ImageError(
-        f"{type(source).__name__} is no image: a path, bytes, a file object, a PIL image, an "
-        "array (H, W, C) or a tensor (C, H, W) is needed"
+        f"{type(source).__name__} is not an image: give a path, bytes, a file object, a PIL image, "
+        "an array (H, W, C) or a tensor (C, H, W)"
     )
 
 

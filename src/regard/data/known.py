@@ -82,7 +82,7 @@ def open_medmnist(name: str, path: Path) -> ImageTable:
             for split in SPLITS:
                 for key in (f"{split}_images", f"{split}_labels"):
                     if key not in keys:
-                        raise UsageError(f"{name}: has no {key}, but {', '.join(keys)}")
+                        raise UsageError(f"{name}: has no {key}, only {', '.join(keys)}")
                 images, labels = (_member(file, path, f"{split}_{k}") for k in ("images", "labels"))
                 parts[split] = _medmnist_part(f"{name}: {split}", images, labels)
     except UsageError:
@@ -90,7 +90,7 @@ def open_medmnist(name: str, path: Path) -> ImageTable:
     except FileNotFoundError as error:
         raise UsageError(f"{name}: no such file") from error
     except NPZ_FAULTS as error:
-        raise UsageError(f"{name}: is no .npz file that can be read ({reason(error)})") from error
+        raise UsageError(f"{name}: is not a readable .npz file ({reason(error)})") from error
     highest = max(int(labels.max(initial=0)) for _, labels in parts.values())
     location = os.path.abspath(path)
     return _in_memory(name, [str(c) for c in range(highest + 1)], parts, location=location)

@@ -46,7 +46,7 @@ def open_manifest(name: str, path: Path) -> ImageTable:
         try:
             manifest.read()
         except csv.Error as error:
-            manifest.fault(f"is no CSV ({error})")
+            manifest.fault(f"is not CSV ({error})")
     return manifest.table(str(path))
 
 
@@ -152,8 +152,8 @@ class _Manifest:
         empty = self.group_index.get("")
         if empty is not None and len(self.group_index) > 1:
             self.fault(
-                "empty group, while others have one: give an image without a group a name of its "
-                "own",
+                "empty group, but other images have one: give each image without a group a unique "
+                "name",
                 self.lines[self.groups.index(empty)],
             )
 
@@ -199,7 +199,7 @@ class _Manifest:
             # some groups have several images, and there are too many for a category
             if _OF_GROUPS.search(name) and count / 20 < len(cells.index) < count:
                 yield (
-                    f"images with the same {name!r} may come into different splits, which makes "
+                    f"images with the same {name!r} may end up in different splits, which makes "
                     "scores too good: call the column 'group' to keep them together"
                 )
 

@@ -281,7 +281,7 @@ class Preprocess:
         if value_range is not None:
             ends = _numbers("value_range", {"value_range": value_range}, 2)
             if ends[0] > ends[1]:
-                raise UsageError(f"value_range {value_range}: the lowest value comes first")
+                raise UsageError(f"value_range {value_range}: give the lowest value first")
         return cls(
             input_size=(channels, int(size[1]), int(size[2])),
             mean=_numbers("mean", config, channels),

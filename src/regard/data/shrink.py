@@ -152,10 +152,10 @@ def _work_folder(table: ImageTable, out: Path, plan: dict[str, Any], resume: boo
         raise UsageError(f"{out}: exists; nothing in it is replaced, choose a new folder")
     where = os.path.realpath(table.location) if table.location else ""
     if os.path.isdir(where) and Path(os.path.realpath(out)).is_relative_to(where):
-        raise UsageError(f"{out}: lies within {table.name}, whose images it would become")
+        raise UsageError(f"{out}: lies within {table.name}, which would then hold the copies")
     if work.exists():
         if not resume:
-            raise UsageError(f"{work}: is left of a call that was stopped: resume it, or remove it")
+            raise UsageError(f"{work}: was left by a call that was stopped; resume it or remove it")
         if _read_plan(work / PLAN) != plan:
             raise UsageError(f"{work}: is of other data or other values; remove it")
     work.mkdir(parents=True, exist_ok=True)

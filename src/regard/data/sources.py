@@ -117,7 +117,7 @@ def _missing_groups(groups: NDArray[np.str_] | None) -> str | None:
         if count > 1 and folded(name) in _MISSING:
             return (
                 f"the {count:,} images of group {name!r} count as one group: where the group is "
-                "not known, give each image a name of its own"
+                "not known, give each image a unique name"
             )
     return None
 
@@ -148,11 +148,11 @@ def _opened(data: str, cache: Path, splits: str) -> ImageTable:
     except ValueError as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"DATA {data!r} is no file name ({error})") from error
+        raise UsageError(f"DATA {data!r} is not a file name ({error})") from error
     if "://" in data:
         raise UsageError(f"DATA {data!r} is a URL: download it, and give the file or folder")
     if exists:
-        raise UsageError(f"DATA {data!r} is a file, but no CSV; choose {_CHOICES}")
+        raise UsageError(f"DATA {data!r} is a file, but not a CSV file; choose {_CHOICES}")
     where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
     missing = f"no such folder or file{where}; " if data and not data.endswith(":") else ""
     raise UsageError(f"DATA {data!r}: {missing}choose {_CHOICES}")

@@ -91,7 +91,7 @@ def assign_folds(table: ImageTable, *, fold: int, folds: int, val: float, seed: 
     if not 1 <= fold <= folds or folds < 2:
         raise UsageError(f"fold={fold}/{folds}: 1/{folds} to {folds}/{folds}, of at least 2 folds")
     if (table.splits != "").any():
-        raise UsageError(f"{table.name}: has splits of its own, which folds would mix")
+        raise UsageError(f"{table.name}: already has splits, which folds would mix")
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     order = _canonical_order(table, np.arange(len(table)))
@@ -176,7 +176,7 @@ def _pool(table: ImageTable) -> tuple[NDArray[np.int64], set[str]]:
         return np.arange(len(table)), set()
     if empty.any():
         without = plural(int(empty.sum()), "image")
-        raise UsageError(f"{table.name}: {without} without a split, the others have one")
+        raise UsageError(f"{table.name}: {without} without a split, but the others have one")
     present = set(table.splits.tolist())
     if "train" not in present:
         raise UsageError(f"{table.name}: has no train images, only {' and '.join(sorted(present))}")

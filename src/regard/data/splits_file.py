@@ -64,7 +64,9 @@ def read_splits(table: ImageTable, path: str | Path) -> ImageTable:
     for i, key in enumerate(keys):
         if key not in rows:
             count = sum(k not in rows for k in keys)
-            raise UsageError(f"{path}: {count} of {table.name}'s images are not in it, as {key}")
+            raise UsageError(
+                f"{path}: {count} of {table.name}'s images are not in it, such as {key}"
+            )
         row = rows[key]
         if row.label != (mine := table.classes[table.labels[i]]):
             raise UsageError(f"{path}: {key} is {row.label!r}, but in {table.name} it is {mine!r}")
@@ -73,7 +75,7 @@ def read_splits(table: ImageTable, path: str | Path) -> ImageTable:
             raise UsageError(f"{path}: {key} is of group {row.group!r}, but {other}")
     if extra := set(rows).difference(keys):
         raise UsageError(
-            f"{path}: {len(extra)} images of it are not in {table.name}, as {min(extra)}"
+            f"{path}: {len(extra)} images of it are not in {table.name}, such as {min(extra)}"
         )
     return replace(table, splits=np.array([rows[key].split for key in keys], "U5"))
 
@@ -134,6 +136,6 @@ def read_rows(path: str | Path) -> Iterator[Row]:
                 content, original = (int(cell or "0", 16) for cell in (*cells[4:], "", "")[:2])
             except ValueError:
                 raise UsageError(
-                    f"{path} line {reader.line_num}: {','.join(cells[4:])} is no content hash"
+                    f"{path} line {reader.line_num}: {','.join(cells[4:])} is not a content hash"
                 ) from None
             yield Row(cells[0], cells[1], cells[2], cells[3], content, original)

@@ -53,7 +53,7 @@ class Skipped:
         if self.masks:
             some = os.path.basename(self.masks[0])
             lines.append(
-                f"{plural(len(self.masks), 'mask')} beside images left out (such as {some}); "
+                f"{plural(len(self.masks), 'mask')} next to images left out (such as {some}); "
                 "`regard explain --masks` compares maps with masks"
             )
         if self.results:

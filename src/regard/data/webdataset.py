@@ -173,13 +173,13 @@ class _Samples:
             # tar stores another name of an earlier file as a hard link to it
             whole = held.get(member.linkname) if member.islnk() else member
             if whole is None or not whole.isreg() or whole.issparse():
-                self.left_out["links and other members that are no plain files"] += 1
+                self.left_out["links and other members that are not regular files"] += 1
                 continue
             held[member.name] = whole
             stem, _, kind = base.partition(".")
             parts = samples.setdefault(posixpath.join(folder, stem), {})
             if kind.lower() in parts:
-                self.left_out["members that a later one of the same name replaces"] += 1
+                self.left_out["members replaced by a later one of the same name"] += 1
             whole = copy.copy(whole)
             whole.name = member.name
             parts[kind.lower()] = whole
@@ -219,7 +219,7 @@ class _Samples:
         if "" in self.splits and set(self.splits) != {""}:
             other = shards[self.splits.index("")]
             raise UsageError(
-                f"{self.name}: {other} has no train, val or test in its name, as others have"
+                f"{self.name}: {other} has no train, val or test in its name, but others have"
             )
         base = _common_folder(shards)
         rows = np.flatnonzero(known)
@@ -245,7 +245,7 @@ class _Samples:
             return None
         if missing := groups.count(""):
             count = plural(missing, "image")
-            raise UsageError(f"{self.name}: {count} without a group, while others have one")
+            raise UsageError(f"{self.name}: {count} without a group, but others have one")
         return np.array(groups)
 
     def _left_out(self) -> str:
@@ -253,7 +253,7 @@ class _Samples:
 
 
 def _broken(shard: str, error: Exception) -> FileError:
-    return FileError(f"{shard}: is no tar file, or is cut short or damaged ({error})")
+    return FileError(f"{shard}: is not a tar file, or is cut short or damaged ({error})")
 
 
 def _members(shard: str, tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
@@ -308,7 +308,7 @@ def _text(where: str, content: bytes) -> str:
     try:
         return content.decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise UsageError(f"{where}: its .cls is no UTF-8 text") from error
+        raise UsageError(f"{where}: its .cls is not UTF-8 text") from error
 
 
 def _json(where: str, content: bytes) -> dict[str, Any]:
@@ -326,7 +326,7 @@ def _scalar(where: str, key: str, value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise UsageError(f"{where}: {key} is {value!r}, neither a text nor a whole number")
+        raise UsageError(f"{where}: {key} is {value!r}, neither text nor a whole number")
     return str(value).strip()
 
 

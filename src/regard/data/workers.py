@@ -162,7 +162,7 @@ def lost_connections(workers: Iterable[BaseProcess]) -> Iterator[None]:
 
 def _worker_lost(how: str) -> ResourceError:
     return ResourceError(
-        f"a process that reads images {how}, as the system does where memory runs out: lower "
+        f"a process that reads images {how}, as happens when memory runs out: lower "
         "workers (0 = no processes), batch_size or size"
     )
 
@@ -274,6 +274,6 @@ def _waited(poll: Callable[[float], Any], stop: Callable[[], bool]) -> Any:
             raise WaitInterrupted("stopped while waiting for images")
         if waited >= LONGEST_WAIT:
             raise ResourceError(
-                f"no image was read for {LONGEST_WAIT / 60:.0f} minutes: is the disk or the "
-                "network that holds them still there? Otherwise set workers=0"
+                f"no image was read for {LONGEST_WAIT / 60:.0f} minutes: are their disk "
+                "and network still available? Otherwise set workers=0"
             )
