@@ -349,7 +349,7 @@ def test_a_run_fuses_where_it_was_measured_or_on_request(monkeypatch):
     assert fuse(network("se_resnet18"), "auto") == 0
     with pytest.raises(UsageError, match="fuse=yes: this one has no"):
         fuse(network("se_resnet18"), "yes")
-    with pytest.raises(UsageError, match="fuse=yes: not on mps"):
+    with pytest.raises(UsageError, match="fuse=yes: not available on mps"):
         fuse(network(), "yes", torch.device("mps"))
 
 

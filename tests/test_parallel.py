@@ -96,7 +96,7 @@ class Recorder:
 
 def test_graphs_are_recorded_on_cuda_alone_in_one_process_and_one_pass():
     recorder = Recorder()
-    with pytest.raises(UsageError, match="compile=graphs: CUDA graphs are on CUDA alone"):
+    with pytest.raises(UsageError, match="compile=graphs: CUDA graphs need CUDA"):
         choose_compiled(trainer_of(compile="graphs"), recorder=recorder)
     for obstacle, changes in (
         ("accumulate", {"batch_size": 6, "accumulate": 2}),

@@ -187,7 +187,7 @@ def test_a_short_run_is_not_compiled_to_find_out():
 def test_a_compiler_that_fails_is_told_and_only_yes_ends_the_run():
     why = "inductor raised:\nNo working C++ compiler"
     trainer, stage, told = decided(failing=why)
-    assert told == "not compiled: it can't be here (inductor raised: No working C++ compiler)"
+    assert told == "not compiled: compiling fails here (inductor raised: No working C++ compiler)"
     assert stage.chosen == "no"
     with pytest.raises(ValueError, match=r"^compile=yes: .*No working C\+\+ compiler"):
         decided(failing=why, compile="yes")
@@ -203,7 +203,7 @@ def test_a_compiled_network_that_computes_something_else_is_not_taken(factor):
     with messages() as said:
         trainer = trainer_of(tiny(), compile="auto", steps=100_000)
         assert choose_compiled(trainer, compiler=compiler) == "no"
-    assert re.search("not compiled: it can't be here .its (loss|gradient) is", said[-1])
+    assert re.search("not compiled: compiling fails here .its (loss|gradient) is", said[-1])
     with pytest.raises(UsageError, match=r"compile=yes: .*its (loss|gradient) is"):
         choose_compiled(trainer_of(tiny(), compile="yes"), compiler=compiler)
 
@@ -361,7 +361,7 @@ def test_of_several_gpus_the_one_with_least_room_decides(monkeypatch):
         "BN sees batches of 12 instead of 48"
     ]
     synchronized = dataclasses.replace(trainer, recipe=trainer.recipe.changed(sync_bn=True))
-    with pytest.raises(ValueError, match="leave it or sync_bn out"):
+    with pytest.raises(ValueError, match="leave fit_memory or sync_bn out"):
         fit_memory(synchronized, peak=lambda *_: 1, free=2e9)
 
 

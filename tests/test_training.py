@@ -246,7 +246,7 @@ def test_a_run_that_could_not_start_leaves_its_folder_free(scans, tmp_path):
         (data / name).write_bytes(b"")
     with pytest.raises(ValueError, match=r"2 of 120 images can't be read \(1.7%\), more than"):
         trained(data, out, steps=2)
-    with pytest.raises(UsageError, match="CUDA graphs are on CUDA alone"):
+    with pytest.raises(UsageError, match="CUDA graphs need CUDA"):
         trained(data, out, steps=2, max_unreadable=0.1, compile="graphs", device="cpu")
     assert not out.exists()
     trained(data, out, steps=2, max_unreadable=0.1)

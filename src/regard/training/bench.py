@@ -168,11 +168,11 @@ def trainable(
     """
     for engine in engines:
         if engine not in ENGINES:
-            raise UsageError(f"engine {engine!r} only predicts: training is {', '.join(ENGINES)}")
+            raise UsageError(f"engine {engine!r} only predicts; choose {', '.join(ENGINES)}")
         if engine == "fused" and not can_fuse(device):
-            raise UsageError(f"engine 'fused': not on this machine's {device.type}")
+            raise UsageError(f"engine 'fused': not available on this machine's {device.type}")
         if engine == "graphs" and device.type != "cuda":
-            raise UsageError(f"engine 'graphs': on CUDA alone, this is {device.type}")
+            raise UsageError(f"engine 'graphs': needs CUDA, this is {device.type}")
     able = {
         "fp32": True,
         "tf32": device.type == "cuda",
@@ -181,8 +181,8 @@ def trainable(
     }
     for precision in precisions:
         if not able.get(precision, precision == "auto"):
-            where = f"on this machine's {device.type} training"
-            raise UsageError(f"precision {precision!r}: not {where}")
+            where = f"on this machine's {device.type}"
+            raise UsageError(f"precision {precision!r}: not available for training {where}")
     usual = ("fp32", "bf16")
     wanted = [
         p for p in PRECISIONS

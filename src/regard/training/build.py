@@ -111,7 +111,7 @@ def _precision(plan: Plan, model: nn.Module, device: torch.device) -> str:
     why = f"{name} has a stride wider than its input, and torch's bf16 gradient of it is wrong"
     if asked == "bf16":
         raise UsageError(f"precision=bf16: {why} on CPUs; choose fp32, or a larger size")
-    log.info(f"note: precision fp32 instead of bf16: {why} on CPUs")
+    log.info(f"note: precision is fp32 instead of bf16: {why} on CPUs")
     return "fp32"
 
 
@@ -154,7 +154,7 @@ def fuse(model: nn.Module, choice: str, device: torch.device, name: str) -> None
     if choice == "no" or (choice == "auto" and not can_fuse(device)):
         return
     if choice == "yes" and not can_fuse(device):
-        raise UsageError(f"fuse=yes: not on {device.type} (on CUDA it needs triton)")
+        raise UsageError(f"fuse=yes: not available on {device.type} (on CUDA it needs triton)")
     if not set_fused(model) and choice == "yes":
         raise UsageError(f"fuse=yes: {name} has no ResNet block with CBAM in the paper's order")
 

@@ -64,7 +64,7 @@ def choose_compiled(
         if failure and decided is None:
             raise UsageError(f"compile={want}: {failure}")
         if failure:  # the stored choice of a run that is resumed on another machine
-            log.info(f"note: started with compile={want}, goes on without: {failure}")
+            log.info(f"note: started with compile={want}, continues without it: {failure}")
         trainer.compiled = None if failure else made
         return "no" if failure else want
 
@@ -87,11 +87,11 @@ def _measured(timer: "_Timer", compiler: Compiler, recorder: Recorder) -> tuple[
     if left * best * MOST_SAVED < LEAST_COMPILING:
         log.info(f"not compiled: {left:,} steps take about {left * best:.0f} s: too short")
         return name, forward
-    log.info(f"{best:.3g} s a step; compiling, to compare ...")
+    log.info(f"{best:.3g} s a step; compiling to compare ...")
     compiled = compiler(trainer.model)
     first, failure = timer.try_seconds(compiled)
     if failure := _failure(trainer, failure):
-        log.info(f"not compiled: it can't be here ({failure})")
+        log.info(f"not compiled: compiling fails here ({failure})")
         return name, forward
     pays, message = _from_main(trainer, _compare(timer, forward, compiled, first, best, left))
     log.info(message)
@@ -138,7 +138,7 @@ def _obstacle(trainer: Trainer) -> str:
     """Why this run can't use CUDA graphs, or ""."""
     recipe = trainer.recipe
     if trainer.device.type != "cuda":
-        return f"CUDA graphs are on CUDA alone, this is {trainer.device}"
+        return f"CUDA graphs need CUDA, this is {trainer.device}"
     if trainer.accelerator.num_processes > 1:
         return "only in one process, as gradients are exchanged while they are computed"
     if recipe.accumulate > 1:

@@ -227,8 +227,8 @@ class Recipe:
     )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = _field(
         "auto", "Run",
-        "Precision; auto is bf16 where the hardware computes in it, else fp16 on GPUs that "
-        "compute in that, else fp32.",
+        "Precision; auto is bf16 where the hardware supports it, else fp16 on GPUs that support "
+        "that, else fp32.",
     )  # fmt: skip
     compile: Literal["no", "yes", "graphs", "auto"] = _field(
         "no", "Run",
@@ -276,7 +276,7 @@ class Recipe:
     seed: Annotated[int, _limits(gte=0, lte=2**31)] = _field(
         0, "Run",
         "Random seed for weight initialization, sample order, augmentation and label noise; "
-        "split_seed is that of the splits.",
+        "split_seed is the one for the splits.",
     )  # fmt: skip
 
     # of the network, not flags
@@ -305,7 +305,7 @@ class Recipe:
             return None
         k, slash, n = self.fold.partition("/")
         if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n) >= 2):
-            raise UsageError(f"fold={self.fold!r}: K/N with K from 1 to N, such as 2/5")
+            raise UsageError(f"fold={self.fold!r}: give K/N with K from 1 to N, such as 2/5")
         return int(k), int(n)
 
     @property
@@ -410,7 +410,7 @@ def _checked_table(values: Any) -> dict[str, Any]:
         UsageError: not a table, or it sets a field that is needed before the start is chosen.
     """
     if not isinstance(values, Mapping):
-        raise UsageError(f"random_start={values!r}: a table of a recipe's values")
+        raise UsageError(f"random_start={values!r}: give a table of recipe values")
     groups = ("Optimizer", "Loss", "Augmentation")
     known = [f.name for f in fields_of() if f.metadata["group"] in groups]
     for name in values:
@@ -435,12 +435,14 @@ def _check_together(recipe: Recipe) -> None:
             raise UsageError(f"{name}={value}: must be in increasing order")
     if recipe.self_adaptive and recipe.mixup:
         raise UsageError(
-            f"self_adaptive={recipe.self_adaptive:g} and mixup={recipe.mixup:g}: what the network "
-            "says of mixed images says nothing of one; give one of them"
+            f"self_adaptive={recipe.self_adaptive:g} and mixup={recipe.mixup:g}: predictions for "
+            "mixed images are no targets for a single image; give one of them"
         )
     factors, milestones = recipe.lr_factors, recipe.milestones
     if factors and len(factors) != len(milestones) + 1:
-        raise UsageError(f"lr_factors={factors}: one more than the {len(milestones)} milestones")
+        raise UsageError(
+            f"lr_factors={factors}: give one more than the {len(milestones)} milestones"
+        )
     values = {f.name: getattr(recipe, f.name) for f in fields_of()}
     for f in fields_of():
         if values[f.name] != f.default and (reason := _unused(f.name, values)) is not None:
@@ -481,9 +483,9 @@ def _cast(name: str, value: Any, hint: Any) -> Any:
             value = [value]
         one, *more = get_args(kind)
         if not isinstance(value, list | tuple) or not all(_is_number(v) for v in value):
-            raise UsageError(f"{name}={value!r}: a list of numbers")
+            raise UsageError(f"{name}={value!r}: give a list of numbers")
         if more != [...] and len(value) != len(get_args(kind)):
-            raise UsageError(f"{name}={value!r}: {len(get_args(kind))} numbers")
+            raise UsageError(f"{name}={value!r}: give {len(get_args(kind))} numbers")
         return tuple(_cast(name, v, one) for v in value)
     if kind is float and _is_number(value):
         return float(value)

@@ -73,7 +73,7 @@ def start_accelerator(device: str = "auto") -> Accelerator:
     if len(set(several := gathered(accelerator, here))) > 1:
         raise UsageError(
             f"the run's processes are on machines with {', '.join(sorted(map(str, set(several))))} "
-            "of them: each machine must have as many"
+            "of them: each machine must have the same number"
         )
     return accelerator
 
@@ -91,8 +91,8 @@ def _refuse_other_ways() -> None:
     for variable, way in OTHER_WAYS.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
             raise UsageError(
-                f"{way} ({variable} is set): every process holds the whole network here, and the "
-                "images are divided (DDP); choose multi-GPU in `accelerate config`, or use torchrun"
+                f"{way} ({variable} is set): not supported, only data parallelism (DDP) is; choose "
+                "multi-GPU in `accelerate config`, or use torchrun"
             )
 
 
@@ -228,7 +228,7 @@ def lost_processes(count: int) -> Iterator[None]:
         why = re.sub(r"^\[\S+\] ", "", reason(error, 400)).partition(". ")[0][:120]
         raise FileError(
             f"another of the run's {count} processes has ended, or can't be reached any more "
-            f"({why}): its own machine may say why; resume the run, or start it again"
+            f"({why}): its own output may say why; resume the run, or start it again"
         ) from error
 
 

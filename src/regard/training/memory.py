@@ -50,7 +50,7 @@ def fit_memory(
     """
     device, world = trainer.accelerator.device, trainer.accelerator.num_processes
     if world > 1 and trainer.recipe.sync_bn:  # one out of memory would leave the others waiting
-        raise UsageError("fit_memory measures each process by itself: leave it or sync_bn out")
+        raise UsageError("fit_memory measures each process alone: leave fit_memory or sync_bn out")
     images = trainer.batch * trainer.recipe.accumulate
     sizes = [images // n for n in range(1, images + 1) if images % n == 0]
     # BN needs at least two images to have a variance
@@ -64,7 +64,7 @@ def fit_memory(
             measured_peaks(trainer, sizes, SHARE * free, peak or PeakOnCPU()), sizes
         )
     else:
-        log.info(f"memory can't be measured on {device.type} here: batches stay as they are")
+        log.info(f"memory can't be measured on {device.type} here: the batch size stays as it is")
         return trainer.batch, trainer.recipe.accumulate
     chosen = next((s for s in sizes if needed.get(s, math.inf) <= SHARE * free), 0)
     if world > 1:  # on CPUs the first process's choice; on GPUs that of the one with least room

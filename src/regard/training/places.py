@@ -28,7 +28,7 @@ VARIABLES = {
     ),
 }  # fmt: skip
 DEVICE = "ACCELERATE_TORCH_DEVICE"  # which Accelerate prefers to any other device
-ADVICE = "torchrun (or MPI) sets such variables for several processes; unset them to train in one"
+ADVICE = "torchrun (or MPI) sets them for several processes; unset them to train in one process"
 LONG = 30.0  # seconds of waiting after which a message says so
 
 
@@ -64,8 +64,8 @@ def _warn_of_single_tasks() -> None:
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1" and os.environ.get("SLURM_PROCID") == "0":
         log.warning(
-            f"srun started {tasks} tasks, and each trains a run of its own: for one run of several "
-            "processes let srun start torchrun, once on each machine"
+            f"srun started {tasks} tasks, and each trains its own run: for one run in several "
+            "processes, have srun start torchrun once per machine"
         )
 
 
@@ -95,7 +95,7 @@ def _number(variable: str) -> int:
     try:
         return int(os.environ[variable])
     except ValueError:
-        raise UsageError(f"{variable}={os.environ[variable]} is no number: {ADVICE}") from None
+        raise UsageError(f"{variable}={os.environ[variable]} is not a number: {ADVICE}") from None
 
 
 def _take_places_of_group() -> None:
@@ -112,7 +112,7 @@ def _take_places_of_group() -> None:
     torch.distributed.all_gather_object(hosts, socket.gethostname())
     here = [k for k, host in enumerate(hosts) if host == hosts[rank]]
     if here[-1] - here[0] >= len(here):
-        raise UsageError(f"the ranks on {hosts[rank]} are {here}: they must follow each other")
+        raise UsageError(f"the ranks on {hosts[rank]} are {here}: they must be consecutive")
     os.environ |= {"LOCAL_RANK": str(here.index(rank)), "LOCAL_WORLD_SIZE": str(len(here))}
 
 
@@ -124,7 +124,7 @@ def waiting_told() -> Iterator[None]:
         return
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     said = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
-    line = f"the run's other processes have not come yet ({said}). {ADVICE}"
+    line = f"the run's other processes have not joined yet ({said}). {ADVICE}"
     timer = threading.Timer(LONG, log.warning, [line])
     timer.daemon = True
     timer.start()
@@ -147,7 +147,7 @@ def unreachable_told() -> Iterator[None]:
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise FileError(
             f"the run's processes can't reach each other at {at} ({reason(error, 160)}): is "
-            "another run there? torchrun --standalone chooses a free port"
+            "another run using it? torchrun --standalone chooses a free port"
         ) from error
 
 
@@ -203,4 +203,4 @@ def agreed_attempt(store: Any, rank: int, world: int, longest: float) -> str:
         if name == mine and store.check([f"regard/{name}/go"]):
             return name
         time.sleep(POLL)
-    raise torch.distributed.DistStoreError(f"not all of {world} processes came")
+    raise torch.distributed.DistStoreError(f"not all of {world} processes joined")

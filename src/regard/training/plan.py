@@ -65,7 +65,7 @@ def choose_model(
         arguments = {**trained[1], **arguments}
     if given:
         if "num_classes" in given:
-            raise UsageError("num_classes: it is the number of classes in the data")
+            raise UsageError("num_classes: the data sets it; leave it out")
         arguments |= given
         _outline(chosen, arguments)
     return chosen, arguments
@@ -117,8 +117,8 @@ def choose_preprocess(
     if seen.value_range is not None:
         low, high = seen.value_range
         log.info(
-            f"pixel values from {low:.6g} to {high:.6g} become 0 to 1, in every image without a "
-            "range of its own"
+            f"pixel values from {low:.6g} to {high:.6g} become 0 to 1 in every image that does not "
+            "store its own range"
         )
     return preprocess, arguments
 
@@ -307,7 +307,7 @@ def parse_weights(text: str, classes: list[str], name: str) -> NDArray[np.float6
         try:
             weights[classes.index(label)] = float(value)
         except ValueError:
-            raise UsageError(f"{name}: {part!r} has no number as weight") from None
+            raise UsageError(f"{name}: {part!r} has a weight that is not a number") from None
         part = ""
     if part:
         known = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
@@ -373,7 +373,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
         UsageError: the device can't compute in the requested precision.
     """
     if precision == "tf32" and device.type != "cuda":
-        raise UsageError(f"precision=tf32: of NVIDIA's GPUs alone, this is {device.type}")
+        raise UsageError(f"precision=tf32: needs an NVIDIA GPU, this is {device.type}")
     if precision != "auto":
         return precision
     if has_bf16(device):

@@ -57,7 +57,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
         values = tomllib.loads(text)
         network = values.pop("model", {})
         if not isinstance(network, dict) or not isinstance(network.get("name", ""), str):
-            raise UsageError(f"model={network!r}: a table, [model], with the network's name")
+            raise UsageError(f"model={network!r}: give a table [model] with the network's name")
         table = values.pop("random_start", {})
         known = [*(f.name for f in fields_of()), "model", "random_start"]
         recipe = Recipe(

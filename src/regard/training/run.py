@@ -159,8 +159,8 @@ class Run:
             check_device_decoding(self.accelerator.device)
         if self.plan.recipe.self_adaptive and self.world > 1:
             raise UsageError(
-                "self_adaptive: each of several processes would know a part of the targets only; "
-                "train in one"
+                "self_adaptive: each of several processes would know only a part of the targets; "
+                "train in one process"
             )
         on_main(self.accelerator, lambda: self._claim(lock, model))
         self.parts: dict[str, LoadedSplit] = load_splits(
@@ -242,7 +242,7 @@ class Run:
             parts = accumulation_now(parts, self.plan.processes, self.world)
             log.info(
                 f"note: started with {self.plan.processes} processes, resumed with {self.world}: "
-                f"accumulate={parts} keeps the images in a step"
+                f"accumulate={parts} keeps the number of images per step"
             )
         if (batch, parts) != (trainer.batch, recipe.accumulate):
             fitted = recipe.changed(batch_size=batch, accumulate=parts)
@@ -261,7 +261,7 @@ class Run:
     def _load_state(self) -> None:
         state, broken = on_main(self.accelerator, self.states.load)
         for line in broken:
-            log.info(f"note: {line}; the state before it is used")
+            log.info(f"note: {line}; the previous state is used")
         if state is None:
             return
         self.best, self.unscored = state.pop("best"), state.pop("unscored", False)
@@ -333,7 +333,7 @@ class Run:
             self._save()
         if save and self.signals.save:
             self.signals.save = False
-            log.info(f"saved after step {trainer.step:,}, as a signal asked for")
+            log.info(f"saved after step {trainer.step:,}, on a signal")
         if stop and (self.unscored or trainer.step < trainer.total):
             self.accelerator.wait_for_everyone()  # a process that ends early may end the others
             raise Stopped(trainer.step, stop)

@@ -211,6 +211,6 @@ def accumulation_now(accumulate: int, then: int, now: int) -> int:
         fitting = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
         raise UsageError(
             f"the run was started with {then} processes, {parts} batches in a step, which {now} "
-            f"processes can't share equally: resume it with {fitting}"
+            f"processes can't share equally: resume it with {fitting} processes"
         )
     return parts // now

@@ -251,7 +251,7 @@ def seen_before(table: ImageTable, start: Start, name: str) -> str | None:
         return None
     return (
         f"{count:,} of {len(table):,} {split} images, or others of their groups, trained or "
-        f"validated {weights}, which this run starts from: its {split} is too good"
+        f"validated {weights}, which this run starts from: its {split} scores are too good"
     )
 
 
@@ -269,7 +269,7 @@ def _unfit_shipped(
     }
     asked = {k: v for k, v in arguments.items() if k not in FREE_ARGUMENTS}
     if {k: as_json(v) for k, v in trained.items()} != {k: as_json(v) for k, v in asked.items()}:
-        return "they are of other arguments"
+        return "they are for other arguments"
     size = found.pretrained_cfg()["input_size"][1]
     if not size / 2 <= height <= 2 * size:
         return f"they are for images of {size} pixels"
