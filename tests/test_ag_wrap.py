@@ -43,8 +43,8 @@ def test_the_prediction_is_the_gates_of_the_backbones_own_maps():
 @pytest.mark.parametrize(
     ("backbone", "taps", "message"),
     [
-        ("resnet18", (4,), "choose among 0 to 3"),
-        ("resnet18", (), "choose among 0 to 3"),
+        ("resnet18", (4,), "choose from 0 to 3"),
+        ("resnet18", (), "choose from 0 to 3"),
         ("resnet1", (1,), "no such network"),
         ("swin_tiny_patch4_window7_224", (1,), "B, H, W, C"),
     ],

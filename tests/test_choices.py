@@ -405,7 +405,7 @@ def test_pretrained_weights_without_a_network_are_one_line(tmp_path):
     (line,) = process.stderr.splitlines()
     assert line == (
         "regard: pretrained=yes: timm's weights resnet18.a1_in1k can't be had: the hub is not "
-        "asked: HF_HUB_OFFLINE is set"
+        "contacted: HF_HUB_OFFLINE is set"
     )
     assert not (tmp_path / "run" / "run.json").exists()
 

@@ -190,7 +190,7 @@ def test_convert_refuses_what_does_not_fit_and_leaves_nothing(tmp_path, checkpoi
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     line = refused("convert", checkpoint, "--model", "ag_sononet8", "--out", tmp_path / "mine")
-    assert "is there already" in line
+    assert "already exists" in line
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     line = refused("convert", checkpoint, "--model", "ag_sononet8", "--out", tmp_path / "o",
                    "--arg", "aggregation=sum")  # fmt: skip

@@ -144,7 +144,7 @@ def test_a_wrong_call_writes_nothing(tmp_path, capsys, checkpoint, arguments, me
 def test_an_out_that_can_not_be(tmp_path, capsys, checkpoint):
     call = (checkpoint, "--model", "ag_sononet8", "--out")
     (tmp_path / "file").write_text("mine")
-    assert "is there already" in refused(capsys, *call, tmp_path / "file")
+    assert "already exists" in refused(capsys, *call, tmp_path / "file")
     assert str(tmp_path / "file") in refused(capsys, *call, tmp_path / "file" / "o", code=1)
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -170,7 +170,7 @@ def without_stages():
             regard.CBAM,
             "no residual branches in DenseNet, as nothing is added to a map, nor stages",
         ),
-        (lambda: nn.Linear(2, 2), regard.CBAM, "takes a network of timm's, not Linear"),
+        (lambda: nn.Linear(2, 2), regard.CBAM, "takes a timm network, not Linear"),
         (
             lambda: timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32),
             regard.CBAM,
@@ -287,7 +287,7 @@ def test_pretrained_weights_do_not_fit_other_stems(pretrained):
     for case in ("cifar", "features"):
         kind, message = pretrained[1][case]
         assert kind == "UsageError"
-        assert "timm's weights fit the whole ImageNet network" in message
+        assert "timm's weights only fit the complete ImageNet network" in message
         assert "\n" not in message
 
 
@@ -426,7 +426,7 @@ def test_a_block_that_passes_by_its_norm_is_refused():
 
     model = nn.Sequential(Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model.pretrained_cfg = {"input_size": (3, 32, 32), "architecture": "own"}
-    with pytest.raises(ValueError, match=r"does more with its modules than to call them"):
+    with pytest.raises(ValueError, match=r"does more with its modules than call them"):
         regard.graft(model)
 
 

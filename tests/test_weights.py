@@ -144,7 +144,7 @@ def test_weights_bring_the_arguments_that_they_were_trained_with(elsewhere, tmp_
 )
 def test_arguments_that_the_weights_were_not_trained_with_are_refused(name, others, same):
     """Each fits the shapes, and would answer something else."""
-    with pytest.raises(UsageError, match=f"{next(iter(others))}='.*the weights {name} are of "):
+    with pytest.raises(UsageError, match=f"{next(iter(others))}='.*the weights {name} are for "):
         regard.create_model(name, pretrained=True, **others)
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():

@@ -92,7 +92,7 @@ def _refuse_others(
     for name, value in others.items():
         if name not in defaults or as_json(defaults[name]) != as_json(value):
             had = f"{name}={defaults[name]!r}" if name in defaults else f"a network without {name}"
-            raise UsageError(f"{name}={value!r}: the weights {found.name} are of {had}")
+            raise UsageError(f"{name}={value!r}: the weights {found.name} are for {had}")
 
 
 def _defaults(network: type[nn.Module]) -> dict[str, Any]:
@@ -119,6 +119,6 @@ def _arguments(
     for name, value in own.items():
         if as_json(kwargs.get(name, value)) != as_json(value):
             raise UsageError(
-                f"{name}={kwargs[name]!r}: the weights {found.name} are of {name}={value!r}"
+                f"{name}={kwargs[name]!r}: the weights {found.name} are for {name}={value!r}"
             )
     return {**own, **kwargs, "pretrained_cfg": found.pretrained_cfg()}

@@ -99,7 +99,7 @@ class StagedNetwork(nn.Module):
         of the two results is the last map that was computed.
         """
         if output_fmt != "NCHW":
-            raise UsageError(f"output_fmt={output_fmt!r}: only 'NCHW'")
+            raise UsageError(f"output_fmt={output_fmt!r}: only 'NCHW' is supported")
         steps = self._steps()
         take, last = feature_take_indices(len(steps), indices)
         x = self._entry(x)

@@ -127,6 +127,6 @@ def _maps_of(backbone: str, taps: Sequence[int], arguments: Mapping[str, Any]) -
     if not chosen or not all(0 <= t < count - 1 for t in chosen):
         raise UsageError(
             f"taps={tuple(taps)}: {backbone} has maps 0 to {count - 1}, and the last is the "
-            f"gating signal: choose among 0 to {count - 2}"
+            f"gating signal: choose from 0 to {count - 2}"
         )
     return (*chosen, count - 1)

@@ -132,7 +132,7 @@ class AttentionMobileNet(StagedNetwork):
     ) -> None:
         super().__init__(num_classes, in_chans, drop_rate, [f"layer{n}" for n in range(1, 6)])
         if not 32 * width >= 1:
-            raise UsageError(f"width={width}: at least 1/32, so that the stem has a channel")
+            raise UsageError(f"width={width}: give at least 1/32, so that the stem has a channel")
         channels = int(32 * width)
         self.stem = GatedConv(in_chans, channels, 3, stride=2, attention=attention)
         stages = []

@@ -138,7 +138,9 @@ def _create(
     )
     if pretrained_plain:
         if kwargs.get("features_only") or kwargs.get("stem") == "cifar":
-            raise UsageError("pretrained_plain=True: timm's weights fit the whole ImageNet network")
+            raise UsageError(
+                "pretrained_plain=True: timm's weights only fit the complete ImageNet network"
+            )
         _load_pretrained_plain(model, base)
     return model
 

@@ -42,7 +42,7 @@ class ChannelGate(nn.Module):
     def __init__(self, channels: int, *, reduction: int = 16, pool: str = "both") -> None:
         super().__init__()
         if reduction < 1:
-            raise UsageError(f"reduction={reduction}: a whole number of at least 1")
+            raise UsageError(f"reduction={reduction}: give a whole number, at least 1")
         self.pool: str = choose("channel_pool", pool, CHANNEL_POOLS)
         hidden = max(1, channels // reduction)
         self.mlp: nn.Sequential = nn.Sequential(
@@ -80,7 +80,9 @@ class SpatialGate(nn.Module):
     def __init__(self, channels: int, *, kernel_size: int = 7, pool: str = "avg_max") -> None:
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise UsageError(f"kernel_size={kernel_size}: choose 7 or 3 (the paper's), or any odd")
+            raise UsageError(
+                f"kernel_size={kernel_size}: choose 7 or 3 (as in the paper), or another odd number"
+            )
         learned = choose("spatial_pool", pool, SPATIAL_POOLS) == "conv"
         self.pool: nn.Conv2d | None = nn.Conv2d(channels, 1, 1, bias=False) if learned else None
         self.conv: nn.Conv2d = nn.Conv2d(

@@ -39,12 +39,12 @@ def read_class_names(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: the class names are not UTF-8") from error
     except ValueError as error:
-        raise UsageError(f"{path}: no JSON ({reason(error)})") from error
+        raise UsageError(f"{path}: not valid JSON ({reason(error)})") from error
     if not isinstance(names, list):
         raise UsageError(f"{path}: a JSON list of class names is expected")
     for place, name in enumerate(names, start=1):
         if not isinstance(name, str) or not name:
-            raise UsageError(f"{path}: class {place} is {name!r}, which is no name")
+            raise UsageError(f"{path}: class {place} is {name!r}, not a name")
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"{path}: two classes are called {twice[0]!r}")
     return names
@@ -73,7 +73,7 @@ def convert(
         OSError: the folder can't be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is there already: out must be a new or an empty folder")
+        raise UsageError(f"{out} already exists: out must be a new or empty folder")
     make(model, {"num_classes": 0} if model in list_models() else {})  # reports unknown names
     tensors = read_tensors(source)
     found = {**arguments_of(model, tensors), **arguments}
@@ -103,5 +103,5 @@ def convert(
     if normalization == "image":
         log.info(
             "each image is standardized by its own mean and deviation: Regard reads that from "
-            "config.json, but timm's own transforms can't, so with those do it yourself"
+            "config.json, but timm's own transforms don't: standardize images for them yourself"
         )

@@ -220,7 +220,7 @@ def load_weights(model: nn.Module, source: Path, classes: Sequence[str] | None =
         raise UsageError(f"{source} does not fit: {_described(config)} {shortened(wrong, 3)}")
     model.load_state_dict(fitting, strict=False)
     if "label_names" not in config and (new := [k for k in own if k not in fitting]):
-        log.info(f"{source} has another classifier: {shortened(new, 3)} start at random")
+        log.info(f"{source} has a different classifier: {shortened(new, 3)} start at random")
 
 
 def _load_authors(model: nn.Module, source: Path) -> tuple[nn.Module, dict[str, Any]]:

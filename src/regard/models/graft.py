@@ -110,7 +110,7 @@ def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
     """
     kind, arguments = _kind_of(attention)
     if not getattr(plain, "pretrained_cfg", None):
-        raise UsageError(f"graft() takes a network of timm's, not {type(plain).__name__}")
+        raise UsageError(f"graft() takes a timm network, not {type(plain).__name__}")
     _refuse_attention(plain)
     x = _probe_image(plain)
     ends = resnet_ends(plain) or find_ends(plain, x)
@@ -173,7 +173,7 @@ def _probe_image(plain: nn.Module) -> Tensor:
             fault = reason(error)
             continue
         return x
-    raise UsageError(f"{type(plain).__name__} can't answer an image of {height}x{width}: {fault}")
+    raise UsageError(f"{type(plain).__name__} fails on an image of {height}x{width}: {fault}")
 
 
 def _attach(model: nn.Module, name: str, tap: Tap, kind: str, arguments: Mapping[str, Any]) -> CBAM:
@@ -185,7 +185,7 @@ def _attach(model: nn.Module, name: str, tap: Tap, kind: str, arguments: Mapping
         module.se = gate.train(module.training)
         return gate
     if hasattr(module, "attention"):
-        raise UsageError(f"{name} has something called attention already")
+        raise UsageError(f"{name} already has an attribute called attention")
     further = {key: value for key, value in tap.items() if key != "channels"}
     gated = Gated(module, gate.train(module.training), **further)
     gated.training = module.training  # whose own parts may differ
@@ -210,7 +210,7 @@ def _check_neutral(plain: nn.Module, model: nn.Module, taps: Mapping[str, Tap], 
             model(x)
     except (AttributeError, TypeError) as error:  # a network that inspects its modules
         raise UsageError(
-            f"{type(model).__name__} does more with its modules than to call them: it can't be "
+            f"{type(model).__name__} does more with its modules than call them: it can't be "
             f"grafted ({reason(error)})"
         ) from error
     if unused := [name for name in attention_kinds(model) if name not in maps]:
@@ -314,9 +314,13 @@ def grafted(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         )
         same = _features_of(model) == _features_of(plain)
     except (AssertionError, KeyError, IndexError) as error:
-        raise UsageError(f"features_only: not of {base} with gates ({reason(error)})") from error
+        raise UsageError(
+            f"features_only: not available for {base} with gates ({reason(error)})"
+        ) from error
     if not same:
-        raise UsageError(f"features_only: not of {base} with gates; try forward_intermediates")
+        raise UsageError(
+            f"features_only: not available for {base} with gates; try forward_intermediates"
+        )
     return model
 
 

@@ -29,7 +29,7 @@ log: logging.Logger = logging.getLogger(__name__)
 SECONDS = 5.0  # time limit for an answer of the hub
 STALL = 15.0  # seconds without a further byte, after which a download is given up
 _THREAD = "regard-hub"
-_STALLED = f"no further byte in {STALL:g} s"
+_STALLED = f"no data for {STALL:g} s"
 WEIGHTS = "model.safetensors"
 FAMILIARITY = "familiarity.safetensors"
 
@@ -76,7 +76,7 @@ def fetch_weights(name: str) -> str:
         fault = None if path is None else _fault(name, path)
         if path is not None and fault is None:
             return "the local cache"
-        damaged = f"{path} is not as it should be ({fault}); " if path else ""
+        damaged = f"{path} can't be used ({fault}); " if path else ""
         try:
             check_reachable(*source)
             if path is not None:
@@ -89,7 +89,7 @@ def fetch_weights(name: str) -> str:
         except OSError as error:  # includes FileError
             raise FileError(f"{damaged}{_why(error)}") from error
     if fault := _fault(name, Path(found)):
-        raise FileError(f"what the hub sent is not as it should be ({fault}): {found}")
+        raise FileError(f"the hub sent a file that can't be used ({fault}): {found}")
     return "the hub"
 
 
@@ -113,7 +113,7 @@ def check_reachable(repository: str, file: str, revision: str | None = None) -> 
         FileError: the hub may not be contacted, does not answer in time, or has no such file.
     """
     if (error := _refusal(repository, file, revision)) is not None:
-        raise FileError(f"the hub does not give it ({_why(error)})") from error
+        raise FileError(f"the hub does not provide the file ({_why(error)})") from error
 
 
 def _refusal(repository: str, file: str, revision: str | None = None) -> Exception | None:
@@ -123,7 +123,7 @@ def _refusal(repository: str, file: str, revision: str | None = None) -> Excepti
         FileError: the hub may not be contacted, or does not answer in SECONDS.
     """
     if constants.HF_HUB_OFFLINE:
-        raise FileError("the hub is not asked: HF_HUB_OFFLINE is set")
+        raise FileError("the hub is not contacted: HF_HUB_OFFLINE is set")
     limit = SECONDS
 
     def ask() -> None:
@@ -242,7 +242,7 @@ def watched(download: Callable[..., str]) -> str:
             except queue.Empty:
                 if bar and progress.has_stalled:
                     progress.is_over = True
-                    raise FileError(f"the download was given up ({_STALLED})") from None
+                    raise FileError(f"the download was stopped ({_STALLED})") from None
     if error is not None:
         raise FileError(f"the download failed ({_why(error)})") from error
     return str(found)
@@ -282,7 +282,7 @@ def snapshot(name: str) -> Path:
     wanted, revision = [*FILES, KNOWN], after or None
     try:
         if constants.HF_HUB_OFFLINE:
-            raise FileError("the hub is not asked: HF_HUB_OFFLINE is set")
+            raise FileError("the hub is not contacted: HF_HUB_OFFLINE is set")
         check_reachable(repository, "config.json", revision=revision)
         with one_at_a_time(repository):
             return Path(
@@ -318,9 +318,9 @@ def _check_name(repository: str) -> None:
     try:
         huggingface_hub.utils.validate_repo_id(repository)
     except ValueError as error:
-        raise UsageError(f"{repository!r} is no OWNER/NAME of a repository") from error
+        raise UsageError(f"{repository!r} is not a repository name: give OWNER/NAME") from error
     if not (owner and slash and name):
-        raise UsageError(f"{repository!r} is no OWNER/NAME of a repository")
+        raise UsageError(f"{repository!r} is not a repository name: give OWNER/NAME")
 
 
 def push_files(folder: Path, repository: str) -> list[Path]:

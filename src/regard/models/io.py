@@ -122,8 +122,8 @@ def check_loadable(model: nn.Module) -> None:
     )  # fmt: skip
     if odd:
         raise UsageError(
-            f"this network is no {name} of the arguments it was made with ({shortened(odd)} "
-            "differ), so the folder could not be loaded again"
+            f"this network no longer matches {name} with the arguments it was made with "
+            f"({shortened(odd)} differ), so the folder could not be loaded again"
         )
 
 
@@ -194,8 +194,8 @@ def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     classes = config.get("num_classes", config.get("pretrained_cfg", {}).get("num_classes"))
     if classes is not None and classes != model.num_classes:  # timm then draws the last layer
         raise UsageError(
-            f"{folder / 'config.json'}: num_classes is {classes}, and {model.num_classes} by "
-            "model_args"
+            f"{folder / 'config.json'}: num_classes is {classes}, but {model.num_classes} "
+            "according to model_args"
         )
     names = config.get("label_names")
     if names is not None and len(names) != model.num_classes:

@@ -49,8 +49,8 @@ def load_authors_weights(model: nn.Module, source: Source) -> None:
     problems = []
     if prefix := _foreign_prefix(tensors, set(names.values())):
         raise CheckpointError(
-            f"{_describe(source)}: every tensor's name begins with {prefix!r}, which the authors' "
-            "names do not: remove it"
+            f"{_describe(source)}: every tensor's name begins with {prefix!r}, unlike the "
+            "authors' names: remove this prefix"
         )
     if missing := sorted(theirs for theirs in names.values() if theirs not in tensors):
         problems.append(f"missing: {shortened(missing, 8)}")
@@ -111,13 +111,13 @@ def read_tensors(source: Source) -> dict[str, Tensor]:
             break
         content = inner[0]
     if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{_describe(source)}: no mapping of names to tensors")
+        raise CheckpointError(f"{_describe(source)}: not a mapping of names to tensors")
     tensors = {}
     for name, value in content.items():
         if isinstance(value, np.ndarray | np.generic) and np.issubdtype(value.dtype, np.number):
             value = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{_describe(source)}: {name!r} is no tensor")
+            raise CheckpointError(f"{_describe(source)}: {name!r} is not a tensor")
         if not str(name).endswith("num_batches_tracked"):
             tensors[str(name).removeprefix("module.")] = value
     return tensors
@@ -161,7 +161,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if path.suffix == ".npz" and "pickle" in str(error).lower():
         return "it holds pickled objects; only arrays of numbers are read, for safety"
     return (
-        f"can't be read as a checkpoint ({type(error).__name__}): it is damaged or of another kind"
+        f"can't be read as a checkpoint ({type(error).__name__}): it is damaged or another kind of "
+        "file"
     )
 
 

@@ -342,7 +342,7 @@ class ResidualAttentionNet(StagedNetwork):
         super().__init__(num_classes, in_chans, drop_rate, ["", *stages])
         for name, count in (("p", p), ("t", t), ("r", r)):
             if count < 1:
-                raise UsageError(f"{name}={count}: a count of residual units, at least 1")
+                raise UsageError(f"{name}={count}: give a number of residual units, at least 1")
         preact = choose("unit", unit, ("preact", "resnext")) == "preact"
         self.num_features: int = channels[-1]
         self._make_stem(in_chans, channels[0], choose("stem", stem, ("imagenet", "cifar")))

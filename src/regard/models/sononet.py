@@ -58,7 +58,7 @@ def check_size(x: Tensor) -> None:
     """Refuses images too small for four poolings; no underscore, or FX would trace into it."""
     if x.shape[-2] < 16 or x.shape[-1] < 16:
         raise UsageError(
-            "the image is too small for SonoNet, which pools four times by two: at least 16x16 "
+            "the image is too small for SonoNet, which halves it four times: at least 16x16 "
             f"pixels, not {x.shape[-2]}x{x.shape[-1]}"
         )
 
@@ -81,9 +81,11 @@ class _SonoNetBase(StagedNetwork):
     ) -> None:
         super().__init__(num_classes, in_chans, drop_rate, [f"block{n}" for n in range(1, 6)])
         if features < 1:
-            raise UsageError(f"features={features}: the first block's filters (8, 16, 32 or 64)")
+            raise UsageError(
+                f"features={features}: give the first block's filters (8, 16, 32 or 64)"
+            )
         if len(convs) != 5 or min(convs) < 1:
-            raise UsageError(f"convs={tuple(convs)}: five counts, as (3, 3, 3, 2, 2)")
+            raise UsageError(f"convs={tuple(convs)}: give five counts, such as (3, 3, 3, 2, 2)")
         widths = [features * k for k in (1, 2, 4, 8, 8)]
         self.widths = widths
         self.block1: nn.Sequential = _block(in_chans, widths[0], convs[0], pool=False)
