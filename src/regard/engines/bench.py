@@ -136,7 +136,9 @@ def installed(
         require("openvino", "precision 'int8'", *OpenVinoInt8.needs)
     for precision in precisions:
         if not able.get(precision, True):
-            raise UsageError(f"precision {precision!r}: not on this machine's {device.type}")
+            raise UsageError(
+                f"precision {precision!r}: not available on this machine's {device.type}"
+            )
     wanted = [p for p in able if p in precisions or ("auto" in precisions and able[p])]
     if absent := missing_engines(engines):
         log.info("not installed: %s", ", ".join(f"{n} ({how})" for n, how in absent.items()))

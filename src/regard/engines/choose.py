@@ -205,7 +205,7 @@ def open_if_it_pays(
         seconds = count * _seconds_an_image(classifier, probe[:8])
         if seconds < WORTH_MEASURING:
             return None
-        log.info("about %s with the network itself: measuring the faster engines for it and this "
+        log.info("about %s in eager mode: measuring the faster engines for this network and "
                  "machine, once", clock(seconds))  # fmt: skip
         rows = _measured(classifier, "fp32", sizes, probe)
     eager = next(row for row in rows if row.engine == "eager")
