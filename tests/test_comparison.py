@@ -207,7 +207,7 @@ def test_what_could_have_been_shown_counts_groups():
 
 def test_wrong_metrics_are_refused():
     p = make(20, 3)
-    with pytest.raises(ValueError, match="metrics: 'auc' is none of"):
+    with pytest.raises(ValueError, match="metrics: 'auc' is not one of"):
         compare_metrics(p, p, metrics=["auc"], resamples=10)
 
 

@@ -466,7 +466,7 @@ def test_bands_of_numbers():
     assert counts == {"40 to <60": 2, "(missing)": 2, "<40": 1, ">=60": 1}
     assert list(counts) == ["<40", "40 to <60", ">=60", "(missing)"]
     for values, bands, message in (
-        (ages, [60, 40], "increasing"), (["old"] * 6, [40], "'old' is no number"),
+        (ages, [60, 40], "increasing"), (["old"] * 6, [40], "'old' is not a number"),
         (ages[:3], None, "3 values for 6"), (None, None, "no further column 'age'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
@@ -559,7 +559,7 @@ def table(scans, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--bands", "site=1,2"], "site: 'Zürich' is no number"),
+        (["--bands", "site=1,2"], "site: 'Zürich' is not a number"),
         (["--bands", "sex=1,2"], "--bands sex: no further column"),
         (["--subgroups", "sex"], "--subgroups sex: no further column"),
     ],
@@ -598,7 +598,7 @@ def test_subgroups_of_a_table_have_rows_of_their_own(whole, table, tmp_path, cap
     assert all(f"{name}" in printed for name in small)
     for wrong, message in (
         (["--subgroups", "sex"], "choose of site, age, comment"),
-        (["--bands", "site=1,2"], "is no number"), (["--bands", "age=2,1"], "increasing"),
+        (["--bands", "site=1,2"], "is not a number"), (["--bands", "age=2,1"], "increasing"),
         (["--bands", "age"], "COLUMN=A,B,C"), (["--subgroups-csv", "x.csv"], "--subgroups"),
         (["--subgroups", "site", "--subgroups-csv", "no/x.csv"], "folder that exists"),
     ):  # fmt: skip

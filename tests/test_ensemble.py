@@ -49,7 +49,7 @@ def test_the_spread_is_that_of_numpy():
     votes = shares.argmax(axis=2)
     assert found.disagreement == pytest.approx((votes != votes[0]).any(axis=0).mean())
     wrong = Predictions(shares[1], (labels + 1) % 3, ["a", "b", "c"], None, paths)
-    with pytest.raises(ValueError, match="another label"):
+    with pytest.raises(ValueError, match="different label"):
         average([each[0], wrong], ["w", "x"])
     with pytest.raises(ValueError, match="x has other classes than w: c, d"):
         average([each[0], Predictions(shares[1], labels, ["a", "b", "d"], None, paths)], ["w", "x"])

@@ -503,7 +503,7 @@ GOOD = np.array([[0.7, 0.3], [0.2, 0.8]])
         ({"probabilities": np.array([[np.inf, -np.inf], [0, 1]])}, "image 0 are not finite"),
         ({"probabilities": np.array([[3.0, -2.0], [0, 1]])}, "a probability of -2"),
         ({"probabilities": np.array([[0.7, 0.3], [0.9, 0.8]])}, r"image 1 sum to 1\.7"),
-        ({"labels": [0, 2]}, "label 2 of image 1: 0 to 1"),
+        ({"labels": [0, 2]}, "label 2 of image 1: must be 0 to 1"),
         ({"labels": [-1, 0]}, "label -1 of image 0"),
         ({"labels": [0.0, 1.0]}, "labels of float64"),
         ({"labels": [0]}, r"labels of shape \(1,\)"),

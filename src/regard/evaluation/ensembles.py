@@ -69,7 +69,7 @@ def average(each: Sequence[Predictions], names: Sequence[str]) -> Averaged:
         at = np.array([rows[path] for path in p.paths or ()], np.int64)
         if (wrong := (labels[at] >= 0) & (labels[at] != label)).any():
             path = (p.paths or [])[int(wrong.argmax())]
-            raise UsageError(f"{path} has another label in {name} than in {names[0]}")
+            raise UsageError(f"{path} has a different label in {name} than in {names[0]}")
         shares = p.probabilities[:, order].astype(np.float64)
         sums[at] += shares
         squares[at] += shares**2
@@ -107,7 +107,7 @@ def check_same_classes(each: Sequence[Sequence[str]], names: Sequence[str]) -> N
         UsageError: classes differ, or there are fewer than two networks.
     """
     if len(each) < 2:
-        raise UsageError("an ensemble has two members or more")
+        raise UsageError("an ensemble needs at least two members")
     for classes, name in zip(each[1:], names[1:], strict=True):
         if sorted(classes) != sorted(each[0]):
             more = sorted(set(classes) ^ set(each[0]))

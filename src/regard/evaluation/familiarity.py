@@ -99,7 +99,7 @@ def fit_familiarity(
     if min(counts) < LEAST:
         raise UsageError(f"{min(counts)} images: at least {LEAST} are needed")
     if not all(np.isfinite(each).all() for each in (*training, *validation)):
-        raise UsageError("features that are not finite")
+        raise UsageError("the features are not finite")
     pairs = zip(training, validation, strict=True)
     kinds = tuple(_kind(each, labels, others) for each, others in pairs)
     both = zip(kinds, validation, strict=True)

@@ -52,9 +52,9 @@ def check_settings(resamples: int, confidence: float) -> None:
         UsageError: resamples or confidence out of range.
     """
     if resamples < 2:
-        raise UsageError(f"resamples={resamples}: at least 2; 1000 gives a stable interval")
+        raise UsageError(f"resamples={resamples}: give at least 2; 1000 gives a stable interval")
     if not 0.0 < confidence < 1.0:
-        raise UsageError(f"confidence={confidence}: between 0 and 1, such as 0.95")
+        raise UsageError(f"confidence={confidence}: give a value between 0 and 1, such as 0.95")
 
 
 def draws(n_units: int, resamples: int, seed: int) -> Iterator[Floats]:
@@ -323,7 +323,9 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
         UsageError: counts or confidence out of range.
     """
     if not 0 <= correct <= total or total < 1:
-        raise UsageError(f"{correct} correct of {total}: 0 to total, and a total of 1 or more")
+        raise UsageError(
+            f"{correct} correct of {total}: give 0 to total, and a total of at least 1"
+        )
     check_settings(2, confidence)
     return _scipy_wilson(int(correct), int(total), float(confidence))
 

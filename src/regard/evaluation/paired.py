@@ -166,7 +166,7 @@ def compare_metrics(
     chosen = list(values_a) if metrics is None else list(metrics)
     for name in chosen:
         if name not in values_a:
-            raise UsageError(f"metrics: {name!r} is none of {', '.join(values_a)}")
+            raise UsageError(f"metrics: {name!r} is not one of {', '.join(values_a)}")
     drawn = _differences(one, other, a, chosen, resamples, seed)
     compared, (unit, n_units) = [], units_of(a)
     for name in chosen:

@@ -78,7 +78,7 @@ class Predictions:
 
 def _check_probabilities(probabilities: NDArray[Any], classes: list[str]) -> None:
     if probabilities.ndim != 2 or 0 in probabilities.shape:
-        raise UsageError(f"probabilities of shape {probabilities.shape}: (images, classes)")
+        raise UsageError(f"probabilities of shape {probabilities.shape}: must be (images, classes)")
     if len(classes) != probabilities.shape[1]:
         raise UsageError(f"{len(classes)} classes for {probabilities.shape[1]} probabilities")
     twice = [name for name, n in Counter(classes).items() if n > 1]
@@ -88,9 +88,11 @@ def _check_probabilities(probabilities: NDArray[Any], classes: list[str]) -> Non
         sums = probabilities.sum(axis=1, dtype=np.float64)  # finite only if the whole row is
     wrong = np.flatnonzero(~np.isfinite(sums))
     if wrong.size:
-        raise UsageError(f"probabilities of image {wrong[0]} are not finite (and of {wrong.size})")
+        raise UsageError(f"probabilities of image {wrong[0]} are not finite ({wrong.size} in all)")
     if probabilities.min() < 0.0:
-        raise UsageError(f"a probability of {probabilities.min():g}: 0 to 1 (logits? use softmax)")
+        raise UsageError(
+            f"a probability of {probabilities.min():g}: must be 0 to 1 (logits? use softmax)"
+        )
     wrong = np.flatnonzero(abs(sums - 1.0) > _SUM_TOLERANCE)
     if wrong.size:
         raise UsageError(
@@ -100,22 +102,26 @@ def _check_probabilities(probabilities: NDArray[Any], classes: list[str]) -> Non
 
 def _check_labels(labels: NDArray[Any], n: int, n_classes: int) -> None:
     if labels.shape != (n,):
-        raise UsageError(f"labels of shape {labels.shape}: ({n},), one per image")
+        raise UsageError(f"labels of shape {labels.shape}: must be ({n},), one per image")
     if labels.dtype.kind not in "iu":
-        raise UsageError(f"labels of {labels.dtype}: integers, 0 to {n_classes - 1}")
+        raise UsageError(f"labels of {labels.dtype}: must be integers, 0 to {n_classes - 1}")
     wrong = np.flatnonzero((labels < 0) | (labels >= n_classes))
     if wrong.size:
-        raise UsageError(f"label {labels[wrong[0]]} of image {wrong[0]}: 0 to {n_classes - 1}")
+        raise UsageError(
+            f"label {labels[wrong[0]]} of image {wrong[0]}: must be 0 to {n_classes - 1}"
+        )
 
 
 def _as_groups(groups: Any, n: int) -> NDArray[np.str_]:
     array = np.asarray(groups)
     if array.shape != (n,):
-        raise UsageError(f"groups of shape {array.shape}: ({n},), one per image")
+        raise UsageError(f"groups of shape {array.shape}: must be ({n},), one per image")
     if array.dtype.kind in "Of":  # tables mark missing values by None or NaN
         missing = [i for i, g in enumerate(array.tolist()) if g is None or g != g]
         if missing:
-            raise UsageError(f"image {missing[0]} has no group; give each one, or groups=None")
+            raise UsageError(
+                f"image {missing[0]} has no group; give each image one, or groups=None"
+            )
     return array.astype(str)
 
 

@@ -190,7 +190,7 @@ def fit_temperature(validation: Predictions) -> float:
 def with_temperature(predictions: Predictions, temperature: float) -> Predictions:
     """The predictions as softmax(logits / temperature); the top-1 class does not change."""
     if not temperature > 0:
-        raise UsageError(f"temperature={temperature}: above 0")
+        raise UsageError(f"temperature={temperature}: must be above 0")
     scaled = _logits(predictions.probabilities) / temperature
     scaled = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     scaled /= scaled.sum(axis=1, keepdims=True)

@@ -256,7 +256,7 @@ class OneClassStatistics:
     ) -> None:
         c = class_index(predictions, positive)
         if max_fpr is not None and not 0 < max_fpr <= 1:
-            raise UsageError(f"max_fpr={max_fpr}: above 0, at most 1")
+            raise UsageError(f"max_fpr={max_fpr}: must be above 0 and at most 1")
         score = predictions.probabilities[:, c]
         self.positive: NDArray[np.bool_] = predictions.labels == c
         top = predictions.probabilities.argmax(axis=1) == c

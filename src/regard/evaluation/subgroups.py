@@ -273,7 +273,7 @@ def _name(column: str, value: Any, limits: list[float] | None) -> str:
     try:
         number = float(value)
     except ValueError:
-        raise UsageError(f"{column}: {str(value)!r} is no number, as bands need") from None
+        raise UsageError(f"{column}: {str(value)!r} is not a number, as bands require") from None
     above = [limit for limit in limits if number >= limit]
     if not above:
         return f"<{_shortest(limits[0])}"

@@ -95,7 +95,7 @@ def _best(rule: str, sensitivity: Floats, specificity: Floats, curve: Curve) -> 
     if name in ("sensitivity", "specificity"):
         target = _number(argument)
         if not 0 < target <= 1:
-            raise UsageError(f"rule={rule!r}: {name} above 0, at most 1")
+            raise UsageError(f"rule={rule!r}: give a {name} above 0 and at most 1")
         # 1e-12: 0.9 is reached by 9 of 10, whatever the rounding
         if name == "sensitivity":
             return int(np.flatnonzero(sensitivity >= target - 1e-12)[0])
