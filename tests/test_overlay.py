@@ -210,7 +210,7 @@ def test_the_color_bar_shows_its_numbers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((np.zeros((8, 8)), np.eye(2)), "image of float64: uint8"),
+        ((np.zeros((8, 8)), np.eye(2)), "image of float64: must be uint8"),
         ((np.zeros((8, 8, 4), np.uint8), np.eye(2)), r"image of shape \(8, 8, 4\)"),
         ((np.zeros((8, 8), np.uint8), np.zeros(4)), r"attention of shape \(4,\)"),
         ((np.zeros((8, 8), np.uint8), np.array([[0.0, np.nan]])), "1 values of 2 that are not"),

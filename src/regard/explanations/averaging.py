@@ -41,7 +41,7 @@ def average_explanations(
     if np.abs(np.array([e.box for e in each]) - first.box).max() > _SAME:
         raise UsageError(
             f"{first.path}: the ensemble's networks see different parts of the image (they resize "
-            "or crop it differently), so their maps have no mean: explain each network by itself"
+            "or crop it differently), so their maps can't be averaged: explain each separately"
         )
     shared = [
         m for m in first.spatial() if all(any(o.name == m.name for o in e.spatial()) for e in each)

@@ -180,7 +180,9 @@ def _check_maps(x: Tensor, maps: Mapping[str, Tensor]) -> None:
         if name in CONTROLS:
             raise UsageError(f"maps: {name!r} is the name of a control")
         if values.ndim != 3 or len(values) != len(x):
-            raise UsageError(f"map {name!r} of shape {tuple(values.shape)}: ({len(x)}, h, w)")
+            raise UsageError(
+                f"map {name!r} of shape {tuple(values.shape)}: must be ({len(x)}, h, w)"
+            )
         if not bool(values.isfinite().all()):
             raise UsageError(f"map {name!r} has values that are not finite")
 

@@ -100,7 +100,9 @@ class Explanation:
         for m in [*self.spatial(), *(m for m in self.modules if m.kind != "channel")]:
             if m.name == name:
                 return overlay(self.image, m.values, box=self.box)
-        raise UsageError(f"name={name!r}: maps are {', '.join(m.name for m in self.spatial())}")
+        raise UsageError(
+            f"name={name!r}: choose one of {', '.join(m.name for m in self.spatial())}"
+        )
 
     def reduced(self, side: int) -> "Explanation":
         """The same with an image of at most `side` pixels per side, and without module maps."""
@@ -349,7 +351,7 @@ def _checked(
 ) -> tuple[Sequence[Box], Sequence[str]]:
     for method in methods:
         if method not in METHODS:
-            raise UsageError(f"methods: {method!r} is none of {', '.join(METHODS)}")
+            raise UsageError(f"methods: {method!r} is not one of {', '.join(METHODS)}")
     if not methods:
         raise UsageError(f"methods: give at least one of {', '.join(METHODS)}")
     if boxes is None:
@@ -385,7 +387,7 @@ def _explain_batch(
         else:
             logits = model(x)
     if logits.shape[1] != len(classes):
-        raise UsageError(f"{len(classes)} classes are named, the network has {logits.shape[1]}")
+        raise UsageError(f"{len(classes)} class names, but the network has {logits.shape[1]}")
     targets = check_targets(logits.argmax(dim=1) if target is None else target, logits)
     cams, name = None, ""
     if "gradcam" in methods:

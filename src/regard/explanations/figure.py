@@ -219,7 +219,9 @@ def explanation_figure(shown: "Explanation", *, width: float = 7.16) -> Figure:
         UsageError: a width under 50 mm.
     """
     if width < _LEAST_WIDTH - 1e-9:
-        raise UsageError(f"width={width}: at least 1.97 inches (50 mm), for the numbers to be read")
+        raise UsageError(
+            f"width={width}: give at least 1.97 inches (50 mm), to keep numbers legible"
+        )
     with for_print():
         return _explanation_figure(shown, width)
 
@@ -342,7 +344,7 @@ def contact_sheet(
     if not shown:
         raise UsageError("a contact sheet needs at least one explanation")
     if side < 100:
-        raise UsageError(f"side={side}: at least 100 pixels, for the numbers to be read")
+        raise UsageError(f"side={side}: give at least 100 pixels, to keep numbers legible")
     chosen = [_choose(e, maps) for e in shown]
     most = 1 + max(len(c) for c in chosen)
     gap, head, foot = 10, 24, 34
@@ -377,7 +379,7 @@ def _choose(e: "Explanation", names: Sequence[str] | None) -> list[StageMap]:
     by_name = {m.name: m for m in spatial}
     for name in names:
         if name not in by_name:
-            raise UsageError(f"maps: {name!r} is none of {', '.join(by_name)}")
+            raise UsageError(f"maps: {name!r} is not one of {', '.join(by_name)}")
     return [by_name[name] for name in names]
 
 

@@ -23,7 +23,9 @@ def check_targets(target: Tensor | Sequence[int] | int, logits: Tensor) -> Tenso
     if targets.ndim == 0:
         targets = targets.expand(len(logits))
     if targets.shape != (len(logits),) or targets.dtype.is_floating_point:
-        raise UsageError(f"target of shape {tuple(targets.shape)}: {len(logits)} whole numbers")
+        raise UsageError(
+            f"target of shape {tuple(targets.shape)}: give {len(logits)} whole numbers"
+        )
     if bool(((targets < 0) | (targets >= logits.shape[1])).any()):
         raise UsageError(f"target={targets.tolist()}: classes are 0 to {logits.shape[1] - 1}")
     return targets.long()
@@ -54,7 +56,9 @@ def default_layer(model: nn.Module, x: Tensor) -> str:
     tokens = [n for n, t in outputs if t.ndim == 3 and t.shape[1] > 4 and _grid(t, model, size)]
     if found := _last_that_matters(model, x, tokens) or maps:
         return found[-1]
-    raise UsageError(f"{type(model).__name__} has no layer that gives a map: name one, layer=")
+    raise UsageError(
+        f"{type(model).__name__} has no layer that outputs a map: name one with layer="
+    )
 
 
 def _has(model: nn.Module, name: str) -> bool:
@@ -152,7 +156,9 @@ def _channels_first(values: Tensor, model: nn.Module, size: tuple[int, int]) -> 
     if values.ndim == 3 and (grid := _grid(values, model, size)) is not None:
         prefix, rows, columns = grid
         return values[:, prefix:].transpose(1, 2).unflatten(2, (rows, columns))
-    raise UsageError(f"the layer gives {tuple(values.shape)}, no map: choose another, layer=")
+    raise UsageError(
+        f"the layer outputs {tuple(values.shape)}, not a map: choose another with layer="
+    )
 
 
 def gradcam(
@@ -190,7 +196,9 @@ def gradcam(
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             if not isinstance(output, Tensor):
-                raise UsageError(f"layer={name!r}: its output is {type(output).__name__}, no map")
+                raise UsageError(
+                    f"layer={name!r}: its output is {type(output).__name__}, not a map"
+                )
             # a leaf, so that nothing before the layer is differentiated, and a copy of it for the
             # layers that follow, which may work in place
             kept[:] = [output.detach().requires_grad_()]
@@ -202,7 +210,9 @@ def gradcam(
         finally:
             handle.remove()
         if not kept:
-            raise UsageError(f"layer={name!r} did not run: give a layer in use, model uncompiled")
+            raise UsageError(
+                f"layer={name!r} did not run: choose one that runs, and don't compile the model"
+            )
         targets = check_targets(logits.argmax(dim=1) if target is None else target, logits)
         targets = targets.clone()  # tensors made in inference mode can't be saved for backward
         scores = logits.gather(1, targets[:, None]).sum()

@@ -76,7 +76,7 @@ def refuse_to_replace(
         if not os.path.lexists(path):
             continue
         if path.exists() and not path.is_file():
-            raise UsageError(f"{path} exists and is no regular file")
+            raise UsageError(f"{path} exists and is not a regular file")
         if not overwrite and not is_ours(path):
             foreign.append(path)
     if foreign:

@@ -142,7 +142,7 @@ def _from_csv(source: Path, images: Sequence[Source]) -> Masks:
         masks.boxes.setdefault(name, []).append(corners)
         if group and masks.groups.setdefault(name, group) != group:
             raise UsageError(
-                f"{source}, line {line}: {path} is of group {group!r}, but of "
+                f"{source}, line {line}: {path} has group {group!r}, but "
                 f"{masks.groups[name]!r} in an earlier line"
             )
     for image in images:
@@ -155,7 +155,7 @@ def _check_groups(source: Path, rows: list[tuple[int, str, Corners, str]]) -> No
     """Checks that every row or no row has a group, as for training images."""
     empty = [line for line, *_, group in rows if not group]
     if empty and len(empty) < len(rows):
-        raise UsageError(f"{source}, line {empty[0]}: group is empty, while other rows have one")
+        raise UsageError(f"{source}, line {empty[0]}: group is empty, but other rows have one")
 
 
 def _rows(source: Path) -> list[tuple[int, str, Corners, str]]:
@@ -177,7 +177,7 @@ def _rows(source: Path) -> list[tuple[int, str, Corners, str]]:
                     ) from None
                 rows.append((line, row["path"], (x0, y0, x1, y1), (row.get("group") or "").strip()))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{source} is no CSV file in UTF-8 ({error})") from error
+        raise UsageError(f"{source} is not a CSV file in UTF-8 ({error})") from error
     except OSError as error:
         raise UsageError(f"{source} can't be read ({error.strerror})") from error
     return rows

@@ -35,16 +35,16 @@ _ROUNDING = 1e-6  # a relative spread below this is float32 rounding, not attent
 def _as_image(image: ArrayLike) -> Image.Image:
     array = np.asarray(image)
     if array.dtype != np.uint8:
-        raise UsageError(f"image of {array.dtype}: uint8, 0 to 255, is needed")
+        raise UsageError(f"image of {array.dtype}: must be uint8, 0 to 255")
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or 0 in array.shape:
-        raise UsageError(f"image of shape {array.shape}: (H, W) or (H, W, 3) is needed")
+        raise UsageError(f"image of shape {array.shape}: must be (H, W) or (H, W, 3)")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _as_map(attention: ArrayLike) -> Floats:
     array = np.asarray(attention, dtype=np.float64)
     if array.ndim != 2 or 0 in array.shape:
-        raise UsageError(f"attention of shape {array.shape}: (h, w) is needed")
+        raise UsageError(f"attention of shape {array.shape}: must be (h, w)")
     if not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).sum())
         raise UsageError(f"attention has {bad} values of {array.size} that are not finite")
@@ -63,7 +63,7 @@ def _relative(attention: Floats, limits: tuple[float, float] | None) -> Floats:
         limits = (attention.min(), attention.max())
     low, high = limits
     if not (np.isfinite(low) and np.isfinite(high) and low < high):
-        raise UsageError(f"limits={limits}: two finite numbers are needed, the lower first")
+        raise UsageError(f"limits={limits}: give two finite numbers, the lower first")
     return np.clip((attention - low) / (high - low), 0.0, 1.0)
 
 
@@ -83,7 +83,7 @@ def resize_image(image: ArrayLike, size: tuple[int, int]) -> Picture:
     picture = _as_image(image)
     height, width = size
     if height < 1 or width < 1:
-        raise UsageError(f"size={size}: a height and a width of at least 1 pixel")
+        raise UsageError(f"size={size}: give a height and a width of at least 1 pixel")
     enlarge = height >= picture.height and width >= picture.width
     how = Image.Resampling.NEAREST if enlarge else Image.Resampling.BOX
     return np.asarray(picture.resize((width, height), how))
@@ -205,7 +205,7 @@ def overlay(
             are not ascending, an outline outside 0..1, or a box outside the image.
     """
     if outline is not None and not 0.0 < outline < 1.0:
-        raise UsageError(f"outline={outline}: a level between 0 and 1")
+        raise UsageError(f"outline={outline}: give a level between 0 and 1")
     picture = _as_image(image)
     height, width = size if size is not None else (picture.height, picture.width)
     gray = resize_image(np.asarray(picture.convert("L")), (height, width)) / 255.0
@@ -308,9 +308,9 @@ def color_bar(low: float, high: float, *, width: int = 240) -> Picture:
         UsageError: low is not below high, or the width is under 120.
     """
     if not (np.isfinite(low) and np.isfinite(high) and low < high):
-        raise UsageError(f"low={low}, high={high}: finite numbers are needed, the lower first")
+        raise UsageError(f"low={low}, high={high}: give finite numbers, the lower first")
     if width < 120:
-        raise UsageError(f"width={width}: at least 120 pixels, for the numbers to be read")
+        raise UsageError(f"width={width}: give at least 120 pixels, to keep numbers legible")
     height = max(width // 6, 40)
     text_height = height * 2 // 5
     bar = Image.new("RGB", (width, height), "white")

@@ -180,7 +180,7 @@ class Writer:
                 self._one(source, i in scored)
         except KeyboardInterrupt:
             done, total = self.outcome.explained, plural(len(self.sources), "image")
-            log.warning("%d of %s explained; the same command goes on from there", done, total)
+            log.warning("%d of %s explained; run the same command again to continue", done, total)
             raise
         self._finish()
         return self.outcome
