@@ -761,7 +761,7 @@ def test_runs_that_chose_other_sizes_on_other_machines_are_not_compared(tmp_path
     chosen(runs[1], "attention56_cifar", 32)  # for images of that size
     assert gather(table, runs).done == 2
     chosen(runs[1], "ag_sononet8", 224)
-    with pytest.raises(UsageError, match=r"224x224 pixels, and .* at 128x128"):
+    with pytest.raises(UsageError, match=r"224x224 pixels, but .* at 128x128"):
         gather(table, runs)
     own = f"size = [224, 224]\n{(runs[1].folder / 'recipe.toml').read_text()}"
     (runs[1].folder / "recipe.toml").write_text(own)

@@ -200,7 +200,7 @@ def check_alike(row: str, folders: Sequence[Path]) -> None:
                 continue
             raise UsageError(
                 f"{row}: {folder} was trained with {name}={shown(this)}, and {folders[0]} with "
-                f"{name}={shown(first)}: they are not one row"
+                f"{name}={shown(first)}: they can't share a row"
             )
 
 
@@ -224,9 +224,9 @@ def check_sizes(folders: Iterable[Path]) -> None:
         other, before = first.setdefault(own, (folder, size))
         if size != before:
             raise UsageError(
-                f"{folder} was trained at {size[0]}x{size[1]} pixels, and {other} at "
-                f"{before[0]}x{before[1]}, as machines with and without a GPU choose: give --size, "
-                "and --out another folder"
+                f"{folder} was trained at {size[0]}x{size[1]} pixels, but {other} at "
+                f"{before[0]}x{before[1]} (machines with a GPU choose a larger size): give --size, "
+                "and another folder as --out"
             )
 
 

@@ -110,7 +110,7 @@ def _failure(ray: Any, ready: Any, run: PlannedRun) -> str | None:
     try:
         failure: str | None = ray.get(ready)
     except ray.exceptions.RayError as error:
-        return f"its worker died, also after {RETRIES} retries ({type(error).__name__})"
+        return f"its worker died, even after {RETRIES} retries ({type(error).__name__})"
     return failure or (None if is_finished(run) else _ELSEWHERE)
 
 

@@ -182,7 +182,7 @@ def plan_study(
         UsageError: fewer than one seed or fold.
     """
     if seeds < 1 or folds < 1:
-        raise UsageError(f"seeds={seeds}, folds={folds}: at least 1 of each")
+        raise UsageError(f"seeds={seeds}, folds={folds}: give at least 1 of each")
     taken: set[str] = set()
     slugs = {row.name: _slug(row.name, taken) for row in table.rows}
     runs = []
@@ -238,7 +238,7 @@ def choose_part(runs: Sequence[PlannedRun], part: str | None) -> list[PlannedRun
         return list(runs)
     i, slash, n = part.partition("/")
     if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
-        raise UsageError(f"only={part!r}: i/n with i from 1 to n, such as 1/8")
+        raise UsageError(f"only={part!r}: give i/n with i from 1 to n, such as 1/8")
     return list(runs)[int(i) - 1 :: int(n)]
 
 

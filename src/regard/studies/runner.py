@@ -86,7 +86,7 @@ def run_all(
         UsageError: fewer than one job.
     """
     if jobs < 1:
-        raise UsageError(f"jobs={jobs}: at least 1")
+        raise UsageError(f"jobs={jobs}: give at least 1")
     progress = begin(runs, jobs)
     slots: dict[int, _Process] = {}
     stop = StopSignals()
