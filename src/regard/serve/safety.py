@@ -92,11 +92,11 @@ def _refused(request: Request, only_loopback: bool) -> Response | None:
     host = request.headers.get("host", "")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if only_loopback and not is_loopback(name):
-        detail = "this server answers under localhost or its address only"
+        detail = "this server only answers requests to localhost or its address"
         return JSONResponse({"detail": detail}, 400)
     asked_by = request.headers.get("sec-fetch-site", "none")  # sent by browsers only
     if request.method == "POST" and asked_by not in ("same-origin", "none"):
-        return JSONResponse({"detail": "pages of other sites are refused"}, 403)
+        return JSONResponse({"detail": "requests from other sites are refused"}, 403)
     return None
 
 

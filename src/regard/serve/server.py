@@ -93,7 +93,7 @@ def read_test_result(run: Path) -> dict[str, Any] | None:
             ],
         }  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        log.warning("%s can't be read: the page does not say how well the network did", path)
+        log.warning("%s can't be read: the page won't show the network's test results", path)
         return None
 
 
@@ -120,7 +120,7 @@ def serve(
         SystemExit: 0, after a signal.
     """
     if not 0 <= port <= 65535:
-        raise UsageError(f"port {port}: choose one of 0 to 65535")
+        raise UsageError(f"port {port}: choose one from 0 to 65535")
     listener = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}/"

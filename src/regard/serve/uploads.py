@@ -107,7 +107,7 @@ def _file_of_form(body: bytes, boundary: str) -> bytes:
             files.append(content)
     if len(files) != 1:
         found = "no file" if not files else f"{len(files)} files"
-        raise HTTPException(400, f"{found} in the form: send one, as curl -F file=@image.jpg does")
+        raise HTTPException(400, f"{found} in the form: send one, as with curl -F file=@image.jpg")
     return files[0]
 
 
