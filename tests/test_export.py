@@ -146,7 +146,7 @@ WRONG = {
     "probabilities": off_by_little,
     "the map gate4.map": lambda shares, a, b: [shares, a, b * 1.001],
     "the map gate3.map": lambda shares, a, b: [shares, a * float("nan"), b],
-    "not of the network's shapes": lambda shares, a, b: [shares, a],
+    "do not have the network's shapes": lambda shares, a, b: [shares, a],
 }
 
 
@@ -174,12 +174,12 @@ def test_wrong_calls_are_one_line(whole, tmp_path):
     for name in ("net.onnx", "net.py"):
         mine = tmp_path / name
         mine.write_text("mine")
-        assert "is there already" in run("export", whole, "--to", "onnx", "--out", out, code=2)
+        assert "already exists" in run("export", whole, "--to", "onnx", "--out", out, code=2)
         assert [p.name for p in tmp_path.iterdir()] == [name]
         assert mine.read_text() == "mine"
         mine.unlink()
     os.mkfifo(out)
-    assert "no regular file" in run(
+    assert "not a regular file" in run(
         "export", whole, "--to", "onnx", "--out", out, "--overwrite", code=2
     )
 
@@ -189,7 +189,7 @@ def test_a_link_is_followed_and_names_of_modules_are_not_taken(whole, tmp_path):
     (tmp_path / "elsewhere/torch.pt2").write_text("old")
     link = tmp_path / "net.pt2"
     link.symlink_to(tmp_path / "elsewhere/torch.pt2")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         export(whole, to="torch", out=link)
     export(whole, to="torch", out=link, overwrite=True)
     assert link.is_symlink()

@@ -85,7 +85,9 @@ class Ensemble(Classifier):
         """
         first = self.members[0].preprocess
         if any(m.preprocess != first for m in self.members):
-            raise UsageError(f"an ensemble's networks have no one preprocess: {_ASK}")
+            raise UsageError(
+                f"an ensemble has no single preprocess, as its networks differ: {_ASK}"
+            )
         return first
 
     @property
@@ -153,7 +155,7 @@ class Ensemble(Classifier):
         Raises:
             UsageError: always.
         """
-        raise UsageError("an ensemble has no features: ensemble.members[0].features(images)")
+        raise UsageError("an ensemble has no features: call ensemble.members[0].features(images)")
 
     def _check_alike(self) -> None:
         if len({_view(m.preprocess) for m in self.members}) > 1:

@@ -147,17 +147,17 @@ def _check_call(
         raise UsageError(f"precision={precision!r}: choose {' or '.join(TOLERANCE)}")
     if precision == "bf16" and (to != "torch" or int8):
         raise UsageError(
-            "precision=bf16: only with to=torch and without int8; OpenVINO computes fp32 files in "
-            "bf16 where the machine does, ONNX Runtime on CPUs never does"
+            "precision=bf16: only with to=torch and without int8; OpenVINO runs fp32 files in bf16 "
+            "where the machine supports it, ONNX Runtime on CPUs never does"
         )
     file_format.require(int8)
     out = out.expanduser().resolve()
     parts = [*file_format.parts(out), program_path(out)]
     for part in parts:
         if part.exists() and not part.is_file():
-            raise UsageError(f"{part} is no regular file: choose another name")
+            raise UsageError(f"{part} is not a regular file: choose another name")
         if part.exists() and not overwrite:
-            raise UsageError(f"{part} is there already: choose another name, or overwrite it")
+            raise UsageError(f"{part} already exists: choose another name, or overwrite it")
     return file_format, parts
 
 
@@ -195,7 +195,7 @@ def _some(classifier: Classifier, table: ImageTable, most: int) -> Tensor:
         except ImageError as error:
             fault = str(error)
     if not images:
-        raise FileError(f"no image of {table.name} can be read to compare on: {fault}")
+        raise FileError(f"no image of {table.name} can be read for the comparison: {fault}")
     return torch.stack(images)
 
 
@@ -247,11 +247,11 @@ def _compare(
         expected = _expected(classifier, part, maps)
         found = answers(part)
         if [t.shape for t in found] != [t.shape for t in expected]:
-            raise ExportError("the file's outputs are not of the network's shapes; it was not kept")
-        if not torch.equal(found[0].argmax(dim=1), expected[0].argmax(dim=1)):
             raise ExportError(
-                "the file's top-1 class is another than the network's; it was not kept"
+                "the file's outputs do not have the network's shapes; it was not kept"
             )
+        if not torch.equal(found[0].argmax(dim=1), expected[0].argmax(dim=1)):
+            raise ExportError("the file's top-1 class differs from the network's; it was not kept")
         for k, (a, b) in enumerate(zip(found, expected, strict=True)):
             scale = 1.0 if k == 0 else float(b.abs().max().clamp_min(1e-30))
             difference = float((a - b).abs().max()) / scale

@@ -37,7 +37,7 @@ def read_npz(path: Path) -> "dict[str, NDArray[Any]]":
             arrays = np.load(file)
             return {name: arrays[name] for name in arrays.files}
     except (AttributeError, *NPZ_FAULTS) as error:
-        fault = getattr(error, "strerror", None) or "no .npz file, or damaged"
+        fault = getattr(error, "strerror", None) or "not an .npz file, or damaged"
         raise StateError(f"{path} can't be read ({fault})") from error
 
 

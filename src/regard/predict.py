@@ -31,8 +31,8 @@ log: logging.Logger = logging.getLogger(__name__)
 
 BATCH = 32
 UNFIT = (
-    "the stored temperature and threshold were fitted for other probabilities and are not used "
-    "(these are of test-time augmentation or of another input size or crop): calibrate for these"
+    "the stored temperature and threshold are not used, as they were fitted for another input "
+    "size, crop or test-time augmentation: calibrate with these settings"
 )
 FLIPS_ALONE = "was fitted for test-time flips and is used with them alone"
 
@@ -218,7 +218,7 @@ class Classifier:
         with inputs_of(last_layers(self.model)) as recorded:
             answered = answer(images)
         if not recorded:
-            raise UsageError("this network's classifier is given no features")
+            raise UsageError("this network's classifier receives no features")
         return answered, [joined_features(recorded).cpu().numpy(), appearance(images)]
 
     def features(self, images: Tensor) -> list[NDArray[np.float32]]:

@@ -64,7 +64,7 @@ def choose_out(
     if not resume:
         return taken[free]
     if free == 0:
-        raise UsageError(f"{base} is not there: no run to resume; name its folder as out")
+        raise UsageError(f"{base} does not exist: no run to resume; give its folder as out")
     return taken[free - 1]
 
 
