@@ -168,7 +168,7 @@ def test_scores_are_the_same_each_time_and_name_their_controls(images):
         assert a[name].difference == b[name].difference
         np.testing.assert_array_equal(a[name].each, b[name].each)
     for bad, message in (
-        ({}, "at least one"), ({"m": torch.zeros(5, 2, 2)}, r"\(5, 2, 2\): \(6, h, w\)"),
+        ({}, "at least one"), ({"m": torch.zeros(5, 2, 2)}, r"\(5, 2, 2\): must be \(6, h, w\)"),
         ({"m": torch.full((6, 2, 2), torch.nan)}, "not finite"),
         ({RANDOM: torch.zeros(6, 2, 2)}, "control"),
     ):  # fmt: skip

@@ -141,7 +141,7 @@ def test_of_several_columns_the_usual_names_are_taken(loads):
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"train": Part(image=pictures("1"), label=(ClassLabel("a", "b"), [7]))}, "label 7, of 2"),
+        ({"train": Part(image=pictures("1"), label=(ClassLabel("a", "b"), [7]))}, "label 7, but"),
         ({"train": Part(image=pictures("1"), kind=(Value("string"), ["a"]))}, "has none"),
         ({"train": Part(image=pictures("1"), label=(Value("float32"), [0.0]))}, "has none"),
         (

@@ -183,7 +183,7 @@ def test_a_csv_has_a_row_for_each_image(predict, pictures, tmp_path):
 def test_nothing_that_is_there_is_replaced_unasked(predict, pictures, tmp_path, network):
     a = pictures / "a.png"
     picture = a.read_bytes()
-    assert "image's name" in predict(a, "--csv", pictures / "b.jpg", code=2)
+    assert "name of an image" in predict(a, "--csv", pictures / "b.jpg", code=2)
     hard = tmp_path / "hard.csv"
     os.link(a, hard)
     for more in ([], ["--overwrite"]):

@@ -288,7 +288,7 @@ def test_what_random_start_can_not_have(table, message):
     text = f"random_crop = 'shift'\n[random_start]\n{table}"
     with pytest.raises(UsageError, match=f"recipe mine: {message}"):
         parse_recipe(text, "mine")
-    with pytest.raises(UsageError, match="recipe mine: random_start=3: a table"):
+    with pytest.raises(UsageError, match="recipe mine: random_start=3: give a table"):
         parse_recipe("random_start = 3", "mine")
 
 

@@ -285,7 +285,7 @@ def test_other_data_is_named(tmp_path):
         read_splits(table([0, 0, 1], groups=["p", "q", "q"]), path)
     with pytest.raises(ValueError, match=r"2 of data's images are not in it, such as 3\.png"):
         read_splits(table([0, 1, 1, 0, 1], groups=["p", "q", "q", "r", "r"]), path)
-    with pytest.raises(ValueError, match=r"1 images of it are not in data, as 2\.png"):
+    with pytest.raises(ValueError, match=r"1 images of it are not in data, such as 2\.png"):
         read_splits(data.select([0, 1]), path)
     with pytest.raises(ValueError, match=r"0\.png is of group 'p', but in data of 'z'"):
         read_splits(table([0, 1, 1], groups=["z", "q", "q"]), path)
@@ -333,7 +333,7 @@ def test_folds_that_can_not_be_are_refused():
     with pytest.raises(UsageError, match="6/5"):
         assign_folds(few, fold=6, folds=5, val=0.1, seed=0)
     divided = replace(few, splits=np.array(["train"] * 9 + ["test"] * 3))
-    with pytest.raises(UsageError, match="own"):
+    with pytest.raises(UsageError, match="already has splits"):
         assign_folds(divided, fold=1, folds=3, val=0.1, seed=0)
 
 

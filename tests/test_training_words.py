@@ -45,6 +45,7 @@ _OTHER = {
     "warmup": 1.0, "schedule_unit": "steps", "crop_shift": 0.3, "crop_scale": (0.5, 1.0),
     "optimizer": "muon", "schedule": "constant", "normalization": "image", "sampler": "balanced",
     "class_weights": "a=2", "sampler_weights": "a=5", "random_crop": "shift", "limit": 40,
+    "decode": "device",
     "fold": "2/10", "zoom": (0.9, 1.1), "axis_scale": (0.9, 1.1), "decay_norm_and_bias": False,
 }  # fmt: skip
 _WITH = {

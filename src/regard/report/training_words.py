@@ -23,7 +23,8 @@ _DEFAULTS: dict[str, Any] = {
     "self_adaptive": 0.0,
     "sampler": "shuffled", "sampler_weights": "", "largest_class_weight": 1.0, "limit": None,
     "split_seed": 0, "fold": None, "keep_together": False, "normalization": "data",
-    "full_decode": False, "random_crop": "none", "crop_shift": 0.125, "crop_scale": (0.08, 1.0),
+    "full_decode": False, "decode": "cpu", "random_crop": "none", "crop_shift": 0.125,
+    "crop_scale": (0.08, 1.0),
     "flip": 0.5, "rotate": 0.0, "zoom": (1.0, 1.0), "axis_scale": (1.0, 1.0), "shift": 0.0,
     "color_jitter": 0.0, "lighting": 0.0, "random_erasing": 0.0, "graft": "none",
     "sync_bn": False, "eval_every": 1.0, "seed": 0,
@@ -136,6 +137,8 @@ def preprocessing(
         )
     if recipe["full_decode"]:
         said += " JPEG files were decoded at full size."
+    if recipe["decode"] == "device":
+        said += " Streamed JPEG files of training images were decoded on the training device."
     augmentation = _augmentation(recipe, color=c == 3)
     return f"{said} Augmentation of training images: {augmentation}." if augmentation else said
 
