@@ -142,6 +142,15 @@ def test_broken_files_are_told_as_pillow_tells_them(broken):
     assert torch.equal(found.images, theirs.images)
 
 
+def test_files_that_are_cut_short_are_not_given_to_the_device(broken):
+    """nvJPEG may show them, with gray below; Pillow refuses them."""
+    _, loader = loaders(broken)
+    (batch,) = loader.batches([(0, 13)])
+    given = {Path(loader.reader.table.path(int(batch.indices[k]))).name for k in batch.files}
+    assert "short.jpg" not in given
+    assert "padded.jpg" in given
+
+
 def test_files_that_vanish_are_told(broken):
     _, loader = loaders(broken)
     list(loader.batches([(0, 13)]))
