@@ -413,6 +413,16 @@ def test_a_process_that_waits_for_one_that_failed_is_ended(by_itself, monkeypatc
     assert ended.wait(4) != by_itself
 
 
+def test_self_adaptive_targets_are_of_one_process(tmp_path):
+    done = in_two(
+        tmp_path / "driver", "train", "digits", "--model", "ag_sononet8", "--size", "32",
+        "--self-adaptive", "0.9", "--steps", "2", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("self_adaptive: each of several processes") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_ways_to_divide_a_network_are_refused_by_name(monkeypatch):
     for variable, way in distributed.OTHER_WAYS.items():
         with monkeypatch.context() as patch:

@@ -246,7 +246,7 @@ def _check_output(path: Path | None) -> None:
     if path.suffix != ".npz":
         raise UsageError(f"--predictions {path}: give the name of an .npz file")
     if path.exists() or path.is_symlink():
-        raise UsageError(f"--predictions {path}: is there already")
+        raise UsageError(f"--predictions {path}: already exists")
     if not path.parent.is_dir():
         raise UsageError(f"--predictions {path}: its folder does not exist")
 
