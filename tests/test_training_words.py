@@ -53,7 +53,7 @@ _WITH = {
     "lr_factors": {"schedule": "steps", "milestones": (2.0,)},
     "schedule_unit": {"schedule": "cosine", "warmup": 1.0},
     "crop_shift": {"random_crop": "shift"}, "crop_scale": {"random_crop": "resized"},
-    "sync_bn": {"processes": 4},
+    "sync_bn": {"processes": 4}, "gate_lr_scale": {"optimizer": "muon"},
 }  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def _all(recipe, processes=1, given=()):
     facts = FACTS | {"processes": processes}
     return " ".join([
         partitions(recipe, COUNTS, given, False), preprocessing(recipe, PREPROCESS),
-        training(recipe, facts), imbalance(recipe), selection(recipe, facts),
+        training(recipe, facts, channel_gates=True), imbalance(recipe), selection(recipe, facts),
     ])  # fmt: skip
 
 
@@ -91,6 +91,16 @@ def test_an_entry_that_changes_the_result_changes_the_text(field):
 def test_entries_that_a_file_lacks_have_the_recipes_defaults():
     defaults = with_defaults({})
     assert {name: getattr(Recipe(), name) for name in defaults} == defaults
+
+
+def test_channel_gates_are_named_where_muon_leaves_them_to_adamw():
+    said = "(0.1 of it for the channel gates, by AdamW)"
+    muon = _recipe(optimizer="muon")
+    assert said in training(muon, FACTS, channel_gates=True)
+    assert said not in training(muon, FACTS)
+    assert said not in training(_recipe(), FACTS, channel_gates=True)
+    before = {name: value for name, value in muon.items() if name != "gate_lr_scale"}
+    assert said not in training(with_defaults(before), FACTS, channel_gates=True)
 
 
 def test_the_networks_own_mean_is_named_by_where_it_comes_from():

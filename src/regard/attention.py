@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from regard.compat import timm_channel_gates
 from regard.errors import UsageError
 
 
@@ -75,6 +76,19 @@ def attention_kinds(model: nn.Module) -> dict[str, str]:
         for name, module in model.named_modules()
         if isinstance(getattr(module, "attention_kind", None), str)
     }
+
+
+def channel_gate_names(model: nn.Module) -> list[str]:
+    """The submodules that gate channels: CBAM's, SE's, and timm's squeeze-and-excitation.
+
+    timm's can't be recorded, as their output is the gated map.
+    """
+    theirs = timm_channel_gates()
+    return [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "attention_kind", None) == "channel" or isinstance(module, theirs)
+    ]
 
 
 def _refuse_compiled(model: nn.Module) -> None:

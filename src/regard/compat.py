@@ -145,6 +145,16 @@ def mark_pretrained(name: str) -> None:
     _model_has_pretrained.add(name)
 
 
+def timm_channel_gates() -> tuple[type[Any], ...]:
+    """timm's (1.0.31) channel gates with a hidden layer: squeeze-and-excitation."""
+    try:
+        from timm.layers import SEModule
+        from timm.models._efficientnet_blocks import SqueezeExcite
+    except ImportError as error:
+        raise RuntimeError("this timm has its squeeze-and-excitation in another place") from error
+    return SEModule, SqueezeExcite
+
+
 def is_a_matrix_to_muon(parameter: Any) -> bool:
     """Whether timm's Muon (1.0.31) orthogonalizes a parameter; it updates the others with AdamW."""
     try:

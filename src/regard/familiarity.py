@@ -1,10 +1,12 @@
 """Measures what training images look like to a network; see `evaluation.familiarity`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from regard.data.loading import Reader, StreamingLoader, default_workers
 from regard.data.table import ImageTable
@@ -32,20 +34,28 @@ def features_of(
     classifier: Classifier, table: ImageTable, most: int
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.int64]]:
     """Features (n, D) of each kind, for at most `most` readable images, and their rows."""
+    found: list[Any] = []
+    rows: list[Any] = []
+    for images, of in read_some(classifier, table, most):
+        found.append(classifier.features(images))
+        rows.append(of)
+    if not found:
+        return [np.zeros((0, 1), np.float32)], np.zeros(0, np.int64)
+    kinds = [np.concatenate(each) for each in zip(*found, strict=True)]
+    return kinds, np.concatenate(rows)
+
+
+def read_some(
+    classifier: Classifier, table: ImageTable, most: int
+) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """At most `most` readable images, evenly spread: batches (B, C, H, W) in 0..255, and rows."""
     chosen = spread(len(table), most) if len(table) else np.zeros(0, np.int64)
     some = table.select(chosen)
     source = StreamingLoader(Reader(some, classifier.preprocess), None, 0, default_workers())
     spans = [(start, min(BATCH, len(some) - start)) for start in range(0, len(some), BATCH)]
-    found: list[Any] = []
-    rows: list[Any] = []
     try:
         for batch in source.batches(spans):
             if len(batch.indices):
-                found.append(classifier.features(batch.images))
-                rows.append(batch.indices.numpy())
+                yield batch.images, chosen[batch.indices.numpy()]
     finally:
         source.close()
-    if not found:
-        return [np.zeros((0, 1), np.float32)], np.zeros(0, np.int64)
-    kinds = [np.concatenate(each) for each in zip(*found, strict=True)]
-    return kinds, chosen[np.concatenate(rows)]

@@ -164,10 +164,14 @@ class Classifier:
         """Like `probabilities`, from the network itself, without synchronizing with its device."""
         return (self._logits(images) / self.temperature).softmax(dim=1)
 
-    def _logits(self, images: Tensor) -> Tensor:
+    def inputs(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in 0..255 -> the network's input, normalized, on its device."""
         device = next(self.model.parameters()).device
         x = self.preprocess.normalize(images.to(device, non_blocking=True))
-        logits: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(self.inputs(images))
         return logits
 
     @torch.no_grad()

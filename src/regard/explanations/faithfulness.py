@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from regard.attention import Reduce, evaluating, own_maps
 from regard.evaluation import Estimate
 from regard.explanations import deletion
+from regard.explanations.channel_gates import ChannelGate, channel_gates, compare_gates, verdict
 from regard.explanations.deletion import Floats, MapScore, baseline_of, measure
 from regard.explanations.explanation import GRADCAM, METHODS
 from regard.explanations.gradcam import gradcam
@@ -60,12 +61,14 @@ class ImageScore:
         maps: the maps themselves by name, (h, w) float32.
         similarity: rank correlation with the map of the network with random weights, by map.
         without_detail: the class's probability for the baseline image.
+        gates: the values of each channel gate, (C,) float32, by module.
     """
 
     curves: dict[str, Floats]
     maps: dict[str, NDArray[np.float32]]
     similarity: dict[str, float]
     without_detail: float
+    gates: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,7 @@ class Faithfulness:
         scores: by map, the controls last.
         checks: one sanity check per map.
         warnings: reasons to doubt the scores themselves.
+        gates: the channel gates, which have no map over positions, compared over the images.
     """
 
     images: int
@@ -85,6 +89,7 @@ class Faithfulness:
     checks: list[Sanity]
     warnings: list[str] = field(default_factory=list)
     groups: int | None = None
+    gates: list[ChannelGate] = field(default_factory=list)
 
     @property
     def over(self) -> str:
@@ -94,9 +99,10 @@ class Faithfulness:
         return "images" if self.groups is None else f"{self.groups} groups"
 
     def sentences(self) -> list[str]:
-        """The conclusions in plain words: warnings, then a verdict per map and per check."""
+        """The conclusions in plain words: warnings, a verdict per map and check, and the gates."""
         verdicts = [s.verdict() for s in self.scores.values() if s.over_random is not None]
-        return [*self.warnings, *verdicts, *(c.verdict() for c in self.checks)]
+        gates = [verdict(self.gates, self.images)] if self.gates else []
+        return [*self.warnings, *verdicts, *(c.verdict() for c in self.checks), *gates]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the numbers of each map, and its kind: attention, gradcam or control."""
@@ -108,6 +114,7 @@ class Faithfulness:
                 name: {"kind": kinds.get(name, "attention"), **each}
                 for name, each in numbers(self.scores).items()
             },
+            "channel_gates": {g.name: g.to_dict() for g in self.gates},
             "sentences": self.sentences(),
         }
 
@@ -169,11 +176,13 @@ class Scorer:
             repeats=self.repeats, seed=seed,
         )  # fmt: skip
         blank = self.predict(baseline_of(x, self.baseline))
+        gates = channel_gates(self.model, x) if "attention" in self.of["methods"] else {}
         return ImageScore(
             curves={name: pair[:, 0] for name, pair in curves.items()},
             maps={name: values[0].cpu().numpy() for name, values in maps.items()},
             similarity={n: float(rank_correlation(maps[n], other[n])[0]) for n in maps},
             without_detail=float(blank[0, classes[0]]),
+            gates={name: values[0] for name, values in gates.items()},
         )
 
 
@@ -209,7 +218,8 @@ def summarize(
         )
     named = None if groups is None else len(set(groups))
     scores = deletion.summarize(curves, seed, groups)
-    return Faithfulness(len(each), scores, checks, warnings, named)
+    gates = {name: np.stack([one.gates[name] for one in each]) for name in each[0].gates}
+    return Faithfulness(len(each), scores, checks, warnings, named, compare_gates(gates))
 
 
 def judge(

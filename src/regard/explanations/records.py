@@ -118,4 +118,5 @@ def _explanation(about: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
 def _score(about: dict[str, Any], arrays: dict[str, Any], shown: Explanation) -> ImageScore:
     curves = {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith("curves/")}
     maps = {m.name: m.values for m in shown.spatial()}
-    return ImageScore(curves, maps, about["similarity"], about["without_detail"])
+    gates = {m.name: m.values for m in shown.modules if m.kind == "channel"}
+    return ImageScore(curves, maps, about["similarity"], about["without_detail"], gates)

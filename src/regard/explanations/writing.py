@@ -274,6 +274,7 @@ class Writer:
             content |= {"scored": found.images, "groups": found.groups}
             content |= {"scores": numbers(found.scores)}
             content |= {"sanity": _checks(found), "warnings": found.warnings}
+            content |= {"channel_gates": {g.name: g.to_dict() for g in found.gates}}
             self._write_curves(found)
         self._write_scores(outcome.faithfulness)
         outcome.pointing = {name: self._pointing(each) for name, each in self.points.items()}

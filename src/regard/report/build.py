@@ -146,6 +146,9 @@ def _notes(
         "One split and one seed: how much the numbers vary between seeds was not measured.",
     ]
     notes += [f"The data: {warning}" for warning in facts.get("warnings", [])]
+    gates = facts.get("channel_gates", {})
+    if any(gate["same"] for gate in gates.get("gates", {}).values()):
+        notes.append(gates["verdict"])
     if facts["unreadable"]:
         notes.append(f"{plural(facts['unreadable'], 'image')} can't be read; see unreadable.csv.")
     if left_out:

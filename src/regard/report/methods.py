@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from regard.attention import channel_gate_names
 from regard.data.splits_file import Row, read_rows
 from regard.evaluation import Estimate
 from regard.evaluation.thresholds import from_probability
@@ -243,8 +244,9 @@ class _Sentences:
         return f"Weights were initialized at random, seed {self.recipe['seed']}."
 
     def _training(self) -> str:
-        heads = getattr(self.source.classifier.model, "head_weights", ())
-        return training(self.recipe, self.facts, heads)
+        network = self.source.classifier.model
+        heads, gates = getattr(network, "head_weights", ()), bool(channel_gate_names(network))
+        return training(self.recipe, self.facts, heads, gates)
 
     def _imbalance(self) -> str:
         return imbalance(self.recipe)

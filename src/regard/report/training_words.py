@@ -15,6 +15,7 @@ from regard.files import about, plural
 from regard.report.words import SPLITS
 
 # Defaults of entries that a run's recipe.toml may lack, as they have no value or are newer.
+# Without gate_lr_scale, Muon treated channel gates as it does all other layers.
 _DEFAULTS: dict[str, Any] = {
     "accumulate": 1, "partial_batch": False, "nesterov": True, "momentum": 0.9,
     "decay_norm_and_bias": True, "backbone_lr_scale": 1.0, "clip_grad": 0.0, "ema_decay": 0.0,
@@ -165,7 +166,10 @@ def _augmentation(r: Mapping[str, Any], color: bool) -> str:
 
 # ---- training ----------------------------------------------------------------------------
 def training(
-    recipe: Mapping[str, Any], facts: Mapping[str, Any], head_weights: Collection[float] = ()
+    recipe: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    head_weights: Collection[float] = (),
+    channel_gates: bool = False,
 ) -> str:
     """The optimizer and its steps, the loss, and what else affects the weights.
 
@@ -173,11 +177,14 @@ def training(
         recipe: with every entry.
         facts: what the run measured.
         head_weights: weights in the loss, for a network with several heads.
+        channel_gates: whether the network has channel gates.
     """
     r = recipe
     rate = f"learning rate {r['lr']:g}"
     if r["backbone_lr_scale"] != 1:
         rate += f" ({r['backbone_lr_scale']:g} of it for all but attention and classifier)"
+    if channel_gates and r["optimizer"] == "muon" and "gate_lr_scale" in r:
+        rate += f" ({r['gate_lr_scale']:g} of it for the channel gates, by AdamW)"
     loss = "cross entropy"
     if len(head_weights) > 1:
         listed = ", ".join(f"{w:g}" for w in head_weights)

@@ -83,6 +83,11 @@ class Recipe:
     backbone_lr_scale: _Share = _field(
         1.0, "Optimizer", "Learning rate factor for all but the attention and the classifier."
     )
+    gate_lr_scale: _Positive = _field(
+        0.1, "Optimizer",
+        "Learning rate factor of the channel gates of CBAM and SE with Muon, which leaves them to "
+        "AdamW: at the full rate many become the same for every image.",
+    )  # fmt: skip
     clip_grad: _NotNegative = _field(0.0, "Optimizer", "Clip the gradient to this norm (0 = off).")
     ema_decay: Annotated[float, _limits(gte=0, lte=0.99999)] = _field(
         0.0, "Optimizer", "Decay of the exponential moving average of the weights (0 = off)."
@@ -319,7 +324,7 @@ class Recipe:
     def for_start(self, random: bool) -> "Recipe":
         """The recipe for weights that start at random, or not; without the random_start table."""
         values = self.random_start if random else {}
-        return dataclasses.replace(self, random_start={}).changed(**values)
+        return self.changed(**values, random_start={})
 
     def changed(self, **changes: Any) -> "Recipe":
         """A copy of the recipe with other values; lists are accepted for tuples.
@@ -338,7 +343,7 @@ class Recipe:
                 values.setdefault(other, None)
         after = {f.name: getattr(self, f.name) for f in fields_of()} | values
         for f in fields_of():
-            if (reason := _unused(f.name, after)) is None:
+            if (reason := _unused(f.name, after, self.random_start)) is None:
                 continue
             if f.name in given:
                 raise UsageError(f"{f.name}={after[f.name]!r}: not used with {reason}")
@@ -357,6 +362,7 @@ _HINTS = get_type_hints(Recipe, include_extras=True)
 _USED_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "momentum": ("optimizer", ("sgd", "muon")),
     "nesterov": ("optimizer", ("sgd", "muon")),
+    "gate_lr_scale": ("optimizer", ("muon",)),
     "milestones": ("schedule", ("steps",)),
     "lr_factors": ("schedule", ("steps",)),
     "warmup": ("schedule", ("steps", "cosine", "constant")),
@@ -369,10 +375,13 @@ _USED_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
-def _unused(name: str, values: Mapping[str, Any]) -> str | None:
-    """The value that makes a field unused, or None."""
+def _unused(
+    name: str, values: Mapping[str, Any], random_start: Mapping[str, Any] | None = None
+) -> str | None:
+    """The value that makes a field unused, whether the weights start at random or not; or None."""
     other, where = _USED_WITH.get(name, (name, (values[name],)))
-    return None if values[other] in where else f"{other}={values[other]}"
+    used = values[other] in where or (random_start or {}).get(other, values[other]) in where
+    return None if used else f"{other}={values[other]}"
 
 
 def _plain(hint: Any) -> Any:
@@ -445,7 +454,8 @@ def _check_together(recipe: Recipe) -> None:
         )
     values = {f.name: getattr(recipe, f.name) for f in fields_of()}
     for f in fields_of():
-        if values[f.name] != f.default and (reason := _unused(f.name, values)) is not None:
+        reason = _unused(f.name, values, recipe.random_start)
+        if values[f.name] != f.default and reason is not None:
             raise UsageError(f"{f.name}={values[f.name]!r}: not used with {reason}")
 
 

@@ -4,6 +4,7 @@ import logging
 import platform
 from typing import Any
 
+import numpy as np
 import torch
 
 from regard.data.loading import StreamingLoader
@@ -11,7 +12,13 @@ from regard.data.sources import ImageTable
 from regard.errors import UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate
 from regard.evaluation.familiarity import write_familiarity
-from regard.familiarity import measure_familiarity
+from regard.explanations.channel_gates import (
+    channel_gates,
+    compare_gates,
+    has_channel_gates,
+    verdict,
+)
+from regard.familiarity import measure_familiarity, read_some
 from regard.files import plural
 from regard.models.counting import count_multiply_adds, count_parameters
 from regard.models.io import save_model
@@ -27,6 +34,7 @@ from regard.version import __version__
 log: logging.Logger = logging.getLogger(__name__)
 
 MUCH = 0.2  # share of the time spent waiting for images
+SOME = 32  # images on which channel gates are compared
 NAMES = {"test": "test", "val": "validation", "train": "training"}
 
 
@@ -53,7 +61,9 @@ def finish_run(
     folder.write_evaluation(split, evaluation, predictions[split])
     if split != "val" and "val" in predictions:
         write_predictions(folder.path / VALIDATION, "val", predictions["val"])
-    _write_familiarity(folder, plan, trainer, parts)
+    classifier = Classifier(trainer.weights, plan.classes, plan.preprocess)
+    _write_familiarity(folder, classifier, parts)
+    facts["channel_gates"] = _checked_gates(classifier, parts[split])
     write_model_card(folder, plan, facts, evaluation)
     folder.finish(facts)
     _report(folder, trainer, split, evaluation)
@@ -69,17 +79,34 @@ def _write_network(folder: RunFolder, plan: Plan, trainer: Trainer, evaluation: 
 
 
 def _write_familiarity(
-    folder: RunFolder, plan: Plan, trainer: Trainer, parts: dict[str, LoadedSplit]
+    folder: RunFolder, classifier: Classifier, parts: dict[str, LoadedSplit]
 ) -> None:
     """Writes what flags images unlike the training images; needs some validation images."""
     if "val" not in parts:
         return
-    classifier = Classifier(trainer.weights, plan.classes, plan.preprocess)
     tables = (parts["train"].table, parts["val"].table)
     try:
         write_familiarity(folder.path, measure_familiarity(classifier, *tables, folder.path))
     except UsageError as error:
         log.debug("familiarity: %s", error)
+
+
+def _checked_gates(classifier: Classifier, part: LoadedSplit) -> dict[str, Any]:
+    """What a few images show about the channel gates, for run.json; warns if some don't attend."""
+    if not has_channel_gates(classifier.model):
+        return {}
+    batches = [classifier.inputs(images) for images, _ in read_some(classifier, part.table, SOME)]
+    if not batches:  # the images have gone since they were tested
+        return {}
+    each = [channel_gates(classifier.model, x) for x in batches]
+    gates = compare_gates({name: np.concatenate([e[name] for e in each]) for name in each[0]})
+    images = sum(len(x) for x in batches)
+    if any(gate.same for gate in gates):
+        log.warning(verdict(gates, images))
+    return {
+        "images": images, "verdict": verdict(gates, images),
+        "gates": {gate.name: gate.to_dict() for gate in gates},
+    }  # fmt: skip
 
 
 def run_facts(

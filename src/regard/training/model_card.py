@@ -54,8 +54,15 @@ def _network(plan: Plan, facts: dict[str, Any]) -> str:
         f"An image classification network with {facts['parameters']:,} parameters, for images of "
         f"{c} x {h} x {w} (channels, height, width). Training started from {plan.start} and "
         f"took {plural(facts['steps'], 'step')} ({about(facts['epochs'], 'epoch')}). The weights "
-        f"are {average} epoch {chosen['epoch']:.4g} (selected: {chosen['by']})."
+        f"are {average} epoch {chosen['epoch']:.4g} (selected: {chosen['by']}).{_gates(facts)}"
     )
+
+
+def _gates(facts: dict[str, Any]) -> str:
+    """A note on channel gates that don't attend; "" if all do, or there are none."""
+    found = facts["channel_gates"]
+    same = any(gate["same"] for gate in found.get("gates", {}).values())
+    return f"\n\nNote: {found['verdict']}" if same else ""
 
 
 def _data(plan: Plan, facts: dict[str, Any]) -> str:

@@ -34,7 +34,8 @@ class Muon(timm.optim.Muon):
     """Orthogonalized momentum for matrices and convolutions; AdamW for all other parameters.
 
     Jordan et al. 2024, with updates as large as AdamW's (Liu et al. 2025, arXiv 2502.16982). With
-    `nesterov`, the other parameters use NAdamW. Arguments and state are those of timm's Muon.
+    `nesterov`, the other parameters use NAdamW. Arguments and state are those of timm's Muon; a
+    parameter group with `use_fallback` is left to AdamW altogether.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -55,7 +56,8 @@ class Muon(timm.optim.Muon):
                 loss = closure()
         hidden = []
         for number, group in enumerate(self.param_groups):
-            matrices = [p for p in group["params"] if p.grad is not None and self._is_matrix(p)]
+            given = [p for p in group["params"] if p.grad is not None]
+            matrices = [p for p in given if self._is_matrix(p, group)]
             if matrices:
                 self._orthogonal_step(matrices, group, self._recordings[number])
             hidden += [(p, p.grad) for p in matrices]
@@ -66,10 +68,10 @@ class Muon(timm.optim.Muon):
             p.grad = gradient
         return loss
 
-    def _is_matrix(self, p: Tensor) -> bool:
+    def _is_matrix(self, p: Tensor, group: dict[str, Any]) -> bool:
         state = self.state[p]
         if "use_muon" not in state:
-            state["use_muon"] = is_a_matrix_to_muon(p)
+            state["use_muon"] = not group.get("use_fallback") and is_a_matrix_to_muon(p)
         return bool(state["use_muon"])
 
     def _orthogonal_step(

@@ -1,4 +1,10 @@
-"""Learning rate schedules, parameter groups and optimizers of a recipe."""
+"""Learning rate schedules, parameter groups and optimizers of a recipe.
+
+Muon's steps are as long for the small MLPs of channel gates as for any matrix, and no BN follows
+that would undo their growth: at the full rate their ReLUs die and their sigmoids saturate, so that
+a gate no longer depends on the image (docs/results.md). They are therefore left to AdamW, at
+`gate_lr_scale` of the learning rate.
+"""
 
 import functools
 import math
@@ -8,7 +14,7 @@ import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 
-from regard.attention import attention_kinds
+from regard.attention import attention_kinds, channel_gate_names
 from regard.models.create import classifier_modules
 from regard.training.config import Recipe
 from regard.training.muon import Muon
@@ -51,6 +57,12 @@ def gate_and_head_parameters(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.startswith(starts)}
 
 
+def channel_gate_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of channel gates: CBAM's, SE's, and those of timm's SE modules."""
+    starts = tuple(f"{gate}." for gate in channel_gate_names(model))
+    return {name for name, _ in model.named_parameters() if name.startswith(starts)}
+
+
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """timm's SGD or AdamW (fused), or Muon, over `parameter_groups`."""
     nesterov = recipe.nesterov and recipe.momentum > 0
@@ -75,7 +87,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
     Parameters in `model.no_weight_decay()`, such as a ViT's position embedding, are not decayed;
     nor are norms and biases, unless recipe.decay_norm_and_bias is set. A group's `lr_scale` is 1
-    for attention and classifier, and recipe.backbone_lr_scale for the rest.
+    for attention and classifier, recipe.backbone_lr_scale for the rest and, with Muon,
+    recipe.gate_lr_scale for channel gates, whose groups have `use_fallback` (timm's word: AdamW).
     """
     spared: set[str] = getattr(model, "no_weight_decay", set)()
     by_decay = param_groups_weight_decay(
@@ -83,15 +96,20 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         no_weight_decay_list=spared,
     )  # fmt: skip
     fast = gate_and_head_parameters(model)
-    full = {id(p) for name, p in model.named_parameters() if name in fast}
+    gates = channel_gate_parameters(model) if recipe.optimizer == "muon" else set()
+    names = {id(p): name for name, p in model.named_parameters()}
     groups = []
     for group in by_decay:
-        scaled: dict[float, list[nn.Parameter]] = {}
+        scaled: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for p in group["params"]:
-            scale = 1.0 if id(p) in full else recipe.backbone_lr_scale
-            scaled.setdefault(scale, []).append(p)
-        for scale, params in scaled.items():
-            groups.append({**group, "params": params, "lr_scale": scale, "lr": recipe.lr * scale})
+            name = names[id(p)]
+            scale = 1.0 if name in fast else recipe.backbone_lr_scale
+            scale = recipe.gate_lr_scale if name in gates else scale
+            scaled.setdefault((scale, name in gates), []).append(p)
+        for (scale, is_gate), params in scaled.items():
+            more = {"use_fallback": True} if is_gate else {}
+            rate = recipe.lr * scale
+            groups.append({**group, "params": params, "lr_scale": scale, "lr": rate, **more})
     return groups
 
 
