@@ -112,6 +112,30 @@ def test_wrong_calls_end_in_a_line(folds, tmp_path, capsys):
     assert "different data" in capsys.readouterr().err
 
 
+def test_runs_that_spell_the_same_folder_otherwise_are_on_the_same_data(folds, tmp_path, capsys):
+    runs, wrong = folds
+    file = runs / "fold 2" / "run.json"
+    stored = json.loads(file.read_text())
+
+    def errors(*arguments, **plan):
+        file.write_text(json.dumps({**stored, "plan": stored["plan"] | plan}))
+        return run_command(["errors", str(runs), "--top", "12", "--json", *arguments])
+
+    place = str(tmp_path / "data")
+    for k in range(2):
+        other = runs / f"fold {k}" / "run.json"
+        content = json.loads(other.read_text())
+        content["plan"]["location"] = place
+        other.write_text(json.dumps(content))
+    assert errors(data="./data", location=place) == 0
+    assert numbers(json.loads(capsys.readouterr().out)) == wrong
+    for plan in ({"location": place + "2"}, {"location": ""}, {}):
+        assert errors(data="./data", **plan) == 2
+        assert "different data" in capsys.readouterr().err
+    assert errors(data="hf:data:two", location=place) == 2  # another configuration
+    assert errors("--data", place, data="./data") == 0  # its images decide
+
+
 def test_what_the_data_warns_of_is_said_once(folds):
     runs, _ = folds
     label_errors.find_label_errors([runs])

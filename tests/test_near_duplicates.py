@@ -24,6 +24,7 @@ from regard.data.near_duplicates import (
 from regard.data.similar import find_candidates
 from regard.data.sources import open_data
 from regard.data.splits import assign_splits
+from tests.helpers import run
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -132,6 +133,17 @@ def test_a_leak_is_named_before_training(tmp_path):
     assert "jpeg.jpg (test)" in line
     clean = table.select([not table.path(i).endswith(("crop.png", "jpeg.jpg")) for i in range(27)])
     assert leak_line(clean) is None
+
+
+def test_a_leak_is_in_the_card_and_the_report_of_the_run(tmp_path):
+    said = run(
+        "train", leaking(tmp_path / "data"), "--model", "ag_sononet8", "--size", "16", "--steps",
+        "2", "--faithfulness-images", "0", "--log", "none", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert said.count("2 pairs of near-duplicates in different splits") == 1
+    for name in ("README.md", "report.html", "run.json"):
+        text = (tmp_path / "run" / name).read_text(encoding="utf-8")
+        assert "2 pairs of near-duplicates in different splits" in text, name
 
 
 def test_near_duplicates_stay_in_one_split(tmp_path):

@@ -94,7 +94,7 @@ def test_entries_that_a_file_lacks_have_the_recipes_defaults():
 
 
 def test_channel_gates_are_named_where_muon_leaves_them_to_adamw():
-    said = "(0.1 of it for the channel gates, by AdamW)"
+    said = "(0.01 of it for the channel gates, by AdamW)"
     muon = _recipe(optimizer="muon")
     assert said in training(muon, FACTS, channel_gates=True)
     assert said not in training(muon, FACTS)

@@ -130,7 +130,7 @@ def find_label_errors(
     sums = _Sums(plan["classes"])
     for run in runs:
         other = RunFolder(run).read_plan()
-        if other["classes"] != plan["classes"] or other["data"] != plan["data"]:
+        if other["classes"] != plan["classes"] or not (data or _same_data(other, plan)):
             raise UsageError(f"{run} and {runs[0]} were trained on different data")
         for split in RunFolder(run).read_facts()["counts"]:
             used: set[str] = set()
@@ -140,6 +140,14 @@ def find_label_errors(
             sums.add(said.paths or [], said.labels, said.probabilities, used)
     table = own_table(runs[0], plan, root) if data is None else open_data(data, root=root)
     return _ranked(sums), table
+
+
+def _same_data(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two runs name the same data, however they spell its path."""
+    if a["data"] == b["data"]:
+        return True
+    named = any(plan["data"].startswith("hf:") for plan in (a, b))  # configurations share a place
+    return not named and a.get("location") == b.get("location") not in (None, "")
 
 
 def _of_split(

@@ -11,12 +11,13 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from regard.errors import UsageError
+from regard.training.field_types import check, convert
 
 if TYPE_CHECKING:
     from regard.data.augment import Augmentation
@@ -84,7 +85,7 @@ class Recipe:
         1.0, "Optimizer", "Learning rate factor for all but the attention and the classifier."
     )
     gate_lr_scale: _Positive = _field(
-        0.1, "Optimizer",
+        0.01, "Optimizer",
         "Learning rate factor of the channel gates of CBAM and SE with Muon, which leaves them to "
         "AdamW: at the full rate many become the same for every image.",
     )  # fmt: skip
@@ -292,7 +293,7 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "random_start", _checked_table(self.random_start))
         for f in fields_of():
-            _check(f.name, getattr(self, f.name), _HINTS[f.name])
+            check(f.name, getattr(self, f.name), _HINTS[f.name])
         if self.size is not None:
             size = (self.size,) if isinstance(self.size, int) else tuple(self.size)
             object.__setattr__(self, "size", size * 2 if len(size) == 1 else size)
@@ -384,34 +385,6 @@ def _unused(
     return None if used else f"{other}={values[other]}"
 
 
-def _plain(hint: Any) -> Any:
-    """A field's type without None and without validators."""
-    kinds = [a for a in get_args(hint) if a is not type(None)] if _optional(hint) else [hint]
-    return get_args(kinds[0])[0] if get_origin(kinds[0]) is Annotated else kinds[0]
-
-
-def _optional(hint: Any) -> bool:
-    return type(None) in get_args(hint)
-
-
-def _check(name: str, value: Any, hint: Any) -> None:
-    """Checks a value against the choices and the range of its field's type."""
-    if value is None and _optional(hint):
-        return
-    kind = _plain(hint)
-    if get_origin(kind) is Literal and value not in get_args(kind):
-        raise UsageError(f"{name}={value!r}: choose one of {', '.join(get_args(kind))}")
-    kinds = get_args(hint) if _optional(hint) else (hint,)
-    for parameter in (p for k in kinds for p in getattr(k, "__metadata__", ())):
-        for validator in parameter.validator:
-            try:
-                validator(kind, value)
-            except ValueError as error:
-                shown = ", ".join(map(str, value)) if isinstance(value, tuple) else value
-                reason = str(error).rstrip(".")
-                raise UsageError(f"{name}={shown}: {reason[0].lower()}{reason[1:]}") from None
-
-
 def _checked_table(values: Any) -> dict[str, Any]:
     """The values of `random_start`, converted to their fields' types.
 
@@ -464,9 +437,6 @@ def fields_of() -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(Recipe) if "help" in f.metadata]
 
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-
 def cast(values: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
     """Converts values from TOML or Python to their fields' types.
 
@@ -478,31 +448,4 @@ def cast(values: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
             raise UsageError(f"a recipe has no {name!r}; {hint}")
-    return {name: _cast(name, value, _HINTS[name]) for name, value in values.items()}
-
-
-def _cast(name: str, value: Any, hint: Any) -> Any:
-    """Converts a value from TOML or Python to the field's type: list to tuple, 1 to 1.0."""
-    if hasattr(value, "tolist"):  # NumPy numbers and arrays, without importing NumPy
-        value = value.tolist()
-    kind = str if get_origin(_plain(hint)) is Literal else _plain(hint)
-    if value is None and _optional(hint):
-        return None
-    if get_origin(kind) is tuple:
-        if name == "size" and _is_number(value):
-            value = [value]
-        one, *more = get_args(kind)
-        if not isinstance(value, list | tuple) or not all(_is_number(v) for v in value):
-            raise UsageError(f"{name}={value!r}: give a list of numbers")
-        if more != [...] and len(value) != len(get_args(kind)):
-            raise UsageError(f"{name}={value!r}: give {len(get_args(kind))} numbers")
-        return tuple(_cast(name, v, one) for v in value)
-    if kind is float and _is_number(value):
-        return float(value)
-    if kind in _KINDS and type(value) is not kind:
-        raise UsageError(f"{name}={value!r}: {_KINDS[kind]} is needed")
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return {name: convert(name, value, _HINTS[name]) for name, value in values.items()}

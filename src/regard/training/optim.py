@@ -1,9 +1,10 @@
 """Learning rate schedules, parameter groups and optimizers of a recipe.
 
-Muon's steps are as long for the small MLPs of channel gates as for any matrix, and no BN follows
-that would undo their growth: at the full rate their ReLUs die and their sigmoids saturate, so that
-a gate no longer depends on the image (docs/results.md). They are therefore left to AdamW, at
-`gate_lr_scale` of the learning rate.
+Muon's learning rates are too high for channel gates. The input of a gate's MLP, a pooled map, is
+large and mostly of one sign: a few steps at the full rate push a hidden ReLU below zero for every
+image, and no BN undoes the growth of the last layer, whose sigmoids saturate. The gate then no
+longer depends on the image (docs/results.md). So gates are left to AdamW, at `gate_lr_scale` of
+the learning rate.
 """
 
 import functools

@@ -171,6 +171,8 @@ class Run:
         self._write_left_out()
         if self.main and not self.resumed and (line := leak_line(self.table)):
             log.warning(line)
+            told = (*self.table.warnings, line)  # for the card and the report
+            self.table = dataclasses.replace(self.table, warnings=told)
         if self.plan.recipe.normalization == "data" and not self.resumed:
             preprocess = on_main(
                 self.accelerator, lambda: measured(self.parts["train"], self.plan.preprocess)
