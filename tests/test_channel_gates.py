@@ -1,6 +1,7 @@
 """Channel gates that are the same for every image: found, told, and not made by Muon."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from regard.models.cbam import ChannelGate
 from regard.models.io import save_model
 from regard.training.config import Recipe
 from regard.training.optim import channel_gate_parameters, make_optimizer
-from tests.helpers import run
+from regard.training.recipe_files import load_recipe
+from tests.helpers import run, same_network, start
 
 NETWORK = {"channels": (8, 8, 16, 16)}
 
@@ -51,11 +53,10 @@ def test_a_gate_whose_relus_are_dead_is_the_same_for_every_image():
     assert (found[DEAD[0]].closed, found[DEAD[0]].opened) == (0.75, 0.25)
     assert (found[DEAD[1]].closed, found[DEAD[1]].opened) == (0.0, 0.0)
     assert found["layer1.0.se.channel"].variation > 0.01
-    assert verdict(gates, 6) == (
-        "2 of 8 channel gates have the same values for each of 6 images, so they do not attend to "
-        "anything: layer2.0.se.channel (channels: 75% closed, 25% open), "
-        "layer4.1.se.channel."
-    )
+    which = "layer2.0.se.channel (channels: 75% closed, 25% open), layer4.1.se.channel."
+    said = "2 of 8 channel gates have the same values for each of"
+    assert verdict(gates, 32) == f"{said} 32 images, so they do not attend to anything: {which}"
+    assert verdict(gates, 6) == f"{said} 6 images: {which}"  # from few, no conclusion
 
 
 def test_gates_that_depend_on_the_image_are_said_to():
@@ -118,13 +119,36 @@ def test_a_run_tells_at_its_end_which_gates_do_not_attend(scans, tmp_path):
     assert [n for n, g in found["channel_gates"]["gates"].items() if g["same"]] == list(DEAD)
 
 
+def test_a_run_without_channel_gates_says_nothing_of_them(whole):
+    found = json.loads((whole / "run.json").read_text(encoding="utf-8"))["facts"]
+    assert found["channel_gates"] == {}
+    for name in ("README.md", "report.html"):
+        assert "channel gate" not in (whole / name).read_text(encoding="utf-8")
+
+
 # ---------------------------------------------------------------------------- the optimizer
 GATED = [
     ("cbam_resnet18", NETWORK, ".se.channel."),
     ("se_resnet18", {}, ".se.channel."),
-    ("seresnet18", {}, ".se."),  # timm's
-    ("efficientnet_b0", {}, ".se."),  # timm's, by another class
+    # timm's, of four classes
+    ("seresnet18", {}, ".se."),
+    ("efficientnet_b0", {}, ".se."),
+    ("legacy_seresnet18", {}, ".se_module."),
+    ("resnet18", {"block_args": {"attn_layer": "cbam"}}, ".se.channel."),
 ]
+MUON = Recipe(
+    optimizer="muon", lr=0.02, weight_decay=0.0, nesterov=False, decay_norm_and_bias=False
+)
+
+
+def moved(model: torch.nn.Module, recipe: Recipe) -> dict[str, np.ndarray]:
+    """How far the first step moves each value, with gradients of 1 or -1."""
+    optimizer = make_optimizer(model, recipe)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p).sign()
+    optimizer.step()
+    return {n: (p.detach() - before[n]).abs().numpy() for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize(("name", "arguments", "part"), GATED)
@@ -133,34 +157,72 @@ def test_with_muon_channel_gates_learn_by_adamw_at_a_part_of_the_rate(name, argu
     model = timm.create_model(name, num_classes=3, **arguments)
     gates = {n for n, _ in model.named_parameters() if part in n}
     assert gates == channel_gate_parameters(model)
-    assert len(gates) == 4 * len(channel_gate_names(model)) > 0  # two layers with biases
-    recipe = Recipe(
-        optimizer="muon", lr=0.02, weight_decay=0.0, nesterov=False, decay_norm_and_bias=False
-    )
+    layers = len({n.rpartition(".")[0] for n in gates})
+    assert layers == 2 * len(channel_gate_names(model)) > 0
     for scale in (0.01, 0.5):
-        optimizer = make_optimizer(model, recipe.changed(gate_lr_scale=scale))
-        before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        for p in model.parameters():
-            p.grad = torch.randn_like(p).sign()
-        optimizer.step()
-        for n, p in model.named_parameters():
-            moved = (p.detach() - before[n]).abs()
+        for n, steps in moved(model, MUON.changed(gate_lr_scale=scale)).items():
             if n in gates:  # AdamW's first step: the rate, for each value
-                assert moved.numpy() == pytest.approx(0.02 * scale, rel=0.01), n
-            elif p.ndim == 1:
-                assert moved.numpy() == pytest.approx(0.02, rel=0.01), n
-            else:
-                assert moved.mean() > 0.0025, n  # 0.2 of the rate, in the root of the mean square
+                assert steps == pytest.approx(0.02 * scale, rel=0.01), n
+            elif steps.ndim == 1:
+                assert steps == pytest.approx(0.02, rel=0.01), n
+            else:  # 0.2 of the rate, in the root of the mean square
+                assert steps.mean() > 0.0025, n
 
 
-def test_other_optimizers_and_networks_have_no_such_groups():
+def test_the_gates_factor_multiplies_that_of_the_backbone():
+    """timm's gates count as backbone, Regard's do not."""
+    torch.manual_seed(0)
+    recipe = MUON.changed(gate_lr_scale=0.5, backbone_lr_scale=0.1)
+    theirs = moved(timm.create_model("seresnet18", num_classes=3), recipe)
+    assert theirs["layer1.0.se.fc1.weight"] == pytest.approx(0.02 * 0.05, rel=0.01)
+    ours = regard.create_model("cbam_resnet18", num_classes=3, **NETWORK)
+    name = "layer1.0.se.channel.mlp.0.weight"
+    assert moved(ours, recipe)[name] == pytest.approx(0.02 * 0.5, rel=0.01)
+    frozen = moved(ours, recipe.changed(optimizer="adamw", gate_lr_scale=0.25))
+    assert frozen[name] == pytest.approx(0.02 * 0.25, rel=0.01)
+    assert frozen["conv1.weight"] == pytest.approx(0.02 * 0.1, rel=0.01)
+
+
+def test_the_factor_is_decided_when_a_run_is_planned():
+    """A run that began without it goes on without it."""
+    assert Recipe(optimizer="muon").for_start(random=True).gate_lr_scale == 0.01
+    assert Recipe(optimizer="muon", gate_lr_scale=1.0).for_start(random=True).gate_lr_scale == 1
+    quick = load_recipe("quick")
+    assert quick.for_start(random=True).gate_lr_scale == 0.01
+    assert quick.for_start(random=False).gate_lr_scale is None  # SGD
+    own = quick.changed(gate_lr_scale=0.2)
+    assert [own.for_start(random=r).gate_lr_scale for r in (True, False)] == [0.2, 0.2]
     cbam = regard.create_model("cbam_resnet18", num_classes=3, **NETWORK)
-    for recipe in (Recipe(), Recipe(optimizer="adamw", lr=1e-3)):
+    for recipe in (Recipe(), Recipe(optimizer="adamw", lr=1e-3), Recipe(optimizer="muon")):
         groups = make_optimizer(cbam, recipe).param_groups
         assert {g["lr_scale"] for g in groups} == {1.0}
         assert not any("use_fallback" in g for g in groups)
+
+
+def test_networks_without_channel_gates_have_no_such_groups():
     for name in ("attention56_cifar", "ag_sononet8", "resnet18"):
         model = regard.create_model(name, num_classes=3)
         assert channel_gate_parameters(model) == set()
-        groups = make_optimizer(model, Recipe(optimizer="muon")).param_groups
+        groups = make_optimizer(model, MUON.for_start(random=True)).param_groups
         assert {g["lr_scale"] for g in groups} == {1.0}
+
+
+def test_a_stopped_run_with_muon_and_gates_goes_on_as_it_would_have(scans, tmp_path):
+    save_model(
+        network(), tmp_path / "net", class_names=["0", "1", "2"],
+        data_config={"input_size": (3, 32, 32)},
+    )  # fmt: skip
+    settings = [
+        "train", scans, "--weights", tmp_path / "net", "--size", "32", "--optimizer", "muon",
+        "--lr", "0.01", "--epochs", "2", "--faithfulness-images", "0", "--log", "none",
+    ]  # fmt: skip
+    run(*settings, "--out", tmp_path / "whole")
+    state = tmp_path / "part" / "state"
+    process = start(*settings, "--out", tmp_path / "part")
+    while process.poll() is None and not any(state.glob("step-*.pt")):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert any(state.glob("step-*.pt"))  # killed after the first epoch
+    run(*settings, "--out", tmp_path / "part", "--resume")
+    assert same_network(tmp_path / "whole", tmp_path / "part")

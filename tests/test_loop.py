@@ -19,8 +19,7 @@ import regard
 from regard.data.augment import random_numbers
 from regard.data.loading import Batch, SampleOrder
 from regard.data.preprocess import Preprocess
-from regard.errors import NotFiniteError, StateError, UsageError
-from regard.models.create import create_model
+from regard.errors import NotFiniteError, UsageError
 from regard.predict import Classifier
 from regard.training import run
 from regard.training.config import Recipe
@@ -106,22 +105,6 @@ def test_self_adaptive_targets_move_towards_what_the_network_says(monkeypatch):
     other = trainer_of(weights=None, self_adaptive=0.9)
     other.load_state_dict(trainer.state_dict())
     assert torch.equal(other.targets.table, table)
-
-
-def test_a_state_with_other_parameter_groups_is_refused():
-    """As Muon's were before it left channel gates to AdamW."""
-    network = create_model("cbam_resnet18", num_classes=CLASSES, in_chans=1, channels=(8,) * 4)
-    trainer = trainer_of(network, optimizer="muon", weights=None, decay_norm_and_bias=False)
-    state = trainer.state_dict()
-    trainer.load_state_dict(state)
-    groups = state["optimizer"]["param_groups"]
-    gates = [group for group in groups if group.get("use_fallback")]
-    assert len(gates) == 2  # weights, biases
-    for group, gate in zip((g for g in groups if g not in gates), gates, strict=True):
-        group["params"] += gate["params"]
-    state["optimizer"]["param_groups"] = [group for group in groups if group not in gates]
-    with pytest.raises(StateError, match="resume it with that version"):
-        trainer.load_state_dict(state)
 
 
 def test_an_image_that_is_twice_in_a_batch_moves_its_target_once():

@@ -53,7 +53,7 @@ _WITH = {
     "lr_factors": {"schedule": "steps", "milestones": (2.0,)},
     "schedule_unit": {"schedule": "cosine", "warmup": 1.0},
     "crop_shift": {"random_crop": "shift"}, "crop_scale": {"random_crop": "resized"},
-    "sync_bn": {"processes": 4}, "gate_lr_scale": {"optimizer": "muon"},
+    "sync_bn": {"processes": 4},
 }  # fmt: skip
 
 
@@ -95,12 +95,14 @@ def test_entries_that_a_file_lacks_have_the_recipes_defaults():
 
 def test_channel_gates_are_named_where_muon_leaves_them_to_adamw():
     said = "(0.01 of it for the channel gates, by AdamW)"
-    muon = _recipe(optimizer="muon")
+    muon = with_defaults(asdict(Recipe(optimizer="muon").for_start(random=True)))
     assert said in training(muon, FACTS, channel_gates=True)
     assert said not in training(muon, FACTS)
-    assert said not in training(_recipe(), FACTS, channel_gates=True)
+    assert "channel gates" not in training(_recipe(), FACTS, channel_gates=True)
     before = {name: value for name, value in muon.items() if name != "gate_lr_scale"}
-    assert said not in training(with_defaults(before), FACTS, channel_gates=True)
+    assert "channel gates" not in training(with_defaults(before), FACTS, channel_gates=True)
+    sgd = training(_recipe(gate_lr_scale=0.5), FACTS, channel_gates=True)
+    assert "(0.5 of it for the channel gates)" in sgd
 
 
 def test_the_networks_own_mean_is_named_by_where_it_comes_from():

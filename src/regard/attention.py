@@ -79,7 +79,7 @@ def attention_kinds(model: nn.Module) -> dict[str, str]:
 
 
 def channel_gate_names(model: nn.Module) -> list[str]:
-    """The submodules that gate channels: CBAM's, SE's, and timm's squeeze-and-excitation.
+    """The submodules that gate channels: CBAM's and SE's, Regard's and timm's.
 
     timm's can't be recorded, as their output is the gated map.
     """

@@ -146,13 +146,15 @@ def mark_pretrained(name: str) -> None:
 
 
 def timm_channel_gates() -> tuple[type[Any], ...]:
-    """timm's (1.0.31) channel gates with a hidden layer: squeeze-and-excitation."""
+    """timm's (1.0.31) channel gates with a hidden layer: squeeze-and-excitation and CBAM's."""
     try:
-        from timm.layers import SEModule
+        from timm.layers.cbam import ChannelAttn
+        from timm.layers.squeeze_excite import SEModule
         from timm.models._efficientnet_blocks import SqueezeExcite
+        from timm.models.senet import SEModule as LegacySEModule
     except ImportError as error:
-        raise RuntimeError("this timm has its squeeze-and-excitation in another place") from error
-    return SEModule, SqueezeExcite
+        raise RuntimeError("this timm has its channel gates in other places") from error
+    return ChannelAttn, SEModule, SqueezeExcite, LegacySEModule
 
 
 def is_a_matrix_to_muon(parameter: Any) -> bool:

@@ -1,6 +1,7 @@
 """Measures what training images look like to a network; see `evaluation.familiarity`."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ def features_of(
     """Features (n, D) of each kind, for at most `most` readable images, and their rows."""
     found: list[Any] = []
     rows: list[Any] = []
-    for images, of in read_some(classifier, table, most):
-        found.append(classifier.features(images))
-        rows.append(of)
+    with contextlib.closing(read_some(classifier, table, most)) as batches:
+        for images, of in batches:
+            found.append(classifier.features(images))
+            rows.append(of)
     if not found:
         return [np.zeros((0, 1), np.float32)], np.zeros(0, np.int64)
     kinds = [np.concatenate(each) for each in zip(*found, strict=True)]
@@ -47,7 +49,7 @@ def features_of(
 
 def read_some(
     classifier: Classifier, table: ImageTable, most: int
-) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+) -> Generator[tuple[Tensor, NDArray[np.int64]]]:
     """At most `most` readable images, evenly spread: batches (B, C, H, W) in 0..255, and rows."""
     chosen = spread(len(table), most) if len(table) else np.zeros(0, np.int64)
     some = table.select(chosen)

@@ -1,8 +1,9 @@
 """Whether channel gates attend: whether their values depend on the image.
 
 A gate with the same values for every image is a constant factor for each channel. CBAM's and SE's
-gates become so when all ReLUs inside their MLP are 0 for every image: what is left is the sigmoid
-of a bias. They then get no gradient through the MLP and stay so.
+gates become so when all ReLUs inside their MLP are 0 for every image, which leaves the sigmoid of a
+bias, or when their sigmoids saturate. Hardly any gradient then reaches the MLP, so they rarely
+recover.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ SAME = 0.01
 
 CLOSED, OPEN = 0.01, 0.99
 SHOWN = 6  # gates named in a sentence
+ENOUGH = 10  # images; from fewer nothing is concluded
 
 
 def has_channel_gates(model: nn.Module) -> bool:
@@ -95,14 +97,15 @@ def verdict(gates: Sequence[ChannelGate], images: int) -> str:
     parts = [f"{gate.name}{_ends(gate)}" for gate in same[:SHOWN]]
     more = f" and {len(same) - SHOWN} more" if len(same) > SHOWN else ""
     verb, pronoun = ("has", "it does") if len(same) == 1 else ("have", "they do")
+    conclusion = f", so {pronoun} not attend to anything" if images >= ENOUGH else ""
     return (
         f"{len(same)} of {plural(len(gates), 'channel gate')} {verb} the same values for each of "
-        f"{images} images, so {pronoun} not attend to anything: {', '.join(parts)}{more}."
+        f"{images} images{conclusion}: {', '.join(parts)}{more}."
     )
 
 
 def _ends(gate: ChannelGate) -> str:
     """How many channels are closed or open for good, in brackets; "" if none."""
     shares = {"closed": gate.closed, "open": gate.opened}
-    said = ", ".join(f"{share:.0%} {end}" for end, share in shares.items() if share)
+    said = ", ".join(f"{share:.0%} {end}" for end, share in shares.items() if share >= 0.005)
     return f" (channels: {said})" if said else ""

@@ -15,10 +15,10 @@ from regard.files import about, plural
 from regard.report.words import SPLITS
 
 # Defaults of entries that a run's recipe.toml may lack, as they have no value or are newer.
-# Without gate_lr_scale, Muon treated channel gates as it does all other layers.
 _DEFAULTS: dict[str, Any] = {
     "accumulate": 1, "partial_batch": False, "nesterov": True, "momentum": 0.9,
-    "decay_norm_and_bias": True, "backbone_lr_scale": 1.0, "clip_grad": 0.0, "ema_decay": 0.0,
+    "decay_norm_and_bias": True, "backbone_lr_scale": 1.0, "gate_lr_scale": None,
+    "clip_grad": 0.0, "ema_decay": 0.0,
     "schedule_unit": "epochs", "milestones": (), "lr_factors": (), "warmup": 0.0,
     "label_smoothing": 0.0, "class_weights": "none", "mixup": 0.0, "label_noise": 0.0,
     "self_adaptive": 0.0,
@@ -183,8 +183,9 @@ def training(
     rate = f"learning rate {r['lr']:g}"
     if r["backbone_lr_scale"] != 1:
         rate += f" ({r['backbone_lr_scale']:g} of it for all but attention and classifier)"
-    if channel_gates and r["optimizer"] == "muon" and "gate_lr_scale" in r:
-        rate += f" ({r['gate_lr_scale']:g} of it for the channel gates, by AdamW)"
+    if channel_gates and r["gate_lr_scale"] is not None:
+        by = ", by AdamW" if r["optimizer"] == "muon" else ""
+        rate += f" ({r['gate_lr_scale']:g} of it for the channel gates{by})"
     loss = "cross entropy"
     if len(head_weights) > 1:
         listed = ", ".join(f"{w:g}" for w in head_weights)

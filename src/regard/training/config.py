@@ -34,6 +34,7 @@ _NotNegative = Annotated[float, _limits(gte=0)]
 _Count = Annotated[int, _limits(gte=1)]
 _Increasing = Annotated[tuple[float, ...], _limits(gte=0)]
 _Range = Annotated[tuple[float, float], _limits(gt=0)]  # smallest and largest
+GATES_WITH_MUON = 0.01  # gate_lr_scale, see optim.py
 
 
 def _field(default: Any, group: str, text: str) -> Any:
@@ -70,7 +71,7 @@ class Recipe:
     optimizer: Literal["sgd", "adamw", "muon"] = _field(
         "sgd", "Optimizer",
         "Optimizer; muon updates matrices by Muon, with steps as long as AdamW's, and vectors "
-        "(norms, biases) by AdamW.",
+        "(norms, biases) and channel gates by AdamW.",
     )  # fmt: skip
     lr: _NotNegative = _field(0.1, "Optimizer", "Peak learning rate.")
     momentum: _Share = _field(0.9, "Optimizer", "Momentum (SGD, Muon).")
@@ -84,10 +85,10 @@ class Recipe:
     backbone_lr_scale: _Share = _field(
         1.0, "Optimizer", "Learning rate factor for all but the attention and the classifier."
     )
-    gate_lr_scale: _Positive = _field(
-        0.01, "Optimizer",
-        "Learning rate factor of the channel gates of CBAM and SE with Muon, which leaves them to "
-        "AdamW: at the full rate many become the same for every image.",
+    gate_lr_scale: _Positive | None = _field(
+        None, "Optimizer",
+        "Learning rate factor for the channel gates of CBAM and SE (default: 0.01 with Muon, at "
+        "whose full rate many become the same for every image; else 1).",
     )  # fmt: skip
     clip_grad: _NotNegative = _field(0.0, "Optimizer", "Clip the gradient to this norm (0 = off).")
     ema_decay: Annotated[float, _limits(gte=0, lte=0.99999)] = _field(
@@ -323,9 +324,15 @@ class Recipe:
         return Augmentation(**{name: getattr(self, name) for name in names})
 
     def for_start(self, random: bool) -> "Recipe":
-        """The recipe for weights that start at random, or not; without the random_start table."""
+        """The recipe for weights that start at random, or not; without the random_start table.
+
+        With Muon, `gate_lr_scale` gets its default.
+        """
         values = self.random_start if random else {}
-        return self.changed(**values, random_start={})
+        recipe = dataclasses.replace(self, random_start={}).changed(**values)
+        if recipe.optimizer == "muon" and recipe.gate_lr_scale is None:
+            recipe = recipe.changed(gate_lr_scale=GATES_WITH_MUON)
+        return recipe
 
     def changed(self, **changes: Any) -> "Recipe":
         """A copy of the recipe with other values; lists are accepted for tuples.
@@ -344,7 +351,7 @@ class Recipe:
                 values.setdefault(other, None)
         after = {f.name: getattr(self, f.name) for f in fields_of()} | values
         for f in fields_of():
-            if (reason := _unused(f.name, after, self.random_start)) is None:
+            if (reason := _unused(f.name, after)) is None:
                 continue
             if f.name in given:
                 raise UsageError(f"{f.name}={after[f.name]!r}: not used with {reason}")
@@ -363,7 +370,6 @@ _HINTS = get_type_hints(Recipe, include_extras=True)
 _USED_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "momentum": ("optimizer", ("sgd", "muon")),
     "nesterov": ("optimizer", ("sgd", "muon")),
-    "gate_lr_scale": ("optimizer", ("muon",)),
     "milestones": ("schedule", ("steps",)),
     "lr_factors": ("schedule", ("steps",)),
     "warmup": ("schedule", ("steps", "cosine", "constant")),
@@ -376,13 +382,10 @@ _USED_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
-def _unused(
-    name: str, values: Mapping[str, Any], random_start: Mapping[str, Any] | None = None
-) -> str | None:
-    """The value that makes a field unused, whether the weights start at random or not; or None."""
+def _unused(name: str, values: Mapping[str, Any]) -> str | None:
+    """The value that makes a field unused, or None."""
     other, where = _USED_WITH.get(name, (name, (values[name],)))
-    used = values[other] in where or (random_start or {}).get(other, values[other]) in where
-    return None if used else f"{other}={values[other]}"
+    return None if values[other] in where else f"{other}={values[other]}"
 
 
 def _checked_table(values: Any) -> dict[str, Any]:
@@ -427,8 +430,7 @@ def _check_together(recipe: Recipe) -> None:
         )
     values = {f.name: getattr(recipe, f.name) for f in fields_of()}
     for f in fields_of():
-        reason = _unused(f.name, values, recipe.random_start)
-        if values[f.name] != f.default and reason is not None:
+        if values[f.name] != f.default and (reason := _unused(f.name, values)) is not None:
             raise UsageError(f"{f.name}={values[f.name]!r}: not used with {reason}")
 
 

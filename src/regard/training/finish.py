@@ -9,7 +9,7 @@ import torch
 
 from regard.data.loading import StreamingLoader
 from regard.data.sources import ImageTable
-from regard.errors import UsageError
+from regard.errors import ResourceError, UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate
 from regard.evaluation.familiarity import write_familiarity
 from regard.explanations.channel_gates import (
@@ -95,12 +95,16 @@ def _checked_gates(classifier: Classifier, part: LoadedSplit) -> dict[str, Any]:
     """What a few images show about the channel gates, for run.json; warns if some don't attend."""
     if not has_channel_gates(classifier.model):
         return {}
-    batches = [classifier.inputs(images) for images, _ in read_some(classifier, part.table, SOME)]
-    if not batches:  # the images have gone since they were tested
+    each, images = [], 0
+    try:
+        for batch, _ in read_some(classifier, part.table, SOME):
+            each.append(channel_gates(classifier.model, classifier.inputs(batch)))
+            images += len(batch)
+    except ResourceError as error:  # the run is done: this check must not end it
+        log.debug("channel gates: %s", error)
+    if not each:
         return {}
-    each = [channel_gates(classifier.model, x) for x in batches]
     gates = compare_gates({name: np.concatenate([e[name] for e in each]) for name in each[0]})
-    images = sum(len(x) for x in batches)
     if any(gate.same for gate in gates):
         log.warning(verdict(gates, images))
     return {

@@ -30,7 +30,7 @@ from regard.data.augment import Augmentation, augment, blend, mixup_shares, neig
 from regard.data.device_decoding import EncodedBatch, ReadBatch
 from regard.data.loading import repeated
 from regard.data.preprocess import Preprocess
-from regard.errors import FileError, NotFiniteError, StateError
+from regard.errors import FileError, NotFiniteError
 from regard.machine import fastest_kernels, most_precise, seed_device
 from regard.training.activation_checkpointing import frozen_statistics
 from regard.training.config import Recipe
@@ -174,20 +174,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a state saved by `state_dict`.
-
-        Raises:
-            StateError: the saved optimizer has other parameter groups.
-        """
-        saved, own = (
-            [len(group["params"]) for group in each["param_groups"]]
-            for each in (state["optimizer"], self.optimizer.state_dict())
-        )
-        if saved != own:
-            raise StateError(
-                "the state was saved by a version of Regard that gave Muon other parameters: "
-                "resume it with that version, or train from the beginning into another folder"
-            )
+        """Restores a state saved by `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.updater.scaler is not None and state["scaler"] is not None:  # else it starts anew

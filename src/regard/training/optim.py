@@ -3,7 +3,7 @@
 Muon's learning rates are too high for channel gates. The input of a gate's MLP, a pooled map, is
 large and mostly of one sign: a few steps at the full rate push a hidden ReLU below zero for every
 image, and no BN undoes the growth of the last layer, whose sigmoids saturate. The gate then no
-longer depends on the image (docs/results.md). So gates are left to AdamW, at `gate_lr_scale` of
+longer depends on the image (docs/results.md). So gates are left to AdamW, at `gate_lr_scale` times
 the learning rate.
 """
 
@@ -88,8 +88,9 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
     Parameters in `model.no_weight_decay()`, such as a ViT's position embedding, are not decayed;
     nor are norms and biases, unless recipe.decay_norm_and_bias is set. A group's `lr_scale` is 1
-    for attention and classifier, recipe.backbone_lr_scale for the rest and, with Muon,
-    recipe.gate_lr_scale for channel gates, whose groups have `use_fallback` (timm's word: AdamW).
+    for attention and classifier and recipe.backbone_lr_scale for the rest, times
+    recipe.gate_lr_scale for channel gates. With Muon, the gates' groups have `use_fallback`, timm's
+    word for AdamW; a run that began before there was a gate_lr_scale has none, and Muon for all.
     """
     spared: set[str] = getattr(model, "no_weight_decay", set)()
     by_decay = param_groups_weight_decay(
@@ -97,7 +98,9 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         no_weight_decay_list=spared,
     )  # fmt: skip
     fast = gate_and_head_parameters(model)
-    gates = channel_gate_parameters(model) if recipe.optimizer == "muon" else set()
+    gates: set[str] = set()
+    if recipe.gate_lr_scale is not None:
+        gates = channel_gate_parameters(model)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = []
     for group in by_decay:
@@ -105,10 +108,11 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         for p in group["params"]:
             name = names[id(p)]
             scale = 1.0 if name in fast else recipe.backbone_lr_scale
-            scale = recipe.gate_lr_scale if name in gates else scale
+            if name in gates and recipe.gate_lr_scale is not None:
+                scale *= recipe.gate_lr_scale
             scaled.setdefault((scale, name in gates), []).append(p)
         for (scale, is_gate), params in scaled.items():
-            more = {"use_fallback": True} if is_gate else {}
+            more = {"use_fallback": True} if is_gate and recipe.optimizer == "muon" else {}
             rate = recipe.lr * scale
             groups.append({**group, "params": params, "lr_scale": scale, "lr": rate, **more})
     return groups
