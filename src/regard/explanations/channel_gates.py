@@ -44,7 +44,7 @@ def channel_gates(model: nn.Module, x: Tensor) -> dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class ChannelGate:
+class GateCheck:
     """One channel gate over several images.
 
     Attributes:
@@ -71,7 +71,7 @@ class ChannelGate:
         }  # fmt: skip
 
 
-def compare_gates(values: Mapping[str, NDArray[np.float32]]) -> list[ChannelGate]:
+def compare_gates(values: Mapping[str, NDArray[np.float32]]) -> list[GateCheck]:
     """Compares each gate's values (N, C) over N images; empty for fewer than two images."""
     found = []
     for name, each in values.items():
@@ -80,11 +80,11 @@ def compare_gates(values: Mapping[str, NDArray[np.float32]]) -> list[ChannelGate
         variation = float(np.ptp(each, axis=0).max())
         closed, opened = float((each < CLOSED).mean()), float((each > OPEN).mean())
         same = variation <= SAME * float(np.abs(each).max())
-        found.append(ChannelGate(name, each.shape[1], variation, same, closed, opened))
+        found.append(GateCheck(name, each.shape[1], variation, same, closed, opened))
     return found
 
 
-def verdict(gates: Sequence[ChannelGate], images: int) -> str:
+def verdict(gates: Sequence[GateCheck], images: int) -> str:
     """One sentence: which channel gates have the same values for all images; "" without gates."""
     if not gates:
         return ""
@@ -104,7 +104,7 @@ def verdict(gates: Sequence[ChannelGate], images: int) -> str:
     )
 
 
-def _ends(gate: ChannelGate) -> str:
+def _ends(gate: GateCheck) -> str:
     """How many channels are closed or open for good, in brackets; "" if none."""
     shares = {"closed": gate.closed, "open": gate.opened}
     said = ", ".join(f"{share:.0%} {end}" for end, share in shares.items() if share >= 0.005)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from regard.attention import Reduce, evaluating, own_maps
 from regard.evaluation import Estimate
 from regard.explanations import deletion
-from regard.explanations.channel_gates import ChannelGate, channel_gates, compare_gates, verdict
+from regard.explanations.channel_gates import GateCheck, channel_gates, compare_gates, verdict
 from regard.explanations.deletion import Floats, MapScore, baseline_of, measure
 from regard.explanations.explanation import GRADCAM, METHODS
 from regard.explanations.gradcam import gradcam
@@ -89,7 +89,7 @@ class Faithfulness:
     checks: list[Sanity]
     warnings: list[str] = field(default_factory=list)
     groups: int | None = None
-    gates: list[ChannelGate] = field(default_factory=list)
+    gates: list[GateCheck] = field(default_factory=list)
 
     @property
     def over(self) -> str:

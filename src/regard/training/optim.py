@@ -59,7 +59,7 @@ def gate_and_head_parameters(model: nn.Module) -> set[str]:
 
 
 def channel_gate_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters of channel gates: CBAM's, SE's, and those of timm's SE modules."""
+    """Names of the parameters of channel gates, see `channel_gate_names`."""
     starts = tuple(f"{gate}." for gate in channel_gate_names(model))
     return {name for name, _ in model.named_parameters() if name.startswith(starts)}
 
@@ -98,9 +98,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         no_weight_decay_list=spared,
     )  # fmt: skip
     fast = gate_and_head_parameters(model)
-    gates: set[str] = set()
-    if recipe.gate_lr_scale is not None:
-        gates = channel_gate_parameters(model)
+    factor = recipe.gate_lr_scale
+    gates = set() if factor is None else channel_gate_parameters(model)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = []
     for group in by_decay:
@@ -108,8 +107,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         for p in group["params"]:
             name = names[id(p)]
             scale = 1.0 if name in fast else recipe.backbone_lr_scale
-            if name in gates and recipe.gate_lr_scale is not None:
-                scale *= recipe.gate_lr_scale
+            scale *= factor if factor is not None and name in gates else 1.0
             scaled.setdefault((scale, name in gates), []).append(p)
         for (scale, is_gate), params in scaled.items():
             more = {"use_fallback": True} if is_gate and recipe.optimizer == "muon" else {}
