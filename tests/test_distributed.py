@@ -413,6 +413,7 @@ def test_a_process_that_waits_for_one_that_failed_is_ended(by_itself, monkeypatc
     assert ended.wait(4) != by_itself
 
 
+@pytest.mark.slow
 def test_self_adaptive_targets_are_of_one_process(tmp_path):
     done = in_two(
         tmp_path / "driver", "train", "digits", "--model", "ag_sononet8", "--size", "32",

@@ -164,14 +164,10 @@ class Classifier:
         """Like `probabilities`, from the network itself, without synchronizing with its device."""
         return (self._logits(images) / self.temperature).softmax(dim=1)
 
-    def inputs(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in 0..255 -> the network's input, normalized, on its device."""
+    def _logits(self, images: Tensor) -> Tensor:
         device = next(self.model.parameters()).device
         x = self.preprocess.normalize(images.to(device, non_blocking=True))
-        return x.contiguous(memory_format=torch.channels_last)
-
-    def _logits(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(self.inputs(images))
+        logits: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
         return logits
 
     @torch.no_grad()

@@ -96,9 +96,11 @@ def _checked_gates(classifier: Classifier, part: LoadedSplit) -> dict[str, Any]:
     if not has_channel_gates(classifier.model):
         return {}
     each, images = [], 0
+    device = next(classifier.model.parameters()).device
     try:
         for batch, _ in read_some(classifier, part.table, SOME):
-            each.append(channel_gates(classifier.model, classifier.inputs(batch)))
+            x = classifier.preprocess.normalize(batch.to(device))
+            each.append(channel_gates(classifier.model, x))
             images += len(batch)
     except ResourceError as error:  # the run is done: this check must not end it
         log.debug("channel gates: %s", error)
