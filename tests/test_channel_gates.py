@@ -131,7 +131,7 @@ def test_a_run_without_channel_gates_says_nothing_of_them(whole):
 
 # ---------------------------------------------------------------------------- the optimizer
 GATED = [
-    ("cbam_resnet18", NETWORK, ".se.channel."),
+    ("cbam_resnet18", {}, ".se.channel."),
     ("se_resnet18", {}, ".se.channel."),
     # timm's, of four classes
     ("seresnet18", {}, ".se."),
