@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from regard.models import fused_torch
 from regard.models.cbam import CBAM
+from regard.models.fused_torch import Moments
 
 
 @dataclass
@@ -43,16 +44,12 @@ class _Shared:
     """
 
     passes: Any  # the module with the passes over the map
-    mean: Tensor  # (C,)
-    deviation: Tensor  # (C,): 1 / sqrt(var + eps)
-    variance: Tensor  # (C,)
-    g: Tensor  # (C,)
-    b: Tensor  # (C,)
-    means: Tensor  # (2, B, 1, C): mean of y - mean over positions, and y - mean at the maximum
+    batch: Moments
 
     c: Tensor | None = None  # the channel gate, (B, 1, C)
     gc: Tensor | None = None  # g * c
     bc: Tensor | None = None  # b * c
+    several: Tensor | None = None  # how many channels have a position's largest z, (B, P, 1)
     s: Tensor | None = None  # the spatial gate, (B, P, 1)
 
     # of the backward pass
@@ -63,25 +60,6 @@ class _Shared:
     pooled: tuple[Tensor, Tensor] | None = None  # and its gradient
 
 
-def _start(passes: Any, y: Tensor, norm: nn.BatchNorm2d) -> _Shared:
-    """The batch's statistics."""
-    weight, bias = norm.weight.detach(), norm.bias.detach()
-    shift = y[0, 0].to(torch.promote_types(y.dtype, torch.float32))
-    sign = torch.copysign(torch.ones_like(shift), weight)
-    sums, largest = passes.statistics(y, shift, sign)
-    off, square = sums.sum((1, 2)) / (y.shape[0] * y.shape[1])
-    variance = torch.addcmul(square, off, off, value=-1).clamp_min_(0)
-    deviation = (variance + norm.eps).rsqrt_()
-    mean = shift + off
-    means = torch.empty_like(sums)
-    torch.div(sums[0], y.shape[1], out=means[0]).sub_(off)
-    # bit for bit the passes' y - mean at the maximum, by which they find it again
-    torch.sub(largest, mean, out=means[1])
-    return _Shared(
-        passes, mean, deviation, variance, (weight * deviation).to(shift), bias.to(shift), means
-    )
-
-
 class _Statistics(torch.autograd.Function):
     """Mean and max of x over positions, (2 * B, C), from y (B, P, C) and BN's weight and bias."""
 
@@ -89,34 +67,25 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, shared: _Shared) -> Tensor:
         ctx.save_for_backward(y, weight)
         ctx.shared = shared
-        return torch.addcmul(shared.b, shared.means, shared.g).view(-1, y.shape[2])
+        return shared.batch.x_means.view(-1, y.shape[2])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dmeans: Tensor) -> Any:
         y, weight = ctx.saved_tensors
         shared: _Shared = ctx.shared
-        assert shared.c is not None
-        assert shared.sums is not None
         assert shared.pooled is not None
-        assert shared.count is not None
-        positions, g = y.shape[1], shared.g
-        images = len(y) * positions
-        average, largest = shared.means
-        d = dmeans.to(g.dtype).view_as(shared.means)
-        bias_sum, weight_sum = (shared.c * shared.sums).sum((1, 2))
-        dbias = d.sum((0, 1, 2)) + bias_sum
-        # if BN's weight is 0, all values are equal, and each of them is the maximum
-        at_weight = torch.where(weight == 0, average, largest)
-        by_means = torch.addcmul(d[0] * average, d[1], at_weight).sum((0, 1))
-        dweight = (weight_sum + by_means).mul_(shared.deviation)
-        gd = g * d
+        batch = shared.batch
+        d = dmeans.to(batch.g.dtype).view_as(batch.means)
+        dweight, dbias, *by_channel = shared.passes.statistics_backward(
+            batch, weight, d, shared.c, shared.sums, shared.count, y.shape[1]
+        )
         dy = shared.passes.input_backward(
-            y, shared.q, shared.mean, shared.gc, shared.bc, shared.s, *shared.pooled, shared.share,
-            largest, gd[1] / shared.count, (g * shared.deviation * dweight).mul_(-1 / images),
-            torch.sub(gd[0] / positions, g * dbias, alpha=1 / images),
+            y, shared.q, batch.mean, shared.gc, shared.bc, shared.s, *shared.pooled, shared.share,
+            batch.means[1], *by_channel,
         )  # fmt: skip
         shared.q = shared.sums = shared.share = shared.count = shared.pooled = None
+        shared.several = None
         return dy, dweight.to(weight.dtype), dbias.to(weight.dtype), None
 
 
@@ -125,9 +94,11 @@ class _Pooled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, c: Tensor, shared: _Shared) -> Tensor:
-        shared.c = gate = c.detach().to(shared.g.dtype)[:, None]
-        shared.gc, shared.bc = shared.g * gate, shared.b * gate
-        pooled: Tensor = shared.passes.pooled(y, shared.mean, shared.gc, shared.bc)
+        batch = shared.batch
+        shared.c = gate = c.detach().to(batch.g.dtype)[:, None]
+        shared.gc, shared.bc = batch.g * gate, batch.b * gate
+        pooled: Tensor
+        pooled, shared.several = shared.passes.pooled(y, batch.mean, shared.gc, shared.bc)
         ctx.save_for_backward(y, pooled)
         ctx.shared, ctx.kind = shared, c.dtype
         return pooled
@@ -138,15 +109,12 @@ class _Pooled(torch.autograd.Function):
         """Returns the gate's whole gradient: the output's contribution is added here."""
         y, pooled = ctx.saved_tensors
         shared: _Shared = ctx.shared
-        assert shared.sums is not None
         with torch.autocast(y.device.type, enabled=False):
-            sums, shared.count, shared.share = shared.passes.pooled_backward(
-                y, shared.mean, shared.gc, shared.bc, shared.means[1], pooled, dpooled
+            shared.sums, dc, shared.count, shared.share = shared.passes.pooled_backward(
+                y, shared.batch, shared.gc, shared.bc, pooled, shared.several, dpooled, shared.sums
             )
         shared.pooled = pooled.detach(), dpooled  # saved outputs belong to the graph
-        shared.sums = sums.add_(shared.sums)
-        dc = torch.addcmul(sums[0] * shared.b, sums[1], shared.g)[:, 0]
-        return None, dc.to(ctx.kind), None
+        return None, dc[:, 0].to(ctx.kind), None
 
 
 class _Output(torch.autograd.Function):
@@ -158,8 +126,8 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, k: Tensor, s: Tensor, shared: _Shared) -> Tensor:
-        shared.s = s.detach().to(shared.g.dtype)
-        out: Tensor = shared.passes.output(y, k, shared.mean, shared.gc, shared.bc, shared.s)
+        shared.s = s.detach().to(shared.batch.g.dtype)
+        out: Tensor = shared.passes.output(y, k, shared.batch.mean, shared.gc, shared.bc, shared.s)
         ctx.save_for_backward(y, out)
         ctx.shared, ctx.kinds = shared, (k.dtype, s.dtype)
         return out
@@ -171,7 +139,7 @@ class _Output(torch.autograd.Function):
         shared: _Shared = ctx.shared
         with torch.autocast(y.device.type, enabled=False):
             shared.q, shared.sums, ds = shared.passes.output_backward(
-                y, out, go.contiguous(), shared.mean, shared.gc, shared.bc, shared.s
+                y, out, go.contiguous(), shared.batch.mean, shared.gc, shared.bc, shared.s
             )
         assert shared.q is not None
         return None, shared.q.to(ctx.kinds[0]), ds.to(ctx.kinds[1]), None
@@ -192,8 +160,10 @@ def fused_end(
     batch, channels, height, width = y.shape
     rows = _rows(y)
     with torch.no_grad():
-        shared = _start(passes or _passes(y.device), rows, norm)
-        _update_running(norm, shared, rows.shape[0] * rows.shape[1])
+        chosen = passes or _passes(y.device)
+        weight, bias = norm.weight.detach(), norm.bias.detach()
+        shared = _Shared(chosen, chosen.statistics(rows, weight, bias, norm.eps))
+        _update_running(norm, shared.batch, rows.shape[0] * rows.shape[1])
     means = _Statistics.apply(rows, norm.weight, norm.bias, shared)
     # one call of the MLP for both: on a GPU, a small layer takes as long as its launch
     c = torch.sigmoid(gates.channel.mlp(means).view(2, batch, channels).sum(0))
@@ -226,7 +196,7 @@ def can_fuse(device: torch.device) -> bool:
     return _passes(device) is not None
 
 
-def _update_running(norm: nn.BatchNorm2d, shared: _Shared, count: int) -> None:
+def _update_running(norm: nn.BatchNorm2d, batch: Moments, count: int) -> None:
     """Updates the running statistics like nn.BatchNorm2d in training."""
     if norm.running_mean is None or norm.running_var is None:
         return
@@ -235,8 +205,8 @@ def _update_running(norm: nn.BatchNorm2d, shared: _Shared, count: int) -> None:
         norm.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)
-    unbiased = shared.variance * (count / max(1, count - 1))
-    norm.running_mean.lerp_(shared.mean.to(norm.running_mean), momentum or 0.0)
+    unbiased = batch.variance * (count / max(1, count - 1))
+    norm.running_mean.lerp_(batch.mean.to(norm.running_mean), momentum or 0.0)
     norm.running_var.lerp_(unbiased.to(norm.running_var), momentum or 0.0)
 
 

@@ -1,10 +1,13 @@
 # mypy: disable-error-code="no-untyped-def"
 """The passes of the fused CBAM block as Triton kernels, for GPUs; the functions of fused_torch.py.
 
-A kernel's program has one tile of TILE positions of an image and iterates over its channels in
-blocks, which are contiguous in memory. Sums over channels stay in its registers; for sums over
-positions it writes one partial sum per tile, and these are added up afterwards. Arithmetic is in
-float32. `tl.fma` makes z the same number in each kernel, so that the maximum is found again.
+There are two kinds. A program of the first has a tile of TILE positions of an image and goes
+through its channels in blocks, which are contiguous in memory; sums over channels stay in its
+registers. A program of the second, for sums over positions, has COLUMNS channels of an image and
+goes through a span of positions, ROWS at a time; small kernels, whose programs have COLUMNS
+channels of an image, add up the sums of several spans and compute all else that is needed between
+the passes. Arithmetic is in float32. `tl.fma` makes z the same number in each kernel, so that the
+maximum is found again.
 
 Checked against float64 on an H200, and under Triton's interpreter (TRITON_INTERPRET=1) on a CPU.
 """
@@ -16,32 +19,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# the fastest of nine pairs on an H200, for maps of 256x56x56 and 1024x14x14 (docs/performance.md)
+from regard.models.fused_torch import Moments
+
+# of the first kind: the fastest of nine pairs on an H200 (docs/performance.md)
 TILE = 64  # positions per program
 BLOCK = 64  # channels read at a time
+# of the second kind
+COLUMNS = 128  # channels per program
+ROWS = 16  # positions read at a time
+PROGRAMS = 2048  # fewer would not keep a large GPU busy
 
 
 @triton.jit
-def _tile(P, C, start_c, T: tl.constexpr, B: tl.constexpr):
-    """A tile's image and tile number, offsets in the map, channels, and masks of both."""
-    image, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    p = tile * T + tl.arange(0, T)
-    c = start_c + tl.arange(0, B)
-    rows = image * P + p
-    return rows[:, None] * C + c[None, :], c, (p < P)[:, None] & (c < C)[None, :]
+def _elements(image, p, c, P, C, end):
+    """Offsets of positions `p`, channels `c` in the map (B, P, C); whether they exist."""
+    rows = image.to(tl.int64) * P + p
+    return rows[:, None] * C + c[None, :], (p < end)[:, None] & (c < C)[None, :]
 
 
 @triton.jit
 def _positions(P, T: tl.constexpr):
-    """A tile's rows in (B, P), and a mask of those that exist."""
+    """A tile's image and positions, its rows in (B, P), and whether they exist."""
+    image = tl.program_id(0)
     p = tl.program_id(1) * T + tl.arange(0, T)
-    return tl.program_id(0).to(tl.int64) * P + p, p < P
+    return image, p, image.to(tl.int64) * P + p, p < P
 
 
 @triton.jit
-def _by_image(pointer, c, C):
-    """The values for channels `c` in (B, C), as a row."""
-    return tl.load(pointer + tl.program_id(0).to(tl.int64) * C + c, mask=c < C, other=0.0)[None, :]
+def _columns(C, B: tl.constexpr):
+    """An image and some of its channels."""
+    return tl.program_id(2), tl.program_id(0) * B + tl.arange(0, B)
+
+
+@triton.jit
+def _span(P, span):
+    """First and last position of a program of the second kind."""
+    start = tl.program_id(1) * span
+    return start, tl.minimum(start + span, P)
+
+
+@triton.jit
+def _by_image(pointer, image, c, C):
+    """The values of an image for channels `c` in (B, C), as a row."""
+    return tl.load(pointer + image.to(tl.int64) * C + c, mask=c < C, other=0.0)[None, :]
 
 
 @triton.jit
@@ -51,10 +71,22 @@ def _by_channel(pointer, c, C):
 
 
 @triton.jit
-def _store_partial(pointer, c, C, values):
-    """Stores a tile's partial sums for channels `c` in (B, tiles, C)."""
-    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+def _store_sums(pointer, image, c, C, values):
+    """Stores a span's sums for channels `c` in (B, spans, C)."""
+    row = image.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(pointer + row * C + c, values, mask=c < C)
+
+
+@triton.jit
+def _off(y, at, inside, mean):
+    """y - mean."""
+    return tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - mean
+
+
+@triton.jit
+def _z(off, gains, offsets):
+    """z from y - mean: the same number in every kernel."""
+    return tl.fma(off, gains + tl.zeros_like(off), offsets + tl.zeros_like(off))
 
 
 @triton.jit
@@ -64,42 +96,108 @@ def _by_mean(dpooled, rows, there, C):
 
 
 @triton.jit
-def _statistics(y, shift, sign, total, squares, largest, P, C, T: tl.constexpr, B: tl.constexpr):
-    for start in range(0, C, B):
-        at, c, inside = _tile(P, C, start, T, B)
-        value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        signs = _by_channel(sign, c, C)
-        off = tl.where(inside, value - _by_channel(shift, c, C), 0.0)
-        _store_partial(total, c, C, tl.sum(off, 0))
-        _store_partial(squares, c, C, tl.sum(off * off, 0))
-        _store_partial(largest, c, C, tl.max(tl.where(inside, value * signs, float("-inf")), 0))
+def _added(sums, which, image, images, c, C, S):
+    """The sums `which` of an image over all S spans, from (count, B, S, C), as a row."""
+    row = (which * images + image).to(tl.int64) * S
+    total = tl.load(sums + row * C + c, mask=c < C, other=0.0)
+    for span in range(1, S):
+        total += tl.load(sums + (row + span) * C + c, mask=c < C, other=0.0)
+    return total
 
 
 @triton.jit
-def _pooled(y, mean, gc, bc, out, P, C, T: tl.constexpr, B: tl.constexpr):
-    rows, there = _positions(P, T)
-    largest = tl.full((T,), float("-inf"), tl.float32)
-    total = tl.zeros((T,), tl.float32)
+def _store(pointer, which, image, images, c, C, values):
+    """Stores values for channels `c` in (count, B, C)."""
+    tl.store(pointer + (which * images + image).to(tl.int64) * C + c, values, mask=c < C)
+
+
+@triton.jit
+def _statistics(y, weight, total, squares, largest, P, C, span, T: tl.constexpr, B: tl.constexpr):
+    image, c = _columns(C, B)
+    start, end = _span(P, span)
+    shift = _by_channel(y, c, C).to(tl.float32)
+    sign = tl.where(_by_channel(weight, c, C) < 0, -1.0, 1.0)
+    plain = tl.zeros((T, B), tl.float32)
+    squared = tl.zeros((T, B), tl.float32)
+    top = tl.full((T, B), float("-inf"), tl.float32)
+    for first in range(start, end, T):
+        at, inside = _elements(image, first + tl.arange(0, T), c, P, C, end)
+        value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        off = tl.where(inside, value - shift, 0.0)
+        plain += off
+        squared += off * off
+        top = tl.maximum(top, tl.where(inside, value * sign, float("-inf")))
+    _store_sums(total, image, c, C, tl.sum(plain, 0))
+    _store_sums(squares, image, c, C, tl.sum(squared, 0))
+    _store_sums(largest, image, c, C, tl.max(top, 0))
+
+
+@triton.jit
+def _moments(
+    y, sums, totals, weight, bias, by_channel, means, x_means, P, C, S, eps, B: tl.constexpr
+):
+    image, images = tl.program_id(1), tl.num_programs(1)
+    c = tl.program_id(0) * B + tl.arange(0, B)
+    here = c < C
+    values = images.to(tl.float32) * P
+    off = tl.load(totals + c, mask=here, other=0.0) / values
+    square = tl.load(totals + C + c, mask=here, other=0.0) / values
+    variance = tl.maximum(square - off * off, 0.0)
+    deviation = 1.0 / tl.sqrt(variance + eps)
+    mean = tl.load(y + c, mask=here, other=0.0).to(tl.float32) + off
+    w = tl.load(weight + c, mask=here, other=0.0).to(tl.float32)
+    g = w * deviation
+    b = tl.load(bias + c, mask=here, other=0.0).to(tl.float32)
+
+    top = tl.full((B,), float("-inf"), tl.float32)
+    for span in range(0, S):
+        row = (2 * images + image).to(tl.int64) * S + span
+        top = tl.maximum(top, tl.load(sums + row * C + c, mask=here, other=0.0))
+    average = _added(sums, 0, image, images, c, C, S) / P - off
+    largest = tl.where(w < 0, -top, top) - mean  # bit for bit `_off` there
+    _store(means, 0, image, images, c, C, average)
+    _store(means, 1, image, images, c, C, largest)
+    _store(x_means, 0, image, images, c, C, average * g + b)
+    _store(x_means, 1, image, images, c, C, largest * g + b)
+    here = here & (image == 0)
+    tl.store(by_channel + c, mean, mask=here)
+    tl.store(by_channel + C + c, deviation, mask=here)
+    tl.store(by_channel + 2 * C + c, variance, mask=here)
+    tl.store(by_channel + 3 * C + c, g, mask=here)
+    tl.store(by_channel + 4 * C + c, b, mask=here)
+
+
+@triton.jit
+def _pooled(y, mean, gc, bc, out, several, P, C, T: tl.constexpr, B: tl.constexpr):
+    image, p, rows, there = _positions(P, T)
+    top = tl.full((T, B), float("-inf"), tl.float32)
+    times = tl.zeros((T, B), tl.float32)  # how often it was found
+    total = tl.zeros((T, B), tl.float32)
     for start in range(0, C, B):
-        at, c, inside = _tile(P, C, start, T, B)
-        off = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - _by_channel(mean, c, C)
-        gains, offsets = _by_image(gc, c, C), _by_image(bc, c, C)
-        z = tl.fma(off, gains + tl.zeros_like(off), offsets + tl.zeros_like(off))
-        largest = tl.maximum(largest, tl.max(tl.where(inside, z, float("-inf")), 1))
-        total += tl.sum(tl.where(inside, z, 0.0), 1)
+        c = start + tl.arange(0, B)
+        at, inside = _elements(image, p, c, P, C, P)
+        off = _off(y, at, inside, _by_channel(mean, c, C))
+        z = _z(off, _by_image(gc, image, c, C), _by_image(bc, image, c, C))
+        again = tl.where(inside & (z == top), times + 1.0, times)
+        times = tl.where(inside & (z > top), 1.0, again)
+        top = tl.maximum(top, tl.where(inside, z, float("-inf")))
+        total += tl.where(inside, z, 0.0)
+    largest = tl.max(top, 1)
     tl.store(out + rows * 2, largest, mask=there)
-    tl.store(out + rows * 2 + 1, total / C, mask=there)
+    tl.store(out + rows * 2 + 1, tl.sum(total, 1) / C, mask=there)
+    found = tl.sum(tl.where(top == largest[:, None], times, 0.0), 1)
+    tl.store(several + rows, found, mask=there)
 
 
 @triton.jit
 def _output(y, k, mean, gc, bc, s, out, P, C, T: tl.constexpr, B: tl.constexpr):
-    rows, there = _positions(P, T)
+    image, p, rows, there = _positions(P, T)
     gate = tl.load(s + rows, mask=there, other=0.0)[:, None]
     for start in range(0, C, B):
-        at, c, inside = _tile(P, C, start, T, B)
-        off = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - _by_channel(mean, c, C)
-        gains, offsets = _by_image(gc, c, C), _by_image(bc, c, C)
-        z = tl.fma(off, gains + tl.zeros_like(off), offsets + tl.zeros_like(off))
+        c = start + tl.arange(0, B)
+        at, inside = _elements(image, p, c, P, C, P)
+        off = _off(y, at, inside, _by_channel(mean, c, C))
+        z = _z(off, _by_image(gc, image, c, C), _by_image(bc, image, c, C))
         value = z * gate + tl.load(k + at, mask=inside, other=0.0).to(tl.float32)
         value = tl.where(value > 0, value, tl.where(value == value, 0.0, value))  # NaN stays
         tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
@@ -107,54 +205,124 @@ def _output(y, k, mean, gc, bc, s, out, P, C, T: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def _output_backward(
-    y, out, go, mean, gc, bc, s, q, plain, times_y, over, P, C, T: tl.constexpr, B: tl.constexpr
+    y, out, go, mean, gc, bc, s, q, plain, times_y, over, positions, P, C, span,
+    T: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    rows, there = _positions(P, T)
-    gate = tl.load(s + rows, mask=there, other=0.0)[:, None]
-    total = tl.zeros((T,), tl.float32)
-    for start in range(0, C, B):
-        at, c, inside = _tile(P, C, start, T, B)
+    image, c = _columns(C, B)
+    start, end = _span(P, span)
+    means = _by_channel(mean, c, C)
+    gains, offsets = _by_image(gc, image, c, C), _by_image(bc, image, c, C)
+    gated = tl.zeros((T, B), tl.float32)
+    gated_y = tl.zeros((T, B), tl.float32)
+    for first in range(start, end, T):
+        p = first + tl.arange(0, T)
+        at, inside = _elements(image, p, c, P, C, end)
+        rows, there = image.to(tl.int64) * P + p, p < end
         gradient = tl.load(go + at, mask=inside, other=0.0)
         positive = tl.load(out + at, mask=inside, other=0.0) > 0
         gradient = tl.where(positive, gradient, 0.0)
         tl.store(q + at, gradient.to(q.dtype.element_ty), mask=inside)
         part = gradient.to(tl.float32)
-        off = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - _by_channel(mean, c, C)
-        gains, offsets = _by_image(gc, c, C), _by_image(bc, c, C)
-        total += tl.sum(part * (off * gains + offsets), 1)
-        _store_partial(plain, c, C, tl.sum(part * gate, 0))
-        _store_partial(times_y, c, C, tl.sum(part * gate * off, 0))
-    tl.store(over + rows, total, mask=there)
+        off = _off(y, at, inside, means)
+        by_channels = tl.sum(part * (off * gains + offsets), 1)
+        tl.store(over + tl.program_id(0).to(tl.int64) * positions + rows, by_channels, mask=there)
+        part *= tl.load(s + rows, mask=there, other=0.0)[:, None]
+        gated += part
+        gated_y += part * off
+    _store_sums(plain, image, c, C, tl.sum(gated, 0))
+    _store_sums(times_y, image, c, C, tl.sum(gated_y, 0))
 
 
 @triton.jit
 def _pooled_backward(
-    y, mean, gc, bc, largest, pooled, dpooled, plain, times_y, count, shared, P, C,
+    y, mean, gc, bc, largest, pooled, several, dpooled, plain, times_y, count, shared, P, C, span,
     T: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    rows, there = _positions(P, T)
-    top = tl.load(pooled + rows * 2, mask=there, other=0.0)[:, None]
-    by_mean = _by_mean(dpooled, rows, there, C)
-    several = tl.zeros((T,), tl.float32)
-    for start in range(0, C, B):
-        at, c, inside = _tile(P, C, start, T, B)
-        off = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - _by_channel(mean, c, C)
-        gains, offsets = _by_image(gc, c, C), _by_image(bc, c, C)
-        z = tl.fma(off, gains + tl.zeros_like(off), offsets + tl.zeros_like(off))
-        several += tl.sum(tl.where(inside & (z == top), 1.0, 0.0), 1)
-    dmax = tl.load(dpooled + rows * 2, mask=there, other=0.0).to(tl.float32)
-    share = dmax / tl.maximum(several, 1.0)
-    tl.store(shared + rows, share, mask=there)
-    for start in range(0, C, B):  # a second time, from the cache
-        at, c, inside = _tile(P, C, start, T, B)
-        off = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - _by_channel(mean, c, C)
-        gains, offsets = _by_image(gc, c, C), _by_image(bc, c, C)
-        z = tl.fma(off, gains + tl.zeros_like(off), offsets + tl.zeros_like(off))
-        dz = tl.where(inside, by_mean + tl.where(z == top, share[:, None], 0.0), 0.0)
-        _store_partial(plain, c, C, tl.sum(dz, 0))
-        _store_partial(times_y, c, C, tl.sum(dz * off, 0))
-        found = inside & (off == _by_image(largest, c, C))
-        _store_partial(count, c, C, tl.sum(tl.where(found, 1.0, 0.0), 0))
+    image, c = _columns(C, B)
+    start, end = _span(P, span)
+    means = _by_channel(mean, c, C)
+    gains, offsets = _by_image(gc, image, c, C), _by_image(bc, image, c, C)
+    highest = _by_image(largest, image, c, C)
+    total = tl.zeros((T, B), tl.float32)
+    total_y = tl.zeros((T, B), tl.float32)
+    found = tl.zeros((T, B), tl.float32)
+    for first in range(start, end, T):
+        p = first + tl.arange(0, T)
+        at, inside = _elements(image, p, c, P, C, end)
+        rows, there = image.to(tl.int64) * P + p, p < end
+        top = tl.load(pooled + rows * 2, mask=there, other=0.0)[:, None]
+        dmax = tl.load(dpooled + rows * 2, mask=there, other=0.0).to(tl.float32)
+        share = dmax / tl.load(several + rows, mask=there, other=1.0)
+        tl.store(shared + rows, share, mask=there & (tl.program_id(0) == 0))
+        off = _off(y, at, inside, means)
+        at_top = _z(off, gains, offsets) == top
+        dz = _by_mean(dpooled, rows, there, C) + tl.where(at_top, share[:, None], 0.0)
+        dz = tl.where(inside, dz, 0.0)
+        total += dz
+        total_y += dz * off
+        found += tl.where(inside & (off == highest), 1.0, 0.0)
+    _store_sums(plain, image, c, C, tl.sum(total, 0))
+    _store_sums(times_y, image, c, C, tl.sum(total_y, 0))
+    _store_sums(count, image, c, C, tl.sum(found, 0))
+
+
+@triton.jit
+def _gate_backward(of_pooled, of_output, b, g, sums, dc, count, C, S, B: tl.constexpr):
+    image, images = tl.program_id(1), tl.num_programs(1)
+    c = tl.program_id(0) * B + tl.arange(0, B)
+    plain = _added(of_pooled, 0, image, images, c, C, S)
+    plain += _added(of_output, 0, image, images, c, C, S)
+    times_y = _added(of_pooled, 1, image, images, c, C, S)
+    times_y += _added(of_output, 1, image, images, c, C, S)
+    _store(sums, 0, image, images, c, C, plain)
+    _store(sums, 1, image, images, c, C, times_y)
+    offsets = tl.load(b + c, mask=c < C, other=0.0)
+    gains = tl.load(g + c, mask=c < C, other=0.0)
+    _store(dc, 0, image, images, c, C, plain * offsets + times_y * gains)
+    found = _added(of_pooled, 2, image, images, c, C, S)
+    _store(count, 0, image, images, c, C, tl.maximum(found, 1.0))
+
+
+@triton.jit
+def _by_norm(weight, means, d, gate, sums, terms, C, B: tl.constexpr):
+    """An image's terms of the gradients of BN's weight (without the deviation) and bias."""
+    image, images = tl.program_id(1), tl.num_programs(1)
+    c = tl.program_id(0) * B + tl.arange(0, B)
+    d_average = _added(d, 0, image, images, c, C, 1).to(tl.float32)
+    d_largest = _added(d, 1, image, images, c, C, 1).to(tl.float32)
+    average = _added(means, 0, image, images, c, C, 1)
+    largest = _added(means, 1, image, images, c, C, 1)
+    # if BN's weight is 0, all values are equal, and each of them is the maximum
+    zero = tl.load(weight + c, mask=c < C, other=0.0) == 0
+    by_means = d_average * average + d_largest * tl.where(zero, average, largest)
+    gates = _added(gate, 0, image, images, c, C, 1)
+    by_weight = by_means + gates * _added(sums, 1, image, images, c, C, 1)
+    by_bias = d_average + d_largest + gates * _added(sums, 0, image, images, c, C, 1)
+    _store(terms, 0, image, images, c, C, by_weight)
+    _store(terms, 1, image, images, c, C, by_bias)
+
+
+@triton.jit
+def _by_statistics(
+    totals, deviation, g, d, count, by_channel, at_largest, plain, P, C, B: tl.constexpr
+):
+    image, images = tl.program_id(1), tl.num_programs(1)
+    c = tl.program_id(0) * B + tl.arange(0, B)
+    here = c < C
+    values = images.to(tl.float32) * P
+    deviations = tl.load(deviation + c, mask=here, other=0.0)
+    gains = tl.load(g + c, mask=here, other=0.0)
+    dweight = tl.load(totals + c, mask=here, other=0.0) * deviations
+    dbias = tl.load(totals + C + c, mask=here, other=0.0)
+    d_average = _added(d, 0, image, images, c, C, 1).to(tl.float32)
+    d_largest = _added(d, 1, image, images, c, C, 1).to(tl.float32)
+    found = _added(count, 0, image, images, c, C, 1)
+    _store(at_largest, 0, image, images, c, C, gains * d_largest / found)
+    _store(plain, 0, image, images, c, C, gains * (d_average / P - dbias / values))
+    here = here & (image == 0)
+    tl.store(by_channel + c, dweight, mask=here)
+    tl.store(by_channel + C + c, dbias, mask=here)
+    tl.store(by_channel + 2 * C + c, -gains * deviations * dweight / values, mask=here)
 
 
 @triton.jit
@@ -162,26 +330,28 @@ def _input_backward(
     y, q, mean, gc, bc, s, pooled, dpooled, shared, largest, at_largest, by_y, plain, out, P, C,
     T: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    rows, there = _positions(P, T)
+    image, p, rows, there = _positions(P, T)
     gate = tl.load(s + rows, mask=there, other=0.0)[:, None]
     top = tl.load(pooled + rows * 2, mask=there, other=0.0)[:, None]
     share = tl.load(shared + rows, mask=there, other=0.0)[:, None]
     by_mean = _by_mean(dpooled, rows, there, C)
     for start in range(0, C, B):
-        at, c, inside = _tile(P, C, start, T, B)
-        off = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - _by_channel(mean, c, C)
-        gains, offsets = _by_image(gc, c, C), _by_image(bc, c, C)
-        z = tl.fma(off, gains + tl.zeros_like(off), offsets + tl.zeros_like(off))
+        c = start + tl.arange(0, B)
+        at, inside = _elements(image, p, c, P, C, P)
+        off = _off(y, at, inside, _by_channel(mean, c, C))
+        gains = _by_image(gc, image, c, C)
+        z = _z(off, gains, _by_image(bc, image, c, C))
         dz = tl.load(q + at, mask=inside, other=0.0).to(tl.float32) * gate + by_mean
         dz += tl.where(z == top, share, 0.0)
-        value = dz * gains + off * _by_channel(by_y, c, C) + _by_image(plain, c, C)
-        more = off == _by_image(largest, c, C)
-        value += tl.where(more, _by_image(at_largest, c, C), 0.0)
+        value = dz * gains + off * _by_channel(by_y, c, C) + _by_image(plain, image, c, C)
+        more = off == _by_image(largest, image, c, C)
+        value += tl.where(more, _by_image(at_largest, image, c, C), 0.0)
         tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 # --------------------------------------------------------------- as fused_torch.py has them
-def _launch(kernel: Any, y: Tensor, *arguments: Tensor) -> None:
+def _by_tiles(kernel: Any, y: Tensor, *arguments: Tensor) -> None:
+    """Runs a kernel of the first kind."""
     batch, positions, channels = y.shape
     whole = [argument.contiguous() for argument in arguments]
     kernel[(batch, triton.cdiv(positions, TILE))](
@@ -189,30 +359,65 @@ def _launch(kernel: Any, y: Tensor, *arguments: Tensor) -> None:
     )
 
 
-def _partial(y: Tensor, count: int) -> Tensor:
-    """A buffer for `count` sums per tile of positions: (count, B, tiles, C)."""
-    tiles = triton.cdiv(y.shape[1], TILE)
-    return y.new_empty((count, len(y), tiles, y.shape[2]), dtype=torch.float32)
+class _Spans:
+    """How the programs of a kernel of the second kind divide a map among them."""
+
+    def __init__(self, y: Tensor) -> None:
+        self.shape = batch, positions, channels = y.shape
+        self.columns: int = min(COLUMNS, triton.next_power_of_2(channels))
+        self.blocks: int = triton.cdiv(channels, self.columns)
+        several = triton.cdiv(PROGRAMS, batch * self.blocks)
+        self.span: int = max(ROWS, triton.cdiv(positions, several))
+        self.count: int = triton.cdiv(positions, self.span)
+
+    def sums(self, y: Tensor, count: int) -> Tensor:
+        """A buffer for `count` sums per span: (count, B, spans, C)."""
+        batch, _, channels = self.shape
+        return y.new_empty((count, batch, self.count, channels), dtype=torch.float32)
+
+    def run(self, kernel: Any, *arguments: Tensor | int) -> None:
+        batch, positions, channels = self.shape
+        whole = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+        kernel[(self.blocks, self.count, batch)](
+            *whole, positions, channels, self.span, T=ROWS, B=self.columns
+        )
 
 
-def statistics(y: Tensor, shift: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+def _by_images(kernel: Any, batch: int, channels: int, *arguments: Tensor | int | float) -> None:
+    """Runs a small kernel."""
+    whole = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+    columns = min(COLUMNS, triton.next_power_of_2(channels))
+    kernel[(triton.cdiv(channels, columns), batch)](*whole, B=columns)
+
+
+def statistics(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Moments:
     """See fused_torch.py."""
-    partial = _partial(y, 3)
-    _launch(_statistics, y, shift, sign, *partial)
-    return partial[:2].sum(2, keepdim=True), partial[2].amax(1, keepdim=True).mul_(sign)
+    batch, positions, channels = y.shape
+    spans = _Spans(y)
+    sums = spans.sums(y, 3)
+    spans.run(_statistics, y, weight, *sums)
+    by_channel = y.new_empty((5, channels), dtype=torch.float32)
+    means = y.new_empty((2, batch, 1, channels), dtype=torch.float32)
+    x_means = torch.empty_like(means)
+    _by_images(
+        _moments, batch, channels, y, sums, sums[:2].sum((1, 2)), weight, bias, by_channel, means,
+        x_means, positions, channels, spans.count, eps,
+    )  # fmt: skip
+    return Moments(*by_channel, means, x_means)
 
 
-def pooled(y: Tensor, mean: Tensor, gc: Tensor, bc: Tensor) -> Tensor:
+def pooled(y: Tensor, mean: Tensor, gc: Tensor, bc: Tensor) -> tuple[Tensor, Tensor]:
     """See fused_torch.py."""
     out = y.new_empty((*y.shape[:2], 2), dtype=torch.float32)
-    _launch(_pooled, y, mean, gc, bc, out)
-    return out
+    several = y.new_empty((*y.shape[:2], 1), dtype=torch.float32)
+    _by_tiles(_pooled, y, mean, gc, bc, out, several)
+    return out, several
 
 
 def output(y: Tensor, k: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, s: Tensor) -> Tensor:
     """See fused_torch.py."""
     out = torch.empty_like(y)
-    _launch(_output, y, k, mean, gc, bc, s, out)
+    _by_tiles(_output, y, k, mean, gc, bc, s, out)
     return out
 
 
@@ -220,22 +425,52 @@ def output_backward(
     y: Tensor, out: Tensor, go: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, s: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See fused_torch.py."""
-    q, over = torch.empty_like(y), torch.empty_like(s, memory_format=torch.contiguous_format)
-    partial = _partial(y, 2)
-    _launch(_output_backward, y, out, go, mean, gc, bc, s, q, *partial, over)
-    return q, partial.sum(2, keepdim=True), over
+    spans, q = _Spans(y), torch.empty_like(y)
+    sums = spans.sums(y, 2)
+    over = s.new_empty((spans.blocks, *s.shape))
+    spans.run(_output_backward, y, out, go, mean, gc, bc, s, q, *sums, over, s.numel())
+    return q, sums, over[0] if spans.blocks == 1 else over.sum(0)
 
 
 def pooled_backward(
-    y: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, largest: Tensor,
-    pooled: Tensor, dpooled: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y: Tensor, batch: Moments, gc: Tensor, bc: Tensor,
+    pooled: Tensor, several: Tensor, dpooled: Tensor, by_output: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See fused_torch.py."""
-    partial = _partial(y, 3)
-    share = y.new_empty((*y.shape[:2], 1), dtype=torch.float32)
-    _launch(_pooled_backward, y, mean, gc, bc, largest, pooled, dpooled, *partial, share)
-    sums = partial.sum(2, keepdim=True)
-    return sums[:2], sums[2].clamp_min_(1), share
+    spans = _Spans(y)
+    by_span = spans.sums(y, 3)
+    share = torch.empty_like(several)
+    spans.run(
+        _pooled_backward, y, batch.mean, gc, bc, batch.means[1], pooled, several, dpooled,
+        *by_span, share,
+    )  # fmt: skip
+    sums = torch.empty_like(batch.means)
+    dc, count = torch.empty_like(gc), torch.empty_like(gc)
+    _by_images(
+        _gate_backward, len(y), y.shape[2], by_span, by_output, batch.b, batch.g, sums, dc, count,
+        y.shape[2], spans.count,
+    )  # fmt: skip
+    return sums, dc, count, share
+
+
+def statistics_backward(
+    batch: Moments, weight: Tensor, d: Tensor, c: Tensor, sums: Tensor, count: Tensor,
+    positions: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See fused_torch.py."""
+    _, images, _, channels = batch.means.shape
+    terms = torch.empty_like(batch.means)
+    _by_images(
+        _by_norm, images, channels, weight, batch.means, d, c, sums, terms, channels
+    )  # fmt: skip
+    by_channel = terms.new_empty((3, channels))
+    at_largest, plain = torch.empty_like(count), torch.empty_like(count)
+    _by_images(
+        _by_statistics, images, channels, terms.sum((1, 2)), batch.deviation, batch.g, d, count,
+        by_channel, at_largest, plain, positions, channels,
+    )  # fmt: skip
+    dweight, dbias, by_y = by_channel
+    return dweight, dbias, at_largest, by_y, plain
 
 
 def input_backward(
@@ -245,7 +480,7 @@ def input_backward(
 ) -> Tensor:  # fmt: skip
     """See fused_torch.py."""
     out = torch.empty_like(y)
-    _launch(
+    _by_tiles(
         _input_backward, y, q, mean, gc, bc, s, pooled, dpooled, share, largest, at_largest, by_y,
         plain, out,
     )  # fmt: skip
