@@ -28,6 +28,7 @@ BLOCK = 64  # channels read at a time
 COLUMNS = 128  # channels per program
 ROWS = 16  # positions read at a time
 PROGRAMS = 2048  # fewer would not keep a large GPU busy
+WARPS = 4  # per program
 
 
 @triton.jit
@@ -379,7 +380,7 @@ class _Spans:
         batch, positions, channels = self.shape
         whole = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
         kernel[(self.blocks, self.count, batch)](
-            *whole, positions, channels, self.span, T=ROWS, B=self.columns
+            *whole, positions, channels, self.span, T=ROWS, B=self.columns, num_warps=WARPS
         )
 
 
