@@ -400,3 +400,58 @@ def test_tritons_kernels_are_the_modules_under_its_interpreter():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("torch.") == 4
+
+
+COMPILED = """
+import re, subprocess, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from regard.models import fused_triton
+MAPS, NUMBERS = {"y", "k", "q", "go", "out"}, {"P", "C", "S", "span", "positions"}
+SIZES = {"T": fused_triton.ROWS, "B": fused_triton.COLUMNS}
+TILES = {"T": fused_triton.TILE, "B": fused_triton.BLOCK}
+ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+by_tiles = {"_pooled": fused_triton.POOLED_TILE, "_output": 0, "_input_backward": 0}
+kernels = ["_statistics", "_moments", *by_tiles, "_output_backward", "_pooled_backward",
+           "_gate_backward", "_by_norm", "_by_statistics"]
+for name in kernels:
+    kernel, signature, constants = getattr(fused_triton, name), {}, {}
+    sizes = {**TILES, "T": by_tiles[name] or fused_triton.TILE} if name in by_tiles else SIZES
+    for word in kernel.arg_names:
+        constant = word in sizes
+        maps = word in MAPS and not (name == "_pooled" and word == "out")
+        signature[word] = ("constexpr" if constant else "i32" if word in NUMBERS else
+                           "fp32" if word == "eps" else "*bf16" if maps else "*fp32")
+        if constant:
+            constants[word] = sizes[word]
+    whole = {(k,): [["tt.divisibility", 16]]
+             for k, word in enumerate(kernel.arg_names) if "*" in signature[word] or word == "C"}
+    for generation in (80, 90):
+        source = ASTSource(kernel, signature, constants, whole)
+        compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32),
+                                  options={"num_warps": fused_triton.WARPS})
+        with tempfile.TemporaryDirectory() as folder:
+            ptx = Path(folder, "kernel.ptx")
+            ptx.write_text(compiled.asm["ptx"])
+            target = f"sm_{generation}" + "a" * (generation == 90)
+            done = subprocess.run([ptxas, "-v", f"--gpu-name={target}", ptx, "-o", f"{ptx}.cubin"],
+                                  capture_output=True, text=True, check=True)
+        spilled = re.search(r"(\\d+) bytes spill stores", done.stderr)
+        print(name, target, spilled[0])
+        assert spilled[1] == "0", done.stderr
+"""
+
+
+@pytest.mark.slow
+def test_tritons_kernels_compile_for_gpus_and_fit_their_registers(tmp_path):
+    """Without a GPU: the compiler that comes with Triton, for the A100's and H100's generation."""
+    pytest.importorskip("triton", reason="Triton comes with torch on CUDA; pip install triton")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True,
+        timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" 0 bytes spill stores") == 20

@@ -9,7 +9,8 @@ channels of an image, add up the sums of several spans and compute all else that
 the passes. Arithmetic is in float32. `tl.fma` makes z the same number in each kernel, so that the
 maximum is found again.
 
-Checked against float64 on an H200, and under Triton's interpreter (TRITON_INTERPRET=1) on a CPU.
+Checked against float64 under Triton's interpreter (TRITON_INTERPRET=1) on a CPU, and compiled there
+for an A100 and an H100 (tests/test_fused.py).
 """
 
 from typing import Any
@@ -24,7 +25,8 @@ from regard.models.fused_torch import Moments
 # of the first kind: the fastest of nine pairs on an H200 (docs/performance.md)
 TILE = 64  # positions per program
 BLOCK = 64  # channels read at a time
-# of the second kind
+POOLED_TILE = 32  # of `_pooled`, which holds three numbers for each value of a block
+# of the second kind; not tuned yet (benchmarks/fused_kernels.py)
 COLUMNS = 128  # channels per program
 ROWS = 16  # positions read at a time
 PROGRAMS = 2048  # fewer would not keep a large GPU busy
@@ -351,12 +353,12 @@ def _input_backward(
 
 
 # --------------------------------------------------------------- as fused_torch.py has them
-def _by_tiles(kernel: Any, y: Tensor, *arguments: Tensor) -> None:
+def _by_tiles(kernel: Any, tile: int, y: Tensor, *arguments: Tensor) -> None:
     """Runs a kernel of the first kind."""
     batch, positions, channels = y.shape
     whole = [argument.contiguous() for argument in arguments]
-    kernel[(batch, triton.cdiv(positions, TILE))](
-        y, *whole, positions, channels, T=TILE, B=min(BLOCK, triton.next_power_of_2(channels))
+    kernel[(batch, triton.cdiv(positions, tile))](
+        y, *whole, positions, channels, T=tile, B=min(BLOCK, triton.next_power_of_2(channels))
     )
 
 
@@ -404,21 +406,22 @@ def statistics(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Moments:
         _moments, batch, channels, y, sums, sums[:2].sum((1, 2)), weight, bias, by_channel, means,
         x_means, positions, channels, spans.count, eps,
     )  # fmt: skip
-    return Moments(*by_channel, means, x_means)
+    mean, deviation, variance, g, b = by_channel
+    return Moments(mean, deviation, variance, g, b, means, x_means)
 
 
 def pooled(y: Tensor, mean: Tensor, gc: Tensor, bc: Tensor) -> tuple[Tensor, Tensor]:
     """See fused_torch.py."""
     out = y.new_empty((*y.shape[:2], 2), dtype=torch.float32)
     several = y.new_empty((*y.shape[:2], 1), dtype=torch.float32)
-    _by_tiles(_pooled, y, mean, gc, bc, out, several)
+    _by_tiles(_pooled, POOLED_TILE, y, mean, gc, bc, out, several)
     return out, several
 
 
 def output(y: Tensor, k: Tensor, mean: Tensor, gc: Tensor, bc: Tensor, s: Tensor) -> Tensor:
     """See fused_torch.py."""
     out = torch.empty_like(y)
-    _by_tiles(_output, y, k, mean, gc, bc, s, out)
+    _by_tiles(_output, TILE, y, k, mean, gc, bc, s, out)
     return out
 
 
@@ -482,7 +485,7 @@ def input_backward(
     """See fused_torch.py."""
     out = torch.empty_like(y)
     _by_tiles(
-        _input_backward, y, q, mean, gc, bc, s, pooled, dpooled, share, largest, at_largest, by_y,
-        plain, out,
+        _input_backward, TILE, y, q, mean, gc, bc, s, pooled, dpooled, share, largest, at_largest,
+        by_y, plain, out,
     )  # fmt: skip
     return out
