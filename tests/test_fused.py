@@ -181,7 +181,7 @@ class UncountedPasses:
 
 
 def test_little_is_asked_for_between_the_passes():
-    """On a GPU each is a kernel of microseconds, whatever it computes: there were 147."""
+    """On a GPU each is a kernel of microseconds, whatever it computes: there were 147, then 84."""
     norm, gates = end_of_a_block(32, torch.float32)
     y, k, t = (x.bfloat16().to(memory_format=LAST) for x in maps((4, 32, 8, 8), torch.float32))
     y.requires_grad_(), k.requires_grad_()
@@ -190,7 +190,7 @@ def test_little_is_asked_for_between_the_passes():
             out = fused_end(y, k, norm, gates, UncountedPasses(asked))
         out.backward(t)
     assert y.grad is not None
-    assert asked.count <= 90
+    assert asked.count <= 46
 
 
 # ------------------------------------------------------------------------------- networks

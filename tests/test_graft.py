@@ -361,6 +361,51 @@ def test_gates_of_a_stage_see_its_last_map():
     assert all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
 
 
+def hidden_units(model, x):
+    """Of each channel gate, by name: whether each hidden unit is above 0 for some image."""
+    found = {}
+
+    def look(name):
+        return lambda _, units: found.__setitem__(name, (units[0] > 0).any(0))
+
+    hooks = [
+        m.mlp[2].register_forward_pre_hook(look(name))
+        for name, m in model.named_modules()
+        if isinstance(m, regard.models.cbam.ChannelGate)
+    ]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("attention", ["cbam", "se"])
+def test_no_gate_behind_a_relu_is_dead_from_the_start(attention):
+    """A map that is never negative leaves a unit whose weights sum to less than 0 at 0 for good."""
+    alone = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        plain = regard.create_model("sononet8", num_classes=3, convs=(1, 1, 1, 1, 1))
+        grafted = regard.graft(plain, ATTENTION[attention]).train()
+        units = hidden_units(grafted, torch.rand(8, 1, 32, 32))
+        assert len(units) == 5
+        assert all(seen.any() for seen in units.values()), units
+        alone += sum(len(seen) == 1 for seen in units.values())
+    assert alone == 16  # of 8 and 16 channels: half of them were dead
+
+
+def test_gates_behind_a_norm_start_as_the_authors_do():
+    plain = trained("resnet18")
+    torch.manual_seed(0)
+    grafted = regard.graft(plain)
+    torch.manual_seed(0)
+    for name in ("layer1.0", "layer1.1", "layer2.0"):
+        expected = regard.CBAM(128 if name == "layer2.0" else 64)
+        found = grafted.get_submodule(name).se
+        assert torch.equal(found.channel.mlp[0].weight, expected.channel.mlp[0].weight)
+
+
 def test_checkpoints_of_a_stage_that_ends_in_a_gate():
     """Gates are within the stages, so that what sets a stage up for checkpoints finds it."""
     grafted = regard.graft(timm.create_model("ese_vovnet19b_slim_dw", num_classes=3)).train()
