@@ -452,7 +452,7 @@ def test_head_gives_the_headers_of_get(server):
 
 def form(*files: tuple[str, bytes], field: bool = True) -> bytes:
     """A multipart body as curl -F makes it."""
-    parts = [b'--XX\r\nContent-Disposition: form-data; name="top"\r\n\r\n3\r\n'] * field
+    parts = [b'--XX\r\nContent-Disposition: form-data; name="note"\r\n\r\n3\r\n'] * field
     for name, content in files:
         head = f'Content-Disposition: form-data; name="file"; filename="{name}"\r\n'
         parts.append(b"--XX\r\n" + head.encode() + b"Content-Type: image/jpeg\r\n\r\n")
@@ -473,6 +473,17 @@ def test_a_form_is_answered_as_its_file(server, photo):
         assert status == 400
         assert found in json.loads(answer)["detail"]
     assert server.ask("POST", "/api/predict", form(("a", b"")), **kind)[0] == 400
+
+
+@pytest.mark.parametrize("option", ["top", "target", "form"])
+def test_an_option_in_a_form_is_not_passed_over(server, photo, option):
+    kind = {"Content-Type": 'multipart/form-data; boundary="XX"'}
+    body = form(("a.jpg", photo)).replace(b'"note"', f'"{option}"'.encode())
+    status, _, answer = server.ask("POST", "/api/explain", body, **kind)
+    assert status == 400
+    assert json.loads(answer)["detail"] == (
+        f"{option} is not read from a form: put it into the address, as ?{option}=3"
+    )
 
 
 def test_it_says_that_it_is_no_diagnosis_and_how_well_it_did(server, whole, tmp_path, caplog):

@@ -409,6 +409,26 @@ def test_parts_of_an_array_of_jobs_end_in_one_result(command, tmp_path, capsys):
     assert (whole["done"], len(whole["failed"])) == (5, 1)
 
 
+def test_runs_in_different_precisions_are_told(command, tmp_path, capsys):
+    """precision=auto is bf16 on one machine of an array of jobs, and fp32 on another."""
+    assert command()[0] == 0
+    files = sorted(tmp_path.glob("s/runs/*/seed-*/run.json"))
+    for used, expected in (
+        (["bf16"] * 4, {}),
+        (["bf16", "fp32", "bf16", "bf16"], {"bf16": 3, "fp32": 1}),
+    ):
+        for file, precision in zip(files, used, strict=True):
+            run = json.loads(file.read_text())
+            run["facts"]["precision"] = precision
+            file.write_text(json.dumps(run))
+        capsys.readouterr()
+        code, written = command()
+        assert (code, written["precisions"]) == (0, expected)
+        told = "not computed alike (3 in bf16 and 1 in fp32)"
+        for text in (capsys.readouterr().out, (tmp_path / "s/study.html").read_text("utf-8")):
+            assert (told in text) is bool(expected)
+
+
 def test_the_slurm_script_has_the_command_without_its_own_flag(capsys, tmp_path):
     path = tmp_path / "my study.toml"
     path.write_text(TABLE)

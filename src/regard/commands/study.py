@@ -306,6 +306,8 @@ class _Study:
         for row in result.rows:
             if row.verdict:
                 print(row.verdict)
+        if result.caution:
+            print(result.caution)
         for run, why in result.failed.items():
             print(f"failed: {run.row}, {run.folder.name}: {why}")
         print(f"the study: {self.out / 'study.html'}")

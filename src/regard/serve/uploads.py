@@ -58,7 +58,8 @@ async def read_image_bytes(request: Request, limits: Limits) -> bytes:
     """The image file in a request: its body, or the one file of a multipart form.
 
     Raises:
-        HTTPException: 413 too large, 408 too slow, 400 empty or not a form with one file.
+        HTTPException: 413 too large, 408 too slow, 400 empty, not a form with one file, or a form
+            with an option that belongs into the address.
     """
     body = await _read_body(request, limits)
     kind = Message()
@@ -90,6 +91,7 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     return bytes(body)
 
 
+OPTIONS = ("top", "target", "form")  # read from the address alone
 MOST_HEAD = 8192  # limit of a part's headers in bytes, as parsing them takes quadratic time
 
 
@@ -102,7 +104,14 @@ def _file_of_form(body: bytes, boundary: str) -> bytes:
         head, end, content = part[:MOST_HEAD].partition(b"\r\n\r\n")
         if not end and len(part) > MOST_HEAD:
             raise HTTPException(400, f"a part of the form has headers of over {MOST_HEAD:,} bytes")
-        name, content = _file_name(head), content + part[MOST_HEAD:]
+        field, name = _names(head)
+        content += part[MOST_HEAD:]
+        if name is None and field in OPTIONS:
+            value = content.removesuffix(b"\r\n")[:40].decode("ascii", "replace")
+            raise HTTPException(
+                400,
+                f"{field} is not read from a form: put it into the address, as ?{field}={value}",
+            )
         if name or (name is not None and content):  # a browser sends "" for a field left empty
             files.append(content)
     if len(files) != 1:
@@ -111,12 +120,13 @@ def _file_of_form(body: bytes, boundary: str) -> bytes:
     return files[0]
 
 
-def _file_name(head: bytes) -> str | None:
-    """The file name in the headers of a form's part; None: it is a text field."""
+def _names(head: bytes) -> tuple[str | None, str | None]:
+    """The name of a form's part, and that of its file; None: it is a text field."""
     # the name may be in any encoding, which does not matter here
     headers = email.message_from_string(head.lstrip(b"\r\n").decode("latin-1"))
     try:
-        return headers.get_filename()
+        field = headers.get_param("name", header="content-disposition")
+        return field if isinstance(field, str) else None, headers.get_filename()
     except ValueError:  # an unknown encoding, or a number of 5,000 digits
         raise HTTPException(400, "the file's name in the form can't be read") from None
 

@@ -9,7 +9,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ class StudyResult:
         seeds, folds: as planned.
         done, total: numbers of runs.
         failed: the reason for each failed run.
+        precisions: in how many runs each precision was used, if there are several.
         runs: all of them, with their commands.
         images: number of test images, over all folds; 0 if nothing is finished.
         groups: number of their groups, or None.
@@ -124,6 +126,18 @@ class StudyResult:
     images: int
     groups: int | None
     failed: dict[PlannedRun, str] = field(default_factory=dict)
+    precisions: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def caution(self) -> str:
+        """That runs computed in different precisions, in one sentence; empty if they did not."""
+        if not self.precisions:
+            return ""
+        shares = " and ".join(f"{n} in {name}" for name, n in self.precisions.items())
+        return (
+            f"The runs were not computed alike ({shares}), as precision=auto is what each machine "
+            "does fastest: a difference between rows may come from this."
+        )
 
 
 def gather(
@@ -175,6 +189,7 @@ def gather(
         done=sum(is_finished(run) for run in runs), total=len(runs), runs=list(runs),
         images=0 if first is None else len(first), groups=groups,
         failed={run: why for run in runs if (why := failure_of(run)) and not is_finished(run)},
+        precisions=_precisions(read.values()),
     )  # fmt: skip
 
 
@@ -208,6 +223,14 @@ def _read_row(row: Row, runs: Sequence[PlannedRun], seeds: list[int], folds: int
             read.faithfulness[seed] = faithfulness_of([r.folder for r in finished])
     check_alike(row.name, read.folders)
     return read
+
+
+def _precisions(rows: Iterable[_Read]) -> dict[str, int]:
+    """In how many runs each precision was used; empty if it is the same in all."""
+    used = Counter(
+        facts["precision"] for row in rows for facts in row.facts if "precision" in facts
+    )
+    return dict(sorted(used.items())) if len(used) > 1 else {}
 
 
 def _joined(parts: list[Predictions]) -> tuple[Predictions, Any]:
@@ -307,6 +330,7 @@ def to_dict(result: StudyResult) -> dict[str, Any]:
         "images": result.images,
         "groups": result.groups,
         "rows": [_row_dict(row) for row in result.rows],
+        "precisions": result.precisions,
         "failed": {str(run): why for run, why in result.failed.items()},
         "commands": [str(run) for run in result.runs],
     }
