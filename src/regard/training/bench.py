@@ -21,6 +21,7 @@ from regard.errors import UsageError
 from regard.files import reason
 from regard.log import silence_libraries
 from regard.machine import fastest_kernels, has_bf16, keep_freed_memory, synchronize
+from regard.models._onednn import without_strided_pointwise
 from regard.models.fused import can_fuse, set_fused
 from regard.models.zoo import twins_of
 from regard.training.config import Recipe
@@ -135,6 +136,8 @@ def _prepared(
 
     def start() -> None:
         own = copy.deepcopy(model).train().to(device)
+        if device.type == "cpu":
+            without_strided_pointwise(own)
         images = preprocess.normalize(noise(batch, preprocess.input_size).to(device))
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.arange(batch, device=device) % int(getattr(model, "num_classes", 2))

@@ -15,6 +15,7 @@ from regard.data.loading import InMemoryLoader, SampleOrder, StreamingLoader
 from regard.data.workers import default_workers
 from regard.errors import UsageError
 from regard.machine import in_channels_last, keep_freed_memory
+from regard.models._onednn import without_strided_pointwise
 from regard.models.create import make_model
 from regard.models.fused import can_fuse, set_fused
 from regard.training.activation_checkpointing import set_checkpointing
@@ -54,6 +55,7 @@ def build_model(plan: Plan, device: torch.device, *, start: bool) -> nn.Module:
         set_checkpointing(model, plan.model)
     if device.type == "cpu":
         keep_freed_memory()
+        without_strided_pointwise(model)
     return in_channels_last(model.to(device))
 
 
