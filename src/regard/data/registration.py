@@ -9,7 +9,6 @@ burnt-in text affects only the tiles that it covers.
 Every function works on a batch of P pairs.
 """
 
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,6 +181,5 @@ def _summary(
     count = used.sum((1, 2))
     share = ((correlations > _AGREES) & used).sum((1, 2)) / np.maximum(count, 1)
     values = np.where(used, correlations, np.nan).reshape(len(used), -1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # "All-NaN slice": no tile is used
-        return count, share, np.nan_to_num(np.nanmedian(values, axis=1))
+    values[count == 0] = 0  # numpy would warn, and warnings' filters belong to all threads
+    return count, share, np.nanmedian(values, axis=1)
