@@ -5,7 +5,8 @@
 For the maps of ResNet-50's first and third stage, in bf16: milliseconds of each pass with caches
 emptied before (triton.testing.do_bench), and the milliseconds that reading and writing its maps
 would take at the given memory bandwidth (TB/s). The last line has the sizes whose sums, weighted
-by the stages' blocks, are smallest; they belong into models/fused_triton.py.
+by the stages' blocks, are smallest, as models/fused_triton.py has them. Small batches
+take other sizes: try --batch 32 as well.
 """
 
 import argparse
@@ -101,9 +102,16 @@ def main() -> None:
                 of[tile, block] = of.get((tile, block), 0) + blocks * ms
             told = "  ".join(f"{name} {ms:.3f}" for name, ms in found.items())
             print(f"tile {tile} block {block}: {told}", flush=True)
-    best = [f"rows, columns, warps {min(by_spans, key=by_spans.__getitem__)}"]
-    best += [f"{name}: tile, block {min(of, key=of.__getitem__)}" for name, of in by_tiles.items()]
-    print("fastest: " + "; ".join(best))
+    rows, columns, warps = min(by_spans, key=by_spans.__getitem__)
+    shared = {
+        sizes: by_tiles["output"][sizes] + by_tiles["input_backward"][sizes] for sizes in TILES
+    }
+    tile, block = min(shared, key=shared.__getitem__)
+    pooled = {t: ms for (t, b), ms in by_tiles["pooled"].items() if b == block}
+    print(
+        f"fastest: ROWS {rows}, COLUMNS {columns}, WARPS {warps}; TILE {tile}, BLOCK {block}, "
+        f"POOLED_TILE {min(pooled, key=pooled.__getitem__)}"
+    )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ step compiled 120 $regard train digits --model cbam_resnet18 --size 64 --steps 3
     --pretrained no $short --out "$runs/compiled"
 step stopped 15 $regard train digits --model cbam_resnet18 --epochs 200 --pretrained no $short --out "$runs/stopped"
 step resumed 15 $regard train digits --model cbam_resnet18 --epochs 200 --pretrained no $short --out "$runs/stopped" --resume
-step kernels 150 python3 benchmarks/fused_kernels.py
+step kernels 240 python3 benchmarks/fused_kernels.py
 step resnet50 240 $regard bench resnet50 cbam_resnet50 --train --engine eager fused compiled graphs \
     --precision bf16 --batch-size 256 --device cuda --rounds 4
 step resnet18 60 $regard bench resnet18 cbam_resnet18 --train --engine eager graphs --precision bf16 \

@@ -395,8 +395,9 @@ def test_no_gate_behind_a_relu_is_dead_from_the_start(attention):
     assert alone == 16  # of 8 and 16 channels: half of them were dead
 
 
-def test_gates_behind_a_norm_start_as_the_authors_do():
-    plain = trained("resnet18")
+@pytest.mark.parametrize("plain", [trained, timm.create_model])  # timm starts with BNs of 0
+def test_gates_behind_a_norm_start_as_the_authors_do(plain):
+    plain = plain("resnet18")
     torch.manual_seed(0)
     grafted = regard.graft(plain)
     torch.manual_seed(0)

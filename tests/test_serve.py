@@ -475,15 +475,20 @@ def test_a_form_is_answered_as_its_file(server, photo):
     assert server.ask("POST", "/api/predict", form(("a", b"")), **kind)[0] == 400
 
 
-@pytest.mark.parametrize("option", ["top", "target", "form"])
-def test_an_option_in_a_form_is_not_passed_over(server, photo, option):
+@pytest.mark.parametrize(
+    ("path", "option"), [("explain", o) for o in ("top", "target", "form")] + [("predict", "top")]
+)
+def test_an_option_in_a_form_is_not_passed_over(server, photo, path, option):
     kind = {"Content-Type": 'multipart/form-data; boundary="XX"'}
-    body = form(("a.jpg", photo)).replace(b'"note"', f'"{option}"'.encode())
-    status, _, answer = server.ask("POST", "/api/explain", body, **kind)
-    assert status == 400
-    assert json.loads(answer)["detail"] == (
-        f"{option} is not read from a form: put it into the address, as ?{option}=3"
-    )
+    for name in (f'name="{option}"', f"name*=utf-8''{option}"):
+        body = form(("a.jpg", photo)).replace(b'name="note"', name.encode())
+        status, _, answer = server.ask("POST", f"/api/{path}", body, **kind)
+        assert status == 400
+        assert json.loads(answer)["detail"] == (
+            f"{option} is not read from a form: put it into the address, as ?{option}=..."
+        )
+        left_empty = body.replace(b"\r\n\r\n3\r\n", b"\r\n\r\n\r\n")
+        assert server.ask("POST", f"/api/{path}", left_empty, **kind)[0] == 200
 
 
 def test_it_says_that_it_is_no_diagnosis_and_how_well_it_did(server, whole, tmp_path, caplog):

@@ -19,8 +19,8 @@ def without_strided_pointwise(model: nn.Module) -> nn.Module:
 
     In channels_last, the gradient of their weights is written past the end of a buffer if they
     have fewer channels than a register (github.com/uxlfoundation/oneDNN/issues/6035; seen with
-    AVX2 in torch 2.14): the process ends, hangs, or goes on with wrong numbers. Names, weights and
-    results stay the same.
+    AVX2 and fewer than 8 in torch 2.14): the process ends, hangs, or goes on with wrong numbers.
+    Names, weights and results stay the same.
     """
     for module in model.modules():
         if (

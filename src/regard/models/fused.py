@@ -85,7 +85,6 @@ class _Statistics(torch.autograd.Function):
             batch.means[1], *by_channel,
         )  # fmt: skip
         shared.q = shared.sums = shared.share = shared.count = shared.pooled = None
-        shared.several = None
         return dy, dweight.to(weight.dtype), dbias.to(weight.dtype), None
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from regard.models.fused_torch import Moments
 
-# of the first kind: the fastest of nine pairs on an H200 (docs/performance.md)
+# of the first kind: the fastest of nine pairs on an H200, before POOLED_TILE was a size of its own
 TILE = 64  # positions per program
 BLOCK = 64  # channels read at a time
 POOLED_TILE = 32  # of `_pooled`, which holds three numbers for each value of a block
@@ -30,6 +30,7 @@ POOLED_TILE = 32  # of `_pooled`, which holds three numbers for each value of a 
 COLUMNS = 128  # channels per program
 ROWS = 16  # positions read at a time
 PROGRAMS = 2048  # fewer would not keep a large GPU busy
+SPANS = 32  # at most, as one small program adds them up
 WARPS = 4  # per program
 
 
@@ -99,13 +100,19 @@ def _by_mean(dpooled, rows, there, C):
 
 
 @triton.jit
-def _added(sums, which, image, images, c, C, S):
-    """The sums `which` of an image over all S spans, from (count, B, S, C), as a row."""
-    row = (which * images + image).to(tl.int64) * S
-    total = tl.load(sums + row * C + c, mask=c < C, other=0.0)
-    for span in range(1, S):
-        total += tl.load(sums + (row + span) * C + c, mask=c < C, other=0.0)
-    return total
+def _added(sums, which, image, images, c, C, S, SP: tl.constexpr):
+    """The sums `which` of an image over all S spans, from (count, B, S, C); SP: S or more."""
+    span = tl.arange(0, SP)
+    rows = (which * images + image).to(tl.int64) * S + span
+    inside = (span < S)[:, None] & (c < C)[None, :]
+    return tl.sum(tl.load(sums + rows[:, None] * C + c[None, :], mask=inside, other=0.0), 0)
+
+
+@triton.jit
+def _load(pointer, which, image, images, c, C):
+    """The values for channels `c` in (count, B, C)."""
+    row = (which * images + image).to(tl.int64)
+    return tl.load(pointer + row * C + c, mask=c < C, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -137,8 +144,9 @@ def _statistics(y, weight, total, squares, largest, P, C, span, T: tl.constexpr,
 
 @triton.jit
 def _moments(
-    y, sums, totals, weight, bias, by_channel, means, x_means, P, C, S, eps, B: tl.constexpr
-):
+    y, sums, totals, weight, bias, by_channel, means, x_means, P, C, S, eps,
+    B: tl.constexpr, SP: tl.constexpr,
+):  # fmt: skip
     image, images = tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(0) * B + tl.arange(0, B)
     here = c < C
@@ -152,11 +160,12 @@ def _moments(
     g = w * deviation
     b = tl.load(bias + c, mask=here, other=0.0).to(tl.float32)
 
-    top = tl.full((B,), float("-inf"), tl.float32)
-    for span in range(0, S):
-        row = (2 * images + image).to(tl.int64) * S + span
-        top = tl.maximum(top, tl.load(sums + row * C + c, mask=here, other=0.0))
-    average = _added(sums, 0, image, images, c, C, S) / P - off
+    span = tl.arange(0, SP)
+    rows = (2 * images + image).to(tl.int64) * S + span
+    inside = (span < S)[:, None] & here[None, :]
+    at = rows[:, None] * C + c[None, :]
+    top = tl.max(tl.load(sums + at, mask=inside, other=float("-inf")), 0)
+    average = _added(sums, 0, image, images, c, C, S, SP) / P - off
     largest = tl.where(w < 0, -top, top) - mean  # bit for bit `_off` there
     _store(means, 0, image, images, c, C, average)
     _store(means, 1, image, images, c, C, largest)
@@ -270,19 +279,21 @@ def _pooled_backward(
 
 
 @triton.jit
-def _gate_backward(of_pooled, of_output, b, g, sums, dc, count, C, S, B: tl.constexpr):
+def _gate_backward(
+    of_pooled, of_output, b, g, sums, dc, count, C, S, B: tl.constexpr, SP: tl.constexpr
+):
     image, images = tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(0) * B + tl.arange(0, B)
-    plain = _added(of_pooled, 0, image, images, c, C, S)
-    plain += _added(of_output, 0, image, images, c, C, S)
-    times_y = _added(of_pooled, 1, image, images, c, C, S)
-    times_y += _added(of_output, 1, image, images, c, C, S)
+    plain = _added(of_pooled, 0, image, images, c, C, S, SP)
+    plain += _added(of_output, 0, image, images, c, C, S, SP)
+    times_y = _added(of_pooled, 1, image, images, c, C, S, SP)
+    times_y += _added(of_output, 1, image, images, c, C, S, SP)
     _store(sums, 0, image, images, c, C, plain)
     _store(sums, 1, image, images, c, C, times_y)
     offsets = tl.load(b + c, mask=c < C, other=0.0)
     gains = tl.load(g + c, mask=c < C, other=0.0)
     _store(dc, 0, image, images, c, C, plain * offsets + times_y * gains)
-    found = _added(of_pooled, 2, image, images, c, C, S)
+    found = _added(of_pooled, 2, image, images, c, C, S, SP)
     _store(count, 0, image, images, c, C, tl.maximum(found, 1.0))
 
 
@@ -291,16 +302,16 @@ def _by_norm(weight, means, d, gate, sums, terms, C, B: tl.constexpr):
     """An image's terms of the gradients of BN's weight (without the deviation) and bias."""
     image, images = tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(0) * B + tl.arange(0, B)
-    d_average = _added(d, 0, image, images, c, C, 1).to(tl.float32)
-    d_largest = _added(d, 1, image, images, c, C, 1).to(tl.float32)
-    average = _added(means, 0, image, images, c, C, 1)
-    largest = _added(means, 1, image, images, c, C, 1)
+    d_average = _load(d, 0, image, images, c, C)
+    d_largest = _load(d, 1, image, images, c, C)
+    average = _load(means, 0, image, images, c, C)
+    largest = _load(means, 1, image, images, c, C)
     # if BN's weight is 0, all values are equal, and each of them is the maximum
     zero = tl.load(weight + c, mask=c < C, other=0.0) == 0
     by_means = d_average * average + d_largest * tl.where(zero, average, largest)
-    gates = _added(gate, 0, image, images, c, C, 1)
-    by_weight = by_means + gates * _added(sums, 1, image, images, c, C, 1)
-    by_bias = d_average + d_largest + gates * _added(sums, 0, image, images, c, C, 1)
+    gates = _load(gate, 0, image, images, c, C)
+    by_weight = by_means + gates * _load(sums, 1, image, images, c, C)
+    by_bias = d_average + d_largest + gates * _load(sums, 0, image, images, c, C)
     _store(terms, 0, image, images, c, C, by_weight)
     _store(terms, 1, image, images, c, C, by_bias)
 
@@ -317,9 +328,9 @@ def _by_statistics(
     gains = tl.load(g + c, mask=here, other=0.0)
     dweight = tl.load(totals + c, mask=here, other=0.0) * deviations
     dbias = tl.load(totals + C + c, mask=here, other=0.0)
-    d_average = _added(d, 0, image, images, c, C, 1).to(tl.float32)
-    d_largest = _added(d, 1, image, images, c, C, 1).to(tl.float32)
-    found = _added(count, 0, image, images, c, C, 1)
+    d_average = _load(d, 0, image, images, c, C)
+    d_largest = _load(d, 1, image, images, c, C)
+    found = _load(count, 0, image, images, c, C)
     _store(at_largest, 0, image, images, c, C, gains * d_largest / found)
     _store(plain, 0, image, images, c, C, gains * (d_average / P - dbias / values))
     here = here & (image == 0)
@@ -370,7 +381,7 @@ class _Spans:
         self.columns: int = min(COLUMNS, triton.next_power_of_2(channels))
         self.blocks: int = triton.cdiv(channels, self.columns)
         several = triton.cdiv(PROGRAMS, batch * self.blocks)
-        self.span: int = max(ROWS, triton.cdiv(positions, several))
+        self.span: int = max(ROWS, triton.cdiv(positions, min(several, SPANS)))
         self.count: int = triton.cdiv(positions, self.span)
 
     def sums(self, y: Tensor, count: int) -> Tensor:
@@ -386,11 +397,13 @@ class _Spans:
         )
 
 
-def _by_images(kernel: Any, batch: int, channels: int, *arguments: Tensor | int | float) -> None:
+def _by_images(
+    kernel: Any, batch: int, channels: int, *arguments: Tensor | int | float, **sizes: int
+) -> None:
     """Runs a small kernel."""
     whole = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
     columns = min(COLUMNS, triton.next_power_of_2(channels))
-    kernel[(triton.cdiv(channels, columns), batch)](*whole, B=columns)
+    kernel[(triton.cdiv(channels, columns), batch)](*whole, B=columns, **sizes)
 
 
 def statistics(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Moments:
@@ -404,7 +417,7 @@ def statistics(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Moments:
     x_means = torch.empty_like(means)
     _by_images(
         _moments, batch, channels, y, sums, sums[:2].sum((1, 2)), weight, bias, by_channel, means,
-        x_means, positions, channels, spans.count, eps,
+        x_means, positions, channels, spans.count, eps, SP=triton.next_power_of_2(spans.count),
     )  # fmt: skip
     mean, deviation, variance, g, b = by_channel
     return Moments(mean, deviation, variance, g, b, means, x_means)
@@ -452,7 +465,7 @@ def pooled_backward(
     dc, count = torch.empty_like(gc), torch.empty_like(gc)
     _by_images(
         _gate_backward, len(y), y.shape[2], by_span, by_output, batch.b, batch.g, sums, dc, count,
-        y.shape[2], spans.count,
+        y.shape[2], spans.count, SP=triton.next_power_of_2(spans.count),
     )  # fmt: skip
     return sums, dc, count, share
 

@@ -207,7 +207,8 @@ def _wake(attention: CBAM, images: tuple[Tensor]) -> None:
     learns nothing: half of all units, and half of all gates that have only one, as for 16 channels.
     In the paper, where the map comes from a BN, the sign makes no difference.
     """
-    if attention.channel is not None and images[0].amin() >= 0:
+    low, high = images[0].aminmax()
+    if attention.channel is not None and low >= 0 and high > 0:  # a norm may start with zeros alone
         weight = attention.channel.mlp[0].weight
         assert isinstance(weight, Tensor)
         weight.mul_(torch.where(weight.sum(1, keepdim=True) < 0, -1.0, 1.0).to(weight))

@@ -139,8 +139,8 @@ def _add_pages(app: FastAPI, classifier: Classifier, tested: dict[str, Any] | No
 def _add_api(app: FastAPI, classifier: Classifier, worker: BatchingWorker, limits: Limits) -> None:
     most = len(classifier.class_names)
 
-    async def image_of(request: Request) -> Upload:
-        body = await read_image_bytes(request, limits)
+    async def image_of(request: Request, *options: str) -> Upload:
+        body = await read_image_bytes(request, limits, options)
         return Upload(body, await worker.in_reader(check, body, limits))
 
     @app.post(
@@ -148,7 +148,7 @@ def _add_api(app: FastAPI, classifier: Classifier, worker: BatchingWorker, limit
         description=SAME if classifier.engine is None else f"Answered by {classifier.engine!r}.",
     )  # fmt: skip
     async def predict(request: Request, top: Top = 5) -> dict[str, Any]:
-        p = await worker.predict(await image_of(request), min(top, most))
+        p = await worker.predict(await image_of(request, "top"), min(top, most))
         classes = [{"class": name, "probability": share} for name, share in p.classes]
         return {"classes": classes, **_signs(p.decision, p.distance, p.unlike_training)}
 
@@ -161,7 +161,8 @@ def _add_api(app: FastAPI, classifier: Classifier, worker: BatchingWorker, limit
             raise HTTPException(422, f"target={target!r}: choose one of {names}")
         if form not in ("json", "png", "npz"):
             raise HTTPException(422, f"form={form!r}: choose one of json, png, npz")
-        explanation, box, distance = await worker.explain(await image_of(request), target)
+        upload = await image_of(request, "target", "form", "top")
+        explanation, box, distance = await worker.explain(upload, target)
         if form == "png":
             return Response(await worker.in_reader(_as_png, explanation), media_type="image/png")
         if form == "npz":

@@ -2,11 +2,12 @@
 
 import asyncio
 import email
+import email.utils
 import io
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
@@ -54,18 +55,24 @@ class Limits:
                 raise UsageError(f"{name}={value}: must be positive and finite")
 
 
-async def read_image_bytes(request: Request, limits: Limits) -> bytes:
+async def read_image_bytes(
+    request: Request, limits: Limits, options: Collection[str] = ()
+) -> bytes:
     """The image file in a request: its body, or the one file of a multipart form.
+
+    Args:
+        request, limits: what is asked, and what is accepted.
+        options: fields that are read from the address, and refused in a form.
 
     Raises:
         HTTPException: 413 too large, 408 too slow, 400 empty, not a form with one file, or a form
-            with an option that belongs into the address.
+            with an option.
     """
     body = await _read_body(request, limits)
     kind = Message()
     kind["content-type"] = request.headers.get("content-type", "")
     if kind.get_content_type() == "multipart/form-data":
-        body = _file_of_form(body, str(kind.get_param("boundary") or ""))
+        body = _file_of_form(body, str(kind.get_param("boundary") or ""), options)
     if not body:
         raise HTTPException(400, "the image is empty (0 bytes): send it as the body of the request")
     return body
@@ -91,11 +98,10 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     return bytes(body)
 
 
-OPTIONS = ("top", "target", "form")  # read from the address alone
 MOST_HEAD = 8192  # limit of a part's headers in bytes, as parsing them takes quadratic time
 
 
-def _file_of_form(body: bytes, boundary: str) -> bytes:
+def _file_of_form(body: bytes, boundary: str, options: Collection[str]) -> bytes:
     """The one file of a multipart/form-data body (RFC 7578)."""
     files = []
     # every delimiter except the first follows a line break, which belongs to it
@@ -106,11 +112,9 @@ def _file_of_form(body: bytes, boundary: str) -> bytes:
             raise HTTPException(400, f"a part of the form has headers of over {MOST_HEAD:,} bytes")
         field, name = _names(head)
         content += part[MOST_HEAD:]
-        if name is None and field in OPTIONS:
-            value = content.removesuffix(b"\r\n")[:40].decode("ascii", "replace")
+        if name is None and field in options and content.strip():
             raise HTTPException(
-                400,
-                f"{field} is not read from a form: put it into the address, as ?{field}={value}",
+                400, f"{field} is not read from a form: put it into the address, as ?{field}=..."
             )
         if name or (name is not None and content):  # a browser sends "" for a field left empty
             files.append(content)
@@ -120,13 +124,13 @@ def _file_of_form(body: bytes, boundary: str) -> bytes:
     return files[0]
 
 
-def _names(head: bytes) -> tuple[str | None, str | None]:
+def _names(head: bytes) -> tuple[str, str | None]:
     """The name of a form's part, and that of its file; None: it is a text field."""
     # the name may be in any encoding, which does not matter here
     headers = email.message_from_string(head.lstrip(b"\r\n").decode("latin-1"))
     try:
-        field = headers.get_param("name", header="content-disposition")
-        return field if isinstance(field, str) else None, headers.get_filename()
+        field = headers.get_param("name", "", header="content-disposition")
+        return email.utils.collapse_rfc2231_value(field), headers.get_filename()
     except ValueError:  # an unknown encoding, or a number of 5,000 digits
         raise HTTPException(400, "the file's name in the form can't be read") from None
 

@@ -135,8 +135,8 @@ class StudyResult:
             return ""
         shares = " and ".join(f"{n} in {name}" for name, n in self.precisions.items())
         return (
-            f"The runs were not computed alike ({shares}), as precision=auto is what each machine "
-            "does fastest: a difference between rows may come from this."
+            f"The runs were not computed alike ({shares}): unless this is what the rows compare, "
+            "give --precision, as a difference between them may come from it."
         )
 
 
