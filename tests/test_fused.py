@@ -140,10 +140,17 @@ def test_a_graph_that_is_kept_gives_its_gradients_again():
     backward_twice(fused_torch, torch.float64)
 
 
+def make_channels_equal(norm, gates):
+    """All channels have a position's largest z, as they may in a network that starts neutral."""
+    nn.init.zeros_(norm.weight)
+    nn.init.constant_(norm.bias, 0.5)
+    nn.init.zeros_(gates.channel.mlp[2].weight)
+    nn.init.zeros_(gates.channel.mlp[2].bias)
+
+
 def test_where_all_channels_are_the_largest_they_share_the_gradient():
-    """As timm starts: the last BN of a block is 0."""
-    norm, gates = end_of_a_block(24, torch.float64, zero=True)
-    nn.init.zeros_(norm.bias)
+    norm, gates = end_of_a_block(24, torch.float64)
+    make_channels_equal(norm, gates)
     y, k, t = maps((3, 24, 6, 6), torch.float64)
     expected = step(norm, gates, y, k, t)
     assert apart(step(norm, gates, y, k, t, fused_torch), expected) < 1e-12
@@ -394,13 +401,15 @@ def test_bench_measures_it_and_refuses_it_where_nothing_is_trained(capsys):
 INTERPRETED = """
 import torch
 from regard.models import fused_torch, fused_triton
-from tests.test_fused import apart, backward_twice, end_of_a_block, maps, step
+from tests.test_fused import (
+    apart, backward_twice, end_of_a_block, make_channels_equal, maps, step
+)
 for shape, dtype, bound, programs, case in (
     ((2, 32, 7, 6), torch.float32, 1e-5, 2048, ""), ((2, 136, 3, 5), torch.float32, 1e-5, 2048, ""),
     ((1, 200, 9, 9), torch.float32, 1e-5, 1, ""),  # one span of 81 positions
     ((2, 24, 9, 9), torch.float32, 1e-5, 6, ""),  # three of 27
     ((3, 24, 6, 6), torch.float32, 1e-5, 2048, "equal values"),
-    ((2, 136, 6, 6), torch.float32, 1e-5, 2048, "zeros"),
+    ((2, 136, 6, 6), torch.float32, 1e-5, 2048, "equal channels"),
     ((2, 32, 7, 6), torch.bfloat16, 1e-2, 2048, ""),
 ):
     fused_triton.PROGRAMS = programs
@@ -409,8 +418,8 @@ for shape, dtype, bound, programs, case in (
     if case == "equal values":  # several positions of a channel have its largest
         torch.nn.init.zeros_(norm.weight[:3])
         y = y.mul(2).round().div(2)
-    if case == "zeros":  # as timm starts: all channels have the largest z of a position
-        torch.nn.init.zeros_(norm.weight), torch.nn.init.zeros_(norm.bias)
+    if case == "equal channels":
+        make_channels_equal(norm, gates)
     expected = step(norm.double(), gates.double(), y.double(), k.double(), t)
     found = step(norm.float(), gates.float(), y, k, t, fused_triton)
     print(shape, dtype, case, apart(found, expected))
