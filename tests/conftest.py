@@ -35,6 +35,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A run in a test's own process gets its report, which takes most of its time, if asked for."""
+    from regard.commands import train
+
+    asked = item.get_closest_marker("report") is not None
+    train._report = write_report if asked else no_report
+
+
+def write_report(folder: Path, device: str) -> Path:
+    from regard.report.build import report_run
+
+    return report_run(folder, device)
+
+
+def no_report(folder: Path, device: str) -> Path:
+    return folder / "report.html"
+
+
 @pytest.fixture(scope="session")
 def scans(tmp_path_factory) -> Path:
     """120 of the digits 0, 1 and 2 as PNG files in a folder of class folders."""

@@ -104,6 +104,7 @@ def test_explain_tells_of_gates_that_do_not_attend(scans, tmp_path, capsys):
     assert "6 images unchanged" in said
 
 
+@pytest.mark.report
 def test_a_run_tells_at_its_end_which_gates_do_not_attend(scans, tmp_path):
     save_model(
         network(dead=DEAD), tmp_path / "net", class_names=["0", "1", "2"],
@@ -122,6 +123,7 @@ def test_a_run_tells_at_its_end_which_gates_do_not_attend(scans, tmp_path):
     assert [n for n, g in found["channel_gates"]["gates"].items() if g["same"]] == list(DEAD)
 
 
+@pytest.mark.report
 def test_a_run_without_channel_gates_says_nothing_of_them(whole):
     found = json.loads((whole / "run.json").read_text(encoding="utf-8"))["facts"]
     assert found["channel_gates"] == {}

@@ -133,7 +133,9 @@ def test_too_small_an_image_is_told(name, side, message):
         model(torch.randn(1, model.in_chans, side, side))
 
 
-@pytest.mark.parametrize("name", [*KINDS, "attention56"])
+@pytest.mark.parametrize(
+    "name", [*LARGE_ONES_SLOW, pytest.param("attention56", marks=pytest.mark.slow)]
+)
 def test_bfloat16_autocast_trains_without_nan(name):
     model = regard.create_model(name, num_classes=4).train()
     x = small_input(model)

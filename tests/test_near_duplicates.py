@@ -135,6 +135,7 @@ def test_a_leak_is_named_before_training(tmp_path):
     assert leak_line(clean) is None
 
 
+@pytest.mark.report
 def test_a_leak_is_in_the_card_and_the_report_of_the_run(tmp_path):
     said = run(
         "train", leaking(tmp_path / "data"), "--model", "ag_sononet8", "--size", "16", "--steps",

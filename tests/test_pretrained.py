@@ -235,6 +235,7 @@ def test_own_weights_that_saw_the_images_are_not_taken(elsewhere, table):  # noq
     assert "images of this data" in start.words
 
 
+@pytest.mark.report
 def test_a_run_decides_once_and_says_what_it_took(elsewhere, scans, tmp_path):  # noqa: F811
     add(elsewhere, "ag_sononet8.small", num_classes=3)
     config = elsewhere / "ag_sononet8.small/config.json"

@@ -211,6 +211,7 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(dropping, tmp_path):
     assert same_results(dropping("whole"), dropping("ended", resume=True))
 
 
+@pytest.mark.report
 @pytest.mark.slow
 def test_in_a_thread_signals_are_left_alone(dropping):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)

@@ -17,6 +17,8 @@ from regard.training.recipe_files import load_recipe
 from regard.training.run_plan import Plan
 from tests.helpers import QUICK, run
 
+pytestmark = pytest.mark.report
+
 
 @pytest.fixture(scope="module")
 def untested(scans, tmp_path_factory):

@@ -67,7 +67,8 @@ def tiny() -> nn.Module:
 def gradients(name: str, side: int, bf16: bool, checkpointing: bool, backend: str | None = None):
     """Gradients and BN's statistics after two batches of a step."""
     torch.manual_seed(1)
-    model = regard.create_model(name, num_classes=10, in_chans=1)
+    narrow = {"channels": (16, 16, 32, 32)} if name == "cbam_resnet18" else {}
+    model = regard.create_model(name, num_classes=10, in_chans=1, **narrow)
     if checkpointing:
         set_checkpointing(model, name)
     trainer = trainer_of(model, side, bf16, grad_checkpointing=checkpointing, accumulate=2)

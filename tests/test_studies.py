@@ -723,6 +723,7 @@ def edited(tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.report
 def test_runs_of_another_recipe_are_not_pooled(edited):
     """Its file may have been edited since, as the study's file; other rows may be the last's."""
     assert edited("--seeds", "1", "--steps", "6", "--rows", "A")[0] == 0

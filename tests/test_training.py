@@ -275,6 +275,7 @@ def test_images_lost_on_the_way_are_left_out_and_listed(scans, tmp_path, monkeyp
     assert json.loads((out / "evaluation.json").read_text())["n"] == 23
 
 
+@pytest.mark.report
 def test_a_patient_is_never_on_two_sides(scans, tmp_path):
     lines = ["path,label,group"]
     for k, path in enumerate(sorted(scans.rglob("*.png"))):

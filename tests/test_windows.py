@@ -28,6 +28,7 @@ command(["ag_sononet8"], size=(32, 32), rounds=1, train=True, engine=["eager"])
 """
 
 
+@pytest.mark.report
 @pytest.mark.slow
 def test_streamed_training_and_bench_need_no_name_of_posix_alone(scans, tmp_path):
     done = subprocess.run(

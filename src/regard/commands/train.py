@@ -181,14 +181,19 @@ def train(
 
 def _train(data: str | Path, *, device: str, **arguments: Any) -> Path:
     """As `train`."""
-    from regard.report.build import report_run
     from regard.training import run
     from regard.training.distributed import is_main_process
 
     folder = run.train(data, device=device, **arguments)
     if is_main_process() and not (folder / "report.html").is_file():
-        messages.info(f"the report: {report_run(folder, device)}")
+        messages.info(f"the report: {_report(folder, device)}")
     return folder
+
+
+def _report(folder: Path, device: str) -> Path:
+    from regard.report.build import report_run
+
+    return report_run(folder, device)
 
 
 @contextlib.contextmanager
