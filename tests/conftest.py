@@ -28,7 +28,10 @@ hypothesis.settings.load_profile("regard")
 
 
 # files that take longest come first, so that no process is left with one at the end
-LONGEST = ("test_demo", "test_distributed", "test_resume", "test_report", "test_training")
+LONGEST = (
+    "test_demo", "test_models", "test_graft", "test_distributed", "test_resume", "test_report",
+    "test_training", "test_studies", "test_pretrained",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

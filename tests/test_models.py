@@ -134,8 +134,13 @@ def test_too_small_an_image_is_told(name, side, message):
 
 
 @pytest.mark.parametrize(
-    "name", [*LARGE_ONES_SLOW, pytest.param("attention56", marks=pytest.mark.slow)]
-)
+    "name",
+    [
+        name if name in {"attention56_cifar", "cbam_resnet18", "ag_sononet8"}
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in [*KINDS, "attention56"]
+    ],
+)  # fmt: skip
 def test_bfloat16_autocast_trains_without_nan(name):
     model = regard.create_model(name, num_classes=4).train()
     x = small_input(model)
