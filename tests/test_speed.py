@@ -454,7 +454,9 @@ def test_a_resumed_run_does_as_was_decided_and_the_same_is_learnt(scans, tmp_pat
     train(str(scans), **asked, resume=True)
     assert seen == [("fit", 24), ("compile", 12, None), ("compile", 12, False)]
     told = json.loads((out / "run.json").read_text())
-    assert told["measured"] == {"batches": [12, 2], "compiled": False, "left_out": {}}
+    assert told["measured"] == {
+        "batches": [12, 2], "compiled": False, "left_out": {}, "warnings": [],
+    }  # fmt: skip
     assert told["facts"]["batches"] == [12, 2]
     recipe = (out / "recipe.toml").read_text()
     assert "batch_size = 24\naccumulate = 1\n" in recipe
