@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regard.commands import train
 from tests.helpers import Server, jpeg, run, settings
 
 CHROMIUM = shutil.which("chromium")
@@ -38,23 +39,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A run in a test's own process gets its report, which takes most of its time, if asked for."""
-    from regard.commands import train
-
-    asked = item.get_closest_marker("report") is not None
-    train._report = write_report if asked else no_report
-
-
-def write_report(folder: Path, device: str) -> Path:
-    from regard.report.build import report_run
-
-    return report_run(folder, device)
+write_report = train._report
 
 
 def no_report(folder: Path, device: str) -> Path:
     return folder / "report.html"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A run in a test's own process gets its report, which takes most of its time, if asked for."""
+    train._report = write_report if item.get_closest_marker("report") else no_report
 
 
 @pytest.fixture(scope="session")

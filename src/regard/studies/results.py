@@ -136,7 +136,7 @@ class StudyResult:
         shares = " and ".join(f"{n} in {name}" for name, n in self.precisions.items())
         return (
             f"The runs were not computed alike ({shares}): unless this is what the rows compare, "
-            "give --precision, as a difference between them may come from it."
+            "set the precision, as a difference between them may come from it."
         )
 
 
