@@ -21,6 +21,7 @@ from regard.data.near_duplicates import (
     leak_line,
     read_thumbnails,
 )
+from regard.data.registration import agreement
 from regard.data.similar import find_candidates
 from regard.data.sources import open_data
 from regard.data.splits import assign_splits
@@ -271,3 +272,12 @@ def test_a_page_replaces_nothing_else(tmp_path, name, capsys):
     assert ended.value.code == 2
     assert name in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_images_without_detail_agree_in_no_tile_and_warn_of_nothing():
+    """As a warning's filter would be that of all threads: numpy must not have a reason for one."""
+    flat = np.full((2, 64, 64), 0.5, np.float32)
+    whole = np.tile(np.float32([1, 0, 1, 0]), (2, 1))  # scale and shift of x and y
+    found = agreement(flat, flat, whole, sigma=2.0)
+    for numbers in found[:6]:  # tiles, share and median, in the image and in its middle
+        np.testing.assert_array_equal(numbers, np.zeros(2))

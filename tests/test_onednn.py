@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from regard.data.preprocess import Preprocess
 from regard.models._onednn import without_strided_pointwise
+from regard.training import bench
 from regard.training.build import build_model
 from regard.training.config import Recipe
 from regard.training.run_plan import Request, new_plan
@@ -57,3 +59,22 @@ def test_a_run_on_a_cpu_has_none(scans):
     strided = [m for m in pointwise if m.stride == (2, 2)]
     assert len(strided) == 3  # shortcuts
     assert all(type(m) is not nn.Conv2d for m in strided)
+
+
+def test_a_step_that_is_timed_on_a_cpu_has_none(monkeypatch):
+    made = []
+
+    class Noted(bench.Case):
+        def __init__(self, model, *arguments):
+            made.append(model)
+            super().__init__(model, *arguments)
+
+    narrow = nn.Sequential(nn.Conv2d(3, 8, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    narrow.num_classes = 8
+    monkeypatch.setattr(bench, "Case", Noted)
+    preprocess = Preprocess((3, 16, 16), (0.5,) * 3, (0.5,) * 3)
+    timing = bench.TrainTiming("eager", "fp32", network="narrow")
+    cpu = torch.device("cpu")
+    assert bench._prepared(narrow, preprocess, timing, Recipe(), cpu, 2) is not None, timing.fault
+    assert all(type(model[0]) is not nn.Conv2d for model in made)
+    assert made

@@ -237,7 +237,7 @@ def test_what_a_run_was_started_with_is_not_changed(scans, tmp_path, whole, caps
         (["--ema-decay", "0.9"], "ema_decay=0.9: .* was started with 0.0; leave it out"),
         (["--weights", whole], "weights=.* was started with None"),
         (["--pretrained", "yes"], "pretrained=yes: .* was started with no"),
-        (["--recipe", "cbam-cifar"], "lr=0.1: .* was started with 0.05"),
+        (["--recipe", "cbam-cifar"], "optimizer=sgd: .* was started with muon"),
         (["--model", "sononet8"], "model=sononet8: .* was started with ag_sononet8"),
     ):
         asked = [*settings(scans, out), "--resume", *flags]
