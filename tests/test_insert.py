@@ -23,6 +23,7 @@ def made(name="resnet10t", weights=None, graft="none", channels=1):
 
 
 @pytest.mark.slow
+@pytest.mark.report  # without which a run of a study is not finished
 def test_the_shipped_study_trains_saves_and_compares(tmp_path, monkeypatch, capsys):
     def in_process(runs, after_each, **_):
         for run in runs:
