@@ -122,7 +122,9 @@ def test_an_engine_that_fails_is_one_line_and_the_others_go_on(capsys, monkeypat
         (["--precision", "fp8"], "int8"),
         (["--rounds", "0"], "--rounds 0: at least 1"),
         (["--batch-size", "4", "0"], "--batch-size 4 0: at least 1"),
-        (["ag_sononet8", "--size", "4", "4"], "made for 208 272"),
+        (["ag_sononet8", "--size", "4"], "made for 208 272"),
+        (["--size", "32", "32", "3"], "Must be >= 4"),
+        (["--size", "32", "32", "32"], "--size 32 32 32: give one number, or height and width"),
     ],
     ids=str,
 )  # fmt: skip

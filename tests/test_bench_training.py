@@ -13,7 +13,7 @@ from regard.training import bench
 from regard.training.bench import Case, TrainTiming, over_plain, trainable
 from regard.training.config import Recipe
 
-FLAGS = ["--train", "--size", "32", "32", "--rounds", "2", "--precision", "fp32"]
+FLAGS = ["--train", "--size", "32", "--rounds", "2", "--precision", "fp32"]
 CPU = torch.device("cpu")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag
+from regard.commands.flags import DeviceFlag, SizeFlag, height_and_width
 from regard.errors import UsageError
 from regard.log import info_on_stderr
 
@@ -27,7 +27,7 @@ def command(
     engine: Annotated[list[EngineName] | None, Several] = None,
     precision: Annotated[list[Precision] | None, Several] = None,
     batch_size: Annotated[list[int] | None, Several] = None,
-    size: tuple[int, int] | None = None,
+    size: SizeFlag = None,
     threads: int | None = None,
     rounds: int = 10,
     device: DeviceFlag = "auto",
@@ -57,8 +57,6 @@ def command(
         default: fp32, plus bf16 and int8 where the hardware supports them.
     batch_size
         Batch sizes; default: 8.
-    size
-        Height and width of the images; default: each network's own.
     threads
         CPU threads; default: all cores.
     rounds
@@ -67,13 +65,14 @@ def command(
         Print JSON, with the seconds of each round.
     """
     batches = batch_size or [8]
-    given = {"batch-size": batches, "size": size or (), "threads": (threads,), "rounds": (rounds,)}
+    given = {"batch-size": batches, "threads": (threads,), "rounds": (rounds,)}
     for flag, numbers in given.items():
         if any(n is not None and n < 1 for n in numbers):
             raise UsageError(f"--{flag} {' '.join(map(str, numbers))}: at least 1")
     asked = _Asked(
-        list(network or NETWORKS), engine, precision or ["auto"], batches, size, rounds, recipe
-    )
+        list(network or NETWORKS), engine, precision or ["auto"], batches, height_and_width(size),
+        rounds, recipe,
+    )  # fmt: skip
     from regard.machine import choose_device, describe_machine
 
     where = choose_device(device)

@@ -14,8 +14,10 @@ from regard.commands.diagnostics import DiagnosticFlags, Study, study
 from regard.commands.flags import (
     DeviceFlag,
     EngineFlags,
+    SizeFlag,
     SplitsFlag,
     TtaFlag,
+    height_and_width,
     leading_networks,
     naming_flags,
     require_data,
@@ -34,15 +36,7 @@ log: logging.Logger = logging.getLogger(__name__)
 class InputFlags:
     """What the network is given, where that differs from its own preprocessing."""
 
-    size: Annotated[
-        tuple[int, ...] | None,
-        Parameter(
-            help="Input size in pixels: one number, or height and width. Default: the network's.",
-            consume_multiple=True,
-            negative_iterable=(),
-            validator=Number(gte=4, lte=8192),
-        ),
-    ] = None
+    size: SizeFlag = None
     crop_pct: Annotated[
         float | None,
         Parameter(
@@ -63,20 +57,6 @@ class InputFlags:
     def differs(self) -> bool:
         """Whether anything is asked for."""
         return self != InputFlags()
-
-    @property
-    def height_and_width(self) -> tuple[int, int] | None:
-        """--size as two numbers.
-
-        Raises:
-            UsageError: it is more than two.
-        """
-        if self.size is None:
-            return None
-        if len(self.size) > 2:
-            given = " ".join(map(str, self.size))
-            raise UsageError(f"--size {given}: give one number, or height and width")
-        return self.size[0], self.size[-1]
 
 
 def command(
@@ -135,7 +115,7 @@ def command(
     parts.check()
     engine.require()
     require_data(source)
-    size = input.height_and_width
+    size = height_and_width(input.size)
     _check_output(predictions)
     from regard.calibrating import validation_predictions
     from regard.models.io import find_folder

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from regard.errors import UsageError
 from regard.extras import require
@@ -44,6 +45,31 @@ PrecisionFlag = Annotated[
         "those in fp32."
     ),
 ]
+
+
+SizeFlag = Annotated[
+    tuple[int, ...] | None,
+    Parameter(
+        help="Input size in pixels: one number, or height and width. Default: the network's.",
+        consume_multiple=True,
+        negative_iterable=(),
+        validator=Number(gte=4, lte=8192),
+    ),
+]
+
+
+def height_and_width(size: Sequence[int] | None) -> tuple[int, int] | None:
+    """A --size as two numbers.
+
+    Raises:
+        UsageError: it is more than two.
+    """
+    if size is None:
+        return None
+    if len(size) > 2:
+        given = " ".join(map(str, size))
+        raise UsageError(f"--size {given}: give one number, or height and width")
+    return size[0], size[-1]
 
 
 @dataclass(frozen=True)
