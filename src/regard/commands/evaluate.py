@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +27,7 @@ from regard.commands.subgroups import SubgroupFlags, evaluated, print_subgroups
 from regard.errors import UsageError
 
 if TYPE_CHECKING:
-    from regard.evaluation import Predictions, Subgroups
+    from regard.evaluation import Calibration, Predictions, Subgroups
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -52,11 +52,6 @@ class InputFlags:
             negative=(),
         ),
     ] = False
-
-    @property
-    def differs(self) -> bool:
-        """Whether anything is asked for."""
-        return self != InputFlags()
 
 
 def command(
@@ -115,70 +110,123 @@ def command(
     parts.check()
     engine.require()
     require_data(source)
-    size = height_and_width(input.size)
     _check_output(predictions)
-    from regard.calibrating import validation_predictions
-    from regard.models.io import find_folder
-    from regard.run_data import predictions_of
-    from regard.runs import write_predictions
+    images = {
+        "weights": weights, "root": root, "splits": splits, "renamed": _renamed(map or []),
+        "device": device, "size": height_and_width(input.size), "crop_pct": input.crop_pct,
+        "ten_crop": input.ten_crop, "flips": tta == "flips",
+    }  # fmt: skip
+    test = _Test(runs, source, split, images, numbers, parts, engine)
+    test.run()
+    if predictions is not None:
+        from regard.runs import write_predictions
 
-    tested: dict[str, Any] = {}
-    stored: list[Any] = []
+        write_predictions(predictions, test.split, test.found)
+    how = {**test.how, "ten_crop": input.ten_crop, "tta": tta}
+    if not json:
+        print(_heading(" + ".join(runs), source, test.split, input, how))
+    result = study(test.found, numbers, test.validation, test.calibration)
+    columns = evaluated(result.predictions, parts, result.diagnostics.one_class)
+    _print(result, columns, {"split": test.split, **how}, test.unreadable, json)
+    for line in test.unreadable:
+        log.warning(line)
+    return 1 if test.unreadable else 0
 
-    def prepare(classifier: Any, reader: Any) -> None:
-        numbers.check_classes(classifier.class_names)
-        parts.check_columns(reader.table.columns)
-        stored.append(classifier.calibration)
-        if len(runs) == 1:
-            classifier.calibration = None  # scaled afterwards
-        tested.update(
-            size=list(classifier.preprocess.size), crop_pct=classifier.preprocess.crop_pct,
-            ten_crop=input.ten_crop, tta=tta,
-        )  # fmt: skip
-        count = len(reader.table)
-        rows = range(0, count, max(1, count // 64))
-        reads = [lambda i=i: classifier.preprocess.fit(reader.decode(i)) for i in rows]
-        use_engine(classifier, engine, reads, count)
 
-    def predict(
-        data: str | None, which: str | None, network: str = run
-    ) -> tuple[str, Any, list[str]]:
+@dataclass
+class _Test:
+    """A test of one network, or of several as an ensemble.
+
+    Args:
+        runs: the networks.
+        source: the images; None: each run's own.
+        asked: the split asked for.
+        images: how they are read and given to the network, as for `predictions_of`.
+        numbers: what is calculated from the predictions.
+        parts: columns whose values are parts of the test.
+        engine: runs the network.
+
+    Attributes:
+        split: that was tested.
+        found: the predictions, of an ensemble their mean.
+        unreadable: a line for each image that can't be read.
+        calibration: stored in the run that is tested alone; its predictions are without it.
+        how: the size, the crop, and an ensemble's members, for the JSON.
+    """
+
+    runs: list[str]
+    source: str | None
+    asked: str | None
+    images: dict[str, Any]
+    numbers: DiagnosticFlags
+    parts: SubgroupFlags
+    engine: EngineFlags
+
+    split: str = field(init=False)
+    found: "Predictions" = field(init=False)
+    unreadable: list[str] = field(init=False)
+    calibration: "Calibration | None" = None
+    how: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Tests the networks, one after the other."""
+        alone = len(self.runs) == 1
+        each = [
+            self._predict(
+                run, self.source, self.asked, self._prepare_alone if alone else self._prepare,
+                calibrated=self.numbers.calibrate is None,
+            )
+            for run in self.runs
+        ]  # fmt: skip
+        self.split, self.found, self.unreadable = (
+            each[0] if alone else _averaged(each, self.runs, self.how)
+        )
+        stored = self.calibration is not None and self.numbers.calibrate is None
+        if stored and self.split == "val" and self.source is None:
+            log.warning(
+                "the stored temperature and threshold were fitted on the images tested here"
+            )
+
+    def validation(self) -> "Predictions":
+        """Predictions for the validation images of the only network, which choose a threshold."""
+        from regard.calibrating import validation_predictions
+        from regard.models.io import find_folder
+
+        if self.split in ("val", "all"):
+            log.warning("threshold and temperature are fitted on images that are also tested")
+        (run,) = self.runs
+        folder = find_folder(run) if self.images["weights"] is None else None
+        if folder is not None and not any(
+            self.images[name] for name in ("size", "crop_pct", "ten_crop", "flips")
+        ):
+            return validation_predictions(folder, root=self.images["root"])
+        source = self.source if folder is None else None
+        return self._predict(run, source, "val", self._prepare, calibrated=False)[1]
+
+    def _predict(
+        self, run: str, source: str | None, split: str | None, prepare: Any, *, calibrated: bool
+    ) -> "tuple[str, Predictions, list[str]]":
+        from regard.run_data import predictions_of
+
         with naming_flags():
             return predictions_of(
-                network, data, split=which, weights=weights, root=root, splits=splits,
-                renamed=_renamed(map or []), size=size, crop_pct=input.crop_pct,
-                ten_crop=input.ten_crop, device=device, flips=tta == "flips", prepare=prepare,
-                # the validation images of one network, which come second, choose new ones
-                calibrated=numbers.calibrate is None and not (len(runs) == 1 and stored),
-            )  # fmt: skip
+                run, source, split=split, prepare=prepare, calibrated=calibrated, **self.images
+            )
 
-    def validation() -> Any:
-        if named in ("val", "all"):
-            log.warning("threshold and temperature are fitted on images that are also tested")
-        folder = find_folder(run) if weights is None else None
-        own = folder is not None
-        if folder is not None and not input.differs and tta is None:
-            return validation_predictions(folder, root=root)
-        return predict(None if own else source, "val")[1]
+    def _prepare_alone(self, classifier: Any, reader: Any) -> None:
+        """Takes the calibration from the network, as its predictions are scaled afterwards."""
+        self.calibration, classifier.calibration = classifier.calibration, None
+        self._prepare(classifier, reader)
 
-    if len(runs) == 1:
-        named, found, unreadable = predict(source, split)
-    else:
-        each = [predict(source, split, network) for network in runs]
-        named, found, unreadable = _averaged(each, runs, tested)
-    calibration = stored[0] if len(runs) == 1 else None
-    if calibration is not None and numbers.calibrate is None and named == "val" and source is None:
-        log.warning("the stored temperature and threshold were fitted on the images tested here")
-    if predictions is not None:
-        write_predictions(predictions, named, found)
-    if not json:
-        print(_heading(" + ".join(runs), source, named, input, tested))
-    result = study(found, numbers, validation, calibration)
-    columns = evaluated(result.predictions, parts, result.diagnostics.one_class)
-    _print(result, columns, {"split": named, **tested}, unreadable, json)
-    for line in unreadable:
-        log.warning(line)
-    return 1 if unreadable else 0
+    def _prepare(self, classifier: Any, reader: Any) -> None:
+        self.numbers.check_classes(classifier.class_names)
+        self.parts.check_columns(reader.table.columns)
+        preprocess = classifier.preprocess
+        self.how.update(size=list(preprocess.size), crop_pct=preprocess.crop_pct)
+        count = len(reader.table)
+        rows = range(0, count, max(1, count // 64))
+        reads = [lambda i=i: preprocess.fit(reader.decode(i)) for i in rows]
+        use_engine(classifier, self.engine, reads, count)
 
 
 def _runs_and_data(run: str, more: Sequence[str]) -> tuple[list[str], str | None]:
