@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from regard.signals import heeded
+
 
 class Signaled(KeyboardInterrupt):
     """A signal asked the command to stop."""
@@ -17,7 +19,7 @@ class Signaled(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Signaled`; a second one acts as usual."""
+    """A signal to stop raises `Signaled`; a second one acts as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -27,7 +29,7 @@ def signals_raise() -> Iterator[None]:
             signal.signal(each, handler)
         raise Signaled(number)
 
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, stop) for n in heeded()}
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from regard.errors import StudyStopped, UsageError
 from regard.files import plural
 from regard.log import clock
 from regard.runs import PROGRESS
+from regard.signals import heeded
 from regard.studies.plan import PlannedRun
 from regard.studies.progress import Progress, Running, earlier_seconds
 
@@ -82,7 +83,7 @@ def run_all(
         meanwhile: called several times a second, with the current progress.
 
     Raises:
-        StudyStopped: SIGINT or SIGTERM; the runs under way have saved their states.
+        StudyStopped: a signal to stop; the runs under way have saved their states.
         UsageError: fewer than one job.
     """
     if jobs < 1:
@@ -106,9 +107,7 @@ def run_all(
             meanwhile(progress)
             time.sleep(_POLL)
         if stop.number:
-            for process in slots.values():
-                process.stop()
-                process.run.progress_file.unlink(missing_ok=True)
+            _stop(slots.values())
             raise StudyStopped(progress.done, progress.total, stop.number)
     return progress
 
@@ -167,7 +166,7 @@ def failure_in(run: PlannedRun, code: int, tests: bool) -> str | None:
 
 
 class StopSignals:
-    """Records a SIGINT or SIGTERM instead of being ended by it."""
+    """Records a signal to stop instead of being ended by it."""
 
     number = 0
 
@@ -176,9 +175,7 @@ class StopSignals:
             self.number = number
 
         try:
-            self.before: dict[int, Any] = {
-                s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)
-            }
+            self.before: dict[int, Any] = {s: signal.signal(s, note) for s in heeded()}
         except ValueError:  # not in the main thread, which handles the signals
             self.before = {}
         return self
@@ -224,14 +221,23 @@ class _Process:
         """Why the run failed; None: it is finished."""
         return failure_in(self.run, self.process.returncode, self.tests)
 
-    def stop(self) -> None:
-        """Lets the run save its state, and waits for it."""
-        self.process.terminate()
+    def end(self, deadline: float) -> None:
+        """Waits until the run has saved its state, and kills it at the deadline."""
         try:
-            self.process.wait(_PATIENCE)
+            self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def _stop(processes: Collection[_Process]) -> None:
+    """Lets the runs save their states, all at the same time."""
+    for each in processes:
+        each.process.terminate()
+    deadline = time.monotonic() + _PATIENCE
+    for each in processes:
+        each.end(deadline)
+        each.run.progress_file.unlink(missing_ok=True)
 
 
 def die_with(parent: int) -> None:

@@ -10,11 +10,9 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from regard.signals import heeded
 from regard.training.distributed import Requests
 
-STOPPING = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
 SAVING = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
 PATIENCE = 10.0  # seconds that a step of several processes has to begin after a stop request
 
@@ -41,17 +39,11 @@ class Signals:
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
-        """Turns signals into requests; outside the main thread signals are left alone.
-
-        A SIGHUP that is already ignored, as under nohup, stays ignored.
-        """
+        """Turns signals into requests; outside the main thread signals are left alone."""
         before = {}
+        saving = [n for n in SAVING if signal.getsignal(n) != signal.SIG_IGN]
         with contextlib.suppress(ValueError):  # not in the main thread
-            for number in [*STOPPING, *SAVING]:
-                if number not in (signal.SIGINT, signal.SIGTERM) and (
-                    signal.getsignal(number) == signal.SIG_IGN
-                ):
-                    continue
+            for number in [*heeded(), *saving]:
                 before[number] = signal.signal(number, self._request)
         try:
             yield
