@@ -31,7 +31,7 @@ from regard.evaluation import (
 )
 from regard.evaluation.intervals import area, draws, wilson_interval
 from regard.evaluation.recalibration import calibration_line
-from regard.evaluation.statistics import OneClassStatistics, RankStatistics
+from regard.evaluation.statistics import OneClassStatistics, RankStatistics, reaches
 from regard.runs import RunFolder
 from tests.helpers import rows_of
 from tests.test_evaluation import ends, hard, make
@@ -343,6 +343,23 @@ def test_a_target_that_is_met_exactly_is_met_and_none_may_be_called():
     assert written["threshold"] is other["threshold"] is None  # JSON has no infinity
     assert "infinite" in written["decision"]
     assert "top-1" in other["decision"]
+
+
+@pytest.mark.parametrize("rule", ["specificity=0.9", "sensitivity=0.9", "youden", "cost=1:5"])
+def test_a_threshold_does_what_it_was_chosen_for_on_a_network_that_is_too_sure(rule):
+    """Probabilities near 1 are a few neighboring numbers, which a threshold does not separate."""
+    rng = np.random.default_rng(0)
+    true = np.repeat([1, 0], 200)
+    logits = np.where(true == 1, rng.normal(18, 2, 400), rng.normal(13, 3, 400))
+    p = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    predictions = Predictions(np.stack([1 - p, p], axis=1), true, ["no", "yes"])
+    chosen = choose_threshold(predictions, "yes", rule)
+    called = reaches(p.astype(float), chosen.value)
+    assert chosen.sensitivity == called[true == 1].mean()
+    assert chosen.specificity == 1 - called[true == 0].mean()
+    name, _, least = rule.partition("=")
+    if name in ("specificity", "sensitivity"):
+        assert getattr(chosen, name) >= float(least)
 
 
 def test_a_threshold_is_reported_on_other_images():

@@ -100,6 +100,10 @@ class Ranking:
         self.ends: NDArray[np.intp] = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
         self.scores: NDArray[np.float64] = ranked[self.ends].astype(np.float64)
 
+    def reaching(self, thresholds: Floats) -> NDArray[np.intp]:
+        """How many of `scores`, the highest first, reach each threshold, see `reaches`."""
+        return np.searchsorted(-self.scores, -tolerated(thresholds), side="right")
+
     def curve(self, weights: Floats) -> Curve:
         """The curve for weights (..., N)."""
         ranked = weights[..., self.order]
@@ -237,7 +241,12 @@ def reaches(probability: Any, threshold: float) -> Any:
     """
     if threshold == math.inf:  # no image is called positive
         return probability == math.inf
-    return probability >= threshold - 1e-5 * threshold * (1 - threshold) - 1.5e-7 * threshold
+    return probability >= tolerated(threshold)
+
+
+def tolerated(threshold: Any) -> Any:
+    """The smallest probability that reaches a finite threshold, or each in an array."""
+    return threshold - 1e-5 * threshold * (1 - threshold) - 1.5e-7 * threshold
 
 
 class OneClassStatistics:

@@ -66,7 +66,9 @@ def choose_threshold(validation: Predictions, positive: str, rule: str) -> Thres
     """
     c = class_index(validation, positive)
     ranking = Ranking(validation.labels == c, validation.probabilities[:, c])
-    curve = ranking.curve(np.ones(len(validation)))
+    exact = ranking.curve(np.ones(len(validation)))
+    last = ranking.reaching(exact.scores) - 1  # what is equal up to rounding is called alike
+    curve = Curve(exact.scores, exact.tp[last], exact.fp[last])
     if curve.tp[-1] == 0 or curve.fp[-1] == 0:
         has = "no image" if curve.tp[-1] == 0 else "only images"
         raise UsageError(f"{has} of {positive!r} for validation: no threshold can be chosen")
@@ -166,8 +168,7 @@ def decision_curve(
     c = class_index(predictions, positive)
     ranking = Ranking(predictions.labels == c, predictions.probabilities[:, c])
     odds = at / (1 - at)
-    # index of the last score that is at least the threshold; 0: no score
-    last = np.searchsorted(-ranking.scores, -at, side="right")
+    last = ranking.reaching(at)  # number of scores
 
     def net_benefit(weights: Floats) -> Floats:
         curve = ranking.curve(weights)
