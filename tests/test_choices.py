@@ -13,6 +13,7 @@ from PIL import Image
 
 import regard
 from regard.commands.study_runs import Asked, _of_the_network
+from regard.data.loading import SampleOrder
 from regard.data.sources import ImageTable, open_data
 from regard.machine import cpu_has_bf16
 from regard.models import create_model, list_models
@@ -489,6 +490,25 @@ def test_noise_is_exact_and_never_the_same_class(share):
     assert (noisy != labels).sum() == round(share * 1001)
     assert set(noisy) <= {0, 1, 2}
     assert not np.array_equal(noisy, noisy_labels(labels, 3, share, 6))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_wrong_labels_are_spread_over_every_epoch(seed):
+    labels = np.zeros(2000, np.int64)
+    wrong = noisy_labels(labels, 10, 0.3, seed) != labels
+    order = SampleOrder(2000, seed)
+    shares = [wrong[order.at(500 * k, 500)].mean() for k in range(4 * 20)]
+    assert min(shares) > 0.2  # of each quarter of 20 epochs
+    assert max(shares) < 0.4
+
+
+def test_a_run_that_was_begun_before_keeps_its_wrong_labels():
+    labels = np.random.default_rng(0).integers(0, 3, 1001)
+    rng = np.random.default_rng([5, 4])
+    rows = rng.permutation(1001)[:100]
+    expected = labels.copy()
+    expected[rows] = (labels[rows] + rng.integers(1, 3, 100)) % 3
+    assert np.array_equal(noisy_labels(labels, 3, 100 / 1001, 5, 0), expected)
 
 
 def test_no_noise():

@@ -351,12 +351,22 @@ def loss_weights(table: ImageTable, recipe: Recipe) -> Tensor | None:
 
 
 def noisy_labels(
-    labels: NDArray[np.int64], classes: int, share: float, seed: int
+    labels: NDArray[np.int64], classes: int, share: float, seed: int, stream: int = 1
 ) -> NDArray[np.int64]:
-    """Labels with a fraction changed to another class, drawn uniformly (RAN, table 5)."""
+    """Labels with a fraction changed to another class, drawn uniformly (RAN, table 5).
+
+    Args:
+        labels: (N,) class indices.
+        classes: number of classes.
+        share: fraction of the labels.
+        seed: the run's.
+        stream: 1: random numbers that nothing else uses. 0: as runs were begun before, with those
+            that shuffle the fifth epoch, which then has all wrong labels first.
+    """
     if share == 0 or classes < 2:
         return labels
-    rng = np.random.default_rng([seed, 4])
+    own = np.random.SeedSequence(seed, spawn_key=(1,))
+    rng = np.random.default_rng(own if stream else [seed, 4])
     changed = rng.permutation(len(labels))[: round(share * len(labels))]
     noisy = labels.copy()
     noisy[changed] = (labels[changed] + rng.integers(1, classes, len(changed))) % classes

@@ -70,6 +70,7 @@ class Plan:
         preprocess: from an image to the network's input.
         processes: number of processes when the run was started.
         start: description of the weights that it starts from.
+        noise_stream: of the random numbers that choose wrong labels, see `noisy_labels`.
     """
 
     data: str
@@ -83,6 +84,7 @@ class Plan:
     preprocess: Preprocess
     processes: int = 1
     start: str = "random weights"
+    noise_stream: int = 1
 
     @property
     def network(self) -> str:
@@ -191,6 +193,7 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
         asked.data, stored["root"], stored["model"], stored["model_args"], stored["weights"],
         stored["pretrained"], recipe, stored["classes"], Preprocess(**values),
         stored.get("processes", processes), stored.get("start", "random weights"),
+        stored.get("noise_stream", 0),
     )  # fmt: skip
 
 
