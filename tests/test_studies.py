@@ -296,6 +296,70 @@ def test_a_stopped_study_says_so_and_leaves_no_process(tmp_path, trainer, capsys
     assert "--resume" not in line  # which no study takes
 
 
+SAVING = """
+import pathlib, signal, sys, time
+log = pathlib.Path(sys.argv[1])
+
+def stop(*_):
+    with log.open("a") as file:
+        file.write("asked\\n")
+    while log.read_text().count("asked") < 3:  # saves while the others do
+        time.sleep(0.01)
+    with log.open("a") as file:
+        file.write("saved\\n")
+    sys.exit(1)
+
+signal.signal(signal.SIGTERM, stop)
+with log.open("a") as file:
+    file.write("up\\n")
+time.sleep(60)
+"""
+STUDY = """
+import pathlib, sys
+from regard.studies.plan import PlannedRun
+from regard.studies.runner import run_all
+folder = pathlib.Path(sys.argv[1])
+log = str(folder / "log")
+runs = [
+    PlannedRun(row="r", seed=s, fold=None, folder=folder / f"{s}.run", command=(log,))
+    for s in range(3)
+]
+run_all(runs, jobs=3, python=(sys.executable, str(folder / "saving.py")))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_runs_of_a_stopped_study_save_at_the_same_time(tmp_path, number):
+    """Also where its terminal is closed."""
+    (tmp_path / "saving.py").write_text(SAVING)
+    (tmp_path / "log").write_text("")
+    command = [sys.executable, "-c", STUDY, tmp_path]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as study:
+        while (tmp_path / "log").read_text().count("up") < 3:
+            assert study.poll() is None
+            time.sleep(0.02)
+        study.send_signal(number)
+        _, told = study.communicate(timeout=60)
+    assert (tmp_path / "log").read_text().splitlines()[3:] == ["asked"] * 3 + ["saved"] * 3
+    assert "StudyStopped" in told.decode()
+
+
+def test_rows_of_other_folds_are_not_paired(tmp_path, trainer):
+    """Another split_seed divides the same images into other folds."""
+    table, runs = planned(tmp_path, seeds=1, folds=2)
+    run_all(runs, python=trainer)
+    gather(table, runs)
+    first, second = (run.folder / "predictions.npz" for run in runs if run.row == "gated")
+    (name, a), (_, b) = (RunFolder(path.parent).read_predictions() for path in (first, second))
+    assert a.paths
+    assert b.paths
+    swapped = [b.paths[0], *a.paths[1:]], [a.paths[0], *b.paths[1:]]
+    for path, said, paths in zip((first, second), (a, b), swapped, strict=True):
+        write_predictions(path, name, replace(said, paths=paths))
+    with pytest.raises(UsageError, match="in different folds: their differences would not be"):
+        gather(table, runs)
+
+
 def test_the_command_plans_and_refuses(tmp_path, capsys):
     path = tmp_path / "gates.toml"
     path.write_text(TABLE)

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from regard.errors import UsageError
 from regard.evaluation import Estimate, Predictions
+from regard.evaluation.intervals import finite_or_none
 from regard.evaluation.repeats import (
     LOWER_IS_BETTER,
     METRICS,
@@ -250,15 +251,15 @@ def _joined(parts: list[Predictions]) -> tuple[Predictions, Any]:
 
 
 def _check_same_images(read: dict[str, _Read]) -> None:
-    first: tuple[str, Predictions] | None = None
+    first: tuple[str, Predictions, Any] | None = None
     for name, each in read.items():
         for predictions in each.predictions.values():
             if first is None:
-                first = name, predictions
-            elif predictions.paths != first[1].paths:
+                first = name, predictions, each.fold
+            elif predictions.paths != first[1].paths or not np.array_equal(each.fold, first[2]):
                 raise UsageError(
-                    f"{name!r} and {first[0]!r} were tested on different images: their "
-                    "differences would not be paired"
+                    f"{name!r} and {first[0]!r} were tested on different images, or in different "
+                    "folds: their differences would not be paired"
                 )
 
 
@@ -350,19 +351,15 @@ def _row_dict(row: RowResult) -> dict[str, Any]:
         "printed": row.printed,
         "recall": row.recalls,
         "faithfulness": {
-            name: {"mean": row.mean(name), "sd": _finite(row.sd(name)), "values": values}
+            name: {"mean": row.mean(name), "sd": finite_or_none(row.sd(name)), "values": values}
             for name, values in row.faithfulness.items()
         },
         "differences": {
-            m: {**d.to_dict(), "p_value_holm": _finite(row.p_values[m])}
+            m: {**d.to_dict(), "p_value_holm": finite_or_none(row.p_values[m])}
             for m, d in row.differences.items()
         },
         "verdict": row.verdict,
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 @contextlib.contextmanager
