@@ -58,8 +58,16 @@ class Updater:
         """Accumulates the gradients of a loss, scaled for fp16."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def update(self) -> None:
-        """Updates the weights, and their average, from the gradients, and clears those."""
+    def update(self, step: int | None = None) -> None:
+        """Updates the weights, and their average, from the gradients, and clears those.
+
+        At first the average spans fewer steps than its decay says, as in TensorFlow's
+        ExponentialMovingAverage: in a run shorter than 1 / (1 - decay) steps, it would otherwise
+        consist of the weights of the start.
+
+        Args:
+            step: the step's number, from 0; None: late in a run.
+        """
         if self.clip:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
@@ -71,7 +79,8 @@ class Updater:
             self.scaler.update()
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self._average(1 - self.ema.decay)
+            soon = 1.0 if step is None else (1 + step) / (10 + step)
+            self._average(1 - min(self.ema.decay, soon))
 
     @torch.no_grad()
     def _average(self, weight: float) -> None:
