@@ -409,4 +409,26 @@ def test_held_images_are_cut_by_threads_ahead_for_a_device_alone(table):
     plan = SimpleNamespace(recipe=Recipe(random_crop="resized", workers=5))
     part = SimpleNamespace(reader=reader, table=table, images=images, missing={})
     for device, threads in (("cpu", 0), ("cuda", 5)):
-        assert build_loader(plan, "test", part, torch.device(device)).threads == threads
+        assert build_loader(plan, "train", part, torch.device(device)).threads == threads
+
+
+@pytest.mark.parametrize(
+    ("scale", "full", "expected"),
+    [
+        ((0.35, 1.0), False, 240),
+        ((0.15, 1.0), False, 480),
+        ((0.04, 1.0), False, 960),
+        ((0.35, 1.0), True, 960),
+    ],
+)
+def test_jpegs_are_decoded_large_enough_for_the_smallest_crop(tmp_path, scale, full, expected):
+    """128 / sqrt(0.35) = 216.4, 128 / sqrt(0.15) = 330.5 and 128 / sqrt(0.04) = 640 are needed."""
+    path = tmp_path / "photograph.jpg"
+    Image.fromarray(np.zeros((960, 1280, 3), np.uint8)).save(path)
+    table = ImageTable("one", ["a"], np.zeros(1, np.int64), np.array(["train"]), files=[str(path)])
+    preprocess = Preprocess((3, 128, 128), (0.5,) * 3, (0.25,) * 3)
+    crops = Augmentation(random_crop="resized", crop_scale=scale, full_decode=full)
+    assert Reader(table, preprocess, crops).decode(0).shape[1] == expected
+    whole = Augmentation(random_crop="shift", full_decode=full)
+    assert Reader(table, preprocess, whole).decode(0).shape[1] == (960 if full else 240)
+    assert Reader(table, preprocess).decode(0).shape[1] == 960  # in evaluation

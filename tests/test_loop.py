@@ -27,6 +27,7 @@ from regard.training.loop import Trainer
 from regard.training.self_adaptive import SelfAdaptiveTargets
 from regard.training.steps import SMALLEST, StepPlan
 from regard.training.trial import trial
+from regard.training.update import Updater
 
 COUNT, CLASSES = 24, 3
 CLASS_WEIGHTS = (0.2, 1.0, 3.0)
@@ -361,6 +362,31 @@ def test_a_partial_batch_ends_each_epoch():
     assert np.sum([n for _, n in spans]) == 100
 
 
+@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize(("count", "batch"), [(100, 64), (1050, 256), (37, 16), (130, 64)])
+def test_fitting_a_step_into_memory_changes_neither_steps_nor_their_images(count, batch, processes):
+    """A step of few images at an epoch's end is divided into fewer batches than the others."""
+    planned = StepPlan(count, batch // processes, 1, processes, True)
+    fitted = StepPlan(count, 2, batch // 2 // processes, processes, True, planned=processes)
+    assert (fitted.images, fitted.an_epoch) == (planned.images, planned.an_epoch)
+    steps = 3 * int(planned.an_epoch)
+    assert fitted.images_in(0, steps) == planned.images_in(0, steps)
+    for rank in range(processes):
+        whole = list(fitted.spans(rank, 0, steps))
+        assert min(n for _, n in whole) >= SMALLEST
+        for step in range(steps):
+            spans = list(fitted.spans(rank, step, step + 1))
+            assert len(spans) == fitted.parts(step)
+            assert [whole.pop(0) for _ in spans] == spans
+    for step in range(steps):
+        rows = {
+            p for r in range(processes) for first, n in fitted.spans(r, step, step + 1)
+            for p in range(first, first + n)
+        }  # fmt: skip
+        start, images = planned.positions(step)
+        assert rows == set(range(start, start + images))
+
+
 @pytest.mark.parametrize(("count", "batch"), [(20, 3), (111, 100), (272, 100), (96, 7)])
 @pytest.mark.parametrize("every", ["0.2", "0.3", "1", "2"])
 def test_evaluations_are_due_with_the_step_that_ends_their_part(count, batch, every):
@@ -378,6 +404,25 @@ def test_the_images_of_steps_are_those_of_their_batches(count, partial):
     plan = StepPlan(count, 16, 2, partial=partial)
     for first, end in ((0, 0), (0, 9), (2, 5), (4, 13)):
         assert plan.images_in(first, end) == sum(n for _, n in plan.spans(0, first, end))
+
+
+def test_an_average_over_more_steps_than_the_run_has_is_not_of_its_start():
+    """It begins as TensorFlow's ExponentialMovingAverage; by hand, for every step."""
+    trainer = trainer_of(ema_decay=0.9999)
+    expected = trainer.model.layer.weight.detach().clone()
+
+    def after_step(t: Trainer, loss: float) -> None:
+        decay = t.step / (9 + t.step)  # (1 + n) / (10 + n), n from 0
+        expected.lerp_(t.model.layer.weight.detach(), 1 - decay)
+        torch.testing.assert_close(t.weights.layer.weight, expected)
+
+    trainer.fit(after_step=after_step)
+    assert trainer.step == 8
+    late = Updater(Heads(), Recipe(ema_decay=0.9), torch.device("cpu"))
+    before = late.ema.module.layer.weight.clone()
+    late.model.layer.weight.data += 1.0
+    late.update(1000)
+    torch.testing.assert_close(late.ema.module.layer.weight, before + 0.1)
 
 
 def test_the_average_is_of_every_weight_also_once_it_is_scored():

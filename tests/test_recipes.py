@@ -492,6 +492,12 @@ def test_weights_of_classes():
             parse_weights(text, table.classes, "class_weights")
 
 
+def test_the_share_of_the_test_does_not_count_where_a_fold_is_the_test():
+    assert Recipe(fold="1/5", val=0.85).val == 0.85
+    with pytest.raises(UsageError, match=r"val=0\.85 and test=0\.2 leave nothing to train on"):
+        Recipe(val=0.85, test=0.2)
+
+
 def test_label_noise_is_what_it_says():
     labels = np.random.default_rng(0).integers(0, 10, 5000)
     noisy = noisy_labels(labels, 10, 0.3, 1)

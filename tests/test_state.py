@@ -91,7 +91,7 @@ def tiny_disk(tmp_path):
 
 
 def test_a_full_disk_harms_no_file_that_was_there(tiny_disk):
-    for name in ("metrics.csv", "best.safetensors"):
+    for name in ("metrics.csv", "best-000000001.safetensors"):
         (tiny_disk / name).write_text("whole")
     states = Checkpoints(tiny_disk / "state")
     states.save(1, content(1, 50_000))
@@ -106,12 +106,14 @@ def test_a_full_disk_harms_no_file_that_was_there(tiny_disk):
     assert [p.name for p in (tiny_disk / "state").iterdir()] == ["step-000000001.pt"]
     folder = RunFolder(tiny_disk)
     big = torch.nn.Linear(1000, 1000)
-    with pytest.raises(StateError, match=r"disk/best.safetensors can't be written \(.*[Nn]o space"):
-        folder.write_best(big)
+    with pytest.raises(
+        StateError, match=r"disk/best-.*1.safetensors can't be written \(.*[Nn]o space"
+    ):
+        folder.write_best(big, 1)
     with pytest.raises(StateError, match=r"disk/metrics.csv can't be written \(No space left"):
         folder.write_metrics([{"loss": float(k)} for k in range(200_000)])
     assert sorted(p.name for p in tiny_disk.iterdir()) == [
-        "best.safetensors", "metrics.csv", "state",
+        "best-000000001.safetensors", "metrics.csv", "state",
     ]  # fmt: skip
     assert (tiny_disk / "metrics.csv").read_text() == "whole"
 

@@ -39,7 +39,7 @@ def test_the_folder_explains_itself(whole, scans):
     assert run_json["status"] == "finished"
     assert run_json["facts"]["counts"] == {"train": 72, "val": 24, "test": 24}
     assert not (whole / "state").exists()
-    assert not (whole / "best.safetensors").exists()
+    assert not list(whole.glob("best*"))
     model = timm.create_model(f"local-dir:{whole}", pretrained=True).eval()
     assert model.num_classes == 3
     facts, size = run_json["facts"], model.default_cfg["input_size"]

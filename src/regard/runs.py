@@ -143,6 +143,10 @@ class RunFolder:
         """The plan as a dictionary, as given to `start`."""
         return self._run()["plan"]
 
+    def read_started(self) -> str:
+        """When the run was started, in local time."""
+        return str(self._run()["started"])
+
     def read_measured(self) -> dict[str, Any]:
         """What was determined by measuring when the run was started."""
         return self._run().get("measured", {})
@@ -224,7 +228,8 @@ class RunFolder:
         """Records that the run has finished, and its measurements."""
         run = {k: v for k, v in self._run().items() if k != "failure"}  # of an earlier attempt
         self._write_run({**run, "status": "finished", "facts": facts})
-        (self.path / "best.safetensors").unlink(missing_ok=True)
+        self.keep_best(())
+        (self.path / "best.safetensors").unlink(missing_ok=True)  # of an earlier version
         for left in self.path.glob(".writing-*"):  # a whole network of a killed process
             shutil.rmtree(left, ignore_errors=True)
         for left in self.path.glob(".*.writing"):
@@ -264,14 +269,25 @@ class RunFolder:
 
         write_atomically(path, write)
 
-    def write_best(self, model: nn.Module) -> None:
-        """Writes the best weights so far."""
+    def write_best(self, model: nn.Module, step: int) -> None:
+        """Writes the weights after a step, the best so far; those of states on disk are kept."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        write_atomically(self.path / "best.safetensors", lambda beside: save_file(tensors, beside))
+        write_atomically(self._best(step), lambda beside: save_file(tensors, beside))
 
-    def read_best(self, model: nn.Module) -> None:
-        """Loads the best weights into the network."""
-        model.load_state_dict(load_file(self.path / "best.safetensors"))
+    def read_best(self, model: nn.Module, step: int) -> None:
+        """Loads the best weights, those after this step, into the network."""
+        path, before = self._best(step), self.path / "best.safetensors"  # without its step
+        model.load_state_dict(load_file(before if before.exists() and not path.exists() else path))
+
+    def keep_best(self, steps: Iterable[int]) -> None:
+        """Removes the best weights after other steps than these, which no state names any more."""
+        kept = {self._best(step) for step in steps}
+        for path in self.path.glob("best-*.safetensors"):
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    def _best(self, step: int) -> Path:
+        return self.path / f"best-{step:09d}.safetensors"
 
     def write_evaluation(self, split: str, evaluation: Evaluation, said: Predictions) -> None:
         """evaluation.json with the subgroups, and predictions.npz."""

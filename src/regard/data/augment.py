@@ -36,7 +36,7 @@ class Augmentation:
         random_erasing: probability of erasing a random rectangle.
         mixup: alpha of mixup's Beta distribution; 0 is off.
         full_decode: whether JPEG files are decoded at full size, rather than at 1/2, 1/4 or 1/8
-            where that leaves enough pixels.
+            where that leaves the input's size, of crops of random area that of the smallest.
     """
 
     random_crop: str = "none"

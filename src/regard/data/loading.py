@@ -145,14 +145,26 @@ class Reader:
         decodes in full: evaluation sees the same pixels as prediction.
         """
         preprocess = self.preprocess
-        in_full = self.augmentation is None or self.augmentation.full_decode
         pixels = self.table.read(
             index,
             channels=preprocess.input_size[0],
-            at_least=None if in_full else preprocess.at_least,
+            at_least=self._at_least,
             value_range=preprocess.value_range,
         )
         return to_tensor(pixels)
+
+    @property
+    def _at_least(self) -> int | None:
+        """The shorter side that a decoded image needs; None: it is decoded in full.
+
+        With crops of random area, a square one of the smallest area is not enlarged.
+        """
+        if self.augmentation is None or self.augmentation.full_decode:
+            return None
+        if self.crops_at_random:
+            smallest = math.sqrt(self.augmentation.crop_scale[0])
+            return math.ceil(max(self.preprocess.size) / smallest)
+        return self.preprocess.at_least
 
     def crop(self, image: Tensor, u: Tensor) -> Tensor:
         """(C, H, W) -> (C, *size): cropped at random in training, otherwise as in evaluation."""

@@ -124,7 +124,7 @@ class Preprocess:
 
     @property
     def at_least(self) -> int:
-        """The shorter side that a decoded image needs so that no detail is lost."""
+        """The shorter side that a decoded image needs so that its middle is not enlarged."""
         return math.ceil(max(self.size) / self.crop_pct)
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:

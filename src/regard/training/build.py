@@ -1,5 +1,6 @@
 """The parts of a run: its network, its loaders and its trainer."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -63,11 +64,18 @@ def build_model(plan: Plan, device: torch.device, *, start: bool) -> nn.Module:
 def build_loader(
     plan: Plan, split: str, part: LoadedSplit, device: torch.device
 ) -> InMemoryLoader | StreamingLoader:
-    """The loader of a split: training in sample order, the others in the table's order."""
+    """The loader of a split: training in sample order, the others in the table's order.
+
+    Training images that are tested, as there are no others, are read anew: as in prediction,
+    without random crops.
+    """
     recipe, order = plan.recipe, None
     if split == "train":
         order = SampleOrder(len(part.table), recipe.seed, image_weights(part.table, recipe))
     workers = default_workers() if recipe.workers is None else recipe.workers
+    if split != "train" and part.reader.augmentation is not None:
+        reader = dataclasses.replace(part.reader, augmentation=None)
+        return StreamingLoader(reader, None, recipe.seed, workers)
     if part.images is not None:
         threads = 0 if device.type == "cpu" else workers  # on a CPU, training uses every core
         return InMemoryLoader(part.reader, order, recipe.seed, part.images, part.missing, threads)
@@ -86,7 +94,9 @@ def build_trainer(
     fuse(model, recipe.fuse, device, plan.model)
     total = choose_steps(recipe, len(table), plan.processes)
     settle_norms(model, total * recipe.accumulate)
-    labels = noisy_labels(table.labels, len(plan.classes), recipe.label_noise, recipe.seed)
+    labels = noisy_labels(
+        table.labels, len(plan.classes), recipe.label_noise, recipe.seed, plan.noise_stream
+    )
     weights = loss_weights(table, recipe)
     return Trainer(
         model=model,
@@ -100,6 +110,7 @@ def build_trainer(
         accelerator=accelerator,
         class_weights=None if weights is None else weights.to(device),
         precision=_precision(plan, model, device),
+        planned=recipe.accumulate * plan.processes,
     )
 
 

@@ -408,7 +408,7 @@ def _check_together(recipe: Recipe) -> None:
     """Checks what depends on more than one value."""
     if recipe.epochs is not None and recipe.steps is not None:
         raise UsageError(f"epochs={recipe.epochs:g} and steps={recipe.steps}: give one of them")
-    if recipe.val + recipe.test >= 1:
+    if recipe.fold is None and recipe.val + recipe.test >= 1:  # a fold is the test
         raise UsageError(f"val={recipe.val} and test={recipe.test} leave nothing to train on")
     if recipe.size is not None and len(recipe.size) != 2:
         raise UsageError(f"size={recipe.size}: give one number, or height and width")

@@ -127,7 +127,6 @@ def run_facts(
     `selected` names the epoch whose weights were used, and by what it was chosen.
     """
     t = trainer
-    lost = sum(len(p.left_out) + len(p.missing) + len(p.lost) for p in parts.values())
     return {
         "tested_on": tested_split(parts),
         "counts": {split: len(p.table) for split, p in parts.items()},
@@ -149,12 +148,20 @@ def run_facts(
         "threads": torch.get_num_threads(),
         "device": str(t.accelerator.device),
         "processes": t.accelerator.num_processes,
-        "unreadable": len({row for row, _ in t.unreadable}) + lost,
+        "unreadable": sum(
+            len(part.left_out) + len(_lost(part, t.unreadable if split == "train" else []))
+            for split, part in parts.items()
+        ),
         "versions": {
             "regard": __version__, "torch": torch.__version__,
             "Python": platform.python_version(),
         },
     }  # fmt: skip
+
+
+def _lost(part: LoadedSplit, in_training: list[tuple[int, str]]) -> set[int]:
+    """Rows of a split's images that were lost after the run was started."""
+    return {*part.missing, *(row for row, _ in part.lost), *(row for row, _ in in_training)}
 
 
 def selected(plan: Plan, trainer: Trainer, best: dict[str, float]) -> dict[str, Any]:

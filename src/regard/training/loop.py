@@ -72,6 +72,7 @@ class Trainer:
         class_weights: (classes,) for the loss, or None.
         precision: fp32, tf32, bf16 or fp16, as for `Updater`.
         compiled: the network compiled or as a `Graphed`; None: it runs eagerly.
+        planned: batches of a step of all processes as the run was planned; 0: as the recipe says.
     """
 
     model: nn.Module
@@ -86,6 +87,7 @@ class Trainer:
     class_weights: Tensor | None = None
     precision: str = "fp32"
     compiled: Any = None
+    planned: int = 0
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     unreadable: list[tuple[int, str]] = field(default_factory=list)
@@ -99,7 +101,8 @@ class Trainer:
         self._bad = torch.full((), -1)  # first step whose loss was not finite
         self.augmentation: Augmentation = recipe.augmentation
         self.head_weights: tuple[float, ...] | None = getattr(self.model, "head_weights", None)
-        self.steps: StepPlan = step_plan(recipe, self.count, self.accelerator.num_processes)
+        world = self.accelerator.num_processes
+        self.steps: StepPlan = step_plan(recipe, self.count, world, self.planned)
         self.batch: int = self.steps.batch
         self.images_a_step: int = self.steps.images
         self.steps_an_epoch: float = self.steps.an_epoch
@@ -203,7 +206,7 @@ class Trainer:
                 started = time.perf_counter()
                 set_rate(self.optimizer, self.rate(self.step))
                 _seed(self.recipe.seed, self.step, self.accelerator)
-                loss = self.gradients(batches, started)
+                loss = self.gradients(batches, started=started)
                 is_read = (self.step + 1) % self.look_every == 0
                 self._bad = torch.where((self._bad < 0) & ~loss.isfinite(), self.step, self._bad)
                 if is_read or self.step + 1 == self.total:
@@ -215,17 +218,21 @@ class Trainer:
         finally:
             getattr(batches, "close", lambda: None)()
 
-    def gradients(self, batches: Iterator[Any], started: float | None = None) -> Tensor:
+    def gradients(
+        self, batches: Iterator[Any], parts: int | None = None, started: float | None = None
+    ) -> Tensor:
         """Computes the gradients of a step's loss; returns this process's share of it.
 
         The mean of all processes' shares is the step's loss. The time from `started` until the
         batches are there counts as waiting.
 
         Args:
-            batches: the step's batches, from the source or from `place`.
+            batches: the step's batches first, from the source or from `place`.
+            parts: how many of them are the step's (default: as planned).
             started: when the step began.
         """
-        step = [self._readable(next(batches)) for _ in range(self.recipe.accumulate)]
+        count = self.steps.parts(self.step) if parts is None else parts
+        step = [self._readable(next(batches)) for _ in range(count)]
         if started is not None:
             self.waited += time.perf_counter() - started
         targets = [self._target(batch) for batch in step]
@@ -275,7 +282,7 @@ class Trainer:
 
     def update(self) -> None:
         """Updates the weights, and their average, from the gradients."""
-        self.updater.update()
+        self.updater.update(self.step)
 
     def check_finite(self) -> None:
         """Refuses to test or save weights that the last step made infinite or NaN.

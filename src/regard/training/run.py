@@ -32,7 +32,7 @@ from regard.models.counting import count_parameters
 from regard.run_data import write_start
 from regard.runs import RunFolder
 from regard.training.build import build_loader, build_model, build_trainer
-from regard.training.checkpoint import Checkpoints
+from regard.training.checkpoint import KEPT, Checkpoints
 from regard.training.compile import choose_compiled
 from regard.training.config import Recipe
 from regard.training.distributed import (
@@ -127,6 +127,7 @@ class Run:
         self.saved_at: float = time.monotonic()
         self.saved_after: int = -1  # steps
         self.best: dict[str, float] = {}
+        self.best_of_states: list[int] = []  # steps of the best weights of the last two states
         self.resumed: bool = opened.resumed
         self.has_state: bool = opened.has_state
         self.claimed: bool = False  # by this process, which may then undo it
@@ -267,6 +268,7 @@ class Run:
         if state is None:
             return
         self.best, self.unscored = state.pop("best"), state.pop("unscored", False)
+        self._note_best()
         self.trainer.load_state_dict(state)
         self.saved_after = self.trainer.step
         if not self.main:  # the first process's state has the sums of all
@@ -297,7 +299,10 @@ class Run:
         trackers = None
         self.scorer: Scorer = Scorer(self.trainer, self.plan.classes, self.stop.asked)
         if self.main:
-            config = {**dataclasses.asdict(self.plan.recipe), "model": self.plan.model}
+            config = {
+                **dataclasses.asdict(self.plan.recipe), "model": self.plan.model,
+                "started": self.folder.read_started(),
+            }  # fmt: skip
             trackers = Trackers(self.tracker_names, self.folder.path, config, self.trainer.step)
         source = self.trainer.source
         if isinstance(source, StreamingLoader):
@@ -363,7 +368,7 @@ class Run:
             return
         self.best = {k: row[k] for k in ("epoch", "step", "val_accuracy", "val_loss")}
         if self.plan.recipe.select == "best" and self.main:
-            self.folder.write_best(self.trainer.weights)
+            self.folder.write_best(self.trainer.weights, int(row["step"]))
 
     def _save(self) -> None:
         t = self.trainer
@@ -378,8 +383,15 @@ class Run:
             t.unreadable = list(dict.fromkeys(t.unreadable))  # without repetitions
             extra = {"best": self.best, "unscored": self.unscored}
             self.states.save(t.step, {**t.state_dict(), **extra})
+            self._note_best()
+            self.folder.keep_best(self.best_of_states)
             self._list_unreadable(self.parts["train"], t.unreadable)
         self.saved_at, self.saved_after = time.monotonic(), t.step
+
+    def _note_best(self) -> None:
+        """Notes the step of the best weights that the newest state names."""
+        step = [int(self.best["step"])] if self.best else []
+        self.best_of_states = [*self.best_of_states[-(KEPT - 1) :], *step]
 
     def _list_unreadable(self, part: LoadedSplit, rows: list[tuple[int, str]]) -> None:
         """Appends images of a split to unreadable.csv."""
@@ -391,7 +403,8 @@ class Run:
         """Loads the selected weights, tests them, and writes the network."""
         t = self.trainer
         if self.plan.recipe.select == "best" and self.best:
-            on_main(self.accelerator, lambda: self.folder.read_best(t.weights))
+            step = int(self.best["step"])
+            on_main(self.accelerator, lambda: self.folder.read_best(t.weights, step))
             broadcast_tensors([*t.weights.parameters(), *t.weights.buffers()])
         predictions = {}
         for split in dict.fromkeys((tested_split(self.parts), "val")):

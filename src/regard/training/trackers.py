@@ -84,7 +84,7 @@ def _start(name: str, folder: Path, config: dict[str, Any], step: int) -> Any:
         return tracker
     if name == "wandb":
         os.environ.setdefault("WANDB_SILENT", "true")
-        own = hashlib.sha256(f"{folder.resolve()} {config.get('started')}".encode()).hexdigest()
+        own = hashlib.sha256(f"{folder.resolve()} {config['started']}".encode()).hexdigest()
         tracker = kind(
             "regard", name=folder.name, dir=str(folder), id=own[:16], resume="allow",
         )  # fmt: skip

@@ -46,7 +46,7 @@ def trial_step(trainer: Trainer, batches: Sequence[Batch], forward: Any = None) 
     """
     trainer._forward = trainer.model if forward is None else forward
     set_rate(trainer.optimizer, 0.0)
-    trainer.gradients(iter(batches))
+    trainer.gradients(iter(batches), len(batches))
     trainer.update()
     synchronize(trainer.accelerator.device)
 
@@ -58,7 +58,7 @@ def loss_and_gradient(
     trainer._forward = forward
     trainer.model.zero_grad(set_to_none=True)
     seed_device(trainer.accelerator.device, 0)  # the same dropout in each call
-    loss = trainer.gradients(iter(batches))
+    loss = trainer.gradients(iter(batches), len(batches))
     gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
     norm = float(nn.utils.get_total_norm(gradients))
     trainer.model.zero_grad(set_to_none=True)
@@ -67,6 +67,6 @@ def loss_and_gradient(
 
 def first_batches(trainer: Trainer) -> list[Batch]:
     """The decoded batches of this process's next step, so that decoding is not timed."""
-    spans = trainer.spans(trainer.step)[: trainer.recipe.accumulate]
+    spans = trainer.spans(trainer.step)[: trainer.steps.parts(trainer.step)]
     batches = trainer.source.batches(spans)
     return [b if isinstance(b, Batch) else b.decoded(trainer.device) for b in batches]
