@@ -4,9 +4,10 @@ The metrics of `evaluate`, all between 0 and 1 except `nll`:
 
 - top1, top5: top-1 and top-5 accuracy; ties go to the first class. top5 only with more than
   5 classes.
-- balanced_accuracy, macro_recall (the same number under its two names), macro_precision,
-  macro_f1: means over the classes that have images, as in scikit-learn's
-  balanced_accuracy_score; a class that was never predicted has precision 0.
+- balanced_accuracy, macro_recall (the same number under its two names): means over the classes
+  that have images, as in scikit-learn's balanced_accuracy_score.
+- macro_precision, macro_f1: means over the classes that have images or were predicted, as in
+  scikit-learn's f1_score; a class that was never predicted has precision 0.
 - ece: expected calibration error, 15 bins of equal width of the top probability (Guo et al.,
   ICML 2017, arXiv 1706.04599).
 - nll: mean negative log-likelihood, nats; a probability of 0 counts as 2.2e-16.
@@ -252,11 +253,10 @@ def _measure(
     called = np.bincount(images.predicted, weights, n_classes)
     hits = np.bincount(images.true, weights * images.correct, n_classes)
     shares = np.stack([_ratio(hits, of) for of in (count, called, count + called - hits)])
-    present = count > 0
     if whole is not None:
-        shares = np.where(present, shares, whole)
-        present = ~np.isnan(whole[0])
-    recall, precision, jaccard = shares[:, present]
+        shares = np.where(count > 0, shares, whole)
+    present, seen = ~np.isnan(shares[0]), ~np.isnan(shares[2])
+    recall, (precision, jaccard) = shares[0, present], shares[1:, seen]
     values = {"top1": float(weights @ images.correct / total)}
     if top5:
         values["top5"] = float(weights @ images.correct5 / total)
