@@ -145,7 +145,7 @@ def compare_metrics(
 
     Args:
         a, b: predictions for the same images in the same order; groups with either or both.
-        metrics: names; default: all available ones.
+        metrics: names; default: all available ones, balanced accuracy without its second name.
         positive: class of a diagnostic test, whose metrics are named "positive/...".
         thresholds: on its probability, for a and for b; default: the top-1 class decides.
         ordered: all classes from lowest to highest, for the quadratic kappa.
@@ -163,7 +163,8 @@ def compare_metrics(
     )
     ones = np.ones(len(a))
     values_a, values_b = one(ones), other(ones)
-    chosen = list(values_a) if metrics is None else list(metrics)
+    once = [name for name in values_a if name != "macro_recall"]
+    chosen = once if metrics is None else list(metrics)
     for name in chosen:
         if name not in values_a:
             raise UsageError(f"metrics: {name!r} is not one of {', '.join(values_a)}")
