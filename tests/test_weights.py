@@ -337,3 +337,41 @@ def test_a_runs_calibration_is_shipped_with_it_but_none_of_other_weights(
     folder = script.ship(mine, "ag_sononet8.x", root=elsewhere, facts_file=facts)
     assert not (folder / "calibration.json").exists()
     assert regard.load("ag_sononet8.x").calibration is None
+
+
+# -------------------------------------------------------------------- networks that were changed
+def _with_another_activation(model):
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.ReLU):
+                setattr(module, name, torch.nn.SiLU())
+
+
+@pytest.mark.parametrize(
+    ("change", "differ"),
+    [
+        (_with_another_activation, r"\(act1, layer1.0.act1, layer1.0.act2 and 14 more differ\)"),
+        (lambda model: setattr(model, "maxpool", torch.nn.Identity()), r"\(maxpool differ\)"),
+        (lambda model: setattr(model, "layer4", torch.nn.Identity()), "layer4.0.bn1.bias"),
+    ],
+)
+def test_a_network_that_is_not_what_its_name_makes_is_refused(tmp_path, change, differ):
+    model = timm.create_model("plain_resnet18", num_classes=5)
+    change(model)
+    with pytest.raises(UsageError, match=differ):
+        save_model(model, tmp_path / "run", class_names=list("abcde"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_argument_that_no_folder_can_keep_is_refused(tmp_path):
+    model = timm.create_model("cbam_resnet18", num_classes=5, act_layer=torch.nn.SiLU)
+    with pytest.raises(UsageError, match=r"act_layer=.*SiLU.*: a folder keeps only numbers, words"):
+        save_model(model, tmp_path / "run")
+
+
+def test_another_global_pooling_is_kept(tmp_path):
+    model = timm.create_model("cbam_resnet18", num_classes=5).eval()
+    model.reset_classifier(4, "max")
+    save_model(model, tmp_path / "run", class_names=list("abcd"))
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(regard.load(tmp_path / "run").model(x), model(x))

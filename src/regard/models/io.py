@@ -113,18 +113,44 @@ def check_loadable(model: nn.Module) -> None:
     if name is None or not timm.is_model(name):
         raise UsageError(f"{type(model).__name__} was not made by create_model(): it has no name")
     arguments = arguments_now(model)
+    for argument, value in arguments.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise UsageError(
+                f"{argument}={value!r}: a folder keeps only numbers, words, lists and dicts as "
+                f"arguments of {name}"
+            ) from None
     with torch.device("meta"):
-        made = timm.create_model(name, **arguments).state_dict()
-    own = model.state_dict()
+        made = timm.create_model(name, **arguments)
+    own, others = model.state_dict(), made.state_dict()
     odd = sorted(
-        key for key in own.keys() | made.keys()
-        if key not in own or key not in made or own[key].shape != made[key].shape
+        key for key in own.keys() | others.keys()
+        if key not in own or key not in others or own[key].shape != others[key].shape
     )  # fmt: skip
-    if odd:
+    if odd := odd or _of_another_kind(model, made):
         raise UsageError(
             f"this network no longer matches {name} with the arguments it was made with "
             f"({shortened(odd)} differ), so the folder could not be loaded again"
         )
+
+
+def _of_another_kind(model: nn.Module, made: nn.Module) -> list[str]:
+    """The modules of a network that are of another kind than those of the one that was made.
+
+    Only leaves without weights, such as activations and poolings: tensors show the others. Another
+    `global_pool`, of reset_classifier, is stored beside the arguments.
+    """
+
+    def kinds(network: nn.Module) -> dict[str, type[nn.Module]]:
+        return {
+            name: type(m) for name, m in network.named_modules()
+            if "global_pool" not in name.split(".")
+            and not any(True for _ in m.children()) and not any(True for _ in m.parameters())
+        }  # fmt: skip
+
+    own, others = kinds(model), kinds(made)
+    return sorted(name for name in own.keys() & others.keys() if own[name] is not others[name])
 
 
 def find_folder(name: str | Path) -> Path | None:
