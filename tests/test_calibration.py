@@ -61,6 +61,29 @@ def test_a_run_keeps_its_validation_probabilities(whole):
     assert np.allclose(stored.probabilities, again.probabilities, atol=1e-6)
 
 
+def test_the_card_says_what_was_calibrated_and_that_its_metrics_are_without_it(mine):
+    before = (mine / "README.md").read_text(encoding="utf-8")
+    assert "## Calibration" not in before
+    for rule in ("youden", "sensitivity=0.9"):  # the second one replaces the first
+        found = regard.calibrate(mine, positive="1", rule=rule)
+        card = (mine / "README.md").read_text(encoding="utf-8")
+        assert card.count("## Calibration\n") == 1
+        section = card[card.index("## Calibration") : card.index("## How to use it")]
+        assert f"fitted on {found.images} validation images of the run" in section
+        assert "The metrics above are without it" in section
+        assert f"- temperature {found.temperature:.4g}: log-likelihood" in section
+        assert found.threshold.sentence() in section
+    assert run_command(["calibrate", str(mine), "--remove"]) == 0
+    assert (mine / "README.md").read_text(encoding="utf-8") == before
+    edited = before.replace("## How to use it", "## Usage")
+    (mine / "README.md").write_text(edited, encoding="utf-8")
+    regard.calibrate(mine)
+    assert (mine / "README.md").read_text(encoding="utf-8").startswith(edited)
+    (mine / "README.md").unlink()
+    regard.calibrate(mine)
+    assert not (mine / "README.md").exists()
+
+
 def test_what_is_stored_is_what_was_fitted_and_is_read_back(tmp_path):
     p = toy()
     c = fit_calibration(p, positive="sick", rule="sensitivity=0.9")

@@ -14,6 +14,7 @@ from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
 from regard.cli import run_command
+from regard.commands.diagnostics import DiagnosticFlags
 from regard.commands.subgroups import print_subgroups
 from regard.evaluation import (
     Predictions,
@@ -651,6 +652,19 @@ def test_evaluate_chooses_on_validation_and_reports_on_the_test(whole, capsys):
     printed = capsys.readouterr().out
     assert f"{threshold.value:.4g}" in printed
     assert "quadratic kappa" in printed
+
+
+@pytest.mark.parametrize(
+    ("ordered", "expected"),
+    [
+        ("none,mild, severe", ["none", "mild, severe"]),
+        ("mild, severe, none", ["mild, severe", "none"]),
+        ("none,mild", ["none", "mild"]),
+        ("none,none", ["none", "none"]),
+    ],
+)
+def test_classes_in_order_may_have_commas(ordered, expected):
+    assert DiagnosticFlags(ordered=ordered).order(["none", "mild, severe"]) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Calibrates a run: its temperature and threshold, from images that are not used to test it."""
 
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ from regard.evaluation.familiarity import FILE as FAMILIARITY
 from regard.evaluation.familiarity import write_familiarity
 from regard.evaluation.predictions import Predictions
 from regard.familiarity import measure_familiarity
-from regard.files import plural, reason
+from regard.files import plural, reason, write_text
 from regard.predict import load, network_hash
 from regard.run_data import predictions_of, run_table
 from regard.runs import RunFolder
 from regard.trained_on import Overlap
 
 log: logging.Logger = logging.getLogger(__name__)
+_SECTION = re.compile(r"^## Calibration\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
 def calibrate(
@@ -71,6 +73,7 @@ def calibrate(
         network=network_hash(run), tta=tta,
     )  # fmt: skip
     write_calibration(run, calibration)
+    _tell_in_card(Path(run), calibration)
     if not (Path(run) / FAMILIARITY).exists():
         _measure(Path(run), root, device)
     return calibration
@@ -103,7 +106,28 @@ def remove_calibration(run: str | Path) -> bool:
         return False
     except OSError as error:
         raise FileError(f"{path} can't be removed ({reason(error)})") from error
+    _tell_in_card(path.parent, None)
     return True
+
+
+def _tell_in_card(run: Path, calibration: Calibration | None) -> None:
+    """Replaces the model card's section on the calibration: the card's metrics are without it."""
+    card = run / "README.md"
+    if not card.is_file():
+        return
+    text = _SECTION.sub("", card.read_text(encoding="utf-8"))
+    if calibration is not None:
+        fitted = f"{calibration.images:,} {calibration.source}"
+        if calibration.tta is not None:
+            fitted += f", with test-time {calibration.tta}"
+        lines = "\n".join(f"- {line}" for line in calibration.lines())
+        section = (
+            f"## Calibration\n\n`regard.load` uses what `regard calibrate` fitted on {fitted}. The "
+            f"metrics above are without it.\n\n{lines}\n\n"
+        )
+        before, use, after = text.partition("## How to use it\n")
+        text = f"{before}{section}{use}{after}" if use else f"{text.rstrip()}\n\n{section}"
+    write_text(card, text)
 
 
 def validation_predictions(

@@ -116,15 +116,7 @@ def _check(
 def _print(run: Path, found: "Calibration") -> None:
     groups = "" if found.groups is None else f" in {plural(found.groups, 'group')}"
     print(f"{run}, on {found.images:,} {found.source}{groups}")
-    before, after = found.before, found.after
-    if found.temperature != 1.0:
-        print(
-            f"temperature {found.temperature:.4g}: log-likelihood {before['nll']:.4f} to "
-            f"{after['nll']:.4f} nats, calibration error (ECE) {before['ece']:.4f} to "
-            f"{after['ece']:.4f}"
-        )
-    if (t := found.threshold) is not None:
-        print(
-            f"{t.sentence()}: sensitivity {t.sensitivity:.4f}, specificity {t.specificity:.4f} "
-            f"there; `regard evaluate {run}` tests it"
-        )
+    for line in found.lines():
+        print(line)
+    if found.threshold is not None:
+        print(f"`regard evaluate {run}` tests the threshold")

@@ -53,10 +53,17 @@ class DiagnosticFlags:
         Parameter(help="Largest false positive rate of a partial ROC AUC of --positive."),
     ] = None
 
-    @property
-    def order(self) -> list[str] | None:
-        """The classes of --ordered."""
-        return None if self.ordered is None else [c.strip() for c in self.ordered.split(",")]
+    def order(self, classes: Sequence[str]) -> list[str] | None:
+        """The classes of --ordered, whose names may have commas themselves."""
+        if self.ordered is None:
+            return None
+        found, part = [], ""
+        for piece in self.ordered.split(","):
+            part = f"{part},{piece}".removeprefix(",")
+            if part.strip() in classes:
+                found.append(part.strip())
+                part = ""
+        return [*found, part.strip()] if part else found
 
     def check(self) -> None:
         """Checks what can be checked before anything is loaded.
@@ -86,7 +93,8 @@ class DiagnosticFlags:
         some = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
         if self.positive is not None and self.positive not in classes:
             raise UsageError(f"--positive {self.positive}: choose one of {some}")
-        if self.order is not None and sorted(self.order) != sorted(classes):
+        order = self.order(classes)
+        if order is not None and sorted(order) != sorted(classes):
             raise UsageError(f"--ordered {self.ordered}: name each class once: {some}")
 
 
@@ -135,8 +143,8 @@ def study(
     if threshold is not None:
         content["threshold"] = threshold.to_dict()
     found = diagnose(
-        predictions, positive=positive, ordered=flags.order, max_fpr=flags.max_fpr,
-        threshold=None if threshold is None else threshold.value,
+        predictions, positive=positive, ordered=flags.order(predictions.classes),
+        max_fpr=flags.max_fpr, threshold=None if threshold is None else threshold.value,
     )  # fmt: skip
     content |= found.to_dict()
     if len(kinds := set(predictions.labels.tolist())) == 1:

@@ -85,6 +85,22 @@ class Calibration:
         how = "" if self.tta is None else f", with test-time {self.tta}"
         return f"{' and '.join(parts)}, from {self.images:,} {self.source}{how}"
 
+    def lines(self) -> list[str]:
+        """What it changed on the images that it was fitted on, a line each."""
+        found = []
+        if self.temperature != 1.0:
+            found.append(
+                f"temperature {self.temperature:.4g}: log-likelihood {self.before['nll']:.4f} to "
+                f"{self.after['nll']:.4f} nats, calibration error (ECE) {self.before['ece']:.4f} "
+                f"to {self.after['ece']:.4f}"
+            )
+        if (t := self.threshold) is not None:
+            found.append(
+                f"{t.sentence()}: sensitivity {t.sensitivity:.4f}, specificity "
+                f"{t.specificity:.4f} there"
+            )
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """A dict for JSON."""
         threshold = None if self.threshold is None else self.threshold.to_dict()
