@@ -451,6 +451,17 @@ def test_dicom_padding_is_left_out_of_the_range(tmp_path):
     assert ranged[..., 0].tolist() == [[0, 0, 0.125], [0.25, 0.5, 0]]
 
 
+def test_values_that_are_not_finite_where_there_is_a_range(caplog):
+    """NaN, as outside of a field of view, is the lower end; infinity is the end that it is at."""
+    pixels = np.array([[np.nan, 150.0], [np.inf, -np.inf]], np.float32)
+    shown = read_image(pixels, value_range=(100.0, 200.0))
+    assert shown[..., 0].tolist() == [[0.0, 0.5], [1.0, 0.0]]
+    assert "3 of 4 values are NaN or outside 100 to 200" in caplog.text
+    for nothing in (np.full((2, 2), np.nan), np.array([[np.inf, np.nan]])):
+        with pytest.raises(ImageError, match=f"all of its {nothing.size} values are NaN or inf"):
+            read_image(nothing, value_range=(100.0, 200.0))
+
+
 def test_a_dicom_padding_of_the_other_sign_is_the_same_bits(tmp_path):
     pydicom = pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
     for kind, tag, value in (("i2", "US", 63536), ("u2", "SS", -2000)):

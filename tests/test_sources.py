@@ -234,6 +234,14 @@ def test_patients_that_are_missing_are_told(tmp_path):
     assert (empty.groups, empty.warnings) == (None, ())
 
 
+@pytest.mark.parametrize(("label", "told"), [("nan", True), ("N/A", True), ("none", False)])
+def test_a_missing_label_is_a_class_that_is_told(tmp_path, label, told):
+    text = f"path,label\nx.png,a\ny.png,{label}\nsub/z.png,b\n"
+    warnings = open_data(manifest(tmp_path, text)).warnings
+    said = f"the class {label!r} (1 image) is a class like any other: where the label is not known"
+    assert any(line.startswith(said) for line in warnings) == told
+
+
 def test_a_column_of_patients_that_is_not_the_groups_is_told(tmp_path):
     rows = ["x.png,a,7", "y.png,b,7", "sub/z.png,a,8"]
     told = open_data(manifest(tmp_path, "\n".join(["path,label,Patient ID", *rows]))).warnings[1]

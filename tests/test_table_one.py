@@ -48,6 +48,13 @@ def test_counts_shares_and_quartiles(manifest, tmp_path, capsys):
     assert run_command([*wanted[:-1], str(tmp_path / "t.xlsx")]) == 2
 
 
+def test_images_that_can_not_be_read_are_not_counted(manifest, tmp_path):
+    (tmp_path / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    made = tmp_path / "t.md"
+    assert run_command(["data", str(manifest), "--val", "0", "--table1", str(made)]) == 0
+    assert "| Images, n | 11 | 7 | 4 |" in made.read_text(encoding="utf-8")
+
+
 def table_of(names, classes=2, groups=None):
     count = len(names)
     return ImageTable(

@@ -66,8 +66,8 @@ def command(
     html
         Write the check as a page with pictures to this file.
     table1
-        Write the paper's Table 1 to this .csv or .md file: images, groups, classes and further
-        columns of a CSV file, by split.
+        Write the paper's Table 1 to this .csv or .md file: images that can be read, groups,
+        classes and further columns of a CSV file, by split.
     json
         Print JSON.
     """
@@ -97,7 +97,9 @@ def command(
         from regard.data.table_one import as_csv, as_markdown, table_one
 
         written = as_csv if table1.suffix.lower() == ".csv" else as_markdown
-        write_text(table1, written(table_one(table)))
+        lost = {path for path, _ in check.unreadable}  # training leaves them out, too
+        readable = [i for i in range(len(table)) if table.path(i) not in lost]
+        write_text(table1, written(table_one(table.select(readable))))
     if html is not None:
         from regard.report.data_page import write_data_page
 

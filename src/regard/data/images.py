@@ -191,11 +191,12 @@ def to_channels(pixels: NDArray[Any], channels: int | None) -> NDArray[Any]:
 def scaled(stored: Stored, value_range: ValueRange | None, name: str) -> NDArray[Any]:
     """The pixels of an image: measurements as float32 in 0..1, others unchanged.
 
-    Values outside the range are clipped, and values that are not finite become its lower end;
-    both are counted in a warning.
+    Values outside the range are clipped, and NaN, as outside of a field of view, becomes its lower
+    end; both are counted in a warning.
 
     Raises:
-        ImageError: there is no range, and the values are not floats from 0 to 1.
+        ImageError: there is no range, and the values are not floats from 0 to 1; or no value is
+            finite.
     """
     pixels = stored.pixels
     if not stored.is_measurement:
@@ -204,15 +205,17 @@ def scaled(stored: Stored, value_range: ValueRange | None, name: str) -> NDArray
     if value_range is None:
         return _from_zero_to_one(pixels)
     low, high = value_range
-    outside, shown = 0, np.zeros(pixels.shape, np.float32)
+    finite, outside, shown = False, 0, np.zeros(pixels.shape, np.float32)
     strip = max(1, 2**20 // (pixels.shape[1] * pixels.shape[2]))  # rows; limits the memory needed
     for top in range(0, len(pixels), strip):
         part = pixels[top : top + strip].astype(np.float64)
-        known = np.isfinite(part)
-        outside += int((~known | (part < low) | (part > high)).sum())
-        part = np.where(known, part, low).clip(low, high)
+        finite = finite or bool(np.isfinite(part).any())
+        outside += int((~((part >= low) & (part <= high))).sum())  # NaN too
+        part = np.where(np.isnan(part), low, part).clip(low, high)
         if low < high:  # halved, as the range of the largest doubles would overflow
             shown[top : top + strip] = (part / 2 - low / 2) / (high / 2 - low / 2)
+    if not finite:
+        raise ImageError(f"all of its {pixels.size} values are NaN or infinite")
     if outside and stored.own_range is None:
         _warn_of_clipping(name, outside, pixels.size, value_range)
     return shown
@@ -243,8 +246,8 @@ def _warn_of_clipping(name: str, count: int, total: int, value_range: ValueRange
         more = "; further images are not reported" if _clipped_images == _NAMED else ""
         low, high = value_range
         log.warning(
-            "%s: %d of %d values are outside %.6g to %.6g, the range of the data set, and were "
-            "clipped%s", name, count, total, low, high, more,
+            "%s: %d of %d values are NaN or outside %.6g to %.6g, the range of the data set, and "
+            "were clipped%s", name, count, total, low, high, more,
         )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from regard.data.table import SPLITS, ImageTable, as_known, class_counts
 from regard.data.walk import images_below
 from regard.data.webdataset import open_webdataset
 from regard.errors import FileError, UsageError
-from regard.files import reason
+from regard.files import plural, reason
 
 NAMES = ("digits", "cifar10", "cifar100")  # data sets, not files
 KINDS = ("medmnist:", "wds:", "hf:")  # prefixes of data that is neither a folder nor a CSV file
@@ -40,7 +40,8 @@ __all__ = [
 
 _LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
 # what programs write where a value is missing
-_MISSING = frozenset({"nan", "<na>", "na", "n/a", "#n/a", "none", "null", "unknown", "?", "-"})
+_NOT_THERE = frozenset({"nan", "<na>", "na", "n/a", "#n/a", "null"})
+_MISSING = _NOT_THERE | {"none", "unknown", "?", "-"}  # these may be names of classes
 _CHOICES = (
     "digits, a folder of class folders, a CSV file (path, label, optional split and group), "
     "cifar10, cifar100, medmnist:FILE.npz, wds:SHARDS or hf:NAME"
@@ -81,6 +82,7 @@ def open_data(
         _spelled_alike("classes", table.classes),
         _spelled_alike("groups", table.groups),
         _missing_groups(table.groups),
+        _missing_labels(table),
     )
     warnings = (*table.warnings, *(line for line in lines if line))
     return replace(table, reading=splits, warnings=warnings)
@@ -118,6 +120,18 @@ def _missing_groups(groups: NDArray[np.str_] | None) -> str | None:
             return (
                 f"the {count:,} images of group {name!r} count as one group: where the group is "
                 "not known, give each image a unique name"
+            )
+    return None
+
+
+def _missing_labels(table: ImageTable) -> str | None:
+    """A warning of a class whose name stands for a missing value."""
+    for k, name in enumerate(table.classes):
+        if folded(name) in _NOT_THERE:
+            count = int((table.labels == k).sum())
+            return (
+                f"the class {name!r} ({plural(count, 'image')}) is a class like any other: where "
+                "the label is not known, leave the image out"
             )
     return None
 
