@@ -209,7 +209,7 @@ def test_a_device_holds_a_part_of_a_batch_whole(broken, monkeypatch):
 def test_trial_steps_are_timed_without_the_decoding(folder):
     _, loader = loaders(folder)
     trainer = SimpleNamespace(
-        spans=lambda step: spans(loader), step=0, recipe=SimpleNamespace(accumulate=2),
+        spans=lambda step: spans(loader), step=0, steps=SimpleNamespace(parts=lambda step: 2),
         source=loader, device=CPU,
     )  # fmt: skip
     assert [type(batch) for batch in first_batches(trainer)] == [Batch, Batch]

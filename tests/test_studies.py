@@ -315,9 +315,10 @@ with log.open("a") as file:
 time.sleep(60)
 """
 STUDY = """
-import pathlib, sys
+import pathlib, signal, sys
 from regard.studies.plan import PlannedRun
 from regard.studies.runner import run_all
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 folder = pathlib.Path(sys.argv[1])
 log = str(folder / "log")
 runs = [

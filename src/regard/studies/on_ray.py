@@ -54,7 +54,7 @@ def run_on_ray(
         after_each, meanwhile: as for `run_all`.
 
     Raises:
-        StudyStopped: SIGINT or SIGTERM; the tasks are ended, and can be resumed from their last
+        StudyStopped: a signal to stop; the tasks are ended, and can be resumed from their last
             states.
         UsageError: Ray is not installed, or there is no cluster.
     """
