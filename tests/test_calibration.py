@@ -61,7 +61,7 @@ def test_a_run_keeps_its_validation_probabilities(whole):
     assert np.allclose(stored.probabilities, again.probabilities, atol=1e-6)
 
 
-def test_the_card_says_what_was_calibrated_and_that_its_metrics_are_without_it(mine):
+def test_the_card_says_what_was_calibrated_and_that_its_metrics_are_without_it(mine, caplog):
     before = (mine / "README.md").read_text(encoding="utf-8")
     assert "## Calibration" not in before
     for rule in ("youden", "sensitivity=0.9"):  # the second one replaces the first
@@ -75,10 +75,13 @@ def test_the_card_says_what_was_calibrated_and_that_its_metrics_are_without_it(m
         assert found.threshold.sentence() in section
     assert run_command(["calibrate", str(mine), "--remove"]) == 0
     assert (mine / "README.md").read_text(encoding="utf-8") == before
-    edited = before.replace("## How to use it", "## Usage")
+    edited = before.replace("## How to use it", "## Calibration\n\nOur own words.\n\n## Usage")
     (mine / "README.md").write_text(edited, encoding="utf-8")
     regard.calibrate(mine)
     assert (mine / "README.md").read_text(encoding="utf-8").startswith(edited)
+    (mine / "README.md").write_bytes("größer".encode("latin-1"))
+    regard.calibrate(mine)
+    assert f"{mine / 'README.md'} can't be read (" in caplog.text
     (mine / "README.md").unlink()
     regard.calibrate(mine)
     assert not (mine / "README.md").exists()

@@ -661,6 +661,7 @@ def test_evaluate_chooses_on_validation_and_reports_on_the_test(whole, capsys):
         ("mild, severe, none", ["mild, severe", "none"]),
         ("none,mild", ["none", "mild"]),
         ("none,none", ["none", "none"]),
+        ("none,,mild, severe", ["none", "", "mild", "severe"]),
     ],
 )
 def test_classes_in_order_may_have_commas(ordered, expected):

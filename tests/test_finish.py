@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import regard
+from regard.data.sources import open_data
 from regard.errors import StateError
 from regard.runs import RunFolder
 from regard.training import trackers
 from regard.training.checkpoint import Checkpoints
+from regard.training.plan import noisy_labels
 from regard.training.run import Run
 from regard.training.scoring import Scorer, Scores
 
@@ -129,6 +131,41 @@ def test_an_image_that_was_lost_is_counted_once(tmp_path, scans, full_disk):
     regard.train(data, resume=True, **settings)
     assert json.loads((out / "run.json").read_text())["facts"]["unreadable"] == 3
     assert len((out / "unreadable.csv").read_text().splitlines()) == 1 + 3
+
+
+@pytest.mark.parametrize("rules", [None, 1])
+def test_a_run_that_was_begun_before_is_resumed_by_its_rules(
+    tmp_path, monkeypatch, full_disk, rules
+):
+    """Its plan does not name any: the labels, the steps and the norms stay what they were."""
+    out = tmp_path / "run"
+    settings = {**TINY, "out": out, "epochs": 2, "limit": 100, "label_noise": 0.5}
+    settings |= {"model": "cbam_resnet18", "model_args": {"channels": (8, 8, 8, 8)}}
+    full_disk(2)
+    with pytest.raises(StateError):
+        regard.train("digits", **settings)
+    full_disk(0)
+    content = json.loads((out / "run.json").read_text())
+    assert content["plan"].pop("rules") == 1
+    content["plan"] |= {} if rules is None else {"rules": rules}
+    (out / "run.json").write_text(json.dumps(content))
+    found = {}
+    finish = Run._finish
+
+    def noted(self: Run) -> None:
+        t = self.trainer
+        momentum = {m.momentum for m in t.model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+        found.update(labels=t.labels.numpy(), planned=t.planned, momentum=momentum)
+        finish(self)
+
+    monkeypatch.setattr(Run, "_finish", noted)
+    regard.train("digits", resume=True, **settings)
+    table = open_data("digits")
+    rows = [row.split(",") for row in (out / "splits.csv").read_text().splitlines()[1:]]
+    true = np.array([table.classes.index(row[1]) for row in rows if row[2] == "train"])
+    assert np.array_equal(found["labels"], noisy_labels(true, 10, 0.5, 0, rules or 0))
+    assert found["planned"] == (rules or 0)
+    assert found["momentum"] == ({0.1} if rules else {0.1, 0.01})
 
 
 def test_a_folder_that_is_trained_in_anew_is_another_run_of_the_tracker(tmp_path, monkeypatch):

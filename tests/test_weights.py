@@ -17,7 +17,7 @@ from regard import weights
 from regard.cli import run_command
 from regard.errors import CheckpointError, UsageError
 from regard.evaluation.familiarity import FILE as FAMILIARITY
-from regard.models.io import save_model
+from regard.models.io import check_loadable, save_model
 from regard.predict import network_hash
 from regard.trained_on import known_images
 
@@ -367,6 +367,14 @@ def test_an_argument_that_no_folder_can_keep_is_refused(tmp_path):
     model = timm.create_model("cbam_resnet18", num_classes=5, act_layer=torch.nn.SiLU)
     with pytest.raises(UsageError, match=r"act_layer=.*SiLU.*: a folder keeps only numbers, words"):
         save_model(model, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["cbam_resnet18", "mobilenetv3_small_050", "convnext_atto"])
+def test_a_network_without_a_head_is_what_its_name_makes(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    model.reset_classifier(0, global_pool="")
+    check_loadable(model)
 
 
 def test_another_global_pooling_is_kept(tmp_path):

@@ -20,7 +20,8 @@ from regard.runs import RunFolder
 from regard.trained_on import Overlap
 
 log: logging.Logger = logging.getLogger(__name__)
-_SECTION = re.compile(r"^## Calibration\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+_BEGIN, _END = "<!-- regard calibrate -->\n", "<!-- end -->\n\n"  # of a model card's section
+_SECTION = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
 
 
 def calibrate(
@@ -73,9 +74,9 @@ def calibrate(
         network=network_hash(run), tta=tta,
     )  # fmt: skip
     write_calibration(run, calibration)
-    _tell_in_card(Path(run), calibration)
     if not (Path(run) / FAMILIARITY).exists():
         _measure(Path(run), root, device)
+    _tell_in_card(Path(run), calibration)
     return calibration
 
 
@@ -113,21 +114,29 @@ def remove_calibration(run: str | Path) -> bool:
 def _tell_in_card(run: Path, calibration: Calibration | None) -> None:
     """Replaces the model card's section on the calibration: the card's metrics are without it."""
     card = run / "README.md"
-    if not card.is_file():
+    try:
+        text = card.read_text(encoding="utf-8")
+    except FileNotFoundError:
         return
-    text = _SECTION.sub("", card.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError) as error:
+        log.warning(f"{card} can't be read ({reason(error)}): it does not tell the calibration")
+        return
+    text = _SECTION.sub("", text)
     if calibration is not None:
         fitted = f"{calibration.images:,} {calibration.source}"
         if calibration.tta is not None:
             fitted += f", with test-time {calibration.tta}"
         lines = "\n".join(f"- {line}" for line in calibration.lines())
         section = (
-            f"## Calibration\n\n`regard.load` uses what `regard calibrate` fitted on {fitted}. The "
-            f"metrics above are without it.\n\n{lines}\n\n"
+            f"{_BEGIN}## Calibration\n\n`regard.load` uses what `regard calibrate` fitted on "
+            f"{fitted}. The metrics above are without it.\n\n{lines}\n{_END}"
         )
         before, use, after = text.partition("## How to use it\n")
         text = f"{before}{section}{use}{after}" if use else f"{text.rstrip()}\n\n{section}"
-    write_text(card, text)
+    try:
+        write_text(card, text)
+    except FileError as error:
+        log.warning(str(error))
 
 
 def validation_predictions(

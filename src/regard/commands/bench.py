@@ -42,7 +42,8 @@ def command(
     Parameters
     ----------
     network
-        Network names or run folders; default: cbam_resnet50, attention56, ag_sononet8.
+        Network names or run folders, before the flags; default: cbam_resnet50, attention56,
+        ag_sononet8.
     train
         Measure training steps. Networks named together are timed in the same rounds, and
         attention networks are compared with their plain twin if that is named too.

@@ -57,13 +57,8 @@ class DiagnosticFlags:
         """The classes of --ordered, whose names may have commas themselves."""
         if self.ordered is None:
             return None
-        found, part = [], ""
-        for piece in self.ordered.split(","):
-            part = f"{part},{piece}".removeprefix(",")
-            if part.strip() in classes:
-                found.append(part.strip())
-                part = ""
-        return [*found, part.strip()] if part else found
+        pieces = self.ordered.split(",")
+        return _divided(pieces, set(classes)) or [piece.strip() for piece in pieces]
 
     def check(self) -> None:
         """Checks what can be checked before anything is loaded.
@@ -96,6 +91,18 @@ class DiagnosticFlags:
         order = self.order(classes)
         if order is not None and sorted(order) != sorted(classes):
             raise UsageError(f"--ordered {self.ordered}: name each class once: {some}")
+
+
+def _divided(pieces: list[str], names: set[str]) -> list[str] | None:
+    """Pieces between commas joined so that they name each class once; None: they do not."""
+    if not pieces:
+        return None if names else []
+    for count in range(1, len(pieces) + 1):
+        name = ",".join(pieces[:count]).strip()
+        rest = _divided(pieces[count:], names - {name}) if name in names else None
+        if rest is not None:
+            return [name, *rest]
+    return None
 
 
 @dataclass(frozen=True)

@@ -139,13 +139,13 @@ def _of_another_kind(model: nn.Module, made: nn.Module) -> list[str]:
     """The modules of a network that are of another kind than those of the one that was made.
 
     Only leaves without weights, such as activations and poolings: tensors show the others. Another
-    `global_pool`, of reset_classifier, is stored beside the arguments.
+    `global_pool`, of reset_classifier, and what flattens its map are stored beside the arguments.
     """
 
     def kinds(network: nn.Module) -> dict[str, type[nn.Module]]:
         return {
             name: type(m) for name, m in network.named_modules()
-            if "global_pool" not in name.split(".")
+            if not {"global_pool", "flatten"} & set(name.split("."))
             and not any(True for _ in m.children()) and not any(True for _ in m.parameters())
         }  # fmt: skip
 

@@ -92,10 +92,8 @@ def build_trainer(
     if recipe.sync_bn and accelerator.num_processes > 1:
         model = with_synchronized_norms(model, device)
     fuse(model, recipe.fuse, device, plan.model)
-    total = choose_steps(recipe, len(table), plan.processes)
-    settle_norms(model, total * recipe.accumulate)
     labels = noisy_labels(
-        table.labels, len(plan.classes), recipe.label_noise, recipe.seed, plan.noise_stream
+        table.labels, len(plan.classes), recipe.label_noise, recipe.seed, plan.rules
     )
     weights = loss_weights(table, recipe)
     return Trainer(
@@ -106,11 +104,11 @@ def build_trainer(
         labels=torch.from_numpy(labels),
         classes=len(plan.classes),
         count=len(table),
-        total=total,
+        total=choose_steps(recipe, len(table), plan.processes),
         accelerator=accelerator,
         class_weights=None if weights is None else weights.to(device),
         precision=_precision(plan, model, device),
-        planned=recipe.accumulate * plan.processes,
+        planned=recipe.accumulate * plan.processes if plan.rules else 0,
     )
 
 

@@ -92,7 +92,10 @@ class Recipe:
     )  # fmt: skip
     clip_grad: _NotNegative = _field(0.0, "Optimizer", "Clip the gradient to this norm (0 = off).")
     ema_decay: Annotated[float, _limits(gte=0, lte=0.99999)] = _field(
-        0.0, "Optimizer", "Decay of the exponential moving average of the weights (0 = off)."
+        0.0,
+        "Optimizer",
+        "Decay of the exponential moving average of the weights (0 = off). It spans "
+        "1 / (1 - decay) steps, at most about a ninth of those so far.",
     )
 
     schedule: Literal["steps", "onecycle", "cosine", "constant"] = _field(

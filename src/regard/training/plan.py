@@ -360,8 +360,8 @@ def noisy_labels(
         classes: number of classes.
         share: fraction of the labels.
         seed: the run's.
-        stream: 1: random numbers that nothing else uses. 0: as runs were begun before, with those
-            that shuffle the fifth epoch, which then has all wrong labels first.
+        stream: 1: random numbers that nothing else uses. 0: those that shuffle the fifth epoch,
+            which then has all wrong labels first, for runs that were begun so.
     """
     if share == 0 or classes < 2:
         return labels

@@ -31,7 +31,7 @@ from regard.machine import memory_errors, one_cpu_thread
 from regard.models.counting import count_parameters
 from regard.run_data import write_start
 from regard.runs import RunFolder
-from regard.training.build import build_loader, build_model, build_trainer
+from regard.training.build import build_loader, build_model, build_trainer, settle_norms
 from regard.training.checkpoint import KEPT, Checkpoints
 from regard.training.compile import choose_compiled
 from regard.training.config import Recipe
@@ -215,7 +215,8 @@ class Run:
         if self.plan.recipe.self_adaptive:  # in each state: two are stored while a third is written
             images = int(np.count_nonzero(self.table.splits == "train"))
             targets = 3 * 4 * images * len(self.plan.classes)
-        needed = 10 * size + targets + 50_000_000
+        best = 3 * size if self.plan.recipe.select == "best" else 0  # of the states, and a new one
+        needed = 10 * size + best + targets + 50_000_000
         check_space(self.folder.path, 0 if self.resumed else needed)
         lock.acquire()
         if not self.resumed:
@@ -250,6 +251,8 @@ class Run:
         if (batch, parts) != (trainer.batch, recipe.accumulate):
             fitted = recipe.changed(batch_size=batch, accumulate=parts)
             trainer = dataclasses.replace(trainer, recipe=fitted)
+        if self.plan.rules:
+            settle_norms(trainer.model, trainer.total * trainer.recipe.accumulate)
         if recipe.compile != "no":
             chosen["compiled"] = choose_compiled(trainer, stored.get("compiled"))
         return trainer, chosen
@@ -301,7 +304,7 @@ class Run:
         if self.main:
             config = {
                 **dataclasses.asdict(self.plan.recipe), "model": self.plan.model,
-                "started": self.folder.read_started(),
+                "started": self.folder.read_started() if self.plan.rules else None,
             }  # fmt: skip
             trackers = Trackers(self.tracker_names, self.folder.path, config, self.trainer.step)
         source = self.trainer.source
@@ -421,6 +424,7 @@ class Run:
         loader = self.loaders.get(split) or build_loader(
             self.plan, "test", part, self.accelerator.device
         )
+        self.loaders[split] = loader  # to be closed
         try:
             predictions = self.scorer.predict(loader, part)
         except WaitInterrupted:

@@ -70,7 +70,9 @@ class Plan:
         preprocess: from an image to the network's input.
         processes: number of processes when the run was started.
         start: description of the weights that it starts from.
-        noise_stream: of the random numbers that choose wrong labels, see `noisy_labels`.
+        rules: 0 for a run that was begun before these were changed, which goes on as it was: the
+            random numbers of wrong labels, an epoch's last step where steps were fitted into
+            memory, the averages of batch norms in short runs, and the id in Weights & Biases.
     """
 
     data: str
@@ -84,7 +86,7 @@ class Plan:
     preprocess: Preprocess
     processes: int = 1
     start: str = "random weights"
-    noise_stream: int = 1
+    rules: int = 1
 
     @property
     def network(self) -> str:
@@ -193,7 +195,7 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
         asked.data, stored["root"], stored["model"], stored["model_args"], stored["weights"],
         stored["pretrained"], recipe, stored["classes"], Preprocess(**values),
         stored.get("processes", processes), stored.get("start", "random weights"),
-        stored.get("noise_stream", 0),
+        stored.get("rules", 0),
     )  # fmt: skip
 
 

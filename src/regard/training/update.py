@@ -61,9 +61,9 @@ class Updater:
     def update(self, step: int | None = None) -> None:
         """Updates the weights, and their average, from the gradients, and clears those.
 
-        At first the average spans fewer steps than its decay says, as in TensorFlow's
-        ExponentialMovingAverage: in a run shorter than 1 / (1 - decay) steps, it would otherwise
-        consist of the weights of the start.
+        The average spans 1 / (1 - decay) steps, but at most about a ninth of the steps so far, as
+        in TensorFlow's ExponentialMovingAverage: in a shorter run it would otherwise consist of
+        the weights of the start.
 
         Args:
             step: the step's number, from 0; None: late in a run.
