@@ -119,7 +119,7 @@ def _tell_in_card(run: Path, calibration: Calibration | None) -> None:
     except FileNotFoundError:
         return
     except (OSError, UnicodeError) as error:
-        log.warning(f"{card} can't be read ({reason(error)}): it does not tell the calibration")
+        log.warning(f"{card} can't be read ({reason(error)}): its calibration was not updated")
         return
     text = _SECTION.sub("", text)
     if calibration is not None:

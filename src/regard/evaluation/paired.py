@@ -163,7 +163,7 @@ def compare_metrics(
     )
     ones = np.ones(len(a))
     values_a, values_b = one(ones), other(ones)
-    once = [name for name in values_a if name != "macro_recall"]
+    once = [name for name in values_a if name != "macro_recall"]  # it is balanced accuracy
     chosen = once if metrics is None else list(metrics)
     for name in chosen:
         if name not in values_a:

@@ -66,7 +66,7 @@ def build_loader(
 ) -> InMemoryLoader | StreamingLoader:
     """The loader of a split: training in sample order, the others in the table's order.
 
-    Training images that are tested, as there are no others, are read anew: as in prediction,
+    Training images that are tested, as there are no others, are read again: as in prediction,
     without random crops.
     """
     recipe, order = plan.recipe, None
