@@ -18,7 +18,8 @@ from regard.data.augment import (
     WIDTH,
     Augmentation,
     augment,
-    mixup,
+    blend,
+    mixup_shares,
     random_numbers,
     random_region,
     random_resized,
@@ -365,6 +366,12 @@ def test_a_region_that_never_fits_is_the_centered_one():
 
 
 # ---------------------------------------------------------------------------------- mixup
+def mixup(x, target, u, alpha):
+    """As a training step does it: images and targets by the same shares."""
+    shares = mixup_shares(u, alpha)
+    return blend(x, shares), blend(target, shares)
+
+
 @pytest.mark.parametrize("alpha", [0.4, 1.0, 3.0])
 def test_mixup_follows_its_distribution(alpha):
     u = random_numbers(4, 0, 3000)
@@ -379,15 +386,18 @@ def test_mixup_follows_its_distribution(alpha):
     torch.testing.assert_close(mixed_x, x * shares + neighbors * (1 - shares))
     for batch in (2, 50):  # in any batch of an even size
         parts = [
-            mixup(
-                x[k : k + batch],
-                F.one_hot(labels[k : k + batch], 2).float(),
-                u[k : k + batch],
-                alpha,
-            )[0]
+            blend(x[k : k + batch], mixup_shares(u[k : k + batch], alpha))
             for k in range(0, 100, batch)
         ]
         assert torch.equal(torch.cat(parts), mixed_x[:100])
+
+
+def test_mixup_mixes_images_as_it_mixes_targets():
+    x = torch.rand(6, 1, 4, 4)
+    mixed_x, target = mixup(x, torch.eye(6), random_numbers(0, 0, 6), 0.4)
+    torch.testing.assert_close(target.sum(dim=1), torch.ones(6))
+    torch.testing.assert_close(mixed_x, torch.einsum("ij,jchw->ichw", target, x))
+    assert 0.001 < float(target.diagonal().min()) < 0.5
 
 
 def test_mixup_of_the_ends_is_finite():

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from scipy.stats import chisquare, kstest
 from sklearn.datasets import load_sample_images
 
-from regard.data.augment import WIDTH, Augmentation, augment, mixup, random_numbers
+from regard.data.augment import WIDTH, Augmentation, augment, random_numbers
 from regard.data.loading import (
     InMemoryLoader,
     Reader,
@@ -147,15 +147,6 @@ def test_what_each_augmentation_does():
     share = (erased == 0).float().mean(dim=(1, 2, 3))
     assert 0.005 < share.min() < 0.05
     assert 0.25 < share.max() < 0.36
-
-
-def test_mixup_mixes_images_as_it_mixes_targets():
-    x = torch.rand(6, 1, 4, 4)
-    target = torch.eye(6)
-    mixed_x, mixed_target = mixup(x, target, random_numbers(0, 0, 6), 0.4)
-    torch.testing.assert_close(mixed_target.sum(dim=1), torch.ones(6))
-    torch.testing.assert_close(mixed_x, torch.einsum("ij,jchw->ichw", mixed_target, x))
-    assert 0.001 < float(mixed_target.diagonal().min()) < 0.5
 
 
 def test_preprocessing_is_timms_within_a_fraction_of_a_pixel():

@@ -203,17 +203,11 @@ def _erase(x: Tensor, u: Tensor, probability: float) -> Tensor:
     return x.masked_fill(inside[:, None], 0.0)
 
 
-def mixup(x: Tensor, target: Tensor, u: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al. 2018): each image with its neighbor, weighted by Beta(alpha, alpha).
-
-    Shapes: x (B, C, H, W), target (B, classes) probabilities -> the same.
-    """
-    shares = mixup_shares(u, alpha)
-    return blend(x, shares), blend(target, shares)
-
-
 def mixup_shares(u: Tensor, alpha: float) -> Tensor:
-    """Each image's own weight in its mixture, from Beta(alpha, alpha): (B, WIDTH) -> (B,)."""
+    """Each image's own weight in its mixup (Zhang et al. 2018): (B, WIDTH) -> (B,).
+
+    The weights follow Beta(alpha, alpha).
+    """
     from scipy.special import betaincinv
 
     shares = betaincinv(alpha, alpha, u[:, MIX].cpu().double().numpy())

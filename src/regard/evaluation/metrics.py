@@ -39,7 +39,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from regard.evaluation import display
@@ -56,6 +55,7 @@ from regard.evaluation.intervals import (
     wilson_of_variance,
 )
 from regard.evaluation.predictions import BINS, Floats, Ints, Outcomes, Predictions, outcomes
+from regard.evaluation.statistics import ratio
 from regard.files import plural
 
 _OF_RECALLS = ("balanced_accuracy", "macro_recall")
@@ -236,11 +236,6 @@ class _Resamples:
         self.gaps.append(sample.gaps)
 
 
-def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> Floats:
-    """part / whole, NaN for 0 / 0."""
-    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
-
-
 def _measure(
     images: Outcomes, weights: Floats, top5: bool, n_classes: int, whole: Floats | None = None
 ) -> _Measured:
@@ -252,7 +247,7 @@ def _measure(
     count = np.bincount(images.true, weights, n_classes)
     called = np.bincount(images.predicted, weights, n_classes)
     hits = np.bincount(images.true, weights * images.correct, n_classes)
-    shares = np.stack([_ratio(hits, of) for of in (count, called, count + called - hits)])
+    shares = np.stack([ratio(hits, of) for of in (count, called, count + called - hits)])
     if whole is not None:
         shares = np.where(count > 0, shares, whole)
     present, seen = ~np.isnan(shares[0]), ~np.isnan(shares[2])

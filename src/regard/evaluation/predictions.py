@@ -156,9 +156,6 @@ def outcomes(predictions: Predictions) -> Outcomes:
     predicted = probabilities.argmax(axis=1)
     top = probabilities[images, predicted].astype(np.float64)
     correct = (predicted == true).astype(np.float64)
-    # bins are closed above, ((m - 1) / 15, m / 15], as in Guo et al.
-    edges = np.linspace(0.0, 1.0, BINS + 1)
-    bins = np.clip(np.digitize(top, edges, right=True) - 1, 0, BINS - 1)
     # A probability of 0 costs 36 nats, not infinity, as in scikit-learn's log_loss for float64. For
     # float32, scikit-learn clips at that type's resolution, so that the same 0 costs 16 nats.
     of_true = probabilities[images, true].astype(np.float64)
@@ -169,11 +166,20 @@ def outcomes(predictions: Predictions) -> Outcomes:
         correct=correct,
         correct5=(_rank(probabilities, true) < 5).astype(np.float64),
         overconfidence=top - correct,
-        bin=bins,
+        bin=bin_of(top, BINS),
         nll=-np.log(np.clip(of_true, np.finfo(np.float64).eps, 1.0)),
         unit=unit,
         n_units=n_units,
     )
+
+
+def bin_of(probabilities: Floats, bins: int) -> Ints:
+    """(N,) calibration bin of each probability: closed above, ((m - 1) / bins, m / bins].
+
+    Source: Guo et al. 2017.
+    """
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    return np.clip(np.digitize(probabilities, edges, right=True) - 1, 0, bins - 1)
 
 
 def units_of(predictions: Predictions) -> tuple[Ints, int]:

@@ -7,7 +7,15 @@ from numpy.typing import NDArray
 
 from regard.errors import UsageError
 from regard.evaluation.intervals import NAN, Estimate, share_of_groups, wilson_interval
-from regard.evaluation.predictions import BINS, Floats, Ints, Predictions, rarer_units, units_of
+from regard.evaluation.predictions import (
+    BINS,
+    Floats,
+    Ints,
+    Predictions,
+    bin_of,
+    rarer_units,
+    units_of,
+)
 from regard.evaluation.statistics import class_index
 
 _STEPS, _TOLERANCE = 50, 1e-7  # for Newton's method
@@ -139,8 +147,7 @@ def reliability(
         c = class_index(predictions, positive)
         top = predictions.probabilities[:, c].astype(np.float64)
         right = predictions.labels == c
-    edges = np.linspace(0.0, 1.0, bins + 1)
-    index = np.clip(np.digitize(top, edges, right=True) - 1, 0, bins - 1)
+    index = bin_of(top, bins)
     rows = []
     for b in np.unique(index).tolist():
         inside = index == b
@@ -150,7 +157,8 @@ def reliability(
             share = share_of_groups(right[inside], predictions.groups[inside], confidence)
             interval = (share.low, share.high) if share.has_interval else (0.0, 1.0)
         mean = float(top[inside].mean())
-        rows.append(ReliabilityBin(edges[b], edges[b + 1], n, mean, hits / n, interval))
+        low, high = b / bins, (b + 1) / bins
+        rows.append(ReliabilityBin(low, high, n, mean, hits / n, interval))
     return rows
 
 
