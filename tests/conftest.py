@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from regard.commands import train
+from tests import nursery
 from tests.helpers import Server, jpeg, run, settings
 
 CHROMIUM = shutil.which("chromium")
@@ -33,6 +34,12 @@ LONGEST = (
     "test_demo", "test_models", "test_graft", "test_distributed", "test_resume", "test_report",
     "test_training", "test_studies", "test_pretrained",
 )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One nursery for all processes of the tests."""
+    if not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
+        nursery.start()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

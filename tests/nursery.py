@@ -39,7 +39,7 @@ class Process:
     def __init__(self, arguments: list[str], environment: dict[str, str], cwd: Path | None = None):
         (out, out_end), (err, err_end) = os.pipe(), os.pipe()
         self._line = socket.socket(socket.AF_UNIX)
-        self._line.connect(str(_nursery()))
+        self._line.connect(_nursery())
         request = {
             "arguments": arguments,
             "environment": environment,
@@ -99,7 +99,12 @@ class Process:
         threads = [threading.Thread(target=read, args=s, daemon=True) for s in streams]
         for thread in threads:
             thread.start()
-        self.wait(timeout)
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired:  # the test fails; what comes after it shall not
+            self.signal_group(signal.SIGKILL)
+            self.wait()
+            raise
         for thread in threads:
             thread.join(timeout)
         self.stdout.close()
@@ -107,24 +112,32 @@ class Process:
         return texts[0], texts[1]
 
 
-_address: Path | None = None
-_life = None  # the nursery ends when this pipe does, that is, with the process of the tests
+ADDRESS = "REGARD_TEST_NURSERY"
+_life = None  # the nursery ends when its input does, that is, with the process that started it
 
 
-def _nursery() -> Path:
-    """The socket of this process's nursery, which is started on first use."""
-    global _address, _life
-    if _address is None:
-        address = Path(tempfile.mkdtemp(prefix="regard-")) / "nursery"
-        started = subprocess.Popen(
-            [sys.executable, "-m", "tests.nursery", str(address)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
-        )  # fmt: skip
-        assert started.stdout is not None
-        assert started.stdout.readline() == b"ready\n"
-        _address, _life = address, started
-    return _address
+def start() -> None:
+    """Starts the nursery of this process and those that it starts, without waiting for it."""
+    global _life
+    address = Path(tempfile.mkdtemp(prefix="regard-")) / "nursery"
+    _life = subprocess.Popen(
+        [sys.executable, "-m", "tests.nursery", str(address)],
+        stdin=subprocess.PIPE, cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
+    )  # fmt: skip
+    os.environ[ADDRESS] = str(address)
+
+
+def _nursery() -> str:
+    """The nursery's socket, once it is open."""
+    if ADDRESS not in os.environ:
+        start()
+    address = os.environ[ADDRESS]
+    end = time.monotonic() + 240
+    while not os.path.exists(address):
+        assert time.monotonic() < end, "the nursery did not open"
+        time.sleep(0.05)
+    return address
 
 
 def serve(address: str) -> dict:
@@ -134,8 +147,9 @@ def serve(address: str) -> dict:
             importlib.import_module(name)
     gc.freeze()  # what is imported is no rubbish; looking at it would copy its pages
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
+    listener.bind(f"{address}.new")
     listener.listen(100)
+    os.rename(f"{address}.new", address)  # whoever sees it can connect
     bell, rung = os.pipe()
     os.set_blocking(bell, False)
     os.set_blocking(rung, False)
@@ -144,7 +158,6 @@ def serve(address: str) -> dict:
     ready = selectors.DefaultSelector()
     for source in (sys.stdin.buffer, listener, bell):
         ready.register(source, selectors.EVENT_READ)
-    os.write(1, b"ready\n")
     children: dict[int, socket.socket] = {}
     while True:
         sources = [key.fileobj for key, _ in ready.select()]

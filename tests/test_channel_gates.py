@@ -133,13 +133,17 @@ def test_a_run_without_channel_gates_says_nothing_of_them(whole):
 
 # ---------------------------------------------------------------------------- the optimizer
 GATED = [
-    ("cbam_resnet18", {}, ".se.channel."),
-    ("se_resnet18", {}, ".se.channel."),
+    ("cbam_resnet18", {"channels": (32, 64, 128, 256)}, ".se.channel."),
+    ("se_resnet18", {"channels": (32, 64, 128, 256)}, ".se.channel."),
     # timm's, of four classes
-    ("seresnet18", {}, ".se."),
+    ("seresnet18", {"channels": (32, 64, 128, 256)}, ".se."),
     ("mobilenetv3_small_050", {}, ".se."),
     ("legacy_seresnet18", {}, ".se_module."),
-    ("resnet18", {"block_args": {"attn_layer": "cbam"}}, ".se.channel."),
+    (
+        "resnet18",
+        {"block_args": {"attn_layer": "cbam"}, "channels": (32, 64, 128, 256)},
+        ".se.channel.",
+    ),
 ]
 MUON = Recipe(
     optimizer="muon", lr=0.02, weight_decay=0.0, nesterov=False, decay_norm_and_bias=False

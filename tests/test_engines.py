@@ -30,19 +30,23 @@ from regard.predict import Classifier
 
 pytestmark = pytest.mark.native
 
-NETWORKS = {
+NETWORKS = ["ag_sononet8", "attention56_cifar", "cbam_resnet18"]
+INPUTS = {
     "ag_sononet8": ((1, 32, 40), "image"),
     "attention56_cifar": ((3, 32, 32), "fixed"),
     "cbam_resnet18": ((3, 40, 32), "fixed"),
+    "sononet8": ((1, 32, 40), "image"),
 }
 QUICK = [("eager", "fp32"), ("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
 
 
-def lively(name: str, classes: int = 5, channels: int | None = None) -> nn.Module:
+def lively(
+    name: str, classes: int = 5, channels: int | None = None, **arguments: object
+) -> nn.Module:
     """A network whose BNs are not the identity and whose gates are not one half."""
     torch.manual_seed(0)
-    channels = channels or NETWORKS[name][0][0]
-    model = regard.create_model(name, num_classes=classes, in_chans=channels)
+    channels = channels or INPUTS[name][0][0]
+    model = regard.create_model(name, num_classes=classes, in_chans=channels, **arguments)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -52,16 +56,16 @@ def lively(name: str, classes: int = 5, channels: int | None = None) -> nn.Modul
     return model.eval()
 
 
-def classifier(name: str) -> Classifier:
-    size, standardize = NETWORKS[name]
+def classifier(name: str, **arguments: object) -> Classifier:
+    size, standardize = INPUTS[name]
     values = (0.5,) * size[0], (0.25,) * size[0]
     preprocess = Preprocess(size, *values, normalization=standardize)
-    return Classifier(lively(name), list("abcde"), preprocess)
+    return Classifier(lively(name, **arguments), list("abcde"), preprocess)
 
 
 def some_images(name: str, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    shape = (count, *NETWORKS[name][0])
+    shape = (count, *INPUTS[name][0])
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
@@ -76,7 +80,7 @@ def test_folding_leaves_the_function_and_the_original_as_they_were(name):
     # pre-activation units begin with a BN of their own, every other BN follows a convolution
     assert len(left) < len(had)
     assert name == "attention56_cifar" or left == []
-    x = torch.randn(2, *NETWORKS[name][0], dtype=torch.float64)
+    x = torch.randn(2, *INPUTS[name][0], dtype=torch.float64)
     with torch.no_grad():
         assert torch.allclose(folded(x), model(x), rtol=1e-9, atol=1e-9)
 

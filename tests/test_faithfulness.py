@@ -301,10 +301,10 @@ def test_judging_scores_each_image_on_its_own(images):
 def test_intervals_of_few_images_contain_the_mean_about_as_often_as_they_say():
     rng = np.random.default_rng(0)
     covered = 0
-    for _ in range(1000):
+    for _ in range(400):
         found = bootstrapped_mean(rng.normal(size=8), resamples=500)
         covered += found.low <= 0 <= found.high
-    assert 920 <= covered <= 970  # plain percentiles: 870
+    assert 368 <= covered <= 388  # plain percentiles: 348
 
 
 def test_images_of_the_same_patients_widen_every_interval(images):

@@ -16,6 +16,16 @@ EVERY = regard.list_models()
 KINDS = ["attention56_cifar", "attentionnext56", "cbam_resnet18", "cbam_resnet50", "se_resnet18",
          "se_mobilenet_070", "wide_resnet18_1_5", "plain_attention56_cifar", "sononet8",
          "ag_sononet8"]  # fmt: skip
+# as others, but deeper or of another base
+_DEEPER = {
+    "attention128_cifar", "attention164_cifar", "attention236_cifar", "attention452_cifar",
+    "plain_attention128_cifar", "plain_attention164_cifar", "plain_attention236_cifar",
+    "plain_attention452_cifar", "attentionnext92", "plain_attentionnext92", "plain_resnet101",
+    "plain_resnext101_32x4d", "se_resnet101", "se_resnext101_32x4d", "se_wide_resnet18_2",
+}  # fmt: skip
+DEEPER_ONES_SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) if name in _DEEPER else name for name in EVERY
+]
 _LARGE = {"attentionnext56", "cbam_resnet50", "se_mobilenet_070"}
 LARGE_ONES_SLOW = [
     pytest.param(name, marks=pytest.mark.slow) if name in _LARGE else name for name in KINDS
@@ -32,7 +42,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", DEEPER_ONES_SLOW)
 def test_training_reaches_every_parameter(name):
     model = regard.create_model(name, num_classes=7).train()
     outputs = model(small_input(model))
@@ -43,7 +53,7 @@ def test_training_reaches_every_parameter(name):
         assert p.grad.isfinite().all(), parameter_name
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", DEEPER_ONES_SLOW)
 @torch.no_grad()
 def test_features_head_and_classifier(name):
     model = regard.create_model(name).eval()

@@ -26,7 +26,16 @@ def test_every_network_and_ablation_is_kept():
     assert set(regard.list_models()) <= set(GOLDEN)
 
 
-@pytest.mark.parametrize("label", VARIANTS)
+# hundreds of layers, of the same modules as the others
+DEEPEST = {
+    "attention164_cifar", "attention236_cifar", "attention452_cifar", "plain_attention164_cifar",
+    "plain_attention236_cifar", "plain_attention452_cifar", "attentionnext92",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "label", [pytest.param(x, marks=pytest.mark.slow) if x in DEEPEST else x for x in VARIANTS]
+)
 def test_the_outputs_are_what_they_were(label):
     ours = golden.variant_outputs(*VARIANTS[label])
     assert np.isfinite(ours).all()

@@ -148,6 +148,7 @@ def gradients(model: nn.Module) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
+SMALL_RESNET = {"stem": "cifar", "layers": (1, 1, 1, 1)}
 EVERYTHING = Recipe(
     batch_size=8, random_crop="shift", color_jitter=0.4, lighting=0.1, random_erasing=0.5,
     rotate=10.0, zoom=(0.8, 1.2), shift=0.1, mixup=0.2, clip_grad=1.0, label_smoothing=0.1,
@@ -158,8 +159,8 @@ EVERYTHING = Recipe(
 @pytest.mark.parametrize(
     ("name", "side", "channels", "recipe", "arguments"),
     [
-        ("cbam_resnet18", 32, 3, Recipe(batch_size=8), {"stem": "cifar"}),
-        ("cbam_resnet18", 32, 3, EVERYTHING, {"stem": "cifar"}),
+        ("cbam_resnet18", 32, 3, Recipe(batch_size=8), SMALL_RESNET),
+        ("cbam_resnet18", 32, 3, EVERYTHING, SMALL_RESNET),
         ("attention56_cifar", 32, 3, Recipe(batch_size=8, accumulate=2, ema_decay=0.9), {}),
         ("ag_sononet8", 64, 1, EVERYTHING.changed(batch_size=7), {"aggregation": "ft"}),
         ("ag_sononet8", 64, 1, Recipe(batch_size=8, self_adaptive=0.9), {}),
