@@ -313,8 +313,11 @@ def test_all_right_is_not_certainty():
     e = evaluate(hard(true, true, 2), resamples=20)
     assert ends(e.metrics["top1"]) == wilson_interval(100, 100)
     assert ends(e.per_class[1].recall) == wilson_interval(10, 10)
+    # the recalls reach down by what Wilson's intervals of 90 and of 10 images do
+    reach = (1 - wilson_interval(90, 90)[0], 1 - wilson_interval(10, 10)[0])
+    low = 1 - (reach[0] ** 4 + reach[1] ** 4) ** 0.25 / 2
+    assert ends(e.metrics["balanced_accuracy"]) == pytest.approx((low, 1.0))
     # worth 2² / (1/90 + 1/10) = 36 images
-    assert ends(e.metrics["balanced_accuracy"]) == wilson_interval(36, 36)
     assert ends(e.metrics["macro_f1"]) == wilson_interval(36, 36)
     grouped = evaluate(hard(true, true, 2, np.arange(100) // 5), resamples=20)
     assert ends(grouped.metrics["top1"]) == wilson_interval(20, 20)
@@ -331,10 +334,9 @@ def test_a_balanced_accuracy_is_as_uncertain_as_its_recalls(size):
     true, groups = np.repeat([1, 0], [2, 10]), np.arange(12)
     p = hard(np.repeat(true, size), np.zeros(12 * size, int), 2, np.repeat(groups, size))
     e = evaluate(p, resamples=300)
-    # a variance of 0.25 (1/2 + 1/10) / 4, and t of 12 groups
-    z = 2.200985**2 * 0.0375 / 0.25
-    half = (z / 4 + z * z / 4) ** 0.5 / (1 + z)
-    expected = pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
+    # 0 of 2 groups reach up and 10 of 10 down
+    expected = wilson_interval(10, 10)[0] / 2, 0.5 + wilson_interval(0, 2)[1] / 2
+    expected = pytest.approx(expected, abs=1e-6)
     assert ends(e.metrics["balanced_accuracy"]) == ends(e.metrics["macro_recall"]) == expected
     assert e.metrics["macro_f1"].high <= 0.5
     assert e.metrics["macro_precision"].high <= 0.5
@@ -346,24 +348,37 @@ def test_a_balanced_accuracy_is_never_sure_where_one_class_is_always_predicted()
     """One group has images of both classes, and no sample of groups differs from 1/2."""
     true, groups = np.repeat([1, 0], [2, 10]), np.append(0, np.append(1, np.arange(1, 11)))
     e = evaluate(hard(true, np.zeros(12, int), 2, groups), resamples=300)
-    # as above, with t of 11 groups
-    z = 2.228139**2 * 0.0375 / 0.25
-    half = (z / 4 + z * z / 4) ** 0.5 / (1 + z)
-    expected = pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
+    expected = wilson_interval(10, 10)[0] / 2, 0.5 + wilson_interval(0, 2)[1] / 2
+    expected = pytest.approx(expected, abs=1e-6)
     assert ends(e.metrics["balanced_accuracy"]) == ends(e.metrics["macro_recall"]) == expected
 
 
-@pytest.mark.parametrize(("classes", "images"), [(2, 10), (10, 20), (40, 5)])
-def test_balanced_accuracy_of_few_and_of_many_classes_is_covered(classes, images):
-    """By the distance to the ends of each recall's own interval 10 classes have 0.90."""
-    true = np.repeat(np.arange(classes), images)
-    held = []
-    for seed in range(300):
-        right = np.random.default_rng(seed).random(len(true)) < 0.9
+@pytest.mark.parametrize(
+    ("images", "recalls", "widest"),
+    [
+        # a rare class decides, and is often found completely
+        ([5, 300], [0.8, 0.9], 1.05),
+        ([10, 300], [0.9, 0.99], 1.15),
+        ([30, 300], [0.97, 0.9], 1.45),
+        # many classes: as the sum of their variances has it
+        ([20] * 10, [0.9] * 10, 1.15),
+        ([5] * 40, [0.9] * 40, 1.15),
+        ([5, 50, 200], [0.8, 0.95, 0.99], 1.15),
+    ],
+)
+def test_balanced_accuracy_of_few_and_of_many_classes_is_covered(images, recalls, widest):
+    """By the variances of the recalls alone, the rare classes' cases have 0.6 to 0.85."""
+    classes, true = len(images), np.repeat(np.arange(len(images)), images)
+    recall, held, widths = np.array(recalls), [], []
+    for seed in range(200):
+        right = np.random.default_rng(seed).random(len(true)) < recall[true]
         p = hard(true, np.where(right, true, (true + 1) % classes), classes)
         found = evaluate(p, resamples=2).metrics["balanced_accuracy"]
-        held.append(found.low <= 0.9 <= found.high)
-    assert 0.92 <= np.mean(held) <= 0.99
+        held.append(found.low <= recall.mean() <= found.high)
+        widths.append(found.high - found.low)
+    assert np.mean(held) >= 0.94
+    variance = (recall * (1 - recall) / images).sum() / classes**2
+    assert np.mean(widths) <= widest * 2 * 1.96 * variance**0.5
 
 
 def test_one_wrong_image_makes_no_share_surer():

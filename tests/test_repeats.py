@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import norm, ttest_rel
+from scipy.stats import norm, t, ttest_rel
 from sklearn.metrics import balanced_accuracy_score, log_loss
 
 from regard.errors import UsageError
@@ -148,9 +148,25 @@ def test_groups_and_classes_of_unequal_sizes_have_their_own_reach():
     whole = [answers(np.ones(40, bool), groups=groups)] * 3
     found = repeated_value(whole)  # 8 groups, which differ in nothing but their sizes
     assert (found.low, found.high) == pytest.approx(wilson_interval(8, 8))
-    labels = np.arange(44) // 40  # 40 and 4 images: recalls that are worth 2² / (1/40 + 1/4)
+    labels = np.arange(44) // 40  # the recall of 4 images may be as low as their interval says
     found = repeated_value([answers(np.ones(44, bool), labels)] * 3, metric="balanced accuracy")
-    assert found.low == pytest.approx(wilson_interval(15, 15)[0])
+    reach = (1 - wilson_interval(40, 40)[0], 1 - wilson_interval(4, 4)[0])
+    assert found.low == pytest.approx(1 - (reach[0] ** 4 + reach[1] ** 4) ** 0.25 / 2)
+
+
+def test_with_one_seed_the_folds_variance_counts_the_images_that_trained():
+    """Nadeau & Bengio 2003: 1/K + n2/n1, where a fifth of the other folds validated."""
+    rng = np.random.default_rng(3)
+    a, b = ([answers(rng.random(100) < share)] for share in (0.9, 0.5))
+    fold = np.arange(100) % 5
+    right = [np.where(p.labels == p.probabilities.argmax(1), 1.0, 0.0) for p in (a[0], b[0])]
+    means = np.array([(right[0] - right[1])[fold == k].mean() for k in range(5)])
+    for trained, ratio in ((None, 20 / 80), (64, 20 / 64)):
+        d = repeated_difference(a, b, folds=fold, trained=trained)
+        half = t.ppf(0.975, 4) * (means.var(ddof=1) * (1 / 5 + ratio)) ** 0.5
+        assert (d.low, d.high) == pytest.approx((d.value - half, d.value + half))
+        found = repeated_value(a, folds=fold, trained=trained)
+        assert found.low < found.value < found.high
 
 
 def test_a_difference_that_no_networks_can_have_is_not_stated():

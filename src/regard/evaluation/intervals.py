@@ -281,6 +281,47 @@ def wilson_of_variance(value: float, variance: float, n_units: int, confidence: 
     return Estimate(value, max(min(center - half, value), 0.0), min(max(center + half, value), 1.0))
 
 
+def mean_of_shares(
+    parts: Sequence[tuple[Estimate, float]], n_units: int, confidence: float
+) -> Estimate:
+    """The mean of independent shares, as of the recalls of several classes.
+
+    Its variance is the sum of theirs, which is known well for many classes, but not where a class
+    of few images decides: if all of these are right, they do not vary at all, though the share may
+    be far from 1. The distance from a share to the end of its own interval tells how large its
+    variance may be there; as the shares are independent, so are the estimates of their variances,
+    and what these may lack adds up as the root of the sum of squares (the recovery of variances
+    from limits of Zou & Donner, Statistics in Medicine 2008, applied to the variances). For two
+    shares of which one decides, this is their method; for many it approaches the normal interval.
+
+    Args:
+        parts: for each share its estimate with interval, and its variance; NaN for a single unit,
+            which tells neither: it has the mean variance of the others.
+        n_units: of all shares, at least 2.
+        confidence: of the intervals, between 0 and 1.
+    """
+    from scipy.stats import t
+
+    value = np.array([share.value for share, _ in parts])
+    low = np.nan_to_num([share.low for share, _ in parts], nan=0.0)
+    high = np.nan_to_num([share.high for share, _ in parts], nan=1.0)
+    variance = np.array([known for _, known in parts])
+    mean, unknown = float(value.mean()), np.isnan(variance)
+    others = variance[~unknown].mean() if not unknown.all() else mean * (1 - mean)
+    variance = float(t.ppf((1 + confidence) / 2, n_units - 1)) ** 2 * np.where(
+        unknown, others, variance
+    )
+
+    def reach(distance: Floats) -> float:
+        lacking = np.maximum(distance**2 - variance, 0.0)
+        return math.sqrt(variance.sum() + math.sqrt(np.square(lacking).sum())) / len(parts)
+
+    known = low == high  # as the precision of a class that was never predicted
+    least, most = (float(np.where(known, value, end).mean()) for end in (0.0, 1.0))
+    down, up = mean - reach(value - low), mean + reach(high - value)
+    return Estimate(mean, min(max(down, least), mean), max(min(up, most), mean))
+
+
 def reach_of_none(units: float, confidence: float) -> float:
     """Upper end of Wilson's interval for a share of 0: how far it reaches if no unit had any.
 

@@ -18,8 +18,10 @@ Their intervals:
   which has good coverage near 0 and 1 and for few images (Brown, Cai & DasGupta, Statistical
   Science 2001). F1 = 2J / (1 + J), where J is the Jaccard index; the interval is J's,
   transformed.
-- balanced_accuracy and macro_recall are means of recalls of different images; they have Wilson's
-  interval for the sum of the recalls' variances, unless images of one group differ in class.
+- balanced_accuracy and macro_recall are means of recalls of different images; their interval is
+  made of the recalls' own (`regard.evaluation.intervals.mean_of_shares`), so that a class with
+  few images, all of them right, is not taken for certain. Where images of one group differ in
+  class, and for macro_precision, it is at each end the wider of this and of the samples below.
 - The others are expanded percentiles of `resamples` bootstrap samples of the images; for nll, at
   each end the wider of these and Student's t. A class without images in a sample keeps its values
   from all images.
@@ -29,12 +31,13 @@ Their intervals:
 - ece is biased upward: its interval corrects for that, and reaches 0 for a calibrated network
   (see `regard.evaluation.intervals.calibration_interval`).
 - If all or no images are correct, resamples do not vary. The interval is then Wilson's,
-  where each group counts as one image, and a mean over classes has the effective sample
-  size of its unequal weights (Kish 1965: C² / Σ 1/n_c).
+  where each group counts as one image, and macro F1 has the effective sample size of its
+  unequal weights (Kish 1965: C² / Σ 1/n_c).
 - One image (with groups: one group) has no interval: low and high are NaN. The same holds
   for a class with one image or group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,17 +51,18 @@ from regard.evaluation.intervals import (
     calibration_interval,
     check_settings,
     draws,
+    mean_of_shares,
     percentile,
     share_of_groups,
     unbounded,
     wilson,
-    wilson_of_variance,
 )
 from regard.evaluation.predictions import BINS, Floats, Ints, Outcomes, Predictions, outcomes
 from regard.evaluation.statistics import ratio
 from regard.files import plural
 
 _OF_RECALLS = ("balanced_accuracy", "macro_recall")
+_OF_SHARES = {"balanced_accuracy": 0, "macro_recall": 0, "macro_precision": 1}  # in `_shares`
 MACRO = ("balanced_accuracy", "macro_f1", "macro_precision", "macro_recall")  # over the classes
 
 
@@ -185,7 +189,7 @@ def evaluate(
         n_groups=images.n_units if grouped else None,
         classes=list(predictions.classes),
         confusion=csr_array((ones, (present[images.true], present[images.predicted])), shape),
-        metrics=_metrics(images, measured, drawn, shares[0], grouped, confidence),
+        metrics=_metrics(images, measured, drawn, shares, grouped, confidence),
         per_class=_per_class(predictions, present, shares, confidence),
         confidence=confidence,
     )
@@ -294,14 +298,14 @@ def _metrics(
     images: Outcomes,
     measured: _Measured,
     drawn: _Resamples,
-    of_class: _Shares,
+    shares: tuple[_Shares, _Shares, _Shares],
     grouped: bool,
     confidence: float,
 ) -> dict[str, Estimate]:
     """The metrics with the intervals that the module describes."""
     n_units = images.n_units
-    apart = sum(len(np.unique(unit)) for _, unit in of_class) == n_units
-    present = np.array([len(np.unique(unit)) for _, unit in of_class if len(unit)])
+    apart = sum(len(np.unique(unit)) for _, unit in shares[0]) == n_units
+    present = np.array([len(np.unique(unit)) for _, unit in shares[0] if len(unit)])
     effective = min(int(len(present) ** 2 / (1 / present).sum()), n_units)
 
     def metric(name: str, value: float) -> Estimate:
@@ -311,9 +315,19 @@ def _metrics(
             right = images.correct if name == "top1" else images.correct5
             return _share(right, images.unit, grouped, confidence)
         samples = np.array(drawn.values[name])
-        # samples do not vary if each class is always right or always wrong
-        if name in _OF_RECALLS and 0 < value < 1 and (apart or np.ptp(samples) < 1e-12):
-            return _mean_of_shares(value, of_class, grouped, n_units, confidence)
+        if name in _OF_SHARES:
+            of_class = shares[_OF_SHARES[name]]
+            of_recalls = name in _OF_RECALLS
+            found = mean_over_classes(
+                of_class, grouped, n_units, confidence,
+                empty_are_zero=not of_recalls,  # a class that was never predicted
+            )  # fmt: skip
+            if apart and of_recalls:
+                return found
+            # what images of several classes in one group have in common is in the samples alone
+            of_samples = percentile(value, samples, confidence, n_units)
+            low, high = min(found.low, of_samples.low), max(found.high, of_samples.high)
+            return Estimate(value, low, high)
         if name in MACRO and value in (0.0, 1.0):
             return wilson(value, effective, confidence)
         if name == "nll":
@@ -336,28 +350,34 @@ def _share(right: Floats, unit: Ints, grouped: bool, confidence: float) -> Estim
     return wilson(float(right.mean()), len(right), confidence)
 
 
-def _mean_of_shares(
-    value: float, of_class: _Shares, grouped: bool, n_units: int, confidence: float
+def mean_over_classes(
+    of_class: Sequence[tuple[Floats, Ints]],
+    grouped: bool,
+    n_units: int,
+    confidence: float,
+    *,
+    empty_are_zero: bool = False,
 ) -> Estimate:
-    """The mean of the classes' shares, from the sum of their variances, as they are independent.
+    """The mean of the classes' shares as if they were independent: `mean_of_shares`.
 
-    A class with one unit is given the mean variance of the others; if none varies, all images
-    are given the variance of the mean.
+    Args:
+        of_class: for each class, how far each of its images is right (0 to 1), and its unit.
+        grouped: whether units are groups of images.
+        n_units: of all images, at least 2.
+        confidence: between 0 and 1.
+        empty_are_zero: a class without images counts as 0 instead of being left out.
     """
-    variances, sizes = [], []
+    parts = []
     for right, unit in of_class:
         if not len(right):
+            if empty_are_zero:
+                parts.append((Estimate(0.0, 0.0, 0.0), 0.0))
             continue
         whole = np.unique(unit, return_inverse=True)[1] if grouped else np.arange(len(unit))
-        k, share = int(whole.max()) + 1, float(right.mean())
-        sizes.append(k)
-        if k > 1:
-            spread = np.square(np.bincount(whole, right - share)).sum() / len(right) ** 2
-            variances.append(float(spread) * k / (k - 1))
-    count = len(sizes)
-    alike = value * (1 - value) * float(np.mean(1 / np.array(sizes)))
-    variance = float(np.mean(variances)) if variances else 0.0
-    return wilson_of_variance(value, (variance or alike) / count, n_units, confidence)
+        k, share = int(whole.max()) + 1, _share(right, unit, grouped, confidence)
+        spread = np.square(np.bincount(whole, right - share.value)).sum() / len(right) ** 2
+        parts.append((share, float(spread) * k / (k - 1) if k > 1 else NAN))
+    return mean_of_shares(parts, n_units, confidence)
 
 
 def _per_class(

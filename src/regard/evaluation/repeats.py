@@ -35,6 +35,7 @@ from regard.evaluation.intervals import (
     finite_or_none,
     reach_of_none,
 )
+from regard.evaluation.metrics import mean_over_classes
 from regard.evaluation.predictions import Floats, Ints, Predictions, outcomes
 
 METRICS = ("accuracy", "balanced accuracy", "log loss")
@@ -137,6 +138,7 @@ def repeated_difference(
     *,
     metric: str = "accuracy",
     folds: Ints | None = None,
+    trained: float | None = None,
     confidence: float = 0.95,
 ) -> RepeatedDifference:
     """Compares two networks that were trained with the same seeds on the same splits.
@@ -146,6 +148,8 @@ def repeated_difference(
             each seed's predictions for all folds together.
         metric: one of METRICS.
         folds: (N,) the fold in which each image was tested; None: one split.
+        trained: mean number of images that trained the network of a fold, which is smaller if
+            some of the others validated it; default: all images of the other folds.
         confidence: of the interval.
 
     Raises:
@@ -157,7 +161,9 @@ def repeated_difference(
     _check_images([*a, *b])
     pairs = zip(a, b, strict=True)
     parts = np.stack([contributions(p, metric) - contributions(q, metric) for p, q in pairs])
-    return _estimate(*_by_unit(parts, a[0], folds), metric, confidence, _weight(a[0], metric))
+    d, fold = _by_unit(parts, a[0], folds)
+    weight = _weight(a[0], metric)
+    return _estimate(d, fold, metric, confidence, weight, trained, len(a[0]))
 
 
 def repeated_value(
@@ -165,6 +171,7 @@ def repeated_value(
     *,
     metric: str = "accuracy",
     folds: Ints | None = None,
+    trained: float | None = None,
     confidence: float = 0.95,
 ) -> Estimate:
     """The mean of a metric over seeds, with its interval over seeds and images together.
@@ -173,7 +180,7 @@ def repeated_value(
 
     Args:
         seeds: predictions for each seed, as for `repeated_difference`.
-        metric, folds, confidence: as for `repeated_difference`.
+        metric, folds, trained, confidence: as for `repeated_difference`.
 
     Raises:
         UsageError: an unknown metric, no seed, or images that differ.
@@ -183,9 +190,25 @@ def repeated_value(
         raise UsageError("no seed: at least one is needed")
     _check_images(seeds)
     parts = np.stack([contributions(p, metric) for p in seeds])
-    weight = _weight(seeds[0], metric)
-    found = _estimate(*_by_unit(parts, seeds[0], folds), metric, confidence, weight)
-    return Estimate(found.value, max(found.low, 0.0), found.high)
+    first = seeds[0]
+    d, fold = _by_unit(parts, first, folds)
+    weight = _weight(first, metric)
+    found = _estimate(d, fold, metric, confidence, weight, trained, len(first))
+    low, high = max(found.low, 0.0), found.high
+    if metric == "balanced accuracy" and found.n_units > 1:  # a rare class may not vary at all
+        of_images = _mean_recall(seeds, folds, confidence)
+        low, high = min(low, of_images.low), max(high, of_images.high)
+    return Estimate(found.value, low, high)
+
+
+def _mean_recall(seeds: Sequence[Predictions], folds: Ints | None, confidence: float) -> Estimate:
+    """Balanced accuracy with its interval over images, of which each is right in some seeds."""
+    labels = seeds[0].labels
+    fold = np.zeros(len(labels), dtype=np.int64) if folds is None else np.asarray(folds)
+    unit, n_units = _units(seeds[0], fold)
+    right = np.mean([outcomes(p).correct for p in seeds], axis=0)
+    of_class = [(right[labels == c], unit[labels == c]) for c in np.unique(labels)]
+    return mean_over_classes(of_class, seeds[0].groups is not None, n_units, confidence)
 
 
 def _check_metric(metric: str) -> None:
@@ -262,9 +285,19 @@ def _is_none(variance: float) -> bool:
 
 
 def _estimate(
-    d: Floats, fold: Ints, metric: str, confidence: float, weight: float = 1.0
+    d: Floats,
+    fold: Ints,
+    metric: str,
+    confidence: float,
+    weight: float = 1.0,
+    trained: float | None = None,
+    images_tested: int = 0,
 ) -> RepeatedDifference:
-    """The result from D[s, g], (S, G), and each unit's fold, (G,); `weight` is from `_weight`."""
+    """The result from D[s, g], (S, G), and each unit's fold, (G,).
+
+    weight: from `_weight`.
+    trained: images that trained the network of a fold, of as many as all folds tested.
+    """
     seeds, units = d.shape
     folds = int(fold.max()) + 1
     value, each = float(d.mean()), d.mean(axis=1)
@@ -279,8 +312,9 @@ def _estimate(
         df = min(df, df_seed + _TRUST * max(df - df_seed, 0.0))
     elif folds > 1:
         means = np.array([d[0, fold == k].mean() for k in range(folds)])
-        # Nadeau and Bengio: 1/K + test images / training images, here 1/K + 1/(K - 1)
-        total = float(means.var(ddof=1)) * (1 / folds + 1 / (folds - 1))
+        # Nadeau and Bengio: 1/K + test images / training images
+        ratio = images_tested / folds / trained if trained else 1 / (folds - 1)
+        total = float(means.var(ddof=1)) * (1 / folds + ratio)
         total = max(total, images)
         seed_part, image_part, df = max(total - images, 0.0), images, folds - 1
     else:

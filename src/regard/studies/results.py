@@ -268,7 +268,15 @@ def _compare(each: _Read, reference: _Read) -> dict[str, RepeatedDifference]:
     if not seeds:
         return {}
     a, b = [each.predictions[s] for s in seeds], [reference.predictions[s] for s in seeds]
-    return {m: repeated_difference(a, b, metric=m, folds=each.fold) for m in METRICS}
+    trained = _trained(each, reference)
+    return {
+        m: repeated_difference(a, b, metric=m, folds=each.fold, trained=trained) for m in METRICS
+    }
+
+
+def _trained(*rows: _Read) -> float:
+    """Mean number of images that trained a network of these rows."""
+    return float(np.mean([facts["counts"]["train"] for row in rows for facts in row.facts]))
 
 
 def _row_result(
@@ -288,7 +296,10 @@ def _row_result(
     return RowResult(
         row=row, seeds=seeds, values=values, differences=differences, p_values=mine,
         verdict=verdict, facts=medians(read.facts), curves=read.curves,
-        intervals={m: repeated_value(said, metric=m, folds=read.fold) for m in METRICS if said},
+        intervals={
+            m: repeated_value(said, metric=m, folds=read.fold, trained=_trained(read))
+            for m in METRICS if said
+        },
         printed=as_printed(said, row.paper), recalls=recalls_of(said),
         faithfulness=by_map([read.faithfulness[s] for s in seeds]),
         length=length_of(row, read.facts, read.recipe, base) if read.facts else None,
