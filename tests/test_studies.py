@@ -774,7 +774,7 @@ def edited(tmp_path, monkeypatch, capsys):
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
 
-    def call(*words, **changes):
+    def call(*words, data="digits", **changes):
         for name, text in files.items():
             old, new = changes.get(name[0], ("", ""))
             assert old in text
@@ -783,7 +783,7 @@ def edited(tmp_path, monkeypatch, capsys):
         words = [
             "study",
             "s.toml",
-            "digits",
+            data,
             "--out",
             "my st",
             "--faithfulness-images",
@@ -834,6 +834,42 @@ def test_runs_of_another_recipe_are_not_pooled(edited):
     (other / "recipe.toml").write_text(text.replace("steps = 6", "steps = 9"))
     with pytest.raises(UsageError, match="steps=9"):
         gather(table, runs)
+
+
+def test_runs_of_other_data_are_not_passed_off(edited, scans):
+    """Relabelled, of another folder of the same name, or changed between two runs."""
+    for place in ("here", "there"):
+        shutil.copytree(scans, Path(place) / "few")
+    (Path("there") / "few/0/00.png").unlink()
+    first = ("--seeds", "1", "--steps", "1", "--rows")
+    data = str(Path("here/few").resolve())
+    assert edited(*first, "A", data=data)[0] == 0
+    assert edited(*first, "A", data=str(Path("here/few")))[0] == 0  # by another path
+    code, err = edited(*first, "A", data=str(Path("there/few").resolve()))
+    assert code == 2
+    assert f"data={data}" in err.splitlines()[-1]
+    assert edited(*first, "A", "--pretrained", "yes", data=data)[0] == 2
+    os.replace("here/few/0/00.png", "here/few/1/new.png")
+    code, err = edited(*first, "A", data=data)
+    assert code == 2
+    assert "the data changed (" in err.splitlines()[-1]
+    os.replace("here/few/1/new.png", "here/few/0/00.png")
+    assert edited(*first, "A", data=data)[0] == 0
+    shutil.copy("here/few/0/01.png", "here/few/0/00.png")  # the name stays, the image does not
+    code, err = edited(*first, "B", data=data)
+    assert code == 0  # the first row is not looked at
+    code, err = edited(*first[:-1], data=data)
+    assert code == 2
+    assert "0/00.png has another content in each" in err.splitlines()[-1]
+
+
+def test_a_rows_folder_does_not_depend_on_which_rows_are_chosen(tmp_path):
+    table = parse_table(TABLE.replace("plain", "注意力").replace("gated", "基线"), "gates")
+    names = [row.name for row in table.rows]
+    folders = [{r.row: r.folder for r in plan_study(t, "digits", tmp_path, seeds=1, folds=1)}
+               for t in (table, choose_rows(table, [names[1]]))]  # fmt: skip
+    assert folders[1] == {names[1]: folders[0][names[1]]}
+    assert len(set(folders[0].values())) == len(names)
 
 
 def test_runs_that_chose_other_sizes_on_other_machines_are_not_compared(tmp_path, trainer):

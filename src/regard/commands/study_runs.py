@@ -11,7 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regard.data.sources import NAMES
+import numpy as np
+
+from regard.data.sources import NAMES, open_data
+from regard.data.splits_file import read_rows, read_splits
+from regard.data.table import ImageTable
 from regard.errors import UsageError
 from regard.runs import RunFolder
 from regard.studies.facts import OF_THE_MACHINE, shown
@@ -60,6 +64,7 @@ def check_runs(runs: Sequence[PlannedRun], asked: Mapping[str, Asked]) -> None:
     Raises:
         UsageError: a run differs; the message names the run, and the first value that does.
     """
+    tables: dict[Any, ImageTable] = {}
     for run in runs:
         try:
             if not RunFolder(run.folder).exists:
@@ -71,6 +76,35 @@ def check_runs(runs: Sequence[PlannedRun], asked: Mapping[str, Asked]) -> None:
                 f"{run.folder} was trained with {name}={shown(was)}, and this call asks for "
                 f"{name}={shown(now)}: give --out another folder"
             )
+        _check_images(run, asked[run.row], tables)
+
+
+def _check_images(run: PlannedRun, asked: Asked, tables: dict[Any, ImageTable]) -> None:
+    """That the run's images still are those of the data, with the same labels and groups.
+
+    Their contents are compared when results are gathered, between runs.
+
+    tables: of data that was opened before.
+
+    Raises:
+        UsageError: they are not.
+    """
+    folder, splits = RunFolder(run.folder), run.folder / "splits.csv"
+    if asked.data in NAMES or not splits.is_file() or not os.path.exists(_place(asked.data)):
+        return  # data sets that do not change
+    key = asked.data, asked.root, asked.splits
+    if key not in tables:
+        tables[key] = open_data(asked.data, root=asked.root, splits=asked.splits)
+    table = tables[key]
+    if load_recipe(folder.path / "recipe.toml").limit:
+        used = {row.key for row in read_rows(splits)}
+        table = table.select(np.flatnonzero([table.key(i) in used for i in range(len(table))]))
+    try:
+        read_splits(table, splits)
+    except UsageError as error:
+        raise UsageError(
+            f"{run.folder} was trained before the data changed ({error}): give --out another folder"
+        ) from error
 
 
 def _differences(run: PlannedRun, asked: Asked) -> Iterator[_Difference]:
@@ -142,9 +176,10 @@ def _of_the_network(stored: Recipe, wanted: Recipe, asked: Asked) -> Iterator[_D
 
 def _of_the_start(plan: Mapping[str, Any], wanted: Recipe, asked: Asked) -> Iterator[_Difference]:
     was = "yes" if plan.get("pretrained") else "no"
-    if wanted.pretrained == "no" and was == "yes":  # auto and yes are decided by what there is
-        yield "pretrained", was, "no"
     weights = plan.get("weights")
+    asks_for_it = wanted.pretrained == "yes" and weights is None and asked.weights is None
+    if was != wanted.pretrained and (wanted.pretrained == "no" or asks_for_it):  # auto: either
+        yield "pretrained", was, wanted.pretrained
     if asked.weights is not None and weights != full_name(asked.weights):
         yield "weights", weights, asked.weights
     if asked.weights is None and weights is not None and wanted.pretrained == "no":
@@ -152,9 +187,9 @@ def _of_the_start(plan: Mapping[str, Any], wanted: Recipe, asked: Asked) -> Iter
 
 
 def _same_data(plan: Mapping[str, Any], data: str) -> bool:
-    """Whether both have one name, or are the same files by two paths."""
+    """Whether both are the same files, or have one name where the run's are not here any more."""
     location = plan.get("location")
-    if plan.get("data", data) != data and data not in NAMES and location:
+    if data not in NAMES and location:
         for path in (data, data.partition(":")[2]):  # "medmnist:" and the like stand before it
             if os.path.exists(path := os.path.expanduser(path)) and os.path.exists(location):
                 return os.path.samefile(path, location)

@@ -81,11 +81,13 @@ class Table:
         recipe: the name of the rows' recipe.
         metrics: the metrics that the paper prints.
         source: where the paper's numbers were read.
+        names: of all rows, if these are some of them.
     """
 
     key: str
     title: str
     rows: tuple[Row, ...]
+    names: tuple[str, ...] = ()
     paper: str | None = None
     data: str | None = None
     recipe: str = "quick"

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import timm
 
+from regard.data.splits_file import Row as ImageRow
+from regard.data.splits_file import read_rows
 from regard.errors import UsageError
 from regard.evaluation import Predictions
 from regard.evaluation.metrics import ClassificationStatistics
@@ -201,6 +203,33 @@ def check_alike(row: str, folders: Sequence[Path]) -> None:
             raise UsageError(
                 f"{row}: {folder} was trained with {name}={shown(this)}, and {folders[0]} with "
                 f"{name}={shown(first)}: they can't share a row"
+            )
+
+
+def check_same_data(folders: Iterable[Path]) -> None:
+    """Checks that finished runs had the same images under the same names, with the same labels.
+
+    They may have been trained on different parts of the images.
+
+    Raises:
+        UsageError: an image's label, group or content differs between two runs.
+    """
+    known: dict[str, tuple[ImageRow, Path]] = {}
+    for folder in folders:
+        splits = RunFolder(folder).path / "splits.csv"
+        for row in read_rows(splits) if splits.is_file() else ():
+            first, where = known.setdefault(row.key, (row, folder))
+            if row.label != first.label:
+                differ = f"the label {first.label!r} in one and {row.label!r} in the other"
+            elif row.group != first.group:
+                differ = f"the group {first.group!r} in one and {row.group!r} in the other"
+            elif row.content and first.content and row.content != first.content:
+                differ = "another content in each"
+            else:
+                continue
+            raise UsageError(
+                f"{where} and {folder} were trained on different data: {row.key} has {differ}; "
+                "give --out another folder"
             )
 
 

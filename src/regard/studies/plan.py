@@ -117,7 +117,8 @@ def choose_rows(table: Table, wanted: Sequence[str]) -> Table:
         else:
             listed = ", ".join(f"{n} {name!r}" for n, name in enumerate(names, start=1))
             raise UsageError(f"no row {word!r}; the rows are {listed}")
-    return replace(table, rows=tuple(table.rows[i] for i in sorted(set(chosen))))
+    rows = tuple(table.rows[i] for i in sorted(set(chosen)))
+    return replace(table, rows=rows, names=tuple(names))
 
 
 def with_recipe(table: Table, recipe: str) -> Table:
@@ -184,7 +185,8 @@ def plan_study(
     if seeds < 1 or folds < 1:
         raise UsageError(f"seeds={seeds}, folds={folds}: give at least 1 of each")
     taken: set[str] = set()
-    slugs = {row.name: _slug(row.name, taken) for row in table.rows}
+    # of all rows, so that a row's folder does not depend on which others are chosen
+    slugs = {name: _slug(name, taken) for name in table.names or [r.name for r in table.rows]}
     runs = []
     for seed in range(seeds):
         for fold in range(1, folds + 1):

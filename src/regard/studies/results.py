@@ -39,6 +39,7 @@ from regard.studies.facts import (
     as_printed,
     by_map,
     check_alike,
+    check_same_data,
     check_sizes,
     faithfulness_of,
     length_of,
@@ -160,7 +161,9 @@ def gather(
     seeds = sorted({run.seed for run in runs})
     folds = max(1, len({run.fold for run in runs}))
     read = {row.name: _read_row(row, runs, seeds, folds) for row in table.rows}
-    check_sizes(folder for each in read.values() for folder in each.folders)
+    folders = [folder for each in read.values() for folder in each.folders]
+    check_sizes(folders)
+    check_same_data(folders)
     _check_same_images(read)
     reference = read[table.rows[0].name]
     differences = {
