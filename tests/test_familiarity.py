@@ -57,6 +57,32 @@ def test_distances_are_mahalanobis_and_the_threshold_keeps_its_false_alarm_rate(
         fit_familiarity([x], labels, [x[:19]])
 
 
+def test_the_false_alarm_rate_is_that_of_a_new_patient(tmp_path):
+    """Images of one patient are alike: 25 of each of 8 patients are no 200 images."""
+    rng = np.random.default_rng(0)
+    rates, flagged = [], []
+    for _ in range(40):
+        x = rng.normal(size=(300, 2)).astype(np.float32)
+        patients = 0.8 * rng.normal(size=(208, 2)).repeat(25, axis=0)
+        images = (patients + 0.6 * rng.normal(size=patients.shape)).astype(np.float32)
+        groups = np.arange(8).repeat(25).astype(str)
+        f = fit_familiarity([x], np.zeros(300, int), [images[:200]], groups=groups)
+        rates.append(f.false_alarms)
+        flagged.append((f.distances([images[200:]]) > f.threshold).mean())
+    assert rates == pytest.approx([1 / 9] * 40)  # one of nine patients may exceed the other eight
+    assert 1 / 201 < np.mean(flagged) < 1 / 9
+    write_familiarity(tmp_path, f)
+    assert read_familiarity(tmp_path).groups == 8
+    assert "0.11 by 200 validation images of 8 groups" in f.sentence()
+    alone = fit_familiarity(
+        [x], np.zeros(300, int), [images[:200]], groups=np.arange(200).astype(str)
+    )
+    plain = fit_familiarity([x], np.zeros(300, int), [images[:200]])
+    assert (alone.threshold, alone.false_alarms) == pytest.approx(
+        (plain.threshold, plain.false_alarms)
+    )
+
+
 @pytest.fixture
 def pictures(scans, tmp_path) -> Path:
     folder = tmp_path / "pictures"

@@ -126,3 +126,22 @@ def test_wrong_layers_and_classes_are_named():
         gradcam(model, x, layer="block9")
     with pytest.raises(ValueError, match="classes are 0 to 13"):
         gradcam(model, x, 14)
+
+
+def test_a_sure_answer_has_the_map_of_its_log_odds():
+    """The gradient of log p itself is a difference of almost equal numbers there."""
+    torch.manual_seed(0)
+    model = regard.create_model("ag_sononet8", num_classes=3).eval()
+    x = torch.randn(4, 1, 64, 64)
+    for linear in (m for m in model.heads.modules() if isinstance(m, nn.Linear)):
+        nn.init.normal_(linear.weight, std=0.1)
+        linear.bias.data[1] = 25.0
+    layer = default_layer(model, x)
+    target = 1
+    with torch.no_grad():
+        assert (1 - model.double()(x.double()).softmax(dim=1)[:, 1]).max() < 1e-5
+    wanted = gradcam(model, x.double(), target, layer=layer)
+    found = gradcam(model.float(), x, target, layer=layer)
+    assert wanted.amax(dim=(1, 2)).min() > 0
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() < 1e-3 * b.max()

@@ -27,8 +27,11 @@ def measure_familiarity(
         UsageError: too few images, or a network whose classifier has no features.
     """
     features, rows = features_of(classifier, training, MOST_TRAINING)
-    others, _ = features_of(classifier, validation, MOST_VALIDATION)
-    return fit_familiarity(features, training.labels[rows], others, network=network_hash(run))
+    others, of = features_of(classifier, validation, MOST_VALIDATION)
+    groups = None if validation.groups is None else validation.groups[of]
+    return fit_familiarity(
+        features, training.labels[rows], others, network=network_hash(run), groups=groups
+    )
 
 
 def features_of(

@@ -10,7 +10,6 @@ probability.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from regard.errors import UsageError
-from regard.files import reason, write_atomically
+from regard.evaluation.predictions import units
+from regard.files import plural, reason, write_atomically
 
 FILE = "familiarity.safetensors"
 FALSE_ALARMS = 0.01
@@ -56,6 +56,8 @@ class Familiarity:
         false_alarms: the expected share of images like the validation images beyond it.
         images: numbers of training and validation images that were used.
         network: content hash of the weights.
+        groups: number of groups (patients) of the validation images, for a new one of which the
+            share is expected; None: the images are independent.
     """
 
     kinds: tuple[Kind, ...]
@@ -63,6 +65,7 @@ class Familiarity:
     false_alarms: float
     images: tuple[int, int]
     network: str = ""
+    groups: int | None = None
 
     def distances(self, features: Sequence[Features]) -> NDArray[np.float64]:
         """(N, D) features of each kind -> (N,) distances."""
@@ -71,9 +74,10 @@ class Familiarity:
 
     def sentence(self) -> str:
         """The meaning of the flag, in one line."""
+        groups = "" if self.groups is None else f" of {plural(self.groups, 'group')}"
         return (
             f"unlike_training: distance above {self.threshold:.4g}, false alarm rate "
-            f"{self.false_alarms:.2g} by {self.images[1]:,} validation images"
+            f"{self.false_alarms:.2g} by {self.images[1]:,} validation images{groups}"
         )
 
 
@@ -83,6 +87,7 @@ def fit_familiarity(
     validation: Sequence[Features],
     *,
     network: str = "",
+    groups: Sequence[str] | NDArray[np.str_] | None = None,
 ) -> Familiarity:
     """Computes class means and covariances, and sets the threshold from the validation images.
 
@@ -91,6 +96,7 @@ def fit_familiarity(
         labels: (N,) their classes.
         validation: (M, D) features of images not used in training, for each kind.
         network: content hash of the weights.
+        groups: (M,) of the validation images, if these are not independent.
 
     Raises:
         UsageError: fewer than LEAST images, or features that are not finite.
@@ -104,8 +110,10 @@ def fit_familiarity(
     kinds = tuple(_kind(each, labels, others) for each, others in pairs)
     both = zip(kinds, validation, strict=True)
     distances = np.max([kind.distances(each) for kind, each in both], axis=0)
-    threshold, false_alarms = _quantile(distances)
-    return Familiarity(kinds, threshold, false_alarms, counts, network)
+    unit, n_units = units(groups, len(distances))
+    threshold, false_alarms = _quantile(distances, unit)
+    n_groups = None if groups is None else n_units
+    return Familiarity(kinds, threshold, false_alarms, counts, network, n_groups)
 
 
 def _kind(training: Features, labels: NDArray[np.int64], validation: Features) -> Kind:
@@ -119,17 +127,24 @@ def _kind(training: Features, labels: NDArray[np.int64], validation: Features) -
     lengths = np.maximum(lengths, max(lengths.max(), 1e-12) * 1e-6)  # constant features
     whitening = (vectors / np.sqrt(lengths)).astype(np.float32)
     means = means.astype(np.float32)
-    scale, _ = _quantile(_distances(validation, means, whitening))
+    distances = _distances(validation, means, whitening)
+    scale, _ = _quantile(distances, np.arange(len(distances)))
     return Kind(means, whitening, max(scale, 1e-6))
 
 
-def _quantile(distances: NDArray[np.float64]) -> tuple[float, float]:
+def _quantile(distances: NDArray[np.float64], unit: NDArray[np.int64]) -> tuple[float, float]:
     """The distance that few validation images exceed, and the expected share of others that do.
 
-    Among M + 1 exchangeable images, one is expected to exceed the largest of the other M.
+    Among M + 1 exchangeable images, one is expected to exceed the largest of the other M. With
+    images in groups, the groups are exchangeable, and each counts as much as another: the share
+    is that of an image of a new group (Dunn, Wasserman & Ramdas, JASA 2023, arXiv 1809.07441).
     """
-    place = min(math.ceil((len(distances) + 1) * (1 - FALSE_ALARMS)), len(distances))
-    return float(np.sort(distances)[place - 1]), 1 - place / (len(distances) + 1)
+    order = np.argsort(distances, kind="stable")
+    sizes = np.bincount(unit)
+    below = np.cumsum(1 / sizes[unit[order]])  # in groups, up to and with each image
+    wanted = (len(sizes) + 1) * (1 - FALSE_ALARMS) - 1e-9
+    place = min(int(np.searchsorted(below, wanted)), len(distances) - 1)
+    return float(distances[order[place]]), 1 - float(below[place]) / (len(sizes) + 1)
 
 
 def _distances(features: Features, means: Features, whitening: Features) -> NDArray[np.float64]:
@@ -154,7 +169,7 @@ def write_familiarity(folder: str | Path, familiarity: Familiarity) -> None:
     facts = {
         "scales": [kind.scale for kind in f.kinds],
         "threshold": f.threshold, "false_alarms": f.false_alarms, "images": list(f.images),
-        "network": f.network,
+        "network": f.network, "groups": f.groups,
     }  # fmt: skip
     content = {"regard": json.dumps(facts)}
     write_atomically(Path(folder) / FILE, lambda beside: save_file(tensors, beside, content))
@@ -179,6 +194,7 @@ def read_familiarity(folder: str | Path) -> Familiarity | None:
         return Familiarity(
             kinds, float(facts["threshold"]), float(facts["false_alarms"]),
             (int(facts["images"][0]), int(facts["images"][1])), str(facts["network"]),
+            facts.get("groups"),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
         raise UsageError(

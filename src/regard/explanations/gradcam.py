@@ -3,6 +3,7 @@
 The map has the layer's own size and scale: it is neither upsampled nor normalized.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -170,8 +171,10 @@ def gradcam(
 ) -> Tensor:
     """Grad-CAM: ReLU(sum over c of alpha_c A_c), alpha_c the mean over positions of dy/dA_c.
 
-    A is a layer's output and y the logit of the class. The network is evaluated as in
-    prediction; its mode, weights, gradients and hooks are unchanged afterwards.
+    A is a layer's output and y the logit of the class, or its log-odds if the network answers with
+    logarithms of probabilities (`answers_log_probabilities`; AG-SonoNet, whose heads are averaged):
+    their gradients differ by a factor, 1 - p, and near p = 1 that of log p is rounding. The network
+    is evaluated as in prediction; its mode, weights, gradients and hooks are unchanged afterwards.
 
     Args:
         x: (B, C, H, W), preprocessed.
@@ -215,7 +218,11 @@ def gradcam(
             )
         targets = check_targets(logits.argmax(dim=1) if target is None else target, logits)
         targets = targets.clone()  # tensors made in inference mode can't be saved for backward
-        scores = logits.gather(1, targets[:, None]).sum()
+        scores = logits.gather(1, targets[:, None])
+        if getattr(model, "answers_log_probabilities", False) and logits.shape[1] > 1:
+            others = logits.scatter(1, targets[:, None], -math.inf)
+            scores = scores - others.logsumexp(dim=1, keepdim=True)  # log p - log(1 - p)
+        scores = scores.sum()
         if not scores.requires_grad:
             raise UsageError(f"layer={name!r}: the class does not depend on it")
         (slope,) = torch.autograd.grad(scores, kept[0], allow_unused=True)

@@ -367,6 +367,11 @@ class AGSonoNet(_SonoNetBase):
         stacked = torch.stack(heads, dim=1)  # (B, 3, num_classes)
         return stacked if self.training else self.join_heads(stacked)
 
+    @property
+    def answers_log_probabilities(self) -> bool:
+        """Whether the outputs of evaluation are logarithms of probabilities: of several heads."""
+        return self.is_gated and self.aggregation == "mean" and self.num_classes > 0
+
     def join_heads(self, outputs: Tensor) -> Tensor:
         """(B, heads, num_classes) from training -> (B, num_classes), the logits of evaluation."""
         if self.aggregation == "deep_sup":

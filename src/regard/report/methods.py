@@ -316,6 +316,8 @@ class _Sentences:
             for key, name in (("top1", "accuracy"), ("balanced_accuracy", "balanced accuracy"))
         ]
         on = f"On {plural(found.n, _SPLITS[self.source.split] + ' image')}"
+        if (one := self.measured.diagnostics.one_class) is not None and one.threshold is not None:
+            on += ", by the most probable class"  # which the threshold may overrule
         return f"{on}: {', '.join(parts)}."
 
     def _diagnostic(self) -> str:
@@ -325,7 +327,8 @@ class _Sentences:
             return "" if auc is None else f"ROC AUC, mean over classes: {_plain(auc)}."
         m = one.metrics
         return (
-            f"{one.positive} against the rest: ROC AUC {_plain(m['roc_auc'])}, sensitivity "
+            f"{one.positive} against the rest: ROC AUC {_plain(m['roc_auc'])}"
+            f"{'' if one.threshold is None else '; from its threshold on'}, sensitivity "
             f"{_share(m['sensitivity'])}, specificity {_share(m['specificity'])}, positive "
             f"predictive value {_share(m['ppv'])}, negative predictive value {_share(m['npv'])}."
         )
