@@ -465,7 +465,8 @@ def test_masks_are_matched_by_relative_paths(small, scene, capsys):
     [
         (None, "no box"), ("10,2,5,8", "larger than"), ("2,8,9,3", "larger than"),
         ("0.1,0.2,0.5,0.8", "fractions"), ("30,2,40,8", "nothing inside"),
-        ("-9,2,-1,8", "outside"), ("1,2,inf,8", "not finite"), ("2.1,2,2.2,9", "no pixel"),
+        ("-9,2,-1,8", "outside the image"), ("1,2,inf,8", "not finite"),
+        ("2.1,2,2.2,9", "no pixel"), ("0,0,2,20", "outside what the network saw"),
     ],
 )  # fmt: skip
 def test_boxes_that_mark_nothing_are_named_skipped_and_counted(small, scene, row, reason, capsys):
@@ -481,6 +482,8 @@ def test_boxes_that_mark_nothing_are_named_skipped_and_counted(small, scene, row
     assert list(found["skipped_masks"]) == ["b/x.png"]
     assert found["pointing"]["gate3.map"]["images"] == 1
     assert found["pointing"]["gate3.map"]["chance"] == pytest.approx(0.25)
+    rows = rows_of(Path("explained/scores.csv"))
+    assert {(row["path"], row["in_view"]) for row in rows} == {("a/x.png", "0.833333")}
 
 
 def test_mask_images_that_mark_nothing_are_named_skipped_and_counted(small, scene, capsys):

@@ -388,6 +388,15 @@ def test_a_uniform_map_has_the_energy_of_chance_also_of_a_part_of_the_image():
     found = point(np.ones((7, 7)), mask, box=(30, 0, 70, 40))
     assert found.energy == pytest.approx(0.25)
     assert found.chance == pytest.approx(0.25)
+    assert found.in_view == 1.0
+
+
+def test_what_is_marked_outside_of_what_the_network_saw_is_no_miss():
+    mask = np.zeros((40, 100), dtype=bool)
+    mask[10:30, 20:40] = True
+    assert point(np.ones((7, 7)), mask, box=(30, 0, 70, 40)).in_view == 0.5
+    with pytest.raises(ValueError, match="outside what the network saw"):
+        point(np.ones((7, 7)), mask, box=(40, 0, 80, 40))
 
 
 def test_pointing_scores_have_intervals_over_images():

@@ -247,12 +247,12 @@ class Writer:
         try:
             height, width = shown.image.shape[:2]
             mask = self.masks.read(source.name, (height, width))
+            found = {m.name: point(m.values, mask, box=shown.box) for m in shown.spatial()}
         except (UsageError, ImageError) as error:
             self.outcome.skipped_masks[source.name] = str(error)
             return
-        for m in shown.spatial():
-            points = self.points.setdefault(m.name, {})
-            points[source.name] = point(m.values, mask, box=shown.box)
+        for name, pointing in found.items():
+            self.points.setdefault(name, {})[source.name] = pointing
 
     # ---- all images ----------------------------------------------------------------------
     def _finish(self) -> None:
