@@ -17,6 +17,7 @@ import regard
 from regard.attention import StageMap, attention_stages, stage_of
 from regard.data.preprocess import Preprocess, to_tensor
 from regard.errors import UsageError
+from regard.evaluation.calibration import Calibration, write_calibration
 from regard.explanations.explanation import Explanation, explain_batch
 from regard.predict import load, use_precision
 from tests.helpers import rows_of, run
@@ -344,6 +345,24 @@ def test_a_pipe_is_no_image_and_blocks_nothing(small, scene, capsys):
     said = capsys.readouterr().err
     assert "pipe.png: is not a regular file" in said
     assert "link.png: no such file" in said
+
+
+def test_scores_begin_at_the_probability_of_the_heading(small, scene, tmp_path, capsys):
+    how = ["a/x.png", "b/x.png", "--method", "attention", "--score", "--out", "out"]
+    network = shutil.copytree(small, tmp_path / "net")
+    found = []
+    for temperature in (1.0, 0.25, 0.5):
+        write_calibration(network, Calibration(temperature, None, "val", 2, None, {}, {}, [], []))
+        # scores at another temperature, also of a release that did not know it, are not used
+        assert command(network, *how) == 0
+        assert "unchanged" not in capsys.readouterr().out
+        scores = json.loads(Path("out/scores.json").read_text(encoding="utf-8"))
+        assert scores["temperature"] == temperature
+        with np.load("out/curves.npz") as curves, np.load("out/a/x.png.explained.npz") as numbers:
+            heading = json.loads(str(numbers["about"]))["classes"][0][1]
+            assert curves["gate3.map"][0, 0, 0] == pytest.approx(heading, rel=1e-5)
+        found.append(heading)
+    assert found[1] > found[2] > found[0] + 0.01
 
 
 @pytest.mark.slow

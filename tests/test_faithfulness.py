@@ -298,6 +298,22 @@ def test_judging_scores_each_image_on_its_own(images):
         np.testing.assert_array_equal(score.curves[:, 0], found.scores[name].curves[:, 5])
 
 
+def test_curves_have_the_probabilities_of_the_stored_temperature(images):
+    x, _ = images
+    model = Patch(Map(), uses=True).eval()
+    how = {"methods": ["attention"], "steps": 4, "repeats": 1}
+    found = judge(model, x[:2], temperature=20.0, **how)
+    with torch.no_grad():
+        logits = model(x[:2])
+    expected = (logits / 20).softmax(dim=1).amax(dim=1)
+    start, end = (found.scores["attention"].curves[k, :, at] for k, at in ((0, 0), (1, -1)))
+    np.testing.assert_allclose(start, expected, rtol=1e-5)
+    np.testing.assert_allclose(end, expected, rtol=1e-5)
+    assert float(expected.max()) < 0.9 < float(logits.softmax(dim=1).amax())
+    assert found.to_dict()["temperature"] == 20.0
+    assert judge(model, x[:2], **how).to_dict()["temperature"] == 1.0
+
+
 def test_intervals_of_few_images_contain_the_mean_about_as_often_as_they_say():
     rng = np.random.default_rng(0)
     covered = 0

@@ -494,6 +494,15 @@ def test_runs_in_different_precisions_are_told(command, tmp_path, capsys):
             assert (told in text) is bool(expected)
 
 
+def test_faithfulness_at_different_temperatures_is_told(command, tmp_path, capsys):
+    assert command()[0] == 0
+    assert "temperatures" not in capsys.readouterr().out
+    file = next(iter(sorted(tmp_path.glob("s/runs/*/seed-*/faithfulness.json"))))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 1.7}))
+    assert command()[0] == 0
+    assert "faithfulness of maps was measured at 2 temperatures" in capsys.readouterr().out
+
+
 def test_the_slurm_script_has_the_command_without_its_own_flag(capsys, tmp_path):
     path = tmp_path / "my study.toml"
     path.write_text(TABLE)

@@ -112,6 +112,7 @@ class StudyResult:
         done, total: numbers of runs.
         failed: the reason for each failed run.
         precisions: in how many runs each precision was used, if there are several.
+        temperatures: at how many temperatures the faithfulness of maps was measured.
         runs: all of them, with their commands.
         images: number of test images, over all folds; 0 if nothing is finished.
         groups: number of their groups, or None.
@@ -128,17 +129,27 @@ class StudyResult:
     groups: int | None
     failed: dict[PlannedRun, str] = field(default_factory=dict)
     precisions: dict[str, int] = field(default_factory=dict)
+    temperatures: int = 1
 
     @property
     def caution(self) -> str:
-        """That runs computed in different precisions, in one sentence; empty if they did not."""
-        if not self.precisions:
-            return ""
-        shares = " and ".join(f"{n} in {name}" for name, n in self.precisions.items())
-        return (
-            f"The runs were not computed alike ({shares}): unless this is what the rows compare, "
-            "set the precision, as a difference between them may come from it."
-        )
+        """What differs between the runs: precisions, and the temperatures of faithfulness.
+
+        A sentence for each, empty if the runs are alike.
+        """
+        said = []
+        if self.precisions:
+            shares = " and ".join(f"{n} in {name}" for name, n in self.precisions.items())
+            said.append(
+                f"The runs were not computed alike ({shares}): unless this is what the rows "
+                "compare, set the precision, as a difference between them may come from it."
+            )
+        if self.temperatures > 1:
+            said.append(
+                f"The faithfulness of maps was measured at {self.temperatures} temperatures (of "
+                "`regard calibrate`): a difference between rows may come from them."
+            )
+        return " ".join(said)
 
 
 def gather(
@@ -191,6 +202,7 @@ def gather(
         images=0 if first is None else len(first), groups=groups,
         failed={run: why for run in runs if (why := failure_of(run)) and not is_finished(run)},
         precisions=_precisions(read.values()),
+        temperatures=_temperatures(read.values()),
     )  # fmt: skip
 
 
@@ -232,6 +244,12 @@ def _precisions(rows: Iterable[_Read]) -> dict[str, int]:
         facts["precision"] for row in rows for facts in row.facts if "precision" in facts
     )
     return dict(sorted(used.items())) if len(used) > 1 else {}
+
+
+def _temperatures(rows: Iterable[_Read]) -> int:
+    """At how many temperatures the faithfulness of the runs' maps was measured, at least 1."""
+    stored = [RunFolder(f).read_faithfulness() for row in rows for f in row.folders]
+    return max(1, len({found.get("temperature", 1.0) for found in stored if found["maps"]}))
 
 
 def _joined(parts: list[Predictions]) -> tuple[Predictions, Any]:
