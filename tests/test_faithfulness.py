@@ -444,8 +444,8 @@ def test_overlap_and_box_are_of_the_map_above_half_of_its_range():
     other = point(attention[::-1], mask)
     assert other.iou == other.dice == 0.0
     # only what the network saw can be marked
-    half = point(np.ones((2, 2)), mask, box=(0, 0, 20, 40))
-    assert half.map_box == (0, 0, 20, 40)
+    part = point(np.ones((2, 2)), mask, box=(0, 0, 30, 40))
+    assert part.map_box == (0, 0, 30, 40)
 
 
 def test_hits_have_wilsons_interval_and_groups_widen_every_interval():

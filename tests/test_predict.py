@@ -432,6 +432,16 @@ def test_resume_takes_a_decision_within_the_rounding_of_its_threshold(whole, tmp
         assert rows_of(out)[0]["decision"] == ("not 1" if share == 0.4999974 else "1")
 
 
+def test_of_equal_probabilities_the_first_is_named_as_in_evaluation(whole):
+    classifier, shares = regard.load(whole), torch.full((10,), 0.1)
+    classifier.class_names = list("0123456789")
+    found = classifier.prediction("a.png", shares, None, 3)
+    assert [name for name, _ in found.classes] == ["0", "1", "2"]
+    shares[[3, 7]] = 0.2
+    found = classifier.prediction("a.png", shares, None, 20)
+    assert [name for name, _ in found.classes] == list("3701245689")
+
+
 def test_a_full_disk_is_told_without_rows_that_are_not_on_it(whole, tmp_path):
     classifier, out = regard.load(whole), tmp_path / "x.csv"
     found = classifier.prediction("a.png", torch.tensor([0.2, 0.5, 0.3]), None, 1)
