@@ -358,6 +358,23 @@ def test_images_of_the_same_patients_widen_every_interval(images):
     assert any("images of one group" in line for line in one.sentences())
 
 
+@pytest.mark.parametrize("width", [7.16, 3.3])
+def test_a_legend_of_many_curves_hides_none_and_names_the_bands(width):
+    curves = np.random.default_rng(0).random((2, 6, 5))
+    names = ["layer1", "layer2", RANDOM, CENTER]
+    few, many = (
+        curves_figure(summarize(dict.fromkeys(some, curves), 0), width=width)
+        for some in (names[:1] + names[2:], names)
+    )
+    many.draw_without_rendering()
+    (legend,) = many.legends
+    top = legend.get_window_extent().y1
+    assert all(axes.get_legend() is None for axes in many.axes)
+    assert all(axes.get_tightbbox().y0 >= top for axes in many.axes)
+    for found in (legend, few.axes[1].get_legend()):
+        assert found.get_texts()[-1].get_text() == "95 % interval"
+
+
 def test_one_image_has_no_interval_and_no_conclusion(images):
     x, _ = images
     found = judge(Patch(Map(), uses=True).eval(), x[:1], methods=["attention"], steps=8)
