@@ -30,7 +30,7 @@ from regard.evaluation.repeats import (
     repeated_value,
 )
 from regard.evaluation.significance import holm
-from regard.files import write_atomically
+from regard.files import signed, write_atomically
 from regard.papers import Row, Table
 from regard.runs import RunFolder
 from regard.studies.facts import (
@@ -315,7 +315,8 @@ def _row_result(
 
 def sentence(name: str, d: RepeatedDifference, p_value: float) -> str:
     """What a difference in accuracy shows, and the smallest that this study would have shown."""
-    shown = f"{100 * d.value:+.1f} points (95 % interval {100 * d.low:+.1f} to {100 * d.high:+.1f})"
+    value, low, high = (signed(100 * x, 1) for x in (d.value, d.low, d.high))
+    shown = f"{value} points (95 % interval {low} to {high})"
     better = d.value > 0 if d.metric not in LOWER_IS_BETTER else d.value < 0
     if not d.claims:
         return (
@@ -437,7 +438,8 @@ def _line(row: RowResult) -> list[Any]:
         own, d = row.intervals.get(metric), row.differences.get(metric)
         numbers += [own.value, own.low, own.high] if own else [None] * 3
         numbers += [row.sd(metric)]
-        numbers += [d.value, d.low, d.high, row.p_values[metric]] if d else [None] * 4
+        ends = [round(float(x), 12) + 0.0 for x in (d.value, d.low, d.high)] if d else []
+        numbers += [*ends, row.p_values[metric]] if d else [None] * 4
     numbers += [number for name in MAPS for number in (row.mean(name), row.sd(name))]
     cells = [_cell(number) for number in numbers]
     return [row.row.name, row.row.network, len(row.seeds), *cells, row.verdict]
