@@ -71,7 +71,7 @@ def test_the_card_says_what_was_calibrated_and_that_its_metrics_are_without_it(m
         section = card[card.index("## Calibration") : card.index("## How to use it")]
         assert f"fitted on {found.images} validation images of the run" in section
         assert "The metrics above are without it" in section
-        assert f"- temperature {found.temperature:.4g}: log-likelihood" in section
+        assert f"- temperature {found.temperature:.4g}: negative log-likelihood" in section
         assert found.threshold.sentence() in section
     assert run_command(["calibrate", str(mine), "--remove"]) == 0
     assert (mine / "README.md").read_text(encoding="utf-8") == before

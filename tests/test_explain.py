@@ -17,6 +17,7 @@ import regard
 from regard.attention import StageMap, attention_stages, stage_of
 from regard.data.preprocess import Preprocess, to_tensor
 from regard.errors import UsageError
+from regard.evaluation.calibration import Calibration, write_calibration
 from regard.explanations.explanation import Explanation, explain_batch
 from regard.predict import load, use_precision
 from tests.helpers import rows_of, run
@@ -346,6 +347,24 @@ def test_a_pipe_is_no_image_and_blocks_nothing(small, scene, capsys):
     assert "link.png: no such file" in said
 
 
+def test_scores_begin_at_the_probability_of_the_heading(small, scene, tmp_path, capsys):
+    how = ["a/x.png", "b/x.png", "--method", "attention", "--score", "--out", "out"]
+    network = shutil.copytree(small, tmp_path / "net")
+    found = []
+    for temperature in (1.0, 0.25, 0.5):
+        write_calibration(network, Calibration(temperature, None, "val", 2, None, {}, {}, [], []))
+        # scores at another temperature, also of a release that did not know it, are not used
+        assert command(network, *how) == 0
+        assert "unchanged" not in capsys.readouterr().out
+        scores = json.loads(Path("out/scores.json").read_text(encoding="utf-8"))
+        assert scores["temperature"] == temperature
+        with np.load("out/curves.npz") as curves, np.load("out/a/x.png.explained.npz") as numbers:
+            heading = json.loads(str(numbers["about"]))["classes"][0][1]
+            assert curves["gate3.map"][0, 0, 0] == pytest.approx(heading, rel=1e-5)
+        found.append(heading)
+    assert found[1] > found[2] > found[0] + 0.01
+
+
 @pytest.mark.slow
 def test_a_second_call_goes_on_where_the_first_was_stopped(small, scene, capsys):
     images = ["a/x.png", "b/x.png", "x.bmp"]
@@ -465,7 +484,8 @@ def test_masks_are_matched_by_relative_paths(small, scene, capsys):
     [
         (None, "no box"), ("10,2,5,8", "larger than"), ("2,8,9,3", "larger than"),
         ("0.1,0.2,0.5,0.8", "fractions"), ("30,2,40,8", "nothing inside"),
-        ("-9,2,-1,8", "outside"), ("1,2,inf,8", "not finite"), ("2.1,2,2.2,9", "no pixel"),
+        ("-9,2,-1,8", "outside the image"), ("1,2,inf,8", "not finite"),
+        ("2.1,2,2.2,9", "no pixel"), ("0,0,2,20", "outside what the network saw"),
     ],
 )  # fmt: skip
 def test_boxes_that_mark_nothing_are_named_skipped_and_counted(small, scene, row, reason, capsys):
@@ -481,6 +501,8 @@ def test_boxes_that_mark_nothing_are_named_skipped_and_counted(small, scene, row
     assert list(found["skipped_masks"]) == ["b/x.png"]
     assert found["pointing"]["gate3.map"]["images"] == 1
     assert found["pointing"]["gate3.map"]["chance"] == pytest.approx(0.25)
+    rows = rows_of(Path("explained/scores.csv"))
+    assert {(row["path"], row["in_view"]) for row in rows} == {("a/x.png", "0.833333")}
 
 
 def test_mask_images_that_mark_nothing_are_named_skipped_and_counted(small, scene, capsys):

@@ -298,6 +298,22 @@ def test_judging_scores_each_image_on_its_own(images):
         np.testing.assert_array_equal(score.curves[:, 0], found.scores[name].curves[:, 5])
 
 
+def test_curves_have_the_probabilities_of_the_stored_temperature(images):
+    x, _ = images
+    model = Patch(Map(), uses=True).eval()
+    how = {"methods": ["attention"], "steps": 4, "repeats": 1}
+    found = judge(model, x[:2], temperature=20.0, **how)
+    with torch.no_grad():
+        logits = model(x[:2])
+    expected = (logits / 20).softmax(dim=1).amax(dim=1)
+    start, end = (found.scores["attention"].curves[k, :, at] for k, at in ((0, 0), (1, -1)))
+    np.testing.assert_allclose(start, expected, rtol=1e-5)
+    np.testing.assert_allclose(end, expected, rtol=1e-5)
+    assert float(expected.max()) < 0.9 < float(logits.softmax(dim=1).amax())
+    assert found.to_dict()["temperature"] == 20.0
+    assert judge(model, x[:2], **how).to_dict()["temperature"] == 1.0
+
+
 def test_intervals_of_few_images_contain_the_mean_about_as_often_as_they_say():
     rng = np.random.default_rng(0)
     covered = 0
@@ -340,6 +356,23 @@ def test_images_of_the_same_patients_widen_every_interval(images):
     assert one.over == ""
     assert all(np.isnan(s.deletion.low) for s in one.scores.values())
     assert any("images of one group" in line for line in one.sentences())
+
+
+@pytest.mark.parametrize("width", [7.16, 3.3])
+def test_a_legend_of_many_curves_hides_none_and_names_the_bands(width):
+    curves = np.random.default_rng(0).random((2, 6, 5))
+    names = ["layer1", "layer2", RANDOM, CENTER]
+    few, many = (
+        curves_figure(summarize(dict.fromkeys(some, curves), 0), width=width)
+        for some in (names[:1] + names[2:], names)
+    )
+    many.draw_without_rendering()
+    (legend,) = many.legends
+    top = legend.get_window_extent().y1
+    assert all(axes.get_legend() is None for axes in many.axes)
+    assert all(axes.get_tightbbox().y0 >= top for axes in many.axes)
+    for found in (legend, few.axes[1].get_legend()):
+        assert found.get_texts()[-1].get_text() == "95 % interval"
 
 
 def test_one_image_has_no_interval_and_no_conclusion(images):
@@ -388,6 +421,15 @@ def test_a_uniform_map_has_the_energy_of_chance_also_of_a_part_of_the_image():
     found = point(np.ones((7, 7)), mask, box=(30, 0, 70, 40))
     assert found.energy == pytest.approx(0.25)
     assert found.chance == pytest.approx(0.25)
+    assert found.in_view == 1.0
+
+
+def test_what_is_marked_outside_of_what_the_network_saw_is_no_miss():
+    mask = np.zeros((40, 100), dtype=bool)
+    mask[10:30, 20:40] = True
+    assert point(np.ones((7, 7)), mask, box=(30, 0, 70, 40)).in_view == 0.5
+    with pytest.raises(ValueError, match="outside what the network saw"):
+        point(np.ones((7, 7)), mask, box=(40, 0, 80, 40))
 
 
 def test_pointing_scores_have_intervals_over_images():
@@ -419,8 +461,8 @@ def test_overlap_and_box_are_of_the_map_above_half_of_its_range():
     other = point(attention[::-1], mask)
     assert other.iou == other.dice == 0.0
     # only what the network saw can be marked
-    half = point(np.ones((2, 2)), mask, box=(0, 0, 20, 40))
-    assert half.map_box == (0, 0, 20, 40)
+    part = point(np.ones((2, 2)), mask, box=(0, 0, 30, 40))
+    assert part.map_box == (0, 0, 30, 40)
 
 
 def test_hits_have_wilsons_interval_and_groups_widen_every_interval():

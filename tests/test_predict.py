@@ -419,6 +419,55 @@ def test_resume_refuses_decisions_of_another_threshold(whole, scans, tmp_path, c
     assert out.read_bytes() == rows
 
 
+def test_cells_have_every_digit_of_a_probability_and_rows_of_six_decimals_are_resumed(
+    whole, scans, tmp_path
+):
+    classifier, out = regard.load(whole), tmp_path / "x.csv"
+    shares = torch.tensor([1.2345678e-8, 0.123456789, 0.9999999])
+    with PredictionsCsv(out, 1, classifier, resume=False) as table:
+        table.write(classifier.prediction("a.png", shares, None, 1))
+    (row,) = rows_of(out)
+    cells = [row[f"p_{name}"] for name in classifier.class_names]
+    assert cells == ["1.23456783e-08", "0.123456791", "0.999999881"]
+    assert np.array_equal(np.float32(cells), shares.numpy())
+    assert row["probability1"] == "0.999999881"
+    run = Path(shutil.copytree(whole, tmp_path / "a"))
+    calibrated(run, 0.5, 0.4)
+    call = ["predict", str(run), str(scans), "--csv", str(out)]
+    assert run_command([*call, "--overwrite"]) == 0
+    rows, written = rows_of(out), out.read_bytes()
+    for row in rows[:-1]:
+        for name in ("probability1", *(c for c in row if c.startswith("p_"))):
+            row[name] = row[name] and f"{float(row[name]):.6f}"
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows[:-1])
+    old = out.read_bytes().splitlines()
+    assert run_command([*call, "--resume"]) == 0
+    found = out.read_bytes().splitlines()
+    assert found[: len(old)] == old
+    assert found[-1] == written.splitlines()[-1]
+
+
+def test_a_threshold_of_a_millionth_decides_rows_that_are_resumed(whole, tmp_path):
+    classifier, out = regard.load(whole), tmp_path / "x.csv"
+    calibrated(tmp_path, 1.0, 1e-6)
+    classifier.familiarity, classifier.calibration = None, read_calibration(tmp_path)
+    with PredictionsCsv(out, 1, classifier, resume=False) as table:
+        table.write(
+            found := classifier.prediction("a.png", torch.tensor([0.5, 9e-7, 0.5]), None, 1)
+        )
+    calibrated(tmp_path, 1.0, 8e-7)
+    classifier.calibration = read_calibration(tmp_path)
+    with PredictionsCsv(out, 1, classifier, resume=True) as table:
+        written = WrittenRows(table)
+        cells = list(rows_of(out)[0].values())
+        with pytest.raises(UsageError, match="decided as not 1, which is 1 now"):
+            written.add(1, cells)
+    assert found.decision == "not 1"
+
+
 def test_resume_takes_a_decision_within_the_rounding_of_its_threshold(whole, tmp_path):
     classifier, out = regard.load(whole), tmp_path / "x.csv"
     calibrated(tmp_path, 1.0, 0.50000006)
@@ -430,6 +479,16 @@ def test_resume_takes_a_decision_within_the_rounding_of_its_threshold(whole, tmp
         with PredictionsCsv(out, 1, classifier, resume=True) as table:
             WrittenRows(table).add(1, table.cells(found))
         assert rows_of(out)[0]["decision"] == ("not 1" if share == 0.4999974 else "1")
+
+
+def test_of_equal_probabilities_the_first_is_named_as_in_evaluation(whole):
+    classifier, shares = regard.load(whole), torch.full((10,), 0.1)
+    classifier.class_names = list("0123456789")
+    found = classifier.prediction("a.png", shares, None, 3)
+    assert [name for name, _ in found.classes] == ["0", "1", "2"]
+    shares[[3, 7]] = 0.2
+    found = classifier.prediction("a.png", shares, None, 20)
+    assert [name for name, _ in found.classes] == list("3701245689")
 
 
 def test_a_full_disk_is_told_without_rows_that_are_not_on_it(whole, tmp_path):

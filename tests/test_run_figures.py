@@ -258,10 +258,20 @@ def test_calibration_of_a_class_is_its_share_in_bins_of_its_probability():
         axes = calibration_chart(found, found, "malignant", 3.3).figure.axes[0]
     x, y = axes.containers[0][0].get_data()
     p, is_it = found.probabilities[:, 1], found.labels == 1
-    inside = (p > 0.3) & (p <= 0.4)
+    inside = (p > 5 / 15) & (p <= 6 / 15)
     k = int(np.argmin(np.abs(x - p[inside].mean())))
     assert (x[k], y[k]) == pytest.approx((p[inside].mean(), is_it[inside].mean()))
-    assert len(x) == 10
+    assert len(x) == 15
+
+
+def test_the_bins_drawn_are_those_of_the_calibration_error_beside_them():
+    found = two_classes(400)
+    ece = numbers_of(found)["ece"]
+    with for_print():
+        upper, lower = reliability_chart(found, found, (ece, ece), 3.3).figure.axes
+    x, y = upper.containers[0][0].get_data()
+    images = np.array([bar.get_height() for bar in lower.patches])
+    assert (np.abs(x - y) * images).sum() / 400 == pytest.approx(ece.value)
 
 
 def test_before_and_after_do_not_hide_each_other_nor_the_legend_them():

@@ -20,6 +20,7 @@ from regard.data.images import read_image
 from regard.data.preprocess import Preprocess
 from regard.data.walk import JUNK, Skipped, list_images
 from regard.engines import standalone
+from regard.errors import ImageError
 from regard.export import export
 from tests.test_engines import lively
 
@@ -125,6 +126,27 @@ def test_the_program_reads_or_refuses_tiffs_as_predict_reads_them(kind, compress
         else:
             expected = read_image(content.getvalue(), value_range=(0, 200))
             assert np.allclose(pixels, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("value_range", [(-1000, 2000), (5, 5)])
+@pytest.mark.parametrize("part", [(slice(5, 15), slice(5, 15)), slice(None)])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_program_reads_or_refuses_what_is_not_finite_as_predict_does(value, part, value_range):
+    pixels = np.linspace(-1000, 2000, 40 * 48).reshape(40, 48).astype(np.float32)
+    pixels[part] = value
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "TIFF")
+    if part == slice(None):
+        refusal = "^all of its 1920 values are NaN or infinite$"
+        with pytest.raises(ImageError, match=refusal):
+            read_image(content.getvalue(), value_range=value_range)
+        with pytest.raises(standalone.ImageError, match=refusal):
+            standalone._decode(content.getvalue(), list(value_range))
+        return
+    expected = read_image(content.getvalue(), value_range=value_range)
+    read = standalone._decode(content.getvalue(), list(value_range))
+    np.testing.assert_array_equal(read, expected)
+    assert read[8, 8, 0] == (value == np.inf and value_range == (-1000, 2000))
 
 
 def test_the_program_lays_gray_with_multiplied_alpha_on_white():

@@ -28,6 +28,7 @@ from regard.cores import cores
 from regard.errors import StudyStopped, UsageError
 from regard.evaluation import Predictions
 from regard.evaluation.calibration import Calibration, write_calibration
+from regard.files import signed
 from regard.papers import parse_table
 from regard.runs import RunFolder, write_predictions
 from regard.studies.page import write_page
@@ -39,7 +40,7 @@ from regard.studies.plan import (
     slurm_script,
 )
 from regard.studies.progress import Progress, Running
-from regard.studies.results import gather, to_dict, write_results
+from regard.studies.results import gather, sentence, to_dict, write_results
 from regard.studies.runner import is_finished, run_all
 from regard.training.recipe_files import load_recipe, recipe_toml
 from tests.helpers import rows_of
@@ -492,6 +493,23 @@ def test_runs_in_different_precisions_are_told(command, tmp_path, capsys):
         told = "not computed alike (3 in bf16 and 1 in fp32)"
         for text in (capsys.readouterr().out, (tmp_path / "s/study.html").read_text("utf-8")):
             assert (told in text) is bool(expected)
+
+
+def test_a_difference_of_zero_has_no_minus():
+    assert [signed(x, 1) for x in (-1.85e-18, -0.04, 0.0, -0.05001)] == ["+0.0"] * 3 + ["-0.1"]
+    zero = SimpleNamespace(value=-1.8e-18, low=-2e-18, high=-0.0, claims=False, metric="accuracy")
+    assert sentence("gated", zero, 1.0).startswith(
+        "gated: +0.0 points (95 % interval +0.0 to +0.0) with one training"
+    )
+
+
+def test_faithfulness_at_different_temperatures_is_told(command, tmp_path, capsys):
+    assert command()[0] == 0
+    assert "temperatures" not in capsys.readouterr().out
+    file = next(iter(sorted(tmp_path.glob("s/runs/*/seed-*/faithfulness.json"))))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 1.7}))
+    assert command()[0] == 0
+    assert "faithfulness of maps was measured at 2 temperatures" in capsys.readouterr().out
 
 
 def test_the_slurm_script_has_the_command_without_its_own_flag(capsys, tmp_path):

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+def signed(value: float, digits: int) -> str:
+    """A difference with its sign, so many decimals, and no "-0.0"."""
+    return f"{round(float(value), digits) + 0.0:+.{digits}f}"
+
+
 NPZ_FAULTS = (
     OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip

@@ -275,7 +275,8 @@ class Classifier:
         shares = probabilities.tolist()
         if not all(map(math.isfinite, shares)):
             return Prediction(name, [], f"{name}: its answer is not finite")
-        order = probabilities.topk(min(top, len(shares))).indices.tolist()
+        # of equal ones the first, as in evaluation
+        order = probabilities.argsort(descending=True, stable=True)[:top].tolist()
         listed = [(self.class_names[i], shares[i]) for i in order]
         unlike = self.is_unlike(distance)
         decision = self.decision(shares)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from regard.errors import UsageError
-from regard.files import plural
+from regard.files import plural, signed
 
 if TYPE_CHECKING:
     from regard.evaluation.paired import MetricComparison
@@ -201,10 +201,10 @@ def _print(content: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading in ("run", "metric") else "right")
     for one in content["comparisons"]:
         d = one["difference"]
-        interval = "" if d["low"] is None else f" ({d['low']:+.4f} to {d['high']:+.4f})"
+        interval = "" if d["low"] is None else f" ({signed(d['low'], 4)} to {signed(d['high'], 4)})"
         table.add_row(
             one["name"], one["metric"].replace("_", " "), _number(one["a"]), _number(one["b"]),
-            "–" if d["value"] is None else f"{d['value']:+.4f}{interval}",
+            "–" if d["value"] is None else f"{signed(d['value'], 4)}{interval}",
             _p_value(one["adjusted"]), one["shown"], _number(one["detectable"]),
         )  # fmt: skip
     wide.print(table)

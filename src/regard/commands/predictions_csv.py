@@ -167,7 +167,7 @@ class PredictionsCsv:
 
     def cells(self, p: "Prediction") -> list[str]:
         """The row of a prediction."""
-        cells = [cell for name, share in p.classes for cell in (name, f"{share:.6f}")]
+        cells = [cell for name, share in p.classes for cell in (name, _cell(share))]
         cells += [""] * (2 * self.top - len(cells))
         cells += [p.decision or ""] if self.decides else []
         if self.measures:
@@ -178,9 +178,9 @@ class PredictionsCsv:
         if self.averages:
             sd = p.sd or {}
             known = bool(sd) and p.disagreement is not None
-            cells += [f"{sd[p.classes[0][0]]:.6f}", f"{p.disagreement:.4g}"] if known else ["", ""]
+            cells += [_cell(sd[p.classes[0][0]]), f"{p.disagreement:.4g}"] if known else ["", ""]
         cells += ["flips"] if self.flips else []
-        shares = [f"{share:.6f}" for share in p.probabilities]
+        shares = [_cell(share) for share in p.probabilities]
         cells += shares or [""] * len(self.classifier.class_names)
         return [p.path, *cells, p.error or ""]
 
@@ -239,6 +239,11 @@ class PredictionsCsv:
             return answered, failed, names
         self.repeated = len(started)
         return answered, failed, chain(started, names)
+
+
+def _cell(share: float) -> str:
+    """A probability with the digits that tell any two float32 numbers apart."""
+    return f"{share:.9g}"
 
 
 def _take(descriptor: int) -> bool:

@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from regard.files import plural
+from regard.files import plural, signed
 from regard.log import clock
 
 if TYPE_CHECKING:
@@ -143,7 +143,11 @@ def accuracy(row: "RowResult") -> str:
 def difference(row: "RowResult") -> str:
     """To the first row with its interval, in points; empty for the first row."""
     d = row.differences.get("accuracy")
-    return f"{100 * d.value:+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f})" if d else ""
+    return (
+        f"{signed(100 * d.value, 1)} ({signed(100 * d.low, 1)} to {signed(100 * d.high, 1)})"
+        if d
+        else ""
+    )
 
 
 def faithfulness(row: "RowResult") -> str:
@@ -151,5 +155,5 @@ def faithfulness(row: "RowResult") -> str:
     values = row.faithfulness.get("attention", [])
     if not values:
         return "–" if row.seeds else ""
-    mean = f"{row.mean('attention'):+.3f}"
+    mean = signed(row.mean("attention"), 3)
     return mean + (f" ± {row.sd('attention'):.3f}" if len(values) > 1 else "")

@@ -10,6 +10,7 @@ from regard.evaluation.comparison import Comparison
 from regard.evaluation.diagnostics import Diagnostics
 from regard.evaluation.intervals import Estimate
 from regard.evaluation.metrics import Evaluation
+from regard.files import signed
 
 NAMES = {
     "top1": "accuracy (top 1)",
@@ -79,11 +80,11 @@ def print_comparison(
         console, f"Accuracy on the same {_images(comparison.n, comparison.n_groups)}", table
     )
     d = comparison.difference
-    low, high = ("–" if math.isnan(end) else f"{100 * end:+.2f}" for end in (d.low, d.high))
+    low, high = ("–" if math.isnan(end) else f"{signed(100 * end, 2)}" for end in (d.low, d.high))
     test = "exact McNemar test" if comparison.n_groups is None else "exact sign test of groups"
     console.print(
         Text(
-            f"{a} minus {b}: {100 * d.value:+.2f} points "
+            f"{a} minus {b}: {signed(100 * d.value, 2)} points "
             f"({100 * comparison.confidence:g} % interval {low} to {high}), "
             f"p = {comparison.p_value:.3g} ({test})"
         )

@@ -6,6 +6,7 @@ evenly spread ones, and those whose probability another temperature would move m
 
 import heapq
 import math
+import re
 from typing import TYPE_CHECKING
 
 from regard.errors import UsageError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from regard.predict import Prediction
 
 _SENSITIVE, _SPREAD = 4, 8  # images that are predicted again, at most, and the last one
-_ROUNDING = 4e-6  # 5e-7 of a probability in the file, 2.6e-6 of a threshold, see `reaches`
+_ROUNDED = re.compile(r"[01]\.\d{6}")  # a probability in files of Regard 0.1
 _DISTANCE = 0.01  # relative difference of an image's distance by two engines in fp32
 _SLOPE = 0.1  # relative difference of the log-odds, in bf16
 
@@ -59,7 +60,7 @@ class WrittenRows:
             at, limit, positive, below = self._threshold
             share, written = _number(row[at]), row[self.table.columns.index("decision")]
             decision = positive if share >= limit else below
-            if written != decision and not abs(share - limit) <= _ROUNDING:
+            if written != decision and not abs(share - limit) <= _rounding(row[at], limit):
                 raise self._refusal(row, f"decided as {written}, which is {decision} now")
         self._last = {number: row}
         p = _number(row[2])
@@ -122,6 +123,14 @@ def _number(cell: str) -> float:
         return float(cell)
     except ValueError:
         return math.nan
+
+
+def _rounding(cell: str, limit: float) -> float:
+    """How far from its threshold a probability can have been decided either way."""
+    from regard.evaluation.statistics import tolerated
+
+    lost = 6e-7 if _ROUNDED.fullmatch(cell) else 1e-9 * limit
+    return float(limit - tolerated(limit)) + lost
 
 
 def _slope(first: int, pairs: "list[tuple[list[str], Prediction]]") -> float:

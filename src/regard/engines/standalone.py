@@ -275,10 +275,12 @@ def _scaled(pixels: Array, value_range: list[float] | None) -> Array:
         if np.abs(pixels * 255 - levels).max() < 1e-4:  # an 8-bit image, divided by 255
             return levels.astype(np.uint8)
         return np.clip(pixels, 0, 1).astype(np.float32)
+    if not finite.any():
+        raise ImageError(f"all of its {pixels.size} values are NaN or infinite")
     low, high = value_range
     if low == high:
         return np.zeros(pixels.shape, np.float32)
-    values = np.where(finite, pixels, low).clip(low, high)
+    values = np.where(np.isnan(pixels), low, pixels).clip(low, high)
     return ((values / 2 - low / 2) / (high / 2 - low / 2)).astype(np.float32)
 
 

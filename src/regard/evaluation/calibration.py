@@ -90,9 +90,9 @@ class Calibration:
         found = []
         if self.temperature != 1.0:
             found.append(
-                f"temperature {self.temperature:.4g}: log-likelihood {self.before['nll']:.4f} to "
-                f"{self.after['nll']:.4f} nats, calibration error (ECE) {self.before['ece']:.4f} "
-                f"to {self.after['ece']:.4f}"
+                f"temperature {self.temperature:.4g}: negative log-likelihood "
+                f"{self.before['nll']:.4f} to {self.after['nll']:.4f} nats, calibration error "
+                f"(ECE) {self.before['ece']:.4f} to {self.after['ece']:.4f}"
             )
         if (t := self.threshold) is not None:
             found.append(

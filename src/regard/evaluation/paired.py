@@ -45,6 +45,7 @@ from regard.evaluation.statistics import (
     Values,
     class_index,
 )
+from regard.files import signed
 
 _OVER_CLASSES = (
     "balanced_accuracy", "macro_", "roc_auc", "average_precision", "mcc", "kappa",
@@ -96,14 +97,14 @@ class MetricComparison:
         name = self.metric.replace("_", " ")
         d = self.difference
         interval = (
-            f"{100 * self.confidence:g} % interval {d.low:+.4f} to {d.high:+.4f}, "
+            f"{100 * self.confidence:g} % interval {signed(d.low, 4)} to {signed(d.high, 4)}, "
             if d.has_interval
             else ""
         )
         how = "no test is possible"
         if not math.isnan(self.p_value):
             how = f"{interval}p = {self.adjusted:.3g}, {self.test}"
-        by = "difference not defined" if math.isnan(d.value) else f"difference {d.value:+.4f}"
+        by = "difference not defined" if math.isnan(d.value) else f"difference {signed(d.value, 4)}"
         numbers = f"{self.a:.4f} and {self.b:.4f}, {by} ({how})"
         if self.shown != "not shown":
             return f"{a} is shown to be {self.shown} than {b} in {name}: {numbers}."

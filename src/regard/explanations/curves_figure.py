@@ -1,10 +1,12 @@
 """The figure of deletion and insertion curves."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from regard.evaluation.intervals import draws, percentile_band
 from regard.evaluation.predictions import units
@@ -19,6 +21,7 @@ from regard.explanations.print_style import (
     short,
 )
 
+_WITHIN = 3  # with more curves the legend would hide them and is placed below the axes
 _TITLES = ("Deletion: low is good", "Insertion: high is good")
 
 
@@ -34,7 +37,10 @@ def curves_figure(scores: Mapping[str, MapScore], *, width: float = 7.16, seed: 
     """
     with for_print():
         narrow = width < 5
-        figure, _ = new_figure(width, width * (1.5 if narrow else 0.42), 0)
+        columns = 2 if narrow else 4
+        below = 0.15 * math.ceil((len(scores) + 1) / columns)  # inches, of the legend
+        below *= len(scores) > _WITHIN
+        figure, _ = new_figure(width, width * (1.5 if narrow else 0.42) + below, 0)
         panels = figure.subplots(*((2, 1) if narrow else (1, 2)))
         own = [name for name in scores if name not in CONTROLS]
         for k, axes in enumerate(panels):
@@ -50,7 +56,16 @@ def curves_figure(scores: Mapping[str, MapScore], *, width: float = 7.16, seed: 
             axes.grid(color=LINE, linewidth=0.4)
             if k == 0 or narrow:
                 axes.set_ylabel("probability of the class")
-        panels[1].legend(fontsize=SMALL, loc="lower right", handlelength=2.4)
+        handles = panels[1].get_legend_handles_labels()[0]
+        if any(scores[name].deletion.has_interval for name in own):
+            handles.append(Patch(color=MUTED, alpha=0.3, linewidth=0, label="95 % interval"))
+        if len(scores) > _WITHIN:
+            figure.legend(
+                handles=handles, fontsize=SMALL, loc="outside lower center", handlelength=2.4,
+                ncols=columns,
+            )  # fmt: skip
+        else:
+            panels[1].legend(handles=handles, fontsize=SMALL, loc="lower right", handlelength=2.4)
     return figure
 
 

@@ -23,6 +23,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from regard.errors import UsageError
 from regard.evaluation import Estimate
 from regard.evaluation.intervals import bootstrapped_mean
+from regard.files import signed
 
 Floats = NDArray[np.float64]
 BASELINES = ("blur", "mean")
@@ -222,10 +223,10 @@ class MapScore:
         if np.isnan(r.low):
             what = "one image" if len(self.each) == 1 else "images of one group"
             return (
-                f"{self.name} was scored on {what} ({r.value:+.3f} over random maps): "
+                f"{self.name} was scored on {what} ({signed(r.value, 3)} over random maps): "
                 "that is no basis for a conclusion."
             )
-        by = f"({r.value:+.3f}, 95 % interval {r.low:+.3f} to {r.high:+.3f})"
+        by = f"({signed(r.value, 3)}, 95 % interval {signed(r.low, 3)} to {signed(r.high, 3)})"
         if r.low > 0 and c.low > 0:
             return (
                 f"{self.name} shows places that the answer depends on: better than random maps "

@@ -82,6 +82,7 @@ class Faithfulness:
         checks: one sanity check per map.
         warnings: reasons to doubt the scores themselves.
         gates: the channel gates, which have no map over positions, compared over the images.
+        temperature: the logits were divided by it for the probabilities.
     """
 
     images: int
@@ -90,6 +91,7 @@ class Faithfulness:
     warnings: list[str] = field(default_factory=list)
     groups: int | None = None
     gates: list[GateCheck] = field(default_factory=list)
+    temperature: float = 1.0
 
     @property
     def over(self) -> str:
@@ -110,6 +112,7 @@ class Faithfulness:
         return {
             "images": self.images,
             "groups": self.groups,
+            "temperature": self.temperature,
             "maps": {
                 name: {"kind": kinds.get(name, "attention"), **each}
                 for name, each in numbers(self.scores).items()
@@ -132,6 +135,7 @@ class Scorer:
         seed: random seed of random maps and random weights.
         steps: steps of a curve.
         repeats: random maps per image.
+        temperature: the logits are divided by it for the probabilities, as in `predict`.
     """
 
     def __init__(
@@ -145,6 +149,7 @@ class Scorer:
         seed: int = 0,
         steps: int = 20,
         repeats: int = 3,
+        temperature: float = 1.0,
     ) -> None:
         self.model = model
         self.random: nn.Module = randomized(model, seed)
@@ -153,12 +158,13 @@ class Scorer:
         self.seed: int = seed
         self.steps: int = steps
         self.repeats: int = repeats
+        self.temperature: float = temperature
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, classes) probabilities."""
         with evaluating(self.model):
-            return self.model(x).float().softmax(dim=1)
+            return (self.model(x).float() / self.temperature).softmax(dim=1)
 
     def score(self, x: Tensor, target: int | None = None) -> ImageScore:
         """Scores one image (1, C, H, W) for a class; default: the predicted class.
@@ -192,6 +198,7 @@ def summarize(
     baseline: str = "blur",
     seed: int = 0,
     groups: Sequence[str] | None = None,
+    temperature: float = 1.0,
 ) -> Faithfulness:
     """Scores and checks over one or more images, in their order.
 
@@ -200,6 +207,7 @@ def summarize(
         baseline: the baseline of the scores.
         seed: random seed of the bootstrap.
         groups: of the images, such as patients; if given, intervals are over these.
+        temperature: that of the scores.
     """
     names = list(each[0].curves)
     curves = {name: np.stack([one.curves[name] for one in each], axis=1) for name in names}
@@ -219,7 +227,8 @@ def summarize(
     named = None if groups is None else len(set(groups))
     scores = deletion.summarize(curves, seed, groups)
     gates = {name: np.stack([one.gates[name] for one in each]) for name in each[0].gates}
-    return Faithfulness(len(each), scores, checks, warnings, named, compare_gates(gates))
+    found = compare_gates(gates)
+    return Faithfulness(len(each), scores, checks, warnings, named, found, temperature)
 
 
 def judge(
@@ -239,7 +248,9 @@ def judge(
     scorer = Scorer(model, **settings)
     targets = [None] * len(x) if target is None else [int(t) for t in target]
     each = [scorer.score(x[i : i + 1], t) for i, t in enumerate(targets)]
-    return summarize(each, baseline=scorer.baseline, seed=scorer.seed)
+    return summarize(
+        each, baseline=scorer.baseline, seed=scorer.seed, temperature=scorer.temperature
+    )
 
 
 def interval(estimate: Estimate | None, decimals: int = 3) -> str:

@@ -24,7 +24,9 @@ PICTURE, NUMBERS = ".explained.png", ".explained.npz"
 SHEET, CURVES = "contact-sheet.explained.png", "curves.explained.png"
 SCORES_HEADER = ["path", "class", "map", "deletion", "insertion", *COLUMNS]
 CSV_HEADERS = (
-    "path,map,deletion,insertion", ",".join(SCORES_HEADER),  # of `explain`, old and new
+    "path,map,deletion,insertion",  # of `explain`, first old ones
+    "path,class,map,deletion,insertion,hit,energy,chance,iou,dice,x0,y0,x1,y1",
+    ",".join(SCORES_HEADER),
     ",".join(CSV_HEADER),  # of subgroups
 )  # fmt: skip
 

@@ -28,6 +28,7 @@ class Pointing:
         iou, dice: overlap of the mask with what the map marks: the pixels above half of its range.
         map_box: left, top, right, bottom of what the map marks, in the image's pixels.
         mask_box: the same for the mask.
+        in_view: the share of the marked area that lies in what the map covers, above 0.
     """
 
     hit: bool
@@ -37,6 +38,7 @@ class Pointing:
     dice: float
     map_box: tuple[int, int, int, int]
     mask_box: tuple[int, int, int, int]
+    in_view: float
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,15 @@ def point(attention: ArrayLike, mask: Mask, *, box: Box | None = None) -> Pointi
         box: left, top, right, bottom of what the map covers; the whole image by default.
 
     Raises:
-        UsageError: the mask marks nothing.
+        UsageError: the mask marks nothing, or nothing in what the map covers.
     """
     if not mask.any():
         raise UsageError("the mask marks nothing")
     size = mask.shape[0], mask.shape[1]
     grown = place(attention, size, box=box, outside=0.0)
     seen = place(np.ones((1, 1)), size, box=box, outside=0.0) > 0
+    if not mask[seen].any():
+        raise UsageError("what is marked lies outside what the network saw")
     top = np.flatnonzero(seen & (grown == grown[seen].max()))
     total = float(grown.sum())
     energy = float(grown[mask].sum()) / total if total > 0 else 0.0
@@ -113,7 +117,7 @@ def point(attention: ArrayLike, mask: Mask, *, box: Box | None = None) -> Pointi
     return Pointing(
         hit=bool(mask.flat[top].mean() > 0.5), energy=energy, chance=float(mask[seen].mean()),
         iou=both / either, dice=2 * both / (both + either), map_box=_box(marked),
-        mask_box=_box(mask),
+        mask_box=_box(mask), in_view=float(seen[mask].mean()),
     )  # fmt: skip
 
 
@@ -126,7 +130,7 @@ def _box(mask: Mask) -> tuple[int, int, int, int]:
 
 
 SHARES = ("hit", "energy", "chance", "iou", "dice")
-COLUMNS = (*SHARES, "x0", "y0", "x1", "y1")
+COLUMNS = (*SHARES, "x0", "y0", "x1", "y1", "in_view")
 
 
 def cells(pointing: Pointing | None) -> list[str]:
@@ -135,4 +139,4 @@ def cells(pointing: Pointing | None) -> list[str]:
         return [""] * len(COLUMNS)
     values = asdict(pointing)
     shares = [str(int(pointing.hit)), *(f"{values[name]:.6f}" for name in SHARES[1:])]
-    return [*shares, *map(str, pointing.map_box)]
+    return [*shares, *map(str, pointing.map_box), f"{pointing.in_view:.6f}"]

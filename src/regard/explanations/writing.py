@@ -88,11 +88,12 @@ class Options:
             **({} if self.precision == "fp32" else {"precision": self.precision}),
         }  # fmt: skip
 
-    def score_settings(self) -> dict[str, Any]:
+    def score_settings(self, temperature: float) -> dict[str, Any]:
         """The further settings that an image's scores depend on."""
         return {
             "baseline": self.baseline, "seed": self.seed, "steps": self.steps,
             "repeats": self.repeats,
+            **({} if temperature == 1.0 else {"temperature": temperature}),
         }  # fmt: skip
 
 
@@ -163,7 +164,11 @@ class Writer:
         return Scorer(
             self.classifier.model, methods=o.methods, reduce=o.reduce, layer=o.layer,
             baseline=o.baseline, seed=o.seed, steps=o.steps, repeats=o.repeats,
+            temperature=self.classifier.temperature,
         )  # fmt: skip
+
+    def _score_settings(self) -> dict[str, Any]:
+        return self.options.score_settings(self.classifier.temperature)
 
     def run(self) -> Outcome:
         """Explains and writes everything.
@@ -188,7 +193,7 @@ class Writer:
     # ---- one image -----------------------------------------------------------------------
     def _one(self, source: Source, scored: bool) -> None:
         picture, file = self.out / f"{source.name}{PICTURE}", self.out / f"{source.name}{NUMBERS}"
-        score_settings = self.options.score_settings() if scored else None
+        score_settings = self._score_settings() if scored else None
         try:
             if not source.path.is_file():
                 read_stored(source.path)  # raises with the reason; hashing would block on a pipe
@@ -247,12 +252,12 @@ class Writer:
         try:
             height, width = shown.image.shape[:2]
             mask = self.masks.read(source.name, (height, width))
+            found = {m.name: point(m.values, mask, box=shown.box) for m in shown.spatial()}
         except (UsageError, ImageError) as error:
             self.outcome.skipped_masks[source.name] = str(error)
             return
-        for m in shown.spatial():
-            points = self.points.setdefault(m.name, {})
-            points[source.name] = point(m.values, mask, box=shown.box)
+        for name, pointing in found.items():
+            self.points.setdefault(name, {})[source.name] = pointing
 
     # ---- all images ----------------------------------------------------------------------
     def _finish(self) -> None:
@@ -267,10 +272,10 @@ class Writer:
         if self.scores:
             found = summarize(
                 list(self.scores.values()), baseline=options.baseline, seed=options.seed,
-                groups=self._groups(self.scores),
+                groups=self._groups(self.scores), temperature=self.classifier.temperature,
             )  # fmt: skip
             outcome.faithfulness = found
-            content |= options.score_settings()
+            content |= self._score_settings() | {"temperature": found.temperature}
             content |= {"scored": found.images, "groups": found.groups}
             content |= {"scores": numbers(found.scores)}
             content |= {"sanity": _checks(found), "warnings": found.warnings}

@@ -289,8 +289,8 @@ class _Sentences:
         return (
             f"95 % intervals: Wilson's for shares{shares}, and for areas with the variance of 1000 "
             f"bootstrap samples of {'whole groups' if grouped else 'images'}{calibration}; else "
-            "these samples' expanded percentiles, for the log-likelihood Student's t where that is "
-            "wider."
+            "these samples' expanded percentiles, for the negative log-likelihood Student's t "
+            "where that is wider."
         )
 
     def _threshold(self) -> str:

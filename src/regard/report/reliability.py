@@ -10,12 +10,11 @@ from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from regard.evaluation import Estimate, OneClass, Predictions, decision_curve, reliability
-from regard.evaluation.predictions import Floats
+from regard.evaluation.predictions import BINS, Floats
 from regard.evaluation.recalibration import ReliabilityBin, calibration_line
 from regard.explanations.print_style import INK, LINE, MAIN, MUTED, SECOND, new_figure, short
 from regard.report.curves import Chart, number, share_axes
 
-BINS = 10  # number of bins of equal width
 _MOST_RANGES = 3  # most threshold ranges that are named
 
 
@@ -104,7 +103,8 @@ def _diagram(
 
 
 def _caption(of: str, plain: Predictions, calibrated: Predictions) -> str:
-    caption = f"Calibrated probabilities{of} lie on the dotted line. Bars: Wilson's 95 % interval"
+    caption = f"Calibrated probabilities{of} lie on the dotted line ({BINS} bins). "
+    caption += "Bars: Wilson's 95 % interval"
     caption += " for images in groups." if plain.groups is not None else "."
     if calibrated is not plain:
         caption += " Before and after temperature scaling, drawn side by side."

@@ -56,7 +56,7 @@ def calibration_section(source: RunSource, measured: Measured) -> Section:
     if stored.temperature != 1:
         sentences.append(
             f"A temperature of {stored.temperature:.4g} was fitted on {stored.images:,} "
-            f"{stored.source}: log-likelihood {stored.before['nll']:.4f} to "
+            f"{stored.source}: negative log-likelihood {stored.before['nll']:.4f} to "
             f"{stored.after['nll']:.4f} nats and calibration error (ECE) "
             f"{stored.before['ece']:.4f} to {stored.after['ece']:.4f} there."
         )

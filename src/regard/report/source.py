@@ -120,10 +120,13 @@ class RunSource:
     @cached_property
     def calibrated(self) -> Predictions:
         """The predictions at the temperature stored in the run, or 1."""
-        stored = self.calibration
-        if stored is None or stored.temperature == 1:
+        if self._temperature == 1:
             return self.predictions
-        return with_temperature(self.predictions, stored.temperature)
+        return with_temperature(self.predictions, self._temperature)
+
+    @property
+    def _temperature(self) -> float:
+        return 1.0 if self.calibration is None else self.calibration.temperature
 
     @cached_property
     def methods(self) -> Sequence[str]:
@@ -193,7 +196,7 @@ class RunSource:
                 self.classifier.model, self._input(self.found.rows[i]), [picture], [box],
                 classes=self.classifier.class_names, methods=self.methods, paths=[name],
                 target=int(self.predictions.probabilities[i].argmax()),
-                temperature=1.0 if self.calibration is None else self.calibration.temperature,
+                temperature=self._temperature,
             )  # fmt: skip
         else:
             shown = Explanation(
@@ -236,7 +239,11 @@ class RunSource:
         if self.found is None or count == 0 or not self.methods or not self.can_read:
             return None
         seed = self.recipe["seed"]
-        scorer = Scorer(self.classifier.model, methods=self.methods, seed=seed, steps=10, repeats=1)
+        temperature = self._temperature
+        scorer = Scorer(
+            self.classifier.model, methods=self.methods, seed=seed, steps=10, repeats=1,
+            temperature=temperature,
+        )  # fmt: skip
         each, read = [], []
         for row in spread(len(self.found.table), count).tolist():
             try:
@@ -246,7 +253,9 @@ class RunSource:
             read.append(row)
         groups = self.found.table.groups
         named = None if groups is None else groups[read].tolist()
-        return summarize(each, seed=seed, groups=named) if each else None
+        if not each:
+            return None
+        return summarize(each, seed=seed, groups=named, temperature=temperature)
 
 
 def usable_methods(classifier: Classifier) -> Sequence[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from regard.files import write_atomically
+from regard.files import signed, write_atomically
 
 
 def write_comparison(content: dict[str, Any], path: Path) -> None:
@@ -27,7 +27,7 @@ def _number(value: float | None) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.4f}"
+    return "–" if value is None else f"{signed(value, 4)}"
 
 
 def _p_value(value: float | None) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from regard.evaluation.predictions import Floats
 from regard.evaluation.repeats import METRICS
-from regard.files import write_atomically
+from regard.files import signed, write_atomically
 from regard.papers import PAPERS
 from regard.studies.facts import FAITHFULNESS, MAPS
 from regard.studies.results import RowResult, StudyResult
@@ -37,7 +37,7 @@ def write_page(result: StudyResult, out: Path) -> None:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=_percent, p=_p, spread=_spread)
+    environment.filters.update(percent=_percent, p=_p, spread=_spread, signed=signed)
     text = resources.files("regard.studies").joinpath("page.html").read_text(encoding="utf-8")
     page = environment.from_string(text).render(
         study=result,
@@ -144,7 +144,8 @@ def forest(rows: Sequence[RowResult]) -> dict[str, Any] | None:
         {
             "name": r.row.name, "at": at(100 * d.value),
             "low": at(100 * d.low), "high": at(100 * d.high),
-            "words": f"{100 * d.value:+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f})",
+            "words": f"{signed(100 * d.value, 1)} ({signed(100 * d.low, 1)} "
+            f"to {signed(100 * d.high, 1)})",
             "each": [at(100 * e) for e in d.each] if len(d.each) > 1 else [],
         }
         for r, d in drawn

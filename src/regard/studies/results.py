@@ -30,7 +30,7 @@ from regard.evaluation.repeats import (
     repeated_value,
 )
 from regard.evaluation.significance import holm
-from regard.files import write_atomically
+from regard.files import signed, write_atomically
 from regard.papers import Row, Table
 from regard.runs import RunFolder
 from regard.studies.facts import (
@@ -113,6 +113,7 @@ class StudyResult:
         done, total: numbers of runs.
         failed: the reason for each failed run.
         precisions: in how many runs each precision was used, if there are several.
+        temperatures: at how many temperatures the faithfulness of maps was measured.
         runs: all of them, with their commands.
         images: number of test images, over all folds; 0 if nothing is finished.
         groups: number of their groups, or None.
@@ -129,17 +130,27 @@ class StudyResult:
     groups: int | None
     failed: dict[PlannedRun, str] = field(default_factory=dict)
     precisions: dict[str, int] = field(default_factory=dict)
+    temperatures: int = 1
 
     @property
     def caution(self) -> str:
-        """That runs computed in different precisions, in one sentence; empty if they did not."""
-        if not self.precisions:
-            return ""
-        shares = " and ".join(f"{n} in {name}" for name, n in self.precisions.items())
-        return (
-            f"The runs were not computed alike ({shares}): unless this is what the rows compare, "
-            "set the precision, as a difference between them may come from it."
-        )
+        """What differs between the runs: precisions, and the temperatures of faithfulness.
+
+        A sentence for each, empty if the runs are alike.
+        """
+        said = []
+        if self.precisions:
+            shares = " and ".join(f"{n} in {name}" for name, n in self.precisions.items())
+            said.append(
+                f"The runs were not computed alike ({shares}): unless this is what the rows "
+                "compare, set the precision, as a difference between them may come from it."
+            )
+        if self.temperatures > 1:
+            said.append(
+                f"The faithfulness of maps was measured at {self.temperatures} temperatures (of "
+                "`regard calibrate`): a difference between rows may come from them."
+            )
+        return " ".join(said)
 
 
 def gather(
@@ -194,6 +205,7 @@ def gather(
         images=0 if first is None else len(first), groups=groups,
         failed={run: why for run in runs if (why := failure_of(run)) and not is_finished(run)},
         precisions=_precisions(read.values()),
+        temperatures=_temperatures(read.values()),
     )  # fmt: skip
 
 
@@ -235,6 +247,12 @@ def _precisions(rows: Iterable[_Read]) -> dict[str, int]:
         facts["precision"] for row in rows for facts in row.facts if "precision" in facts
     )
     return dict(sorted(used.items())) if len(used) > 1 else {}
+
+
+def _temperatures(rows: Iterable[_Read]) -> int:
+    """At how many temperatures the faithfulness of the runs' maps was measured, at least 1."""
+    stored = [RunFolder(f).read_faithfulness() for row in rows for f in row.folders]
+    return max(1, len({found.get("temperature", 1.0) for found in stored if found["maps"]}))
 
 
 def _joined(parts: list[Predictions]) -> tuple[Predictions, Any]:
@@ -311,7 +329,8 @@ def _row_result(
 
 def sentence(name: str, d: RepeatedDifference, p_value: float) -> str:
     """What a difference in accuracy shows, and the smallest that this study would have shown."""
-    shown = f"{100 * d.value:+.1f} points (95 % interval {100 * d.low:+.1f} to {100 * d.high:+.1f})"
+    value, low, high = (signed(100 * x, 1) for x in (d.value, d.low, d.high))
+    shown = f"{value} points (95 % interval {low} to {high})"
     better = d.value > 0 if d.metric not in LOWER_IS_BETTER else d.value < 0
     if not d.claims:
         return (
@@ -433,7 +452,8 @@ def _line(row: RowResult) -> list[Any]:
         own, d = row.intervals.get(metric), row.differences.get(metric)
         numbers += [own.value, own.low, own.high] if own else [None] * 3
         numbers += [row.sd(metric)]
-        numbers += [d.value, d.low, d.high, row.p_values[metric]] if d else [None] * 4
+        ends = [round(float(x), 12) + 0.0 for x in (d.value, d.low, d.high)] if d else []
+        numbers += [*ends, row.p_values[metric]] if d else [None] * 4
     numbers += [number for name in MAPS for number in (row.mean(name), row.sd(name))]
     cells = [_cell(number) for number in numbers]
     return [row.row.name, row.row.network, len(row.seeds), *cells, row.verdict]
