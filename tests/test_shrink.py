@@ -204,6 +204,30 @@ def test_a_csv_file_keeps_its_splits_groups_and_columns(tmp_path):
         assert all(not Path(row["path"]).is_absolute() for row in csv.DictReader(file))
 
 
+def test_images_of_one_name_next_to_and_below_a_csv_file_are_two(tmp_path, monkeypatch):
+    for folder in ("scans", "own/scans"):
+        (tmp_path / folder).mkdir(parents=True)
+    lines = ["path,label"]
+    for k in range(12):
+        picture(60, 60, k).save(tmp_path / f"scans/{k}.jpg")
+        picture(60, 60, 100 + k).save(tmp_path / f"own/scans/{k}.jpg")
+        lines += [f"../scans/{k}.jpg,a", f"scans/{k}.jpg,b"]
+    (tmp_path / "own/all.csv").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    table = open_data("own/all.csv")
+    copies = open_data(shrink(table, tmp_path / "out", side=60).data)
+    assert (len(copies), copies.labels.tolist()) == (24, table.labels.tolist())
+    for i in range(24):
+        assert copies.path(i).startswith(f"{tmp_path}/out/")
+        assert Path(copies.path(i)).read_bytes() == Path(table.path(i)).read_bytes()
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    done = assign_splits(table, val=0.2, test=0.2, seed=0)
+    run.start({"recipe": {}, "data": "own/all.csv"}, "", done)
+    monkeypatch.chdir("/")
+    assert run_table(run.path, None, None).splits.tolist() == done.splits.tolist()
+
+
 def test_tar_files_and_arrays_become_images_and_a_csv_file(tmp_path):
     with tarfile.open(tmp_path / "in-train-0.tar", "w") as tar:
         for k in range(4):

@@ -54,6 +54,27 @@ def test_each_fault_has_its_line(tmp_path, text, told):
     assert "\n" not in str(error.value)
 
 
+def test_a_file_has_the_same_keys_however_it_is_named(tmp_path, monkeypatch):
+    (tmp_path / "own" / "sub").mkdir(parents=True)
+    listed = f"path,label\n../x.png,a\nx.png,b\nsub/z.png,a\n{tmp_path}/sub/z.png,b\n"
+    manifest(tmp_path, "")
+    csv = manifest(tmp_path / "own", listed)
+    keys = [f"{tmp_path}/x.png", "x.png", "sub/z.png", f"{tmp_path}/sub/z.png"]
+    for place, name in (
+        (tmp_path, csv),
+        (tmp_path, "own/list.csv"),
+        (tmp_path / "own/sub", "../list.csv"),
+        (tmp_path / "own", "list.csv"),
+    ):
+        monkeypatch.chdir(place)
+        table = open_data(name)
+        assert [table.key(i) for i in range(4)] == keys
+        manifest(tmp_path / "own", f"{listed}{tmp_path}/own/x.png,b\n")
+        with pytest.raises(ValueError, match=r"line 6: path 'x\.png' again, after line 3"):
+            open_data(name)
+        manifest(tmp_path / "own", listed)
+
+
 def test_a_cell_may_have_several_lines(tmp_path):
     note = "Seen twice, by A, and B.\nred, blue, green\n\nfoo, bar, baz"
     text = f'"path",label,"the\nnote"\nx.png,a,"{note}"\n\ny.png,b,\nx.png,b,\n'

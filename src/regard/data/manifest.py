@@ -44,7 +44,8 @@ def open_manifest(name: str, path: Path) -> ImageTable:
     with open(
         path, encoding="utf-16" if utf16 else "utf-8-sig", errors="surrogateescape", newline=""
     ) as file:
-        manifest = _Manifest(name, os.path.normpath(path.parent), file)
+        # absolute, so that an image has one path and key however the file is named
+        manifest = _Manifest(name, os.path.abspath(path.parent), file)
         try:
             manifest.read()
         except csv.Error as error:

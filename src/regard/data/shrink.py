@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -199,11 +199,12 @@ class _Places:
         self.table = table
         self.manifest: bool = table.name.startswith(KINDS) or not os.path.isdir(table.location)
         self._outside: dict[str, str] = {}  # {key: path}; most data sets have none
-        self._taken: set[str] = set()
         if table.files is not None:
-            self._check_names()
-            for i in range(len(table)) if self.manifest else ():
-                self._place_outside(table.key(i))
+            keys = [table.key(i) for i in range(len(table))]
+            self._taken = set(keys)  # an image below the data's folder may lie in one of this name
+            self._check_names(keys)
+            for key in keys if self.manifest else ():
+                self._place_outside(key)
 
     def of(self, i: int) -> PurePath:
         """The path of image i, with the name of the original."""
@@ -212,9 +213,8 @@ class _Places:
         key = self.table.key(i)
         return PurePath(self._outside.get(key, key))
 
-    def _check_names(self) -> None:
+    def _check_names(self, keys: Sequence[str]) -> None:
         """Refuses scan.dcm next to scan.dcm.png, as the copy of the former has that name."""
-        keys = [self.table.key(i) for i in range(len(self.table))]
         for key in set(keys) & {key[:-4] for key in keys if key.lower().endswith(".png")}:
             raise UsageError(
                 f"{self.table.name}: {key} and {key}.png are both there: leave one out"
