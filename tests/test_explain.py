@@ -533,6 +533,7 @@ def test_mask_images_that_mark_nothing_are_named_skipped_and_counted(small, scen
         ("path,x0,y0,x1,y1\nelse.png,1,2,3,4\n", "no image has a usable one"),
         ("path,x0,y0,x1,y1,group\na/x.png,1,2,3,4,p\nb/x.png,1,2,3,4, \n", "line 3: group"),
         ("path,x0,y0,x1,y1,group\na/x.png,1,2,3,4,p\na/x.png,1,2,3,4,q\n", "line 3: a/x.png"),
+        ('path,x0,y0,x1,y1\na/x.png,1,2,3,4\n"a/y.png,1,2,3,4\n', "line 3: is not CSV"),
         (b"\xff\xfe\x00p", "not a CSV file"), (None, "no such file or folder"),
     ],
 )  # fmt: skip

@@ -204,6 +204,30 @@ def test_a_csv_file_keeps_its_splits_groups_and_columns(tmp_path):
         assert all(not Path(row["path"]).is_absolute() for row in csv.DictReader(file))
 
 
+def test_images_of_one_name_next_to_and_below_a_csv_file_are_two(tmp_path, monkeypatch):
+    for folder in ("scans", "own/scans"):
+        (tmp_path / folder).mkdir(parents=True)
+    lines = ["path,label"]
+    for k in range(12):
+        picture(60, 60, k).save(tmp_path / f"scans/{k}.jpg")
+        picture(60, 60, 100 + k).save(tmp_path / f"own/scans/{k}.jpg")
+        lines += [f"../scans/{k}.jpg,a", f"scans/{k}.jpg,b"]
+    (tmp_path / "own/all.csv").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    table = open_data("own/all.csv")
+    copies = open_data(shrink(table, tmp_path / "out", side=60).data)
+    assert (len(copies), copies.labels.tolist()) == (24, table.labels.tolist())
+    for i in range(24):
+        assert copies.path(i).startswith(f"{tmp_path}/out/")
+        assert Path(copies.path(i)).read_bytes() == Path(table.path(i)).read_bytes()
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    done = assign_splits(table, val=0.2, test=0.2, seed=0)
+    run.start({"recipe": {}, "data": "own/all.csv"}, "", done)
+    monkeypatch.chdir("/")
+    assert run_table(run.path, None, None).splits.tolist() == done.splits.tolist()
+
+
 def test_tar_files_and_arrays_become_images_and_a_csv_file(tmp_path):
     with tarfile.open(tmp_path / "in-train-0.tar", "w") as tar:
         for k in range(4):
@@ -240,6 +264,56 @@ def test_splits_of_the_copies_are_those_of_the_originals(tmp_path):
         assert both[0].splits.tolist() == both[1].splits.tolist()
 
 
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_splits_are_the_same_where_images_can_not_be_read(tmp_path, kind):
+    lines = ["path,label"]
+    for label in "ab":
+        (tmp_path / "in" / label).mkdir(parents=True)
+        for k in range(20):
+            path = tmp_path / "in" / label / f"{k}.jpg"
+            picture(40, 40, k).save(path)
+            if k % 7 == 0:
+                path.write_bytes(b"" if k == 7 else b"no image")
+            lines.append(f"{label}/{k}.jpg,{label}")
+    lines.append("b/gone.jpg,b")  # not a byte of it can be read
+    (tmp_path / "in" / "list.csv").write_text("\n".join(lines[:1] + lines[2:]), encoding="utf-8")
+    before = open_data(tmp_path / "in" if kind == "folder" else tmp_path / "in/list.csv")
+    done = shrink(before, tmp_path / "out", side=30)
+    after = open_data(done.data)
+    assert len(done.unreadable) == 6
+    for seed in range(3):
+        both = [assign_splits(t, val=0.2, test=0.2, seed=seed) for t in (before, after)]
+        keys = [dict(zip(map(t.key, range(len(t))), t.splits.tolist(), strict=True)) for t in both]
+        assert keys[0] == keys[1]
+
+
+def test_a_resumed_call_copies_what_is_there_now(photographs, tmp_path):
+    folder, work = photographs / "train/a", tmp_path / "out.unfinished/train/a"
+    (folder / "3.jpg").write_bytes(b"no image")
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shrink(open_data(photographs), tmp_path / "out", side=100, progress=stop)
+    times = {k: (folder / f"{k}.jpg").stat().st_mtime_ns for k in range(3)}
+    picture(40, 50, 70).save(folder / "0.jpg")  # is copied now
+    (folder / "1.jpg").write_bytes(b"no image either")
+    for k, time_ns in times.items():
+        os.utime(folder / f"{k}.jpg", ns=(time_ns, time_ns))
+    (work / "2.jpg").write_bytes(b"cut short")
+    with (tmp_path / "out.unfinished" / module.MADE).open("a") as record:
+        record.write('\n{"i": 5, "ho')
+    done = shrink(open_data(photographs), tmp_path / "out", side=100, resume=True)
+    assert (done.earlier, done.smaller, done.copied, len(done.unreadable)) == (8, 1, 1, 2)
+    undisturbed = shrink(open_data(photographs), tmp_path / "again", side=100)
+    assert done.unreadable == undisturbed.unreadable
+    assert files_below(tmp_path / "out") == files_below(tmp_path / "again")
+    for name in (*files_below(tmp_path / "out"), ORIGINALS):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
 @pytest.mark.parametrize(("kind", "side"), [("folder", 4), ("arrays", 4), ("arrays", 16)])
 def test_a_run_that_was_trained_on_copies_knows_the_originals(tmp_path, kind, side):
     if kind == "folder":
@@ -270,13 +344,17 @@ def test_a_run_that_was_trained_on_copies_knows_the_originals(tmp_path, kind, si
     assert run.read_plan()["location"] == str(moved)  # where the run's own images are now
 
 
-def test_what_can_not_be_read_is_named_and_left_out(photographs, tmp_path, capsys):
+def test_what_can_not_be_read_is_named_and_copied_as_it_is(photographs, tmp_path, capsys):
     (photographs / "train/a/0.jpg").write_bytes(b"no image")
     assert run_command(["shrink", str(photographs), str(tmp_path / "out"), "--side", "100"]) == 1
     said = capsys.readouterr()
     assert f"{photographs}/train/a/0.jpg: is not a PNG" in said.err
-    assert "1 can't be read" in said.out
-    assert "train/a/0.jpg" not in files_below(tmp_path / "out")
+    assert "7 made smaller, 4 copied as they are, 1 can't be read" in said.out
+    assert (tmp_path / "out/train/a/0.jpg").read_bytes() == b"no image"
+    assert files_below(tmp_path / "out") == files_below(photographs)
+    keys = [line.split(",")[0] for line in (tmp_path / "out" / ORIGINALS).read_text().splitlines()]
+    assert "train/a/0.jpg" not in keys  # its bytes are the original's
+    assert len(keys) == 7
     for path in photographs.rglob("*.jpg"):
         path.write_bytes(b"no image")
     with pytest.raises(FileError, match="no image can be read"):

@@ -292,6 +292,9 @@ def test_other_data_is_named(tmp_path):
     path.write_text(path.read_text().replace("1.png,c1,val", "1.png,c1,dev"))
     with pytest.raises(ValueError, match="line 3: can't be right"):
         read_splits(data, path)
+    path.write_text(path.read_text().replace("dev,q", 'dev,"q'))
+    with pytest.raises(ValueError, match="line 4: is not CSV"):
+        read_splits(data, path)
     path.write_text("a,b\n")
     with pytest.raises(ValueError, match="line 1: is not path,label,split,group"):
         read_splits(data, path)

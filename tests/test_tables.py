@@ -33,7 +33,14 @@ def manifest(folder, text, *, encoding="utf-8", name="list.csv"):
         ("path,label, path\nx.png,a,b\n", "line 1: two columns are called 'path'"),
         ("path,label\nx.png,a\ny\0.png,b\n", "line 3: a NUL byte in path"),
         ("path,label\nx.png,a\ny.png,b\0\n", "line 3: a NUL byte in label"),
-        ('path,label\nx.png,a\n"y.png\n,b\nsub/z.png,c\n', "line break in path"),
+        ('path,label\nx.png,a\n"y.png\n.png",b\nsub/z.png,c\n', "line 3: a line break in path"),
+        ('path,label\nx.png,a\n"y.png\n,b\nsub/z.png,c\n', "line 3: is not CSV .* to line 5"),
+        ('path,label,"note\nx.png,a,\ny.png,b,\n', "line 1: is not CSV .* to line 3"),
+        ('path,label,note\nx.png,a,"so\ny.png,b,\nsub/z.png,c,\n', "line 2: is not CSV"),
+        ('path,label,note\nx.png,a,"so\ny.png,b,see "b"\nsub/z.png,c,\n', "line 2: is not CSV"),
+        ('path,label,\nx.png,a,"so\ny.png,b,4"\nsub/z.png,c,\n', "line 2: the quote in '' takes"),
+        ('note,path,label\n"so,x.png,a\n4",y.png,b\n,sub/z.png,c\n', "line 2: the quote in 'note'"),
+        ('path,label,note\nx.png,a,"so, or so\ny.png,b,\nsub/z.png,c,4"\n', "takes 3 lines into"),
         ("path,label,group\nx.png,a,p\ny.png,b,\n", "line 3: empty group"),
         ("path,label\n\n\nq.png,a\n", "line 4: .*q.png does not exist"),
         ("path,label\nx.png,a\n" + "y" * 200_000 + ",b\n", "line 3: is not CSV"),
@@ -45,6 +52,36 @@ def test_each_fault_has_its_line(tmp_path, text, told):
         open_data(manifest(tmp_path, text))
     assert "list.csv" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_has_the_same_keys_however_it_is_named(tmp_path, monkeypatch):
+    (tmp_path / "own" / "sub").mkdir(parents=True)
+    listed = f"path,label\n../x.png,a\nx.png,b\nsub/z.png,a\n{tmp_path}/sub/z.png,b\n"
+    manifest(tmp_path, "")
+    csv = manifest(tmp_path / "own", listed)
+    keys = [f"{tmp_path}/x.png", "x.png", "sub/z.png", f"{tmp_path}/sub/z.png"]
+    for place, name in (
+        (tmp_path, csv),
+        (tmp_path, "own/list.csv"),
+        (tmp_path / "own/sub", "../list.csv"),
+        (tmp_path / "own", "list.csv"),
+    ):
+        monkeypatch.chdir(place)
+        table = open_data(name)
+        assert [table.key(i) for i in range(4)] == keys
+        manifest(tmp_path / "own", f"{listed}{tmp_path}/own/x.png,b\n")
+        with pytest.raises(ValueError, match=r"line 6: path 'x\.png' again, after line 3"):
+            open_data(name)
+        manifest(tmp_path / "own", listed)
+
+
+def test_a_cell_may_have_several_lines(tmp_path):
+    note = "Seen twice, by A, and B.\nred, blue, green\n\nfoo, bar, baz"
+    text = f'"path",label,"the\nnote"\nx.png,a,"{note}"\n\ny.png,b,\nx.png,b,\n'
+    with pytest.raises(ValueError, match=r"line 9: path 'x.png' again, after line 3"):
+        open_data(manifest(tmp_path, text))
+    table = open_data(manifest(tmp_path, text.removesuffix("x.png,b,\n")))
+    assert table.columns["the\nnote"].tolist() == [note, ""]
 
 
 def test_further_columns_of_one_name_are_told(tmp_path):

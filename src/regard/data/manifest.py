@@ -5,6 +5,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -25,6 +26,7 @@ _MOST_VALUES = 100_000  # in a further column; one with more, such as free text,
 # columns that may say which images belong together
 _OF_GROUPS = re.compile("patient|subject|participant|person|case|donor|animal|lesion|study")
 _EXCELS_SEPARATOR = re.compile("sep=(.)", re.IGNORECASE)  # on the first line by itself
+_LINE_BREAK = re.compile("\r\n?|\n")
 _CONTENT = "content"  # a further column of the splits.csv that a run writes
 
 
@@ -42,11 +44,12 @@ def open_manifest(name: str, path: Path) -> ImageTable:
     with open(
         path, encoding="utf-16" if utf16 else "utf-8-sig", errors="surrogateescape", newline=""
     ) as file:
-        manifest = _Manifest(name, os.path.normpath(path.parent), file)
+        # absolute, so that an image has one path and key however the file is named
+        manifest = _Manifest(name, os.path.abspath(path.parent), file)
         try:
             manifest.read()
         except csv.Error as error:
-            manifest.fault(f"is not CSV ({error})")
+            manifest.broken(error)
     return manifest.table(str(path))
 
 
@@ -63,23 +66,38 @@ class _Manifest:
             head = file.readline()
             self.head_line += 1
         delimiter = told[1] if told else max(",;\t", key=head.count)
-        cells = next(csv.reader([head], delimiter=delimiter), [])
-        self.columns = [c.strip().lower() for c in cells]
-        self.reader = csv.reader(file, delimiter=delimiter)
+        # strict: otherwise a quote that is never closed takes all further rows into one cell
+        self.reader = csv.reader(chain([head], file), delimiter=delimiter, strict=True)
+        self.delimiter = delimiter
+        self.before = self.after = 0  # lines from the header's on, before and after the current row
+        self.columns: list[str] = []
+        self.further: dict[str, _Cells] = {}
         self.lines, self.labels, self.splits = array("q"), array("q"), array("b")
         self.groups = array("q")
         self.label_index: dict[str, int] = {}
         self.group_index: dict[str, int] = {}
-        names = [c for c in self.columns if c not in (*_USED, _CONTENT, "")]
-        self.further = {c: _Cells(self.columns.index(c)) for c in dict.fromkeys(names)}
+
+    @property
+    def line(self) -> int:
+        """The first line of the current row."""
+        return self.head_line + self.before
 
     def fault(self, what: str, line: int | None = None) -> NoReturn:
-        """Raises an error that names the line."""
-        line = self.reader.line_num + self.head_line if line is None else line
-        raise UsageError(f"{self.name} line {line}: {what}")
+        """Raises an error that names the line; default: that of the current row."""
+        raise UsageError(f"{self.name} line {self.line if line is None else line}: {what}")
+
+    def broken(self, error: csv.Error) -> NoReturn:
+        """Raises an error for the row after the current one, which the reader refused."""
+        first, last = self.head_line + self.after, self.head_line + self.reader.line_num - 1
+        quote = f"; look for a quote without its partner up to line {last}" if last > first else ""
+        self.fault(f"is not CSV ({error}){quote}", first)
 
     def read(self) -> None:
-        """Reads all rows."""
+        """Reads the header and all rows."""
+        self.columns = [c.strip().lower() for c in next(self.reader, [])]
+        names = [c for c in self.columns if c not in (*_USED, _CONTENT, "")]
+        self.further = {c: _Cells(self.columns.index(c)) for c in dict.fromkeys(names)}
+        self.after = self.reader.line_num
         for wanted in _USED:
             if self.columns.count(wanted) > 1:
                 self.fault(f"two columns are called {wanted!r}", self.head_line)
@@ -98,6 +116,9 @@ class _Manifest:
         """The path of each row; its other cells are added to the arrays."""
         at = {c: i for i, c in enumerate(self.columns) if c in _USED}
         for fields in self.reader:
+            self.before, self.after = self.after, self.reader.line_num
+            if self.after > self.before + 1:
+                self._check_breaks(fields)
             if not any(cell.strip() for cell in fields):
                 continue
             if any(cell.strip() for cell in fields[len(self.columns) :]):
@@ -125,11 +146,29 @@ class _Manifest:
         split = _SPLIT_CELLS.get(row.get("split", "").lower())
         if split is None:
             self.fault(f"split {row['split']!r}: choose train, val, test or leave it empty")
-        self.lines.append(self.reader.line_num + self.head_line)
+        self.lines.append(self.line)
         self.splits.append(_SPLITS.index(split))
         self.labels.append(self.label_index.setdefault(row["label"], len(self.label_index)))
         group = row.get("group", "")
         self.groups.append(self.group_index.setdefault(group, len(self.group_index)))
+
+    def _check_breaks(self, fields: list[str]) -> None:
+        """Refuses a cell of several lines that look like rows, as its quotes were not meant so."""
+        most, path = len(self.columns) - 1, self.columns.index("path")
+        suffix = _suffix(fields[path]) if path < len(fields) else ""
+        for place, cell in enumerate(fields):
+            if len(lines := _LINE_BREAK.split(cell)) == 1:
+                continue
+            first, *whole, last = (line.split(self.delimiter) for line in lines)
+            rows = [row for row in whole if len(row) == most + 1]
+            if len(last) == place + 1 and len(first) >= most + 1 - place:
+                rows.append(last if path < place else [""] * place + first)
+            if any(_suffix(row[path]) == suffix for row in rows):
+                column = self.columns[place] if place < len(self.columns) else ""
+                self.fault(
+                    f"the quote in {column!r} takes {len(lines)} lines into one cell, which look "
+                    "like rows: close it, or write it twice within a quoted cell"
+                )
 
     def _check_text(self, column: str, cell: str, line: int | None = None) -> None:
         """Checks that a cell can be written to UTF-8 files later, as all but paths are."""
@@ -222,6 +261,10 @@ class _Cells:
     def array(self) -> NDArray[np.object_]:
         """(N,) strings; equal ones are one object."""
         return np.array(list(self.index), dtype=object)[np.asarray(self.codes)]
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path.strip())[1].lower()
 
 
 def _from_windows(path: str) -> str:

@@ -5,16 +5,18 @@ original of each copy is recorded, so that a run that was trained on copies also
 originals (`regard.trained_on`).
 """
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
 import shutil
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -31,6 +33,7 @@ from regard.errors import FileError, ImageError, UsageError
 from regard.files import reason, write_text
 
 PLAN = ".shrink.json"  # hidden, so that listings skip it silently
+MADE = ".shrink-made.jsonl"  # what each copy was made from
 MANIFEST = "images.csv"  # written if DATA is not a folder of class folders
 OUTSIDE = "outside"  # subfolder for images outside the data's folder
 
@@ -51,7 +54,9 @@ class Shrunk:
         smaller: images that were made smaller.
         copied: images that were copied byte for byte: small ones, test images, and measurements,
             whose range is the data set's.
-        unreadable: (path, reason) of the images that could not be read, which are left out.
+        unreadable: (path, reason) of the images that could not be read. Their files are copied as
+            they are, empty if not a byte can be read: training leaves them out of OUT as of the
+            data, and the splits are the same.
         earlier: images that an interrupted call had already made.
         size: total bytes of the copies.
     """
@@ -107,28 +112,29 @@ def shrink(
     if workers is not None and workers < 1:
         raise UsageError(f"workers={workers}: at least 1")
     places = _Places(table)
-    maker = _Maker(table, side, quality, test_too)
     out = Path(out).expanduser()
-    work = _work_folder(table, out, maker.plan(), resume)
+    work = _work_folder(table, out, _plan(table, side, quality, test_too), resume)
     done = Shrunk(out / MANIFEST if places.manifest else out)
-    written = np.zeros(len(table), bool)
     originals: dict[str, int] = {}
-    for i, made in _in_order(
-        range(len(table)), lambda i: maker.copy(i, work / places.of(i)), workers or cores()
-    ):
-        written[i] = made.fault is None
-        if made.original:
-            originals[_existing(work / places.of(i)).relative_to(work).as_posix()] = made.original
-        _count(done, table.path(i), made)
-        if progress is not None:
-            progress(i + 1, len(table))
-    if not written.any():
+    with _Record(work / MADE) as record:
+        maker = _Maker(table, side, quality, test_too, record)
+        for i, made in _in_order(
+            range(len(table)), lambda i: maker.copy(i, work / places.of(i)), workers or cores()
+        ):
+            if made.original:
+                copy = _existing(work / places.of(i))
+                originals[copy.relative_to(work).as_posix()] = made.original
+            _count(done, table.path(i), made)
+            if progress is not None:
+                progress(i + 1, len(table))
+    if len(done.unreadable) == len(table):
         shutil.rmtree(work)
         raise FileError(f"{table.name}: no image can be read, {done.unreadable[0][1]}")
     if places.manifest:
-        _write_manifest(table, work / MANIFEST, places, written)
+        _write_manifest(table, work / MANIFEST, places)
     write_originals(work, originals)
     (work / PLAN).unlink()
+    (work / MADE).unlink()
     if hasattr(os, "sync"):
         os.sync()  # once: the copies must be on disk before their folder gets its name
     os.rename(work, out)
@@ -136,13 +142,24 @@ def shrink(
 
 
 def _count(done: Shrunk, path: str, made: "_Made") -> None:
+    done.size += made.size
     if made.fault is not None:
         done.unreadable.append((path, made.fault))
         return
-    done.size += made.size
     done.earlier += made.how == "earlier"
     done.copied += made.how == "copied"
     done.smaller += made.how == "smaller"
+
+
+def _plan(table: ImageTable, side: int, quality: int, test_too: bool) -> dict[str, Any]:
+    """What a call must have in common with an earlier one to continue it."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for i in range(len(table)):
+        hashed.update(os.fsencode(f"{table.key(i)}\n{table.splits[i]}\n"))
+    return {
+        "data": table.name, "images": len(table), "keys": hashed.hexdigest(),
+        "side": side, "quality": quality, "test_too": test_too,
+    }  # fmt: skip
 
 
 def _work_folder(table: ImageTable, out: Path, plan: dict[str, Any], resume: bool) -> Path:
@@ -199,11 +216,12 @@ class _Places:
         self.table = table
         self.manifest: bool = table.name.startswith(KINDS) or not os.path.isdir(table.location)
         self._outside: dict[str, str] = {}  # {key: path}; most data sets have none
-        self._taken: set[str] = set()
         if table.files is not None:
-            self._check_names()
-            for i in range(len(table)) if self.manifest else ():
-                self._place_outside(table.key(i))
+            keys = [table.key(i) for i in range(len(table))]
+            self._taken = set(keys)  # an image below the data's folder may lie in one of this name
+            self._check_names(keys)
+            for key in keys if self.manifest else ():
+                self._place_outside(key)
 
     def of(self, i: int) -> PurePath:
         """The path of image i, with the name of the original."""
@@ -212,9 +230,8 @@ class _Places:
         key = self.table.key(i)
         return PurePath(self._outside.get(key, key))
 
-    def _check_names(self) -> None:
+    def _check_names(self, keys: Sequence[str]) -> None:
         """Refuses scan.dcm next to scan.dcm.png, as the copy of the former has that name."""
-        keys = [self.table.key(i) for i in range(len(self.table))]
         for key in set(keys) & {key[:-4] for key in keys if key.lower().endswith(".png")}:
             raise UsageError(
                 f"{self.table.name}: {key} and {key}.png are both there: leave one out"
@@ -235,9 +252,7 @@ class _Places:
         self._outside[key] = str(place)
 
 
-def _write_manifest(
-    table: ImageTable, path: Path, places: _Places, written: NDArray[np.bool_]
-) -> None:
+def _write_manifest(table: ImageTable, path: Path, places: _Places) -> None:
     """Writes the CSV file of the copies: path, label, split, group and the further columns."""
     root = path.parent
     columns = [c for c in table.columns if c not in ("path", "label", "split", "group")]
@@ -245,7 +260,7 @@ def _write_manifest(
         writer = csv.writer(file, lineterminator="\n")
         group = ["group"] if table.groups is not None else []
         writer.writerow(["path", "label", "split", *group, *columns])
-        for i in np.flatnonzero(written).tolist():
+        for i in range(len(table)):
             place = _existing(root / places.of(i)).relative_to(root)
             groups = [] if table.groups is None else [table.groups[i]]
             further = [table.columns[c][i] for c in columns]
@@ -268,10 +283,36 @@ def _as_png(place: Path) -> Path:
 
 @dataclass
 class _Made:
-    how: str  # smaller, copied, earlier
-    size: int = 0
-    original: int = 0  # hash of the original
+    how: str  # smaller, copied, unreadable, earlier
+    size: int
+    original: int  # hash of the original, 0 if its bytes are those of the copy
     fault: str | None = None
+
+
+class _Record:
+    """The file that says what each finished copy was made from; read again by `resume`."""
+
+    def __init__(self, path: Path) -> None:
+        self.earlier: dict[int, dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short
+                    row = json.loads(line)
+                    self.earlier[row["i"]] = row
+        self._file = path.open("a", encoding="utf-8")
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "_Record":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, **row: Any) -> None:
+        """Adds a row, after a line break, as the one before may have been cut short."""
+        with self._lock:
+            self._file.write(f"\n{json.dumps(row)}")
+            self._file.flush()
 
 
 @dataclass
@@ -282,26 +323,52 @@ class _Maker:
     side: int
     quality: int
     test_too: bool
-
-    def plan(self) -> dict[str, Any]:
-        """What a call must have in common with an earlier one to continue it."""
-        hashed = hashlib.blake2b(digest_size=16)
-        for i in range(len(self.table)):
-            hashed.update(os.fsencode(f"{self.table.key(i)}\n{self.table.splits[i]}\n"))
-        return {
-            "data": self.table.name, "images": len(self.table), "keys": hashed.hexdigest(),
-            "side": self.side, "quality": self.quality, "test_too": self.test_too,
-        }  # fmt: skip
+    record: _Record
 
     def copy(self, i: int, place: Path) -> _Made:
-        """Writes the copy of image i, unless it is there already."""
-        earlier = _existing(place)
-        if os.path.exists(earlier):
-            return _Made("earlier", earlier.stat().st_size, content_hash(self.table, i))
+        """Writes the copy of image i, unless one of the same original is there already."""
+        # not by size and time: those of a file put in its place may be the same, members of tar
+        # files and arrays have none, and hashing takes a tenth of the time of decoding. Before the
+        # copy is made: if the file is replaced meanwhile, a resumed call makes the copy again.
+        original = content_hash(self.table, i)
+        earlier = self._earlier(i, _existing(place), original)
+        if earlier is not None:
+            return earlier
+        for stale in (place, _as_png(place)):
+            if os.path.exists(stale):
+                stale.unlink()
+        fault = None
         try:
             content, place, how = self._content(i, place)
         except ImageError as error:
-            return _Made("", fault=str(error))
+            content, how, fault = self._unreadable(i), "unreadable", str(error)
+        self._write(i, place, content)
+        self.record.add(i=i, how=how, size=len(content), original=original, fault=fault)
+        return self._made(how, len(content), original, fault)
+
+    def _earlier(self, i: int, place: Path, original: int) -> _Made | None:
+        """What an interrupted call made of this original."""
+        row = self.record.earlier.get(i)
+        if row is None or row["original"] != original or not os.path.exists(place):
+            return None
+        if place.stat().st_size != row["size"]:
+            return None
+        made = self._made(row["how"], row["size"], original, row["fault"])
+        return replace(made, how="earlier")
+
+    def _made(self, how: str, size: int, original: int, fault: str | None) -> _Made:
+        same = how != "smaller" and self.table.files is not None  # an array's file is a new one
+        return _Made(how, size, 0 if same else original, fault)
+
+    def _unreadable(self, i: int) -> bytes:
+        """The bytes of a file that is no image, as far as they can be had."""
+        assert self.table.files is not None
+        try:
+            return _bytes_of(self.table.files[i])
+        except ImageError:
+            return b""
+
+    def _write(self, i: int, place: Path, content: bytes) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         partial = place.with_name(f".{i}.writing")  # short, as the image's name may be long
         try:
@@ -309,8 +376,6 @@ class _Maker:
             os.replace(partial, place)
         finally:
             partial.unlink(missing_ok=True)
-        same = how == "copied" and self.table.files is not None  # an array's file is a new one
-        return _Made(how, len(content), 0 if same else content_hash(self.table, i))
 
     def _content(self, i: int, place: Path) -> tuple[bytes, Path, str]:
         """The bytes of a copy, its path, and "smaller" or "copied"."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,20 +122,28 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     """
     seen: set[str] = set()
     with open(path, encoding="utf-8", newline="", errors="surrogateescape") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
+        rows = _numbered(file, path)
+        _, header = next(rows, (1, []))
         if header[:4] != _COLUMNS or header[4:] != _HASHES[: len(header) - 4]:
             raise UsageError(f"{path} line 1: is not {','.join(_COLUMNS)}")
-        for cells in reader:
+        for line, cells in rows:
             if len(cells) != len(header) or cells[2] not in ("", *SPLITS) or cells[0] in seen:
-                raise UsageError(
-                    f"{path} line {reader.line_num}: can't be right: {','.join(cells)}"
-                )
+                raise UsageError(f"{path} line {line}: can't be right: {','.join(cells)}")
             seen.add(cells[0])
             try:
                 content, original = (int(cell or "0", 16) for cell in (*cells[4:], "", "")[:2])
             except ValueError:
                 raise UsageError(
-                    f"{path} line {reader.line_num}: {','.join(cells[4:])} is not a content hash"
+                    f"{path} line {line}: {','.join(cells[4:])} is not a content hash"
                 ) from None
             yield Row(cells[0], cells[1], cells[2], cells[3], content, original)
+
+
+def _numbered(file: TextIO, path: str | Path) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each row, with the number of its last line."""
+    reader = csv.reader(file, strict=True)
+    try:
+        for cells in reader:
+            yield reader.line_num, cells
+    except csv.Error as error:
+        raise UsageError(f"{path} line {reader.line_num}: is not CSV ({error})") from error

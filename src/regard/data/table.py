@@ -50,7 +50,8 @@ class ImageTable:
         files: N paths that open() accepts, or None; a list becomes a `PathList`.
         arrays: the images themselves, (M, H, W) or (M, H, W, C) uint8; or None. Selections share
             them: image i is arrays[rows[i]].
-        base: the folder that the paths in a splits file are relative to.
+        base: the folder that the paths in a splits file are relative to; absolute or relative as
+            the files are.
         rows: (N,) rows of arrays; None: all of them, in order.
         reading: the argument `splits` of `open_data`.
         location: absolute path of the folder or file that DATA names; '' if it names none.
@@ -113,7 +114,10 @@ class ImageTable:
         return self.files[i] if self.files is not None else f"{self.name}[{self.row(i)}]"
 
     def key(self, i: int) -> str:
-        """A name of image i that stays the same when the data is moved."""
+        """A name of image i that stays the same when the data is moved.
+
+        For files outside `base` it is their path.
+        """
         return self.key_of(self.path(i))
 
     def key_of(self, path: str) -> str:

@@ -160,13 +160,14 @@ def _check_groups(source: Path, rows: list[tuple[int, str, Corners, str]]) -> No
 
 def _rows(source: Path) -> list[tuple[int, str, Corners, str]]:
     rows = []
+    done = 0  # lines that were read
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, strict=True)  # else an open quote takes further rows
             if missing := [c for c in _COLUMNS if c not in (reader.fieldnames or ())]:
                 raise UsageError(f"{source} lacks the columns {', '.join(missing)}")
             for row in reader:
-                line = reader.line_num
+                line = done = reader.line_num
                 if not row["path"]:
                     raise UsageError(f"{source}, line {line}: path is empty")
                 try:
@@ -176,7 +177,9 @@ def _rows(source: Path) -> list[tuple[int, str, Corners, str]]:
                         f"{source}, line {line}: x0, y0, x1, y1 must be numbers"
                     ) from None
                 rows.append((line, row["path"], (x0, y0, x1, y1), (row.get("group") or "").strip()))
-    except (UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
+        raise UsageError(f"{source}, line {done + 1}: is not CSV ({error})") from error
+    except UnicodeDecodeError as error:
         raise UsageError(f"{source} is not a CSV file in UTF-8 ({error})") from error
     except OSError as error:
         raise UsageError(f"{source} can't be read ({error.strerror})") from error
