@@ -1,6 +1,7 @@
 """Table 1 of a paper, and the sentence about images of one patient without groups."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,30 @@ def test_images_that_can_not_be_read_are_not_counted(manifest, tmp_path):
     made = tmp_path / "t.md"
     assert run_command(["data", str(manifest), "--val", "0", "--table1", str(made)]) == 0
     assert "| Images, n | 11 | 7 | 4 |" in made.read_text(encoding="utf-8")
+
+
+def test_codes_are_no_numbers_and_missing_is_said_in_many_ways():
+    from regard.data.table_one import table_one
+
+    columns = {
+        "visit": [f"4_{i}" for i in range(12)],  # Python reads 41 in 4_1
+        "dose": ["NA", "n/a", "inf", ""] + [str(100_000 + i) for i in range(8)],
+        "grade": ["nan", "", *(["high", "low"] * 5)],
+    }
+    table = replace(
+        table_of([f"{i}.png" for i in range(12)]),
+        columns={name: np.array(cells) for name, cells in columns.items()},
+    )
+    rows = table_one(table)
+    names = [row[0] for row in rows]
+    assert not any("visit" in name and "median" in name for name in names)
+    dose = names.index("dose, median (quartiles)")
+    assert rows[dose][1] == "100004 (100002 to 100005)"
+    assert rows[dose + 1][:2] == ["  (missing), n", "4"]
+    grade = names.index("grade, n (%)")
+    assert [row[:2] for row in rows[grade + 1 :]] == [
+        ["  high", "5 (41.7)"], ["  low", "5 (41.7)"], ["  (missing)", "2 (16.7)"]
+    ]  # fmt: skip
 
 
 def table_of(names, classes=2, groups=None):

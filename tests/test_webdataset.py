@@ -293,6 +293,10 @@ def test_classes_are_the_lines_of_the_file(tmp_path, text, labels, classes, expe
     (tmp_path / "classes.txt").write_text("cat\ncat\n", encoding="utf-8")
     with pytest.raises(UsageError, match="names 'cat' twice"):
         open_data(f"wds:{tmp_path}/a.tar")
+    for text, line in (("cat\n\ndog\n", 2), ("\ncat\ndog\n", 1)):  # which would shift the others
+        (tmp_path / "classes.txt").write_text(text, encoding="utf-8")
+        with pytest.raises(UsageError, match=f"line {line} is empty"):
+            open_data(f"wds:{tmp_path}/a.tar")
 
 
 def test_damaged_headers_are_refused(tmp_path):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from regard.cells import number_of
 from regard.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def parse_bands(given: Sequence[str] | None) -> dict[str, list[float]]:
     for each in given or ():
         column, _, numbers = each.partition("=")
         try:
-            limits = [float(n) for n in numbers.split(",")]
+            limits = [number_of(n) for n in numbers.split(",")]
         except ValueError:
             raise UsageError(f"--bands {each}: give COLUMN=A,B,C, such as age=40,60") from None
         if limits != sorted(set(limits)) or not all(map(math.isfinite, limits)):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from regard.cells import is_missing, number_of
 from regard.data.table import SPLITS, ImageTable
 
 _MOST_VALUES = 20  # of a column of words; if there are more, only their number is given
@@ -58,32 +59,38 @@ def _column(
 ) -> list[list[str]]:
     """The rows for a column of numbers or of words."""
     numbers = _numbers(values)
+    missing = [is_missing(v, numbers is not None) for v in values.tolist()]
+    values = np.where(missing, "", values)
     names = np.unique(values).tolist()
     if numbers is not None and len(names) > 5:
         cells = [_quartiles(numbers[part]) for part in parts]
         rows = [[f"{title}, median (quartiles)", *cells]]
-        missing = [int(np.isnan(numbers[part]).sum()) for part in parts]
-        return [*rows, ["  (missing), n", *map(str, missing)]] if missing[0] else rows
+        counts = [int(np.isnan(numbers[part]).sum()) for part in parts]
+        return [*rows, ["  (missing), n", *map(str, counts)]] if counts[0] else rows
     if len(names) > _MOST_VALUES:
         return [[f"{title}, different values", *(str(len(np.unique(values[p]))) for p in parts)]]
     return _shares(title, values, [*(n for n in names if n), *(n for n in names if not n)], parts)
 
 
 def _numbers(values: NDArray[np.str_]) -> NDArray[np.float64] | None:
-    """The values as numbers, NaN where missing; None if any is a word."""
+    """The values as numbers, NaN where missing or infinite; None if any is a word."""
+    cells = values.tolist()
     try:
-        numbers = np.array([float(v) if v.strip() else np.nan for v in values.tolist()])
+        numbers = np.array([np.nan if is_missing(v, True) else number_of(v) for v in cells])
     except ValueError:
         return None
+    numbers[np.isinf(numbers)] = np.nan  # of a division by 0: no value to rank
     return numbers if np.isfinite(numbers).any() else None
 
 
 def _quartiles(numbers: NDArray[np.float64]) -> str:
-    some = numbers[np.isfinite(numbers)]
+    some = numbers[~np.isnan(numbers)]
     if not len(some):
         return "–"
-    low, middle, high = np.percentile(some, [25, 50, 75])
-    return f"{middle:.4g} ({low:.4g} to {high:.4g})"
+    low, middle, high = (
+        f"{x:.0f}" if abs(x) >= 1000 else f"{x:.4g}" for x in np.percentile(some, [25, 50, 75])
+    )
+    return f"{middle} ({low} to {high})"
 
 
 def as_csv(rows: list[list[str]]) -> str:

@@ -362,7 +362,7 @@ def _listed_classes(listed: Path) -> list[str]:
 
     Raises:
         FileError: it can't be read.
-        UsageError: a class is listed twice.
+        UsageError: a class is listed twice, or a line between others is empty.
     """
     if not listed.is_file():
         return []
@@ -371,6 +371,8 @@ def _listed_classes(listed: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise FileError(f"{listed}: can't be read ({reason(error)})") from error
     classes = [line.strip() for line in lines]
+    if "" in classes:
+        raise UsageError(f"{listed}: line {classes.index('') + 1} is empty, and names no class")
     if twice := [c for c, count in Counter(classes).items() if count > 1]:
         raise UsageError(f"{listed}: names {twice[0]!r} twice")
     return classes

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regard.cells import is_missing, number_of
 from regard.errors import UsageError
 from regard.evaluation.diagnostics import diagnose_class
 from regard.evaluation.intervals import Estimate, finite_or_none
@@ -169,13 +170,13 @@ def subgroup_columns(predictions: Predictions) -> dict[str, list[float] | None]:
     """
     found: dict[str, list[float] | None] = {}
     for name, values in (predictions.columns or {}).items():
-        present = [v for v in values.tolist() if not _is_missing(v, False)]
+        present = [v for v in values.tolist() if not is_missing(v, False)]
         distinct = set(present)
         if 2 <= len(distinct) <= MOST_PARTS:
             found[name] = None
         elif len(distinct) > MOST_PARTS:
             try:
-                numbers = np.array([float(v) for v in present if not _is_missing(v, True)])
+                numbers = np.array([number_of(v) for v in present if not is_missing(v, True)])
             except ValueError:
                 continue
             if np.isfinite(numbers).all() and (limits := _thirds(numbers)):
@@ -259,19 +260,13 @@ def _limits(column: str, bands: Sequence[float] | None) -> list[float] | None:
     return limits
 
 
-def _is_missing(value: Any, number: bool) -> bool:
-    """Whether a cell is empty or says so: NaN, and for numbers also NA as R writes it."""
-    words = ("", "nan", "na", "n/a") if number else ("", "nan")
-    return value is None or str(value).strip().lower() in words
-
-
 def _name(column: str, value: Any, limits: list[float] | None) -> str:
-    if _is_missing(value, limits is not None):
+    if is_missing(value, limits is not None):
         return MISSING
     if limits is None:
         return str(value)
     try:
-        number = float(value)
+        number = number_of(value)
     except ValueError:
         raise UsageError(f"{column}: {str(value)!r} is not a number, as bands require") from None
     above = [limit for limit in limits if number >= limit]

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from regard.cells import number_of
 from regard.data.images import IMAGE_SUFFIXES, read_stored, to_channels
 from regard.errors import ImageError, UsageError
 from regard.explanations.inputs import Source
@@ -171,7 +172,7 @@ def _rows(source: Path) -> list[tuple[int, str, Corners, str]]:
                 if not row["path"]:
                     raise UsageError(f"{source}, line {line}: path is empty")
                 try:
-                    x0, y0, x1, y1 = (float(row[c]) for c in _COLUMNS[1:])
+                    x0, y0, x1, y1 = (number_of(row[c]) for c in _COLUMNS[1:])
                 except (TypeError, ValueError):
                     raise UsageError(
                         f"{source}, line {line}: x0, y0, x1, y1 must be numbers"

@@ -33,7 +33,7 @@ def read_class_names(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         is_json = path.suffix.lower() == ".json" or text.lstrip().startswith("[")
-        names = json.loads(text) if is_json else [n.strip() for n in text.strip().split("\n")]
+        names = json.loads(text) if is_json else [n.strip() for n in text.rstrip().split("\n")]
     except OSError as error:
         raise UsageError(f"{path}: can't be read ({reason(error)})") from error
     except UnicodeDecodeError as error:
