@@ -150,11 +150,14 @@ def test_gray_and_color_and_depths(tmp_path):
         ([(60, 200), (60, 60), (60, 70), (60, 80)], 60, "pad"),
     ],
 )
-def test_suggested_sizes(tmp_path, sizes, suggested, resize):
+def test_suggested_sizes(tmp_path, capsys, sizes, suggested, resize):
     for i, size in enumerate(sizes):
         save(tmp_path / "ab"[i % 2] / f"{i}.png", np.full(size, i, np.uint8))
     check = check_data(open_data(str(tmp_path)))
     assert (check.suggestion["size"], check.suggestion["resize"]) == (suggested, resize)
+    print_check(check)
+    flag = "" if resize == "none" else f", resize {resize}"  # train has no --resize none
+    assert capsys.readouterr().out.endswith(f"suggestion: size {suggested}, channels 1{flag}\n")
     heights = sorted(h for h, _ in sizes)
     assert check.sizes["height"]["median"] == heights[1]  # the lower one
 

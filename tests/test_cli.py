@@ -10,7 +10,7 @@ import timm
 import torch
 
 import regard
-from regard.cli import COMMANDS, run_command
+from regard.cli import COMMANDS, app, run_command
 from tests.golden import authors_networks, fill
 from tests.helpers import start
 
@@ -128,6 +128,12 @@ def test_recipes_are_listed_and_printed():
         (["train", "digits", "--batch-size", "16.5"], "--batch-size: unable to convert"),
         (["train", "digits", "--size", "32", "32.5"], "--size: unable to convert"),
         (["train", "digits", "--limit", "1e-1"], "--limit: unable to convert"),
+        (["train", "nowhere", "--resize", "none"], 'Choose from: "squash", "crop", "pad"'),
+        (["train", "nowhere", "--size", "none"], '--size: unable to convert "none"'),
+        (["train", "nowhere", "--epochs", "null"], '--epochs: unable to convert "null"'),
+        (["predict", "r", "x.png", "--engine", "none"], 'Choose from: "eager", "compiled"'),
+        (["evaluate", "r", "--max-fpr", "none"], '--max-fpr: unable to convert "none"'),
+        (["train", "digits", "more"], "['more']. (see `regard train --help`)"),
         (["shrink", "digits", "o", "--side", "10.5"], "--side: unable to convert"),
         (["train", "digits", "--bogus", "1"], "--bogus"),
         (["train", "digits", "--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
@@ -147,6 +153,38 @@ def test_a_wrong_call_gets_one_line_and_exit_code_2(
     assert line.startswith("regard: ")
     assert message in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "words"),
+    [
+        ("explain RUN a.png --method attention gradcam", "method", ["attention", "gradcam"]),
+        ("explain RUN a.png --method attention --method gradcam", "method",
+         ["attention", "gradcam"]),
+        ("evaluate RUN digits --map A=B C= --split test", "map", ["A=B", "C="]),
+        ("evaluate RUN --map A=B --map C= --json", "map", ["A=B", "C="]),
+        ("train digits --arg a=1 b=2 --lr 1", "arg", ["a=1", "b=2"]),
+        ("convert a.pth --arg a=1 b=2 --arg c=3 --model m --out o", "arg", ["a=1", "b=2", "c=3"]),
+    ],
+)  # fmt: skip
+def test_flags_of_several_values_take_several_words(arguments, name, words):
+    bound = app.parse_args(arguments.split(), exit_on_error=False, print_error=False)[1]
+    assert bound.arguments[name] == words
+
+
+def test_no_flag_of_several_values_takes_one_word_only():
+    for command in COMMANDS:
+        for argument in app[command].assemble_argument_collection():
+            if argument.name.startswith("--") and argument.token_count()[1]:
+                assert argument.parameter.consume_multiple, f"{command} {argument.name}"
+
+
+def test_a_word_none_is_a_value_where_there_is_one():
+    words = ["--class-weights", "none", "--random-crop", "none", "--log", "none", "--out", "none"]
+    words = ["train", "digits", *words]
+    bound = app.parse_args(words, exit_on_error=False, print_error=False)[1].arguments
+    assert (bound["flags"].class_weights, bound["flags"].random_crop) == ("none", "none")
+    assert (bound["log"], bound["out"]) == (["none"], Path("none"))
 
 
 def test_a_wrong_call_as_a_process(tmp_path):

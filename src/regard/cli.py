@@ -1,12 +1,15 @@
 """The command line: runs a command, and turns errors into one line and an exit code."""
 
 import contextlib
+import functools
 import io
+import operator
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import cyclopts
 
@@ -52,8 +55,20 @@ def _kinds(type_: Any) -> set[Any]:
     return {type_}.union(*(_kinds(part) for part in get_args(type_)))
 
 
-def _whole_numbers(type_: Any, tokens: Sequence[cyclopts.Token]) -> Any:
-    """Converts a flag's words as cyclopts does, but without rounding 16.5 images to 16."""
+def _given(type_: Any) -> Any:
+    """The type of a flag that was given: `int` for `int | None`."""
+    parts = get_args(type_)
+    if NoneType not in parts or get_origin(type_) not in (Union, UnionType):
+        return type_
+    return functools.reduce(operator.or_, (part for part in parts if part is not NoneType))
+
+
+def _as_written(type_: Any, tokens: Sequence[cyclopts.Token]) -> Any:
+    """Converts a flag's words as cyclopts does, but without rounding 16.5 images to 16.
+
+    Nor is the word none read as though the flag had not been given.
+    """
+    type_ = _given(type_)
     kinds = _kinds(type_)
     if int in kinds and float not in kinds:
         for token in tokens:
@@ -71,7 +86,7 @@ def _has_a_fraction(word: str) -> bool:
 
 app: cyclopts.App = cyclopts.App(
     name="regard",
-    default_parameter=cyclopts.Parameter(converter=_whole_numbers),
+    default_parameter=cyclopts.Parameter(converter=_as_written),
     version=__version__,
     help="Attention networks for image classification that show where they look.",
     help_format="plaintext",
@@ -119,7 +134,8 @@ def run_command(tokens: Sequence[str]) -> int:
     except cyclopts.CycloptsError as error:
         if is_told_by_another():
             return 2
-        _complain(f"{' '.join(str(error).split())} (see `regard --help`)")
+        named = [name for name in tokens[:1] if name in COMMANDS]
+        _complain(f"{' '.join(str(error).split())} (see `{' '.join(['regard', *named])} --help`)")
         return 2
     except BrokenPipeError:
         return _unread()

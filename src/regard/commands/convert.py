@@ -18,7 +18,7 @@ def command(
     *,
     model: str,
     out: Path,
-    arg: Annotated[list[str] | None, Parameter(negative=())] = None,
+    arg: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
     classes: Path | None = None,
 ) -> int:
     """Convert an authors' checkpoint into a folder that timm loads.
@@ -34,8 +34,8 @@ def command(
     out
         A new folder.
     arg
-        Argument of the network as NAME=VALUE; repeatable. The number of classes, input channels
-        and the aggregation are read from the checkpoint.
+        Argument of the network as NAME=VALUE; several may follow. The number of classes, input
+        channels and the aggregation are read from the checkpoint.
     classes
         File of the class names in the order of the network's outputs: one a line, or a JSON
         list. Default: the classes are numbered from 0.

@@ -204,7 +204,8 @@ def _lines(check: "DataCheck") -> Iterator[str]:
     for line in check.warnings:
         yield f"warning: {line}"
     advice = check.suggestion
-    shown = ", ".join(f"{key} {advice[key]}" for key in ("size", "channels", "resize"))
+    flags = ["size", "channels"] + ["resize"] * (advice["resize"] != "none")  # is no --resize
+    shown = ", ".join(f"{key} {advice[key]}" for key in flags)
     yield f"suggestion: {shown}"
 
 

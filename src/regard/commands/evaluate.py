@@ -60,7 +60,7 @@ def command(
     *more: Annotated[str, Parameter(name="[RUN...] [DATA]", allow_leading_hyphen=False)],
     split: str | None = None,
     splits: SplitsFlag = "auto",
-    map: Annotated[list[str] | None, Parameter(negative=())] = None,
+    map: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
     weights: Path | None = None,
     root: Path | None = None,
     predictions: Path | None = None,
@@ -90,8 +90,8 @@ def command(
     splits
         Whether the top folders of DATA are splits rather than classes.
     map
-        CLASS=NAME: the network's name for a class of DATA; CLASS= leaves its images out;
-        repeatable. Images of classes that the network does not know are left out too.
+        CLASS=NAME: the network's name for a class of DATA; CLASS= leaves its images out.
+        Several may follow. Images of classes that the network does not know are left out too.
     weights
         Weights for a network given by name: a run's folder or an authors' checkpoint.
     root
@@ -345,6 +345,8 @@ def _renamed(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         old, equals, new = pair.rpartition("=")
         if not equals or not old:
-            raise UsageError(f"--map {pair}: give CLASS=NAME, or CLASS= to leave the class out")
+            raise UsageError(
+                f"--map {pair}: give CLASS=NAME, or CLASS= to leave the class out; DATA goes before"
+            )
         renamed[old] = new
     return renamed

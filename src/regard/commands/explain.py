@@ -28,7 +28,10 @@ def command(
     /,
     *images: Annotated[str, Parameter(name="IMAGES", allow_leading_hyphen=True)],
     out: Path = Path("explained"),
-    method: Annotated[list[Literal["attention", "gradcam"]] | None, Parameter(negative=())] = None,
+    method: Annotated[
+        list[Literal["attention", "gradcam"]] | None,
+        Parameter(negative=(), consume_multiple=True),
+    ] = None,
     target: str | None = None,
     reduce: str = "mean",
     layer: str | None = None,
@@ -56,7 +59,7 @@ def command(
     out
         Output folder.
     method
-        attention (the network's own maps) or gradcam; may be repeated (default: both).
+        attention (the network's own maps), gradcam, or both (default: both).
     target
         Class that Grad-CAM explains (default: the predicted class).
     reduce

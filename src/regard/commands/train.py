@@ -62,7 +62,7 @@ def command(
     weights: Path | None = None,
     root: Path | None = None,
     splits: SplitsFlag = "auto",
-    arg: Annotated[list[str] | None, Parameter(negative=())] = None,
+    arg: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
     log: Annotated[
         list[str] | None, Parameter(alias="--trackers", negative=(), consume_multiple=True)
     ] = None,
@@ -99,7 +99,7 @@ def command(
     splits
         Whether the top folders of DATA are splits rather than classes.
     arg
-        Argument of the network as NAME=VALUE, such as aggregation=concat; repeatable.
+        Argument of the network as NAME=VALUE, such as aggregation=concat; several may follow.
     log
         Experiment trackers: tensorboard, wandb, mlflow, aim, clearml, comet_ml, swanlab,
         trackio, or none. Default: tensorboard. --trackers is the same, for torchrun, which may
