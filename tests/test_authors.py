@@ -156,6 +156,7 @@ def test_a_foreign_prefix_is_named_once(prefix):
         ("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
         ("plain.pth", pickle.dumps({"weights": Fraction(1, 2)}), "only tensors"),
         ("noise.safetensors", b"12345678", "damaged"),
+        ("photo.jpg", b"\xff\xd8\xff\xe0 and so on", "an image, not a checkpoint"),
         ("empty.pth", b"", "empty"),
     ],
 )

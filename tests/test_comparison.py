@@ -209,8 +209,10 @@ def test_what_could_have_been_shown_counts_groups():
 
 def test_wrong_metrics_are_refused():
     p = make(20, 3)
-    with pytest.raises(ValueError, match="metrics: 'auc' is not one of"):
+    with pytest.raises(ValueError, match=r"metric=auc: choose top1, .*, roc_auc_macro"):
         compare_metrics(p, p, metrics=["auc"], resamples=10)
+    with pytest.raises(ValueError, match="metric=positive/roc_auc: needs positive"):
+        compare_metrics(p, p, metrics=["positive/roc_auc"], resamples=10)
 
 
 def test_a_difference_of_a_class_is_as_uncertain_as_its_few_patients():

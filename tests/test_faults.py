@@ -341,5 +341,7 @@ def test_a_missing_tracker_names_one_command(monkeypatch):
     monkeypatch.setattr("regard.extras.find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"pip install 'regard\[wandb\]'$"):
         check_trackers(["wandb"])
+    with pytest.raises(UsageError, match="log=tensorboard none: give none, or the trackers alone"):
+        check_trackers(["tensorboard", "none"])
     with pytest.raises(UsageError, match="log=wandbb: choose tensorboard, wandb, "):
         check_trackers(["wandbb"])

@@ -287,6 +287,12 @@ def test_splits_are_the_same_where_images_can_not_be_read(tmp_path, kind):
         assert keys[0] == keys[1]
 
 
+def test_where_nothing_was_begun_nothing_is_resumed(photographs, tmp_path):
+    with pytest.raises(UsageError, match=r"out\.unfinished: no such folder, .* nothing to resume"):
+        shrink(open_data(photographs), tmp_path / "out", side=100, resume=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_resumed_call_copies_what_is_there_now(photographs, tmp_path):
     folder, work = photographs / "train/a", tmp_path / "out.unfinished/train/a"
     (folder / "3.jpg").write_bytes(b"no image")

@@ -118,6 +118,19 @@ def test_its_own_images_without_its_test_are_said_to_be_no_test(
     assert f"{len(said)} trained this network" in warned()
 
 
+def test_a_resumed_table_counts_the_images_that_it_answers_now(
+    whole, scans, tmp_path, splits, capsys
+):
+    images = [str(scans / name) for name in splits["train"][:5]]
+    table = ["--csv", str(tmp_path / "a.csv")]
+    assert run_command(["predict", str(whole), *images[:3], *table]) == 0
+    assert "of 3 images 3 trained this network" in capsys.readouterr().err
+    assert run_command(["predict", str(whole), *images, *table, "--resume"]) == 0
+    assert "of 2 images 2 trained this network" in capsys.readouterr().err
+    assert run_command(["predict", str(whole), *images, *table, "--resume"]) == 0
+    assert "trained this network" not in capsys.readouterr().err
+
+
 def test_other_data_is_tested_without_what_was_trained_on(whole, scans, tmp_path, splits, warned):
     known = splits["train"][:5] + splits["val"][:2] + splits["test"][:3]
     data = new_images(tmp_path / "data", 12)

@@ -116,8 +116,10 @@ def command(
             write = table.write
             counts.answered, counts.failed, names = table.skip_done(iter(names))
             repeated = table.repeated
+        again, others = list(islice(names, repeated)), names
         for each in runs:
-            names = watch(each, names)
+            others = watch(each, others)  # what was answered before has been told
+        names = chain(again, others)
         code = _predict(classifier, names, top, write, counts, repeated)
     if counts.done == 0 and code == 0 and (share is None or next(_names(images), None) is None):
         raise UsageError(f"no image below {', '.join(images)}")

@@ -170,6 +170,8 @@ def _work_folder(table: ImageTable, out: Path, plan: dict[str, Any], resume: boo
     where = os.path.realpath(table.location) if table.location else ""
     if os.path.isdir(where) and Path(os.path.realpath(out)).is_relative_to(where):
         raise UsageError(f"{out}: lies within {table.name}, which would then hold the copies")
+    if resume and not work.exists():
+        raise UsageError(f"{work}: no such folder, so that there is nothing to resume")
     if work.exists():
         if not resume:
             raise UsageError(f"{work}: was left by a call that was stopped; resume it or remove it")

@@ -168,7 +168,11 @@ def compare_metrics(
     chosen = once if metrics is None else list(metrics)
     for name in chosen:
         if name not in values_a:
-            raise UsageError(f"metrics: {name!r} is not one of {', '.join(values_a)}")
+            every = _statistic(a, positive, thresholds[0], ordered, None)(ones)
+            known = ", ".join(n for n in every if n != "macro_recall")
+            if name.startswith("positive/") and positive is None:
+                raise UsageError(f"metric={name}: needs positive, the class that it is of")
+            raise UsageError(f"metric={name}: choose {known}")
     drawn = _differences(one, other, a, chosen, resamples, seed)
     compared, (unit, n_units) = [], units_of(a)
     for name in chosen:

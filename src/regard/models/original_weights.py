@@ -154,6 +154,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return "a web page (HTML), not a checkpoint: download the file itself"
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the checkpoint: fetch the file with `git lfs pull`"
+    if start.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"BM")):
+        return "an image, not a checkpoint (.pth, .pt, .npz or .safetensors)"
     if match := re.search(r"GLOBAL (\S+)", str(error)):
         return f"it holds {match[1]}; only tensors and plain values are read, for safety"
     if "Weights only load failed" in str(error) or start[:1] == b"\x80":

@@ -343,7 +343,7 @@ def sentence(name: str, d: RepeatedDifference, p_value: float) -> str:
     more = (
         f"about {needed} seeds would settle a difference of this size"
         if needed is not None and needed > d.seeds
-        else "more seeds would not settle it, more test images might"
+        else "more seeds would not settle it, but more test images might"
     )
     could = "no difference could have been shown by this study"
     if math.isfinite(d.minimal_effect):

@@ -40,7 +40,7 @@ def write_model_card(
     )  # fmt: skip
     body = "\n\n".join([
         f"# {plan.network} on {data}", _network(plan, facts), _data(plan, facts),
-        _metrics(facts, evaluation), _use(folder), _command(folder, plan, facts), _intended(),
+        _metrics(facts, evaluation), _use(), _command(folder, plan, facts), _intended(),
     ])  # fmt: skip
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
     write_text(folder.path / "README.md", str(card))
@@ -106,13 +106,13 @@ def no_interval(evaluation: Evaluation) -> str:
     return f"no interval: that needs more {'images' if evaluation.n_groups is None else 'groups'}"
 
 
-def _use(folder: RunFolder) -> str:
+def _use() -> str:
     return (
-        "## How to use it\n\n```python\nimport regard\n\n"
-        f'classifier = regard.load("{folder.path.name}")\n'
+        "## How to use it\n\nFOLDER is the folder of this card:\n\n```python\nimport regard\n\n"
+        'classifier = regard.load("FOLDER")\n'
         'print(classifier.predict("photo.jpg"))\n```\n\n'
         "timm loads it too, after `import regard`: "
-        f'`timm.create_model("local-dir:{folder.path.name}", pretrained=True)`.'
+        '`timm.create_model("local-dir:FOLDER", pretrained=True)`.'
     )
 
 

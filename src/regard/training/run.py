@@ -26,7 +26,7 @@ from regard.data.table import ImageTable
 from regard.data.workers import WaitInterrupted, worker_errors
 from regard.errors import NotFiniteError, Stopped, UsageError
 from regard.evaluation import Predictions
-from regard.files import check_space, shortened
+from regard.files import check_space, plural, shortened
 from regard.machine import memory_errors, one_cpu_thread
 from regard.models.counting import count_parameters
 from regard.run_data import write_start
@@ -292,9 +292,10 @@ class Run:
         if note := precision_note(r.precision, self.accelerator.device):
             log.info(note)
         log.info(
-            f"{t.total:,} steps of {t.images_a_step} images ({t.total / t.steps_an_epoch:.3g} "
-            f"epochs) at {c}x{h}x{w}, {held}, {t.precision}, {r.optimizer} at "
-            f"{r.lr:g}, {self.accelerator.device.type} x {self.world}"
+            f"{plural(t.total, 'step')} of {plural(t.images_a_step, 'image')} "
+            f"({t.total / t.steps_an_epoch:.3g} epochs) at {c}x{h}x{w}, {held}, "
+            f"{t.precision}, {r.optimizer} at {r.lr:g}, "
+            f"{self.accelerator.device.type} x {self.world}"
         )
 
     # ----------------------------------------------------------------- while it trains

@@ -96,7 +96,8 @@ class Plan:
 
     def header(self) -> str:
         """The comment at the top of the run's recipe.toml: a description and the command."""
-        first = f"The recipe of this run, every value resolved: {self.network} on {self.data}"
+        of = f"{self.network} on {self.data}"
+        first = f"The recipe of this run (run.json has what the machine decided): {of}"
         start = "" if self.weights is None else f" --weights {shlex.quote(self.weights)}"
         again = f"regard train {shlex.quote(self.data)} --recipe THIS_FILE{start}"
         made = f"regard {shlex.join(words)}" if (words := command_words()) else again

@@ -27,9 +27,11 @@ def check_trackers(names: Sequence[str]) -> list[str]:
     """The trackers to use, in order and without repetitions; "none" stands for no tracker.
 
     Raises:
-        UsageError: an unknown name, or one whose package is not installed.
+        UsageError: an unknown name, one whose package is not installed, or "none" beside others.
     """
     chosen = list(dict.fromkeys(name for name in names if name != NONE))
+    if chosen and NONE in names:
+        raise UsageError(f"log={' '.join(names)}: give {NONE}, or the trackers alone")
     for name in chosen:
         if name not in TRACKERS:
             raise UsageError(f"log={name}: choose {', '.join([*TRACKERS, NONE])}")
