@@ -317,6 +317,10 @@ def test_all_right_is_not_certainty():
     reach = (1 - wilson_interval(90, 90)[0], 1 - wilson_interval(10, 10)[0])
     low = 1 - (reach[0] ** 4 + reach[1] ** 4) ** 0.25 / 2
     assert ends(e.metrics["balanced_accuracy"]) == pytest.approx((low, 1.0))
+    # of many small classes, what all images tell of the mean
+    small = evaluate(hard(np.arange(10), np.arange(10), 10), resamples=20)
+    assert ends(small.metrics["balanced_accuracy"]) == wilson_interval(10, 10)
+    assert ends(small.metrics["macro_precision"]) == wilson_interval(10, 10)
     # worth 2² / (1/90 + 1/10) = 36 images
     assert ends(e.metrics["macro_f1"]) == wilson_interval(36, 36)
     grouped = evaluate(hard(true, true, 2, np.arange(100) // 5), resamples=20)

@@ -73,7 +73,7 @@ def test_the_false_alarm_rate_is_that_of_a_new_patient(tmp_path):
     assert 1 / 201 < np.mean(flagged) < 1 / 9
     write_familiarity(tmp_path, f)
     assert read_familiarity(tmp_path).groups == 8
-    assert "0.11 by 200 validation images of 8 groups" in f.sentence()
+    assert "at most 0.11 by 200 validation images of 8 groups" in f.sentence()
     alone = fit_familiarity(
         [x], np.zeros(300, int), [images[:200]], groups=np.arange(200).astype(str)
     )

@@ -169,6 +169,17 @@ def test_with_one_seed_the_folds_variance_counts_the_images_that_trained():
         assert found.low < found.value < found.high
 
 
+def test_a_share_of_some_seeds_is_not_rounded_to_whole_images():
+    """14 of 15 answers to 5 images are no 5 of 5."""
+    labels = np.repeat([0, 1], [200, 5])
+    right = np.ones((3, 205), bool)
+    right[0, 200] = False
+    found = repeated_value([answers(r, labels) for r in right], metric="balanced accuracy")
+    p, z = 14 / 15, norm.ppf(0.975) ** 2 / 5
+    low = (p + z / 2 - (z * p * (1 - p) + z * z / 4) ** 0.5) / (1 + z)
+    assert found.low < found.value - (p - low) / 2 * 0.99
+
+
 def test_a_difference_that_no_networks_can_have_is_not_stated():
     rng = np.random.default_rng(0)
     a, b = ([answers(rng.random(40) < share) for share in shares] for shares in

@@ -871,8 +871,9 @@ def test_runs_of_other_data_are_not_passed_off(edited, scans):
     code, err = edited(*first, "A", data=data)
     assert code == 2
     assert "the data changed (" in err.splitlines()[-1]
-    os.replace("here/few/1/new.png", "here/few/0/00.png")
-    assert edited(*first, "A", data=data)[0] == 0
+    os.replace("here/few/1/new.png", "here/few/0/moved.png")
+    assert edited(*first, "A", data=data)[0] == 0  # the same images by other names
+    os.replace("here/few/0/moved.png", "here/few/0/00.png")
     shutil.copy("here/few/0/01.png", "here/few/0/00.png")  # the name stays, the image does not
     code, err = edited(*first, "B", data=data)
     assert code == 0  # the first row is not looked at

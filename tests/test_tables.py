@@ -311,3 +311,15 @@ def test_hugging_face_rows_without_label_or_image_are_left_out(tmp_path, monkeyp
     module.load_dataset = lambda *_: {"train": rows(None, -1)}
     with pytest.raises(ValueError, match="no image with a label"):
         open_data("hf:pets", root=tmp_path)
+
+
+def test_notes_of_several_lines_are_no_rows_where_paths_have_no_suffix(tmp_path):
+    for name in ("IM0001", "IM0002"):
+        Image.new("L", (8, 8)).save(tmp_path / name, "PNG")
+    rows = ['IM0001,a,"Mass, left\nseen again, no growth, benign"', "IM0002,b,"]
+    (tmp_path / "a.csv").write_text("\n".join(["path,label,note", *rows]), encoding="utf-8")
+    assert len(open_data(str(tmp_path / "a.csv"))) == 2
+    rows[0] = 'IM0001,a,"Mass, left\nIM0002,b,benign"'
+    (tmp_path / "a.csv").write_text("\n".join(["path,label,note", *rows]), encoding="utf-8")
+    with pytest.raises(ValueError, match="look like rows"):
+        open_data(str(tmp_path / "a.csv"))

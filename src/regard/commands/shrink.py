@@ -96,7 +96,7 @@ def _print(made: "Shrunk", *, whole_test: bool) -> None:
     if made.earlier:
         parts.append(f"{made.earlier:,} made earlier")
     if made.unreadable:
-        parts.append(f"{len(made.unreadable):,} can't be read and copied as they are")
+        parts.append(f"{len(made.unreadable):,} can't be read, and are copied as they are")
     print(f"{', '.join(parts)}; {made.size / 1e6:,.1f} MB")
     if whole_test:
         print("test images are unchanged, so that accuracy is measured on the originals")

@@ -7,14 +7,16 @@ may be the same, or nowhere any more. Its folder has every value that it was tra
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from regard.data.content import content_hashes
 from regard.data.sources import NAMES, open_data
-from regard.data.splits_file import read_rows, read_splits
+from regard.data.splits_file import Row, read_rows, read_splits
 from regard.data.table import ImageTable
 from regard.errors import UsageError
 from regard.runs import RunFolder
@@ -99,12 +101,31 @@ def _check_images(run: PlannedRun, asked: Asked, tables: dict[Any, ImageTable]) 
     if load_recipe(folder.path / "recipe.toml").limit:
         used = {row.key for row in read_rows(splits)}
         table = table.select(np.flatnonzero([table.key(i) in used for i in range(len(table))]))
+    rows = list(read_rows(splits))
+    if (table.groups is None) != (not any(row.group for row in rows)):
+        now = "no groups" if table.groups is None else "groups"
+        raise _changed(run, f"{table.name} has {now} now")
     try:
         read_splits(table, splits)
     except UsageError as error:
-        raise UsageError(
-            f"{run.folder} was trained before the data changed ({error}): give --out another folder"
-        ) from error
+        if not _same_contents(rows, table):  # files may have been moved
+            raise _changed(run, str(error)) from error
+
+
+def _changed(run: PlannedRun, how: str) -> UsageError:
+    return UsageError(
+        f"{run.folder} was trained before the data changed ({how}): give --out another folder"
+    )
+
+
+def _same_contents(rows: Sequence[Row], table: ImageTable) -> bool:
+    """Whether these are the same images with the same labels and groups, under other names."""
+    if len(rows) != len(table) or not all(row.content for row in rows):
+        return False
+    labels = (table.classes[label] for label in table.labels)
+    groups = [""] * len(table) if table.groups is None else map(str, table.groups)
+    now = zip(content_hashes(table).tolist(), labels, groups, strict=True)
+    return Counter(now) == Counter((row.content, row.label, row.group) for row in rows)
 
 
 def _differences(run: PlannedRun, asked: Asked) -> Iterator[_Difference]:

@@ -163,12 +163,18 @@ class _Manifest:
             rows = [row for row in whole if len(row) == most + 1]
             if len(last) == place + 1 and len(first) >= most + 1 - place:
                 rows.append(last if path < place else [""] * place + first)
-            if any(_suffix(row[path]) == suffix for row in rows):
+            if any(self._is_like(row[path], suffix) for row in rows):
                 column = self.columns[place] if place < len(self.columns) else ""
                 self.fault(
                     f"the quote in {column!r} takes {len(lines)} lines into one cell, which look "
                     "like rows: close it, or write it twice within a quoted cell"
                 )
+
+    def _is_like(self, cell: str, suffix: str) -> bool:
+        """Whether a cell looks like the row's path; without a suffix, if there is such a file."""
+        if suffix:
+            return _suffix(cell) == suffix
+        return bool(cell.strip()) and os.path.exists(os.path.join(self.base, cell.strip()))
 
     def _check_text(self, column: str, cell: str, line: int | None = None) -> None:
         """Checks that a cell can be written to UTF-8 files later, as all but paths are."""

@@ -56,8 +56,8 @@ class Familiarity:
         false_alarms: the expected share of images like the validation images beyond it.
         images: numbers of training and validation images that were used.
         network: content hash of the weights.
-        groups: number of groups (patients) of the validation images, for a new one of which the
-            share is expected; None: the images are independent.
+        groups: number of groups (patients) of the validation images; false_alarms is the most that
+            is expected of images of a new group. None: the images are independent.
     """
 
     kinds: tuple[Kind, ...]
@@ -75,9 +75,10 @@ class Familiarity:
     def sentence(self) -> str:
         """The meaning of the flag, in one line."""
         groups = "" if self.groups is None else f" of {plural(self.groups, 'group')}"
+        most = "" if self.groups is None else "at most "
         return (
             f"unlike_training: distance above {self.threshold:.4g}, false alarm rate "
-            f"{self.false_alarms:.2g} by {self.images[1]:,} validation images{groups}"
+            f"{most}{self.false_alarms:.2g} by {self.images[1]:,} validation images{groups}"
         )
 
 
@@ -137,7 +138,8 @@ def _quantile(distances: NDArray[np.float64], unit: NDArray[np.int64]) -> tuple[
 
     Among M + 1 exchangeable images, one is expected to exceed the largest of the other M. With
     images in groups, the groups are exchangeable, and each counts as much as another: the share
-    is that of an image of a new group (Dunn, Wasserman & Ramdas, JASA 2023, arXiv 1809.07441).
+    is the most that is expected of a new group's images, which is reached if images of a group
+    are all alike (Lee, Barber & Willett 2023, arXiv 2306.06342).
     """
     order = np.argsort(distances, kind="stable")
     sizes = np.bincount(unit)

@@ -210,10 +210,18 @@ def calibration_interval(gaps: Floats, drawn: Floats, confidence: float) -> Esti
 
 
 def wilson(share: float, units: int, confidence: float) -> Estimate:
-    """A share of `units` with Wilson's interval; none for a single unit."""
+    """A share of `units`, whole or not, with Wilson's interval; none for a single unit."""
     if units < 2:
         return Estimate(share, NAN, NAN)
-    low, high = wilson_interval(round(share * units), units, confidence)
+    count = share * units
+    if abs(count - round(count)) > 1e-6:  # of several seeds, some are right in part
+        from scipy.stats import norm
+
+        z = float(norm.ppf((1 + confidence) / 2)) ** 2 / units
+        center = (share + z / 2) / (1 + z)
+        half = math.sqrt(z * share * (1 - share) + z * z / 4) / (1 + z)
+        return Estimate(share, center - half, center + half)
+    low, high = wilson_interval(round(count), units, confidence)
     return Estimate(share, min(low, share), max(high, share))
 
 

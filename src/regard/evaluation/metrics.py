@@ -322,10 +322,13 @@ def _metrics(
                 of_class, grouped, n_units, confidence,
                 empty_are_zero=not of_recalls,  # a class that was never predicted
             )  # fmt: skip
-            if apart and of_recalls:
+            if value in (0.0, 1.0):  # one class's images tell of the others' too
+                of_samples = wilson(value, effective, confidence)
+            elif apart and of_recalls:
                 return found
+            else:
+                of_samples = percentile(value, samples, confidence, n_units)
             # what images of several classes in one group have in common is in the samples alone
-            of_samples = percentile(value, samples, confidence, n_units)
             low, high = min(found.low, of_samples.low), max(found.high, of_samples.high)
             return Estimate(value, low, high)
         if name in MACRO and value in (0.0, 1.0):

@@ -172,7 +172,8 @@ def compare_metrics(
             known = ", ".join(n for n in every if n != "macro_recall")
             if name.startswith("positive/") and positive is None:
                 raise UsageError(f"metric={name}: needs positive, the class that it is of")
-            raise UsageError(f"metric={name}: choose {known}")
+            more = "" if positive else "; and positive/sensitivity and the like, given positive"
+            raise UsageError(f"metric={name}: choose {known}{more}")
     drawn = _differences(one, other, a, chosen, resamples, seed)
     compared, (unit, n_units) = [], units_of(a)
     for name in chosen:

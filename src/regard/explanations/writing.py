@@ -79,13 +79,14 @@ class Options:
     overwrite: bool = False
     precision: str = "fp32"
 
-    def settings(self, network: str, image: str) -> dict[str, Any]:
+    def settings(self, network: str, image: str, log_odds: bool = False) -> dict[str, Any]:
         """The settings that an image's maps depend on, for JSON."""
         return {
             "software": SOFTWARE, "network": network, "image": image, "target": self.target,
             "methods": list(self.methods), "reduce": self.reduce, "layer": self.layer,
             "channels": self.keep_channels,
             **({} if self.precision == "fp32" else {"precision": self.precision}),
+            **({"gradcam": "log-odds"} if log_odds else {}),  # of the class's logit otherwise
         }  # fmt: skip
 
     def score_settings(self, temperature: float) -> dict[str, Any]:
@@ -197,7 +198,8 @@ class Writer:
         try:
             if not source.path.is_file():
                 read_stored(source.path)  # raises with the reason; hashing would block on a pipe
-            settings = self.options.settings(self.network, file_id(source.path))
+            log_odds = getattr(self.classifier.model, "answers_log_probabilities", False)
+            settings = self.options.settings(self.network, file_id(source.path), log_odds)
             record = read_record(file, settings, score_settings) if picture.is_file() else None
             if record is None:
                 record = self._computed(source, scored)

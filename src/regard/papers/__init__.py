@@ -166,7 +166,7 @@ def _check_evaluation(values: Any, where: str) -> None:
 
 
 def _known(values: Mapping[str, Any], kind: type, where: str) -> None:
-    known = [name for name in kind.__dataclass_fields__ if name not in ("key", "rows")]  # type: ignore[attr-defined]
+    known = [name for name in kind.__dataclass_fields__ if name not in ("key", "rows", "names")]  # type: ignore[attr-defined]
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -328,7 +328,7 @@ class _Sentences:
         m = one.metrics
         return (
             f"{one.positive} against the rest: ROC AUC {_plain(m['roc_auc'])}"
-            f"{'' if one.threshold is None else '; from its threshold on'}, sensitivity "
+            f"{'' if one.threshold is None else '; at its threshold'}, sensitivity "
             f"{_share(m['sensitivity'])}, specificity {_share(m['specificity'])}, positive "
             f"predictive value {_share(m['ppv'])}, negative predictive value {_share(m['npv'])}."
         )

@@ -229,7 +229,7 @@ def check_same_data(folders: Iterable[Path]) -> None:
                 continue
             raise UsageError(
                 f"{where} and {folder} were trained on different data: {row.key} has {differ}; "
-                "give --out another folder"
+                "remove the runs of one of them, or give --out another folder"
             )
 
 
