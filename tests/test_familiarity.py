@@ -83,6 +83,18 @@ def test_the_false_alarm_rate_is_that_of_a_new_patient(tmp_path):
     )
 
 
+def test_a_patient_of_many_images_counts_as_one():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(300, 2)).astype(np.float32)
+    far = (x[:100] + 20).astype(np.float32)  # of one patient; of 299 others there is one image each
+    validation = np.concatenate([rng.normal(size=(299, 2)).astype(np.float32), far])
+    groups = np.append(np.arange(299), np.full(100, 299)).astype(str)
+    labels = np.zeros(300, int)
+    f = fit_familiarity([x], labels, [validation], groups=groups)
+    assert (f.distances([far]) > f.threshold).all()
+    assert f.false_alarms == pytest.approx(1 - 298 / 301)
+
+
 @pytest.fixture
 def pictures(scans, tmp_path) -> Path:
     folder = tmp_path / "pictures"

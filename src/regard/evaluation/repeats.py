@@ -163,7 +163,7 @@ def repeated_difference(
     parts = np.stack([contributions(p, metric) - contributions(q, metric) for p, q in pairs])
     d, fold = _by_unit(parts, a[0], folds)
     weight = _weight(a[0], metric)
-    return _estimate(d, fold, metric, confidence, weight, trained, len(a[0]))
+    return _estimate(d, fold, metric, confidence, weight, trained and trained / len(a[0]))
 
 
 def repeated_value(
@@ -193,7 +193,7 @@ def repeated_value(
     first = seeds[0]
     d, fold = _by_unit(parts, first, folds)
     weight = _weight(first, metric)
-    found = _estimate(d, fold, metric, confidence, weight, trained, len(first))
+    found = _estimate(d, fold, metric, confidence, weight, trained and trained / len(first))
     low, high = max(found.low, 0.0), found.high
     if metric == "balanced accuracy" and found.n_units > 1:  # a rare class may not vary at all
         of_images = _mean_recall(seeds, folds, confidence)
@@ -291,12 +291,11 @@ def _estimate(
     confidence: float,
     weight: float = 1.0,
     trained: float | None = None,
-    images_tested: int = 0,
 ) -> RepeatedDifference:
     """The result from D[s, g], (S, G), and each unit's fold, (G,).
 
     weight: from `_weight`.
-    trained: images that trained the network of a fold, of as many as all folds tested.
+    trained: images that trained the network of a fold, as a share of those that all folds tested.
     """
     seeds, units = d.shape
     folds = int(fold.max()) + 1
@@ -313,7 +312,7 @@ def _estimate(
     elif folds > 1:
         means = np.array([d[0, fold == k].mean() for k in range(folds)])
         # Nadeau and Bengio: 1/K + test images / training images
-        ratio = images_tested / folds / trained if trained else 1 / (folds - 1)
+        ratio = 1 / (folds * trained) if trained else 1 / (folds - 1)
         total = float(means.var(ddof=1)) * (1 / folds + ratio)
         total = max(total, images)
         seed_part, image_part, df = max(total - images, 0.0), images, folds - 1
