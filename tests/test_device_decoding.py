@@ -309,7 +309,7 @@ def test_images_held_in_memory_need_no_decoder(folder, tmp_path, caplog):
         batch_size=4, model_args={"channels": [4, 4, 8, 8]}, device="cpu", trackers=(),
         faithfulness_images=0,
     )  # fmt: skip
-    assert "in memory" in caplog.text
+    assert "decode=device has no effect: the training images are held in memory" in caplog.text
 
 
 def test_devices_that_decode_nothing_are_refused(monkeypatch):

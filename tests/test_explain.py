@@ -203,6 +203,15 @@ def test_stages_and_reductions():
         attention_stages(masks, 0, reduce="median")
 
 
+def test_a_channel_that_no_map_has_is_refused():
+    model = regard.create_model("cbam_resnet18").eval()
+    with torch.no_grad(), regard.record(model) as maps:
+        model(torch.randn(1, 3, 64, 64))
+    assert len(attention_stages(maps, 0, reduce=0)) == 8
+    with pytest.raises(UsageError, match="reduce=1: the maps of this network have one channel"):
+        attention_stages(maps, 0, reduce=1)
+
+
 def test_what_is_shown_is_what_the_network_said():
     torch.manual_seed(0)
     model = regard.create_model("ag_sononet8", num_classes=3).eval()

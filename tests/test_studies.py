@@ -326,21 +326,27 @@ runs = [
     PlannedRun(row="r", seed=s, fold=None, folder=folder / f"{s}.run", command=(log,))
     for s in range(3)
 ]
-run_all(runs, jobs=3, python=(sys.executable, str(folder / "saving.py")))
+def results(progress):
+    if len(sys.argv) > 2 and pathlib.Path(log).read_text().count("up") == 3:
+        sys.exit("StudyStopped: its results can't be written")
+run_all(
+    runs, jobs=3, python=(sys.executable, str(folder / "saving.py")), meanwhile=results
+)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, None])
 def test_the_runs_of_a_stopped_study_save_at_the_same_time(tmp_path, number):
-    """Also where its terminal is closed."""
+    """Also where its terminal is closed, and where the study itself fails."""
     (tmp_path / "saving.py").write_text(SAVING)
     (tmp_path / "log").write_text("")
-    command = [sys.executable, "-c", STUDY, tmp_path]
+    command = [sys.executable, "-c", STUDY, tmp_path, *(["fails"] if number is None else [])]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as study:
-        while (tmp_path / "log").read_text().count("up") < 3:
+        while number is not None and (tmp_path / "log").read_text().count("up") < 3:
             assert study.poll() is None
             time.sleep(0.02)
-        study.send_signal(number)
+        if number is not None:
+            study.send_signal(number)
         _, told = study.communicate(timeout=60)
     assert (tmp_path / "log").read_text().splitlines()[3:] == ["asked"] * 3 + ["saved"] * 3
     assert "StudyStopped" in told.decode()
@@ -875,11 +881,29 @@ def test_runs_of_other_data_are_not_passed_off(edited, scans):
     assert edited(*first, "A", data=data)[0] == 0  # the same images by other names
     os.replace("here/few/0/moved.png", "here/few/0/00.png")
     shutil.copy("here/few/0/01.png", "here/few/0/00.png")  # the name stays, the image does not
+    assert edited(*first, "A", data=data)[0] == 0  # nothing is left to train with it
+    code, err = edited("--seeds", "2", "--steps", "1", "--rows", "A", data=data)
+    assert code == 2
+    assert "the data changed (0/00.png has another content)" in err.splitlines()[-1]
+    assert not Path("my st/runs/a/seed-1").exists()
     code, err = edited(*first, "B", data=data)
     assert code == 0  # the first row is not looked at
     code, err = edited(*first[:-1], data=data)
     assert code == 2
     assert "0/00.png has another content in each" in err.splitlines()[-1]
+
+
+def test_images_that_came_after_a_limited_run_are_told(edited, scans):
+    """They would have been chosen among, so the next run would train on others."""
+    shutil.copytree(scans, "few")
+    words = ("--steps", "1", "--limit", "8", "--rows", "A", "--seeds")
+    assert edited(*words, "1", data="few")[0] == 0
+    assert edited(*words, "1", data="few")[0] == 0
+    for i in range(40):
+        shutil.copy("few/0/00.png", f"few/0/a{i}.png")
+    code, err = edited(*words, "2", data="few")
+    assert code == 2
+    assert "the data changed (" in err.splitlines()[-1]
 
 
 def test_a_rows_folder_does_not_depend_on_which_rows_are_chosen(tmp_path):

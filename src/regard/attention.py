@@ -237,6 +237,12 @@ def module_maps(maps: AttentionMaps, index: int, *, reduce: Reduce = "mean") -> 
         UsageError: another reduction, or a channel that a mask does not have.
     """
     check_reduce(reduce)
+    counts = [len(m.values[index]) for m in maps.values() if m.kind != "channel"]
+    if isinstance(reduce, int) and counts and not 0 <= reduce < max(counts):
+        raise UsageError(
+            f"reduce={reduce}: the maps of this network have "
+            + ("one channel" if max(counts) == 1 else f"channels 0 to {max(counts) - 1}")
+        )
     return [_reduced(m, index, reduce) for m in maps.values()]
 
 

@@ -81,8 +81,9 @@ class EngineFlags:
         Parameter(
             help="Engine that runs the network; auto benchmarks the installed ones, once per "
             "network and machine, and uses the fastest whose answers agree with eager's. Default: "
-            "the network itself (eager); for jobs that take minutes, the fastest in fp32, which is "
-            "logged. eager gives bit-identical results each time."
+            "the network itself (eager); the fastest in fp32, which is logged, for jobs that take "
+            "minutes, and for serve if an earlier benchmark knows it. eager gives bit-identical "
+            "results each time."
         ),
     ] = None
     precision: Annotated[

@@ -10,20 +10,21 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
-
-import numpy as np
 
 from regard.data.content import content_hashes
 from regard.data.sources import NAMES, open_data
 from regard.data.splits_file import Row, read_rows, read_splits
 from regard.data.table import ImageTable
 from regard.errors import UsageError
+from regard.log import Heartbeat
 from regard.runs import RunFolder
 from regard.studies.facts import OF_THE_MACHINE, shown
 from regard.studies.plan import PlannedRun
+from regard.studies.runner import is_finished
 from regard.training.config import Recipe, fields_of
-from regard.training.plan import choose_model, fit_schedule, is_scaled, plain_twin
+from regard.training.plan import choose_model, choose_splits, fit_schedule, is_scaled, plain_twin
 from regard.training.recipe_files import load_recipe
 from regard.training.start import full_name, network_of
 
@@ -57,7 +58,8 @@ class Asked:
 def check_runs(runs: Sequence[PlannedRun], asked: Mapping[str, Asked]) -> None:
     """Compares each run that was started with what is asked for now.
 
-    The seed aside, which the folder's name has, and what only the machine asks for.
+    The seed aside, which the folder's name has, and what only the machine asks for. The contents
+    of the images are compared if a run is left to train.
 
     Args:
         runs: planned; those without a folder are not looked at.
@@ -66,7 +68,8 @@ def check_runs(runs: Sequence[PlannedRun], asked: Mapping[str, Asked]) -> None:
     Raises:
         UsageError: a run differs; the message names the run, and the first value that does.
     """
-    tables: dict[Any, ImageTable] = {}
+    left = not all(is_finished(run) for run in runs)
+    opened = cache(_Opened)
     for run in runs:
         try:
             if not RunFolder(run.folder).exists:
@@ -78,38 +81,55 @@ def check_runs(runs: Sequence[PlannedRun], asked: Mapping[str, Asked]) -> None:
                 f"{run.folder} was trained with {name}={shown(was)}, and this call asks for "
                 f"{name}={shown(now)}: give --out another folder"
             )
-        _check_images(run, asked[run.row], tables)
+        data, splits = asked[run.row].data, run.folder / "splits.csv"
+        here = os.path.exists(_place(data)) or left  # nothing is read elsewhere for no training
+        if data not in NAMES and splits.is_file() and here:
+            images = opened(data, asked[run.row].root, asked[run.row].splits)
+            _check_images(run, images, list(read_rows(splits)), contents=left)
 
 
-def _check_images(run: PlannedRun, asked: Asked, tables: dict[Any, ImageTable]) -> None:
+class _Opened:
+    """Data that several runs share: opened once, and its contents are read once."""
+
+    def __init__(self, data: str, root: str | None, splits: str) -> None:
+        self.table = open_data(data, root=root, splits=splits)
+
+    @cached_property
+    def contents(self) -> dict[str, int]:
+        """By the key of the image."""
+        hashes = content_hashes(self.table, Heartbeat("images compared with the runs'"))
+        keys = map(self.table.key, range(len(self.table)))
+        return dict(zip(keys, hashes.tolist(), strict=True))
+
+
+def _check_images(run: PlannedRun, images: _Opened, rows: Sequence[Row], *, contents: bool) -> None:
     """That the run's images still are those of the data, with the same labels and groups.
 
-    Their contents are compared when results are gathered, between runs.
-
-    tables: of data that was opened before.
+    Args:
+        run: was started.
+        images: the data as it is now.
+        rows: of the run's splits.csv.
+        contents: compare each image's content too.
 
     Raises:
         UsageError: they are not.
     """
-    folder, splits = RunFolder(run.folder), run.folder / "splits.csv"
-    if asked.data in NAMES or not splits.is_file() or not os.path.exists(_place(asked.data)):
-        return  # data sets that do not change
-    key = asked.data, asked.root, asked.splits
-    if key not in tables:
-        tables[key] = open_data(asked.data, root=asked.root, splits=asked.splits)
-    table = tables[key]
-    if load_recipe(folder.path / "recipe.toml").limit:
-        used = {row.key for row in read_rows(splits)}
-        table = table.select(np.flatnonzero([table.key(i) in used for i in range(len(table))]))
-    rows = list(read_rows(splits))
+    table, recipe = images.table, load_recipe(run.folder / "recipe.toml")
+    if recipe.limit:
+        table = choose_splits(table, recipe)  # others, if there are more images now
     if (table.groups is None) != (not any(row.group for row in rows)):
         now = "no groups" if table.groups is None else "groups"
         raise _changed(run, f"{table.name} has {now} now")
     try:
-        read_splits(table, splits)
+        read_splits(table, run.folder / "splits.csv")
     except UsageError as error:
         if not _same_contents(rows, table):  # files may have been moved
             raise _changed(run, str(error)) from error
+        return
+    found = images.contents if contents else {}
+    for row in rows:
+        if found.get(row.key) and row.content and row.content != found[row.key]:
+            raise _changed(run, f"{row.key} has another content")
 
 
 def _changed(run: PlannedRun, how: str) -> UsageError:

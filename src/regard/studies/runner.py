@@ -83,7 +83,8 @@ def run_all(
         meanwhile: called several times a second, with the current progress.
 
     Raises:
-        StudyStopped: a signal to stop; the runs under way have saved their states.
+        StudyStopped: a signal to stop; the runs under way have saved their states, as they
+            have if `after_each` raises.
         UsageError: fewer than one job.
     """
     if jobs < 1:
@@ -93,21 +94,23 @@ def run_all(
     stop = StopSignals()
     with stop:
         after_each(progress)
-        while (progress.waiting or slots) and not stop.number:
-            for slot in [s for s in range(jobs) if s not in slots][: len(progress.waiting)]:
-                run = progress.waiting.pop(0)
-                slots[slot] = _Process(run, slot, jobs, python)
-                progress.running[run] = Running(run)
-            for slot, process in list(slots.items()):
-                if process.poll():
-                    del slots[slot]
-                    note_end(progress, process.run, process.failure())
-                    after_each(progress)
-            progress.look()
-            meanwhile(progress)
-            time.sleep(_POLL)
+        try:
+            while (progress.waiting or slots) and not stop.number:
+                for slot in [s for s in range(jobs) if s not in slots][: len(progress.waiting)]:
+                    run = progress.waiting.pop(0)
+                    slots[slot] = _Process(run, slot, jobs, python)
+                    progress.running[run] = Running(run)
+                for slot, process in list(slots.items()):
+                    if process.poll():
+                        del slots[slot]
+                        note_end(progress, process.run, process.failure())
+                        after_each(progress)
+                progress.look()
+                meanwhile(progress)
+                time.sleep(_POLL)
+        finally:
+            _stop(slots.values())  # after a signal, or where the results can't be written
         if stop.number:
-            _stop(slots.values())
             raise StudyStopped(progress.done, progress.total, stop.number)
     return progress
 

@@ -170,6 +170,10 @@ class Run:
             ranks=Ranks(self.accelerator),
         )  # fmt: skip
         self._write_left_out()
+        held = self.parts["train"].images is not None
+        if self.main and held and self.plan.recipe.decode == "device":
+            log.info("decode=device has no effect: the training images are held in memory "
+                     "(memory=no streams them)")  # fmt: skip
         if self.main and not self.resumed and (line := leak_line(self.table)):
             log.warning(line)
             told = (*self.table.warnings, line)  # for the card and the report
