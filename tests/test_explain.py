@@ -514,6 +514,15 @@ def test_boxes_that_mark_nothing_are_named_skipped_and_counted(small, scene, row
     assert {(row["path"], row["in_view"]) for row in rows} == {("a/x.png", "0.833333")}
 
 
+def test_the_reasons_are_written_where_no_mask_can_be_used(small, scene):
+    Path("boxes.csv").write_text("path,x0,y0,x1,y1\na/x.png,0,0,2,20\n", encoding="utf-8")
+    assert command(small, "a", "--masks", "boxes.csv", "--method", "attention") == 1
+    found = json.loads(Path("explained/scores.json").read_text(encoding="utf-8"))
+    assert found["images"] == 1
+    assert found["pointing"] == {}
+    assert "outside what the network saw" in found["skipped_masks"]["x.png"]
+
+
 def test_mask_images_that_mark_nothing_are_named_skipped_and_counted(small, scene, capsys):
     mark("k/a/x.png", (0, 0, 12, 20))
     mark("k/b/x.png", None)

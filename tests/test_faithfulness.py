@@ -427,7 +427,10 @@ def test_a_uniform_map_has_the_energy_of_chance_also_of_a_part_of_the_image():
 def test_what_is_marked_outside_of_what_the_network_saw_is_no_miss():
     mask = np.zeros((40, 100), dtype=bool)
     mask[10:30, 20:40] = True
-    assert point(np.ones((7, 7)), mask, box=(30, 0, 70, 40)).in_view == 0.5
+    found = point(np.ones((7, 7)), mask, box=(30, 0, 70, 40))
+    assert found.in_view == 0.5
+    assert found.iou == 0.125  # 200 of the 1,600 pixels that it saw
+    assert found.dice == pytest.approx(2 * 200 / (1600 + 200))
     with pytest.raises(ValueError, match="outside what the network saw"):
         point(np.ones((7, 7)), mask, box=(40, 0, 80, 40))
 

@@ -25,7 +25,8 @@ class Pointing:
         hit: whether the map's highest value lies inside the mask.
         energy: the share of the map's sum that lies inside the mask.
         chance: the marked share of the area that the map covers: the energy of a uniform map.
-        iou, dice: overlap of the mask with what the map marks: the pixels above half of its range.
+        iou, dice: overlap of what the map marks, the pixels above half of its range, with the part
+            of the mask that it covers.
         map_box: left, top, right, bottom of what the map marks, in the image's pixels.
         mask_box: the same for the mask.
         in_view: the share of the marked area that lies in what the map covers, above 0.
@@ -113,7 +114,7 @@ def point(attention: ArrayLike, mask: Mask, *, box: Box | None = None) -> Pointi
     values = np.asarray(attention)
     low, high = float(values.min()), float(values.max())
     marked = (grown >= low + LEVEL * (high - low)) & seen
-    both, either = int((marked & mask).sum()), int((marked | mask).sum())
+    both, either = int((marked & mask).sum()), int((marked | (mask & seen)).sum())
     return Pointing(
         hit=bool(mask.flat[top].mean() > 0.5), energy=energy, chance=float(mask[seen].mean()),
         iou=both / either, dice=2 * both / (both + either), map_box=_box(marked),

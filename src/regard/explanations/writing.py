@@ -268,7 +268,7 @@ class Writer:
             log.info("%s unchanged since an earlier call", plural(outcome.reused, "image"))
         if len(self.sheet) > 1:
             self._write_sheet()
-        if not self.scores and not self.points:
+        if not self.scores and options.masks is None:
             return
         content: dict[str, Any] = {"software": SOFTWARE, "images": outcome.explained}
         if self.scores:
