@@ -433,7 +433,7 @@ def test_the_tables_of_parts_fit_the_console(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     sites = ["Universitätsklinikum"] * 100 + ["Rome"] * 100
     found = evaluate_subgroups(make(200, 3), "site", sites, resamples=20, positive="c1")
-    print_subgroups([found])
+    print_subgroups([found], None)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     tables = [line for line in lines if line.strip().startswith("Universitätsklinikum")]
@@ -622,6 +622,22 @@ def test_subgroups_of_a_table_have_rows_of_their_own(whole, table, tmp_path, cap
     ):  # fmt: skip
         assert run_command(["evaluate", str(whole), str(table), *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_subgroups_say_which_metrics_a_threshold_decides(capsys):
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet((1, 1), 40)
+    labels = (rng.random(40) < p[:, 1]).astype(int)
+    found = Predictions(p, labels, ["well", "ill"], columns={"site": np.repeat(["A", "B"], 20)})
+    one = {t: diagnose(found, positive="ill", threshold=t, resamples=20).one_class
+           for t in (None, 0.3)}  # fmt: skip
+    parts = [evaluate_subgroups(found, "site", positive="ill", threshold=0.3, resamples=20)]
+    print_subgroups(parts, one[0.3])
+    assert "specificity: ill, positive from a probability of 0.3 on; accuracy" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    print_subgroups(parts, one[None])
+    assert "most probable" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

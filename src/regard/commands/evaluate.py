@@ -336,7 +336,7 @@ def _print(
         print(line)
     print_evaluation(found)
     print_diagnostics(result.diagnostics)
-    print_subgroups(columns)
+    print_subgroups(columns, result.diagnostics.one_class)
 
 
 def _renamed(pairs: list[str]) -> dict[str, str]:

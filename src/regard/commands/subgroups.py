@@ -145,8 +145,11 @@ def evaluated(
     return found
 
 
-def print_subgroups(found: Sequence["Subgroups"]) -> None:
-    """Prints tables for each column, as wide as the console, with the largest gaps."""
+def print_subgroups(found: Sequence["Subgroups"], one: "OneClass | None") -> None:
+    """Prints tables for each column, as wide as the console, with the largest gaps.
+
+    one: the class as a test, whose decisions may be others than the most probable class.
+    """
     from rich.console import Console
     from rich.text import Text
 
@@ -170,6 +173,9 @@ def print_subgroups(found: Sequence["Subgroups"]) -> None:
             line = f"too small (fewer than {each.at_least} {kind}): {', '.join(small)}"
             console.print(Text(line))
         console.print()
+    if found and one is not None and one.threshold is not None:
+        line = f"sensitivity and specificity: {one.positive}, {one.decision()}; accuracy, "
+        console.print(Text(f"{line}balanced accuracy and F1: the most probable class"))
 
 
 def _print_parts(console: Any, found: "Subgroups", titles: dict[str, str]) -> None:
