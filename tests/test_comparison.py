@@ -11,10 +11,11 @@ from sklearn import metrics as sk
 
 from regard.evaluation import Predictions, adjust, compare, compare_metrics, decision_curve
 from regard.evaluation.intervals import bootstrap_test, draws, percentile, wilson_interval
-from regard.evaluation.paired import _by_bootstrap, _units_behind
+from regard.evaluation.paired import _by_bootstrap, _shares, _units_behind
+from regard.evaluation.paired_shares import PairedShare, mean_of_differences
 from regard.evaluation.significance import delong, holm
 from tests.test_diagnostics import binary
-from tests.test_evaluation import ends, make, pair
+from tests.test_evaluation import ends, hard, make, pair
 
 
 def noisy(p, amount, seed):
@@ -314,3 +315,117 @@ def test_equal_networks_in_few_patients_rarely_differ_in_their_losses():
         by_percentiles += not alone.low <= 0 <= alone.high
     assert 0.02 * studies < significant < 0.065 * studies
     assert significant < 0.9 * by_percentiles
+
+
+def two_networks(counts, recalls, rho, seed, size=1):
+    """Networks that share a part of what makes an image hard; `size` images per group."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(len(counts)), counts)
+    unit = np.concatenate([1000 * c + np.arange(n) // size for c, n in enumerate(counts)])
+    _, group = np.unique(unit, return_inverse=True)
+    hard_images = rng.normal(size=len(labels)) if size == 1 else rng.normal(size=len(labels))[group]
+    both = []
+    for recall in recalls:
+        own = rng.normal(size=len(labels))
+        z = math.sqrt(rho) * hard_images + math.sqrt(1 - rho) * own
+        right = z < norm.ppf(np.asarray(recall)[labels])
+        called = np.where(right, labels, (labels + 1) % len(counts))
+        names = None if size == 1 else unit.astype(str)
+        both.append(hard(labels, called, len(counts), names))
+    return both
+
+
+@pytest.mark.parametrize(
+    ("counts", "recalls", "size"),
+    [
+        # both networks often find all images of the rare class
+        ([500, 5], ([0.99, 0.95], [0.99, 0.8]), 1),
+        ([292, 8], ([0.95, 0.9], [0.95, 0.8]), 1),
+        ([50, 50], ([0.9, 0.8], [0.8, 0.8]), 1),
+        ([5] * 10, ([0.9] * 10, [0.8] * 10), 1),
+        ([3, 5, 8, 20, 50, 100], ([0.95] * 6, [0.9] * 6), 1),
+        ([200, 20], ([0.95, 0.9], [0.95, 0.8]), 5),
+    ],
+)
+def test_the_difference_of_balanced_accuracies_is_covered_also_with_a_rare_class(
+    counts, recalls, size
+):
+    """By the bootstrap it is in 0.65 and 0.79 of the first two designs."""
+    true, times = np.mean(np.subtract(*recalls)), 300
+    inside, widths = 0, []
+    for seed in range(times):
+        a, b = two_networks(counts, recalls, 0.6, seed, size)
+        shares = _shares("balanced_accuracy", a, b, None, (None, None))
+        parts = [PairedShare.of(*share, grouped=size > 1) for share in shares]
+        e = mean_of_differences(parts, sum(counts) // size, 0.95)
+        inside += e.low - 1e-9 <= true <= e.high + 1e-9
+        widths.append(e.high - e.low)
+    assert inside / times > 0.93
+    assert np.mean(widths) < 0.75
+
+
+def test_a_rare_class_that_both_networks_find_is_no_proof_that_they_are_equal():
+    a, b = two_networks([500, 5], ([0.99, 1.0], [0.9, 1.0]), 0.6, 0)
+    (c,) = compare_metrics(a, b, metrics=["balanced_accuracy"], resamples=100)
+    assert c.difference.value == pytest.approx(
+        compare(a, b).difference.value * 505 / 500 / 2  # half of the frequent class's
+    )
+    # Bonett and Price's interval of the rare class, 0 of 5, is 0 +- 1.96 sqrt(2/7/7)
+    reach = norm.ppf(0.975) * math.sqrt(2 / 7 / 7) / 2
+    assert c.difference.low < c.difference.value - reach
+    assert c.p_value > 0.05
+    assert c.detectable > reach
+
+
+def test_the_p_value_of_balanced_accuracy_is_where_its_interval_touches_0():
+    for counts, size in (([40, 60], 1), ([30, 30], 5)):
+        a, b = two_networks(counts, ([0.95, 0.9], [0.75, 0.8]), 0.5, 1, size)
+        (c,) = compare_metrics(a, b, metrics=["balanced_accuracy"], resamples=100)
+        assert 1e-6 < c.p_value < 0.9
+        how = {"metrics": ["balanced_accuracy"], "resamples": 100}
+        (touching,) = compare_metrics(a, b, confidence=1 - c.p_value, **how)
+        assert touching.difference.low == pytest.approx(0.0, abs=1e-6)
+
+
+def test_sensitivities_are_compared_by_mcnemar_on_the_ill_and_specificities_on_the_well():
+    a, b = two_networks([60, 40], ([0.9, 0.95], [0.85, 0.7]), 0.5, 3)
+    found = by_name(compare_metrics(a, b, positive="c1", resamples=100))
+    for name, kind in (("sensitivity", a.labels == 1), ("specificity", a.labels == 0)):
+        right_a, right_b = ((p.probabilities.argmax(1) == p.labels)[kind] for p in (a, b))
+        only = int((right_a & ~right_b).sum()), int((~right_a & right_b).sum())
+        c = found[f"positive/{name}"]
+        assert c.p_value == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
+        assert c.test == "exact McNemar test"
+        assert c.difference.value == pytest.approx(right_a.mean() - right_b.mean())
+        n = kind.sum() + 2
+        p, q = (only[0] + 1) / n, (only[1] + 1) / n
+        half = norm.ppf(0.975) * math.sqrt((p + q - (p - q) ** 2) / n)
+        assert ends(c.difference) == pytest.approx((p - q - half, p - q + half))
+    # with thresholds the decisions are others
+    (c,) = compare_metrics(a, a, positive="c1", metrics=["positive/sensitivity"],
+                           thresholds=(0.0, None), resamples=100)  # fmt: skip
+    assert c.a == 1.0
+    assert c.difference.value == pytest.approx(1 - c.b)
+    assert c.p_value == pytest.approx(0.5 ** (round((1 - c.b) * 40) - 1))
+
+
+def test_groups_of_several_classes_are_as_uncertain_as_the_bootstrap_says():
+    a, b = two_networks([60, 60], ([0.9, 0.9], [0.7, 0.7]), 0.5, 3)
+    groups = np.array([f"{i % 12:02}" for i in range(120)])  # patients with images of both classes
+    a, b = (Predictions(p.probabilities, p.labels, p.classes, groups) for p in (a, b))
+    (c,) = compare_metrics(a, b, metrics=["balanced_accuracy"], resamples=200)
+    shares = _shares("balanced_accuracy", a, b, None, (None, None))
+    alone = mean_of_differences([PairedShare.of(*s, grouped=True) for s in shares], 12, 0.95)
+    drawn = []
+    for times in draws(12, 200, 0):
+        weights = times[(np.arange(120) % 12)]
+        recalls = [
+            [np.average(p.probabilities.argmax(1)[p.labels == k] == k,
+                        weights=weights[p.labels == k]) for k in (0, 1)]
+            for p in (a, b)
+        ]  # fmt: skip
+        drawn.append(np.mean(recalls[0]) - np.mean(recalls[1]))
+    sampled, p = bootstrap_test(c.difference.value, np.array(drawn), 0.95, 12)
+    assert c.difference.low == pytest.approx(min(alone.low, sampled.low), abs=1e-9)
+    assert c.difference.high == pytest.approx(max(alone.high, sampled.high), abs=1e-9)
+    assert c.p_value >= p - 1e-12

@@ -180,6 +180,27 @@ def test_a_share_of_some_seeds_is_not_rounded_to_whole_images():
     assert found.low < found.value - (p - low) / 2 * 0.99
 
 
+def test_a_difference_of_balanced_accuracies_is_covered_also_with_a_rare_class():
+    """500 images of one class and 5 of the other; most studies find all of these five."""
+    labels = np.repeat([0, 1], [500, 5])
+    recall = np.array([[0.95, 0.95], [0.93, 0.85]])
+    inside, shown = 0, 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        image = rng.normal(size=505)
+        a, b = (
+            [answers(0.9 * image + 0.44 * rng.normal(size=505) < norm.ppf(r[labels]), labels)
+             for _ in range(3)]
+            for r in recall
+        )  # fmt: skip
+        d = repeated_difference(a, b, metric="balanced accuracy")
+        inside += d.low <= 0.06 <= d.high
+        shown += d.minimal_effect < 0.2
+        assert (d.p_value < 0.05) == (not d.low < 0 < d.high)
+    assert inside >= 186
+    assert shown == 0  # five images don't show what these have
+
+
 def test_a_difference_that_no_networks_can_have_is_not_stated():
     rng = np.random.default_rng(0)
     a, b = ([answers(rng.random(40) < share) for share in shares] for shares in

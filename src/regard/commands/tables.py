@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from regard.evaluation.comparison import Comparison
+from regard.evaluation.comparison import Comparison, name_of_test
 from regard.evaluation.diagnostics import Diagnostics
 from regard.evaluation.intervals import Estimate
 from regard.evaluation.metrics import Evaluation
@@ -81,7 +81,7 @@ def print_comparison(
     )
     d = comparison.difference
     low, high = ("–" if math.isnan(end) else f"{signed(100 * end, 2)}" for end in (d.low, d.high))
-    test = "exact McNemar test" if comparison.n_groups is None else "exact sign test of groups"
+    test = name_of_test(comparison.n_groups is not None)
     console.print(
         Text(
             f"{a} minus {b}: {signed(100 * d.value, 2)} points "

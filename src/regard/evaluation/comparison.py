@@ -122,7 +122,7 @@ def compare(
         difference=_difference(sums, sizes, difference, resamples, seed, confidence),
         only_a=only_a,
         only_b=only_b,
-        p_value=_mcnemar(only_a, only_b) if groups is None else _signs(sums.astype(np.int64)),
+        p_value=exact_test(difference, None if groups is None else unit),
         confidence=confidence,
     )
 
@@ -170,6 +170,23 @@ def _difference(
     else:
         interval, _ = bootstrap_test(value, drawn, confidence, n_units)
     return Estimate(value, max(interval.low, -1.0), min(interval.high, 1.0))
+
+
+def exact_test(difference: Ints, unit: Ints | None) -> float:
+    """The p-value of McNemar's exact test, or with groups that of the exact sign test.
+
+    Args:
+        difference: (N,) -1, 0 or 1 for each image.
+        unit: (N,) whole numbers, its group; None: images are independent.
+    """
+    if unit is None:
+        return _mcnemar(int((difference > 0).sum()), int((difference < 0).sum()))
+    return _signs(np.bincount(unit, difference).astype(np.int64))
+
+
+def name_of_test(grouped: bool) -> str:
+    """What `exact_test` is called."""
+    return "exact sign test of groups" if grouped else "exact McNemar test"
 
 
 def _mcnemar(only_a: int, only_b: int) -> float:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,14 @@ def percentile_band(drawn: Floats, confidence: float, n_units: int) -> tuple[Flo
     upper = (1 + confidence) / 2 if n_units < 2 else _expanded(confidence, n_units)
     low, high = np.quantile(drawn, [1 - upper, upper], axis=0)
     return low, high
+
+
+def quantile(confidence: float, df: float = math.inf) -> float:
+    """The quantile of Student's t, or with infinite `df` the normal's, for two sides."""
+    from scipy.stats import t
+
+    upper = (1 + confidence) / 2
+    return NormalDist().inv_cdf(upper) if math.isinf(df) else float(t.ppf(upper, df))
 
 
 def unbounded(

@@ -5,13 +5,18 @@ or groups), at each end the wider of expanded percentiles and Student's t with t
 standard error, and the p-value at which this interval touches 0.
 If the metric is for one class against the rest, or a mean over two classes, the samples' variance
 is corrected for the number of units of the rarer of the two kinds (by n / (n - 1)).
-Two metrics have a better test: top1 that of `compare`, and the ROC AUC of the positive class,
-without groups, DeLong's. The p-values are adjusted by Holm's correction over the metrics.
+Some metrics have a better one: top1 the test of `compare`, and the ROC AUC of the positive class,
+without groups, DeLong's. The balanced accuracy is the mean of the classes' recalls, each with
+Bonett and Price's interval of a paired difference (`mean_of_differences`); where groups have images
+of several classes, its interval and p-value are the larger of these and the bootstrap's.
+Sensitivity and specificity have that interval too, and the test of `compare` on the images of their
+kind. The p-values are adjusted by Holm's correction over the metrics.
 
 The smallest detectable difference is the one that Student's t test shows with a power of 80 %,
 given the bootstrap's standard error and as many degrees of freedom as images (groups) less one;
 with DeLong's test, (z(1 - alpha/2) + z(0.8)) times its standard error. If samples do not vary, the
 interval and the detectable difference of a share are Wilson's for none of as many images (groups).
+Where the interval is not the bootstrap's, its width may tell of a larger standard error.
 """
 
 import math
@@ -23,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from regard.errors import UsageError
-from regard.evaluation.comparison import common_groups, compare
+from regard.evaluation.comparison import common_groups, compare, exact_test, name_of_test
 from regard.evaluation.intervals import (
     NAN,
     Estimate,
@@ -32,10 +37,12 @@ from regard.evaluation.intervals import (
     detectable_factor,
     draws,
     finite_or_none,
+    quantile,
     reach_of_none,
     standard_error,
 )
 from regard.evaluation.metrics import ClassificationStatistics
+from regard.evaluation.paired_shares import PairedShare, mean_of_differences, p_value_of
 from regard.evaluation.predictions import Floats, Ints, Predictions, rarer_units, units_of
 from regard.evaluation.significance import delong, holm
 from regard.evaluation.statistics import (
@@ -50,6 +57,9 @@ from regard.files import signed
 _OVER_CLASSES = (
     "balanced_accuracy", "macro_", "roc_auc", "average_precision", "mcc", "kappa",
     "quadratic_kappa", "brier",
+)  # fmt: skip
+_OF_RECALLS = (
+    "balanced_accuracy", "macro_recall", "positive/sensitivity", "positive/specificity",
 )  # fmt: skip
 LOWER_IS_BETTER = ("nll", "ece", "brier", "lr_negative")
 _LARGEST = {"nll": math.inf, "lr_positive": math.inf, "lr_negative": math.inf,
@@ -181,6 +191,9 @@ def compare_metrics(
         c = _by_bootstrap(name, counts, values_a[name], values_b[name], drawn[name], confidence)
         if name == "top1":
             c = _by_mcnemar(c, a, b, resamples, seed)
+        elif name in _OF_RECALLS and c.test != "none":
+            shares = _shares(name, a, b, positive, thresholds)
+            c = _by_recalls(c, shares, groups is not None, n_units)
         elif name == "positive/roc_auc" and groups is None and positive is not None:
             c = _by_delong(c, a, b, positive)
         compared.append(c)
@@ -292,9 +305,60 @@ def _by_mcnemar(
     c: MetricComparison, a: Predictions, b: Predictions, resamples: int, seed: int
 ) -> MetricComparison:
     exact = compare(a, b, resamples=resamples, seed=seed, confidence=c.confidence)
-    test = "exact McNemar test" if a.groups is None else "exact sign test of groups"
-    p, d = exact.p_value, exact.difference
+    p, d, test = exact.p_value, exact.difference, name_of_test(a.groups is not None)
     return replace(c, difference=d, p_value=p, adjusted=p, test=test)
+
+
+def _shares(
+    name: str,
+    a: Predictions,
+    b: Predictions,
+    positive: str | None,
+    thresholds: tuple[float | None, float | None],
+) -> list[tuple[Ints, Ints]]:
+    """For each share whose mean the metric is, its images' outcomes and units.
+
+    An outcome is 1 if only a is right, -1 if only b is, and 0 if both are or neither is.
+    """
+    unit = units_of(a)[0]
+    if positive is None or not name.startswith("positive/"):
+        one, other = (p.probabilities.argmax(axis=1) == p.labels for p in (a, b))
+        kinds = [a.labels == c for c in np.unique(a.labels)]
+    else:
+        both = zip((a, b), thresholds, strict=True)
+        tests = [OneClassStatistics(p, positive, threshold) for p, threshold in both]
+        one, other = (test.called == test.positive for test in tests)
+        kinds = [tests[0].positive == (name == "positive/sensitivity")]
+    difference = one.astype(np.int64) - other
+    return [(difference[kind], unit[kind]) for kind in kinds]
+
+
+def _by_recalls(
+    c: MetricComparison, shares: Sequence[tuple[Ints, Ints]], grouped: bool, n_units: int
+) -> MetricComparison:
+    """Replaces the bootstrap's interval and test; shares: of `_shares`."""
+    parts = [PairedShare.of(*share, grouped=grouped) for share in shares]
+
+    def interval(confidence: float) -> Estimate:
+        if len(parts) == 1:
+            return parts[0].at(confidence)
+        return mean_of_differences(parts, n_units, confidence)
+
+    found = interval(c.confidence)
+    if c.metric.startswith("positive/"):
+        difference, unit = shares[0]
+        p, test = exact_test(difference, unit if grouped else None), name_of_test(grouped)
+    else:
+        p, test = p_value_of(interval), "paired recalls"
+        if sum(len(np.unique(unit)) for _, unit in shares) > n_units:  # groups of several classes
+            low, high = min(found.low, c.difference.low), max(found.high, c.difference.high)
+            found, p = Estimate(found.value, low, high), max(p, c.p_value)
+    error = (found.high - found.low) / 2 / quantile(c.confidence, n_units - 1)
+    detectable = max(c.detectable, detectable_factor(n_units - 1, c.confidence) * error)
+    return replace(
+        c, difference=replace(found, value=c.difference.value), p_value=p, adjusted=p, test=test,
+        detectable=detectable if detectable <= 1 else math.inf,
+    )  # fmt: skip
 
 
 def _by_delong(

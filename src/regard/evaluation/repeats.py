@@ -33,9 +33,11 @@ from regard.evaluation.intervals import (
     Estimate,
     detectable_factor,
     finite_or_none,
+    quantile,
     reach_of_none,
 )
 from regard.evaluation.metrics import mean_over_classes
+from regard.evaluation.paired_shares import PairedShare, mean_of_differences
 from regard.evaluation.predictions import Floats, Ints, Predictions, outcomes
 
 METRICS = ("accuracy", "balanced accuracy", "log loss")
@@ -162,8 +164,28 @@ def repeated_difference(
     pairs = zip(a, b, strict=True)
     parts = np.stack([contributions(p, metric) - contributions(q, metric) for p, q in pairs])
     d, fold = _by_unit(parts, a[0], folds)
-    weight = _weight(a[0], metric)
-    return _estimate(d, fold, metric, confidence, weight, trained and trained / len(a[0]))
+    weight, share = _weight(a[0], metric), trained and trained / len(a[0])
+    least = _variance_of_recalls(a, b, folds) if metric == "balanced accuracy" else 0.0
+    return _estimate(d, fold, metric, confidence, weight, share, least)
+
+
+def _variance_of_recalls(
+    a: Sequence[Predictions], b: Sequence[Predictions], folds: Ints | None
+) -> float:
+    """The variance of a difference of balanced accuracies due to images: `mean_of_differences`.
+
+    In samples, a class of few images that both networks find completely does not vary.
+    """
+    labels = a[0].labels
+    fold = np.zeros(len(labels), dtype=np.int64) if folds is None else np.asarray(folds)
+    unit, n_units = _units(a[0], fold)
+    if n_units < 2:
+        return 0.0
+    right, other = (np.mean([outcomes(p).correct for p in each], axis=0) for each in (a, b))
+    kinds, grouped = [labels == c for c in np.unique(labels)], a[0].groups is not None
+    shares = [PairedShare.of((right - other)[k], unit[k], grouped=grouped) for k in kinds]
+    found = mean_of_differences(shares, n_units, 0.95)
+    return float(((found.high - found.low) / 2 / quantile(0.95, n_units - 1)) ** 2)
 
 
 def repeated_value(
@@ -291,19 +313,21 @@ def _estimate(
     confidence: float,
     weight: float = 1.0,
     trained: float | None = None,
+    least: float = 0.0,
 ) -> RepeatedDifference:
     """The result from D[s, g], (S, G), and each unit's fold, (G,).
 
     weight: from `_weight`.
+    least: of the variance due to images.
     trained: images that trained the network of a fold, as a share of those that all folds tested.
     """
     seeds, units = d.shape
     folds = int(fold.max()) + 1
     value, each = float(d.mean()), d.mean(axis=1)
-    images = float(d.mean(axis=0).var(ddof=1)) / units if units > 1 else NAN
+    images = max(float(d.mean(axis=0).var(ddof=1)) / units, least) if units > 1 else NAN
     if seeds > 1:
         seed_part, rest, df_seed = _parts(d, fold)
-        image_part = max(images - rest / seeds, 0.0)
+        image_part = max(images - rest / seeds, least)
         total = seed_part / seeds + image_part
         terms = (seed_part / seeds) ** 2 / df_seed + image_part**2 / max(units - 1, 1)
         df = total**2 / terms if terms > 0 else math.inf
@@ -323,6 +347,8 @@ def _estimate(
     reach = reach_of_none(weight * units, confidence) if math.isfinite(most) else NAN
     if _is_none(total):
         half = reach
+    elif least and _is_none(float(np.square(d - value).sum())):
+        half = max(half, reach)
     claims = seeds > 1 or folds > 1
     return RepeatedDifference(
         metric=metric, value=value, low=max(value - half, -most), high=min(value + half, most),
