@@ -429,3 +429,19 @@ def test_groups_of_several_classes_are_as_uncertain_as_the_bootstrap_says():
     assert c.difference.low == pytest.approx(min(alone.low, sampled.low), abs=1e-9)
     assert c.difference.high == pytest.approx(max(alone.high, sampled.high), abs=1e-9)
     assert c.p_value >= p - 1e-12
+
+
+def test_what_is_the_same_under_two_names_is_corrected_for_once():
+    a, b = binary(80), noisy(binary(80), 1.0, 1)
+    every = compare_metrics(a, b, positive="sick", resamples=20)
+    values = [(c.metric, round(c.a, 9), round(c.b, 9)) for c in every]
+    numbers = [v[1:] for v in values if v[0] not in ("top1", "balanced_accuracy")]
+    assert len(set(numbers)) == len(numbers)
+    named = compare_metrics(a, b, positive="sick", resamples=20,
+                            metrics=["mcc", "brier", "roc_auc_macro", "macro_recall"])  # fmt: skip
+    found = by_name(every)
+    for name in ("mcc", "brier"):
+        same = found[f"positive/{name}"]
+        assert by_name(named)[name].difference.value == pytest.approx(same.difference.value)
+    other = compare_metrics(a, b, positive="sick", resamples=20, thresholds=(0.3, None))
+    assert "mcc" in by_name(other)  # positive/mcc is of the threshold

@@ -156,7 +156,8 @@ def compare_metrics(
 
     Args:
         a, b: predictions for the same images in the same order; groups with either or both.
-        metrics: names; default: all available ones, balanced accuracy without its second name.
+        metrics: names; default: all available ones, each once: of two classes, some metrics of
+            both are those of the positive one.
         positive: class of a diagnostic test, whose metrics are named "positive/...".
         thresholds: on its probability, for a and for b; default: the top-1 class decides.
         ordered: all classes from lowest to highest, for the quadratic kappa.
@@ -174,8 +175,8 @@ def compare_metrics(
     )
     ones = np.ones(len(a))
     values_a, values_b = one(ones), other(ones)
-    once = [name for name in values_a if name != "macro_recall"]  # it is balanced accuracy
-    chosen = once if metrics is None else list(metrics)
+    again = _second_names(len(a.classes), positive, thresholds)
+    chosen = [n for n in values_a if n not in again] if metrics is None else list(metrics)
     for name in chosen:
         if name not in values_a:
             every = _statistic(a, positive, thresholds[0], ordered, None)(ones)
@@ -198,6 +199,19 @@ def compare_metrics(
             c = _by_delong(c, a, b, positive)
         compared.append(c)
     return adjust(compared)
+
+
+def _second_names(
+    classes: int, positive: str | None, thresholds: tuple[float | None, float | None]
+) -> set[str]:
+    """Names of metrics that have another name too, and would count twice in a correction."""
+    names = {"macro_recall"}  # balanced accuracy
+    if classes == 2:
+        names.add("roc_auc_weighted")
+        if positive is not None:
+            names |= {"roc_auc_macro", "brier"}
+            names |= {"mcc"} if thresholds == (None, None) else set()
+    return names
 
 
 def adjust(comparisons: Iterable[MetricComparison]) -> list[MetricComparison]:
