@@ -30,7 +30,8 @@ from regard.evaluation import (
     subgroups_csv,
     with_temperature,
 )
-from regard.evaluation.intervals import area, draws, wilson_interval
+from regard.evaluation.areas import area
+from regard.evaluation.intervals import draws, wilson_interval
 from regard.evaluation.recalibration import calibration_line
 from regard.evaluation.statistics import OneClassStatistics, RankStatistics, reaches
 from regard.runs import RunFolder

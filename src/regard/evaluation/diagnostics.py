@@ -7,7 +7,8 @@ sensitivity, specificity, ppv, npv, lr_positive and lr_negative (likelihood rati
 brier, calibration_slope, calibration_intercept, and with `max_fpr` partial_roc_auc.
 
 Intervals are from bootstrap samples of images or, with groups, of whole groups: expanded
-percentiles, and for areas Wilson's with the samples' variance (`regard.evaluation.intervals.area`).
+percentiles, and for areas Wilson's with the samples' variance, for ROC AUCs at least as wide as
+Newcombe's (`regard.evaluation.areas.area`).
 Calibration slope and intercept have Student's t
 (`regard.evaluation.recalibration.calibration_line`).
 Metrics of one class against the rest, and of two classes, are as uncertain as the rarer of the two
@@ -23,17 +24,17 @@ positives and a specificity of 0.5, lr_negative is 0, up to (1 - 0.839) / 0.5 = 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from regard.evaluation.areas import Kinds, area
 from regard.evaluation.intervals import (
     NAN,
     Estimate,
-    area,
     check_settings,
     draws,
     finite_or_none,
@@ -298,10 +299,24 @@ class _Bootstrap:
         if isinstance(statistic, RankStatistics):
             of_classes = self._ranked_units(statistic)
             units, alike = units | of_classes, alike | of_classes
+        kinds = self._kinds(statistic, rare, two)
         return {
-            name: self._estimate(name, value, drawn[name], units[name], alike[name])
+            name: self._estimate(name, value, drawn[name], units[name], alike[name], kinds)
             for name, value in values.items()
         }
+
+    def _kinds(self, statistic: Statistic, rare: Any, two: bool) -> dict[str, Kinds]:
+        """What each ROC AUC tells apart; means over more than two classes are left out."""
+        if rare is not None:
+            return {"roc_auc": Kinds.of(rare, self.unit)}
+        if not isinstance(statistic, RankStatistics):
+            return {}
+        of_class = {c: Kinds.of(self.labels == c, self.unit) for c in statistic.present}
+        kinds = {f"roc_auc/{statistic.names[c]}": kind for c, kind in of_class.items()}
+        if two and of_class:
+            same = next(iter(of_class.values()))
+            kinds |= dict.fromkeys(("roc_auc_macro", "roc_auc_weighted", "roc_auc_hand_till"), same)
+        return kinds
 
     def _ranked_units(self, statistic: RankStatistics) -> dict[str, int]:
         """For each class's areas: the fewer of the units with images of it and of the rest."""
@@ -318,12 +333,24 @@ class _Bootstrap:
             for kind in _AREAS for c in statistic.present
         }  # fmt: skip
 
-    def _estimate(self, name: str, value: float, drawn: Floats, units: int, alike: int) -> Estimate:
+    def _estimate(
+        self,
+        name: str,
+        value: float,
+        drawn: Floats,
+        units: int,
+        alike: int,
+        kinds: Mapping[str, Kinds],
+    ) -> Estimate:
         drawn = drawn[~np.isnan(drawn)]
         if not math.isfinite(value) or not drawn.size or units < 2:
             return Estimate(value, NAN, NAN)
-        make = area if name.partition("/")[0].startswith(_AREAS) else percentile
-        interval = make(value, drawn, self.confidence, units)
+        if name.partition("/")[0].startswith(_AREAS):
+            same = np.ptp(drawn) <= _ROUNDING
+            of_kinds = None if same else kinds.get(name)
+            interval = area(value, drawn, self.confidence, units, of_kinds)
+        else:
+            interval = percentile(value, drawn, self.confidence, units)
         if interval.high - interval.low > _ROUNDING:
             return interval
         # apart from samples with one class only, all are alike, though other images might differ

@@ -262,24 +262,6 @@ def share_of_groups(right: NDArray[Any], unit: NDArray[Any], confidence: float) 
     return wilson_of_variance(share, variance, n_groups, confidence)
 
 
-def area(value: float, drawn: Floats, confidence: float, n_units: int) -> Estimate:
-    """An area between 0 and 1 with Wilson's interval for the variance of bootstrap samples.
-
-    Percentiles are too narrow for few images of a kind, and near 1.
-
-    Args:
-        value: the area.
-        drawn: (resamples,) areas of the samples; NaN ones are left out.
-        confidence: between 0 and 1.
-        n_units: independent units of the rarer kind of images, at least 2.
-    """
-    drawn = drawn[~np.isnan(drawn)]
-    if drawn.size < 2 or not 0 < value < 1:
-        return percentile(value, drawn, confidence, n_units)
-    variance = float(drawn.var(ddof=1)) * n_units / (n_units - 1)
-    return wilson_of_variance(value, variance, n_units, confidence)
-
-
 def wilson_of_variance(value: float, variance: float, n_units: int, confidence: float) -> Estimate:
     """Wilson's interval for as many images as would have this variance, with Student's t.
 

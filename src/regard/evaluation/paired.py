@@ -6,7 +6,11 @@ standard error, and the p-value at which this interval touches 0.
 If the metric is for one class against the rest, or a mean over two classes, the samples' variance
 is corrected for the number of units of the rarer of the two kinds (by n / (n - 1)).
 Some metrics have a better one: top1 the test of `compare`, and the ROC AUC of the positive class,
-without groups, DeLong's. The balanced accuracy is the mean of the classes' recalls, each with
+without groups, DeLong's. Areas near 1, or of few images of a kind, hardly vary in samples: their
+interval is at each end the wider of this and of what the two areas' own intervals tell
+(`areas_compared`), and the p-value the larger; ROC AUCs are left as they are if the wrong pairs
+amount to 5 or more units of the rarer kind (units times 1 - AUC).
+The balanced accuracy is the mean of the classes' recalls, each with
 Bonett and Price's interval of a paired difference (`mean_of_differences`); where groups have images
 of several classes, its interval and p-value are the larger of these and the bootstrap's.
 Sensitivity and specificity have that interval too, and the test of `compare` on the images of their
@@ -28,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from regard.errors import UsageError
+from regard.evaluation.areas import Kinds, areas_compared
 from regard.evaluation.comparison import common_groups, compare, exact_test, name_of_test
 from regard.evaluation.intervals import (
     NAN,
@@ -58,6 +63,7 @@ _OVER_CLASSES = (
     "balanced_accuracy", "macro_", "roc_auc", "average_precision", "mcc", "kappa",
     "quadratic_kappa", "brier",
 )  # fmt: skip
+_AREAS = ("roc_auc", "average_precision")
 _OF_RECALLS = (
     "balanced_accuracy", "macro_recall", "positive/sensitivity", "positive/specificity",
 )  # fmt: skip
@@ -65,6 +71,8 @@ LOWER_IS_BETTER = ("nll", "ece", "brier", "lr_negative")
 _LARGEST = {"nll": math.inf, "lr_positive": math.inf, "lr_negative": math.inf,
             "mcc": 2.0, "kappa": 2.0, "quadratic_kappa": 2.0, "brier": 2.0}  # fmt: skip
 """The largest possible differences of metrics that are not shares; shares differ by at most 1."""
+_DELONG = "DeLong test"
+_ENOUGH = 5  # units of the rarer kind that the wrong pairs of a ROC AUC must amount to
 POWER = 0.8  # power for the smallest detectable difference
 
 
@@ -185,18 +193,24 @@ def compare_metrics(
                 raise UsageError(f"metric={name}: needs positive, the class that it is of")
             more = "" if positive else "; and positive/sensitivity and the like, given positive"
             raise UsageError(f"metric={name}: choose {known}{more}")
-    drawn = _differences(one, other, a, chosen, resamples, seed)
+    drawn = _samples(one, other, a, chosen, resamples, seed)
     compared, (unit, n_units) = [], units_of(a)
     for name in chosen:
         counts = len(a), n_units, _units_behind(name, a, unit, positive)
-        c = _by_bootstrap(name, counts, values_a[name], values_b[name], drawn[name], confidence)
+        of_a, of_b = drawn[name]
+        with np.errstate(invalid="ignore"):
+            differences = of_a - of_b
+        c = _by_bootstrap(name, counts, values_a[name], values_b[name], differences, confidence)
         if name == "top1":
             c = _by_mcnemar(c, a, b, resamples, seed)
         elif name in _OF_RECALLS and c.test != "none":
             shares = _shares(name, a, b, positive, thresholds)
             c = _by_recalls(c, shares, groups is not None, n_units)
-        elif name == "positive/roc_auc" and groups is None and positive is not None:
-            c = _by_delong(c, a, b, positive)
+        elif name.removeprefix("positive/").startswith(_AREAS) and c.test != "none":
+            kinds = _kinds(name, a, unit, positive)
+            if name == "positive/roc_auc" and groups is None and positive is not None:
+                c = _by_delong(c, a, b, positive)
+            c = _by_areas(c, drawn[name], counts[2], kinds)
         compared.append(c)
     return adjust(compared)
 
@@ -249,7 +263,7 @@ def _statistic(
     return values
 
 
-def _differences(
+def _samples(
     one: Callable[[Floats], Values],
     other: Callable[[Floats], Values],
     predictions: Predictions,
@@ -257,14 +271,13 @@ def _differences(
     resamples: int,
     seed: int,
 ) -> dict[str, Floats]:
-    """(resamples,) paired differences of each metric."""
+    """(2, resamples) values of each metric for both networks, on the same samples."""
     unit, n_units = units_of(predictions)
     rows = []
     for times in draws(n_units, resamples, seed):
-        of_a, of_b = one(times[unit]), other(times[unit])
-        with np.errstate(invalid="ignore"):
-            rows.append([np.subtract(of_a[name], of_b[name]) for name in names])
-    return dict(zip(names, np.array(rows, dtype=np.float64).T, strict=True))
+        both = one(times[unit]), other(times[unit])
+        rows.append([[of[name] for name in names] for of in both])
+    return dict(zip(names, np.array(rows, dtype=np.float64).transpose(2, 1, 0), strict=True))
 
 
 def _units_behind(name: str, predictions: Predictions, unit: Ints, positive: str | None) -> int:
@@ -367,12 +380,52 @@ def _by_recalls(
         if sum(len(np.unique(unit)) for _, unit in shares) > n_units:  # groups of several classes
             low, high = min(found.low, c.difference.low), max(found.high, c.difference.high)
             found, p = Estimate(found.value, low, high), max(p, c.p_value)
-    error = (found.high - found.low) / 2 / quantile(c.confidence, n_units - 1)
-    detectable = max(c.detectable, detectable_factor(n_units - 1, c.confidence) * error)
+    detectable = max(c.detectable, _detectable(found, n_units, c.confidence))
     return replace(
         c, difference=replace(found, value=c.difference.value), p_value=p, adjusted=p, test=test,
         detectable=detectable if detectable <= 1 else math.inf,
     )  # fmt: skip
+
+
+def _kinds(name: str, images: Predictions, unit: Ints, positive: str | None) -> Kinds | None:
+    """What a ROC AUC tells apart; None for other areas, and means over more than two classes."""
+    if name.removeprefix("positive/").startswith("average_precision"):
+        return None
+    if name == "positive/roc_auc" and positive is not None:
+        return Kinds.of(images.labels == class_index(images, positive), unit)
+    present = np.unique(images.labels)
+    return Kinds.of(images.labels == present[0], unit) if len(present) == 2 else None
+
+
+def _by_areas(
+    c: MetricComparison, drawn: Floats, rarer: int, kinds: Kinds | None
+) -> MetricComparison:
+    """Widens an interval, and the p-value with it, to what the two areas' own intervals tell.
+
+    That of ROC AUCs is left as it is where enough pairs are wrong for a normal distribution.
+    """
+    if kinds is not None:
+        wrong = min(min(v, 1 - v) for v in (c.a, c.b)) * min(kinds.units)
+        if wrong >= _ENOUGH:
+            return c
+    interval = areas_compared((drawn[0], drawn[1]), (c.a, c.b), rarer, kinds)
+    found, d = interval(c.confidence), c.difference
+    if not found.has_interval:
+        return c
+    p = p_value_of(interval)
+    if not p < c.p_value:  # also where the bootstrap has none
+        c = replace(c, p_value=p, adjusted=p, test="intervals of both areas")
+    detectable = max(c.detectable, _detectable(found, rarer, c.confidence))
+    return replace(
+        c, difference=Estimate(d.value, min(d.low, found.low), max(d.high, found.high)),
+        detectable=detectable if detectable <= 1 else math.inf,
+    )  # fmt: skip
+
+
+def _detectable(found: Estimate, n_units: int, confidence: float) -> float:
+    """The smallest detectable difference by the width of an interval."""
+    error = (found.high - found.low) / 2 / quantile(confidence, n_units - 1)
+    return detectable_factor(n_units - 1, confidence) * error
 
 
 def _by_delong(
@@ -393,5 +446,5 @@ def _by_delong(
     low, high = max(c.difference.value - half, -1.0), min(c.difference.value + half, 1.0)
     return replace(
         c, difference=Estimate(c.difference.value, low, high), p_value=p, adjusted=p,
-        detectable=_factor(c.confidence) * error, test="DeLong test",
+        detectable=_factor(c.confidence) * error, test=_DELONG,
     )  # fmt: skip

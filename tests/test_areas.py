@@ -1,0 +1,154 @@
+"""Intervals of areas, and of their differences, where few images of a kind decide."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from regard.evaluation import Predictions, compare_metrics, diagnose
+from regard.evaluation.areas import Kinds, area, areas_compared, difference_of_areas, newcombe
+from regard.evaluation.intervals import Estimate, wilson_interval, wilson_of_variance
+from regard.evaluation.significance import delong
+from tests.test_evaluation import ends
+
+
+def scores(counts, means, seed, spread=1.0):
+    """Scores of networks for well and ill images, correlated by what makes an image hard."""
+    rng = np.random.default_rng(seed)
+    ill = np.repeat([False, True], counts)
+    shared = rng.normal(size=len(ill))
+    scale = np.where(ill, spread, 1.0)
+    each = [
+        mean * ill + scale * (0.6**0.5 * shared + 0.4**0.5 * rng.normal(size=len(ill)))
+        for mean in means
+    ]
+    return ill, each
+
+
+def networks(counts, means, seed, groups=None):
+    ill, each = scores(counts, means, seed)
+    p = [1 / (1 + np.exp(1.5 - s)) for s in each]
+    return [
+        Predictions(np.stack([1 - q, q], 1), ill.astype(int), ["well", "ill"], groups) for q in p
+    ]
+
+
+def test_newcombes_interval_is_where_the_estimate_is_z_errors_away():
+    for value, m, n in ((0.9, 20, 35), (0.983, 6, 500), (1.0, 8, 60), (0.3, 10, 10)):
+        for end in newcombe(value, m, n, 0.9):
+            if end in (0.0, 1.0):
+                continue
+            # Hanley & McNeil's variance with both sizes replaced by their mean
+            q1, q2, half = end / (2 - end), 2 * end**2 / (1 + end), (m + n) / 2 - 1
+            variance = (end * (1 - end) + half * (q1 - end**2 + q2 - end**2)) / (m * n)
+            assert abs(value - end) == pytest.approx(norm.ppf(0.95) * variance**0.5, rel=1e-5)
+    low, high = newcombe(0.8, 30, 50, 0.95)
+    assert newcombe(0.2, 30, 50, 0.95) == pytest.approx((1 - high, 1 - low))
+    assert newcombe(1.0, 30, 50, 0.95)[1] == 1.0
+    assert newcombe(0.0, 30, 50, 0.95)[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("counts", "means", "spread"),
+    [
+        # by Wilson's interval for the variance of samples 0.83, 0.87 and 0.90; differences by
+        # DeLong's 0.58, 0.71 and 0.83
+        ([500, 6], (4.2, 3.0), 1),
+        ([300, 12], (4.2, 3.0), 1),
+        ([100, 30], (4.2, 3.0), 1),
+        ([50, 50], (1.5, 1.5), 1),
+        ([100, 30], (3.0, 2.5), 2),
+    ],
+)
+def test_an_area_and_a_difference_are_covered_also_where_few_images_decide(counts, means, spread):
+    true = [norm.cdf(mean / math.sqrt(1 + spread**2)) for mean in means]
+    kinds = Kinds(tuple(counts), tuple(counts))
+    one, both, times = 0, 0, 250
+    for seed in range(times):
+        ill, each = scores(counts, means, seed, spread)
+        values, covariance = delong(ill, *each)
+        rng = np.random.default_rng(seed)
+        drawn = rng.multivariate_normal(values, covariance, 300).T
+        e = area(float(values[1]), drawn[1], 0.95, min(counts), kinds)
+        one += e.low <= true[1] <= e.high
+        d = areas_compared((drawn[0], drawn[1]), tuple(values.tolist()), min(counts), kinds)(0.95)
+        both += d.low <= true[0] - true[1] <= d.high
+    assert one / times > 0.93
+    assert both / times > 0.93
+
+
+def test_an_area_of_many_images_has_the_interval_of_its_variance():
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(0.85, 0.0216, 1000)
+    found = area(0.85, drawn, 0.95, 150, Kinds((150, 150), (150, 150)))
+    alone = wilson_of_variance(0.85, drawn.var(ddof=1) * 150 / 149, 150, 0.95)
+    assert found.high - found.low < 1.1 * (alone.high - alone.low)
+    assert area(0.85, drawn, 0.95, 150) == alone
+
+
+def test_groups_count_as_much_as_their_variance_and_their_wrong_pairs_tell():
+    unit = np.repeat(np.arange(20), 10)
+    positive = unit < 8
+    kinds = Kinds.of(positive, unit)
+    assert kinds == Kinds((80, 120), (8, 12))
+    whole, single = Kinds((80, 120), (80, 120)), Kinds((8, 12), (8, 12))
+    q1, q2, half = 0.8 / 1.2, 2 * 0.64 / 1.8, 9  # as independent images, one of each group
+    variance = (0.16 + half * (q1 + q2 - 2 * 0.64)) / 96
+    assert kinds.effective(0.8, variance) == pytest.approx((8, 12))
+    assert kinds.effective(0.8, 5 * variance) == pytest.approx((8, 12))  # no fewer
+    assert kinds.effective(0.8, variance / 4) == pytest.approx((32, 48))
+    assert kinds.effective(0.8, variance / 100) == pytest.approx((80, 120))  # no more
+    m, n = kinds.effective(0.99, 1e-9)  # 0.8 of the 80 are ranked wrongly
+    assert (m, n) == pytest.approx((8 * 1.8, 12 * 1.8))
+    assert whole.effective(0.8, 1e-9) == (80, 120)
+    assert single.effective(0.8, 1e-9) == (8, 12)
+
+
+def test_a_difference_of_areas_by_hand():
+    a, b = Estimate(0.9, 0.8, 0.96), Estimate(0.85, 0.7, 0.93)
+    d = difference_of_areas(a, b, 0.5)
+    assert d.value == pytest.approx(0.05)
+    assert d.low == pytest.approx(0.05 - math.sqrt(0.1**2 + 0.08**2 - 0.1 * 0.08))
+    assert d.high == pytest.approx(0.05 + math.sqrt(0.06**2 + 0.15**2 - 0.06 * 0.15))
+
+
+def test_a_network_that_ranks_a_few_ill_images_first_is_not_known_to_be_better():
+    """Nothing is claimed, and differences of 0.05 are not said to be detectable."""
+    claims = 0
+    for seed in range(20):
+        a, b = networks([300, 8], (4.0, 4.0), seed)
+        (c,) = compare_metrics(a, b, positive="ill", metrics=["positive/roc_auc"], resamples=60)
+        assert c.difference.low <= 0 <= c.difference.high
+        assert c.test == "intervals of both areas"
+        claims += c.p_value <= 0.05
+        assert c.detectable > 0.05
+    assert claims == 0
+
+
+def test_delongs_test_stays_where_enough_images_are_ranked_wrongly():
+    a, b = networks([150, 150], (2.0, 1.2), 0)
+    (c,) = compare_metrics(a, b, positive="ill", metrics=["positive/roc_auc"], resamples=60)
+    areas, cov = delong(a.labels == 1, a.probabilities[:, 1], b.probabilities[:, 1])
+    error = math.sqrt(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1])
+    assert c.test == "DeLong test"
+    assert c.p_value == pytest.approx(2 * norm.sf((areas[0] - areas[1]) / error))
+
+
+def test_names_of_one_area_have_one_interval():
+    (a,) = networks([120, 10], (2.5,), 3)
+    found = diagnose(a, positive="ill", resamples=100)
+    one = found.one_class.metrics["roc_auc"]
+    assert found.metrics["roc_auc_macro"].low == pytest.approx(one.low)
+    assert found.per_class["ill"]["roc_auc"].high == pytest.approx(one.high)
+    low, high = newcombe(one.value, 10, 120, 0.95)
+    assert one.low <= low + 1e-9
+    assert one.high >= high - 1e-9
+    groups = np.array([f"{i:03}" for i in range(130)])  # groups of one image
+    (b,) = networks([120, 10], (2.5,), 3, groups)
+    assert ends(diagnose(b, positive="ill", resamples=100).one_class.metrics["roc_auc"]) == (
+        pytest.approx(ends(one))
+    )
+    (c,) = networks([120, 10], (30.0,), 3)
+    perfect = diagnose(c, positive="ill", resamples=50).one_class.metrics["roc_auc"]
+    assert (perfect.low, perfect.high) == pytest.approx(wilson_interval(10, 10))
