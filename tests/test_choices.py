@@ -445,6 +445,8 @@ def test_weights_of_classes_are_read():
         ("a=nan", "finite"),
         ("a=inf", "finite"),
         ("a=0,b=0,c=d=0", "not all 0"),
+        ("a=4_7", "x: 'a=4_7' has a weight that is not a number"),  # a code, not 47
+        ("a=1,b=2,a=3", "x=a=1,b=2,a=3: class 'a' has two weights"),
     ],
 )
 def test_wrong_weights_of_classes_are_told(text, message):

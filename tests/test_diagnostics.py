@@ -376,7 +376,16 @@ def test_a_threshold_is_reported_on_other_images():
 
 @pytest.mark.parametrize(
     "rule",
-    ["f1", "sensitivity", "sensitivity=2", "sensitivity=nan", "cost=5", "cost=0:1", "cost=a:b"],
+    [
+        "f1",
+        "sensitivity",
+        "sensitivity=2",
+        "sensitivity=nan",
+        "cost=5",
+        "cost=0:1",
+        "cost=a:b",
+        "cost=1_0:1",
+    ],
 )
 def test_wrong_rules_are_refused(rule):
     with pytest.raises(ValueError, match=f"rule='{rule}'"):

@@ -182,6 +182,28 @@ def test_a_step_of_images_without_weight_changes_nothing():
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.7])
+def test_smoothing_gives_no_loss_to_a_step_of_images_without_weight(mixup):
+    """The other classes have a part of each smoothed label, and a weight."""
+    trainer = trainer_of(weights=torch.tensor([0.0, 1.0, 3.0]), label_smoothing=0.2, mixup=mixup)
+    trainer.labels = torch.zeros_like(trainer.labels)
+    loss, gradients = first_step(trainer)
+    assert float(loss) == 0
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+    trainer.step = 1
+    assert trainer.epoch_row()["objective"] == 0
+
+
+def test_smoothing_leaves_steps_with_some_weight_as_they_were():
+    weights = torch.tensor([0.0, 1.0, 3.0])
+    trainer = trainer_of(nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)), flip=0.0,
+                         label_smoothing=0.2, weights=weights)  # fmt: skip
+    loss, _ = first_step(trainer)
+    logits = trainer.model((trainer.source.images[:12].float() / 255 - 0.5) / 0.25)
+    expected = F.cross_entropy(logits, trainer.labels[:12], weight=weights, label_smoothing=0.2)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
 WORKER = """
 import sys, torch
 from tests.test_loop import LOSSES, trainer_of

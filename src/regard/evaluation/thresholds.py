@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from regard.cells import number_of
 from regard.errors import UsageError
 from regard.evaluation.intervals import check_settings, draws, finite_or_none, percentile_band
 from regard.evaluation.predictions import Floats, Predictions, rarer_units, units_of
@@ -114,7 +115,7 @@ def _best(rule: str, sensitivity: Floats, specificity: Floats, curve: Curve) -> 
 
 def _number(text: str) -> float:
     try:
-        number = float(text)
+        number = number_of(text)
     except ValueError:
         return math.nan
     return number if math.isfinite(number) else math.nan

@@ -158,7 +158,7 @@ class Trainer:
         if self.recipe.backbone_lr_scale != 1:
             row["backbone_learning_rate"] = rate * self.recipe.backbone_lr_scale
         row |= {"loss": entropy / seen, "accuracy": correct / seen}
-        return row | {"objective": objective / max(weight, TINY)}
+        return row | {"objective": objective / weight if weight > 0 else 0.0}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
@@ -238,10 +238,13 @@ class Trainer:
         targets = [self._target(batch) for batch in step]
         weights = [total_weight(target, self.class_weights) for target in targets]
         whole = torch.stack(weights).sum()
-        share = 1.0
+        share = torch.ones_like(whole)
         if self._parallel is not None:  # averages the gradients over the processes
-            share, whole = float(self.accelerator.num_processes), reduce(whole, "sum")
-        whole = whole.clamp_min(TINY)  # a step whose images all have weight 0
+            share, whole = share * self.accelerator.num_processes, reduce(whole, "sum")
+        # images that all have weight 0 teach nothing, also by the other classes' share of a
+        # smoothed label, which has a weight
+        share = torch.where(whole > 0, share, 0.0)
+        whole = whole.clamp_min(TINY)
         loss = torch.zeros((), device=self.device)
         for part, (batch, target, weight) in enumerate(zip(step, targets, weights, strict=True)):
             with fastest_kernels(), self._synchronized(part == len(step) - 1):

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from regard.cells import number_of
 from regard.data.near_duplicates import grouped_by_content
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable
@@ -294,18 +295,21 @@ def parse_weights(text: str, classes: list[str], name: str) -> NDArray[np.float6
     """CLASS=WEIGHT,CLASS=WEIGHT as an array by class, 1 for classes that are not named.
 
     Raises:
-        UsageError: a class is unknown, or a weight is not a number >= 0; the message starts
-            with `name`.
+        UsageError: a class is unknown or named twice, or a weight is not a number >= 0; the message
+            starts with `name`.
     """
     weights = np.ones(len(classes))
-    part = ""
+    part, named = "", set[str]()
     for piece in text.split(","):
         part = f"{part},{piece}".strip(", ")
         label, equals, value = part.rpartition("=")
         if not equals or label not in classes:  # a comma in a class, or no such class
             continue
+        if label in named:
+            raise UsageError(f"{name}={text}: class {label!r} has two weights")
+        named.add(label)
         try:
-            weights[classes.index(label)] = float(value)
+            weights[classes.index(label)] = number_of(value)
         except ValueError:
             raise UsageError(f"{name}: {part!r} has a weight that is not a number") from None
         part = ""
