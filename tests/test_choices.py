@@ -10,11 +10,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 import regard
 from regard.commands.study_runs import Asked, _of_the_network
 from regard.data.loading import SampleOrder
 from regard.data.sources import ImageTable, open_data
+from regard.errors import UsageError
 from regard.machine import cpu_has_bf16
 from regard.models import create_model, list_models
 from regard.models.create import load_weights, make_model
@@ -645,6 +647,58 @@ def test_arguments_of_the_network_go_over_the_recipes():
     ):
         with pytest.raises(ValueError, match=message):
             choose_model(None, recipe, given)
+    with pytest.raises(UsageError, match="num_classes: the data sets it"):
+        choose_model(None, Recipe(model="resnet18", model_args={"num_classes": 7}))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value", "message"),
+    [
+        ("ag_sononet8", "features", 1.5, "out_channels must be divisible by groups"),
+        ("cbam_resnet18", "output_stride", 5, "AssertionError"),
+        ("cbam_resnet18", "global_pool", 3, "'int' object has no attribute 'lower'"),
+        ("attention56_cifar", "channels", {}, "-1"),
+        ("sononet8", "in_chans", -1, "Trying to create tensor with negative dimension"),
+    ],
+)
+def test_an_argument_that_a_network_refuses_in_any_way_is_one_line(name, argument, value, message):
+    for recipe, given in (
+        (Recipe(), {argument: value}),
+        (Recipe(model_args={argument: value}), {}),
+    ):
+        with pytest.raises(UsageError, match=f"{name} with {argument}=.*{message}"):
+            choose_model(name, recipe, given)
+
+
+def test_a_network_that_could_not_be_loaded_again_is_refused_before_it_trains(monkeypatch):
+    with pytest.raises(UsageError, match=r"norm_layer=.*keeps only numbers"):
+        make_model("resnet18", {"norm_layer": nn.BatchNorm2d}, 3, (3, 64, 64), False, None)
+    own = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3))  # of a user's @register_model
+    monkeypatch.setattr("regard.models.create.create_model", lambda *_, **__: own)
+    lacks = "it has no pretrained_cfg, num_classes, num_features"
+    with pytest.raises(UsageError, match=f"resnet18 could not be stored: {lacks}"):
+        make_model("resnet18", {}, 3, (3, 8, 8), False, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": nn.Flatten()}, r"model=<Flatten>: give the name of a network"),
+        ({"model": ""}, "model='': give the name of a network"),
+        ({"recipe": {"lr": 1}}, "recipe=<dict>: give a recipe's name, a TOML file or a Recipe"),
+        ({"recipe": None}, "recipe=None: "),
+        ({"out": 5}, "out=5: give a folder"),
+        ({"out": ""}, "out='': give a folder"),
+        ({"weights": ""}, "weights='': "),
+        ({"model_args": 5}, "model_args=5: give a dict"),
+        ({"trackers": None}, "trackers=None: give a list of names"),
+        ({"trackers": "nothing"}, "log=nothing: choose tensorboard"),
+    ],
+    ids=str,
+)
+def test_arguments_of_other_types_are_told(scans, given, message):
+    with pytest.raises(UsageError, match=message):
+        regard.train(scans, **given)
 
 
 def test_batches_of_one_image_are_refused_for_batch_norm():

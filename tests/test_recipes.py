@@ -203,6 +203,32 @@ def test_values_on_top_of_a_recipe():
             Recipe().changed(**values)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": "0.1"}, "lr='0.1': a number is needed"),
+        ({"flip": [1]}, "flip=[1]: a number is needed"),
+        ({"batch_size": 8.0}, "batch_size=8.0: a whole number is needed"),
+        ({"nesterov": {}}, "nesterov={}: true or false is needed"),
+        ({"size": "32"}, "size='32': give a list of numbers"),
+        ({"class_weights": {"a": 2}}, "class_weights={'a': 2}: a text is needed"),
+        ({"lr": 10**400}, "lr=inf: must be < inf"),
+        ({"steps": 10**400}, "must be <= 2147483648"),
+        ({"epochs": 1e308}, "must be <= 1000000"),
+    ],
+)
+def test_a_recipe_that_is_made_in_python_is_checked_as_one_in_a_file(values, message):
+    for make in (lambda: Recipe(**values), lambda: Recipe().changed(**values)):
+        with pytest.raises(UsageError, match=re.escape(message)):
+            make()
+
+
+def test_a_recipe_that_is_made_in_python_has_its_fields_types():
+    recipe = Recipe(lr=1, size=32, zoom=[1, 2], steps=np.int64(3))
+    assert (recipe.lr, recipe.size, recipe.zoom) == (1.0, (32, 32), (1.0, 2.0))
+    assert [type(v) for v in (recipe.lr, recipe.zoom[0], recipe.steps)] == [float, float, int]
+
+
 def test_a_value_replaces_what_excludes_it():
     cifar, sononet, finetune = map(load_recipe, ("attention-cifar", "ag-sononet", "finetune"))
     assert (cifar.changed(epochs=2).steps, sononet.changed(steps=9).epochs) == (None, None)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from regard.attention import attention_kinds
-from regard.errors import FileError, UsageError
+from regard.errors import FileError, RegardError, UsageError, is_out_of_memory
 from regard.files import plural, reason, shortened
 from regard.models import create_model, list_models
 from regard.models._common import FREE_ARGUMENTS
@@ -46,9 +46,14 @@ def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise UsageError(f"no network is called {name!r}; {hint}")
     try:
         return create_model(name, **arguments)
-    except TypeError as error:
+    except Exception as error:  # each network refuses an argument in its own way
+        loads = any(k.startswith("pretrained") and v for k, v in arguments.items())
+        if isinstance(error, RegardError) or is_out_of_memory(error):
+            raise
+        if loads and not isinstance(error, TypeError):  # the weights may be the reason
+            raise
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        fault = str(error).rpartition("__init__() ")[2]
+        fault = reason(error).rpartition("__init__() ")[2]
         raise UsageError(f"{name} with {given}: {fault}") from error
 
 
@@ -108,6 +113,7 @@ def make_model(
         raise FileError(
             f"pretrained weights of {name} can't be loaded ({reason(error)})"
         ) from error
+    _check_storable(model, name)
     check_size(model, name, input_size)
     source = None if weights is None else find_folder(weights) or Path(weights)
     gated = graft != "none" and source is not None and source.is_dir() and _has_gates(source)
@@ -116,6 +122,22 @@ def make_model(
     if source is not None:
         load_weights(model, source, class_names)
     return model if gated or graft == "none" else _grafted(model, graft)
+
+
+def _check_storable(model: nn.Module, name: str) -> None:
+    """Refuses a network that could be trained, but not be loaded from its folder afterwards.
+
+    Raises:
+        UsageError: a function that a user registered makes it without timm's description, or an
+            argument is an object that no file holds.
+    """
+    needed = ("pretrained_cfg", "num_classes", "num_features")
+    if lacks := [each for each in needed if getattr(model, each, None) is None]:
+        raise UsageError(
+            f"{name} could not be stored: it has no {', '.join(lacks)} (timm's "
+            "build_model_with_cfg sets pretrained_cfg; the network itself the others)"
+        )
+    check_loadable(model)
 
 
 def _has_gates(folder: Path) -> bool:

@@ -31,7 +31,7 @@ def _limits(**limits: float) -> Parameter:
 _Share = Annotated[float, _limits(gte=0, lte=1)]
 _Positive = Annotated[float, _limits(gt=0)]
 _NotNegative = Annotated[float, _limits(gte=0)]
-_Count = Annotated[int, _limits(gte=1)]
+_Count = Annotated[int, _limits(gte=1, lte=2**31)]
 _Increasing = Annotated[tuple[float, ...], _limits(gte=0)]
 _Range = Annotated[tuple[float, float], _limits(gt=0)]  # smallest and largest
 GATES_WITH_MUON = 0.01  # gate_lr_scale, see optim.py
@@ -53,10 +53,11 @@ class Recipe:
             one of them to another value, or if one of them is unused with the other values.
 
     Raises:
-        UsageError: a value is not among its choices, out of range, or unused with the others.
+        UsageError: a value has a wrong type, is not among its choices, out of range, or unused
+            with the others.
     """
 
-    epochs: _Positive | None = _field(
+    epochs: Annotated[float, _limits(gt=0, lte=1e6)] | None = _field(
         None, "Length",
         "Epochs to train (default: 15 * sqrt(2000 / n) for n training images, from 3 to 60).",
     )  # fmt: skip
@@ -297,10 +298,11 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "random_start", _checked_table(self.random_start))
         for f in fields_of():
-            check(f.name, getattr(self, f.name), _HINTS[f.name])
-        if self.size is not None:
-            size = (self.size,) if isinstance(self.size, int) else tuple(self.size)
-            object.__setattr__(self, "size", size * 2 if len(size) == 1 else size)
+            value = convert(f.name, getattr(self, f.name), _HINTS[f.name])
+            check(f.name, value, _HINTS[f.name])
+            object.__setattr__(self, f.name, value)
+        if self.size is not None and len(self.size) == 1:
+            object.__setattr__(self, "size", self.size * 2)
         _check_together(self)
         _ = self.fold_of
 

@@ -3,6 +3,7 @@
 A type may be optional, a Literal of choices, a tuple of numbers, and annotated with validators.
 """
 
+import math
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from regard.errors import UsageError
@@ -63,7 +64,10 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             raise UsageError(f"{name}={value!r}: give {len(get_args(kind))} numbers")
         return tuple(convert(name, v, one) for v in value)
     if kind is float and _is_number(value):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number of more than 308 digits
+            return math.inf if value > 0 else -math.inf
     if kind in _KINDS and type(value) is not kind:
         raise UsageError(f"{name}={value!r}: {_KINDS[kind]} is needed")
     return value

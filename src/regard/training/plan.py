@@ -52,7 +52,7 @@ def choose_model(
             apply unless others are given.
 
     Raises:
-        UsageError: there is no such network, or it does not take a given argument.
+        UsageError: there is no such network, or it does not take an argument.
     """
     chosen = name or recipe.model or trained[0] or DEFAULT_MODEL
     outline = _outline(chosen)  # an unknown name is an error before any image is read
@@ -64,10 +64,10 @@ def choose_model(
             arguments = {k: v for k, v in arguments.items() if k == "stem"}
     if chosen == trained[0]:
         arguments = {**trained[1], **arguments}
-    if given:
-        if "num_classes" in given:
-            raise UsageError("num_classes: the data sets it; leave it out")
-        arguments |= given
+    arguments |= given or {}
+    if "num_classes" in arguments:
+        raise UsageError("num_classes: the data sets it; leave it out")
+    if arguments:
         _outline(chosen, arguments)
     return chosen, arguments
 

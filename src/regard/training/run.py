@@ -53,7 +53,7 @@ from regard.training.opening import Opened, Resume, open_run
 from regard.training.plan import check_batch, precision_note
 from regard.training.progress import Display
 from regard.training.recipe_files import load_recipe, recipe_toml
-from regard.training.run_plan import Plan, Request, accumulation_now
+from regard.training.run_plan import Plan, Request, accumulation_now, check_arguments
 from regard.training.scoring import Scorer
 from regard.training.signals import Signals, Stop
 from regard.training.splits import LoadedSplit, load_splits, measured
@@ -78,6 +78,12 @@ def train(
     **changes: Any,
 ) -> Path:
     """Trains a network on labeled images and writes a run's folder; see `regard.train`."""
+    trackers = (trackers,) if isinstance(trackers, str) else trackers
+    optional = {
+        "model": model, "out": out, "weights": weights, "root": root, "model_args": model_args,
+    }  # fmt: skip
+    given = {name: value for name, value in optional.items() if value is not None}
+    check_arguments(recipe=recipe, trackers=trackers, **given)
     accelerator = start_accelerator(device)
     if not accelerator.is_main_process:  # others log only errors
         logging.getLogger("regard").setLevel(logging.ERROR)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,32 @@ log: logging.Logger = logging.getLogger(__name__)
 
 # recipe fields that may differ when a run is resumed, as they change no result
 OPERATIONAL = ("workers", "save_minutes")
+
+
+# the type of each argument of `regard.train` that is not the recipe's, and what it is in words
+_ARGUMENTS: dict[str, tuple[Any, str]] = {
+    "model": (str, "the name of a network; yours gets one by timm.models.register_model"),
+    "recipe": ((str, os.PathLike, Recipe), "a recipe's name, a TOML file or a Recipe"),
+    "out": ((str, os.PathLike), "a folder"),
+    "weights": ((str, os.PathLike), "a run's folder or a checkpoint"),
+    "root": ((str, os.PathLike), "a folder"),
+    "model_args": (Mapping, "a dict of the network's arguments"),
+    "trackers": ((list, tuple), "a list of names"),
+}
+
+
+def check_arguments(**given: Any) -> None:
+    """Checks the types of arguments of `regard.train`; those that may be None are left out.
+
+    Raises:
+        UsageError: an argument has another type, or is an empty text.
+    """
+    for name, value in given.items():
+        kinds, words = _ARGUMENTS[name]
+        if not isinstance(value, kinds) or value == "":
+            simple = value is None or isinstance(value, str | int | float)
+            shown = repr(value) if simple else f"<{type(value).__name__}>"
+            raise UsageError(f"{name}={shown}: give {words}")
 
 
 @dataclass(frozen=True)
