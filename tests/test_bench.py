@@ -118,6 +118,7 @@ def test_an_engine_that_fails_is_one_line_and_the_others_go_on(capsys, monkeypat
     ("flags", "message"),
     [
         (["ag_sononet9"], "did you mean ag_sononet"),
+        (["--threads", "100000000"], "--threads 100000000: at most 1024"),
         (["--engine", "tensorrt"], "openvino"),
         (["--precision", "fp8"], "int8"),
         (["--rounds", "0"], "--rounds 0: at least 1"),

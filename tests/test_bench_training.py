@@ -69,6 +69,15 @@ def test_a_case_that_fails_is_one_line_and_the_others_go_on(capsys, monkeypatch)
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["network", "ag_sononet8"]
 
 
+@pytest.mark.parametrize("more", [[], ["--train"]])
+def test_a_wrong_name_among_several_ends_before_anything_is_measured(capsys, monkeypatch, more):
+    monkeypatch.setattr(bench, "_prepared", pytest.fail)
+    monkeypatch.setattr("regard.engines.bench.bench", pytest.fail)
+    names = ["bench", "sononet8", "sononet9", "--size", "32", "--precision", "fp32"]
+    assert run_command([*names, "--engine", "eager", *more]) == 2
+    assert "no network is called 'sononet9'" in capsys.readouterr().err
+
+
 def test_what_trains_is_what_the_device_computes_in(monkeypatch):
     monkeypatch.setattr(bench, "has_bf16", lambda device: device.type == "cuda")
     assert trainable(["eager"], ["auto"], CPU) == [("eager", "fp32")]

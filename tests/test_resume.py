@@ -17,7 +17,7 @@ import pytest
 import regard
 from regard.cli import run_command
 from regard.data.workers import WaitInterrupted
-from regard.errors import Stopped
+from regard.errors import Stopped, UsageError
 from regard.training.config import Recipe
 from regard.training.loop import Trainer
 from regard.training.scoring import Scorer
@@ -253,6 +253,20 @@ def test_what_a_run_was_started_with_is_not_changed(scans, tmp_path, whole, caps
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == kept
     run(*settings(scans, out), "--resume", "--save-minutes", "9", "--workers", "1")
     assert same_results(whole, out)
+
+
+def test_a_schedule_that_is_given_is_the_one_that_the_run_was_started_with(scans, tmp_path):
+    """Not any other one, as of a recipe whose schedule was scaled to the run's length."""
+    given = {
+        "model": "sononet8", "size": 32, "steps": 4, "faithfulness_images": 0,
+        "out": tmp_path / "run", "trackers": ("none",), "schedule_unit": "steps",
+    }  # fmt: skip
+    schedule = {"schedule": "steps", "milestones": [1, 2], "warmup": 2.0, "optimizer": "sgd"}
+    regard.train(scans, **given, **schedule)
+    for name, value, was in (("warmup", 1.0, "2.0"), ("milestones", [1.5, 3], r"\(1.0, 2.0\)")):
+        with pytest.raises(UsageError, match=f"{name}=.* was started with {was}"):
+            regard.train(scans, **given, **(schedule | {name: value}), resume=True)
+    assert regard.train(scans, **given, **schedule, resume=True) == tmp_path / "run"
 
 
 @pytest.mark.parametrize("stops", [1, 3])

@@ -12,6 +12,7 @@ from regard.errors import UsageError
 from regard.log import info_on_stderr
 
 log: logging.Logger = logging.getLogger(__name__)
+MOST_THREADS = 1024  # 100,000,000 crash the process
 NETWORKS = ("cbam_resnet50", "attention56", "ag_sononet8")
 EngineName = Literal["eager", "fused", "compiled", "graphs", "onnxruntime", "openvino"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"]
@@ -70,6 +71,8 @@ def command(
     for flag, numbers in given.items():
         if any(n is not None and n < 1 for n in numbers):
             raise UsageError(f"--{flag} {' '.join(map(str, numbers))}: at least 1")
+    if threads is not None and threads > MOST_THREADS:
+        raise UsageError(f"--threads {threads}: at most {MOST_THREADS}")
     asked = _Asked(
         list(network or NETWORKS), engine, precision or ["auto"], batches, height_and_width(size),
         rounds, recipe,
@@ -122,8 +125,8 @@ def _predicting(asked: _Asked, device: Any) -> list[dict[str, Any]]:
         raise UsageError(f"--engine {name}: only with --train")
     pairs = bench.installed(engines, asked.precisions, device)
     results = []
-    for name in dict.fromkeys(asked.networks):
-        model, preprocess = bench.network(name, asked.size)
+    networks = {name: bench.network(name, asked.size) for name in asked.networks}
+    for name, (model, preprocess) in networks.items():  # none is measured if one is wrong
         for batch in dict.fromkeys(asked.batches):
             log.info("%s, batch %d", name, batch)
             timings = bench.bench(

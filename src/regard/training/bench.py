@@ -112,8 +112,8 @@ def bench_training(
     if device.type == "cpu":
         keep_freed_memory()
     timings, steps, ready = [], list[Callable[[], None]](), list[TrainTiming]()
-    for name in dict.fromkeys(names):
-        model, preprocess = network(name, size)
+    networks = {name: network(name, size) for name in names}  # none is measured if one is wrong
+    for name, (model, preprocess) in networks.items():
         for engine, precision in cases:
             timing = TrainTiming(engine, precision, network=name)
             timings.append(timing)

@@ -207,7 +207,8 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
         name: (getattr(recipe, name), value)
         for name, value in given.items()
         if name not in ("model", "model_args", *OPERATIONAL)
-        and not is_scaled(name, getattr(recipe, name), value)
+        # a recipe's schedule was scaled to the run's length; one that is given was not
+        and (name in asked.changes or not is_scaled(name, getattr(recipe, name), value))
     }
     now |= {name: (recipe.model_args.get(name), value) for name, value in asked.model_args.items()}
     for name, (was, is_now) in now.items():
