@@ -78,6 +78,19 @@ def test_a_wrong_name_among_several_ends_before_anything_is_measured(capsys, mon
     assert "no network is called 'sononet9'" in capsys.readouterr().err
 
 
+def test_with_muon_gates_are_left_to_adamw_as_in_a_training(monkeypatch):
+    measured = []
+
+    def prepared(model, preprocess, timing, recipe, *_):
+        measured.append(recipe)
+        timing.fault = "not measured"
+
+    monkeypatch.setattr(bench, "_prepared", prepared)
+    flags = ["--recipe", "fast-folder", "--engine", "eager"]
+    assert run_command(["bench", "sononet8", *FLAGS, *flags]) == 1
+    assert [(r.optimizer, r.gate_lr_scale) for r in measured] == [("muon", 0.01)]
+
+
 def test_what_trains_is_what_the_device_computes_in(monkeypatch):
     monkeypatch.setattr(bench, "has_bf16", lambda device: device.type == "cuda")
     assert trainable(["eager"], ["auto"], CPU) == [("eager", "fp32")]

@@ -146,7 +146,7 @@ def _training(asked: _Asked, device: Any) -> list[dict[str, Any]]:
     from regard.training.recipe_files import load_recipe
 
     cases = trainable(asked.engines or USUAL, asked.precisions, device)
-    recipe = load_recipe(asked.recipe)
+    recipe = load_recipe(asked.recipe).for_start(random=False)  # with Muon's rate for gates
     results = []
     for batch in dict.fromkeys(asked.batches):
         log.info("training, batch %d", batch)
