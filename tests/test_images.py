@@ -393,6 +393,62 @@ def test_dicom_voi_table(tmp_path):
     assert np.abs(read_image(path)[..., 0] - [[1, 0.2], [0, 0.4]]).max() < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("bits", "written"), [(8, "list"), (8, "words"), (8, "bytes"), (10, "words"), (16, "list")]
+)
+def test_a_dicom_voi_table_of_many_entries(tmp_path, bits, written):
+    pydicom = pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+    entries = np.sort(np.random.default_rng(0).integers(0, 2**bits, 4000))
+    item = pydicom.Dataset()
+    item.add_new(0x00283002, "US", [4000, 50, bits])
+    content = entries.astype(np.uint8 if written == "bytes" else np.uint16)
+    whole = content.tolist() if written == "list" else content.tobytes()
+    item.add_new(0x00283006, "US" if written == "list" else "OW", whole)
+    stored = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    path = dicom(tmp_path / "a.dcm", stored, BitsStored=12, HighBit=11, VOILUTSequence=[item])
+    expected = entries[np.clip(stored.astype(int) - 50, 0, 3999)] / (2**bits - 1)
+    assert np.abs(read_image(path)[..., 0] - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize(("kind", "intercept"), [(np.int16, 0), (np.uint16, -1024)])
+@pytest.mark.parametrize(("written", "first"), [("US", 2**16 - 500), ("SS", -500)])
+def test_a_dicom_voi_table_may_begin_below_zero(tmp_path, kind, intercept, written, first):
+    pydicom = pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+    item = pydicom.Dataset()
+    item.add_new(0x00283002, written, [1001, first, 8])
+    entries = np.linspace(0, 255, 1001).astype(np.uint16)
+    item.add_new(0x00283006, "OW", entries.tobytes())
+    values = np.array([[-1000, -500, -100], [0, 400, 900]])
+    path = dicom(tmp_path / "a.dcm", (values - intercept).astype(kind), RescaleSlope=1,
+                 RescaleIntercept=intercept, VOILUTSequence=[item])  # fmt: skip
+    expected = entries[np.clip(values + 500, 0, 1000)] / 255
+    assert np.abs(read_image(path)[..., 0] - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize(("written", "first"), [("US", 2**16 - 100), ("SS", -100)])
+@pytest.mark.parametrize("kind", [np.int8, np.int16])
+def test_a_dicom_modality_table_may_begin_below_zero(tmp_path, kind, written, first):
+    pydicom = pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+    item = pydicom.Dataset()
+    item.add_new(0x00283002, written, [201, first, 16])
+    entries = np.linspace(0, 60000, 201).astype(np.uint16)
+    item.add_new(0x00283006, "OW", entries.tobytes())
+    stored = np.array([[-120, -100, -1], [0, 99, 127]], kind)
+    path = dicom(tmp_path / "a.dcm", stored, ModalityLUTSequence=[item])
+    expected = entries[np.clip(stored.astype(int) + 100, 0, 200)]
+    assert read_stored(path).pixels[..., 0].tolist() == expected.tolist()
+
+
+def test_a_dicom_table_that_is_cut_short_is_named(tmp_path):
+    pydicom = pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+    item = pydicom.Dataset()
+    item.add_new(0x00283002, "US", [1000, 0, 16])
+    item.add_new(0x00283006, "OW", bytes(600))
+    path = dicom(tmp_path / "a.dcm", np.zeros((2, 2), np.uint16), VOILUTSequence=[item])
+    with pytest.raises(ImageError, match="300 of 1,000 entries"):
+        read_image(path)
+
+
 def test_dicom_color_and_frames(tmp_path):
     pixels = read_image(dicom(tmp_path / "c.dcm", SMALL))
     assert np.abs(pixels - SMALL / 255).max() < 1e-6
@@ -539,6 +595,25 @@ def test_an_empty_dicom_element_has_its_default(tmp_path, empty):
     path = dicom(tmp_path / "a.dcm", stored, **{**tags, empty: None})
     expected = np.clip((x - 299.5) / 400 + 0.5, 0, 1)  # PS3.3 C.11.2.1.2.1
     assert np.abs(read_image(path)[..., 0] - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("tags", "slope", "intercept"),
+    [({"RescaleSlope": 2}, 2, 0), ({"RescaleIntercept": -300}, 1, -300)],
+)
+def test_one_of_a_dicom_slope_and_intercept_is_applied_alone(tmp_path, tags, slope, intercept):
+    stored = np.array([[100, 200], [300, 500]], np.uint16)
+    path = dicom(tmp_path / "a.dcm", stored, WindowCenter=300, WindowWidth=401, **tags)
+    expected = np.clip((stored * float(slope) + intercept - 299.5) / 400 + 0.5, 0, 1)
+    assert np.abs(read_image(path)[..., 0] - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 300, "WindowWidth": 401}])
+def test_a_dicom_slope_of_zero_is_no_black_image(tmp_path, window):
+    stored = np.array([[100, 200], [300, 500]], np.uint16)
+    path = dicom(tmp_path / "a.dcm", stored, RescaleSlope=0, RescaleIntercept=0, **window)
+    with pytest.raises(ImageError, match="rescale slope of 0"):
+        read_image(path)
 
 
 @pytest.mark.parametrize(

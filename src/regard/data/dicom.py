@@ -11,6 +11,7 @@ from regard.extras import hint, missing
 
 # Defaults of elements that de-identification may leave empty, on which pydicom would fail
 _MAY_BE_EMPTY = {"RescaleSlope": 1, "RescaleIntercept": 0, "VOILUTFunction": "LINEAR"}
+_RESCALING = ("RescaleSlope", "RescaleIntercept")  # pydicom applies them only together
 
 # First bytes of a file without the preamble: its first element, of the
 # dataset (0008) or of the meta information (0002), little endian, then big endian
@@ -114,14 +115,14 @@ def _gray(stored: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], tuple[float
     Where small values are white, they are mirrored in the range of all storable values, so that
     one range for the data set fits images of both kinds.
     """
-    from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
+    from pydicom.pixels import apply_windowing
 
     _fill_empty(dataset)
-    values = apply_modality_lut(stored, dataset)
+    values = _rescaled(stored, dataset)
     inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
     if dataset.get("VOILUTSequence"):
-        bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
-        shown = apply_voi(np.rint(values).astype(np.int64), dataset) / (2**bits - 1)
+        table, signed = dataset.VOILUTSequence[0], min(_limits(dataset)) < 0
+        shown = _looked_up(values, table, signed, dataset) / (2 ** int(table.LUTDescriptor[2]) - 1)
     elif _has_window(dataset):
         if "BitsStored" not in dataset:  # floats; only their ratio to the range below matters
             dataset.BitsStored, dataset.PixelRepresentation = 16, 0
@@ -139,23 +140,65 @@ def _gray(stored: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], tuple[float
 
 
 def _fill_empty(dataset: Any) -> None:
-    """Replaces empty elements by their defaults."""
+    """Replaces empty elements by their defaults, and a missing one of a slope and an intercept."""
+    rescaled = any(name in dataset for name in _RESCALING)
     for name, default in _MAY_BE_EMPTY.items():
-        if name in dataset and dataset.get(name) in (None, ""):
+        needed = name in dataset or (rescaled and name in _RESCALING)
+        if needed and dataset.get(name) in (None, ""):
             setattr(dataset, name, default)
+    if rescaled and dataset.RescaleSlope == 0 and not dataset.get("ModalityLUTSequence"):
+        raise ImageError("is DICOM with a rescale slope of 0, by which all values become the same")
+
+
+def _rescaled(stored: NDArray[Any], dataset: Any) -> NDArray[Any]:
+    """Stored values (H, W) -> by the modality table, or slope and intercept (PS3.3 C.11.1)."""
+    from pydicom.pixels import apply_modality_lut
+
+    if not dataset.get("ModalityLUTSequence"):
+        return apply_modality_lut(stored, dataset)
+    signed = bool(dataset.get("PixelRepresentation"))
+    return _looked_up(stored, dataset.ModalityLUTSequence[0], signed, dataset)
+
+
+def _looked_up(values: NDArray[Any], table: Any, signed: bool, dataset: Any) -> NDArray[np.float64]:
+    """The entries of a modality or VOI table for values (H, W) (PS3.3 C.11.1.1, C.11.2.1.1).
+
+    pydicom (as of 3.0) counts places in VOI tables of 8-bit entries modulo 256, and takes a first
+    value below zero for a large one where it was written as unsigned.
+    """
+    count, first, bits = (int(v) for v in table.LUTDescriptor)
+    count = count % 2**16 or 2**16
+    if signed:
+        first = (first + 2**15) % 2**16 - 2**15
+    entries = table.LUTData
+    if isinstance(entries, bytes):
+        packed = bits <= 8 and len(entries) < 2 * count
+        order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"
+        entries = np.frombuffer(entries, "u1" if packed else f"{order}u2")
+    entries = np.atleast_1d(np.asarray(entries, np.float64))
+    if len(entries) < count:
+        raise ImageError(f"is DICOM with a table of {len(entries):,} of {count:,} entries")
+    places = np.rint(values).astype(np.int64) - first
+    return entries[np.clip(places, 0, count - 1)]
 
 
 def _ends(dataset: Any) -> float:
     """The sum of the lowest and the highest value that can be stored, after rescaling."""
+    return sum(_limits(dataset))
+
+
+def _limits(dataset: Any) -> tuple[float, float]:
+    """The lowest and the highest value that can be stored, after rescaling."""
     from pydicom.pixels import apply_modality_lut
 
     if dataset.get("ModalityLUTSequence"):
-        return float(2 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1)
+        return 0.0, float(2 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1)
     if "BitsStored" not in dataset:  # floats, as in TIFF
-        return 1.0
+        return 0.0, 1.0
     bits = int(dataset.BitsStored)
     low = -(2 ** (bits - 1)) if dataset.get("PixelRepresentation") else 0
-    return float(apply_modality_lut(np.array([low, low + 2**bits - 1]), dataset).sum())
+    first, last = apply_modality_lut(np.array([low, low + 2**bits - 1]), dataset).tolist()
+    return float(first), float(last)
 
 
 def _has_window(dataset: Any) -> bool:
