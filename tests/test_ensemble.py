@@ -17,6 +17,7 @@ from regard.data.preprocess import Flips, Preprocess
 from regard.ensemble import Ensemble
 from regard.evaluation import Predictions, average
 from regard.evaluation.familiarity import FILE
+from regard.run_data import with_common_paths
 from tests.helpers import rows_of
 
 
@@ -296,6 +297,46 @@ def test_evaluate_pools_folds_so_that_no_network_tests_its_own_images(folds, cap
     assert "--at" in capsys.readouterr().err
     assert run_command(["evaluate", a, b, "digits", "digits"]) == 2
     assert "one DATA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["linked", "copied", "renamed"])
+def test_runs_on_the_same_images_in_two_places_are_averaged(whole, scans, tmp_path, capsys, how):
+    place, run = tmp_path / how, Path(shutil.copytree(whole, tmp_path / "run"))
+    if how == "linked":
+        place.symlink_to(scans)
+    else:
+        shutil.copytree(scans, place)
+    if how == "renamed":
+        for file in place.glob("*/*.png"):
+            file.rename(file.with_stem(f"scan {file.stem}"))
+        listed = (run / "splits.csv").read_text(encoding="utf-8")
+        (run / "splits.csv").write_text(listed.replace("/", "/scan "), encoding="utf-8")
+    stored = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    stored["plan"] |= {"data": str(place), "location": str(place)}
+    (run / "run.json").write_text(json.dumps(stored), encoding="utf-8")
+    assert run_command(["evaluate", str(whole), str(run), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["n"] == 24
+    assert content["ensemble"]["members_per_image"] == {"2": 24}
+    assert content["ensemble"]["sd"] == pytest.approx(0, abs=1e-6)
+
+
+def test_copies_of_one_image_in_the_folds_of_a_run_stay_two_images(tmp_path):
+    lines = ("a/1,a,{},,01", "a/2,a,{},,01", "b/1,b,{},,02", "b/2,b,{},,")
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder, splits in zip(folders, (["test", "train"] * 2, ["train", "test"] * 2), strict=True):
+        folder.mkdir()
+        listed = "\n".join(map(str.format, lines, splits))
+        text = f"path,label,split,group,content\n{listed}\n"
+        (folder / "splits.csv").write_text(text, encoding="utf-8")
+    each = [predictions([[1, 0], [0, 1]], [0, 1], [f"/x/a/{k}", f"/x/b/{k}"]) for k in (1, 2)]
+    found = with_common_paths(folders, each)
+    assert [p.paths for p in found] == [["/x/a/1", "/x/b/1"], ["/x/a/2", "/x/b/2"]]
+    moved = [each[0], replace(each[0], paths=["/y/a/1", "/y/b/1"])]
+    again = with_common_paths([folders[0], folders[0]], moved)
+    assert [p.paths for p in again] == [["/x/a/1", "/x/b/1"]] * 2
+    (folders[1] / "splits.csv").unlink()
+    assert with_common_paths(folders, moved)[1].paths == ["/y/a/1", "/y/b/1"]
 
 
 def test_flips_average_each_image_and_its_mirror_image(whole, scans, capsys):

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from regard.data.content import UNREADABLE, content_hashes
 from regard.data.loading import Reader, StreamingLoader, default_workers
 from regard.data.preprocess import Preprocess, TenCrop
 from regard.data.sources import NAMES, ImageTable, as_known, open_data
-from regard.data.splits_file import read_rows
+from regard.data.splits_file import read_rows, rows_of
 from regard.errors import FileError, UsageError
 from regard.evaluation import Predictions
 from regard.files import plural
@@ -181,6 +182,34 @@ def _predictions(
         probabilities, read.labels, read.classes, read.groups, paths, read.columns
     )
     return predictions, [reason for _, reason in unreadable]
+
+
+def with_common_paths(folders: Sequence[Path], each: Sequence[Predictions]) -> list[Predictions]:
+    """Runs' predictions for their own images, with one path for each image.
+
+    Data that one run read through a link, or from a copy, has other paths in the other run. Images
+    are the same if their content is, unless their names are those of two images of one run.
+
+    Args:
+        folders: the runs.
+        each: their predictions, with paths.
+    """
+    places: dict[int, dict[str, str]] = defaultdict(dict)  # {content: {key: path}}
+    renamed = []
+    for folder, found in zip(folders, each, strict=True):
+        paths, file = list(found.paths or ()), folder / "splits.csv"
+        rows = rows_of(paths, file) if file.is_file() else None
+        keys = {row.key for row in read_rows(file)} if rows else set()
+        taken: set[str] = set()
+        for i, row in enumerate(rows or ()):
+            same = places[row.content] if row.content != UNREADABLE else {}
+            others = (p for key, p in same.items() if key not in keys and p not in taken)
+            paths[i] = same.get(row.key) or next(others, paths[i])
+            taken.add(paths[i])
+        for row, path in zip(rows or (), paths, strict=False):
+            places[row.content].setdefault(row.key, path)
+        renamed.append(replace(found, paths=paths))
+    return renamed
 
 
 def run_table(run: Path, data: str | None, root: str | Path | None) -> ImageTable:

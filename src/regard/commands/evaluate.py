@@ -179,7 +179,7 @@ class _Test:
             for run in self.runs
         ]  # fmt: skip
         self.split, self.found, self.unreadable = (
-            each[0] if alone else _averaged(each, self.runs, self.how)
+            each[0] if alone else _averaged(each, self.runs, self.source, self.how)
         )
         stored = self.calibration is not None and self.numbers.calibrate is None
         if stored and self.split == "val" and self.source is None:
@@ -251,12 +251,20 @@ def _runs_and_data(run: str, more: Sequence[str]) -> tuple[list[str], str | None
 
 
 def _averaged(
-    each: "Sequence[tuple[str, Predictions, list[str]]]", runs: list[str], tested: dict[str, Any]
+    each: "Sequence[tuple[str, Predictions, list[str]]]",
+    runs: list[str],
+    source: str | None,
+    tested: dict[str, Any],
 ) -> "tuple[str, Predictions, list[str]]":
     """The ensemble's split, predictions and unreadable images; `tested` gets its spread."""
     from regard.evaluation import average
+    from regard.models.io import network_folder
+    from regard.run_data import with_common_paths
 
-    averaged = average([predictions for _, predictions, _ in each], runs)
+    found = [predictions for _, predictions, _ in each]
+    if source is None:
+        found = with_common_paths([network_folder(run) for run in runs], found)
+    averaged = average(found, runs)
     tested["ensemble"] = averaged.to_dict()
     named = "/".join(dict.fromkeys(name for name, _, _ in each))
     unreadable = list(dict.fromkeys(line for _, _, lines in each for line in lines))
