@@ -94,6 +94,23 @@ def test_one_run_says_which_images_trained_it(folds, capsys):
     assert "80 images of 120" in capsys.readouterr().err
 
 
+def test_an_image_whose_copy_trained_the_run_is_in_its_sample(folds, tmp_path):
+    runs, _ = folds
+    run = runs / "fold 1"
+    table = open_data(str(tmp_path / "data"))
+    lines = ["path,label,split,group,content"]
+    for i in range(COUNT):
+        number = int(table.path(i).rpartition("/")[2][:-4])
+        content = {4: 5}.get(number, number)  # 4 tests the run, and 5 trained it
+        split = "test" if number % 3 == 1 else "train"
+        lines.append(f"{table.key(i)},{table.classes[table.labels[i]]},{split},,{content:x}")
+    (run / "splits.csv").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    suspects, _ = label_errors.find_label_errors([run])
+    held_out = {int(s.path.rpartition("/")[2][:-4]) for s in suspects if s.out_of_sample}
+    assert held_out == set(range(1, COUNT, 3)) - {4}
+    assert all(s.cleanlab is None for s in suspects if not s.out_of_sample)
+
+
 def test_wrong_calls_end_in_a_line(folds, tmp_path, capsys):
     runs, _ = folds
     (tmp_path / "notes.csv").write_text("mine")

@@ -19,7 +19,9 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from regard.data.content import UNREADABLE
 from regard.data.sources import open_data
+from regard.data.splits_file import read_rows
 from regard.data.table import ImageTable
 from regard.errors import UsageError
 from regard.extras import is_installed
@@ -43,7 +45,7 @@ class Suspect:
         probability, predicted_probability: of the label and of that class, averaged over the runs.
         loss: cross entropy of the label, natural logarithm.
         out_of_sample: whether neither those runs nor the weights that they started from were
-            trained on the image.
+            trained on the image or an exact copy of it.
         runs: number of runs whose probabilities were averaged.
         cleanlab: whether confident learning considers the label wrong; None: cleanlab is not
             installed, or the image is not out of sample.
@@ -131,12 +133,20 @@ def find_label_errors(
     for run in runs:
         other = RunFolder(run).read_plan()
         if other["classes"] != plan["classes"] or not (data or _same_data(other, plan)):
-            raise UsageError(f"{run} and {runs[0]} were trained on different data")
+            both = f"{run} and {runs[0]} were trained on different data"
+            if other["classes"] == plan["classes"]:
+                both += (
+                    f", {other['data']} and {plan['data']}: if the images are the same, say with "
+                )
+                both += "`data` where they are"
+            raise UsageError(both)
+        copies = _trained_copies(run)
         for split in RunFolder(run).read_facts()["counts"]:
             used: set[str] = set()
             _, said, _ = predictions_of(
-                run, data, root=root, choose=partial(_of_split, split, used), warn=not sums.labels
-            )
+                run, data, root=root, choose=partial(_of_split, split, copies, used),
+                warn=not sums.labels,
+            )  # fmt: skip
             sums.add(said.paths or [], said.labels, said.probabilities, used)
     table = own_table(runs[0], plan, root) if data is None else open_data(data, root=root)
     return _ranked(sums), table
@@ -150,14 +160,30 @@ def _same_data(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return not named and a.get("location") == b.get("location") not in (None, "")
 
 
+def _trained_copies(run: Path) -> set[str]:
+    """Keys of images that did not train a run, but whose content did, under another name."""
+    file = run / "splits.csv"
+    rows = list(read_rows(file)) if file.is_file() else []
+    trained = {row.content for row in rows if row.split == "train"} - {UNREADABLE}
+    return {row.key for row in rows if row.split != "train" and row.content in trained}
+
+
 def _of_split(
-    split: str, used: set[str], table: ImageTable, shared: Overlap | None
+    split: str, copies: set[str], used: set[str], table: ImageTable, shared: Overlap | None
 ) -> tuple[str, ImageTable]:
-    """The images of a split; those that trained the run or its starting weights go to `used`."""
+    """The images of a split; those that trained the run or its starting weights go to `used`.
+
+    Args:
+        split: its name.
+        copies: keys of further images that trained the run.
+        used: gets paths.
+        table: all images of the run.
+        shared: what they have in common with the run's.
+    """
     found = table.select(table.splits == split)
     if not len(found):
         raise UsageError(f"{table.name} has no {split} images, as the run had")
-    trained = np.full(len(found), split == "train")
+    trained = np.array([split == "train" or found.key(i) in copies for i in range(len(found))])
     if shared is not None and shared.started is not None:
         trained |= shared.started[table.splits == split] == "train"
     used.update(found.path(i) for i in np.flatnonzero(trained).tolist())
