@@ -123,6 +123,48 @@ def test_a_split_that_is_left_out_orders_no_classes(loads, first):
     assert table.classes == ["zebra", "ant"]
 
 
+@pytest.mark.parametrize(
+    ("feature", "values", "groups"),
+    [
+        (Value("string"), ["p1", " p1", "lost", "p2"], ["p1", "p1", "p2"]),
+        (Value("int64"), [7, 7, 9, 0], ["7", "7", "0"]),
+        (ClassLabel("x", "y"), [1, 1, 0, 0], ["y", "y", "x"]),
+        (Value("string"), [None, "", "lost", None], None),
+    ],
+)
+def test_a_column_called_group_holds_the_groups(loads, feature, values, groups):
+    label = (ClassLabel("a", "b"), [0, 1, -1, 0])
+    table = loads({"train": Part(image=pictures(*"1234"), label=label, group=(feature, values))})
+    assert (None if table.groups is None else table.groups.tolist()) == groups
+
+
+def test_an_image_without_a_group_and_groups_of_another_type_are_refused(loads):
+    def part(feature, values):
+        return Part(image=pictures("1", "2"), label=(ClassLabel("a", "b"), [0, 1]),
+                    group=(feature, values))  # fmt: skip
+
+    with pytest.raises(UsageError, match="1 image without a group"):
+        loads({"train": part(Value("string"), ["p1", None])})
+    with pytest.raises(UsageError, match="'group' holds neither"):
+        loads({"train": part(Value("float64"), [1.0, 2.0])})
+    without = Part(image=pictures("3"), label=(ClassLabel("a", "b"), [0]))
+    with pytest.raises(UsageError, match="1 image without a group"):
+        loads({"train": part(Value("int64"), [1, 2]), "test": without})
+
+
+def test_a_column_of_patients_that_is_not_called_group_is_told(loads):
+    def table(**more):
+        label = (ClassLabel("a", "b"), [0, 1, 0, 1])
+        return loads({"train": Part(image=pictures(*"1234"), label=label, **more)})
+
+    told = table(Patient_ID=(Value("int64"), [1, 1, 2, 2]))
+    assert told.warnings[0].startswith("images with the same 'Patient_ID' may end up in different")
+    assert told.groups is None
+    assert table(patient=(Value("int64"), [1, 2, 3, 4])).warnings == ()
+    both = table(patient=(Value("int64"), [1, 1, 2, 2]), group=(Value("int64"), [1, 1, 2, 2]))
+    assert both.warnings == ()
+
+
 def test_of_several_columns_the_usual_names_are_taken(loads):
     table = loads({
         "train": Part(

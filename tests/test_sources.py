@@ -222,6 +222,12 @@ def test_names_that_may_be_meant_as_one_are_told(tmp_path):
     )
     text = "path,label,group\nx.png,1,1.05\ny.png,10,1.5\nsub/z.png,100,105\n"
     assert open_data(manifest(tmp_path, text)).warnings == ()
+    # pandas writes the integers of a column with gaps as floats
+    text = "path,label,group\nx.png,1,7.0\ny.png,1.0,07\nsub/z.png,v1.0,v1\n"
+    assert open_data(manifest(tmp_path, text)).warnings == (
+        "classes that are spelled alike count as different ones: '1' and '1.0'",
+        "groups that are spelled alike count as different ones: '07' and '7.0'",
+    )
 
 
 def test_patients_that_are_missing_are_told(tmp_path):
@@ -293,6 +299,7 @@ def test_medmnist(tmp_path, shape):
         ({"val_labels": None}, "has no val_labels"),
         ({"test_labels": np.zeros((2, 1), int)}, "test has 2 int64 labels, 3 images"),
         ({"test_labels": np.full((3, 1), -1)}, "test has the label -1"),
+        ({"test_labels": np.full((3, 1), 2**40)}, "the label 1099511627776, but only 11 images"),
     ],
 )
 def test_medmnist_mistakes(tmp_path, changes, told):

@@ -106,6 +106,21 @@ def test_what_is_no_labeled_image_is_left_out_and_counted(tmp_path):
     assert table.warnings == ("left out: 1 samples without an image, 1 images without a label",)
 
 
+def test_patients_that_are_not_called_group_are_told(tmp_path):
+    def table(key, patients):
+        files = {}
+        for i, patient in enumerate(patients):
+            more = {"label": "ab"[i % 2], key: patient, "age": 7}
+            files |= {f"{i}.jpg": picture(i), f"{i}.json": json.dumps(more).encode()}
+        return open_data(f"wds:{write(tmp_path / 'a.tar', files)}")
+
+    told = table("patient", [1, 1, 2, 2])
+    assert len(told.warnings) == 1
+    assert told.warnings[0].startswith("images with the same 'patient' may end up in different")
+    assert table("patient", [1, 2, 3, 4]).warnings == ()
+    assert table("group", [1, 1, 2, 2]).warnings == ()
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from regard.data.folders import split_word
-from regard.data.table import ImageTable
+from regard.data.manifest import groups_line, may_be_groups
+from regard.data.table import ImageTable, all_or_no_groups
 from regard.errors import FileError, UsageError
 from regard.extras import require
 from regard.files import plural, reason, shortened
 
 _IMAGES = ("image", "img")  # preferred column names if there are several
 _LABELS = ("label", "labels")
+_GROUP = "group"
 _ADVICE = "load it with `datasets` and give the folder that `save_to_disk` writes"
 _WORDS = "ClassLabel, or of strings or integers called label"
 _NUMBER = re.compile(r"-?[0-9]+")
@@ -31,11 +33,13 @@ def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
     For a data set with several configurations, `source` is NAME:CONFIG. Images come from the column
     of type Image (if there are several, the one named image or img), labels from the column of type
     ClassLabel (if there are several, the one named label or labels), else from strings or integers
-    in a column of that name. Images without a label (None, -1 or "") and rows without an image are
-    left out with a warning, as are splits other than train, validation and test.
+    in a column of that name, groups from one called group. Images without a label (None, -1 or "")
+    and rows without an image are left out with a warning, as are splits other than train,
+    validation and test.
 
     Raises:
-        UsageError: the extra is not installed, or the columns or splits are not usable.
+        UsageError: the extra is not installed, or the columns or splits are not usable; an image
+            without a group, where others have one.
         FileError: it can't be loaded or unpacked.
     """
     require("hf", name)
@@ -51,15 +55,21 @@ def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
     location = os.path.abspath(path) if os.path.exists(path) else ""
     inside = bool(location) and rows.files[0].startswith(os.path.join(location, ""))
     lines = [f"{plural(n, 'image')} of {what}" for what, n in rows.left_out.items() if n]
+    warnings = [f"left out: {shortened(lines, 6)}"] if lines else []
+    groups = all_or_no_groups(name, rows.groups)
+    if groups is None:
+        told = (groups_line(c, found, len(rows.files)) for c, found in rows.further.items())
+        warnings += [line for line in told if line]
     return ImageTable(
         name=name,
         classes=rows.classes,
         labels=np.array([number[label] for label in rows.labels], np.int64),
         splits=np.array(rows.splits, "U5"),
+        groups=groups,
         files=rows.files,
         base=location if inside else str(cache / "hf"),
         location=location,
-        warnings=(f"left out: {shortened(lines, 6)}",) if lines else (),
+        warnings=tuple(warnings),
     )
 
 
@@ -102,6 +112,8 @@ class _Rows:
     files: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)  # "": none
+    further: dict[str, set[str]] = field(default_factory=dict)  # values of what may be groups
     classes: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
@@ -127,9 +139,28 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
         rows.files += files.values()
         rows.labels += [str(labels[i]) for i in files]
         rows.splits += [splits[key]] * len(files)
+        groups = _words(f"{name}: {key}", part, _GROUP) if _GROUP in part.features else {}
+        rows.groups += [groups.get(i, "") for i in files]
+        for column in filter(may_be_groups, part.features):
+            if _is_word(part.features[column]):
+                found = _words(name, part, column)
+                rows.further.setdefault(column, set()).update(found[i] for i in files if i in found)
     if not named:
         rows.classes.sort(key=lambda c: (0, int(c), "") if _NUMBER.fullmatch(c) else (1, 0, c))
     return rows
+
+
+def _words(where: str, part: Any, column: str) -> dict[int, str]:
+    """{row: value} of a column as text, without rows that have none.
+
+    Raises:
+        UsageError: the column holds neither strings nor integers nor classes.
+    """
+    names = getattr(part.features[column], "names", None)
+    if names is None and not _is_word(part.features[column]):
+        raise UsageError(f"{where}: the column {column!r} holds neither strings nor integers")
+    held = ((i, v) for i, v in enumerate(part[column]) if v is not None and v != "")
+    return {i: str(v if names is None else names[v]).strip() for i, v in held}
 
 
 def _splits(name: str, keys: list[str]) -> dict[str, str]:

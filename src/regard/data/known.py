@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from regard.data.table import SPLITS, ImageTable, StackedArrays
 from regard.errors import FileError, UsageError
-from regard.files import NPZ_FAULTS, reason
+from regard.files import NPZ_FAULTS, plural, reason
+
+_FEWEST = 1000  # classes that a MedMNIST file may have, however few its images
 
 
 def _in_memory(
@@ -92,6 +94,9 @@ def open_medmnist(name: str, path: Path) -> ImageTable:
     except NPZ_FAULTS as error:
         raise UsageError(f"{name}: is not a readable .npz file ({reason(error)})") from error
     highest = max(int(labels.max(initial=0)) for _, labels in parts.values())
+    count = sum(len(labels) for _, labels in parts.values())
+    if highest >= max(count, _FEWEST):
+        raise UsageError(f"{name}: has the label {highest}, but only {plural(count, 'image')}")
     location = os.path.abspath(path)
     return _in_memory(name, [str(c) for c in range(highest + 1)], parts, location=location)
 

@@ -4,7 +4,7 @@ import csv
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from itertools import chain
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -239,14 +239,9 @@ class _Manifest:
                 yield f"{times} columns are called {name!r}: the first one is used"
         if "group" in self.columns:
             return
-        count = len(self.labels)
         for name, cells in self.further.items():
-            # some groups have several images, and there are too many for a category
-            if _OF_GROUPS.search(name) and count / 20 < len(cells.index) < count:
-                yield (
-                    f"images with the same {name!r} may end up in different splits, which makes "
-                    "scores too good: call the column 'group' to keep them together"
-                )
+            if may_be_groups(name) and (line := groups_line(name, cells.index, len(self.labels))):
+                yield line
 
 
 class _Cells:
@@ -267,6 +262,28 @@ class _Cells:
     def array(self) -> NDArray[np.object_]:
         """(N,) strings; equal ones are one object."""
         return np.array(list(self.index), dtype=object)[np.asarray(self.codes)]
+
+
+def may_be_groups(column: str) -> bool:
+    """Whether the name of a column says that it may hold groups, such as patients."""
+    return bool(_OF_GROUPS.search(column.lower()))
+
+
+def groups_line(column: str, values: Sized, images: int) -> str | None:
+    """A warning that a column may hold the groups, which are not known; None if it may not.
+
+    Args:
+        column: its name, for which `may_be_groups`.
+        values: the distinct ones.
+        images: their number.
+    """
+    # some groups have several images, and there are too many for a category
+    if not images / 20 < len(values) < images:
+        return None
+    return (
+        f"images with the same {column!r} may end up in different splits, which makes scores too "
+        "good: call the column 'group' to keep them together"
+    )
 
 
 def _suffix(path: str) -> str:

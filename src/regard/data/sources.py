@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 _LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
+_POINT_ZERO = re.compile(r"(?<=\d)\.0+$")
 # what programs write where a value is missing
 _NOT_THERE = frozenset({"nan", "<na>", "na", "n/a", "#n/a", "null"})
 _MISSING = _NOT_THERE | {"none", "unknown", "?", "-"}  # these may be names of classes
@@ -89,13 +90,17 @@ def open_data(
 
 
 def folded(name: str) -> str:
-    """The name without what people and Excel change: case, spaces and leading zeros."""
-    plain = "".join(unicodedata.normalize("NFKC", name).casefold().split())
-    return _LEADING_ZEROS.sub("", plain)
+    """The name without what people and programs change: case, spaces, 007 and 7.0 for 7."""
+    plain = _LEADING_ZEROS.sub("", "".join(unicodedata.normalize("NFKC", name).casefold().split()))
+    return _POINT_ZERO.sub("", plain) if _is_number(plain) else plain
+
+
+def _is_number(name: str) -> bool:
+    return name.removeprefix("-").replace(".", "", 1).isdigit()
 
 
 def _spelled_alike(kind: str, names: Sequence[str] | NDArray[np.str_] | None) -> str | None:
-    """A warning of names that may mean the same: they differ in case, spaces or leading zeros."""
+    """A warning of names that may mean the same: they are the same when `folded`."""
     first: dict[str, str] = {}
     alike = []
     for name in [] if names is None else np.unique(names).tolist():

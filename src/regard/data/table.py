@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from regard.data.images import ValueRange, read_image, to_channels
 from regard.data.paths import PathList
 from regard.errors import UsageError
-from regard.files import shortened
+from regard.files import plural, shortened
 
 SPLITS = ("train", "val", "test")
 
@@ -145,6 +145,20 @@ class ImageTable:
             rows=rows,
             columns={name: values[at] for name, values in self.columns.items()},
         )
+
+
+def all_or_no_groups(name: str, groups: list[str]) -> NDArray[np.str_] | None:
+    """(N,) groups of images; None if all are "".
+
+    Raises:
+        UsageError: some are "".
+    """
+    if not any(groups):
+        return None
+    if missing := groups.count(""):
+        count = plural(missing, "image")
+        raise UsageError(f"{name}: {count} without a group, but others have one")
+    return np.array(groups)
 
 
 def class_counts(table: ImageTable) -> dict[str, dict[str, int]]:

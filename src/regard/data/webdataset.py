@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 
 from regard.data.folders import SPLIT_WORDS, split_word
 from regard.data.images import IMAGE_SUFFIXES
+from regard.data.manifest import groups_line, may_be_groups
 from regard.data.members import MemberList
 from regard.data.paths import PathList
-from regard.data.table import ImageTable
+from regard.data.table import ImageTable, all_or_no_groups
 from regard.errors import FileError, UsageError
 from regard.files import plural, reason, shortened
 
@@ -138,6 +139,7 @@ class _Samples:
     labels: list[str] = field(default_factory=list)  # "": no label
     groups: list[str] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)  # one per shard
+    further: dict[str, set[str]] = field(default_factory=dict)  # values of what may be groups
     places: list[tuple[int, int, int]] = field(default_factory=list)  # shard, offset, size
     left_out: Counter[str] = field(default_factory=Counter)
 
@@ -204,6 +206,9 @@ class _Samples:
         self.names.append(image.name)
         self.labels.append(label)
         self.groups.append(_scalar(where, "group", more.get("group")))
+        for column, value in more.items():
+            if may_be_groups(column) and isinstance(value, str | int):
+                self.further.setdefault(column, set()).add(str(value))
         self.places.append((len(self.splits) - 1, image.offset_data, image.size))
 
     def table(self, shards: Sequence[str], pattern: str) -> ImageTable:
@@ -228,25 +233,20 @@ class _Samples:
         places = np.array(self.places, np.int64)[rows]
         of = places[:, 0]
         names = PathList.of(self.names[row] for row in rows.tolist())
-        left_out = [f"left out: {self._left_out()}"] if self.left_out else []
+        lines = [f"left out: {self._left_out()}"] if self.left_out else []
+        groups = all_or_no_groups(self.name, [self.groups[row] for row in rows.tolist()])
+        if groups is None:
+            told = (groups_line(key, found, len(rows)) for key, found in self.further.items())
+            lines += [line for line in told if line]
         return ImageTable(
             name=self.name, classes=classes, labels=indices,
             splits=np.array(self.splits, "U5")[of],
-            groups=self._groups(rows),
+            groups=groups,
             files=MemberList(names, shards, of.astype(np.int32), places[:, 1], places[:, 2]),
             base=base,
             location=_location(pattern),
-            warnings=(*self.warnings, *left_out),
+            warnings=(*self.warnings, *lines),
         )  # fmt: skip
-
-    def _groups(self, rows: NDArray[np.int64]) -> NDArray[np.str_] | None:
-        groups = [self.groups[row] for row in rows.tolist()]
-        if not any(groups):
-            return None
-        if missing := groups.count(""):
-            count = plural(missing, "image")
-            raise UsageError(f"{self.name}: {count} without a group, but others have one")
-        return np.array(groups)
 
     def _left_out(self) -> str:
         return ", ".join(f"{count:,} {what}" for what, count in self.left_out.items())
