@@ -97,7 +97,10 @@ def test_predict_averages_networks_and_says_how_far_they_differ(folds, scans, tm
     assert answer["disagreement"] in (0.0, 0.5)
     out = tmp_path / "x.csv"
     call = ["predict", str(a), str(b), str(picture), "--csv", str(out)]
+    capsys.readouterr()
     assert run_command([*call, "--tta", "flips"]) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "new images" in line]
+    assert [line.partition(": of 1 image 1 ")[0] for line in warned] == [f"regard: {b}"]
     (row,) = rows_of(out)
     assert row["tta"] == "flips"
     assert float(row["sd1"]) >= 0

@@ -128,6 +128,8 @@ def test_patients_that_are_not_called_group_are_told(tmp_path):
         ({"a.jpg": b"x", "a.cls": b"\xff"}, "is not UTF-8"),
         ({"a.jpg": b"x", "a.json": b"{"}, "a: its .json can't be read"),
         ({"a.jpg": b"x"}, "no image with a label"),
+        ({"a.1.jpg": b"x", "a.cls": b"c", "b.jpg": b"x", "b.cls": b"d"},
+         r"only one class \('d'\); .* \(left out: 1 images with another dot"),
         ({"a.jpg": b"x", "a.json": b'{"label": "c", "group": "g"}', "b.jpg": b"x", "b.cls": b"d"},
          "1 image without a group"),
     ],

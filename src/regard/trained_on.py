@@ -108,14 +108,19 @@ class KnownImages:
         same = bool(both) and all(own == name or folded(own) == folded(name) for own, name in both)
         return Overlap(images, groups, np.array(named, "U5")[codes], same)
 
-    def watch(self, paths: Iterable[PathT]) -> Iterator[PathT]:
-        """Yields the same paths, counting the run's own images, and logs the counts at the end."""
+    def watch(self, paths: Iterable[PathT], name: str = "") -> Iterator[PathT]:
+        """Yields the same paths, counting the run's own images, and logs the counts at the end.
+
+        Args:
+            paths: of images.
+            name: the run's, for the line that is logged.
+        """
         counts: Counter[str] = Counter()
         for path in paths:
             counts[str(self.splits_of(np.array([file_hash(path)], np.uint64))[0])] += 1
             yield path
         if line := overlap_line(counts, counts.total()):
-            logger.warning(line)
+            logger.warning(f"{name}: {line}" if name else line)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,10 +211,18 @@ def known_images(run: str | os.PathLike[str]) -> KnownImages | None:
     return known if len(known) else None
 
 
-def watch(run: str | os.PathLike[str], paths: Iterable[PathT]) -> Iterator[PathT]:
-    """Yields the same paths; counts those that trained the run and logs this at the end."""
+def watch(
+    run: str | os.PathLike[str], paths: Iterable[PathT], *, named: bool = False
+) -> Iterator[PathT]:
+    """Yields the same paths; counts those that trained the run and logs this at the end.
+
+    Args:
+        run: its folder.
+        paths: of images.
+        named: whether what is logged begins with the run.
+    """
     known = known_images(run)
-    return iter(paths) if known is None else known.watch(paths)
+    return iter(paths) if known is None else known.watch(paths, os.fspath(run) if named else "")
 
 
 def overlap_line(counts: Counter[str], total: int, related: int = 0, groups: int = 0) -> str | None:

@@ -118,7 +118,7 @@ def command(
             repeated = table.repeated
         again, others = list(islice(names, repeated)), names
         for each in runs:
-            others = watch(each, others)  # earlier answers were counted then
+            others = watch(each, others, named=len(runs) > 1)  # earlier answers were counted then
         names = chain(again, others)
         code = _predict(classifier, names, top, write, counts, repeated)
     if counts.done == 0 and code == 0 and (share is None or next(_names(images), None) is None):

@@ -78,7 +78,9 @@ def open_data(
     table = _opened(name, Path(root or "~/.cache/regard").expanduser(), splits)
     if len(table.classes) < min_classes:
         only = f"only one class ({table.classes[0]!r})" if table.classes else "no class"
-        raise UsageError(f"{table.name}: {only}; two or more are needed")
+        left_out = "; ".join(line for line in table.warnings if "left out" in line)
+        why = f" ({left_out})" if left_out else ""
+        raise UsageError(f"{table.name}: {only}; two or more are needed{why}")
     lines = (
         _spelled_alike("classes", table.classes),
         _spelled_alike("groups", table.groups),
