@@ -1,8 +1,10 @@
 """One thread a process: two test processes share two cores, and sums come out the same."""
 
+import gc
 import os
 import shutil
 
+gc.disable()  # while all is imported and collected, of which nothing is rubbish
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["REGARD_DEVICE"] = "cpu"  # also where a GPU is; tests marked gpu ask for theirs
@@ -44,6 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: no search for rubbish looks at it again."""
+    gc.freeze()
+    gc.enable()
 
 
 write_report = train._report

@@ -142,10 +142,12 @@ def _nursery() -> str:
 
 def serve(address: str) -> dict:
     """Forks a child for each request. Returns in the child only, with its request."""
+    gc.disable()
     for name in PRELOADED:
         with contextlib.suppress(ModuleNotFoundError):  # of an extra: its own tests will say so
             importlib.import_module(name)
     gc.freeze()  # what is imported is no rubbish; looking at it would copy its pages
+    gc.enable()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
     listener.listen(100)

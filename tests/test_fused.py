@@ -100,7 +100,6 @@ def test_what_a_call_shares_is_freed_with_its_graph(of_map, of_gates, backward):
         del out
         gc.collect()
         assert not any(type(each) is fused._Shared for each in gc.get_objects())
-        gc.unfreeze()
 
 
 def test_a_mean_far_from_zero_costs_no_digits_of_the_deviation():

@@ -33,7 +33,6 @@ def without_collection():
     gc.disable()
     yield
     gc.enable()
-    gc.unfreeze()
 
 
 def alive(*kinds: type) -> int:

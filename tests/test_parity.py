@@ -19,12 +19,30 @@ def split_name(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
-def loaded(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
-    network, arguments = split_name(name)
-    model = regard.create_model(network, **arguments).to(dtype).eval()
-    entry = NETWORKS[name]
+@pytest.fixture(scope="module")
+def loaded(request) -> tuple[str, nn.Module, Tensor]:
+    """A network's name, the network with the authors' weights, in float32, and its input.
+
+    Filling tens of millions of weights takes longer than a pass: once for a network's tests.
+    """
+    network, arguments = split_name(request.param)
+    model = regard.create_model(network, **arguments)
+    entry = NETWORKS[request.param]
     regard.load_authors_weights(model, {n: fill(n, shape) for n, shape in entry["tensors"]})
-    return model, torch.from_numpy(fill("input", entry["input"])).to(dtype)
+    return request.param, model, torch.from_numpy(fill("input", entry["input"]))
+
+
+@pytest.fixture
+def in_float64(loaded) -> tuple[str, nn.Module, Tensor]:
+    """In evaluation mode, as `in_float32`, from which it differs in no weight."""
+    name, model, x = loaded
+    return name, model.double().eval(), x.double()
+
+
+@pytest.fixture
+def in_float32(loaded) -> tuple[str, nn.Module, Tensor]:
+    name, model, x = loaded
+    return name, model.float().eval(), x
 
 
 def heads(model: nn.Module, x: Tensor) -> Tensor:
@@ -38,20 +56,20 @@ def error(ours: Tensor, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(ours.numpy() - theirs) / np.linalg.norm(theirs))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("loaded", NETWORKS, indirect=True)
 @torch.no_grad()
-def test_float64_equals_the_authors_to_the_last_bit_kept(name):
-    model, x = loaded(name, torch.float64)
+def test_float64_equals_the_authors_to_the_last_bit_kept(in_float64):
+    name, model, x = in_float64
     theirs = [OUTPUTS[f"{name}/{i}"] for i in range(NETWORKS[name]["outputs"])]
     ours = heads(model, x) if len(theirs) > 1 else model(x)[:, None]
     for i, answer in enumerate(theirs):  # theirs is float64 rounded to float32
         assert error(ours[:, i].float(), answer) < 1e-9
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("loaded", NETWORKS, indirect=True)
 @torch.no_grad()
-def test_float32_is_within_1e_5(name):
-    model, x = loaded(name, torch.float32)
+def test_float32_is_within_1e_5(in_float32):
+    name, model, x = in_float32
     theirs = [OUTPUTS[f"{name}/{i}"] for i in range(NETWORKS[name]["outputs"])]
     if name.endswith("_mean"):
         probabilities = [torch.from_numpy(t).softmax(dim=1) for t in theirs]
@@ -60,10 +78,10 @@ def test_float32_is_within_1e_5(name):
         assert error(model(x), theirs[0]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["attention56", "attention92", "attentionnext56"])
+@pytest.mark.parametrize("loaded", ["attention56", "attention92", "attentionnext56"], indirect=True)
 @torch.no_grad()
-def test_soft_masks_are_the_authors(name):
-    model, x = loaded(name, torch.float64)
+def test_soft_masks_are_the_authors(in_float64):
+    name, model, x = in_float64
     with regard.record(model) as maps:
         model(x)
     layers = [key for key in OUTPUTS if key.startswith(f"{name}/map/")]
