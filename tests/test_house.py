@@ -1,6 +1,7 @@
 """What holds the house together beyond the direction of imports, which lint-imports checks."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ SOURCE = Path(regard.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 
+@functools.cache
 def trees():
     return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in MODULES]
 

@@ -300,7 +300,8 @@ def test_muon_multiplies_in_float32_on_a_cpu_and_moves_no_matrix_without_a_gradi
 def test_muon_is_timms_and_its_state_goes_on_there(nesterov):
     """Stacked by shape, with what is frozen or has no gradient left out."""
     torch.manual_seed(0)
-    model = create_model("attention56_cifar").to(memory_format=torch.channels_last)
+    model = create_model("cbam_resnet18", channels=(16, 16, 32, 32), num_classes=3)
+    model = model.to(memory_format=torch.channels_last)
     recipe = Recipe(optimizer="muon", lr=0.015, weight_decay=0.1, nesterov=nesterov)
     ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
     one = make_optimizer(ours, recipe)
