@@ -4,7 +4,6 @@ import gc
 import os
 import shutil
 
-gc.disable()  # while all is imported and collected, of which nothing is rubbish
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["REGARD_DEVICE"] = "cpu"  # also where a GPU is; tests marked gpu ask for theirs
@@ -51,7 +50,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What was imported and collected stays: no search for rubbish looks at it again."""
     gc.freeze()
-    gc.enable()
 
 
 write_report = train._report
