@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regard import familiarity, run_data
 from regard.commands import train
 from tests import nursery
 from tests.helpers import Server, jpeg, run, settings
@@ -51,6 +52,9 @@ def pytest_collection_finish() -> None:
     """What was imported and collected stays: no search for rubbish looks at it again."""
     gc.freeze()
 
+
+# few images are read sooner than processes as large as a test's are forked to read them
+familiarity.default_workers = run_data.default_workers = lambda: 0
 
 write_report = train._report
 

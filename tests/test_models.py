@@ -1,5 +1,7 @@
 """Every network answers timm's verbs, at any size, in half precision, compiled, exported."""
 
+import copy
+import functools
 import math
 
 import pytest
@@ -16,25 +18,51 @@ EVERY = regard.list_models()
 KINDS = ["attention56_cifar", "attentionnext56", "cbam_resnet18", "cbam_resnet50", "se_resnet18",
          "se_mobilenet_070", "wide_resnet18_1_5", "plain_attention56_cifar", "sononet8",
          "ag_sononet8"]  # fmt: skip
-# as others, but deeper or of another base
+# as others, but deeper, wider or of another base
 _DEEPER = {
-    "attention128_cifar", "attention164_cifar", "attention236_cifar", "attention452_cifar",
-    "plain_attention128_cifar", "plain_attention164_cifar", "plain_attention236_cifar",
-    "plain_attention452_cifar", "attentionnext92", "plain_attentionnext92", "plain_resnet101",
-    "plain_resnext101_32x4d", "se_resnet101", "se_resnext101_32x4d", "se_wide_resnet18_2",
+    "attention92", "attention92_cifar", "attention128_cifar", "attention164_cifar",
+    "attention236_cifar", "attention452_cifar", "attentionnext92", "plain_attention92",
+    "plain_attention92_cifar", "plain_attention128_cifar", "plain_attention164_cifar",
+    "plain_attention236_cifar", "plain_attention452_cifar", "plain_attentionnext92",
+    "cbam_resnet34", "cbam_resnet101", "cbam_resnext101_32x4d", "cbam_wide_resnet18_2",
+    "se_resnet34", "se_resnet101", "se_resnext101_32x4d", "se_wide_resnet18_2",
+    "plain_resnet34", "plain_resnet101", "plain_resnext101_32x4d", "wide_resnet18_2",
 }  # fmt: skip
 DEEPER_ONES_SLOW = [
     pytest.param(name, marks=pytest.mark.slow) if name in _DEEPER else name for name in EVERY
 ]
-_LARGE = {"attentionnext56", "cbam_resnet50", "se_mobilenet_070"}
+# and those without attention, which have no module that their twins lack
+_LARGE = {
+    "attentionnext56", "cbam_resnet50", "se_mobilenet_070", "wide_resnet18_1_5",
+    "plain_attention56_cifar",
+}  # fmt: skip
 LARGE_ONES_SLOW = [
     pytest.param(name, marks=pytest.mark.slow) if name in _LARGE else name for name in KINDS
 ]
 HEADS = {"mean": 3, "deep_sup": 4}
 
 
-def small_input(model, batch=2, side=64):
-    return torch.randn(batch, model.default_cfg["input_size"][0], side, side)
+def small_input(model, batch=2, side=None):
+    """Images of 64x64 pixels if no other size is asked for, and of 32x32 for CIFAR's networks."""
+    channels, *sides = model.default_cfg["input_size"]
+    side = side or min(64, *sides)
+    return torch.randn(batch, channels, side, side)
+
+
+@functools.cache
+def shared(name):
+    """A network of 3 classes in evaluation mode, made once. Whoever changes it takes a copy."""
+    return regard.create_model(name, num_classes=3).eval()
+
+
+def copied(name):
+    return copy.deepcopy(shared(name))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _none_is_kept():
+    yield
+    shared.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +70,15 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("name", DEEPER_ONES_SLOW)
-def test_training_reaches_every_parameter(name):
-    model = regard.create_model(name, num_classes=7).train()
+@pytest.fixture(scope="module")
+def each(request):
+    """A network of 7 classes. The tests of one follow one another, and each sets its mode."""
+    return regard.create_model(request.param, num_classes=7)
+
+
+@pytest.mark.parametrize("each", DEEPER_ONES_SLOW, indirect=True)
+def test_training_reaches_every_parameter(each):
+    model, name = each.train(), each.default_cfg["architecture"]
     outputs = model(small_input(model))
     assert outputs.shape == ((2, 3, 7) if name.startswith("ag_") else (2, 7))
     outputs.square().mean().backward()
@@ -53,10 +87,10 @@ def test_training_reaches_every_parameter(name):
         assert p.grad.isfinite().all(), parameter_name
 
 
-@pytest.mark.parametrize("name", DEEPER_ONES_SLOW)
+@pytest.mark.parametrize("each", DEEPER_ONES_SLOW, indirect=True)
 @torch.no_grad()
-def test_features_head_and_classifier(name):
-    model = regard.create_model(name).eval()
+def test_features_head_and_classifier(each):
+    model = each.eval()
     x = small_input(model, batch=1)
     features = model.forward_features(x)
     assert features.shape[1] == model.num_features
@@ -89,12 +123,12 @@ def test_default_configuration_names_what_is_there(name):
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_intermediates_features_only_and_checkpointing(name):
-    model = regard.create_model(name).eval()
+    model = copied(name)
     x = small_input(model, batch=1)
     final, maps = model.forward_intermediates(x)
     info = FeatureInfo(model.feature_info, len(model.feature_info))
     assert [m.shape[1] for m in maps] == info.channels()
-    assert [m.shape[2] for m in maps] == [math.ceil(64 / r) for r in info.reduction()]
+    assert [m.shape[2] for m in maps] == [math.ceil(x.shape[2] / r) for r in info.reduction()]
     assert torch.equal(final, model.forward_features(x))
     (only,) = model.forward_intermediates(x, indices=[2], intermediates_only=True, stop_early=True)
     assert torch.equal(only, maps[2])
@@ -123,7 +157,7 @@ def test_checkpointing_gives_the_same_gradients(name):
 @pytest.mark.parametrize("size", [(65, 97), (33, 48), (127, 64)])
 @torch.no_grad()
 def test_odd_and_rectangular_sizes(name, size):
-    model = regard.create_model(name).eval()
+    model = shared(name)
     logits = model(torch.randn(1, model.in_chans, *size))
     assert logits.isfinite().all()
     assert logits.std() > 0
@@ -138,7 +172,7 @@ def test_odd_and_rectangular_sizes(name, size):
     ],
 )
 def test_too_small_an_image_is_told(name, side, message):
-    model = regard.create_model(name).eval()
+    model = shared(name)
     with pytest.raises(ValueError, match=message):
         model(torch.randn(1, model.in_chans, side, side))
 
@@ -152,7 +186,7 @@ def test_too_small_an_image_is_told(name, side, message):
     ],
 )  # fmt: skip
 def test_bfloat16_autocast_trains_without_nan(name):
-    model = regard.create_model(name, num_classes=4).train()
+    model = copied(name).train()
     x = small_input(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = model(x)
@@ -220,7 +254,7 @@ def test_gradients_of_the_largest_survive_compiling_in_half_precision(largest, p
 @pytest.mark.parametrize("name", LARGE_ONES_SLOW)
 @torch.no_grad()
 def test_exports_with_dynamic_batch(name):
-    model = regard.create_model(name, num_classes=3).eval()
+    model = shared(name)
     x = small_input(model)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
@@ -259,7 +293,7 @@ def test_torchscript_and_fx(name):
 def test_parameter_groups_cover_every_parameter(name):
     from timm.optim import param_groups_layer_decay
 
-    model = regard.create_model(name)
+    model = shared(name)
     groups = param_groups_layer_decay(model, layer_decay=0.5)
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     assert len({g["lr_scale"] for g in groups}) > 3
@@ -303,7 +337,7 @@ def test_filters_of_the_first_block_can_be_chosen():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_new_classifier_fits_its_network(name):
-    model = regard.create_model(name, num_classes=3).bfloat16().eval()
+    model = copied(name).bfloat16()
     model.reset_classifier(5)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not any(m.training for m in model.modules())
@@ -334,7 +368,7 @@ def test_a_new_classifier_keeps_the_pooling_and_tells_its_width(name):
 @torch.no_grad()
 def test_a_pruned_network_gives_its_last_map(name):
     for index in (0, 2):
-        model = regard.create_model(name, num_classes=3).eval()
+        model = copied(name)
         x = small_input(model, batch=1)
         (wanted,) = model.forward_intermediates(x, indices=[index], intermediates_only=True)
         assert model.prune_intermediate_layers([index]) == [index]
@@ -360,7 +394,7 @@ def test_device_and_precision_are_arguments(name):
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_torchvision_and_fx_trace_it_unasked(name):
-    model = regard.create_model(name, num_classes=3).eval()
+    model = shared(name)
     x, larger = small_input(model), small_input(model, batch=1, side=96)
     node = model.feature_info[2]["module"]
     extractor = create_feature_extractor(model, [node], suppress_diff_warning=True)

@@ -39,14 +39,23 @@ def table():
     return assign_splits(open_data("digits"), val=0.1, test=0.1, seed=0)
 
 
+@pytest.fixture(scope="module")
+def plain():
+    torch.manual_seed(0)
+    return timm.create_model("resnet18").eval()
+
+
+@pytest.fixture(scope="module")
+def its_file(plain) -> bytes:
+    return save(plain.state_dict())
+
+
 @pytest.fixture
-def served(tmp_path, monkeypatch):
+def served(plain, its_file, tmp_path, monkeypatch):
     """A hub that has random weights of timm's resnet18."""
     running = Hub()
-    torch.manual_seed(0)
-    plain = timm.create_model("resnet18")
-    running.files[FILE] = save(plain.state_dict())
-    running.plain = plain.eval()
+    running.files[FILE] = its_file
+    running.plain = plain
     point_at(running.url, tmp_path / "cache", monkeypatch)
     yield running
     if not running.stopped.is_set():

@@ -161,7 +161,8 @@ EVERYTHING = Recipe(
     [
         ("cbam_resnet18", 32, 3, Recipe(batch_size=8), SMALL_RESNET),
         ("cbam_resnet18", 32, 3, EVERYTHING, SMALL_RESNET),
-        ("attention56_cifar", 32, 3, Recipe(batch_size=8, accumulate=2, ema_decay=0.9), {}),
+        ("attention56_cifar", 32, 3, Recipe(batch_size=8, accumulate=2, ema_decay=0.9),
+         {"t": 1}),
         ("ag_sononet8", 64, 1, EVERYTHING.changed(batch_size=7), {"aggregation": "ft"}),
         ("ag_sononet8", 64, 1, Recipe(batch_size=8, self_adaptive=0.9), {}),
     ],
@@ -180,7 +181,7 @@ def test_cudnn_searches_for_the_fastest_kernels_of_steps_alone(monkeypatch):
         lambda *_: seen.add(torch.backends.cudnn.benchmark)
     )
     with hook:
-        waits("cbam_resnet18", 32, 3, Recipe(batch_size=8), monkeypatch, stem="cifar")
+        waits("cbam_resnet18", 32, 3, Recipe(batch_size=8), monkeypatch, **SMALL_RESNET)
     assert seen == {True}
     assert not torch.backends.cudnn.benchmark
 
