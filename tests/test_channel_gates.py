@@ -91,18 +91,17 @@ def test_explain_tells_of_gates_that_do_not_attend(scans, tmp_path, capsys):
         network(dead=DEAD), tmp_path / "net", class_names=["0", "1", "2"],
         data_config={"input_size": (3, 32, 32)},
     )  # fmt: skip
-    images = sorted(scans.glob("*/0[01].png"))
+    images = sorted(scans.glob("[01]/00.png"))
     for _ in range(2):  # the second call reads what the first one wrote
-        call = ["explain", tmp_path / "net", *images, "--score", "--method", "gradcam",
-                "--out", tmp_path / "out"]  # fmt: skip
+        call = ["explain", tmp_path / "net", *images, "--score", "--out", tmp_path / "out"]
         assert run_command([str(argument) for argument in call]) == 0
         said = capsys.readouterr().out
-        assert "2 of 8 channel gates have the same values for each of 6 images" in said
+        assert "2 of 8 channel gates have the same values for each of 2 images" in said
         text = (tmp_path / "out" / "scores.json").read_text(encoding="utf-8")
         gates = json.loads(text)["channel_gates"]
         assert [name for name, gate in gates.items() if gate["same"]] == list(DEAD)
         assert gates[DEAD[0]]["channels"] == 8
-    assert "6 images unchanged" in said
+    assert "2 images unchanged" in said
 
 
 @pytest.mark.report

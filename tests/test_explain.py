@@ -488,26 +488,31 @@ def test_masks_are_matched_by_relative_paths(small, scene, capsys):
     assert chances("new")["gate3.map"]["chance"] == pytest.approx(40 / 400)  # of the crop
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        (None, "no box"), ("10,2,5,8", "larger than"), ("2,8,9,3", "larger than"),
-        ("0.1,0.2,0.5,0.8", "fractions"), ("30,2,40,8", "nothing inside"),
-        ("-9,2,-1,8", "outside the image"), ("1,2,inf,8", "not finite"),
-        ("2.1,2,2.2,9", "no pixel"), ("0,0,2,20", "outside what the network saw"),
-    ],
-)  # fmt: skip
-def test_boxes_that_mark_nothing_are_named_skipped_and_counted(small, scene, row, reason, capsys):
+NO_BOXES = [
+    (None, "no box"), ("10,2,5,8", "larger than"), ("2,8,9,3", "larger than"),
+    ("0.1,0.2,0.5,0.8", "fractions"), ("30,2,40,8", "nothing inside"),
+    ("-9,2,-1,8", "outside the image"), ("1,2,inf,8", "not finite"),
+    ("2.1,2,2.2,9", "no pixel"), ("0,0,2,20", "outside what the network saw"),
+]  # fmt: skip
+
+
+def test_boxes_that_mark_nothing_are_named_skipped_and_counted(small, scene, capsys):
     rows = ["path,x0,y0,x1,y1", "a/x.png,0,0,12,10"]
-    Path("boxes.csv").write_text(
-        "\n".join(rows + [f"b/x.png,{row}"] * (row is not None)), encoding="utf-8"
-    )
-    assert command(small, "a", "b", "--masks", "boxes.csv", "--method", "attention") == 1
-    err = capsys.readouterr().err
-    assert "b/x.png" in err
-    assert reason in err
+    reasons = {}
+    for n, (row, reason) in enumerate(NO_BOXES):
+        shutil.copytree("b", f"b{n}")
+        rows += [f"b{n}/x.png,{row}"] * (row is not None)
+        reasons[f"b{n}/x.png"] = reason
+    Path("boxes.csv").write_text("\n".join(rows), encoding="utf-8")
+    folders = [f"b{n}" for n in range(len(NO_BOXES))]
+    assert command(small, "a", *folders, "--masks", "boxes.csv", "--method", "attention") == 1
+    *_, count = said = capsys.readouterr().err.splitlines()
+    assert f"{len(NO_BOXES)} images" in count
     found = json.loads(Path("explained/scores.json").read_text(encoding="utf-8"))
-    assert list(found["skipped_masks"]) == ["b/x.png"]
+    assert sorted(found["skipped_masks"]) == list(reasons)
+    for name, reason in reasons.items():
+        assert [reason in line for line in said if name in line] == [True]
+        assert reason in found["skipped_masks"][name]
     assert found["pointing"]["gate3.map"]["images"] == 1
     assert found["pointing"]["gate3.map"]["chance"] == pytest.approx(0.25)
     rows = rows_of(Path("explained/scores.csv"))
