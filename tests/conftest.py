@@ -59,14 +59,11 @@ familiarity.default_workers = run_data.default_workers = lambda: 0
 write_report = train._report
 
 
-def no_report(folder: Path, device: str) -> Path:
-    return folder / "report.html"
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A run in a test's own process gets its report, which takes most of its time, if asked for."""
-    train._report = write_report if item.get_closest_marker("report") else no_report
+    """A test's run gets its report, which takes most of its time, if the test asks for it."""
+    nursery.reports = item.get_closest_marker("report") is not None
+    train._report = write_report if nursery.reports else nursery.no_report
 
 
 @pytest.fixture(scope="session")
@@ -85,9 +82,11 @@ def scans(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(scans, tmp_path_factory) -> Path:
-    """A run that nobody disturbed."""
+    """A run that nobody disturbed, with its report."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    run(*settings(scans, out))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nursery, "reports", True)
+        run(*settings(scans, out))
     return out
 
 

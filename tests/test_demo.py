@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 import regard
 from tests.helpers import rows_of, run
 
+pytestmark = pytest.mark.report
+
 
 def demo(folder: Path, *arguments: str, code: int = 0) -> str:
     return run("demo", "--out", folder, *arguments, code=code)

@@ -37,6 +37,8 @@ INPUTS = {
     "cbam_resnet18": ((3, 40, 32), "fixed"),
     "sononet8": ((1, 32, 40), "image"),
 }
+# one block a stage: converting takes as long as there are layers
+SHORT = {"cbam_resnet18": {"layers": (1, 1, 1, 1)}}
 QUICK = [("eager", "fp32"), ("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
 
 
@@ -45,6 +47,7 @@ def lively(
 ) -> nn.Module:
     """A network whose BNs are not the identity and whose gates are not one half."""
     torch.manual_seed(0)
+    arguments = {**SHORT.get(name, {}), **arguments}
     channels = channels or INPUTS[name][0][0]
     model = regard.create_model(name, num_classes=classes, in_chans=channels, **arguments)
     for module in model.modules():
