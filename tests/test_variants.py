@@ -26,10 +26,14 @@ def test_every_network_and_ablation_is_kept():
     assert set(regard.list_models()) <= set(GOLDEN)
 
 
-# hundreds of layers, of the same modules as the others
+# hundreds of layers, of the same modules as the others; the authors' attention92 is in
+# test_parity.py
 DEEPEST = {
-    "attention164_cifar", "attention236_cifar", "attention452_cifar", "plain_attention164_cifar",
-    "plain_attention236_cifar", "plain_attention452_cifar", "attentionnext92",
+    "attention92", "attention164_cifar", "attention236_cifar", "attention452_cifar",
+    "attentionnext92", "cbam_resnet101", "cbam_resnext101_32x4d", "plain_attention92",
+    "plain_attention164_cifar", "plain_attention236_cifar", "plain_attention452_cifar",
+    "plain_attentionnext92", "plain_resnet101", "plain_resnext101_32x4d", "se_resnet101",
+    "se_resnext101_32x4d",
 }  # fmt: skip
 
 
