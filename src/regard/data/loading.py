@@ -248,27 +248,25 @@ class StreamingLoader:
         getattr(self._running, "close", lambda: None)()
 
     def _read(self, spans: Sequence[tuple[int, int]]) -> Iterator[Batch]:
-        read, threads = self._dataset.__getitem__, self.workers
-        if self.workers == 0:
+        read, threads = self._dataset.__getitem__, min(self.workers, len(spans))
+        if threads == 0:
             return map(read, spans)
-        if "openvino" not in sys.modules:
-            processes, prefetch = self._fitting(spans)
+        if len(spans) > 1 and "openvino" not in sys.modules:  # processes take long to start
+            processes, prefetch = self._fitting(spans, threads)
             if processes:
                 return read_by_processes(self._dataset, spans, processes, prefetch, self.stop)
         return read_ahead(spans, read, threads, PREFETCH * threads, self.stop)
 
-    def _fitting(self, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    def _fitting(self, spans: Sequence[tuple[int, int]], workers: int) -> tuple[int, int]:
         """Worker processes and their prefetching, limited by the free shared memory."""
-        if not spans:
-            return self.workers, PREFETCH
         free = shared_memory_free()
         if math.isinf(free):
-            return self.workers, PREFETCH
+            return workers, PREFETCH
         size = spans[0][1] * math.prod(self.reader.preprocess.shape)
         size *= value_bytes(self.reader, most=1) or 1
-        processes, prefetch = processes_that_fit(self.workers, size, free)
-        if processes < self.workers:
-            _announce_small_memory(self.workers, processes)
+        processes, prefetch = processes_that_fit(workers, size, free)
+        if processes < workers:
+            _announce_small_memory(workers, processes)
         return processes, prefetch
 
 
