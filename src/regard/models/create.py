@@ -47,10 +47,11 @@ def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         return create_model(name, **arguments)
     except Exception as error:  # each network refuses an argument in its own way
-        loads = any(k.startswith("pretrained") and v for k, v in arguments.items())
         if isinstance(error, RegardError) or is_out_of_memory(error):
             raise
-        if loads and not isinstance(error, TypeError):  # the weights may be the reason
+        loads = any(k.startswith("pretrained") and v for k, v in arguments.items())
+        asked = set(arguments) - {"num_classes", "in_chans"} or arguments.get("in_chans", 1) < 1
+        if not isinstance(error, TypeError) and (loads or not asked):  # the weights, or our fault
             raise
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         fault = reason(error).rpartition("__init__() ")[2]
