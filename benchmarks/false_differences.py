@@ -62,15 +62,14 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=300)
     parser.add_argument("--resamples", type=int, default=200)
     options = parser.parse_args()
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["images", "per_patient", "metric", "false_positives", "tests"])
-        for n, group_size in DESIGNS:
-            rates = false_positives(n, group_size, options.repetitions, options.resamples)
-            for name, (share, count) in rates.items():
-                row = [n, group_size, name, f"{share:.3f}", count]
-                writer.writerow(row)
-                print(*row)
+    rows = [["images", "per_patient", "metric", "false_positives", "tests"]]
+    for n, group_size in DESIGNS:
+        rates = false_positives(n, group_size, options.repetitions, options.resamples)
+        for name, (share, count) in rates.items():
+            rows.append([str(n), str(group_size), name, f"{share:.3f}", str(count)])
+            print(*rows[-1], flush=True)
+    with RESULTS.open("w", newline="", encoding="utf-8") as file:  # not before all is measured
+        csv.writer(file).writerows(rows)
 
 
 if __name__ == "__main__":

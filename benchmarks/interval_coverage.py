@@ -76,16 +76,16 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=300)
     parser.add_argument("--resamples", type=int, default=200)
     options = parser.parse_args()
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["images", "group_size", "ill", "metric", "true", "coverage", "intervals"])
-        for n, group_size, ill in DESIGNS:
-            true = truth(ill)
-            found = coverage(true, n, group_size, options.repetitions, options.resamples, ill)
-            for name, (share, count) in found.items():
-                row = [n, group_size, ill, name, f"{true[name]:.4f}", f"{share:.3f}", count]
-                writer.writerow(row)
-                print(*row)
+    rows = [["images", "group_size", "ill", "metric", "true", "coverage", "intervals"]]
+    for n, group_size, ill in DESIGNS:
+        true = truth(ill)
+        found = coverage(true, n, group_size, options.repetitions, options.resamples, ill)
+        for name, (share, count) in found.items():
+            design = [str(n), str(group_size), str(ill), name]
+            rows.append([*design, f"{true[name]:.4f}", f"{share:.3f}", str(count)])
+            print(*rows[-1], flush=True)
+    with RESULTS.open("w", newline="", encoding="utf-8") as file:  # not before all is measured
+        csv.writer(file).writerows(rows)
 
 
 if __name__ == "__main__":

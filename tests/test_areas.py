@@ -37,7 +37,8 @@ def networks(counts, means, seed, groups=None):
 def test_newcombes_interval_is_where_the_estimate_is_z_errors_away():
     for value, m, n in ((0.9, 20, 35), (0.983, 6, 500), (1.0, 8, 60), (0.3, 10, 10)):
         for end in newcombe(value, m, n, 0.9):
-            if end in (0.0, 1.0):
+            if end == value:
+                assert value == 1.0
                 continue
             # Hanley & McNeil's variance with both sizes replaced by their mean
             q1, q2, half = end / (2 - end), 2 * end**2 / (1 + end), (m + n) / 2 - 1
@@ -46,6 +47,9 @@ def test_newcombes_interval_is_where_the_estimate_is_z_errors_away():
     low, high = newcombe(0.8, 30, 50, 0.95)
     assert newcombe(0.2, 30, 50, 0.95) == pytest.approx((1 - high, 1 - low))
     assert newcombe(1.0, 30, 50, 0.95)[1] == 1.0
+    assert newcombe(1.0, 6, 300, 0.95)[0] == pytest.approx(
+        newcombe(0.999999, 6, 300, 0.95)[0], 1e-4
+    )
     assert newcombe(0.0, 30, 50, 0.95)[0] == 0.0
 
 

@@ -128,6 +128,7 @@ def test_a_split_that_is_left_out_orders_no_classes(loads, first):
     [
         (Value("string"), ["p1", " p1", "lost", "p2"], ["p1", "p1", "p2"]),
         (Value("int64"), [7, 7, 9, 0], ["7", "7", "0"]),
+        (Value("float64"), [7.0, 7.0, float("nan"), 10.0], ["7", "7", "10"]),  # by pandas
         (ClassLabel("x", "y"), [1, 1, 0, 0], ["y", "y", "x"]),
         (Value("string"), [None, "", "lost", None], None),
     ],
@@ -145,11 +146,21 @@ def test_an_image_without_a_group_and_groups_of_another_type_are_refused(loads):
 
     with pytest.raises(UsageError, match="1 image without a group"):
         loads({"train": part(Value("string"), ["p1", None])})
+    with pytest.raises(UsageError, match="1 image without a group"):
+        loads({"train": part(ClassLabel("p", "q"), [-1, 1])})
+    with pytest.raises(UsageError, match="'group' holds numbers that are not whole"):
+        loads({"train": part(Value("float64"), [1.5, 2.0])})
     with pytest.raises(UsageError, match="'group' holds neither"):
-        loads({"train": part(Value("float64"), [1.0, 2.0])})
+        loads({"train": part(Value("binary"), [b"1", b"2"])})
     without = Part(image=pictures("3"), label=(ClassLabel("a", "b"), [0]))
     with pytest.raises(UsageError, match="1 image without a group"):
         loads({"train": part(Value("int64"), [1, 2]), "test": without})
+
+
+def test_a_label_called_group_is_no_group(loads):
+    table = loads({"train": Part(image=pictures(*"12"), group=(ClassLabel("a", "b"), [0, 1]))})
+    assert table.classes == ["a", "b"]
+    assert table.groups is None
 
 
 def test_a_column_of_patients_that_is_not_called_group_is_told(loads):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import enum
 import math
 import re
 import shlex
@@ -544,3 +545,19 @@ def test_a_jpeg_is_decoded_in_full_where_the_recipe_says_so(tmp_path):
     for full, shape in ((False, (3, 64, 80)), (True, (3, 512, 640))):
         reader = Reader(table, preprocess, Recipe(full_decode=full).augmentation)
         assert tuple(reader.decode(0).shape) == shape
+
+
+def test_numpys_numbers_and_enumerations_are_values_of_a_recipe():
+    class Way(enum.StrEnum):
+        CROP = "crop"
+
+    recipe = Recipe(
+        size=(np.int64(64),), milestones=[np.float32(2), np.int64(3)], batch_size=np.int32(8),
+        resize=Way.CROP, schedule="steps", schedule_unit="epochs",
+    )  # fmt: skip
+    assert recipe.size == (64, 64)
+    assert recipe.milestones == (2.0, 3.0)
+    assert type(recipe.batch_size) is int
+    assert type(recipe.resize) is str
+    with pytest.raises(UsageError, match="pretrained=True: choose one of auto"):
+        Recipe(pretrained=True)

@@ -25,6 +25,7 @@ import pytest
 from regard.cli import _explained, run_command
 from regard.commands.study_display import StudyDisplay
 from regard.cores import cores
+from regard.data.sources import ImageTable
 from regard.errors import StudyStopped, UsageError
 from regard.evaluation import Predictions
 from regard.evaluation.calibration import Calibration, write_calibration
@@ -33,6 +34,7 @@ from regard.papers import parse_table
 from regard.runs import RunFolder, write_predictions
 from regard.studies.page import write_page
 from regard.studies.plan import (
+    PlannedRun,
     choose_part,
     choose_rows,
     open_study,
@@ -42,6 +44,7 @@ from regard.studies.plan import (
 from regard.studies.progress import Progress, Running
 from regard.studies.results import gather, sentence, to_dict, write_results
 from regard.studies.runner import is_finished, run_all
+from regard.training.config import Recipe
 from regard.training.recipe_files import load_recipe, recipe_toml
 from tests.helpers import rows_of
 
@@ -1021,3 +1024,36 @@ def test_compare_pairs_images_and_refuses_others(tmp_path, trainer, capsys, monk
     assert "different images" in capsys.readouterr().err
     assert run_command(["compare", plain]) == 2
     assert run_command(["compare", plain, plain]) == 2
+
+
+def test_only_data_that_is_left_to_train_on_is_opened(scans, tmp_path, monkeypatch):
+    """A finished row's data may be elsewhere, and may be read with groups by now."""
+    from regard.commands import study_runs
+
+    monkeypatch.setattr(study_runs, "_differences", lambda run, asked: ())
+    runs, asked = [], {}
+    for name, data in (("gone", "wds:/gone/{0..3}.tar"), ("here", str(scans))):
+        run = PlannedRun(row=name, seed=0, fold=None, folder=tmp_path / name, command=())
+        run.folder.mkdir()
+        (run.folder / "run.json").write_text('{"status": "finished", "plan": {}, "facts": {}}')
+        (run.folder / "recipe.toml").write_text("")
+        (run.folder / "splits.csv").write_text("path,label,split,group,content\n")
+        runs.append(run)
+        asked[name] = study_runs.Asked(network="resnet18", base=Recipe(), data=data)
+    done = {"gone"}
+    monkeypatch.setattr(study_runs, "is_finished", lambda run: run.row in done)
+    opened = []
+
+    def noted(data, **how):
+        opened.append(data)
+        return ImageTable(data, ["a"], np.zeros(0, int), np.zeros(0, "U5"), groups=groups)
+
+    monkeypatch.setattr(study_runs, "open_data", noted)
+    groups = None
+    study_runs.check_runs(runs, asked)
+    assert opened == [str(scans)]
+    groups = np.array([], str)
+    with pytest.raises(UsageError, match="has groups now"):
+        study_runs.check_runs(runs, asked)
+    done.add("here")
+    study_runs.check_runs(runs, asked)

@@ -8,10 +8,12 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
+
+import numpy as np
 
 from regard.data.content import content_hashes
 from regard.data.sources import NAMES, open_data
@@ -59,7 +61,8 @@ def check_runs(runs: Sequence[PlannedRun], asked: Mapping[str, Asked]) -> None:
     """Compares each run that was started with what is asked for now.
 
     The seed aside, which the folder's name has, and what only the machine asks for. The contents
-    of the images are compared if a run is left to train.
+    of the images, and whether they have groups, are compared if a run with the same data is left to
+    train.
 
     Args:
         runs: planned; those without a folder are not looked at.
@@ -68,7 +71,7 @@ def check_runs(runs: Sequence[PlannedRun], asked: Mapping[str, Asked]) -> None:
     Raises:
         UsageError: a run differs; the message names the run, and the first value that does.
     """
-    left = not all(is_finished(run) for run in runs)
+    left = {_source(asked[run.row]) for run in runs if not is_finished(run)}
     opened = cache(_Opened)
     for run in runs:
         try:
@@ -81,52 +84,74 @@ def check_runs(runs: Sequence[PlannedRun], asked: Mapping[str, Asked]) -> None:
                 f"{run.folder} was trained with {name}={shown(was)}, and this call asks for "
                 f"{name}={shown(now)}: give --out another folder"
             )
-        data, splits = asked[run.row].data, run.folder / "splits.csv"
-        here = os.path.exists(_place(data)) or left  # nothing is read elsewhere for no training
-        if data not in NAMES and splits.is_file() and here:
-            images = opened(data, asked[run.row].root, asked[run.row].splits)
-            _check_images(run, images, list(read_rows(splits)), contents=left)
+        source, splits = _source(asked[run.row]), run.folder / "splits.csv"
+        more = source in left  # nothing is read elsewhere if nothing is trained
+        here = more or os.path.exists(_place(source[0]))
+        if source[0] not in NAMES and splits.is_file() and here:
+            _check_images(run, opened(*source), list(read_rows(splits)), more=more)
+
+
+def _source(asked: Asked) -> tuple[str, str | None, str]:
+    """What names the images of a row: data, root, splits."""
+    return asked.data, asked.root, asked.splits
 
 
 class _Opened:
-    """Data that several runs share: opened once, and its contents are read once."""
+    """Data that several runs share: what they have in common is read once."""
 
     def __init__(self, data: str, root: str | None, splits: str) -> None:
         self.table = open_data(data, root=root, splits=splits)
+        self._contents: dict[str, int] = {}
+        self._chosen: dict[Any, ImageTable] = {}
 
-    @cached_property
-    def contents(self) -> dict[str, int]:
-        """By the key of the image."""
-        hashes = content_hashes(self.table, Heartbeat("images compared with the runs'"))
-        keys = map(self.table.key, range(len(self.table)))
-        return dict(zip(keys, hashes.tolist(), strict=True))
+    def contents(self, keys: Iterable[str]) -> dict[str, int]:
+        """The hash of at least each of these images that is here, by key."""
+        wanted = set(keys).difference(self._contents)
+        at = [i for i in range(len(self.table)) if self.table.key(i) in wanted] if wanted else []
+        some = self.table.select(np.array(at, np.int64))
+        hashes = content_hashes(some, Heartbeat("images compared with the runs'"))
+        self._contents |= {some.key(i): content for i, content in enumerate(hashes.tolist())}
+        return self._contents
+
+    def limited(self, recipe: Recipe) -> ImageTable:
+        """The images that a run with a limit trains and tests on."""
+        names = ("limit", "split_seed", "val", "test", "fold", "keep_together")
+        values = tuple(getattr(recipe, name) for name in names)
+        if values not in self._chosen:
+            self._chosen[values] = choose_splits(self.table, recipe)
+        return self._chosen[values]
 
 
-def _check_images(run: PlannedRun, images: _Opened, rows: Sequence[Row], *, contents: bool) -> None:
+def _check_images(run: PlannedRun, images: _Opened, rows: Sequence[Row], *, more: bool) -> None:
     """That the run's images still are those of the data, with the same labels and groups.
 
     Args:
         run: was started.
         images: the data as it is now.
         rows: of the run's splits.csv.
-        contents: compare each image's content too.
+        more: whether runs are left to train, which need the same contents and groups, too.
 
     Raises:
         UsageError: they are not.
     """
     table, recipe = images.table, load_recipe(run.folder / "recipe.toml")
     if recipe.limit:
-        table = choose_splits(table, recipe)  # others, if there are more images now
+        try:
+            table = images.limited(recipe)  # others, if there are more images now
+        except UsageError as error:
+            raise _changed(run, str(error)) from error
     if (table.groups is None) != (not any(row.group for row in rows)):
-        now = "no groups" if table.groups is None else "groups"
-        raise _changed(run, f"{table.name} has {now} now")
+        if more:
+            now = "no groups" if table.groups is None else "groups"
+            raise _changed(run, f"{table.name} has {now} now")
+        table = replace(table, groups=None)
     try:
         read_splits(table, run.folder / "splits.csv")
     except UsageError as error:
         if not _same_contents(rows, table):  # files may have been moved
             raise _changed(run, str(error)) from error
         return
-    found = images.contents if contents else {}
+    found = images.contents(row.key for row in rows) if more else {}
     for row in rows:
         if found.get(row.key) and row.content and row.content != found[row.key]:
             raise _changed(run, f"{row.key} has another content")

@@ -128,7 +128,7 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
             rows.left_out[f"{key}, which is not a train, validation or test split"] = len(part)
             continue
         image = _image_column(name, part.features)
-        classes, labels = _labels(f"{name}: {key}", name, part)
+        classes, labels, label = _labels(f"{name}: {key}", name, part)
         rows.classes += [c for c in classes if c not in rows.classes]
         known = {i for i, label in enumerate(labels) if label is not None}
         named |= any(isinstance(f, datasets.ClassLabel) for f in part.features.values())
@@ -139,10 +139,11 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
         rows.files += files.values()
         rows.labels += [str(labels[i]) for i in files]
         rows.splits += [splits[key]] * len(files)
-        groups = _words(f"{name}: {key}", part, _GROUP) if _GROUP in part.features else {}
+        grouped = _GROUP in part.features and label != _GROUP
+        groups = _words(f"{name}: {key}", part, _GROUP) if grouped else {}
         rows.groups += [groups.get(i, "") for i in files]
         for column in filter(may_be_groups, part.features):
-            if _is_word(part.features[column]):
+            if column != label and _is_word(part.features[column]):
                 found = _words(name, part, column)
                 rows.further.setdefault(column, set()).update(found[i] for i in files if i in found)
     if not named:
@@ -154,13 +155,19 @@ def _words(where: str, part: Any, column: str) -> dict[int, str]:
     """{row: value} of a column as text, without rows that have none.
 
     Raises:
-        UsageError: the column holds neither strings nor integers nor classes.
+        UsageError: the column holds neither strings nor whole numbers nor classes.
     """
-    names = getattr(part.features[column], "names", None)
-    if names is None and not _is_word(part.features[column]):
+    feature, held = part.features[column], dict(enumerate(part[column]))
+    held = {i: v for i, v in held.items() if v is not None and v != "" and v == v}  # no NaN
+    if (names := getattr(feature, "names", None)) is not None:
+        return {i: str(names[v]).strip() for i, v in held.items() if v >= 0}
+    if str(getattr(feature, "dtype", "")).startswith("float"):  # integers with gaps, by pandas
+        if not all(float(v).is_integer() for v in held.values()):
+            raise UsageError(f"{where}: the column {column!r} holds numbers that are not whole")
+        held = {i: int(v) for i, v in held.items()}
+    elif not _is_word(feature):
         raise UsageError(f"{where}: the column {column!r} holds neither strings nor integers")
-    held = ((i, v) for i, v in enumerate(part[column]) if v is not None and v != "")
-    return {i: str(v if names is None else names[v]).strip() for i, v in held}
+    return {i: str(v).strip() for i, v in held.items()}
 
 
 def _splits(name: str, keys: list[str]) -> dict[str, str]:
@@ -192,8 +199,8 @@ def _image_column(name: str, features: Mapping[str, Any]) -> str:
     return _column(name, features, holds_images, "Image", _IMAGES)
 
 
-def _labels(where: str, name: str, part: Any) -> tuple[list[str], list[str | None]]:
-    """The classes of a split, and each row's class, None if it has no label.
+def _labels(where: str, name: str, part: Any) -> tuple[list[str], list[str | None], str]:
+    """The classes of a split, each row's class, None if it has no label, and the column.
 
     Raises:
         UsageError: no usable column, or a number without a name.
@@ -210,13 +217,13 @@ def _labels(where: str, name: str, part: Any) -> tuple[list[str], list[str | Non
         column = _column(name, usual, _is_word, _WORDS, _LABELS, features)
         values = [None if v in (None, "", -1) else v for v in part[column]]
         words = [None if v is None else str(v) for v in values]
-        return list({word for word in words if word is not None}), words
+        return list({word for word in words if word is not None}), words, column
     column = _column(name, features, named, "ClassLabel", _LABELS)
     classes = list(features[column].names)
     numbers = [-1 if v is None else int(v) for v in part[column]]
     if numbers and max(numbers) >= len(classes):
         raise UsageError(f"{where}: has the label {max(numbers)}, but only {len(classes)} classes")
-    return classes, [None if number < 0 else classes[number] for number in numbers]
+    return classes, [None if number < 0 else classes[number] for number in numbers], column
 
 
 def _is_word(feature: Any) -> bool:

@@ -75,12 +75,16 @@ def newcombe(area: float, m: float, n: float, confidence: float) -> tuple[float,
 
     q = quantile(confidence)
 
-    def beyond(true: float) -> float:
-        return (area - true) ** 2 - q * q * _variance(true, m, n)
+    def end(edge: float) -> float:
+        """Between the estimate and 0 or 1; not the estimate, where 0 or 1 solves it too."""
+        near = area + (edge - area) * 1e-9
 
-    low = brentq(beyond, 0.0, area) if area > 0 and beyond(0.0) > 0 else 0.0
-    high = brentq(beyond, area, 1.0) if area < 1 and beyond(1.0) > 0 else 1.0
-    return float(low), float(high)
+        def beyond(true: float) -> float:
+            return (area - true) ** 2 - q * q * _variance(true, m, n)
+
+        return float(brentq(beyond, near, edge)) if beyond(near) < 0 < beyond(edge) else edge
+
+    return end(0.0), end(1.0)
 
 
 def area(

@@ -49,15 +49,21 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     Raises:
         UsageError: it has another type.
     """
-    if hasattr(value, "tolist"):  # NumPy numbers and arrays, without importing NumPy
-        value = value.tolist()
-    kind = str if get_origin(_plain(hint)) is Literal else _plain(hint)
+    value = _python(value)
     if value is None and _optional(hint):
         return None
+    kind = _plain(hint)
+    if get_origin(kind) is Literal:
+        if not isinstance(value, str):
+            raise UsageError(f"{name}={value!r}: choose one of {', '.join(get_args(kind))}")
+        kind = str
+    if kind is str and isinstance(value, str):
+        return str.__str__(value)  # also of an enumeration
     if get_origin(kind) is tuple:
         if name == "size" and _is_number(value):
             value = [value]
         one, *more = get_args(kind)
+        value = [_python(v) for v in value] if isinstance(value, list | tuple) else value
         if not isinstance(value, list | tuple) or not all(_is_number(v) for v in value):
             raise UsageError(f"{name}={value!r}: give a list of numbers")
         if more != [...] and len(value) != len(get_args(kind)):
@@ -71,6 +77,11 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     if kind in _KINDS and type(value) is not kind:
         raise UsageError(f"{name}={value!r}: {_KINDS[kind]} is needed")
     return value
+
+
+def _python(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's, without importing NumPy; others as they are."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_number(value: Any) -> bool:
