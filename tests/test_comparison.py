@@ -410,9 +410,10 @@ def test_sensitivities_are_compared_by_mcnemar_on_the_ill_and_specificities_on_t
 
 
 def test_groups_of_several_classes_are_as_uncertain_as_the_bootstrap_says():
-    a, b = two_networks([60, 60], ([0.9, 0.9], [0.7, 0.7]), 0.5, 3)
-    groups = np.array([f"{i % 12:02}" for i in range(120)])  # patients with images of both classes
-    a, b = (Predictions(p.probabilities, p.labels, p.classes, groups) for p in (a, b))
+    labels, patient = np.arange(120) // 60, np.arange(120) % 12
+    groups = np.array([f"{i:02}" for i in patient])
+    # a is right for 11 patients, b for 7, in both classes alike: the recalls are not independent
+    a, b = (hard(labels, np.where(patient < n, labels, 1 - labels), 2, groups) for n in (11, 7))
     (c,) = compare_metrics(a, b, metrics=["balanced_accuracy"], resamples=200)
     shares = _shares("balanced_accuracy", a, b, None, (None, None))
     alone = mean_of_differences([PairedShare.of(*s, grouped=True) for s in shares], 12, 0.95)
@@ -426,6 +427,7 @@ def test_groups_of_several_classes_are_as_uncertain_as_the_bootstrap_says():
         ]  # fmt: skip
         drawn.append(np.mean(recalls[0]) - np.mean(recalls[1]))
     sampled, p = bootstrap_test(c.difference.value, np.array(drawn), 0.95, 12)
+    assert sampled.low < alone.low
     assert c.difference.low == pytest.approx(min(alone.low, sampled.low), abs=1e-9)
     assert c.difference.high == pytest.approx(max(alone.high, sampled.high), abs=1e-9)
     assert c.p_value >= p - 1e-12

@@ -109,19 +109,23 @@ def area(
     drawn = drawn[~np.isnan(drawn)]
     variance = float(drawn.var(ddof=1)) * n_units / (n_units - 1) if drawn.size > 1 else 0.0
     if drawn.size < 2 or not 0 < value < 1:
-        found = percentile(value, drawn, confidence, n_units)
+        estimate = percentile(value, drawn, confidence, n_units)
     else:
-        found = wilson_of_variance(value, variance, n_units, confidence)
-    if kinds is None or not found.has_interval:
-        return found
+        estimate = wilson_of_variance(value, variance, n_units, confidence)
+    if kinds is None or not estimate.has_interval:
+        return estimate
     low, high = newcombe(value, *kinds.effective(value, variance), confidence)
-    return Estimate(value, min(found.low, low), max(found.high, high))
+    return Estimate(value, min(estimate.low, low), max(estimate.high, high))
 
 
 def difference_of_areas(a: Estimate, b: Estimate, correlation: float) -> Estimate:
     """The difference of two areas of the same images, from their intervals.
 
     By the recovery of variances (Zou & Donner, Statistics in Medicine 2008, with correlation).
+
+    Args:
+        a, b: with intervals.
+        correlation: of the two estimates, -1 to 1.
     """
 
     def reach(one: float, other: float) -> float:
@@ -154,12 +158,12 @@ def areas_compared(
     correlation = float(a @ b / math.sqrt((a @ a) * (b @ b))) if vary else 0.0
 
     def single(value: float, samples: Floats, confidence: float) -> Estimate:
-        found = area(value, samples, confidence, n_units, kinds)
+        estimate = area(value, samples, confidence, n_units, kinds)
         end = round(value, 12)
         if end not in (0.0, 1.0):
-            return found
+            return estimate
         alike = wilson(end, n_units, confidence)  # samples do not vary
-        return Estimate(value, min(found.low, alike.low), max(found.high, alike.high))
+        return Estimate(value, min(estimate.low, alike.low), max(estimate.high, alike.high))
 
     def interval(confidence: float) -> Estimate:
         one, other = (single(v, d, confidence) for v, d in zip(values, both, strict=True))

@@ -371,18 +371,18 @@ def _by_recalls(
             return parts[0].at(confidence)
         return mean_of_differences(parts, n_units, confidence)
 
-    found = interval(c.confidence)
+    estimate = interval(c.confidence)
     if c.metric.startswith("positive/"):
         difference, unit = shares[0]
         p, test = exact_test(difference, unit if grouped else None), name_of_test(grouped)
     else:
         p, test = p_value_of(interval), "paired recalls"
         if sum(len(np.unique(unit)) for _, unit in shares) > n_units:  # groups of several classes
-            low, high = min(found.low, c.difference.low), max(found.high, c.difference.high)
-            found, p = Estimate(found.value, low, high), max(p, c.p_value)
-    detectable = max(c.detectable, _detectable(found, n_units, c.confidence))
+            low, high = min(estimate.low, c.difference.low), max(estimate.high, c.difference.high)
+            estimate, p = Estimate(estimate.value, low, high), max(p, c.p_value)
+    detectable = max(c.detectable, _detectable(estimate, n_units, c.confidence))
     return replace(
-        c, difference=replace(found, value=c.difference.value), p_value=p, adjusted=p, test=test,
+        c, difference=replace(estimate, value=c.difference.value), p_value=p, adjusted=p, test=test,
         detectable=detectable if detectable <= 1 else math.inf,
     )  # fmt: skip
 
@@ -409,22 +409,22 @@ def _by_areas(
         if wrong >= _ENOUGH:
             return c
     interval = areas_compared((drawn[0], drawn[1]), (c.a, c.b), rarer, kinds)
-    found, d = interval(c.confidence), c.difference
-    if not found.has_interval:
+    estimate, d = interval(c.confidence), c.difference
+    if not estimate.has_interval:
         return c
     p = p_value_of(interval)
     if not p < c.p_value:  # also where the bootstrap has none
         c = replace(c, p_value=p, adjusted=p, test="intervals of both areas")
-    detectable = max(c.detectable, _detectable(found, rarer, c.confidence))
+    detectable = max(c.detectable, _detectable(estimate, rarer, c.confidence))
     return replace(
-        c, difference=Estimate(d.value, min(d.low, found.low), max(d.high, found.high)),
+        c, difference=Estimate(d.value, min(d.low, estimate.low), max(d.high, estimate.high)),
         detectable=detectable if detectable <= 1 else math.inf,
     )  # fmt: skip
 
 
-def _detectable(found: Estimate, n_units: int, confidence: float) -> float:
+def _detectable(estimate: Estimate, n_units: int, confidence: float) -> float:
     """The smallest detectable difference by the width of an interval."""
-    error = (found.high - found.low) / 2 / quantile(confidence, n_units - 1)
+    error = (estimate.high - estimate.low) / 2 / quantile(confidence, n_units - 1)
     return detectable_factor(n_units - 1, confidence) * error
 
 
