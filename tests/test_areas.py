@@ -1,15 +1,30 @@
 """Intervals of areas, and of their differences, where few images of a kind decide."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import norm, t
 
 from regard.evaluation import Predictions, compare_metrics, diagnose
-from regard.evaluation.areas import Kinds, area, areas_compared, difference_of_areas, newcombe
-from regard.evaluation.intervals import Estimate, wilson_interval, wilson_of_variance
+from regard.evaluation.areas import (
+    ClassAreas,
+    Kinds,
+    area,
+    areas_compared,
+    difference_of_areas,
+    newcombe,
+)
+from regard.evaluation.intervals import (
+    Estimate,
+    draws,
+    mean_of_shares,
+    wilson_interval,
+    wilson_of_variance,
+)
 from regard.evaluation.significance import delong
+from regard.evaluation.statistics import RankStatistics
 from tests.test_evaluation import ends
 
 
@@ -24,6 +39,14 @@ def scores(counts, means, seed, spread=1.0):
         for mean in means
     ]
     return ill, each
+
+
+def of_each(values, drawn, n_units, kinds):
+    """Each area's interval, by confidence."""
+    return tuple(
+        partial(area, float(v), d, n_units=n_units, kinds=kinds)
+        for v, d in zip(values, drawn, strict=True)
+    )
 
 
 def networks(counts, means, seed, groups=None):
@@ -76,7 +99,7 @@ def test_an_area_and_a_difference_are_covered_also_where_few_images_decide(count
         drawn = rng.multivariate_normal(values, covariance, 300).T
         e = area(float(values[1]), drawn[1], 0.95, min(counts), kinds)
         one += e.low <= true[1] <= e.high
-        d = areas_compared((drawn[0], drawn[1]), tuple(values.tolist()), min(counts), kinds)(0.95)
+        d = areas_compared((drawn[0], drawn[1]), of_each(values, drawn, min(counts), kinds))(0.95)
         both += d.low <= true[0] - true[1] <= d.high
     assert one / times > 0.93
     assert both / times > 0.93
@@ -107,6 +130,68 @@ def test_groups_count_as_much_as_their_variance_and_their_wrong_pairs_tell():
     assert (m, n) == pytest.approx((8 * 1.8, 12 * 1.8))
     assert whole.effective(0.8, 1e-9) == (80, 120)
     assert single.effective(0.8, 1e-9) == (8, 12)
+
+
+def three_classes(seed, distances, counts=(150, 150, 6)):
+    """Two networks on the same images; a third class of few."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(3), counts)
+    shared, found = rng.normal(size=(len(labels), 3)), []
+    for distance in distances:
+        scores = distance * np.eye(3)[labels] + 0.6**0.5 * shared
+        p = np.exp(scores + 0.4**0.5 * rng.normal(size=shared.shape))
+        found.append(Predictions(p / p.sum(axis=1, keepdims=True), labels, ["a", "b", "rare"]))
+    return found
+
+
+@pytest.mark.parametrize("name", ["roc_auc_macro", "roc_auc_hand_till", "average_precision_macro"])
+def test_means_over_classes_are_covered_where_one_class_has_few_images(name):
+    """By the variance of samples 0.60 to 0.87, and differences 0.62 to 0.77."""
+    counts, many = (150, 150, 6), 8000
+    weights = np.repeat(np.array(counts) / sum(counts), many)
+    large = three_classes(99, (4.0, 3.0), (many,) * 3)
+    true = [RankStatistics(each)(weights)[name] for each in large]
+    one, both, times = 0, 0, 40
+    for seed in range(times):
+        ranked = [RankStatistics(each) for each in three_classes(seed, (4.0, 3.0))]
+        samples = np.stack(list(draws(sum(counts), 60, seed)))
+        values, drawn = [r(np.ones(sum(counts))) for r in ranked], [r(samples) for r in ranked]
+        areas = ClassAreas(ranked[0], np.arange(sum(counts)))
+        each = [partial(areas.interval, name, v, d) for v, d in zip(values, drawn, strict=True)]
+        e = each[1](0.95)
+        one += e.low <= true[1] <= e.high
+        d = areas_compared((drawn[0][name], drawn[1][name]), tuple(each))(0.95)
+        both += d.low <= true[0] - true[1] <= d.high
+    assert one / times > 0.93
+    assert both / times > 0.93
+
+
+def test_a_mean_over_classes_by_hand():
+    parts = [(Estimate(0.9, 0.8, 0.97), 0.0009), (Estimate(1.0, 0.7, 1.0), 0.0)]
+    found = mean_of_shares(parts, 401, 0.95, weights=np.array([3.0, 1.0]), variance_of_mean=0.0006)
+    q2 = t.ppf(0.975, 400) ** 2
+    lacking = [9 / 16 * (0.1**2 - q2 * 0.0009), 1 / 16 * 0.3**2]
+    assert found.value == pytest.approx(0.925)
+    assert found.low == pytest.approx(0.925 - math.sqrt(q2 * 0.0006 + math.hypot(*lacking)))
+    lacking = 9 / 16 * (0.07**2 - q2 * 0.0009)
+    assert found.high == pytest.approx(0.925 + math.sqrt(q2 * 0.0006 + lacking))
+
+
+def test_the_mean_of_many_sure_areas_is_not_surer_than_a_class_of_few_images():
+    """With a class of six images, all ranked first, an area of 1 in one is not 0.9999 to 1."""
+    a, b = three_classes(3, (6.0, 6.0))
+    found = diagnose(a, resamples=60)
+    rare = found.per_class["rare"]["roc_auc"]
+    assert rare.value > 0.999
+    for name in ("roc_auc_macro", "roc_auc_hand_till", "average_precision_macro"):
+        assert found.metrics[name].low < 1 - (1 - rare.low) / 4
+        (c,) = compare_metrics(a, b, metrics=[name], resamples=60)
+        assert c.test == "intervals of both areas"
+        assert c.p_value > 0.3
+        assert c.difference.low < 0 < c.difference.high
+    assert "roc_auc_of_pairs" not in str(found.to_dict())
+    weighted = found.metrics["roc_auc_weighted"]
+    assert weighted.high - weighted.low < 0.03  # 6 of 306 images
 
 
 def test_a_difference_of_areas_by_hand():

@@ -1,32 +1,37 @@
 """Intervals of areas under curves, such as the ROC AUC, and of the differences of two networks'."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from regard.evaluation.intervals import (
+    NAN,
     Estimate,
-    percentile,
+    mean_of_shares,
     quantile,
     wilson,
     wilson_of_variance,
 )
 from regard.evaluation.predictions import Floats, Ints
+from regard.evaluation.statistics import OF_PAIRS, RankStatistics
+
+Interval = Callable[[float], Estimate]
+"""An interval by confidence, between 0 and 1."""
 
 
 @dataclass(frozen=True)
 class Kinds:
     """How many images a ROC curve tells apart: positive, and negative.
 
-    images: of either kind.
+    images: of either kind; weighted ones count as fewer.
     units: groups with images of either kind; the images, if they are independent.
     """
 
-    images: tuple[int, int]
-    units: tuple[int, int]
+    images: tuple[float, float]
+    units: tuple[float, float]
 
     @classmethod
     def of(cls, positive: NDArray[np.bool_], unit: Ints) -> "Kinds":
@@ -96,26 +101,142 @@ def area(
 ) -> Estimate:
     """An area between 0 and 1 with Wilson's interval for the variance of bootstrap samples.
 
-    Percentiles are too narrow for few images of a kind, and near 1.
+    Percentiles are too narrow for few images of a kind, and near 1. An area of 0 or 1, of which
+    samples do not vary, has Wilson's interval for as many images as units.
 
     Args:
         value: the area.
         drawn: (resamples,) areas of the samples; NaN ones are left out.
         confidence: between 0 and 1.
-        n_units: independent units of the rarer kind of images, at least 2.
+        n_units: independent units of the rarer kind of images; one has no interval.
         kinds: of a ROC AUC: its interval is at least as wide as `newcombe`'s, as few images near
             1 hardly vary in samples.
     """
-    drawn = drawn[~np.isnan(drawn)]
-    variance = float(drawn.var(ddof=1)) * n_units / (n_units - 1) if drawn.size > 1 else 0.0
-    if drawn.size < 2 or not 0 < value < 1:
-        estimate = percentile(value, drawn, confidence, n_units)
-    else:
-        estimate = wilson_of_variance(value, variance, n_units, confidence)
-    if kinds is None or not estimate.has_interval:
+    variance, end = _variance_of(drawn, n_units), round(value, 12)
+    if math.isnan(variance) or math.isnan(value):
+        return Estimate(value, NAN, NAN)
+    if end in (0.0, 1.0):
+        return wilson(end, n_units, confidence)
+    estimate = wilson_of_variance(value, variance, n_units, confidence)
+    if kinds is None or variance < 1e-20:  # of equal scores
         return estimate
     low, high = newcombe(value, *kinds.effective(value, variance), confidence)
     return Estimate(value, min(estimate.low, low), max(estimate.high, high))
+
+
+def _variance_of(drawn: Floats, n_units: int) -> float:
+    """The variance that samples of so many units tell of; NaN for a single unit, or sample."""
+    drawn = drawn[np.isfinite(drawn)]
+    if drawn.size < 2 or n_units < 2:
+        return NAN
+    return float(drawn.var(ddof=1)) * n_units / (n_units - 1)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What an area tells apart: n_units and kinds are those of `area`."""
+
+    n_units: int
+    kinds: Kinds | None
+
+
+class ClassAreas:
+    """The intervals of the values of `RankStatistics`: of classes' areas, and of their means.
+
+    A class's area has the interval of `area`, and so have both classes' means of ROC AUCs if there
+    are two, which have the same. Other means have that of
+    `regard.evaluation.intervals.mean_of_shares`, from the classes' intervals and the variance of
+    the mean in samples: as areas of one test depend on each other, it is not the sum of theirs.
+    """
+
+    def __init__(
+        self, statistic: RankStatistics, unit: Ints, positive: NDArray[np.bool_] | None = None
+    ) -> None:
+        """Prepares the intervals.
+
+        Args:
+            statistic: of the images.
+            unit: (N,) the group of each image, or its own number.
+            positive: (N,) the images of one class, for "positive/roc_auc" and
+                "positive/average_precision".
+        """
+        labels, classes = statistic.true, statistic.present
+        self.n_units: int = len(np.unique(unit))
+        self.means: dict[str, tuple[list[str], Floats]] = {
+            name: ([f"{kind}/{statistic.names[c]}" for c in classes], weights)
+            for name, (kind, weights) in statistic.means().items()
+        }
+        self.parts: dict[str, _Part] = {}
+        of_class = {f"/{statistic.names[c]}": labels == c for c in classes}
+        one = {} if positive is None else {"": positive}
+        for name, images in (of_class | one).items():
+            kinds, prefix = Kinds.of(images, unit), "" if name else "positive/"
+            self.parts[f"{prefix}roc_auc{name}"] = _Part(int(min(kinds.units)), kinds)
+            self.parts[f"{prefix}average_precision{name}"] = _Part(int(min(kinds.units)), None)
+        if len(classes) == 2:
+            same = self.parts[f"roc_auc/{statistic.names[classes[0]]}"]
+            for name in ("roc_auc_macro", "roc_auc_weighted"):
+                self.parts[name] = same
+        if statistic.pairs:
+            self.parts |= self._of_pairs(statistic, unit)
+
+    def _of_pairs(self, statistic: RankStatistics, unit: Ints) -> dict[str, _Part]:
+        """A class against each other one: the others, weighted equally, count as fewer images."""
+        counts = np.array(
+            [
+                (int((of_c := statistic.true == c).sum()), len(np.unique(unit[of_c])))
+                for c in statistic.present
+            ]
+        )
+        parts = {}
+        for i, c in enumerate(statistic.present):
+            others = np.delete(counts, i, axis=0)
+            rest = len(others) ** 2 / (1 / others).sum(axis=0)
+            images, units = zip(counts[i].tolist(), rest.tolist(), strict=True)
+            fewer = max(int(min(units)), 1)
+            parts[f"{OF_PAIRS}/{statistic.names[c]}"] = _Part(fewer, Kinds(images, units))
+        return parts
+
+    def needs(self, name: str) -> list[str]:
+        """The values of classes that the interval of a value is made of."""
+        return self.means[name][0] if name in self.means and name not in self.parts else []
+
+    def units_of(self, name: str) -> int:
+        """Independent units that decide a value: those of the rarer kind of images, or all."""
+        return self.parts[name].n_units if name in self.parts else self.n_units
+
+    def interval(
+        self, name: str, values: Mapping[str, float], drawn: Mapping[str, Floats], confidence: float
+    ) -> Estimate:
+        """The interval of one value.
+
+        Args:
+            name: of the value.
+            values: of all images; those of the classes are needed for a mean.
+            drawn: (resamples,) of each.
+            confidence: between 0 and 1.
+        """
+        if name in self.parts:
+            part = self.parts[name]
+            return area(values[name], drawn[name], confidence, part.n_units, part.kinds)
+        names, weights = self.means[name]
+        variance = _variance_of(drawn[name], self.n_units)
+        if math.isnan(variance):
+            return Estimate(values[name], NAN, NAN)
+        parts = [
+            (
+                self.interval(each, values, drawn, confidence),
+                _variance_of(drawn[each], self.parts[each].n_units),
+            )
+            for each in names
+        ]
+        value, found = (
+            values[name],
+            mean_of_shares(
+                parts, self.n_units, confidence, weights=weights, variance_of_mean=variance
+            ),
+        )
+        return Estimate(value, min(found.low, value), max(found.high, value))
 
 
 def difference_of_areas(a: Estimate, b: Estimate, correlation: float) -> Estimate:
@@ -137,19 +258,12 @@ def difference_of_areas(a: Estimate, b: Estimate, correlation: float) -> Estimat
     return Estimate(value, max(low, -1.0), min(high, 1.0))
 
 
-def areas_compared(
-    drawn: tuple[Floats, Floats],
-    values: tuple[float, float],
-    n_units: int,
-    kinds: Kinds | None,
-) -> Callable[[float], Estimate]:
+def areas_compared(drawn: tuple[Floats, Floats], intervals: tuple[Interval, Interval]) -> Interval:
     """The interval of the difference of two networks' areas, by confidence.
 
     Args:
         drawn: (resamples,) areas of the same samples, for each network.
-        values: the areas.
-        n_units: independent units of the rarer kind of images, at least 2.
-        kinds: of a ROC AUC.
+        intervals: of the areas, by confidence.
     """
     finite = np.isfinite(drawn).all(axis=0)
     both = [each[finite] for each in drawn]
@@ -157,16 +271,8 @@ def areas_compared(
     a, b = (each - each.mean() for each in both)
     correlation = float(a @ b / math.sqrt((a @ a) * (b @ b))) if vary else 0.0
 
-    def single(value: float, samples: Floats, confidence: float) -> Estimate:
-        estimate = area(value, samples, confidence, n_units, kinds)
-        end = round(value, 12)
-        if end not in (0.0, 1.0):
-            return estimate
-        alike = wilson(end, n_units, confidence)  # samples do not vary
-        return Estimate(value, min(estimate.low, alike.low), max(estimate.high, alike.high))
-
     def interval(confidence: float) -> Estimate:
-        one, other = (single(v, d, confidence) for v, d in zip(values, both, strict=True))
+        one, other = (each(confidence) for each in intervals)
         return difference_of_areas(one, other, correlation)
 
     return interval

@@ -8,7 +8,8 @@ brier, calibration_slope, calibration_intercept, and with `max_fpr` partial_roc_
 
 Intervals are from bootstrap samples of images or, with groups, of whole groups: expanded
 percentiles, and for areas Wilson's with the samples' variance, for ROC AUCs at least as wide as
-Newcombe's (`regard.evaluation.areas.area`).
+Newcombe's (`regard.evaluation.areas.area`); for their means over classes see
+`regard.evaluation.areas.ClassAreas`.
 Calibration slope and intercept have Student's t
 (`regard.evaluation.recalibration.calibration_line`).
 Metrics of one class against the rest, and of two classes, are as uncertain as the rarer of the two
@@ -24,14 +25,14 @@ positives and a specificity of 0.5, lr_negative is 0, up to (1 - 0.839) / 0.5 = 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from regard.evaluation.areas import Kinds, area
+from regard.evaluation.areas import ClassAreas, Kinds, area
 from regard.evaluation.intervals import (
     NAN,
     Estimate,
@@ -46,6 +47,7 @@ from regard.evaluation.metrics import evaluate
 from regard.evaluation.predictions import Floats, Predictions, rarer_units, units_of
 from regard.evaluation.recalibration import calibration_line
 from regard.evaluation.statistics import (
+    OF_PAIRS,
     LabelStatistics,
     OneClassStatistics,
     RankStatistics,
@@ -53,7 +55,7 @@ from regard.evaluation.statistics import (
 )
 from regard.evaluation.thresholds import from_probability
 
-_AREAS = ("roc_auc", "average_precision")
+_AREAS = {"roc_auc", "average_precision", "partial_roc_auc"}  # of one class
 _ROUNDING = 1e-12
 MOST_WORK = 4 * 10**8  # limit of `RankStatistics.work` times resamples: about 20 s
 Statistic = Callable[[Floats], Values]
@@ -152,6 +154,8 @@ def diagnose(
     per_class: dict[str, dict[str, Estimate]] = {}
     for name, estimate in ranks.items():
         kind, _, of = name.partition("/")
+        if kind == OF_PAIRS:
+            continue
         if of:
             per_class.setdefault(of, {})[kind] = estimate
         else:
@@ -292,65 +296,26 @@ class _Bootstrap:
         if not intervals or self.n_units < 2:
             return {name: Estimate(value, NAN, NAN) for name, value in values.items()}
         drawn = self.samples(statistic)
+        if isinstance(statistic, RankStatistics):
+            areas = ClassAreas(statistic, self.unit)
+            return {name: areas.interval(name, values, drawn, self.confidence) for name in values}
         rarest = rarer_units(self.labels if rare is None else rare, self.unit)
         two = rare is not None or len(np.unique(self.labels)) == 2
-        units = dict.fromkeys(values, rarest if two else self.n_units)
-        alike = dict.fromkeys(values, rarest)
-        if isinstance(statistic, RankStatistics):
-            of_classes = self._ranked_units(statistic)
-            units, alike = units | of_classes, alike | of_classes
-        kinds = self._kinds(statistic, rare, two)
-        return {
-            name: self._estimate(name, value, drawn[name], units[name], alike[name], kinds)
+        units = rarest if two else self.n_units
+        found = {
+            name: self._estimate(name, value, drawn[name], units, rarest)
             for name, value in values.items()
         }
+        for name in _AREAS & found.keys():
+            kinds = None if name == "average_precision" else Kinds.of(rare, self.unit)
+            found[name] = area(values[name], drawn[name], self.confidence, rarest, kinds)
+        return found
 
-    def _kinds(self, statistic: Statistic, rare: Any, two: bool) -> dict[str, Kinds]:
-        """What each ROC AUC tells apart; means over more than two classes are left out."""
-        if rare is not None:
-            return {"roc_auc": Kinds.of(rare, self.unit)}
-        if not isinstance(statistic, RankStatistics):
-            return {}
-        of_class = {c: Kinds.of(self.labels == c, self.unit) for c in statistic.present}
-        kinds = {f"roc_auc/{statistic.names[c]}": kind for c, kind in of_class.items()}
-        if two and of_class:
-            same = next(iter(of_class.values()))
-            kinds |= dict.fromkeys(("roc_auc_macro", "roc_auc_weighted", "roc_auc_hand_till"), same)
-        return kinds
-
-    def _ranked_units(self, statistic: RankStatistics) -> dict[str, int]:
-        """For each class's areas: the fewer of the units with images of it and of the rest."""
-        pairs = np.unique(self.labels * self.n_units + self.unit)
-        of_class, unit = pairs // self.n_units, pairs % self.n_units
-        alone = np.bincount(unit)[unit] == 1  # units with images of one class
-        own, only = (
-            np.bincount(classes, minlength=statistic.n_classes)
-            for classes in (of_class, of_class[alone])
-        )
-        fewer = np.minimum(own, self.n_units - only)
-        return {
-            f"{kind}/{statistic.names[c]}": int(fewer[c])
-            for kind in _AREAS for c in statistic.present
-        }  # fmt: skip
-
-    def _estimate(
-        self,
-        name: str,
-        value: float,
-        drawn: Floats,
-        units: int,
-        alike: int,
-        kinds: Mapping[str, Kinds],
-    ) -> Estimate:
+    def _estimate(self, name: str, value: float, drawn: Floats, units: int, alike: int) -> Estimate:
         drawn = drawn[~np.isnan(drawn)]
         if not math.isfinite(value) or not drawn.size or units < 2:
             return Estimate(value, NAN, NAN)
-        if name.partition("/")[0].startswith(_AREAS):
-            same = np.ptp(drawn) <= _ROUNDING
-            of_kinds = None if same else kinds.get(name)
-            interval = area(value, drawn, self.confidence, units, of_kinds)
-        else:
-            interval = percentile(value, drawn, self.confidence, units)
+        interval = percentile(value, drawn, self.confidence, units)
         if interval.high - interval.low > _ROUNDING:
             return interval
         # apart from samples with one class only, all are alike, though other images might differ

@@ -281,9 +281,14 @@ def wilson_of_variance(value: float, variance: float, n_units: int, confidence: 
 
 
 def mean_of_shares(
-    parts: Sequence[tuple[Estimate, float]], n_units: int, confidence: float
+    parts: Sequence[tuple[Estimate, float]],
+    n_units: int,
+    confidence: float,
+    *,
+    weights: Floats | None = None,
+    variance_of_mean: float | None = None,
 ) -> Estimate:
-    """The mean of independent shares, as of the recalls of several classes.
+    """The mean of shares of different images, as of the recalls of several classes.
 
     Its variance is the sum of theirs, which is known well for many classes, but not where a class
     of few images decides: if all of these are right, they do not vary at all, though the share may
@@ -298,6 +303,8 @@ def mean_of_shares(
             which tells neither: it has the mean variance of the others.
         n_units: of all shares, at least 2.
         confidence: of the intervals, between 0 and 1.
+        weights: (K,) of the shares, not negative; default: equal.
+        variance_of_mean: where shares depend on each other; default: of independent shares.
     """
     from scipy.stats import t
 
@@ -305,18 +312,20 @@ def mean_of_shares(
     low = np.nan_to_num([share.low for share, _ in parts], nan=0.0)
     high = np.nan_to_num([share.high for share, _ in parts], nan=1.0)
     variance = np.array([known for _, known in parts])
-    mean, unknown = float(value.mean()), np.isnan(variance)
+    weight = np.ones(len(parts)) if weights is None else np.asarray(weights, dtype=np.float64)
+    weight = weight / weight.sum()
+    mean, unknown = float(weight @ value), np.isnan(variance)
     others = variance[~unknown].mean() if not unknown.all() else mean * (1 - mean)
-    variance = float(t.ppf((1 + confidence) / 2, n_units - 1)) ** 2 * np.where(
-        unknown, others, variance
-    )
+    variance = np.where(unknown, others, variance)
+    total = float(weight**2 @ variance) if variance_of_mean is None else variance_of_mean
+    square = float(t.ppf((1 + confidence) / 2, n_units - 1)) ** 2
 
     def reach(distance: Floats) -> float:
-        lacking = np.maximum(distance**2 - variance, 0.0)
-        return math.sqrt(variance.sum() + math.sqrt(np.square(lacking).sum())) / len(parts)
+        lacking = weight**2 * np.maximum(distance**2 - square * variance, 0.0)
+        return math.sqrt(square * total + math.sqrt(np.square(lacking).sum()))
 
     known = low == high  # as the precision of a class that was never predicted
-    least, most = (float(np.where(known, value, end).mean()) for end in (0.0, 1.0))
+    least, most = (float(weight @ np.where(known, value, end)) for end in (0.0, 1.0))
     down, up = mean - reach(value - low), mean + reach(high - value)
     return Estimate(mean, min(max(down, least), mean), max(min(up, most), mean))
 

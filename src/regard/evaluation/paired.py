@@ -24,15 +24,17 @@ Where the interval is not the bootstrap's, its width may tell of a larger standa
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from regard.errors import UsageError
-from regard.evaluation.areas import Kinds, areas_compared
+from regard.evaluation.areas import ClassAreas, areas_compared
 from regard.evaluation.comparison import common_groups, compare, exact_test, name_of_test
 from regard.evaluation.intervals import (
     NAN,
@@ -63,7 +65,6 @@ _OVER_CLASSES = (
     "balanced_accuracy", "macro_", "roc_auc", "average_precision", "mcc", "kappa",
     "quadratic_kappa", "brier",
 )  # fmt: skip
-_AREAS = ("roc_auc", "average_precision")
 _OF_RECALLS = (
     "balanced_accuracy", "macro_recall", "positive/sensitivity", "positive/specificity",
 )  # fmt: skip
@@ -184,17 +185,22 @@ def compare_metrics(
     ones = np.ones(len(a))
     values_a, values_b = one(ones), other(ones)
     again = _second_names(len(a.classes), positive, thresholds)
-    chosen = [n for n in values_a if n not in again] if metrics is None else list(metrics)
+    chosen = [n for n in _metrics(values_a) if n not in again] if metrics is None else list(metrics)
     for name in chosen:
-        if name not in values_a:
-            every = _statistic(a, positive, thresholds[0], ordered, None)(ones)
+        if name not in _metrics(values_a):
+            every = _metrics(_statistic(a, positive, thresholds[0], ordered, None)(ones))
             known = ", ".join(n for n in every if n != "macro_recall")
             if name.startswith("positive/") and positive is None:
                 raise UsageError(f"metric={name}: needs positive, the class that it is of")
             more = "" if positive else "; and positive/sensitivity and the like, given positive"
             raise UsageError(f"metric={name}: choose {known}{more}")
-    drawn = _samples(one, other, a, chosen, resamples, seed)
     compared, (unit, n_units) = [], units_of(a)
+    areas, needed = None, dict.fromkeys(chosen)
+    if any(map(_is_area, chosen)):
+        kind = None if positive is None else a.labels == class_index(a, positive)
+        areas = ClassAreas(RankStatistics(a), unit, kind)
+        needed |= dict.fromkeys(chain.from_iterable(map(areas.needs, chosen)))
+    drawn = _samples(one, other, a, list(needed), resamples, seed)
     for name in chosen:
         counts = len(a), n_units, _units_behind(name, a, unit, positive)
         of_a, of_b = drawn[name]
@@ -206,11 +212,11 @@ def compare_metrics(
         elif name in _OF_RECALLS and c.test != "none":
             shares = _shares(name, a, b, positive, thresholds)
             c = _by_recalls(c, shares, groups is not None, n_units)
-        elif name.removeprefix("positive/").startswith(_AREAS) and c.test != "none":
-            kinds = _kinds(name, a, unit, positive)
+        elif areas is not None and _is_area(name) and c.test != "none":
             if name == "positive/roc_auc" and groups is None and positive is not None:
                 c = _by_delong(c, a, b, positive)
-            c = _by_areas(c, drawn[name], counts[2], kinds)
+            both = (values_a, values_b), [{n: drawn[n][k] for n in drawn} for k in (0, 1)]
+            c = _by_areas(c, areas, *both)
         compared.append(c)
     return adjust(compared)
 
@@ -242,25 +248,36 @@ def _statistic(
     ordered: Sequence[str] | None,
     metrics: Sequence[str] | None,
 ) -> Callable[[Floats], Values]:
-    """All metrics as one function of the weights; areas only if they may be needed."""
+    """All metrics as one function of the weights, and single classes' areas.
+
+    Areas only if they may be needed; see `_metrics`.
+    """
     statistics: list[Callable[[Floats], Values]] = [
         ClassificationStatistics(predictions),
         LabelStatistics(predictions, ordered),
     ]
-    wanted = metrics is None or any(m.startswith(("roc_auc", "average_prec")) for m in metrics)
-    if wanted:
+    if metrics is None or any(_is_area(m) and "/" not in m for m in metrics):
         statistics.append(RankStatistics(predictions))
     one = None if positive is None else OneClassStatistics(predictions, positive, threshold)
 
     def values(weights: Floats) -> Values:
         found: Values = {}
         for statistic in statistics:
-            found |= {k: v for k, v in statistic(weights).items() if "/" not in k}
+            found |= statistic(weights)
         if one is not None:
             found |= {f"positive/{k}": v for k, v in one(weights).items()}
         return found
 
     return values
+
+
+def _is_area(name: str) -> bool:
+    return name.removeprefix("positive/").startswith(("roc_auc", "average_precision"))
+
+
+def _metrics(values: Values) -> list[str]:
+    """The names of metrics, without the areas of single classes, of which some are means."""
+    return [name for name in values if name.startswith("positive/") or "/" not in name]
 
 
 def _samples(
@@ -387,35 +404,31 @@ def _by_recalls(
     )  # fmt: skip
 
 
-def _kinds(name: str, images: Predictions, unit: Ints, positive: str | None) -> Kinds | None:
-    """What a ROC AUC tells apart; None for other areas, and means over more than two classes."""
-    if name.removeprefix("positive/").startswith("average_precision"):
-        return None
-    if name == "positive/roc_auc" and positive is not None:
-        return Kinds.of(images.labels == class_index(images, positive), unit)
-    present = np.unique(images.labels)
-    return Kinds.of(images.labels == present[0], unit) if len(present) == 2 else None
-
-
 def _by_areas(
-    c: MetricComparison, drawn: Floats, rarer: int, kinds: Kinds | None
+    c: MetricComparison,
+    areas: ClassAreas,
+    values: Sequence[Values],
+    drawn: Sequence[Mapping[str, Floats]],
 ) -> MetricComparison:
     """Widens an interval, and the p-value with it, to what the two areas' own intervals tell.
 
     That of ROC AUCs is left as it is where enough pairs are wrong for a normal distribution.
+    values, drawn: of both networks; all images', and of samples.
     """
-    if kinds is not None:
-        wrong = min(min(v, 1 - v) for v in (c.a, c.b)) * min(kinds.units)
+    name, part = c.metric, areas.parts.get(c.metric)
+    if part is not None and part.kinds is not None:
+        wrong = min(min(v, 1 - v) for v in (c.a, c.b)) * min(part.kinds.units)
         if wrong >= _ENOUGH:
             return c
-    interval = areas_compared((drawn[0], drawn[1]), (c.a, c.b), rarer, kinds)
+    one, other = (partial(areas.interval, name, v, d) for v, d in zip(values, drawn, strict=True))
+    interval = areas_compared((drawn[0][name], drawn[1][name]), (one, other))
     estimate, d = interval(c.confidence), c.difference
     if not estimate.has_interval:
         return c
     p = p_value_of(interval)
     if not p < c.p_value:  # also where the bootstrap has none
         c = replace(c, p_value=p, adjusted=p, test="intervals of both areas")
-    detectable = max(c.detectable, _detectable(estimate, rarer, c.confidence))
+    detectable = max(c.detectable, _detectable(estimate, areas.units_of(name), c.confidence))
     return replace(
         c, difference=Estimate(d.value, min(d.low, estimate.low), max(d.high, estimate.high)),
         detectable=detectable if detectable <= 1 else math.inf,

@@ -19,6 +19,8 @@ from regard.evaluation.intervals import NAN
 from regard.evaluation.predictions import Floats, Ints, Predictions
 
 Values = dict[str, float]
+OF_PAIRS = "roc_auc_of_pairs"
+"""Kind of the values whose mean is Hand and Till's, see `RankStatistics`."""
 
 
 def class_index(predictions: Predictions, name: str, argument: str = "positive") -> int:
@@ -167,6 +169,9 @@ class RankStatistics:
     Classes without images, or with all images, are left out. Means: macro (unweighted), weighted
     by the number of images, and for 3 to 100 classes Hand & Till's M (Machine Learning 2001),
     the mean AUC over ordered pairs of classes. Empty for more than 2e8 images x classes.
+
+    Values of single classes are named "roc_auc/CLASS", "average_precision/CLASS", and
+    "roc_auc_of_pairs/CLASS": the mean AUC of the class against each other one.
     """
 
     MOST_PAIRED, MOST_STORED, MOST = 100, 2 * 10**7, 2 * 10**8
@@ -187,6 +192,20 @@ class RankStatistics:
         # images that one call processes; ranking itself takes as long as 200 calls
         self.work: int = work * (3 if pairs else 1) + 200 * (len(self.present) + len(self.pairs))
         self._stored: dict[tuple[int, int | None], tuple[Ints, Ranking]] = {}
+
+    def means(self) -> dict[str, tuple[str, Floats]]:
+        """For each mean the kind of value of the classes (K present) it is of, and their weights.
+
+        The weights, (K,), are those of all images.
+        """
+        same, counts = np.ones(len(self.present)), np.bincount(self.true)[self.present]
+        found: dict[str, tuple[str, Floats]] = {}
+        for kind in ("roc_auc", "average_precision") if self.present else ():
+            found[f"{kind}_macro"] = kind, same
+            found[f"{kind}_weighted"] = kind, counts.astype(np.float64)
+        if self.pairs:
+            found["roc_auc_hand_till"] = OF_PAIRS, same
+        return found
 
     def _auc_inputs(self, c: int, other: int | None) -> tuple[Ints, Ranking]:
         """The images of class c and of another, or all images, and their ranking by p of c."""
@@ -220,12 +239,15 @@ class RankStatistics:
             values[f"{kind}_macro"] = _mean(each, np.ones_like(counts))
             values[f"{kind}_weighted"] = _mean(each, np.array(counts))
         if self.pairs:
-            pairs = [self._curve(weights, c, other).roc_auc() for c, other in self.pairs]
+            pairs = np.stack([self._curve(weights, c, d).roc_auc() for c, d in self.pairs])
             values["roc_auc_hand_till"] = _mean(pairs, np.ones_like(pairs))
+            of_class = pairs.reshape(len(self.present), -1, *pairs.shape[1:])
+            for c, each in zip(self.present, of_class, strict=True):
+                values[f"{OF_PAIRS}/{self.names[c]}"] = _mean(each, np.ones_like(each))
         return values if weights.ndim > 1 else {k: float(v) for k, v in values.items()}
 
 
-def _mean(values: Sequence[Floats], weights: Floats) -> Floats:
+def _mean(values: Sequence[Floats] | Floats, weights: Floats) -> Floats:
     """(K, ...) -> (...), the weighted mean of the values that are not NaN."""
     known = ~np.isnan(values)
     total = np.where(known, np.nan_to_num(values) * weights, 0.0).sum(axis=0)
