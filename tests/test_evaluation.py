@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats
 from scipy.stats import binomtest
 from sklearn import metrics as sk
 
@@ -20,9 +21,10 @@ from regard.evaluation import (
     Predictions,
     compare,
     compare_metrics,
+    diagnose,
     evaluate,
 )
-from regard.evaluation.intervals import share_of_groups, wilson_interval
+from regard.evaluation.intervals import draws, mean_of_losses, share_of_groups, wilson_interval
 
 
 def make(n=400, n_classes=8, *, seed=0, strength=2.0, groups=None, absent=()):
@@ -729,3 +731,19 @@ def test_printed_comparison():
     assert ["[b]cbam", "89.00", "%", "9"] in rows(text)
     grouped = compare(*pair(80, 9, 2, 9, np.arange(100) // 50))
     assert "100 images of 2 groups" in printed(grouped, show=print_comparison)
+
+
+def test_a_mean_of_losses_may_be_higher_than_its_samples_if_few_images_have_most_of_it():
+    losses = np.array([0.01] * 95 + [0.9] * 5)
+    drawn = np.array([w @ losses / 100 for w in draws(100, 400, 0)])
+    value, error = float(losses.mean()), drawn.std(ddof=1) * math.sqrt(100 / 99)
+    found = mean_of_losses(value, drawn, 0.95, 100)
+    assert found.high == pytest.approx(value * math.exp(stats.t.ppf(0.975, 99) * error / value))
+    assert found.high > np.quantile(drawn, 0.99)
+    assert found.low <= value - stats.t.ppf(0.975, 99) * error
+    assert mean_of_losses(value, drawn, 0.95, 100, 0.06).high == 0.06
+    few = Predictions(np.array([[0.999, 0.001]] * 12), np.array([0] * 10 + [1] * 2), ["a", "b"])
+    assert evaluate(few, resamples=100).metrics["nll"].low == 0.0
+    brier = diagnose(few, resamples=100).metrics["brier"]
+    assert brier.low == 0.0
+    assert brier.high == 1.0  # two images of a class decide

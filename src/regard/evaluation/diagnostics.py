@@ -9,7 +9,8 @@ brier, calibration_slope, calibration_intercept, and with `max_fpr` partial_roc_
 Intervals are from bootstrap samples of images or, with groups, of whole groups: expanded
 percentiles, and for areas Wilson's with the samples' variance, for ROC AUCs at least as wide as
 Newcombe's (`regard.evaluation.areas.area`); for their means over classes see
-`regard.evaluation.areas.ClassAreas`.
+`regard.evaluation.areas.ClassAreas`. Brier scores have that of
+`regard.evaluation.intervals.mean_of_losses`.
 Calibration slope and intercept have Student's t
 (`regard.evaluation.recalibration.calibration_line`).
 Metrics of one class against the rest, and of two classes, are as uncertain as the rarer of the two
@@ -39,6 +40,7 @@ from regard.evaluation.intervals import (
     check_settings,
     draws,
     finite_or_none,
+    mean_of_losses,
     percentile,
     share_of_groups,
     wilson,
@@ -301,9 +303,9 @@ class _Bootstrap:
             return {name: areas.interval(name, values, drawn, self.confidence) for name in values}
         rarest = rarer_units(self.labels if rare is None else rare, self.unit)
         two = rare is not None or len(np.unique(self.labels)) == 2
-        units = rarest if two else self.n_units
+        units, largest = (rarest, 1.0) if two else (self.n_units, 2.0)
         found = {
-            name: self._estimate(name, value, drawn[name], units, rarest)
+            name: self._estimate(name, value, drawn[name], units, rarest, largest)
             for name, value in values.items()
         }
         for name in _AREAS & found.keys():
@@ -311,11 +313,17 @@ class _Bootstrap:
             found[name] = area(values[name], drawn[name], self.confidence, rarest, kinds)
         return found
 
-    def _estimate(self, name: str, value: float, drawn: Floats, units: int, alike: int) -> Estimate:
+    def _estimate(
+        self, name: str, value: float, drawn: Floats, units: int, alike: int, largest: float
+    ) -> Estimate:
+        """The interval of a value; largest: possible mean loss, of a Brier score."""
         drawn = drawn[~np.isnan(drawn)]
         if not math.isfinite(value) or not drawn.size or units < 2:
             return Estimate(value, NAN, NAN)
-        interval = percentile(value, drawn, self.confidence, units)
+        if name == "brier":
+            interval = mean_of_losses(value, drawn, self.confidence, units, largest)
+        else:
+            interval = percentile(value, drawn, self.confidence, units)
         if interval.high - interval.low > _ROUNDING:
             return interval
         # apart from samples with one class only, all are alike, though other images might differ

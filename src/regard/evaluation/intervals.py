@@ -150,6 +150,31 @@ def unbounded(
     return Estimate(value, min(interval.low, value - half), max(interval.high, value + half))
 
 
+def mean_of_losses(
+    value: float, drawn: Floats, confidence: float, n_units: int, largest: float = math.inf
+) -> Estimate:
+    """The interval of a mean of losses, which are not negative, and of which a few may be large.
+
+    At each end the wider of the `unbounded` interval and, above, of Student's t for the logarithm
+    of the mean: where few images have most of the loss, the mean is skewed, and so low that few of
+    these were drawn just when its standard error is small. Below, it begins at 0.
+
+    Args:
+        value: the mean.
+        drawn: (resamples,) means of the samples.
+        confidence: between 0 and 1.
+        n_units: number of independent units, at least 2.
+        largest: possible loss.
+    """
+    interval = unbounded(value, drawn, confidence, n_units)
+    if not (interval.has_interval and value > 0):
+        return interval
+    error = standard_error(drawn[np.isfinite(drawn)], n_units)
+    times = math.exp(min(quantile(confidence, n_units - 1) * error / value, 50.0))
+    high = max(interval.high, value * times)
+    return Estimate(value, max(interval.low, 0.0), max(min(high, largest), value))
+
+
 def bootstrap_test(
     value: float, drawn: Floats, confidence: float, n_units: int, rarer: int | None = None
 ) -> tuple[Estimate, float]:

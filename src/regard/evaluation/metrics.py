@@ -23,8 +23,9 @@ Their intervals:
   few images, all of them right, is not taken for certain. Where images of one group differ in
   class, and for macro_precision, it is at each end the wider of this and of the samples below.
 - The others are expanded percentiles of `resamples` bootstrap samples of the images; for nll, at
-  each end the wider of these and Student's t. A class without images in a sample keeps its values
-  from all images.
+  each end the wider of these and Student's t, above also of its logarithm
+  (`regard.evaluation.intervals.mean_of_losses`). A class without images in a sample keeps its
+  values from all images.
 - With groups the shares above have Wilson's interval for images in groups
   (`regard.evaluation.intervals.share_of_groups`), and the others are from samples of whole groups
   (cluster bootstrap). docs/evaluation.md has the coverage of all intervals.
@@ -51,10 +52,10 @@ from regard.evaluation.intervals import (
     calibration_interval,
     check_settings,
     draws,
+    mean_of_losses,
     mean_of_shares,
     percentile,
     share_of_groups,
-    unbounded,
     wilson,
 )
 from regard.evaluation.predictions import BINS, Floats, Ints, Outcomes, Predictions, outcomes
@@ -334,8 +335,7 @@ def _metrics(
         if name in MACRO and value in (0.0, 1.0):
             return wilson(value, effective, confidence)
         if name == "nll":
-            e = unbounded(value, samples, confidence, n_units)
-            return Estimate(value, max(e.low, 0.0), e.high)
+            return mean_of_losses(value, samples, confidence, n_units)
         return percentile(value, samples, confidence, n_units)
 
     metrics = {name: metric(name, value) for name, value in measured.values.items()}
