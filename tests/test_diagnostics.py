@@ -286,6 +286,11 @@ def test_rank_metrics_of_many_classes_take_bounded_time():
     assert d["roc_auc_macro"].value == pytest.approx(np.mean(areas))
     assert not d["roc_auc_macro"].has_interval
     assert d["kappa"].has_interval
+    area, kappa = compare_metrics(p, p, metrics=["roc_auc_macro", "kappa"], resamples=700)
+    assert area.a == d["roc_auc_macro"].value
+    assert math.isnan(area.p_value)
+    assert "(not compared: it would take minutes)" in area.sentence()
+    assert kappa.p_value == 1.0
 
 
 def test_wrong_arguments_are_refused():

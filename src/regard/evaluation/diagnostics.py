@@ -26,9 +26,8 @@ positives and a specificity of 0.5, lr_negative is 0, up to (1 - 0.839) / 0.5 = 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,6 @@ from regard.evaluation.intervals import (
     NAN,
     Estimate,
     check_settings,
-    draws,
     finite_or_none,
     mean_of_losses,
     percentile,
@@ -53,14 +51,13 @@ from regard.evaluation.statistics import (
     LabelStatistics,
     OneClassStatistics,
     RankStatistics,
-    Values,
+    Statistic,
+    resampled,
 )
 from regard.evaluation.thresholds import from_probability
 
 _AREAS = {"roc_auc", "average_precision", "partial_roc_auc"}  # of one class
 _ROUNDING = 1e-12
-MOST_WORK = 4 * 10**8  # limit of `RankStatistics.work` times resamples: about 20 s
-Statistic = Callable[[Floats], Values]
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,7 @@ def diagnose(
     check_settings(resamples, confidence)
     bootstrap = _Bootstrap(predictions, resamples, seed, confidence)
     ranking = RankStatistics(predictions)
-    ranks = bootstrap(ranking, intervals=ranking.work * resamples <= MOST_WORK)
+    ranks = bootstrap(ranking, intervals=not ranking.takes_long(resamples))
     overall = bootstrap(LabelStatistics(predictions, ordered))
     per_class: dict[str, dict[str, Estimate]] = {}
     for name, estimate in ranks.items():
@@ -273,31 +270,13 @@ class _Bootstrap:
         self.grouped, self.labels = predictions.groups is not None, predictions.labels
         self.resamples, self.seed, self.confidence = resamples, seed, confidence
 
-    def samples(self, statistic: Statistic) -> dict[str, Floats]:
-        """(resamples,) values of each number."""
-        drawn: dict[str, list[Any]] = {}
-        for weights in self._weights(isinstance(statistic, RankStatistics)):
-            for name, value in statistic(weights).items():
-                drawn.setdefault(name, []).append(value)
-        return {name: np.hstack(values) for name, values in drawn.items()}
-
-    def _weights(self, batched: bool) -> Iterator[Floats]:
-        """The images' weights: (N,) for one sample, or (B, N) for several, at most 1 MB."""
-        each = (times[self.unit] for times in draws(self.n_units, self.resamples, self.seed))
-        if not batched:
-            yield from each
-            return
-        size = max(1, 2**17 // len(self.unit))
-        while block := list(islice(each, size)):
-            yield np.stack(block)
-
     def __call__(
         self, statistic: Statistic, *, intervals: bool = True, rare: Any = None
     ) -> dict[str, Estimate]:
         values = statistic(np.ones(len(self.unit)))
         if not intervals or self.n_units < 2:
             return {name: Estimate(value, NAN, NAN) for name, value in values.items()}
-        drawn = self.samples(statistic)
+        drawn = resampled(statistic, self.unit, self.n_units, self.resamples, self.seed)
         if isinstance(statistic, RankStatistics):
             areas = ClassAreas(statistic, self.unit)
             return {name: areas.interval(name, values, drawn, self.confidence) for name in values}

@@ -24,7 +24,7 @@ Where the interval is not the bootstrap's, its width may tell of a larger standa
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -42,7 +42,6 @@ from regard.evaluation.intervals import (
     bootstrap_test,
     check_settings,
     detectable_factor,
-    draws,
     finite_or_none,
     quantile,
     reach_of_none,
@@ -56,8 +55,10 @@ from regard.evaluation.statistics import (
     LabelStatistics,
     OneClassStatistics,
     RankStatistics,
+    Statistic,
     Values,
     class_index,
+    resampled,
 )
 from regard.files import signed
 
@@ -73,6 +74,7 @@ _LARGEST = {"nll": math.inf, "lr_positive": math.inf, "lr_negative": math.inf,
             "mcc": 2.0, "kappa": 2.0, "quadratic_kappa": 2.0, "brier": 2.0}  # fmt: skip
 """The largest possible differences of metrics that are not shares; shares differ by at most 1."""
 _DELONG = "DeLong test"
+_TOO_LONG = "none, as it would take too long"
 _ENOUGH = 5  # units of the rarer kind that the wrong pairs of a ROC AUC must amount to
 POWER = 0.8  # power for the smallest detectable difference
 
@@ -121,14 +123,18 @@ class MetricComparison:
             else ""
         )
         how = "no test is possible"
-        if not math.isnan(self.p_value):
+        if self.test == _TOO_LONG:
+            how = "not compared: it would take minutes"
+        elif not math.isnan(self.p_value):
             how = f"{interval}p = {self.adjusted:.3g}, {self.test}"
         by = "difference not defined" if math.isnan(d.value) else f"difference {signed(d.value, 4)}"
         numbers = f"{self.a:.4f} and {self.b:.4f}, {by} ({how})"
         if self.shown != "not shown":
             return f"{a} is shown to be {self.shown} than {b} in {name}: {numbers}."
         could = "these images cannot tell how large a difference they could have shown"
-        if math.isfinite(self.detectable):
+        if self.test == _TOO_LONG:
+            could = "with fewer resamples, or fewer images or classes, it is compared"
+        elif math.isfinite(self.detectable):
             could = f"these {self.n} images could have shown one of {self.detectable:.4f} or more"
         elif math.isinf(self.detectable):
             could = f"with these {self.n} images no difference could have been shown"
@@ -179,17 +185,16 @@ def compare_metrics(
     groups = common_groups(a, b)
     a, b = replace(a, groups=groups), replace(b, groups=groups)
     one, other = (
-        _statistic(p, positive, threshold, ordered, metrics)
+        _statistics(p, positive, threshold, ordered, metrics)
         for p, threshold in zip((a, b), thresholds, strict=True)
     )
-    ones = np.ones(len(a))
-    values_a, values_b = one(ones), other(ones)
+    values_a, values_b = _values(one, len(a)), _values(other, len(a))
     again = _second_names(len(a.classes), positive, thresholds)
     chosen = [n for n in _metrics(values_a) if n not in again] if metrics is None else list(metrics)
     for name in chosen:
         if name not in _metrics(values_a):
-            every = _metrics(_statistic(a, positive, thresholds[0], ordered, None)(ones))
-            known = ", ".join(n for n in every if n != "macro_recall")
+            every = _values(_statistics(a, positive, thresholds[0], ordered, None), len(a))
+            known = ", ".join(n for n in _metrics(every) if n != "macro_recall")
             if name.startswith("positive/") and positive is None:
                 raise UsageError(f"metric={name}: needs positive, the class that it is of")
             more = "" if positive else "; and positive/sensitivity and the like, given positive"
@@ -200,12 +205,16 @@ def compare_metrics(
         kind = None if positive is None else a.labels == class_index(a, positive)
         areas = ClassAreas(RankStatistics(a), unit, kind)
         needed |= dict.fromkeys(chain.from_iterable(map(areas.needs, chosen)))
-    drawn = _samples(one, other, a, list(needed), resamples, seed)
+    drawn_a, drawn_b = (_samples(each, a, needed, resamples, seed) for each in (one, other))
     for name in chosen:
         counts = len(a), n_units, _units_behind(name, a, unit, positive)
-        of_a, of_b = drawn[name]
+        if name not in drawn_a:
+            nothing = np.array([])
+            c = _by_bootstrap(name, counts, values_a[name], values_b[name], nothing, confidence)
+            compared.append(replace(c, test=_TOO_LONG))
+            continue
         with np.errstate(invalid="ignore"):
-            differences = of_a - of_b
+            differences = drawn_a[name] - drawn_b[name]
         c = _by_bootstrap(name, counts, values_a[name], values_b[name], differences, confidence)
         if name == "top1":
             c = _by_mcnemar(c, a, b, resamples, seed)
@@ -215,8 +224,7 @@ def compare_metrics(
         elif areas is not None and _is_area(name) and c.test != "none":
             if name == "positive/roc_auc" and groups is None and positive is not None:
                 c = _by_delong(c, a, b, positive)
-            both = (values_a, values_b), [{n: drawn[n][k] for n in drawn} for k in (0, 1)]
-            c = _by_areas(c, areas, *both)
+            c = _by_areas(c, areas, (values_a, values_b), (drawn_a, drawn_b))
         compared.append(c)
     return adjust(compared)
 
@@ -241,34 +249,31 @@ def adjust(comparisons: Iterable[MetricComparison]) -> list[MetricComparison]:
     return [replace(c, adjusted=p) for c, p in zip(comparisons, adjusted, strict=True)]
 
 
-def _statistic(
+def _statistics(
     predictions: Predictions,
     positive: str | None,
     threshold: float | None,
     ordered: Sequence[str] | None,
     metrics: Sequence[str] | None,
-) -> Callable[[Floats], Values]:
-    """All metrics as one function of the weights, and single classes' areas.
-
-    Areas only if they may be needed; see `_metrics`.
-    """
-    statistics: list[Callable[[Floats], Values]] = [
-        ClassificationStatistics(predictions),
-        LabelStatistics(predictions, ordered),
+) -> list[tuple[str, Statistic]]:
+    """All statistics, with what their names begin with; areas only if they may be needed."""
+    found: list[tuple[str, Statistic]] = [
+        ("", ClassificationStatistics(predictions)),
+        ("", LabelStatistics(predictions, ordered)),
     ]
     if metrics is None or any(_is_area(m) and "/" not in m for m in metrics):
-        statistics.append(RankStatistics(predictions))
-    one = None if positive is None else OneClassStatistics(predictions, positive, threshold)
+        found.append(("", RankStatistics(predictions)))
+    if positive is not None:
+        found.append(("positive/", OneClassStatistics(predictions, positive, threshold)))
+    return found
 
-    def values(weights: Floats) -> Values:
-        found: Values = {}
-        for statistic in statistics:
-            found |= statistic(weights)
-        if one is not None:
-            found |= {f"positive/{k}": v for k, v in one(weights).items()}
-        return found
 
-    return values
+def _values(statistics: Sequence[tuple[str, Statistic]], n: int) -> Values:
+    """The values for n images, also of single classes' areas, see `_metrics`."""
+    found: Values = {}
+    for prefix, statistic in statistics:
+        found |= {f"{prefix}{name}": value for name, value in statistic(np.ones(n)).items()}
+    return found
 
 
 def _is_area(name: str) -> bool:
@@ -281,20 +286,21 @@ def _metrics(values: Values) -> list[str]:
 
 
 def _samples(
-    one: Callable[[Floats], Values],
-    other: Callable[[Floats], Values],
+    statistics: Sequence[tuple[str, Statistic]],
     predictions: Predictions,
-    names: Sequence[str],
+    names: Iterable[str],
     resamples: int,
     seed: int,
 ) -> dict[str, Floats]:
-    """(2, resamples) values of each metric for both networks, on the same samples."""
+    """(resamples,) values by name, without areas that would take too long."""
     unit, n_units = units_of(predictions)
-    rows = []
-    for times in draws(n_units, resamples, seed):
-        both = one(times[unit]), other(times[unit])
-        rows.append([[of[name] for name in names] for of in both])
-    return dict(zip(names, np.array(rows, dtype=np.float64).transpose(2, 1, 0), strict=True))
+    found: dict[str, Floats] = {}
+    for prefix, statistic in statistics:
+        if isinstance(statistic, RankStatistics) and statistic.takes_long(resamples):
+            continue
+        drawn = resampled(statistic, unit, n_units, resamples, seed)
+        found |= {f"{prefix}{name}": values for name, values in drawn.items()}
+    return {name: found[name] for name in names if name in found}
 
 
 def _units_behind(name: str, predictions: Predictions, unit: Ints, positive: str | None) -> int:

@@ -7,18 +7,21 @@ minutes. With weights of 1 they give the plain values.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from regard.errors import UsageError
-from regard.evaluation.intervals import NAN
+from regard.evaluation.intervals import NAN, draws
 from regard.evaluation.predictions import Floats, Ints, Predictions
 
+MOST_WORK = 4 * 10**8  # limit of `RankStatistics.work` times resamples: about 20 s
 Values = dict[str, float]
+Statistic = Callable[[Floats], Values]
 OF_PAIRS = "roc_auc_of_pairs"
 """Kind of the values whose mean is Hand and Till's, see `RankStatistics`."""
 
@@ -193,6 +196,10 @@ class RankStatistics:
         self.work: int = work * (3 if pairs else 1) + 200 * (len(self.present) + len(self.pairs))
         self._stored: dict[tuple[int, int | None], tuple[Ints, Ranking]] = {}
 
+    def takes_long(self, resamples: int) -> bool:
+        """Whether so many samples would take much more than 20 s."""
+        return self.work * resamples > MOST_WORK
+
     def means(self) -> dict[str, tuple[str, Floats]]:
         """For each mean the kind of value of the classes (K present) it is of, and their weights.
 
@@ -252,6 +259,31 @@ def _mean(values: Sequence[Floats] | Floats, weights: Floats) -> Floats:
     known = ~np.isnan(values)
     total = np.where(known, np.nan_to_num(values) * weights, 0.0).sum(axis=0)
     return ratio(total, np.where(known, weights, 0.0).sum(axis=0))
+
+
+def resampled(
+    statistic: Statistic, unit: Ints, n_units: int, resamples: int, seed: int
+) -> dict[str, Floats]:
+    """(resamples,) values of each number of a statistic, in bootstrap samples of the units.
+
+    Args:
+        statistic: one of this module's, or the like.
+        unit: (N,) the unit of each image: its group, or its own number.
+        n_units: their number.
+        resamples, seed: of the bootstrap.
+    """
+    found: dict[str, list[Any]] = {}
+    each = (times[unit] for times in draws(n_units, resamples, seed))
+    for weights in _stacked(each, len(unit)) if isinstance(statistic, RankStatistics) else each:
+        for name, value in statistic(weights).items():
+            found.setdefault(name, []).append(value)
+    return {name: np.hstack(values) for name, values in found.items()}
+
+
+def _stacked(each: Iterator[Floats], length: int) -> Iterator[Floats]:
+    """(B, N) weights of several samples at once, at most 1 MB."""
+    while block := list(islice(each, max(1, 2**17 // length))):
+        yield np.stack(block)
 
 
 def reaches(probability: Any, threshold: float) -> Any:
