@@ -238,6 +238,35 @@ def test_names_of_one_area_have_one_interval():
     assert ends(diagnose(b, positive="ill", resamples=100).one_class.metrics["roc_auc"]) == (
         pytest.approx(ends(one))
     )
-    (c,) = networks([120, 10], (30.0,), 3)
-    perfect = diagnose(c, positive="ill", resamples=50).one_class.metrics["roc_auc"]
-    assert (perfect.low, perfect.high) == pytest.approx(wilson_interval(10, 10))
+
+
+@pytest.mark.parametrize("counts", [[120, 10], [500, 6], [12, 10]])
+def test_a_perfect_area_is_no_surer_than_one_just_below(counts):
+    """Images that a network does not see are on the wrong side of half of the others."""
+    (a,) = networks(counts, (30.0,), 3)
+    found = diagnose(a, positive="ill", resamples=50).one_class.metrics
+    m, n = counts[1], counts[0]
+    half = (1 + wilson_interval(m, m)[0]) / 2
+    low, high = newcombe(1.0, m, n, 0.95)
+    assert ends(found["roc_auc"]) == pytest.approx((min(half, low), 1.0))
+    assert high == 1.0
+    assert found["roc_auc"].low <= newcombe(1 - 1e-9, m, n, 0.95)[0] + 1e-6
+    assert ends(found["average_precision"]) == pytest.approx(wilson_interval(m, m))
+    upside_down = Predictions(a.probabilities[:, ::-1], a.labels, a.classes)
+    reverse = diagnose(upside_down, positive="ill", resamples=50).one_class.metrics["roc_auc"]
+    assert (reverse.low, reverse.high) == pytest.approx((0.0, 1 - found["roc_auc"].low))
+
+
+def test_a_perfect_area_covers_images_that_the_network_does_not_see():
+    """A share of the ill is scored like the well; the other ill images are all ranked first."""
+    for counts, unseen in (((300, 6), 0.3), ((300, 12), 0.15), ((200, 30), 0.06)):
+        true, held, times = 1 - unseen / 2, 0, 300
+        for seed in range(times):
+            rng = np.random.default_rng(seed)
+            ill = np.repeat([False, True], counts)
+            seen = ill & (rng.random(len(ill)) >= unseen)
+            values, covariance = delong(ill, rng.normal(size=len(ill)) + 20 * seen, ill * 1.0)
+            drawn = rng.normal(float(values[0]), max(covariance[0, 0], 0) ** 0.5, 200)
+            e = area(float(values[0]), drawn, 0.95, counts[1], Kinds(counts[::-1], counts[::-1]))
+            held += e.low <= true <= e.high
+        assert held / times > 0.95, counts

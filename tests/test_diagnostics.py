@@ -30,7 +30,7 @@ from regard.evaluation import (
     subgroups_csv,
     with_temperature,
 )
-from regard.evaluation.areas import area
+from regard.evaluation.areas import area, newcombe
 from regard.evaluation.intervals import draws, wilson_interval
 from regard.evaluation.recalibration import calibration_line
 from regard.evaluation.statistics import OneClassStatistics, RankStatistics, reaches
@@ -265,7 +265,9 @@ def test_what_cannot_be_measured_is_none_in_json():
     written = json.loads(json.dumps(d.to_dict(), allow_nan=False))
     area = written["one_class"]["metrics"]["roc_auc"]
     assert (area["value"], area["high"]) == (1.0, 1.0)
-    assert 0.6 < area["low"] < 0.8  # all right is no certainty: Wilson's of 10
+    # all right is no certainty
+    half, low = (1 + wilson_interval(10, 10)[0]) / 2, newcombe(1.0, 10, 20, 0.95)[0]
+    assert area["low"] == pytest.approx(min(half, low))
     assert written["one_class"]["metrics"]["lr_positive"]["value"] is None  # infinite
     assert d.metrics["mcc"].low < 0.9
     for p in (hard([1], [1], 2), hard([1, 1], [0, 1], 2, ["x", "x"])):

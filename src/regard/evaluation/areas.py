@@ -102,7 +102,9 @@ def area(
     """An area between 0 and 1 with Wilson's interval for the variance of bootstrap samples.
 
     Percentiles are too narrow for few images of a kind, and near 1. An area of 0 or 1, of which
-    samples do not vary, has Wilson's interval for as many images as units.
+    samples do not vary, has Wilson's interval for the share of images that are not told apart, of
+    which none of as many as there are units was seen; a ROC AUC half of it, as such an image, whose
+    place among the others is random, is on the wrong side of half of them.
 
     Args:
         value: the area.
@@ -116,9 +118,15 @@ def area(
     if math.isnan(variance) or math.isnan(value):
         return Estimate(value, NAN, NAN)
     if end in (0.0, 1.0):
-        return wilson(end, n_units, confidence)
-    estimate = wilson_of_variance(value, variance, n_units, confidence)
-    if kinds is None or variance < 1e-20:  # of equal scores
+        value, estimate = end, wilson(end, n_units, confidence)
+        if kinds is not None:
+            reach = (estimate.high - estimate.low) / 2
+            estimate = Estimate(value, max(value - reach, 0.0), min(value + reach, 1.0))
+    else:
+        estimate = wilson_of_variance(value, variance, n_units, confidence)
+        if variance < 1e-20:  # of equal scores
+            return estimate
+    if kinds is None:
         return estimate
     low, high = newcombe(value, *kinds.effective(value, variance), confidence)
     return Estimate(value, min(estimate.low, low), max(estimate.high, high))

@@ -15,9 +15,9 @@ Calibration slope and intercept have Student's t
 (`regard.evaluation.recalibration.calibration_line`).
 Metrics of one class against the rest, and of two classes, are as uncertain as the rarer of the two
 kinds makes them: the number of its units counts, and a single one gives no interval. Sensitivity,
-specificity, ppv and npv have Wilson's interval (with groups `share_of_groups`); so do areas whose
-resamples do not vary, such as an AUC of 1. Areas over all classes have no interval if it would take
-much more than 20 s, which is, with 1000 resamples, from about 10,000 images of 12 classes on.
+specificity, ppv and npv have Wilson's interval (with groups `share_of_groups`). Areas over all
+classes have no interval if it would take much more than 20 s, which is, with 1000 resamples, from
+about 10,000 images of 12 classes on.
 
 A likelihood ratio may be infinite, and resamples do not vary if it is 0 or infinite. Its interval
 then extends to the ratio obtained by replacing a sensitivity or specificity of 0 or 1 by the
