@@ -107,7 +107,7 @@ def test_an_engine_that_fails_is_one_line_and_the_others_go_on(capsys, monkeypat
 
     monkeypatch.setitem(bench.ENGINES, "compiled", broken)
     broken.precisions, broken.needs = ("fp32",), ()
-    assert run_command([*FLAGS, "--engine", "eager", "compiled"]) == 0
+    assert run_command([*FLAGS, "--engine", "eager", "compiled"]) == 1
     out, err = capsys.readouterr()
     assert "regard: compiled, fp32: no such operator" in err.splitlines()
     assert [ln.split()[0] for ln in out.splitlines()[-2:]] == ["engine", "eager"]

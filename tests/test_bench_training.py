@@ -63,7 +63,7 @@ def test_a_case_that_fails_is_one_line_and_the_others_go_on(capsys, monkeypatch)
         raise RuntimeError("no such\ncompiler")
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert run_command(["bench", "ag_sononet8", *FLAGS, "--batch-size", "2"]) == 0
+    assert run_command(["bench", "ag_sononet8", *FLAGS, "--batch-size", "2"]) == 1
     out, err = capsys.readouterr()
     assert "regard: ag_sononet8, compiled, fp32: no such compiler" in err.splitlines()
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["network", "ag_sononet8"]

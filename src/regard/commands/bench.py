@@ -90,7 +90,7 @@ def command(
         print(dumps({"machine": machine, "results": results}, indent=2, default=vars))
     else:
         _print(machine, results, train)
-    return 0 if any(t.fault is None for r in results for t in r["engines"]) else 1
+    return 1 if any(t.fault is not None for r in results for t in r["engines"]) else 0
 
 
 @dataclass(frozen=True)
