@@ -133,20 +133,21 @@ def test_an_image_that_was_lost_is_counted_once(tmp_path, scans, full_disk):
     assert len((out / "unreadable.csv").read_text().splitlines()) == 1 + 3
 
 
-@pytest.mark.parametrize("rules", [None, 1])
+@pytest.mark.parametrize("rules", [None, 1, 2])
 def test_a_run_that_was_begun_before_is_resumed_by_its_rules(
     tmp_path, monkeypatch, full_disk, rules
 ):
     """Its plan does not name any: the labels, the steps and the norms stay what they were."""
     out = tmp_path / "run"
     settings = {**TINY, "out": out, "epochs": 2, "limit": 100, "label_noise": 0.5}
+    settings |= {"class_weights": "balanced", "sampler": "balanced"}
     settings |= {"model": "cbam_resnet18", "model_args": {"channels": (8, 8, 8, 8)}}
     full_disk(2)
     with pytest.raises(StateError):
         regard.train("digits", **settings)
     full_disk(0)
     content = json.loads((out / "run.json").read_text())
-    assert content["plan"].pop("rules") == 1
+    assert content["plan"].pop("rules") == 2
     content["plan"] |= {} if rules is None else {"rules": rules}
     (out / "run.json").write_text(json.dumps(content))
     found = {}
@@ -156,6 +157,7 @@ def test_a_run_that_was_begun_before_is_resumed_by_its_rules(
         t = self.trainer
         momentum = {m.momentum for m in t.model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
         found.update(labels=t.labels.numpy(), planned=t.planned, momentum=momentum)
+        found.update(weights=t.class_weights.numpy(), chances=t.source.order.chances)
         finish(self)
 
     monkeypatch.setattr(Run, "_finish", noted)
@@ -164,7 +166,11 @@ def test_a_run_that_was_begun_before_is_resumed_by_its_rules(
     rows = [row.split(",") for row in (out / "splits.csv").read_text().splitlines()[1:]]
     true = np.array([table.classes.index(row[1]) for row in rows if row[2] == "train"])
     assert np.array_equal(found["labels"], noisy_labels(true, 10, 0.5, 0, rules or 0))
-    assert found["planned"] == (rules or 0)
+    counts = np.bincount(found["labels"] if rules == 2 else true, minlength=10)
+    np.testing.assert_allclose(found["weights"], len(true) / 10 / counts, rtol=1e-6)
+    drawn = 1 / counts[found["labels"] if rules == 2 else true]
+    np.testing.assert_allclose(found["chances"], drawn / drawn.sum())
+    assert found["planned"] == bool(rules)
     assert found["momentum"] == ({0.1} if rules else {0.1, 0.01})
 
 

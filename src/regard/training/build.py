@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from regard.attention import evaluating
 from regard.data.device_decoding import DecodingLoader
 from regard.data.loading import InMemoryLoader, SampleOrder, StreamingLoader
+from regard.data.table import ImageTable
 from regard.data.workers import default_workers
 from regard.errors import UsageError
 from regard.machine import in_channels_last, keep_freed_memory
@@ -71,7 +72,8 @@ def build_loader(
     """
     recipe, order = plan.recipe, None
     if split == "train":
-        order = SampleOrder(len(part.table), recipe.seed, image_weights(part.table, recipe))
+        weights = image_weights(_weighted(plan, part.table), recipe)
+        order = SampleOrder(len(part.table), recipe.seed, weights)
     workers = default_workers() if recipe.workers is None else recipe.workers
     if split != "train" and part.reader.augmentation is not None:
         reader = dataclasses.replace(part.reader, augmentation=None)
@@ -92,16 +94,13 @@ def build_trainer(
     if recipe.sync_bn and accelerator.num_processes > 1:
         model = with_synchronized_norms(model, device)
     fuse(model, recipe.fuse, device, plan.model)
-    labels = noisy_labels(
-        table.labels, len(plan.classes), recipe.label_noise, recipe.seed, plan.rules
-    )
-    weights = loss_weights(table, recipe)
+    weights = loss_weights(_weighted(plan, table), recipe)
     return Trainer(
         model=model,
         recipe=recipe,
         preprocess=plan.preprocess,
         source=build_loader(plan, "train", part, device),
-        labels=torch.from_numpy(labels),
+        labels=torch.from_numpy(_learned(plan, table).labels),
         classes=len(plan.classes),
         count=len(table),
         total=choose_steps(recipe, len(table), plan.processes),
@@ -110,6 +109,20 @@ def build_trainer(
         precision=_precision(plan, model, device),
         planned=recipe.accumulate * plan.processes if plan.rules else 0,
     )
+
+
+def _learned(plan: Plan, table: ImageTable) -> ImageTable:
+    """The training images with the labels that are learned, some of which the recipe changes."""
+    recipe = plan.recipe
+    noisy = noisy_labels(
+        table.labels, len(plan.classes), recipe.label_noise, recipe.seed, plan.rules
+    )
+    return dataclasses.replace(table, labels=noisy)
+
+
+def _weighted(plan: Plan, table: ImageTable) -> ImageTable:
+    """The training images with the labels whose classes are weighted and balanced."""
+    return _learned(plan, table) if plan.rules > 1 else table
 
 
 def _precision(plan: Plan, model: nn.Module, device: torch.device) -> str:

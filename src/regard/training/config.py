@@ -129,8 +129,10 @@ class Recipe:
         "target moves from its label to the network's predictions, with this momentum (0 = off).",
     )  # fmt: skip
     label_noise: _Share = _field(
-        0.0, "Loss", "Fraction of the training labels changed to another class."
-    )
+        0.0, "Loss",
+        "Fraction of the training labels changed to another class; class weights and samplers go "
+        "by the changed labels.",
+    )  # fmt: skip
 
     sampler: Literal["shuffled", "balanced"] = _field(
         "shuffled", "Sampling", "Shuffle, or draw images with weight 1 / class count."

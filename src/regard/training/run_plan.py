@@ -101,6 +101,7 @@ class Plan:
         rules: 0 for a run that was begun before these were changed, which goes on as it was: the
             random numbers of wrong labels, an epoch's last step where steps were fitted into
             memory, the averages of batch norms in short runs, and the id in Weights & Biases.
+            1 for one whose class weights and samplers count the labels before some are changed.
     """
 
     data: str
@@ -114,7 +115,7 @@ class Plan:
     preprocess: Preprocess
     processes: int = 1
     start: str = "random weights"
-    rules: int = 1
+    rules: int = 2
 
     @property
     def network(self) -> str:
