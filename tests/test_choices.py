@@ -456,6 +456,14 @@ def test_wrong_weights_of_classes_are_told(text, message):
         parse_weights(text, CLASSES, "x")
 
 
+def test_weights_that_fit_no_data_are_refused_before_the_data_is_read():
+    for text in ("x=1_0=3", "Small, round=2,b=1,", "size=big,round=2", "a=1e-3", "a_1=2"):
+        assert Recipe(class_weights=text, sampler_weights=text).class_weights == text
+    for text in ("a=1_0", "a=1_0 , b=2", "a=2,b=.1_0", "a=x", "a=", "a", "a=1, b", "a=1=x"):
+        with pytest.raises(UsageError, match="class_weights: '"):
+            Recipe(class_weights=text)
+
+
 def test_samplers():
     table = arrays(4, 4)  # 3, 2 and 1 of the classes
     balanced = image_weights(table, Recipe(sampler="balanced"))

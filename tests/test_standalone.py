@@ -258,6 +258,8 @@ def test_a_folder_is_searched_and_wrong_calls_are_refused(tmp_path, photos):
     (tmp_path / "net.onnx").write_bytes(b"")  # not looked into, as there is nothing to predict
     for arguments, word in (
         (["x.png", "--top", "0"], "at least 1"),
+        (["x.png", "--top", "1_0"], "argument --top: '1_0' is not a number"),
+        (["x.png", "--top", "many"], "argument --top: 'many' is not a number"),
         (["x.png"], "no such file"),
         ([tmp_path / "empty", "--model", tmp_path / "net.onnx"], "no image below"),
     ):

@@ -66,14 +66,15 @@ def _given(type_: Any) -> Any:
 def _as_written(type_: Any, tokens: Sequence[cyclopts.Token]) -> Any:
     """Converts a flag's words as cyclopts does, but without rounding 16.5 images to 16.
 
-    Nor is the word none read as though the flag had not been given.
+    Nor is 4_7 read as 47, or the word none as though the flag had not been given.
     """
     type_ = _given(type_)
     kinds = _kinds(type_)
-    if int in kinds and float not in kinds:
+    whole = int in kinds and float not in kinds
+    if kinds & {int, float} and str not in kinds:
         for token in tokens:
-            if _has_a_fraction(token.value):
-                raise cyclopts.CoercionError(token=token, target_type=int)
+            if "_" in token.value or (whole and _has_a_fraction(token.value)):
+                raise cyclopts.CoercionError(token=token, target_type=int if whole else float)
     return cyclopts.convert(type_, tokens)
 
 

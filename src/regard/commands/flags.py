@@ -191,10 +191,11 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
             raise UsageError(f"--arg {pair}: give NAME=VALUE, such as aggregation=concat")
-        try:
+        found[name] = value
+        if re.search(r"\d_\d", re.sub(r"'[^']*'|\"[^\"]*\"", "", value)):  # 1_6: no number
+            continue
+        with contextlib.suppress(ValueError, SyntaxError):  # a word, as `concat`
             found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value  # a word, as `concat`
     return found
 
 

@@ -403,12 +403,18 @@ def _below(folder: str) -> Iterator[str]:
                 yield path
 
 
+def _whole_number(text: str) -> int:
+    if not text.isdecimal():  # Python reads 1_0 as 10
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return int(text)
+
+
 def main() -> int:
     """Prints the predictions; returns 1 if some images can't be read, 2 if none can."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("images", nargs="+", help="image files and folders of images")
     parser.add_argument("--model", type=Path, default=Path(__file__).with_name(MODEL))
-    parser.add_argument("--top", type=int, default=5, help="classes to list (default: 5)")
+    parser.add_argument("--top", type=_whole_number, default=5, help="classes to list (default: 5)")
     arguments = parser.parse_args()
     if arguments.top < 1:
         parser.error(f"--top {arguments.top}: at least 1")

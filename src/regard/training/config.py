@@ -9,6 +9,7 @@ values against the same types.
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from regard.cells import number_of
 from regard.errors import UsageError
 from regard.training.field_types import check, convert
 
@@ -373,6 +375,8 @@ class Recipe:
 
 _HINTS = get_type_hints(Recipe, include_extras=True)
 
+_JOINED_DIGITS = re.compile(r"[^,]*=[\s\d.]*\d_\d[^,=]*(?=,|$)")  # a=4_7, which Python reads as 47
+
 # When a field is used: another field, and that field's values with which it is used.
 _USED_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "momentum": ("optimizer", ("sgd", "muon")),
@@ -421,6 +425,9 @@ def _check_together(recipe: Recipe) -> None:
         raise UsageError(f"size={recipe.size}: give one number, or height and width")
     if recipe.channels not in (None, 1, 3):
         raise UsageError(f"channels={recipe.channels}: choose 1 or 3")
+    if recipe.class_weights not in ("none", "balanced"):
+        _check_weights("class_weights", recipe.class_weights)
+    _check_weights("sampler_weights", recipe.sampler_weights)
     for name in ("milestones", "crop_scale", "zoom", "axis_scale"):
         value = getattr(recipe, name)
         if list(value) != sorted(value):
@@ -439,6 +446,22 @@ def _check_together(recipe: Recipe) -> None:
     for f in fields_of():
         if values[f.name] != f.default and (reason := _unused(f.name, values)) is not None:
             raise UsageError(f"{f.name}={values[f.name]!r}: not used with {reason}")
+
+
+def _check_weights(name: str, text: str) -> None:
+    """Refuses CLASS=WEIGHT,... that fits no data; a class may have commas and equals signs."""
+    last = text.strip(", ").rpartition(",")[2].strip()
+    if not text:
+        return
+    if "=" not in last:
+        raise UsageError(f"{name}: {last!r} is not CLASS=WEIGHT")
+    said = _JOINED_DIGITS.findall(text)
+    try:
+        number_of(last.rpartition("=")[2])
+    except ValueError:
+        said.append(last)
+    if said:
+        raise UsageError(f"{name}: {said[0].strip()!r} has a weight that is not a number")
 
 
 def fields_of() -> list[dataclasses.Field[Any]]:
