@@ -172,6 +172,21 @@ def test_a_manifest(tmp_path, encoding, delimiter, newline):
 
 
 @pytest.mark.parametrize(
+    ("cells", "splits"),
+    [
+        (("train", "dev", "Eval"), ["train", "val", "test"]),
+        (("Training set", "Development", "hold-out"), ["train", "val", "test"]),
+        (("training", "Train", "VALIDATION"), ["train", "train", "val"]),
+        (("valid", "validation", "val"), ["val"] * 3),
+    ],
+)
+def test_a_manifest_names_splits_as_other_data_does(tmp_path, cells, splits):
+    rows = zip(("x.png", "sub/z.png", "y.png"), "aba", cells, strict=True)
+    text = "\n".join(["path,label,split", *map(",".join, rows)])
+    assert open_data(manifest(tmp_path, text)).splits.tolist() == splits
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("file,label\nx.png,a\n", "line 1: no column 'path' among file, label"),
@@ -182,7 +197,12 @@ def test_a_manifest(tmp_path, encoding, delimiter, newline):
         ("path,label\nx.png,a\ny.png\n", "line 3: empty label"),
         ("path,label\n,a\n", "line 2: empty path"),
         ("path,label,group\nx.png,a,p\ny.png,a, \n", "line 3: empty group"),
-        ("path,label,split\nx.png,a,dev\n", "line 2: split 'dev': choose train, val, test"),
+        ("path,label,split\nx.png,a,late\n", "line 2: split 'late': choose train, val, test"),
+        ("path,label,split\nx.png,a,not for training\n", "line 2: split 'not for training'"),
+        (
+            "path,label,split\nx.png,a,Eval\ny.png,a,test\n",
+            "line 3: split 'test' and 'eval' are both a test split",
+        ),
         (
             'path,label\n"x.png",a\n\ny.png,a\n./x.png,b\n',
             r"line 5: path 'x.png' again, after line 2",

@@ -48,6 +48,12 @@ def split_word(name: str) -> str | None:
     return {"tr": "train", "ts": "test"}.get(last)  # imagesTr, imagesTs
 
 
+def split_cell(cell: str) -> str | None:
+    """The split that a table's cell stands for, as a whole: test for `Test set`; or None."""
+    word = re.sub(r"[\W_]+", "", cell.lower())
+    return next((split for split, p in _PATTERNS.items() if p.fullmatch(word)), None)
+
+
 def open_folder(name: str, root: str, splits: str = "auto") -> ImageTable:
     """The images of ROOT/CLASS or ROOT/SPLIT/CLASS.
 

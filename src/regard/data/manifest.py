@@ -12,7 +12,7 @@ from typing import NoReturn, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from regard.data.folders import SPLIT_WORDS
+from regard.data.folders import SPLIT_WORDS, split_cell
 from regard.data.paths import PathList
 from regard.data.table import SPLITS, ImageTable
 from regard.errors import UsageError
@@ -21,7 +21,7 @@ from regard.files import shortened
 SUFFIXES = (".csv", ".tsv")
 _USED = ("path", "label", "split", "group")
 _SPLITS = ("", *SPLITS)
-_SPLIT_CELLS = {"": "", "training": "train", "testing": "test", **SPLIT_WORDS}
+_SURE = {"training", "testing", *SPLIT_WORDS}  # names of splits that may be mixed
 _MOST_VALUES = 100_000  # in a further column; one with more, such as free text, is not read
 # columns that may say which images belong together
 _OF_GROUPS = re.compile("patient|subject|participant|person|case|donor|animal|lesion|study")
@@ -74,6 +74,7 @@ class _Manifest:
         self.further: dict[str, _Cells] = {}
         self.lines, self.labels, self.splits = array("q"), array("q"), array("b")
         self.groups = array("q")
+        self.split_of: dict[str, str] = {"": ""}  # of each cell, in lower case
         self.label_index: dict[str, int] = {}
         self.group_index: dict[str, int] = {}
 
@@ -143,14 +144,23 @@ class _Manifest:
                 self.fault(f"a {kind} in {column} {cell[:40]!r}")
             if column != "path":
                 self._check_text(column, cell)
-        split = _SPLIT_CELLS.get(row.get("split", "").lower())
-        if split is None:
-            self.fault(f"split {row['split']!r}: choose train, val, test or leave it empty")
+        self.splits.append(_SPLITS.index(self._split(row.get("split", ""))))
         self.lines.append(self.line)
-        self.splits.append(_SPLITS.index(split))
         self.labels.append(self.label_index.setdefault(row["label"], len(self.label_index)))
         group = row.get("group", "")
         self.groups.append(self.group_index.setdefault(group, len(self.group_index)))
+
+    def _split(self, cell: str) -> str:
+        word = cell.lower()
+        if word not in self.split_of:
+            split = split_cell(cell)
+            if split is None:
+                self.fault(f"split {cell!r}: choose train, val, test or leave it empty")
+            for other in (o for o, s in self.split_of.items() if s == split):
+                if not {word, other} <= _SURE:  # dev, eval and test may be three splits
+                    self.fault(f"split {cell!r} and {other!r} are both a {split} split: name one")
+            self.split_of[word] = split
+        return self.split_of[word]
 
     def _check_breaks(self, fields: list[str]) -> None:
         """Refuses a cell of several lines that look like rows, as its quotes were not meant so."""
