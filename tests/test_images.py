@@ -470,6 +470,24 @@ def test_dicom_faults(tmp_path):
         read_image(tmp_path / "bare.dcm")
 
 
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    ["Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated",
+     "BitsStored", "PixelRepresentation", "PlanarConfiguration"],
+)  # fmt: skip
+def test_a_dicom_image_that_lacks_an_element_is_told_by_its_name(tmp_path, name, empty):
+    path = dicom(tmp_path / "a.dcm", np.zeros((4, 5, 3), np.uint8))
+    dataset = pytest.importorskip("pydicom").dcmread(path)
+    delattr(dataset, name)
+    if empty:
+        setattr(dataset, name, None)
+    dataset.save_as(path)
+    with pytest.raises(ImageError) as caught:
+        read_image(path)
+    assert str(caught.value) == f"{path}: is DICOM that lacks {name}: the image can't be decoded"
+
+
 def test_the_eight_orientations_differ():
     from regard.data.images import _upright
 

@@ -13,6 +13,10 @@ from regard.extras import hint, missing
 _MAY_BE_EMPTY = {"RescaleSlope": 1, "RescaleIntercept": 0, "VOILUTFunction": "LINEAR"}
 _RESCALING = ("RescaleSlope", "RescaleIntercept")  # pydicom applies them only together
 
+# Elements of the image that have no default (PS3.3 C.7.6.3)
+_NEEDED = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated")
+_NEEDED_BY_INTEGERS = ("BitsStored", "PixelRepresentation")
+
 # First bytes of a file without the preamble: its first element, of the
 # dataset (0008) or of the meta information (0002), little endian, then big endian
 _GROUPS = (b"\x08\x00", b"\x02\x00", b"\x00\x08", b"\x00\x02")
@@ -93,6 +97,11 @@ def _palette_bits(dataset: Any) -> int:
 def _check_single_image(dataset: Any) -> None:
     if not any(key in dataset for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise ImageError("is DICOM without an image")
+    needed = [*_NEEDED, *(_NEEDED_BY_INTEGERS if "PixelData" in dataset else ())]
+    if dataset.get("SamplesPerPixel") == 3:
+        needed.append("PlanarConfiguration")
+    if lacks := [name for name in needed if dataset.get(name) in (None, "")]:
+        raise ImageError(f"is DICOM that lacks {', '.join(lacks)}: the image can't be decoded")
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
         raise ImageError(f"holds {frames} frames; write each as a file of its own")
