@@ -163,3 +163,20 @@ def test_a_run_is_ranked_without_a_warning_of_its_own_images(whole, caplog):
     suspects, table = label_errors.find_label_errors([whole])
     assert len(suspects) == len(table) == 120
     assert caplog.records == []
+
+
+def test_cleanlab_says_nothing_where_it_cannot_judge():
+    pytest.importorskip("cleanlab", reason="the extra 'cleanlab' is not installed")
+    names = ["a", "b", "one image", "no image"]
+    labels = np.array([0] * 20 + [1] * 20 + [2])
+    probabilities = np.full((41, 4), 0.01)
+    probabilities[np.arange(41), labels] = 0.97
+    probabilities[0] = [0.01, 0.97, 0.01, 0.01]  # a label error
+    probabilities[1] = [0.01, 0.01, 0.01, 0.97]  # taken for classes without enough labels
+    probabilities[2] = [0.01, 0.01, 0.97, 0.01]
+    probabilities[40] = [0.97, 0.01, 0.01, 0.01]  # the only one with its label
+    sums = label_errors._Sums(names)
+    sums.add(map(str, range(41)), labels, probabilities, ())
+    said = {int(s.path): s.cleanlab for s in label_errors._ranked(sums)}
+    assert [said[i] for i in (0, 1, 2, 40)] == [True, None, None, None]
+    assert {said[i] for i in range(3, 40)} == {False}

@@ -48,7 +48,8 @@ class Suspect:
             trained on the image or an exact copy of it.
         runs: number of runs whose probabilities were averaged.
         cleanlab: whether confident learning considers the label wrong; None: cleanlab is not
-            installed, or the image is not out of sample.
+            installed, or can't judge, as the image is not out of sample, no other image has its
+            label, or fewer than two out-of-sample images have the predicted class as theirs.
     """
 
     rank: int
@@ -215,19 +216,22 @@ def _confident(
 ) -> dict[int, bool]:
     """cleanlab's confident learning: whether each out-of-sample image has a label error.
 
-    Northcutt, Jiang and Chuang, Confident Learning, JAIR 2021 (arXiv 1911.00068).
+    Northcutt, Jiang and Chuang, Confident Learning, JAIR 2021 (arXiv 1911.00068). It compares
+    classes of at least two labels: images that have or look like another one are left out.
     """
-    at = np.flatnonzero(held_out)
-    present = np.unique(labels[at])
+    counts = np.bincount(labels[held_out], minlength=probabilities.shape[1])
+    present = np.flatnonzero(counts > 1)
+    at = np.flatnonzero(held_out & np.isin(labels, present))
     if not is_installed("cleanlab") or len(present) < 2:
         return {}
     from cleanlab.filter import find_label_issues
 
-    chosen = probabilities[np.ix_(at, present)]  # cleanlab needs every class among the labels
+    chosen = probabilities[np.ix_(at, present)]
     chosen = np.maximum(chosen, _SMALLEST)
     chosen /= chosen.sum(axis=1, keepdims=True)
     issues = find_label_issues(np.searchsorted(present, labels[at]), chosen, n_jobs=1)
-    return dict(zip(at.tolist(), map(bool, issues.tolist()), strict=True))
+    judged = np.isin(probabilities[at].argmax(axis=1), present)
+    return dict(zip(at[judged].tolist(), map(bool, issues[judged].tolist()), strict=True))
 
 
 # ---- as files
