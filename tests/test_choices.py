@@ -19,7 +19,7 @@ from regard.data.sources import ImageTable, open_data
 from regard.errors import UsageError
 from regard.machine import cpu_has_bf16
 from regard.models import create_model, list_models
-from regard.models.create import load_weights, make_model
+from regard.models.create import load_weights, make, make_model
 from regard.models.io import save_model
 from regard.runs import RunFolder
 from regard.training.build import jumped_over
@@ -676,6 +676,29 @@ def test_an_argument_that_a_network_refuses_in_any_way_is_one_line(name, argumen
     ):
         with pytest.raises(UsageError, match=f"{name} with {argument}=.*{message}"):
             choose_model(name, recipe, given)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("cbam_resnet18", {"drop_rate": "a"}, "drop_rate='a': give a number from 0 to 1"),
+        ("ag_sononet8", {"drop_rate": 2}, "drop_rate=2: give a number from 0 to 1"),
+        ("resnet18", {"drop_path_rate": "a"}, "drop_path_rate='a': give a number from 0 to 1"),
+        (
+            "cbam_resnet18", {"reduction": "a"},
+            "cbam_resnet18 with reduction='a': give reduction: a whole number, at least 1",
+        ),
+        (
+            "attention56", {"units": "a", "in_chans": 1},
+            "attention56 with units='a', in_chans=1: give units: three whole numbers",
+        ),
+        ("cbam_resnet18", {"reduction": 8, "widht": 1}, "unexpected keyword argument 'widht'"),
+    ],
+)  # fmt: skip
+def test_an_argument_of_another_type_is_told_what_it_is(name, given, message):
+    with pytest.raises(UsageError) as caught:
+        make(name, given)
+    assert str(caught.value).endswith(message)
 
 
 def test_a_network_that_could_not_be_loaded_again_is_refused_before_it_trains(monkeypatch):

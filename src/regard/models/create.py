@@ -15,6 +15,7 @@ from regard.errors import FileError, RegardError, UsageError, is_out_of_memory
 from regard.files import plural, reason, shortened
 from regard.models import create_model, list_models
 from regard.models._common import FREE_ARGUMENTS
+from regard.models.arguments import arguments as known_arguments
 from regard.models.cbam import CBAM, SE
 from regard.models.graft import graft as insert
 from regard.models.hub import cached_weights
@@ -44,6 +45,7 @@ def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`regard models` lists them"
         raise UsageError(f"no network is called {name!r}; {hint}")
+    _check_rates(arguments)
     try:
         return create_model(name, **arguments)
     except Exception as error:  # each network refuses an argument in its own way
@@ -54,8 +56,34 @@ def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         if not isinstance(error, TypeError) and (loads or not asked):  # the weights, or our fault
             raise
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        fault = reason(error).rpartition("__init__() ")[2]
+        fault = _of_other_types(name, arguments) if isinstance(error, TypeError) else ""
+        fault = fault or reason(error).rpartition("__init__() ")[2]
         raise UsageError(f"{name} with {given}: {fault}") from error
+
+
+def _of_other_types(name: str, given: Mapping[str, Any]) -> str:
+    """What the given arguments have to be, for Python's "'<' not supported"; "" if not known."""
+    kinds = {each.name: each.choices for each in known_arguments(name)}
+    asked = given.keys() - {"num_classes", "in_chans"}
+    if not asked <= kinds.keys():  # perhaps there is no such argument
+        return ""
+    told = [f"{k}: {kinds[k]}" for k in given if isinstance(kinds.get(k), str)]
+    return f"give {'; '.join(told)}" if told else ""
+
+
+def _check_rates(arguments: Mapping[str, Any]) -> None:
+    """Refuses rates that a network would only refuse with an image, or not at all.
+
+    Raises:
+        UsageError: a rate of dropout is not a number from 0 to 1.
+    """
+    for name in ("drop_rate", "drop_path_rate", "drop_block_rate"):
+        rate = arguments.get(name, 0.0)
+        if rate is None and name != "drop_rate":
+            continue
+        number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if not number or not 0 <= rate <= 1:
+            raise UsageError(f"{name}={rate!r}: give a number from 0 to 1")
 
 
 def classifier_modules(model: nn.Module) -> list[str]:
