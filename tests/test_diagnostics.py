@@ -727,7 +727,7 @@ def test_images_of_one_class_have_no_area_and_that_is_said(whole, scans, tmp_pat
     one = json.loads(out)["diagnostics"]["one_class"]["metrics"]
     assert one["roc_auc"]["value"] is one["specificity"]["value"] is None
     assert one["sensitivity"]["value"] is not None
-    assert "all 40 images are of 1" in err
+    assert "40 images, all of 1: ROC AUC" in err
 
 
 # ---- temperature ------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_predict_averages_networks_and_says_how_far_they_differ(folds, scans, tm
     capsys.readouterr()
     assert run_command([*call, "--tta", "flips"]) == 0
     warned = [line for line in capsys.readouterr().err.splitlines() if "new images" in line]
-    assert [line.partition(": of 1 image 1 ")[0] for line in warned] == [f"regard: {b}"]
+    assert [line.partition(": the image ")[0] for line in warned] == [f"regard: {b}"]
     (row,) = rows_of(out)
     assert row["tta"] == "flips"
     assert float(row["sd1"]) >= 0

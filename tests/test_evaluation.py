@@ -521,12 +521,12 @@ GOOD = np.array([[0.7, 0.3], [0.2, 0.8]])
         ({"labels": [-1, 0]}, "label -1 of image 0"),
         ({"labels": [0.0, 1.0]}, "labels of float64"),
         ({"labels": [0]}, r"labels of shape \(1,\)"),
-        ({"classes": ["a"]}, "1 classes for 2"),
+        ({"classes": ["a"]}, "1 class for 2"),
         ({"classes": ["a", "a"]}, "'a' is named twice"),
         ({"groups": ["x"]}, r"groups of shape \(1,\)"),
         ({"groups": np.array(["x", None])}, "image 1 has no group"),
         ({"groups": [1.0, np.nan]}, "image 1 has no group"),
-        ({"paths": ["x.png"]}, "1 paths for 2 images"),
+        ({"paths": ["x.png"]}, "1 path for 2 images"),
     ],
 )
 def test_wrong_predictions_are_refused_in_one_line(change, message):

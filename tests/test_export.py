@@ -92,7 +92,7 @@ def test_a_file_in_eight_bits_normalizes_each_image_in_fp32(whole, tmp_path):
 def test_eight_bits_say_what_they_cost(whole, tmp_path, to, caplog):
     caplog.set_level("INFO", "regard")
     path = export(whole, to=to, out=tmp_path / FILES[to], int8=True, force=True)
-    assert "INT8 on the 24 validation images:" in caplog.text
+    assert "INT8 on 24 validation images:" in caplog.text
     assert FORMATS[to].metadata(path)["precision"] == "int8"
     images = torch.rand(3, 1, 16, 16) * 255
     (answer,) = FORMATS[to].open(path)(images)

@@ -308,7 +308,7 @@ def test_steps_are_shared_by_another_number_of_processes_where_they_can_be():
     assert accumulation_now(1, 4, 2) == 2
     assert accumulation_now(1, 4, 4) == 1
     assert accumulation_now(3, 2, 6) == 1
-    with pytest.raises(UsageError, match="resume it with 1, 2, 4"):
+    with pytest.raises(UsageError, match="to resume it with: 1, 2, 4"):
         accumulation_now(1, 4, 3)
 
 

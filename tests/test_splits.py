@@ -80,7 +80,7 @@ def test_only_what_lacks_is_made(have, val, test, found):
         ([""] * 4, -0.1, 0.1, "val=-0.1: at least 0"),
         ([""] * 4, 0.1, 1, "test=1: at least 0 and less than 1"),
         ([""] * 4, 0.5, 0.5, "leave nothing to train on"),
-        ([""] * 4, 0.2, 0.2, "too few for train, val, test"),
+        ([""] * 4, 0.2, 0.2, "can't be divided into train, val, test"),
     ],
 )
 def test_mistakes(have, val, test, told):
@@ -285,7 +285,7 @@ def test_other_data_is_named(tmp_path):
         read_splits(table([0, 0, 1], groups=["p", "q", "q"]), path)
     with pytest.raises(ValueError, match=r"2 of data's images are not in it, such as 3\.png"):
         read_splits(table([0, 1, 1, 0, 1], groups=["p", "q", "q", "r", "r"]), path)
-    with pytest.raises(ValueError, match=r"1 images of it are not in data, such as 2\.png"):
+    with pytest.raises(ValueError, match=r"lists 1 image that data lacks, such as 2\.png"):
         read_splits(data.select([0, 1]), path)
     with pytest.raises(ValueError, match=r"0\.png is of group 'p', but in data of 'z'"):
         read_splits(table([0, 1, 1], groups=["z", "q", "q"]), path)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,17 @@ from regard.cli import run_command
 from regard.data.content import content_hashes, file_hash
 from regard.data.sources import open_data
 from regard.data.splits_file import read_rows, write_splits
+from regard.files import plural
 from regard.run_data import predictions_of, run_table
 from regard.runs import RunFolder, choose_out
-from regard.trained_on import attach_splits, changed_line, known_images, moved_table, watch
+from regard.trained_on import (
+    attach_splits,
+    changed_line,
+    known_images,
+    moved_table,
+    overlap_line,
+    watch,
+)
 from tests.helpers import QUICK, answer, rows_of, run
 
 
@@ -516,3 +525,29 @@ def test_results_in_the_data_and_a_split_that_cannot_be_read(scans, tmp_path, mo
     (network,) = (data / "runs").glob("data-ag_sononet8*/model.safetensors")
     assert open_data(str(data)).classes == ["0", "1", "2"]
     assert "images of its own data" in run("evaluate", network.parent.relative_to(data))
+
+
+@pytest.mark.parametrize(
+    ("counts", "total", "related", "said"),
+    [
+        ({"train": 2, "val": 1}, 4, 0, "of 4 images 2 trained this network and 1 validated it"),
+        ({"val": 1}, 4, 0, "of 4 images 1 validated this network"),
+        ({"val": 1}, 1, 0, "the image validated this network"),
+        ({}, 1, 1, "the image came from 1 group that trained or validated this network"),
+    ],
+)
+def test_a_single_image_that_was_trained_on_is_told_as_one(counts, total, related, said):
+    them = "it" if total == 1 else "them"
+    expected = f"{said}: results on {them} say nothing about new images"
+    assert overlap_line(Counter(counts), total, related, related) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "said"),
+    [
+        (1, "image", "1 image"), (2000, "test image", "2,000 test images"), (1, "class", "1 class"),
+        (0, "process", "0 processes"), (3, "batch", "3 batches"), (2, "box", "2 boxes"),
+    ],
+)  # fmt: skip
+def test_counts_are_told_in_english(count, noun, said):
+    assert plural(count, noun) == said

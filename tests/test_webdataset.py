@@ -103,7 +103,7 @@ def test_what_is_no_labeled_image_is_left_out_and_counted(tmp_path):
     }  # fmt: skip
     table = open_data(f"wds:{write(tmp_path / 'a.tar', files)}")
     assert len(table) == 2
-    assert table.warnings == ("left out: 1 samples without an image, 1 images without a label",)
+    assert table.warnings == ("left out: 1 sample without an image, 1 image without a label",)
 
 
 def test_patients_that_are_not_called_group_are_told(tmp_path):
@@ -129,7 +129,7 @@ def test_patients_that_are_not_called_group_are_told(tmp_path):
         ({"a.jpg": b"x", "a.json": b"{"}, "a: its .json can't be read"),
         ({"a.jpg": b"x"}, "no image with a label"),
         ({"a.1.jpg": b"x", "a.cls": b"c", "b.jpg": b"x", "b.cls": b"d"},
-         r"only one class \('d'\); .* \(left out: 1 images with another dot"),
+         r"only one class \('d'\); .* \(left out: 1 image with another dot"),
         ({"a.jpg": b"x", "a.json": b'{"label": "c", "group": "g"}', "b.jpg": b"x", "b.cls": b"d"},
          "1 image without a group"),
     ],
@@ -218,7 +218,7 @@ def test_a_label_that_is_missing_is_no_folder_and_parts_may_lie_apart(tmp_path):
     labels = {f"./p{k}/{k}.cls": str(k % 2).encode() for k in range(3)}
     table = open_data(f"wds:{write(tmp_path / 'a.tar', images | labels)}")
     assert (table.classes, table.labels.tolist()) == (["0", "1"], [0, 1, 0])
-    assert table.warnings == ("left out: 1 images without a label",)
+    assert table.warnings == ("left out: 1 image without a label",)
     assert table.key(2) == "a.tar/./p2/2.jpg"
     flat = {"./a.jpg": picture(1), "./b.jpg": picture(2)}
     with pytest.raises(UsageError, match="no image with a label"):
@@ -234,7 +234,7 @@ def test_of_two_members_of_one_name_the_last_counts_as_tar_unpacks_them(tmp_path
     table = open_data(f"wds:{shard}")
     assert [table.key(i) for i in range(len(table))] == ["a.tar/a/000.jpg", "a.tar/a/001.jpg"]
     assert np.array_equal(table.read(0), read_image(picture(9)))
-    assert "1 members replaced by a later one of the same name" in table.warnings[0]
+    assert "1 member replaced by a later one of the same name" in table.warnings[0]
 
 
 def test_hard_links_are_the_files_before_them_and_other_links_are_counted(tmp_path):
@@ -256,7 +256,7 @@ def test_hard_links_are_the_files_before_them_and_other_links_are_counted(tmp_pa
     assert table.labels.tolist() == [0, 0, 1]
     assert np.array_equal(table.read(1), read_image(picture(1)))
     assert table.path(1).endswith("a.tar/y/2.jpg")
-    assert "1 links" in table.warnings[0]
+    assert "1 member other than a regular file" in table.warnings[0]
 
 
 def test_what_follows_the_end_of_a_tar_is_not_lost_without_a_word(tmp_path):
@@ -356,4 +356,4 @@ def test_compressed_shards_in_a_folder_and_dotted_names_are_counted(tmp_path):
     table = open_data(f"wds:{tmp_path}")
     assert len(table) == 2
     assert "1 compressed shard" in table.warnings[0]
-    assert "1 images with another dot in their name" in table.warnings[1]
+    assert "1 image with another dot in the name" in table.warnings[1]

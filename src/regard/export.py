@@ -26,7 +26,7 @@ from regard.engines.conversion import Deployed, fold_batch_norms, spatial_maps
 from regard.engines.formats import FORMATS, Format, Run
 from regard.engines.program import program, program_path
 from regard.errors import ExportError, FileError, ImageError, UsageError
-from regard.files import reason, signed, spread
+from regard.files import plural, reason, signed, spread
 from regard.models.io import network_folder
 from regard.predict import Classifier, load, probabilities_of
 from regard.run_data import run_table
@@ -283,8 +283,8 @@ def _check_int8(classifier: Classifier, answers: Run, images: Images, force: boo
     small.engine = lambda x: answers(x.float())[0]
     before, after = correct.mean(), _correct(small, images.scored).mean()
     line = (
-        f"INT8 on the {len(correct):,} {images.scored_name} images: accuracy {after:.2%}, in fp32 "
-        f"{before:.2%}, {signed(100 * (before - after), 2)} points lost"
+        f"INT8 on {plural(len(correct), f'{images.scored_name} image')}: accuracy {after:.2%}, in "
+        f"fp32 {before:.2%}, {signed(100 * (before - after), 2)} points lost"
     )
     if before - after > MAX_LOSS and not force:
         raise ExportError(f"{line}: more than {100 * MAX_LOSS:.0f}, so it was not kept")

@@ -122,8 +122,9 @@ def shortened(names: Iterable[object], most: int = 3) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 image", "2,000 images": the noun gets an s."""
-    return f"{count:,} {noun}" + "s" * (count != 1)
+    """ "1 image", "2,000 images", "3 classes": the noun gets an s, or es."""
+    ending = "es" if noun.endswith(("s", "ch", "x")) else "s"
+    return f"{count:,} {noun}" + ending * (count != 1)
 
 
 def about(number: float, noun: str) -> str:

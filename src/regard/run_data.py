@@ -368,7 +368,7 @@ def _named(name: str, table: ImageTable, weights: str | Path | None) -> Classifi
     classes = seen.pop("num_classes", None)
     if classes not in (None, len(table.classes)):  # its classifier would start at random
         raise UsageError(
-            f"{weights} is of a network of {classes:,} classes, but {table.name} has "
+            f"{weights} is of a network of {plural(classes, 'class')}, but {table.name} has "
             f"{len(table.classes):,}"
         )
     model = make_model(name, seen, len(table.classes), size, False, str(weights))

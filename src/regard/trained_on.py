@@ -233,17 +233,20 @@ def overlap_line(counts: Counter[str], total: int, related: int = 0, groups: int
         total: total number of images.
         related, groups: number of other images of the same groups, and of these groups.
     """
-    parts = [
-        f"{counts[split]:,} trained this network" if split == "train"
-        else f"{counts[split]:,} validated it"
-        for split in ("train", "val") if counts[split]
-    ]  # fmt: skip
+    parts = []
+    if counts["train"]:
+        parts.append(f"{counts['train']:,} trained this network")
+    if counts["val"]:
+        parts.append(f"{counts['val']:,} validated {'it' if parts else 'this network'}")
     if related:
         came = f"{related:,} came from {plural(groups, 'group')}"
         parts.append(f"{came} that trained or validated this network")
     if not parts:
         return None
-    seen = f"of {plural(total, 'image')} {' and '.join(parts)}"
+    if total == 1:
+        said = parts[0].removeprefix("1 ")
+        return f"the image {said}: results on it say nothing about new images"
+    seen = f"of {total:,} images {' and '.join(parts)}"
     return f"{seen}: results on them say nothing about new images"
 
 

@@ -179,7 +179,7 @@ def _print(content: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    groups = f" in {content['groups']} groups" if content["groups"] else ""
+    groups = f" in {plural(content['groups'], 'group')}" if content["groups"] else ""
     images = plural(content["images"], f"{content['split']} image")
     print(f"{images}{groups}; against {content['reference']}")
     console = Console()

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from regard.commands.flags import SplitsFlag, naming_flags, progress_bar, require_data
 from regard.errors import UsageError
-from regard.files import write_text
+from regard.files import plural, write_text
 
 if TYPE_CHECKING:
     from regard.data.audit import DataCheck
@@ -174,7 +174,7 @@ def _table(check: "DataCheck") -> Any:
 def _lines(check: "DataCheck") -> Iterator[str]:
     yield ""
     if check.checked < check.images:
-        yield f"looked at {check.checked} of {check.images} images"
+        yield f"looked at {check.checked:,} of {plural(check.images, 'image')}"
     for name in ("height", "width"):
         if extent := check.sizes[name]:
             yield f"{name}  {extent['min']} to {extent['max']}, median {extent['median']}"

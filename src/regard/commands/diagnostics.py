@@ -156,7 +156,8 @@ def study(
     content |= found.to_dict()
     if len(kinds := set(predictions.labels.tolist())) == 1:
         of = predictions.classes[kinds.pop()]
-        log.warning(f"all {len(predictions):,} images are of {of}: ROC AUC is not defined")
+        images = plural(len(predictions), "image")
+        log.warning(f"{images}, all of {of}: ROC AUC is not defined")
     if positive is not None:
         content["decision_curve"] = decision_curve(predictions, positive).to_dict()
     return Study(predictions, found, content, lines)

@@ -25,6 +25,7 @@ from regard.commands.flags import (
 )
 from regard.commands.subgroups import SubgroupFlags, evaluated, print_subgroups
 from regard.errors import UsageError
+from regard.files import plural
 
 if TYPE_CHECKING:
     from regard.evaluation import Calibration, Predictions, Subgroups
@@ -307,12 +308,12 @@ def _spread(ensemble: dict[str, Any] | None) -> str:
     if ensemble is None:
         return ""
     lines = [
-        f"{member['run']}: accuracy {member['top1']:.2%} on {member['images']:,} images"
+        f"{member['run']}: accuracy {member['top1']:.2%} on {plural(member['images'], 'image')}"
         for member in ensemble["members"]
     ]
     lines += [
-        f"{n:,} images are predicted by {k} of {len(ensemble['members'])} networks, those that "
-        "were not trained on them"
+        f"{plural(n, 'image')} predicted by {k} of {len(ensemble['members'])} networks, without "
+        "those that were trained on them"
         for k, n in ensemble["members_per_image"].items()
         if int(k) < len(ensemble["members"])
     ]

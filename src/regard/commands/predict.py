@@ -27,6 +27,7 @@ from regard.commands.flags import (
 from regard.commands.predictions_csv import PredictionsCsv, check_output
 from regard.commands.signals import Signaled, signals_raise
 from regard.errors import UsageError
+from regard.files import plural
 from regard.log import info_on_stderr
 
 if TYPE_CHECKING:
@@ -210,11 +211,14 @@ class _Counts:
         if now - self._said >= PROGRESS_EVERY and not self._shown:
             self._said = now
             # standard output may hold the predictions
-            print(f"regard: {self.done:,} images in {now - self._started:.0f} s", file=sys.stderr)
+            print(
+                f"regard: {plural(self.done, 'image')} in {now - self._started:.0f} s",
+                file=sys.stderr,
+            )
 
     def stopped(self) -> str:
         """What is said when a signal ends the command."""
-        images = "1 image" if self.done == 1 else f"{self.done:,} images"
+        images = plural(self.done, "image")
         if self.csv is None:
             return f"stopped after {images}"
         return (

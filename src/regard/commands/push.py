@@ -7,6 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from regard.files import plural
+
 log: logging.Logger = logging.getLogger(__name__)
 
 
@@ -45,7 +47,7 @@ def command(
     for path in files:
         print(f"{path.name}: {path.stat().st_size:,} bytes")
     if known is not None:
-        print(f"{KNOWN}: hashes of {len(known):,} images, by which they are recognized")
+        print(f"{KNOWN}: hashes of {plural(len(known), 'image')}, to recognize them")
     print("report.html, splits.csv and predictions.npz hold images or file names and stay here")
     if not yes:
         print(f"not uploaded to {repository}: --yes uploads these files")

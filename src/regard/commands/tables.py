@@ -10,7 +10,7 @@ from regard.evaluation.comparison import Comparison, name_of_test
 from regard.evaluation.diagnostics import Diagnostics
 from regard.evaluation.intervals import Estimate
 from regard.evaluation.metrics import Evaluation
-from regard.files import signed
+from regard.files import plural, signed
 
 NAMES = {
     "top1": "accuracy (top 1)",
@@ -122,8 +122,8 @@ def estimate_cells(estimate: Estimate | None) -> tuple[str, str]:
 
 
 def _images(n: int, n_groups: int | None) -> str:
-    images = f"{n} image{'s' if n != 1 else ''}"
-    return images if n_groups is None else f"{images} of {n_groups} group{'s' * (n_groups != 1)}"
+    images = plural(n, "image")
+    return images if n_groups is None else f"{images} of {plural(n_groups, 'group')}"
 
 
 def plain_table(first_column: str) -> Table:

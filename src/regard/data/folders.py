@@ -22,7 +22,7 @@ from regard.data.walk import (
     subfolders,
 )
 from regard.errors import UsageError
-from regard.files import shortened
+from regard.files import plural, shortened
 
 READINGS = ("auto", "yes", "no")
 SPLIT_WORDS = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}  # taken unasked
@@ -194,7 +194,7 @@ def _classes_in(folder: str) -> list[str]:
 
 
 def _ask(name: str, tops: Mapping[str, str], named: Mapping[str, str]) -> None:
-    classes = f"{len(tops)} classes ({shortened(tops, 6)}): give splits=no"
+    classes = f"{plural(len(tops), 'class')} ({shortened(tops, 6)}): give splits=no"
     if named:
         meant = shortened([f"{top} as {split}" for top, split in named.items()], 6)
         reading = f"splits ({meant}): give splits=yes"

@@ -222,7 +222,8 @@ def _labels(where: str, name: str, part: Any) -> tuple[list[str], list[str | Non
     classes = list(features[column].names)
     numbers = [-1 if v is None else int(v) for v in part[column]]
     if numbers and max(numbers) >= len(classes):
-        raise UsageError(f"{where}: has the label {max(numbers)}, but only {len(classes)} classes")
+        only = plural(len(classes), "class")
+        raise UsageError(f"{where}: has the label {max(numbers)}, but only {only}")
     return classes, [None if number < 0 else classes[number] for number in numbers], column
 
 

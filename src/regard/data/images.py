@@ -25,7 +25,7 @@ from regard.data.dicom import is_dicom, read_dicom
 from regard.data.members import Member, open_binary
 from regard.data.tiff import is_misread, is_tiff, read_with_tifffile, stored_tiff
 from regard.errors import ImageError, UsageError
-from regard.files import reason
+from regard.files import plural, reason
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm",
@@ -226,7 +226,7 @@ def _from_zero_to_one(pixels: NDArray[Any]) -> NDArray[Any]:
     kind = "integers" if pixels.dtype == np.int64 else "floats"
     described = f"{kind} of shape {'x'.join(map(str, pixels.shape))}"
     if unknown := int((~np.isfinite(pixels)).sum()):
-        raise ImageError(f"{described}: {unknown} values are NaN or infinite")
+        raise ImageError(f"{described}: NaN or infinite in {plural(unknown, 'value')}")
     low, high, tolerance = pixels.min(), pixels.max(), 1e-6  # of float32 arithmetic
     if pixels.dtype == np.int64 or low < -tolerance or high > 1 + tolerance:
         raise ImageError(

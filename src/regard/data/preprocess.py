@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import ten_crop
 
 from regard.errors import UsageError
+from regard.files import plural
 
 RESIZES = ("squash", "crop", "pad")
 _TIMM_MODES = {"squash": "squash", "crop": "center", "pad": "border"}
@@ -369,7 +370,9 @@ def _numbers(
         isinstance(v, int | float) and math.isfinite(v) and v >= least for v in values or ()
     ):
         bound = "" if least == -math.inf else f" of at least {least:g}"
-        raise UsageError(f"{name} {values!r}: a list of {count} numbers{bound} is expected")
+        raise UsageError(
+            f"{name} {values!r}: a list of {plural(count, 'number')}{bound} is expected"
+        )
     return tuple(values or ())
 
 

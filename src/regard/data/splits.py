@@ -64,7 +64,8 @@ def assign_splits(table: ImageTable, *, val: float, test: float, seed: int) -> I
     for s in shares:
         if not np.any(splits == s):
             raise UsageError(
-                f"{table.name}: {len(pool)} images are too few for {', '.join(shares)}"
+                f"{table.name}: {plural(len(pool), 'image')} can't be divided into "
+                f"{', '.join(shares)}"
             )
     done = replace(table, splits=splits)
     check_groups(done)
@@ -218,7 +219,9 @@ def _divide_groups(
     """
     unique, group = np.unique(names, return_inverse=True)
     if len(unique) < len(shares):
-        raise UsageError(f"{len(unique)} groups can't be divided into {', '.join(shares)}")
+        raise UsageError(
+            f"{plural(len(unique), 'group')} can't be divided into {', '.join(shares)}"
+        )
     members = _classes_of_groups(labels, group)
     wanted = np.outer(list(shares.values()), np.bincount(labels))  # (splits, classes)
     have = np.zeros_like(wanted)
@@ -372,7 +375,7 @@ def _missing_classes(
         lacking = " and ".join(name for name, n in zip(names, counts[:, c], strict=True) if n == 0)
         of = "" if table.groups is None else ", in few groups"
         n = int(counts[:, c].sum())
-        lines.append(f"class {table.classes[c]!r} ({n} images{of}) is not in {lacking}")
+        lines.append(f"class {table.classes[c]!r} ({plural(n, 'image')}{of}) is not in {lacking}")
     if len(lines) > _MOST_LISTED:
         lines[_MOST_LISTED:] = [
             f"{len(lines) - _MOST_LISTED} further classes are not in every split"

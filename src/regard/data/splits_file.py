@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from regard.data.table import SPLITS, ImageTable
 from regard.errors import UsageError
+from regard.files import plural
 
 _COLUMNS = ["path", "label", "split", "group"]
 _HASHES = ["content", "original"]  # optional columns: both, the first or neither
@@ -75,7 +76,8 @@ def read_splits(table: ImageTable, path: str | Path) -> ImageTable:
             raise UsageError(f"{path}: {key} is of group {row.group!r}, but {other}")
     if extra := set(rows).difference(keys):
         raise UsageError(
-            f"{path}: {len(extra)} images of it are not in {table.name}, such as {min(extra)}"
+            f"{path}: lists {plural(len(extra), 'image')} that {table.name} lacks, such as "
+            f"{min(extra)}"
         )
     return replace(table, splits=np.array([rows[key].split for key in keys], "U5"))
 

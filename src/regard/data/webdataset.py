@@ -175,13 +175,13 @@ class _Samples:
             # tar stores another name of an earlier file as a hard link to it
             whole = held.get(member.linkname) if member.islnk() else member
             if whole is None or not whole.isreg() or whole.issparse():
-                self.left_out["links and other members that are not regular files"] += 1
+                self.left_out["member other than a regular file, such as a link"] += 1
                 continue
             held[member.name] = whole
             stem, _, kind = base.partition(".")
             parts = samples.setdefault(posixpath.join(folder, stem), {})
             if kind.lower() in parts:
-                self.left_out["members replaced by a later one of the same name"] += 1
+                self.left_out["member replaced by a later one of the same name"] += 1
             whole = copy.copy(whole)
             whole.name = member.name
             parts[kind.lower()] = whole
@@ -195,7 +195,7 @@ class _Samples:
             raise UsageError(f"{where} has several images ({', '.join(images)})")
         if not images:
             dotted = sum(kind.endswith(IMAGE_SUFFIXES) for kind in parts)
-            what = "images with another dot in their name" if dotted else "samples without an image"
+            what = "image with another dot in the name" if dotted else "sample without an image"
             self.left_out[what] += max(1, dotted)
             return
         more = _json(where, _content(tar, where, parts["json"])) if "json" in parts else {}
@@ -217,7 +217,7 @@ class _Samples:
             self.labels = [_folder(name) for name in self.names]
         known = np.array([bool(label) for label in self.labels], bool)
         if missing := int((~known).sum()):
-            self.left_out["images without a label"] = missing
+            self.left_out["image without a label"] = missing
         if not known.any():
             why = f" ({self._left_out()})" if self.left_out else ""
             raise UsageError(f"{self.name}: has no image with a label{why}")
@@ -249,7 +249,8 @@ class _Samples:
         )  # fmt: skip
 
     def _left_out(self) -> str:
-        return ", ".join(f"{count:,} {what}" for what, count in self.left_out.items())
+        counted = ((count, *what.partition(" ")[::2]) for what, count in self.left_out.items())
+        return ", ".join(f"{plural(count, noun)} {which}" for count, noun, which in counted)
 
 
 def _broken(shard: str, error: Exception) -> FileError:

@@ -18,7 +18,7 @@ from torch import Tensor
 from regard.engines.backends import ENGINES, Eager, Engine
 from regard.errors import FileError, ImageError, UsageError
 from regard.extras import hint, missing
-from regard.files import reason, write_atomically
+from regard.files import plural, reason, write_atomically
 from regard.log import clock
 from regard.machine import describe_machine, has_bf16
 from regard.predict import Classifier
@@ -98,7 +98,7 @@ def open_engine(
     if engine is None:
         raise UsageError(found.fault)
     if name != "eager":
-        on = "noise" if images is None else f"{len(images)} image{'s' * (len(images) != 1)}"
+        on = "noise" if images is None else plural(len(images), "image")
         other = "" if found.same_top1 else "; the top-1 class differs for some"
         log.info("%r: probabilities within %.1g of eager fp32 on %s%s",
                  engine, found.difference, on, other)  # fmt: skip

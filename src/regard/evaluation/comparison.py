@@ -136,7 +136,9 @@ def common_groups(a: Predictions, b: Predictions) -> Any:
     if a.classes != b.classes:
         raise UsageError(f"the classes differ: {_first(a.classes, b.classes)}")
     if len(a) != len(b):
-        raise UsageError(f"{len(a)} images against {len(b)}: the same images are needed")
+        raise UsageError(
+            f"{plural(len(a), 'image')} against {len(b):,}: the same images are needed"
+        )
     if a.paths is not None and b.paths is not None and list(a.paths) != list(b.paths):
         raise UsageError(f"the images differ: {_first(a.paths, b.paths)}")
     if not np.array_equal(a.labels, b.labels):

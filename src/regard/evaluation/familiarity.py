@@ -104,7 +104,7 @@ def fit_familiarity(
     """
     counts = len(training[0]), len(validation[0])
     if min(counts) < LEAST:
-        raise UsageError(f"{min(counts)} images: at least {LEAST} are needed")
+        raise UsageError(f"{plural(min(counts), 'image')}: at least {LEAST} are needed")
     if not all(np.isfinite(each).all() for each in (*training, *validation)):
         raise UsageError("the features are not finite")
     pairs = zip(training, validation, strict=True)

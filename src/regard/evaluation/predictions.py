@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regard.errors import UsageError
+from regard.files import plural
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -53,10 +54,14 @@ class Predictions:
         _check_labels(labels, *probabilities.shape)
         groups = None if self.groups is None else _as_groups(self.groups, len(labels))
         if self.paths is not None and len(self.paths) != len(labels):
-            raise UsageError(f"{len(self.paths)} paths for {len(labels)} images")
+            raise UsageError(
+                f"{plural(len(self.paths), 'path')} for {plural(len(labels), 'image')}"
+            )
         for name, values in (self.columns or {}).items():
             if len(values) != len(labels):
-                raise UsageError(f"{name}: {len(values)} values for {len(labels)} images")
+                raise UsageError(
+                    f"{name}: {plural(len(values), 'value')} for {plural(len(labels), 'image')}"
+                )
         object.__setattr__(self, "probabilities", probabilities)
         object.__setattr__(self, "labels", labels.astype(np.int64))
         object.__setattr__(self, "classes", [str(name) for name in self.classes])
@@ -80,7 +85,9 @@ def _check_probabilities(probabilities: NDArray[Any], classes: list[str]) -> Non
     if probabilities.ndim != 2 or 0 in probabilities.shape:
         raise UsageError(f"probabilities of shape {probabilities.shape}: must be (images, classes)")
     if len(classes) != probabilities.shape[1]:
-        raise UsageError(f"{len(classes)} classes for {probabilities.shape[1]} probabilities")
+        raise UsageError(
+            f"{plural(len(classes), 'class')} for {probabilities.shape[1]} probabilities"
+        )
     twice = [name for name, n in Counter(classes).items() if n > 1]
     if twice:
         raise UsageError(f"class {twice[0]!r} is named twice")

@@ -16,6 +16,7 @@ from regard.evaluation.diagnostics import diagnose_class
 from regard.evaluation.intervals import Estimate, finite_or_none
 from regard.evaluation.metrics import MACRO, Evaluation, evaluate
 from regard.evaluation.predictions import Predictions
+from regard.files import plural
 
 MISSING = "(missing)"
 SMALLEST = 10  # images, or groups if there are groups, below which a part has no metrics
@@ -139,7 +140,8 @@ def evaluate_subgroups(
     if values is None:
         values = _column(predictions, column)
     if len(values) != len(predictions):
-        raise UsageError(f"{column}: {len(values)} values for {len(predictions)} images")
+        given = f"{plural(len(values), 'value')} for {plural(len(predictions), 'image')}"
+        raise UsageError(f"{column}: {given}")
     names, limits = parts_of(column, values, bands)
     counts = {name: int((names == name).sum()) for name in dict.fromkeys(names.tolist())}
     settings = {"resamples": resamples, "seed": seed, "confidence": confidence}

@@ -93,14 +93,14 @@ def verdict(gates: Sequence[GateCheck], images: int) -> str:
         which = "The channel gate depends"
         if len(gates) > 1:
             which = f"All {len(gates)} channel gates depend"
-        return f"{which} on the image ({images} images)."
+        return f"{which} on the image ({plural(images, 'image')})."
     parts = [f"{gate.name}{_ends(gate)}" for gate in same[:SHOWN]]
     more = f" and {len(same) - SHOWN} more" if len(same) > SHOWN else ""
     verb, pronoun = ("has", "it does") if len(same) == 1 else ("have", "they do")
     conclusion = f", so {pronoun} not attend to anything" if images >= ENOUGH else ""
     return (
         f"{len(same)} of {plural(len(gates), 'channel gate')} {verb} the same values for each of "
-        f"{images} images{conclusion}: {', '.join(parts)}{more}."
+        f"{plural(images, 'image')}{conclusion}: {', '.join(parts)}{more}."
     )
 
 

@@ -40,7 +40,7 @@ from regard.explanations.gradcam import check_targets, default_layer, gradcam
 from regard.explanations.overlay import Box, Picture, overlay
 from regard.explanations.print_style import SOFTWARE, for_print, save
 from regard.explanations.reading import read_to_explain
-from regard.files import write_atomically
+from regard.files import plural, write_atomically
 from regard.predict import Classifier, as_several, load
 
 METHODS = ("attention", "gradcam")
@@ -185,7 +185,8 @@ class Explanations(list[Explanation]):
         buffer = io.BytesIO()
         contact_sheet([e.reduced(360) for e in self[:60]]).save(buffer, "PNG")
         data = base64.b64encode(buffer.getvalue()).decode()
-        return f'<img alt="Explanations of {len(self)} images" src="data:image/png;base64,{data}">'
+        words = f"Explanations of {plural(len(self), 'image')}"
+        return f'<img alt="{words}" src="data:image/png;base64,{data}">'
 
 
 def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
@@ -360,8 +361,8 @@ def _checked(
         paths = [f"image {i}" for i in range(len(x))]
     if not len(x) == len(images) == len(boxes) == len(paths):
         raise UsageError(
-            f"{len(x)} images in x, but {len(images)} originals, {len(boxes)} boxes and "
-            f"{len(paths)} paths"
+            f"{plural(len(x), 'image')} in x, but {plural(len(images), 'original')}, "
+            f"{plural(len(boxes), 'box')} and {plural(len(paths), 'path')}"
         )
     return boxes, paths
 
@@ -387,7 +388,9 @@ def _explain_batch(
         else:
             logits = model(x)
     if logits.shape[1] != len(classes):
-        raise UsageError(f"{len(classes)} class names, but the network has {logits.shape[1]}")
+        raise UsageError(
+            f"{plural(len(classes), 'class name')}, but the network has {logits.shape[1]}"
+        )
     targets = check_targets(logits.argmax(dim=1) if target is None else target, logits)
     cams, name = None, ""
     if "gradcam" in methods:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.errors import UsageError
-from regard.files import reason
+from regard.files import plural, reason
 from regard.models import list_models
 from regard.models.create import make
 from regard.models.io import save_model
@@ -79,9 +79,11 @@ def convert(
     found = {**arguments_of(model, tensors), **arguments}
     network = make(model, found)
     load_authors_weights(network, tensors)
-    if class_names is not None and len(class_names) != network.num_classes:
+    count: Any = network.num_classes
+    if class_names is not None and len(class_names) != count:
         raise UsageError(
-            f"{len(class_names):,} class names for the {network.num_classes:,} classes of {source}"
+            f"{plural(len(class_names), 'class name')} for a network of "
+            f"{plural(count, 'class')}: {source}"
         )
     normalization = authors_normalization(model)
     out.parent.mkdir(parents=True, exist_ok=True)

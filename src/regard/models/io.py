@@ -21,7 +21,7 @@ from torch import nn
 
 from regard.compat import save_config_for_hf
 from regard.errors import FileError, UsageError
-from regard.files import reason, shortened
+from regard.files import plural, reason, shortened
 from regard.models.hub import FAMILIARITY, PREFIX, snapshot
 from regard.weights import find_shipped, shipped
 
@@ -57,8 +57,9 @@ def save_model(
             what its name and arguments make, so that the folder could not be loaded.
         OSError: the folder can't be written.
     """
-    if class_names is not None and len(class_names) != model.num_classes:
-        raise UsageError(f"{len(class_names)} class names for {model.num_classes} classes")
+    count: Any = model.num_classes
+    if class_names is not None and len(class_names) != count:
+        raise UsageError(f"{plural(len(class_names), 'class name')} for {plural(count, 'class')}")
     check_loadable(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +227,8 @@ def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     names = config.get("label_names")
     if names is not None and len(names) != model.num_classes:
         raise UsageError(
-            f"{folder / 'config.json'}: {len(names)} label_names for {model.num_classes} classes"
+            f"{folder / 'config.json'}: {len(names)} label_names for "
+            f"{plural(model.num_classes, 'class')}"
         )
     return model, config
 

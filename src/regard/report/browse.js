@@ -46,7 +46,7 @@ function refill(first = 0) {
 function draw() {
   const from = page * PAGE, part = shown.slice(from, from + PAGE);
   $("tiles").replaceChildren(...part.map(tile));
-  $("count").textContent = shown.length ? `${from + 1}–${from + part.length} of ${shown.length.toLocaleString("en")} images` : "No image fits these filters.";
+  $("count").textContent = shown.length ? `${from + 1}–${from + part.length} of ${shown.length.toLocaleString("en")} ${shown.length === 1 ? "image" : "images"}` : "No image fits these filters.";
   $("back").disabled = page === 0;
   $("forth").disabled = from + PAGE >= shown.length;
 }

@@ -52,8 +52,8 @@ def confusion(evaluation: Evaluation, width: float) -> Chart | None:
     if len(classes) <= MOST_NUMBERED:
         figure.draw_without_rendering()  # computes the layout: the names may leave little room
         numbered = _cells(axes, counts, shares, 72 * axes.get_window_extent().width / figure.dpi)
-    hits = int(np.trace(counts))
-    words = f"Confusion matrix of {len(classes)} classes: {hits} of {counts.sum()} images right"
+    hits, total = int(np.trace(counts)), int(counts.sum())
+    words = f"Confusion matrix of {len(classes)} classes: {hits} of {plural(total, 'image')} right"
     caption = f"A row per true class, a column per top-1 class. {numbered or _SHADE}."
     return Chart("confusion", "Confusion matrix", figure, words, caption)
 

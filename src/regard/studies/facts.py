@@ -15,6 +15,7 @@ from regard.data.splits_file import read_rows
 from regard.errors import UsageError
 from regard.evaluation import Predictions
 from regard.evaluation.metrics import ClassificationStatistics
+from regard.files import plural
 from regard.papers import Row
 from regard.runs import RunFolder
 
@@ -167,9 +168,9 @@ def length_of(
     unit = first["epochs"] / first["steps"] if recipe.get("schedule_unit") == "steps" else 1.0
     own = ""
     if base.get("steps"):
-        own = f"{base['steps']:,} steps"
+        own = plural(base["steps"], "step")
     elif base.get("epochs"):
-        own = f"{base['epochs']:g} epochs"
+        own = f"{base['epochs']:g} epoch" + "s" * (base["epochs"] != 1)
     return Length(
         base.get("name") or row.recipe or "", min(steps), min(epochs), min(images), own,
         tuple(round(m * unit, 4) for m in recipe.get("milestones", ())),

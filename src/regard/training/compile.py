@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from regard.data.loading import Batch
 from regard.errors import UsageError
-from regard.files import reason
+from regard.files import plural, reason
 from regard.training.distributed import gathered
 from regard.training.graphs import Graphed
 from regard.training.loop import Trainer
@@ -85,7 +85,7 @@ def _measured(timer: "_Timer", compiler: Compiler, recorder: Recorder) -> tuple[
         name, forward, best = _or_recorded(timer, recorder, best)
     left = trainer.total - trainer.step
     if left * best * MOST_SAVED < LEAST_COMPILING:
-        log.info(f"not compiled: {left:,} steps take about {left * best:.0f} s: too short")
+        log.info(f"not compiled: too short, about {left * best:.0f} s for {plural(left, 'step')}")
         return name, forward
     log.info(f"{best:.3g} s a step; compiling to compare ...")
     compiled = compiler(trainer.model)
@@ -220,8 +220,11 @@ def _decision(
         return False, f"not compiled: {times}"
     after = compiling / (eager - compiled)
     if after <= left:
-        return True, f"compiled: {times}, won back after {after:,.0f} of {left:,} steps"
-    return not again, f"{'not ' * again}compiled: {times}, more than {left:,} steps win back"
+        return True, f"compiled: {times}, won back after {after:,.0f} of {plural(left, 'step')}"
+    return (
+        not again,
+        f"{'not ' * again}compiled: {times}, more than {plural(left, 'step')} can win back",
+    )
 
 
 def _from_main(trainer: Trainer, value: Any) -> Any:

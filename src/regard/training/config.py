@@ -19,6 +19,7 @@ from cyclopts.validators import Number
 
 from regard.cells import number_of
 from regard.errors import UsageError
+from regard.files import plural
 from regard.training.field_types import check, convert
 
 if TYPE_CHECKING:
@@ -440,7 +441,7 @@ def _check_together(recipe: Recipe) -> None:
     factors, milestones = recipe.lr_factors, recipe.milestones
     if factors and len(factors) != len(milestones) + 1:
         raise UsageError(
-            f"lr_factors={factors}: give one more than the {len(milestones)} milestones"
+            f"lr_factors={factors}: give one more than {plural(len(milestones), 'milestone')}"
         )
     values = {f.name: getattr(recipe, f.name) for f in fields_of()}
     for f in fields_of():

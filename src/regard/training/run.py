@@ -26,7 +26,7 @@ from regard.data.table import ImageTable
 from regard.data.workers import WaitInterrupted, worker_errors
 from regard.errors import NotFiniteError, Stopped, UsageError
 from regard.evaluation import Predictions
-from regard.files import check_space, plural, shortened
+from regard.files import about, check_space, plural, shortened
 from regard.machine import memory_errors, one_cpu_thread
 from regard.models.counting import count_parameters
 from regard.run_data import write_start
@@ -255,7 +255,8 @@ class Run:
         if self.world != self.plan.processes:
             parts = accumulation_now(parts, self.plan.processes, self.world)
             log.info(
-                f"note: started with {self.plan.processes} processes, resumed with {self.world}: "
+                f"note: started with {plural(self.plan.processes, 'process')}, resumed with "
+                f"{self.world}: "
                 f"accumulate={parts} keeps the number of images per step"
             )
         if (batch, parts) != (trainer.batch, recipe.accumulate):
@@ -303,7 +304,7 @@ class Run:
             log.info(note)
         log.info(
             f"{plural(t.total, 'step')} of {plural(t.images_a_step, 'image')} "
-            f"({t.total / t.steps_an_epoch:.3g} epochs) at {c}x{h}x{w}, {held}, "
+            f"({about(t.total / t.steps_an_epoch, 'epoch')}) at {c}x{h}x{w}, {held}, "
             f"{t.precision}, {r.optimizer} at {r.lr:g}, "
             f"{self.accelerator.device.type} x {self.world}"
         )

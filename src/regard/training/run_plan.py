@@ -14,6 +14,7 @@ from regard.called import command_words
 from regard.data.preprocess import Preprocess
 from regard.data.sources import NAMES, ImageTable, open_data
 from regard.errors import UsageError
+from regard.files import plural
 from regard.models._common import as_json
 from regard.runs import RunFolder
 from regard.training.config import Recipe
@@ -246,7 +247,8 @@ def accumulation_now(accumulate: int, then: int, now: int) -> int:
     if parts % now:
         fitting = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
         raise UsageError(
-            f"the run was started with {then} processes, {parts} batches in a step, which {now} "
-            f"processes can't share equally: resume it with {fitting} processes"
+            f"the run was started with {plural(then, 'process')}, {plural(parts, 'batch')} in a "
+            f"step, which {now} processes can't share equally: number of processes to resume it "
+            f"with: {fitting}"
         )
     return parts // now

@@ -22,7 +22,7 @@ from regard.data.preprocess import Preprocess
 from regard.data.table import SPLITS, ImageTable
 from regard.data.workers import default_workers, read_ahead
 from regard.errors import ImageError, UsageError
-from regard.files import spread
+from regard.files import plural, spread
 from regard.log import counting
 from regard.machine import free_memory
 from regard.training.config import Recipe
@@ -128,7 +128,7 @@ def _check_unreadable(
             )
         log.info(f"note: {count}; they are left out and listed in unreadable.csv")
     if missing := sum(len(part.missing) for part in parts.values()):
-        log.info(f"note: {missing} images that were there when the run started can't be read now")
+        log.info(f"note: not there any more since the run started: {plural(missing, 'image')}")
     for split in dict.fromkeys(("train", *parts)):
         if split not in parts or len(parts[split].table) == len(parts[split].missing):
             first = parts[split].left_out[:1] if split in parts else []

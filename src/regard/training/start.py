@@ -250,8 +250,8 @@ def seen_before(table: ImageTable, start: Start, name: str) -> str | None:
     if not count:
         return None
     return (
-        f"{count:,} of {len(table):,} {split} images, or others of their groups, trained or "
-        f"validated {weights}, which this run starts from: its {split} scores are too good"
+        f"{count:,} of {plural(len(table), f'{split} image')}, or others of their groups, trained "
+        f"or validated {weights}, which this run starts from: its {split} scores are too good"
     )
 
 
