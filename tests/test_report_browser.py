@@ -104,6 +104,21 @@ def test_a_readers_way_through_all_images(browser, marked, size):
     page.close()
 
 
+def test_long_names_of_classes_leave_the_page_as_wide_as_a_phone(browser, marked, tmp_path):
+    html = (marked / "report.html").read_text(encoding="utf-8")
+    data = data_of(marked)
+    data["classes"][1] = "a name of a class that is much longer than a phone is wide" * 2
+    changed = re.sub(
+        r'(id="data">).*?(</script>)', lambda m: m[1] + json.dumps(data) + m[2], html, flags=re.S
+    )
+    (tmp_path / "report.html").write_text(changed, encoding="utf-8")
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.locator("#f-true option").nth(2).inner_text() == data["classes"][1]
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.close()
+
+
 def test_the_page_draws_a_map_as_the_overlay_does_and_the_mask(browser, marked):
     page = browser.new_page(viewport={"width": 1400, "height": 900})
     page.goto((marked / "report.html").as_uri())
