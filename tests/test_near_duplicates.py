@@ -25,6 +25,9 @@ from regard.data.registration import agreement
 from regard.data.similar import find_candidates
 from regard.data.sources import open_data
 from regard.data.splits import assign_splits
+from regard.report.figures import measure
+from regard.report.methods import methods_of
+from regard.report.source import RunSource
 from tests.helpers import run
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -146,6 +149,10 @@ def test_a_leak_is_in_the_card_and_the_report_of_the_run(tmp_path):
     for name in ("README.md", "report.html", "run.json"):
         text = (tmp_path / "run" / name).read_text(encoding="utf-8")
         assert "2 pairs of near-duplicates in different splits" in text, name
+    source = RunSource(tmp_path / "run")
+    drafted = methods_of(source, measure(source, None, 0), source.command).text
+    assert "Warning: 2 pairs of near-duplicates in different splits, such as" in drafted
+    assert "keep_together" not in drafted
 
 
 def test_near_duplicates_stay_in_one_split(tmp_path):

@@ -201,12 +201,18 @@ class _Sentences:
             f" {plural(twice, 'image')} with the same content in more than one partition."
             if twice else " No image has the same content in two partitions."
         )  # fmt: skip
+        same += self._leaks()
         if not groups:
             return f"Partitions are disjoint by image only.{same}"
         divided = sum(len(splits) > 1 for splits in groups.values())
         if divided:
             return f"{plural(divided, 'group')} in more than one partition.{same}"
         return f"No group is in more than one partition.{same}"
+
+    def _leaks(self) -> str:
+        """What the run warned of that two partitions share, such as near-duplicates."""
+        told = [w for w in self.facts.get("warnings", []) if "in different splits" in w]
+        return "".join(f" Warning: {w.partition('; keep_together')[0]}." for w in told)
 
     @property
     def _started(self) -> bool:
