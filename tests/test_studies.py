@@ -29,9 +29,10 @@ from regard.data.sources import ImageTable
 from regard.errors import StudyStopped, UsageError
 from regard.evaluation import Predictions
 from regard.evaluation.calibration import Calibration, write_calibration
-from regard.files import signed
+from regard.files import signed, signed_range
 from regard.papers import parse_table
 from regard.runs import RunFolder, write_predictions
+from regard.studies.compare_page import difference_words
 from regard.studies.page import write_page
 from regard.studies.plan import (
     PlannedRun,
@@ -502,6 +503,21 @@ def test_runs_in_different_precisions_are_told(command, tmp_path, capsys):
         told = "not computed alike (3 in bf16 and 1 in fp32)"
         for text in (capsys.readouterr().out, (tmp_path / "s/study.html").read_text("utf-8")):
             assert (told in text) is bool(expected)
+
+
+def test_an_interval_without_zero_does_not_seem_to_have_it():
+    assert signed_range(-0.0016, -0.0029, -0.000285, 3) == ("-0.0016", "-0.0029", "-0.0003")
+    assert signed_range(0.4, 0.04, 0.8, 1) == ("+0.40", "+0.04", "+0.80")
+    assert signed_range(0.4, -0.04, 0.8, 1) == ("+0.4", "+0.0", "+0.8")
+    assert signed_range(0.4, 0.1, 0.8, 1) == ("+0.4", "+0.1", "+0.8")
+    assert signed_range(1e-18, 1e-19, 2e-18, 1) == ("+0.0000",) * 3
+    barely = SimpleNamespace(value=0.004, low=0.0004, high=0.008, claims=True, metric="accuracy")
+    assert sentence("gated", barely, 0.04) == (
+        "gated is shown to be better: +0.40 points (95 % interval +0.04 to +0.80)."
+    )
+    words = difference_words({"value": 0.002, "low": 0.00003, "high": 0.004})
+    assert words == "+0.00200 (+0.00003 to +0.00400)"
+    assert difference_words({"value": 0.002, "low": None, "high": None}) == "+0.0020"
 
 
 def test_a_difference_of_zero_has_no_minus():

@@ -23,6 +23,17 @@ def signed(value: float, digits: int) -> str:
     return f"{round(float(value), digits) + 0.0:+.{digits}f}"
 
 
+def signed_range(value: float, low: float, high: float, digits: int) -> tuple[str, str, str]:
+    """A difference and the ends of its interval as `signed`.
+
+    They have up to three more decimals where an interval without 0 would seem to have it.
+    """
+    nearest = low if low > 0 else high if high < 0 else None
+    if nearest is not None:
+        digits = next((d for d in range(digits, digits + 3) if round(nearest, d)), digits + 3)
+    return signed(value, digits), signed(low, digits), signed(high, digits)
+
+
 NPZ_FAULTS = (
     OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip

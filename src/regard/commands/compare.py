@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from regard.errors import UsageError
-from regard.files import plural, signed
+from regard.files import plural
 
 if TYPE_CHECKING:
     from regard.evaluation.paired import MetricComparison
@@ -179,6 +179,8 @@ def _print(content: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from regard.studies.compare_page import difference_words
+
     groups = f" in {plural(content['groups'], 'group')}" if content["groups"] else ""
     images = plural(content["images"], f"{content['split']} image")
     print(f"{images}{groups}; against {content['reference']}")
@@ -200,11 +202,9 @@ def _print(content: dict[str, Any]) -> None:
                     "shown", "could have shown"):  # fmt: skip
         table.add_column(heading, justify="left" if heading in ("run", "metric") else "right")
     for one in content["comparisons"]:
-        d = one["difference"]
-        interval = "" if d["low"] is None else f" ({signed(d['low'], 4)} to {signed(d['high'], 4)})"
         table.add_row(
             one["name"], one["metric"].replace("_", " "), _number(one["a"]), _number(one["b"]),
-            "–" if d["value"] is None else f"{signed(d['value'], 4)}{interval}",
+            difference_words(one["difference"]),
             _p_value(one["adjusted"]), one["shown"], _number(one["detectable"]),
         )  # fmt: skip
     wide.print(table)

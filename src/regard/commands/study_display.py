@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from regard.files import plural, signed
+from regard.files import plural, signed, signed_range
 from regard.log import clock
 
 if TYPE_CHECKING:
@@ -143,11 +143,10 @@ def accuracy(row: "RowResult") -> str:
 def difference(row: "RowResult") -> str:
     """To the first row with its interval, in points; empty for the first row."""
     d = row.differences.get("accuracy")
-    return (
-        f"{signed(100 * d.value, 1)} ({signed(100 * d.low, 1)} to {signed(100 * d.high, 1)})"
-        if d
-        else ""
-    )
+    if not d:
+        return ""
+    value, low, high = signed_range(100 * d.value, 100 * d.low, 100 * d.high, 1)
+    return f"{value} ({low} to {high})"
 
 
 def faithfulness(row: "RowResult") -> str:

@@ -10,7 +10,7 @@ from regard.evaluation.comparison import Comparison, name_of_test
 from regard.evaluation.diagnostics import Diagnostics
 from regard.evaluation.intervals import Estimate
 from regard.evaluation.metrics import Evaluation
-from regard.files import plural, signed
+from regard.files import plural, signed_range
 
 NAMES = {
     "top1": "accuracy (top 1)",
@@ -80,11 +80,12 @@ def print_comparison(
         console, f"Accuracy on the same {_images(comparison.n, comparison.n_groups)}", table
     )
     d = comparison.difference
-    low, high = ("–" if math.isnan(end) else f"{signed(100 * end, 2)}" for end in (d.low, d.high))
+    value, low, high = signed_range(100 * d.value, 100 * d.low, 100 * d.high, 2)
+    low, high = ("–" if "nan" in end else end for end in (low, high))
     test = name_of_test(comparison.n_groups is not None)
     console.print(
         Text(
-            f"{a} minus {b}: {signed(100 * d.value, 2)} points "
+            f"{a} minus {b}: {value} points "
             f"({100 * comparison.confidence:g} % interval {low} to {high}), "
             f"p = {comparison.p_value:.3g} ({test})"
         )

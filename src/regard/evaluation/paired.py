@@ -60,7 +60,7 @@ from regard.evaluation.statistics import (
     class_index,
     resampled,
 )
-from regard.files import signed
+from regard.files import signed_range
 
 _OVER_CLASSES = (
     "balanced_accuracy", "macro_", "roc_auc", "average_precision", "mcc", "kappa",
@@ -117,17 +117,16 @@ class MetricComparison:
         """The result in one sentence; `a` and `b` are the names of the networks."""
         name = self.metric.replace("_", " ")
         d = self.difference
+        value, low, high = signed_range(d.value, d.low, d.high, 4)
         interval = (
-            f"{100 * self.confidence:g} % interval {signed(d.low, 4)} to {signed(d.high, 4)}, "
-            if d.has_interval
-            else ""
+            f"{100 * self.confidence:g} % interval {low} to {high}, " if d.has_interval else ""
         )
         how = "no test is possible"
         if self.test == _TOO_LONG:
             how = "not compared: it would take minutes"
         elif not math.isnan(self.p_value):
             how = f"{interval}p = {self.adjusted:.3g}, {self.test}"
-        by = "difference not defined" if math.isnan(d.value) else f"difference {signed(d.value, 4)}"
+        by = "difference not defined" if math.isnan(d.value) else f"difference {value}"
         numbers = f"{self.a:.4f} and {self.b:.4f}, {by} ({how})"
         if self.shown != "not shown":
             return f"{a} is shown to be {self.shown} than {b} in {name}: {numbers}."

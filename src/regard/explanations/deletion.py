@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from regard.errors import UsageError
 from regard.evaluation import Estimate
 from regard.evaluation.intervals import bootstrapped_mean
-from regard.files import signed
+from regard.files import signed, signed_range
 
 Floats = NDArray[np.float64]
 BASELINES = ("blur", "mean")
@@ -226,7 +226,8 @@ class MapScore:
                 f"{self.name} was scored on {what} ({signed(r.value, 3)} over random maps): "
                 "that is no basis for a conclusion."
             )
-        by = f"({signed(r.value, 3)}, 95 % interval {signed(r.low, 3)} to {signed(r.high, 3)})"
+        value, low, high = signed_range(r.value, r.low, r.high, 3)
+        by = f"({value}, 95 % interval {low} to {high})"
         if r.low > 0 and c.low > 0:
             return (
                 f"{self.name} shows places that the answer depends on: better than random maps "

@@ -14,7 +14,7 @@ import numpy as np
 
 from regard.evaluation.predictions import Floats
 from regard.evaluation.repeats import METRICS
-from regard.files import signed, write_atomically
+from regard.files import signed, signed_range, write_atomically
 from regard.papers import PAPERS
 from regard.studies.facts import FAITHFULNESS, MAPS
 from regard.studies.results import RowResult, StudyResult
@@ -38,6 +38,7 @@ def write_page(result: StudyResult, out: Path) -> None:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(percent=_percent, p=_p, spread=_spread, signed=signed)
+    environment.globals["signed_range"] = signed_range
     text = resources.files("regard.studies").joinpath("page.html").read_text(encoding="utf-8")
     page = environment.from_string(text).render(
         study=result,
@@ -144,8 +145,9 @@ def forest(rows: Sequence[RowResult]) -> dict[str, Any] | None:
         {
             "name": r.row.name, "at": at(100 * d.value),
             "low": at(100 * d.low), "high": at(100 * d.high),
-            "words": f"{signed(100 * d.value, 1)} ({signed(100 * d.low, 1)} "
-            f"to {signed(100 * d.high, 1)})",
+            "words": "{} ({} to {})".format(
+                *signed_range(100 * d.value, 100 * d.low, 100 * d.high, 1)
+            ),
             "each": [at(100 * e) for e in d.each] if len(d.each) > 1 else [],
         }
         for r, d in drawn

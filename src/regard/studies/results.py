@@ -30,7 +30,7 @@ from regard.evaluation.repeats import (
     repeated_value,
 )
 from regard.evaluation.significance import holm
-from regard.files import signed, write_atomically
+from regard.files import signed_range, write_atomically
 from regard.papers import Row, Table
 from regard.runs import RunFolder
 from regard.studies.facts import (
@@ -329,7 +329,7 @@ def _row_result(
 
 def sentence(name: str, d: RepeatedDifference, p_value: float) -> str:
     """What a difference in accuracy shows, and the smallest that this study would have shown."""
-    value, low, high = (signed(100 * x, 1) for x in (d.value, d.low, d.high))
+    value, low, high = signed_range(100 * d.value, 100 * d.low, 100 * d.high, 1)
     shown = f"{value} points (95 % interval {low} to {high})"
     better = d.value > 0 if d.metric not in LOWER_IS_BETTER else d.value < 0
     if not d.claims:
