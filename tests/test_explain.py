@@ -488,6 +488,26 @@ def test_masks_are_matched_by_relative_paths(small, scene, capsys):
     assert chances("new")["gate3.map"]["chance"] == pytest.approx(40 / 400)  # of the crop
 
 
+def test_what_people_marked_is_outlined_and_drawn_anew_when_it_changes(small, scene, capsys):
+    def drawn(*flags):
+        capsys.readouterr()
+        assert command(small, "a", "--method", "attention", *flags) == 0
+        again = "unchanged" in capsys.readouterr().out
+        return Path("explained/x.png.explained.png").read_bytes(), again
+
+    mark("k/a/x.png", (0, 0, 12, 20))
+    plain, _ = drawn()
+    marked, again = drawn("--masks", "k")
+    assert (marked != plain, again) == (True, False)
+    assert drawn("--masks", "k") == (marked, True)
+    mark("k/a/x.png", (12, 0, 24, 20))
+    other, again = drawn("--masks", "k")
+    assert (other != marked, again) == (True, False)
+    Path("boxes.csv").write_text("path,x0,y0,x1,y1\na/x.png,12,0,24,20\n", encoding="utf-8")
+    assert drawn("--masks", "boxes.csv") == (other, False)
+    assert drawn() == (plain, False)
+
+
 NO_BOXES = [
     (None, "no box"), ("10,2,5,8", "larger than"), ("2,8,9,3", "larger than"),
     ("0.1,0.2,0.5,0.8", "fractions"), ("30,2,40,8", "nothing inside"),

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.collections import FillBetweenPolyCollection
-from PIL import Image
+from PIL import Image, ImageDraw
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_curve
 
 from regard.attention import StageMap
@@ -23,7 +23,8 @@ from regard.evaluation import (
 )
 from regard.evaluation.intervals import draws
 from regard.explanations.explanation import Explanation
-from regard.explanations.print_style import for_print, width_in_inches
+from regard.explanations.figure import contact_sheet
+from regard.explanations.print_style import for_print, line_style, width_in_inches
 from regard.report.bands import GRID, precision_recall_of, roc_of
 from regard.report.charts import confusion, learning
 from regard.report.curves import precision_recall, roc
@@ -222,6 +223,42 @@ def test_the_legend_has_the_areas_of_evaluate_and_the_point_is_the_decision():
     assert "AP" in other.get_legend().get_texts()[0].get_text()
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 1.0])
+def test_the_name_of_the_decision_is_within_the_axes_and_hides_no_legend(p):
+    """A network that calls no image positive, some, or every one."""
+    labels = np.arange(40) % 4 // 3
+    score = np.clip(p + 0.1 * np.linspace(-1, 1, 40) + 0.1 * labels, 0, 1)
+    found = Predictions(np.stack([1 - score, score], axis=1), labels, ["benign", "malignant"])
+    for threshold in (None, np.inf):
+        numbers = diagnose(found, positive="malignant", threshold=threshold, resamples=20)
+        with for_print():
+            figure = roc(found, numbers, "malignant", 3.3).figure
+            figure.draw_without_rendering()
+        (axes,) = figure.axes
+        (name,) = axes.texts
+        box, inner = name.get_window_extent(), axes.get_window_extent()
+        assert inner.x0 <= box.x0 < box.x1 <= inner.x1
+        assert inner.y0 <= box.y0 < box.y1 <= inner.y1
+        assert not box.overlaps(axes.get_legend().get_window_extent())
+
+
+def test_lines_differ_in_color_and_neighbors_in_style_too():
+    styles = [line_style(i) for i in range(12)]
+    assert len({tuple(style.values()) for style in styles}) == 12
+    assert all(a["linestyle"] != b["linestyle"] for a, b in itertools.pairwise(styles))
+
+
+def test_a_mean_over_classes_says_how_many_the_test_images_have():
+    p = np.random.default_rng(0).dirichlet(np.ones(4), 30)
+    labels = np.arange(30) % 3
+    for names, words in (("abc", "Mean over classes: "), ("abcd", "Mean over the 3 tested cla")):
+        said = p[:, : len(names)] / p[:, : len(names)].sum(axis=1, keepdims=True)
+        found = Predictions(said, labels, list(names))
+        with for_print():
+            chart = roc(found, diagnose(found, resamples=20), None, 3.3)
+        assert words in chart.caption
+
+
 def test_many_classes_are_each_against_the_rest_and_the_worst_of_many_are_drawn():
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.ones(30), 400)
@@ -411,6 +448,14 @@ def test_the_ticks_of_accuracy_say_different_numbers(ends):
             assert float(tick.get_text().removesuffix(" %")) == pytest.approx(100 * place)
 
 
+def test_the_one_evaluation_of_a_short_training_has_its_epoch_as_the_tick():
+    row = {"epoch": 3.404, "loss": 1.0, "accuracy": 0.5, "learning_rate": 0.1}
+    with for_print():
+        figure = learning([row], None, 3.3).figure
+    for axes in figure.axes[:3]:  # the fourth is empty
+        assert [t.get_text() for t in axes.get_xticklabels()] == ["3.404"]
+
+
 def test_learning_curves_mark_the_chosen_epoch_and_break_where_a_loss_is_not_finite():
     history = [
         {"epoch": n, "loss": 2 / n, "objective": 3 / n, "accuracy": 1 - 0.5 / n,
@@ -455,6 +500,41 @@ def test_no_heading_leaves_the_figure(width, path):
     texts = [*figure.texts, *(t for axes in figure.axes for t in axes.texts)]
     assert all(t.get_window_extent().x1 <= right for t in texts)
     assert path in "".join(t.get_text() for t in figure.texts)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 90, 120), (0, 15, 90, 105)])
+def test_the_heading_says_what_the_dashed_frame_is_where_there_is_one(box):
+    values = np.random.default_rng(0).random((7, 7)).astype(np.float32)
+    shown = Explanation(
+        path="a.png", image=np.zeros((120, 90), np.uint8), box=box, classes=[("benign", 1.0)],
+        target=("benign", 1.0), maps=[StageMap("Grad-CAM", "gradcam", values, "at b5", "b5")],
+    )  # fmt: skip
+    figure = shown.figure()
+    dashed = [line for line in figure.axes[0].get_lines() if line.get_linestyle() == "--"]
+    said = any("dashed: what the network saw" in t.get_text() for t in figure.texts)
+    assert (len(dashed) == 1) == said == (box != (0, 0, 90, 120))
+
+
+def test_a_sheet_keeps_the_probability_however_long_the_names(monkeypatch):
+    values = np.random.default_rng(0).random((7, 7)).astype(np.float32)
+    name = "a name of a class that is far too long for a sheet of small pictures " * 3
+    shown = Explanation(
+        path="a.png", image=np.zeros((64, 64), np.uint8), box=(0, 0, 64, 64),
+        classes=[(name, 0.646)], target=(name, 0.646),
+        maps=[StageMap("Grad-CAM", "gradcam", values, "at b5", "b5")],
+    )  # fmt: skip
+    written = []
+    draw = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text",
+        lambda self, at, text, fill, font: (
+            written.append((text, font.getlength(text))), draw(self, at, text, fill, font)
+        ),
+    )  # fmt: skip
+    sheet = contact_sheet([shown])
+    heading, length = written[0]
+    assert heading.endswith("… (64.6\u00a0%)")
+    assert length <= sheet.width - 20
 
 
 def test_an_explanation_fits_a_column_with_its_true_class_its_mask_and_named_scales():

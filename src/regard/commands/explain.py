@@ -72,8 +72,8 @@ def command(
         Measure deletion and insertion against random maps and the image's center, and whether
         the maps depend on the weights and on the image.
     masks
-        Masks to compare with: a CSV file (path, x0, y0, x1, y1 in pixels, and group for
-        intervals over groups) or a folder of mask images.
+        Masks to outline and to compare with: a CSV file (path, x0, y0, x1, y1 in pixels, and group
+        for intervals over groups) or a folder of mask images.
     baseline
         Replacement of deleted pixels: blur or mean.
     seed

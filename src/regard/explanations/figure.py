@@ -189,6 +189,8 @@ def _heading(shown: "Explanation", width: float) -> list[tuple[str, float]]:
     if shown.target[0] != name:
         target, share = shown.target
         parts.append(f"Grad-CAM explains {_short(target, 30)} ({_percent(share)})")
+    if _seen(shown) is not None:
+        parts.append("dashed: what the network saw")
     if shown.mask is not None:
         parts.append("outlined: what people marked")
     lines = []
@@ -302,12 +304,22 @@ def _outline(axes: Axes, mask: Any, size: tuple[int, int]) -> None:
     axes.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
 
 
-def _frame(axes: Axes, shown: "Explanation", size: tuple[int, int]) -> None:
-    """A dashed frame around what the network saw, unless that is the whole image."""
+def _seen(shown: "Explanation") -> tuple[float, float, float, float] | None:
+    """Left, top, right and bottom of what the network saw; None if that is the whole image."""
     height, width = shown.image.shape[:2]
     left, top, right, bottom = np.clip(shown.box, 0, (width, height) * 2).tolist()
     if (round(left), round(top), round(right), round(bottom)) == (0, 0, width, height):
+        return None
+    return left, top, right, bottom
+
+
+def _frame(axes: Axes, shown: "Explanation", size: tuple[int, int]) -> None:
+    """A dashed frame around what the network saw, unless that is the whole image."""
+    height, width = shown.image.shape[:2]
+    seen = _seen(shown)
+    if seen is None:
         return
+    left, top, right, bottom = seen
     x, y = size[1] / width, size[0] / height  # an axis begins half a pixel before its first center
     across = [left * x - 0.5, right * x - 0.5]
     down = [top * y - 0.5, bottom * y - 0.5]
@@ -356,8 +368,10 @@ def contact_sheet(
     bold, plain = _font(13, "bold"), _font(11, "normal")
     for i, (e, panels) in enumerate(zip(shown, chosen, strict=True)):
         left, top = gap + (i % columns) * cell[0], gap + (i // columns) * cell[1]
-        answer = printable(f"{e.path}: {e.predicted} ({_percent(e.probability)})")
-        draw.text((left, top), _fit(answer, bold, cell[0] - 2 * gap), "black", bold)
+        share = f" ({_percent(e.probability)})"  # stays, however long the names
+        answer = printable(f"{e.path}: {e.predicted}")
+        room = cell[0] - 2 * gap - bold.getlength(share)
+        draw.text((left, top), f"{_fit(answer, bold, room)}{share}", "black", bold)
         for k, m in enumerate([None, *panels]):
             x = left + k * (side + 4)
             sheet.paste(_thumbnail(e, m, side), (x, top + head))

@@ -109,7 +109,7 @@ def new_figure(
 
 def line_style(i: int) -> dict[str, Any]:
     """Color and line style of the i-th of several lines."""
-    return {"color": CYCLE[i % len(CYCLE)], "linestyle": STYLES[i // len(CYCLE) % len(STYLES)]}
+    return {"color": CYCLE[i % len(CYCLE)], "linestyle": STYLES[i % len(STYLES)]}
 
 
 @lru_cache(maxsize=1)

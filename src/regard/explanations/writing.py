@@ -4,6 +4,7 @@ Only one image is in memory at a time. Each image's numbers are written last and
 settings used, so that a second call continues where the first was stopped.
 """
 
+import contextlib
 import csv
 import json
 import logging
@@ -39,7 +40,7 @@ from regard.explanations.inputs import (
 )
 from regard.explanations.masks import Masks, open_masks
 from regard.explanations.overlay import Picture
-from regard.explanations.pointing import Pointing, PointingScore, cells, point
+from regard.explanations.pointing import Mask, Pointing, PointingScore, cells, point
 from regard.explanations.print_style import SOFTWARE, save
 from regard.explanations.reading import as_picture, read_to_explain
 from regard.explanations.records import Record, file_id, network_id, read_record, write_record
@@ -200,6 +201,7 @@ class Writer:
                 read_stored(source.path)  # raises with the reason; hashing would block on a pipe
             log_odds = getattr(self.classifier.model, "answers_log_probabilities", False)
             settings = self.options.settings(self.network, file_id(source.path), log_odds)
+            settings |= self._marks(source.name)
             record = read_record(file, settings, score_settings) if picture.is_file() else None
             if record is None:
                 record = self._computed(source, scored)
@@ -232,10 +234,27 @@ class Writer:
             methods=o.methods, reduce=o.reduce, layer=o.layer, paths=[source.name],
             keep_channels=o.keep_channels, temperature=classifier.temperature,
         )  # fmt: skip
+        shown = replace(shown, mask=self._mask(source.name, image.shape[:2]))
         if not scored or self.scorer is None:
             return Record(shown, None)
         target = class_number(shown.target[0], classifier.class_names)
         return Record(shown, self.scorer.score(x, target))
+
+    def _marks(self, name: str) -> dict[str, Any]:
+        """What the figure outlines, for the settings; {} for an image without a mask."""
+        if name in self.masks.problems:
+            return {}
+        boxes = [list(corners) for corners in self.masks.boxes.get(name, [])]
+        marks = boxes or [file_id(path) for path in self.masks.files.get(name, [])]
+        return {"marked": marks} if marks else {}
+
+    def _mask(self, name: str, size: tuple[int, ...]) -> Mask | None:
+        """What people marked in an image; None if nothing is. `_collect` says what is wrong."""
+        if not self._marks(name):
+            return None
+        with contextlib.suppress(UsageError, ImageError):
+            return self.masks.read(name, (size[0], size[1]))
+        return None
 
     def _collect(self, source: Source, record: Record, picture: Path) -> None:
         shown = record.explanation

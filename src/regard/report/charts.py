@@ -174,6 +174,9 @@ def _panel(
     axes.set_title(title)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    epochs = {x for v in lines.values() for x, _ in v}
+    if len(epochs) == 1:
+        axes.set_xticks([*epochs], [f"{x:g}" for x in epochs])
     axes.grid(color=LINE, linewidth=0.4)
 
 

@@ -72,11 +72,13 @@ def roc(
     if positive is not None and one is not None:
         at = 1 - one.metrics["specificity"].value, one.metrics["sensitivity"].value
         axes.plot(*at, "o", markersize=4.5, color=SECOND, markeredgecolor="white", zorder=5)
+        left, low = at[0] > 0.6, at[1] < 0.15  # within the axes, and above the legend
         axes.annotate(
             "top-1 class" if one.threshold is None
             else "no image is called positive" if math.isinf(one.threshold)
             else f"threshold {one.threshold:.3g}",
-            at, (5, -9), textcoords="offset points", color=SECOND,
+            at, (-5 if left else 5, 16 if low else -9), textcoords="offset points", color=SECOND,
+            ha="right" if left else "left",
         )  # fmt: skip
     return Chart("roc", "ROC curve", figure, f"ROC curve: {words}", f"{which} {_BAND}")
 
@@ -150,5 +152,6 @@ def _curves(
     if len(names) > len(shown):
         which += f" The {len(shown)} of {len(names)} classes with the smallest area."
     if positive is None and mean is not None:
-        which += f" Mean over classes: {number(mean)}."
+        of = "" if len(names) == len(predictions.classes) else f"the {len(names)} tested "
+        which += f" Mean over {of}classes: {number(mean)}."
     return figure, axes, words, which
