@@ -24,7 +24,13 @@ from regard.evaluation import (
 from regard.evaluation.intervals import draws
 from regard.explanations.explanation import Explanation
 from regard.explanations.figure import contact_sheet
-from regard.explanations.print_style import for_print, line_style, width_in_inches
+from regard.explanations.print_style import (
+    SMALL,
+    for_print,
+    line_style,
+    short_names,
+    width_in_inches,
+)
 from regard.report.bands import GRID, precision_recall_of, roc_of
 from regard.report.charts import confusion, learning
 from regard.report.curves import precision_recall, roc
@@ -433,6 +439,33 @@ def test_the_numbers_of_a_confusion_matrix_fit_their_cells_whatever_the_names(co
         assert text.get_fontsize() > 3.6
         assert text.get_text() in ("100 %\n120", "120")
     assert ("percentages" in chart.caption) == ("%" in axes.texts[0].get_text())
+
+
+@pytest.mark.parametrize(("count", "apart"), [(3, 1), (20, 2), (36, 3)])
+def test_the_names_of_a_confusion_matrix_neither_overlap_nor_leave_the_figure_empty(count, apart):
+    labels = np.arange(count).repeat(2)
+    names = [f"class {i:02} of many letters" for i in range(count)]
+    with for_print():
+        chart = confusion(evaluate(Predictions(np.eye(count)[labels], labels, names)), 3.3)
+        chart.figure.draw_without_rendering()
+    axes = chart.figure.axes[0]
+    for ticks in (axes.get_yticklabels(), axes.get_xticklabels()):
+        assert [t.get_text()[:8] for t in ticks] == [n[:8] for n in names[::apart]]
+        assert {t.get_fontsize() for t in ticks} == {SMALL}
+    rows = [t.get_window_extent() for t in axes.get_yticklabels()]
+    assert all(a.y0 >= b.y1 for a, b in itertools.pairwise(rows))
+    if count > 12:
+        columns = [t.get_window_extent() for t in axes.get_xticklabels()]
+        assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(columns))
+    assert (f"One class in {apart} is named" in chart.caption) == (apart > 1)
+    assert chart.figure.get_size_inches()[1] - chart.figure.get_tightbbox().height < 0.1
+
+
+def test_names_that_begin_alike_are_cut_in_the_middle():
+    long = [f"the beginning is the same for all, number {i}" for i in range(2)]
+    assert short_names([*long, "other", "_one that is only long"], 12) == [
+        "the b…mber 0", "the b…mber 1", "other", " _one that i…",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("ends", [(0.0, 0.005), (0.1, 0.1), (0.42, 0.44), (0.1, 0.9), (0.98, 0.99)])

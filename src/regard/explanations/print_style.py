@@ -11,7 +11,7 @@ import contextlib
 import re
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,17 @@ def short(text: str, length: int) -> str:
     """
     text = printable(text if len(text) <= length else f"{text[: length - 1]}…")
     return f" {text}" if text.startswith("_") else text
+
+
+def short_names(names: Sequence[str], length: int) -> list[str]:
+    """`short` of each name; of names that would become the same, the beginning and the end."""
+    cut = [short(name, length) for name in names]
+    end = length // 2
+    return [
+        part if cut.count(part) == 1 or len(name) <= length
+        else short(f"{name[: length - 1 - end]}…{name[-end:]}", length)
+        for name, part in zip(names, cut, strict=True)
+    ]  # fmt: skip
 
 
 def text_width(text: str, points: float, *, bold: bool = False) -> float:

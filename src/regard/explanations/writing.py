@@ -244,7 +244,7 @@ class Writer:
         """What the figure outlines, for the settings; {} for an image without a mask."""
         if name in self.masks.problems:
             return {}
-        boxes = [list(corners) for corners in self.masks.boxes.get(name, [])]
+        boxes: list[Any] = [list(corners) for corners in self.masks.boxes.get(name, [])]
         marks = boxes or [file_id(path) for path in self.masks.files.get(name, [])]
         return {"marked": marks} if marks else {}
 

@@ -1,17 +1,26 @@
 """The confusion matrix, the training curves and faithfulness as figures."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from regard.evaluation import Evaluation
 from regard.explanations.curves_figure import curves_figure
 from regard.explanations.faithfulness import Faithfulness, interval
-from regard.explanations.print_style import LINE, MAIN, MUTED, SECOND, SMALL, new_figure, short
+from regard.explanations.print_style import (
+    LINE,
+    MAIN,
+    MUTED,
+    SECOND,
+    SMALL,
+    new_figure,
+    short_names,
+)
 from regard.files import plural
 from regard.report.curves import Chart
 from regard.report.words import percent
@@ -37,28 +46,49 @@ def confusion(evaluation: Evaluation, width: float) -> Chart | None:
     picture = axes.imshow(shares, cmap=shades, vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="true")
     axes.spines[:].set_visible(False)
+    turned = 0 if flat else 45 if len(classes) <= MOST_NUMBERED else 90
     if len(classes) <= MOST_NAMED:
-        names = [short(name, 16) for name in classes]
-        places = range(len(classes))
-        axes.set_xticks(places, names, rotation=0 if flat else 45, ha="center" if flat else "right",
-                        rotation_mode="anchor", parse_math=False)  # fmt: skip
-        axes.set_yticks(places, names, parse_math=False)
-    axes.tick_params(length=0, labelsize=SMALL if len(classes) <= 20 else SMALL - 1.5)
+        _name(axes, classes, 1, turned)
+    axes.tick_params(length=0, labelsize=SMALL)
     bar = figure.colorbar(picture, ax=axes, fraction=0.045, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label("share of the true class")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    numbered = ""
-    if len(classes) <= MOST_NUMBERED:
-        figure.draw_without_rendering()  # computes the layout: the names may leave little room
-        numbered = _cells(axes, counts, shares, 72 * axes.get_window_extent().width / figure.dpi)
+    figure.draw_without_rendering()  # computes the layout: the names may leave little room
+    room = 72 * axes.get_window_extent().width / figure.dpi
+    apart = math.ceil(1.1 * SMALL * len(classes) / room)  # of names that do not overlap
+    if apart > 1 and len(classes) <= MOST_NAMED:
+        _name(axes, classes, apart, turned)
+    _crop(figure)
+    numbered = _cells(axes, counts, shares, room) if len(classes) <= MOST_NUMBERED else ""
     hits, total = int(np.trace(counts)), int(counts.sum())
     words = f"Confusion matrix of {len(classes)} classes: {hits} of {plural(total, 'image')} right"
     caption = f"A row per true class, a column per top-1 class. {numbered or _SHADE}."
+    if apart > 1 and len(classes) <= MOST_NAMED:
+        caption += f" One class in {apart} is named."
     return Chart("confusion", "Confusion matrix", figure, words, caption)
 
 
 _SHADE = "Shade: share of the true class"
+
+
+def _name(axes: Axes, classes: Sequence[str], apart: int, turned: int) -> None:
+    """Names every `apart`-th class at both axes."""
+    places = range(0, len(classes), apart)
+    names = short_names(classes, 16)[::apart]
+    axes.set_xticks(places, names, rotation=turned, ha="right" if turned else "center",
+                    va="center" if turned == 90 else "top", rotation_mode="anchor",
+                    parse_math=False)  # fmt: skip
+    axes.set_yticks(places, names, parse_math=False)
+
+
+def _crop(figure: Figure) -> None:
+    """Takes away the height that a square matrix leaves empty above and below."""
+    width, height = figure.get_size_inches()
+    used = figure.get_tightbbox().height + 0.06  # inches
+    if used < height:
+        figure.set_size_inches(width, used)
+        figure.draw_without_rendering()
 
 
 def _cells(axes: Axes, counts: np.ndarray, shares: np.ndarray, width: float) -> str:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from regard.evaluation import Diagnostics, Estimate, Predictions
-from regard.explanations.print_style import LINE, MUTED, SECOND, line_style, new_figure, short
+from regard.explanations.print_style import LINE, MUTED, SECOND, line_style, new_figure, short_names
 from regard.report.bands import Band, precision_recall_of, roc_of
 
 MOST_CURVES = 12  # with more classes, those of lowest area are drawn
@@ -133,6 +133,7 @@ def _curves(
     shown = names[:MOST_CURVES]
     below = _LINE * len(shown) if len(shown) > _WITHIN else 0.0
     figure, (axes,) = new_figure(width, width * 0.95 + below)
+    called = short_names(shown, 18)
     for i, name in enumerate(shown):
         band = make(predictions, name, interval=len(shown) <= 3)
         if band is None:
@@ -142,7 +143,7 @@ def _curves(
             axes.fill_between(
                 band.grid, band.low, band.high, color=style["color"], alpha=0.18, linewidth=0
             )
-        label = f"{short(name, 18)}: {unit} {number(areas[name])}"
+        label = f"{called[i]}: {unit} {number(areas[name])}"
         # ROC AUC is the area below straight lines, average precision that below steps
         drawstyle = "default" if make is roc_of else "steps-pre"
         axes.plot(band.x, band.y, label=label, drawstyle=drawstyle, **style)
