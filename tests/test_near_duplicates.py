@@ -1,6 +1,7 @@
 """Near-duplicates: planted copies are found, similar images are not, and splits keep them apart."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -263,9 +264,12 @@ def test_the_page_shows_classes_pairs_and_odd_ones(tmp_path, capsys):
     assert text.count("data:image/jpeg") > 40
     assert '"Segoe UI"' in text  # an escaped quote would end the style of the whole body
     assert "black &lt;b&gt;\\udcff.png" in text
-    for part in ("different labels", "different splits", "Darkest", "Nearly empty", "broken.png"):
+    for part in ("different labels", "different splits", "Darkest", "Least contrast", "broken.png"):
         assert part in text
-    odd = text[text.index("Nearly empty") :]
+    assert "evenly spread" not in text  # no image was left out
+    bars = re.findall(r"<title>[\d.]+ to [\d.]+: (\d+)", text)
+    assert f"highest bar: {max(map(int, bars))} images" in text
+    odd = text[text.index("Least contrast") :]
     assert odd.index("black") < odd.index(".png")  # the emptiest is first
 
 

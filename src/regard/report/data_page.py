@@ -74,7 +74,7 @@ def write_data_page(table: ImageTable, check: DataCheck, path: str | os.PathLike
         groups=None if table.groups is None else [
             len(np.unique(table.groups[table.splits == s])) for s in splits
         ],
-        sampled=f"{plural(len(seen), 'image')}, evenly spread over the data." ,
+        sampled=f"{plural(len(seen), 'image')}{', evenly spread' * (len(rows) < len(table))}.",
         charts=_charts(seen),
         examples=[
             (table.classes[c], pictures.of(np.flatnonzero(table.labels == c)[spread(n, _EXAMPLES)]))
@@ -199,7 +199,8 @@ def _bars(values: NDArray[np.float64], low: float | None, high: float | None) ->
     ]  # fmt: skip
     words = f"{low:.4g} to {high:.4g}, median {np.median(values):.4g}"
     return {"bars": bars, "width": round(320 / 24 - 1, 2), "low": f"{low:.4g}",
-            "high": f"{high:.4g}", "words": words}  # fmt: skip
+            "high": f"{high:.4g}", "most": plural(int(counts.max()), "image"),
+            "words": words}  # fmt: skip
 
 
 # ---- pairs
@@ -248,7 +249,7 @@ def _odd(
     lists: list[tuple[str, list[tuple[float, _Seen]], str]] = [
         ("Darkest", [(s.brightness, s) for s in seen], "brightness"),
         ("Brightest", [(-s.brightness, s) for s in seen], "brightness"),
-        ("Nearly empty", [(s.deviation, s) for s in seen], "deviation"),
+        ("Least contrast", [(s.deviation, s) for s in seen], "deviation"),
         ("Most blurred", [(s.sharpness, s) for s in some], "share of detail"),
         ("Unlike their class", _unlike(table, some), "similarity to its class"),
     ]
