@@ -28,6 +28,7 @@ from regard.explanations.print_style import (
     SMALL,
     for_print,
     line_style,
+    printable,
     short_names,
     width_in_inches,
 )
@@ -459,6 +460,16 @@ def test_the_names_of_a_confusion_matrix_neither_overlap_nor_leave_the_figure_em
         assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(columns))
     assert (f"One class in {apart} is named" in chart.caption) == (apart > 1)
     assert chart.figure.get_size_inches()[1] - chart.figure.get_tightbbox().height < 0.1
+
+
+def test_letters_that_no_font_has_are_told_once(caplog):
+    with caplog.at_level("WARNING"):
+        assert printable("\ue0001 caf\u00e9") == "\ufffd1 caf\u00e9"
+        assert caplog.messages == []  # no letter
+        for _ in range(2):
+            assert printable("\U0001e900x") == "\ufffdx"  # of the Adlam script
+    assert len(caplog.messages) == 1
+    assert "no installed font has \U0001e900:" in caplog.messages[0]
 
 
 def test_names_that_begin_alike_are_cut_in_the_middle():

@@ -8,6 +8,7 @@ them, and each line also has its own style.
 """
 
 import contextlib
+import logging
 import re
 import textwrap
 import threading
@@ -26,6 +27,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from regard.errors import UsageError
 from regard.files import write_atomically
 from regard.version import __version__
+
+log: logging.Logger = logging.getLogger(__name__)
 
 SOFTWARE = f"Regard {__version__}"
 """Written into every picture, so that Regard's own files can be recognized."""
@@ -56,12 +59,21 @@ def width_in_inches(text: str) -> float:
     return inches
 
 
+_LATIN = ("Arial", "Helvetica", "Liberation Sans")
+# those that come with Linux, Windows and macOS
+_EAST_ASIAN = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "Yu Gothic",
+    "MS Gothic", "Malgun Gothic", "PingFang SC", "Hiragino Sans", "Hiragino Sans GB",
+    "Apple SD Gothic Neo", "NanumGothic", "Arial Unicode MS",
+)  # fmt: skip
+
+
 @lru_cache(maxsize=1)
 def _fonts() -> list[str]:
     """The fonts that journals ask for and that are installed; matplotlib's own is the last."""
     known = {font.name for font in font_manager.fontManager.ttflist}
-    wanted = ("Arial", "Helvetica", "Liberation Sans", "Noto Sans CJK SC", "Noto Sans CJK JP")
-    return [name for name in wanted if name in known] + ["DejaVu Sans"]
+    return [name for name in (*_LATIN, *_EAST_ASIAN) if name in known] + ["DejaVu Sans"]
 
 
 # matplotlib's settings are global: a thread that leaves would reset them for the others
@@ -121,9 +133,20 @@ def _glyphs() -> frozenset[int]:
     return frozenset(found)
 
 
+@lru_cache
+def _tell_of(letters: str) -> None:
+    """Warns, once for the same letters, that no font has them."""
+    if letters:
+        log.warning(
+            "no installed font has %s: figures show \N{REPLACEMENT CHARACTER} instead (Noto Sans "
+            "CJK, for example, has Chinese, Japanese and Korean)", letters,
+        )  # fmt: skip
+
+
 def printable(text: str) -> str:
     """The text with U+FFFD for what the fonts lack, such as undecodable bytes of file names."""
     glyphs = _glyphs()
+    _tell_of("".join(dict.fromkeys(c for c in text if ord(c) not in glyphs and c.isalpha())))
     return "".join(c if ord(c) in glyphs else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
