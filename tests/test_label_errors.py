@@ -77,8 +77,22 @@ def test_the_folds_together_rank_all_wrong_labels_first(folds, tmp_path, capsys)
     assert len(list(csv.DictReader(io.StringIO(table.read_text())))) == COUNT
     text = page.read_text()
     assert text.count("data:image/jpeg") == 12
+    assert "12 of 12 are not the network’s answer" in text
     assert '"Segoe UI"' in text  # an escaped quote would end the style of the whole body
     assert "http" not in text.replace("http-equiv", "")
+
+
+def test_a_page_of_all_images_calls_no_answered_label_wrong(folds, tmp_path, capsys):
+    runs, _ = folds
+    page = tmp_path / "page.html"
+    assert run_command(["errors", str(runs), "--top", "999", "--json", "--html", str(page)]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    others = [row for row in shown if row["predicted"] != row["label"]]
+    text = page.read_text(encoding="utf-8")
+    assert 12 <= len(others) < COUNT
+    assert f"{len(others)} of {COUNT} are not the network’s answer" in text
+    assert text.count("<b>") == text.count("→") == len(others)
+    assert text.count(", as answered") == COUNT - len(others)
 
 
 def test_one_run_says_which_images_trained_it(folds, capsys):

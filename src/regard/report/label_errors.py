@@ -27,6 +27,7 @@ from regard.errors import UsageError
 from regard.extras import is_installed
 from regard.files import plural, write_text
 from regard.report.data_page import Pictures
+from regard.report.words import percent
 from regard.run_data import predictions_of
 from regard.runs import RunFolder
 from regard.trained_on import Overlap, own_table
@@ -260,13 +261,14 @@ def write_errors_page(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["percent"] = percent
     folder = resources.files("regard.report")
     template = environment.from_string(folder.joinpath("errors_page.html").read_text("utf-8"))
     pictures = Pictures(table)
     items = [{"s": s, "picture": pictures.one(pictures.row(s.path))} for s in suspects]
     page = template.render(
         css=folder.joinpath("base.css").read_text("utf-8"), name=table.name, items=items,
-        note=sample_note(suspects),
+        note=sample_note(suspects), others=sum(s.predicted != s.label for s in suspects),
     )  # fmt: skip
     write_text(Path(path), page.encode("utf-8", "backslashreplace").decode())
 
