@@ -6,10 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 from regard.called import as_command
 from regard.data.preprocess import Preprocess
 from regard.evaluation import Predictions, evaluate
+from regard.files import markdown
 from regard.runs import RunFolder
 from regard.training.finish import accuracy_words
 from regard.training.model_card import write_model_card
@@ -64,6 +66,28 @@ def _card(whole, to, found, data=None):
     )  # fmt: skip
     write_model_card(folder, plan, folder.read_facts(), found)
     return (to / "README.md").read_text(encoding="utf-8")
+
+
+NAMES = ["<b>a&amp;", "__gray__", "$x_1$", "5 & 6", "a*b*c", "~~old~~", "[c](d)", "`code", "a|b"]
+
+
+def test_the_card_shows_the_names_of_classes_as_they_are(whole, tmp_path):
+    found = evaluate(Predictions(np.eye(9), range(9), NAMES))
+    for name in ("run.json", "recipe.toml"):
+        shutil.copy(whole / name, tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    run["plan"]["classes"] = NAMES
+    run["facts"]["warnings"] = ["class '<i>' is in train_val"]
+    (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    card = _card(tmp_path, tmp_path / "run", found)
+    line = next(line for line in card.splitlines() if line.startswith("9 classes"))
+    parts = MarkdownIt("commonmark").parse(line)[1].children
+    assert {part.type for part in parts} == {"text"}
+    assert "".join(part.content for part in parts) == f"9 classes: {', '.join(NAMES)}."
+    assert "\\$x_1\\$" in line  # math, where the hub shows it
+    assert "class '\\<i>' is in train_val" in card
+    assert markdown("run `a_b | c` on ag_sononet8, _x_") == "run `a_b | c` on ag_sononet8, \\_x\\_"
 
 
 def test_the_card_has_the_command_that_started_the_run_and_a_name_of_the_data(

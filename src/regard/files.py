@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import zipfile
 import zlib
@@ -32,6 +33,22 @@ def signed_range(value: float, low: float, high: float, digits: int) -> tuple[st
     if nearest is not None:
         digits = next((d for d in range(digits, digits + 3) if round(nearest, d)), digits + 3)
     return signed(value, digits), signed(low, digits), signed(high, digits)
+
+
+# An underscore within a word is no emphasis, and an & of its own no entity.
+_MARKDOWN = re.compile(r"[\\`*\[\]<|$]|(?<![^\W_])_|_(?![^\W_])|&(?=[\w#])|~~")
+
+
+def markdown(text: str) -> str:
+    """Text, such as the name of a class, as Markdown that shows it as it is.
+
+    What stands between backticks in the text remains code.
+    """
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # a backtick of a name, not of code
+        parts = [text]
+    parts[::2] = [_MARKDOWN.sub(r"\\\g<0>", part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 NPZ_FAULTS = (

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from regard.data.splits_file import Row, read_rows
 from regard.evaluation import Estimate
 from regard.evaluation.thresholds import from_probability
 from regard.explanations.print_style import SOFTWARE
-from regard.files import plural
+from regard.files import markdown, plural
 from regard.report.checklists import CHECKLISTS, SOURCES
 from regard.report.figures import Measured
 from regard.report.page import Methods
@@ -67,7 +68,7 @@ def as_markdown(methods: Methods) -> dict[str, str]:
     mark = f"<!-- {SOFTWARE} wrote this file and may replace it: edit a copy. -->\n\n"
     note = f"{_NOTE}\n\n"
     parts = [part.partition(". ") for part in methods.text.split("\n\n")]
-    text = "\n\n".join(f"**{title}.** {rest}" for title, _, rest in parts)
+    text = "\n\n".join(f"**{title}.** {markdown(rest)}" for title, _, rest in parts)
     tables = []
     for name, (origin, items) in methods.checklists.items():
         answered = sum(answer is not None for *_, answer in items)
@@ -100,7 +101,8 @@ def as_text(methods: Methods, markdown: bool) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    # code, too, ends at a bar
+    return re.sub(r"(?<!\\)\|", r"\\|", markdown(" ".join(text.split())))
 
 
 class _Sentences:

@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from regard.evaluation import Evaluation
 from regard.evaluation.display import cell
-from regard.files import about, plural, shortened, write_text
+from regard.files import about, markdown, plural, shortened, write_text
 from regard.runs import RunFolder, data_name
 from regard.training.run_plan import Plan
 
@@ -39,7 +39,7 @@ def write_model_card(
         ],
     )  # fmt: skip
     body = "\n\n".join([
-        f"# {plan.network} on {data}", _network(plan, facts), _data(plan, facts),
+        f"# {markdown(f'{plan.network} on {data}')}", _network(plan, facts), _data(plan, facts),
         _metrics(facts, evaluation), _use(), _command(folder, plan, facts), _intended(),
     ])  # fmt: skip
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
@@ -70,9 +70,9 @@ def _data(plan: Plan, facts: dict[str, Any]) -> str:
     lines = [
         "## Data", "",
         f"`{plan.data}`: {counts} images. `splits.csv` says which image was where.", "",
-        f"{len(plan.classes)} classes: {shortened(plan.classes, CLASSES_SHOWN)}.",
+        f"{len(plan.classes)} classes: {markdown(shortened(plan.classes, CLASSES_SHOWN))}.",
     ]  # fmt: skip
-    lines += [f"\nNote: {warning}" for warning in facts["warnings"]]
+    lines += [f"\nNote: {markdown(warning)}" for warning in facts["warnings"]]
     return "\n".join(lines)
 
 
