@@ -119,6 +119,23 @@ def test_long_names_of_classes_leave_the_page_as_wide_as_a_phone(browser, marked
     page.close()
 
 
+def test_a_table_of_subgroups_is_not_wider_than_the_paper(browser, marked):
+    heads = ["sex", "images", "groups", "accuracy", *["95 % interval", "sensitivity"] * 4]
+    rows = "".join(f"<th>{head}</th>" for head in heads), "<td>91.0–100.0 %</td>" * len(heads)
+    page = browser.new_page(viewport={"width": 688, "height": 900})  # A4 within its margins
+    page.goto((marked / "report.html").as_uri())
+    page.emulate_media(media="print")
+    before = page.evaluate("document.documentElement.scrollWidth")
+    page.evaluate(
+        "html => { [...document.querySelectorAll('.scroll')].find(each => each.offsetParent)"
+        ".innerHTML = html; }",
+        f"<table class='plain'><thead><tr>{rows[0]}</tr></thead>"
+        f"<tbody><tr>{rows[1]}</tr></tbody></table>",
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") <= max(before, 700)
+    page.close()
+
+
 def test_the_page_draws_a_map_as_the_overlay_does_and_the_mask(browser, marked):
     page = browser.new_page(viewport={"width": 1400, "height": 900})
     page.goto((marked / "report.html").as_uri())
