@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 from sklearn.covariance import LedoitWolf
 
 import regard
@@ -20,6 +21,7 @@ from regard.evaluation.familiarity import (
     read_familiarity,
     write_familiarity,
 )
+from regard.files import write_atomically
 from tests.helpers import rows_of
 
 
@@ -28,6 +30,12 @@ def features(n, *, shift=0.0, seed=0):
     labels = rng.integers(0, 3, n)
     mix = np.random.default_rng(9).normal(size=(5, 5))
     return (labels[:, None] * 4 + rng.normal(size=(n, 5)) @ mix + shift).astype(np.float32), labels
+
+
+def test_whoever_can_read_a_runs_other_files_can_read_its_familiarity(tmp_path):
+    write_atomically(tmp_path / "text", lambda beside: beside.write_text("any"))
+    write_atomically(tmp_path / "numbers", lambda beside: save_file({"a": np.zeros(2)}, beside))
+    assert (tmp_path / "numbers").stat().st_mode == (tmp_path / "text").stat().st_mode
 
 
 def test_distances_are_mahalanobis_and_the_threshold_keeps_its_false_alarm_rate(tmp_path):

@@ -82,7 +82,13 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """
     beside = path.with_name(f".{path.name}.writing")
     try:
+        beside.unlink(missing_ok=True)
+        beside.touch()
+        mode = beside.stat().st_mode
+        beside.unlink()
         write(beside)
+        if beside.stat().st_mode != mode:  # safetensors makes files that only their owner can read
+            beside.chmod(mode)
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
