@@ -22,6 +22,7 @@ from regard.models import create_model, list_models
 from regard.models.create import load_weights, make, make_model
 from regard.models.io import save_model
 from regard.runs import RunFolder
+from regard.training import build
 from regard.training.build import jumped_over
 from regard.training.config import Recipe
 from regard.training.optim import rate_factor
@@ -553,6 +554,20 @@ def test_no_bf16_where_torch_computes_wrong_gradients_in_it(scans, tmp_path, mon
     assert RunFolder(out).read_facts()["precision"] == "fp32"
     out = regard.train(scans, out=tmp_path / "b", size=32, precision="auto", **given)
     assert RunFolder(out).read_facts()["precision"] == "bf16"
+
+
+@pytest.mark.parametrize(("others", "precision"), [("fp16", "fp32"), ("bf16", "bf16")])
+def test_devices_of_different_kinds_train_in_one_precision(
+    scans, tmp_path, monkeypatch, others, precision
+):
+    """With fp16 only some processes would scale their gradients, which all of them average."""
+    monkeypatch.setattr("regard.training.plan.has_bf16", lambda device: True)
+    monkeypatch.setattr(build, "gathered", lambda _, own: [own, others])
+    out = regard.train(
+        scans, out=tmp_path / "run", model="ag_sononet8", size=16, steps=1, batch_size=8,
+        faithfulness_images=0, trackers=("none",), precision="auto",
+    )  # fmt: skip
+    assert RunFolder(out).read_facts()["precision"] == precision
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells what its CPU can")

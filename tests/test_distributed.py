@@ -25,7 +25,8 @@ from regard.training.plan import image_weights
 from regard.training.recipe_files import load_recipe
 from regard.training.run import Run
 from regard.training.signals import Signals, Stop
-from tests.helpers import ENVIRONMENT, QUICK, dense, run, same_results
+from tests.helpers import ENVIRONMENT, QUICK, dense, rows_of, run, same_results
+from tests.test_sources import picture
 
 # Each process is the command line, and tells in the folder TOLD what it had at the end. The
 # second one is slow where the first could have written the run's folder meanwhile, and is sent
@@ -321,6 +322,39 @@ def test_only_the_first_machine_has_the_folder_the_recipe_and_the_weights(tmp_pa
     assert (first / "run/report.html").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_each_machine_has_the_same_images_and_names_itself_where_it_can_not_read_one(tmp_path):
+    """The data's path leads each process to its own folder, as on machines without a common disk.
+
+    Unless they were compared, the second one would train on other pictures, or the same ones in
+    other classes, and the first one would test on its own.
+    """
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        for name in ("a", "b"):
+            (folder / "data" / name).mkdir(parents=True)
+            for k in range(12):
+                shade = (60 if name == "a" else 120) + k
+                picture(folder / f"data/{name}/{k:02d}.png", shade)
+    settings = [
+        "train", "/proc/self/cwd/data", *QUICK, "--batch-size", "4", "--steps", "2",
+        "--log", "none", "--max-unreadable", "0.1", "--out",
+    ]  # fmt: skip
+    (second / "data/b/05.png").unlink()
+    (code, told), (other, also) = apart([first, second], *settings, "run")
+    assert (code, other) == (0, 0), (told, also)
+    (listed,) = rows_of(first / "run/unreadable.csv")
+    assert listed["path"] == "/proc/self/cwd/data/b/05.png"
+    assert f"(on {socket.gethostname()})" in listed["reason"]
+    shutil.copy(second / "data/a/07.png", second / "data/b/07.png")
+    (code, told), (other, also) = apart([first, second], *settings, "again")
+    assert (code, other) == (1, 1), (told, also)
+    assert (told + also).count("1 of 24 images that were compared are not the first machine's") == 1
+    assert "data/b/07.png" in told + also
+    assert not (first / "again").exists()
+
+
 # ------------------------------------------------------------------ a group that the caller made
 SPAWNED = """
 import sys
@@ -432,9 +466,19 @@ def test_other_ways_to_divide_a_network_are_refused_by_name(monkeypatch):
                 distributed.start_accelerator()
 
 
-def test_machines_have_as_many_processes_each(monkeypatch):
-    monkeypatch.setattr(distributed, "gathered", lambda *_: ["2", "2", "1"])
-    with pytest.raises(UsageError, match="on machines with 1, 2 of them"):
+@pytest.mark.parametrize(
+    ("name", "values", "named"),
+    [
+        ("", ["2", "2", "1"], "on machines with 1, 2 of them"),
+        ("Regard", ["0.1.0", "0.2.0"], r"different versions of Regard \(0\.1\.0, 0\.2\.0\)"),
+        ("torch", ["2.14.1", "2.13.0", "2.14.1"], r"of torch \(2\.13\.0, 2\.14\.1\)"),
+    ],
+)
+def test_machines_have_as_many_processes_each_and_one_version(monkeypatch, name, values, named):
+    monkeypatch.setattr(
+        distributed, "gathered", lambda _, mine: [{**mine, name: value} for value in values]
+    )
+    with pytest.raises(UsageError, match=named):
         distributed.start_accelerator("cpu")
 
 
@@ -442,7 +486,7 @@ def test_the_others_wait_for_what_the_first_prepares(monkeypatch):
     """NCCL's own limit of 10 minutes is less than ImageNet's hashes take."""
     given = {}
     monkeypatch.setattr(distributed, "Accelerator", lambda **kwargs: given.update(kwargs))
-    monkeypatch.setattr(distributed, "gathered", lambda *_: [None])
+    monkeypatch.setattr(distributed, "gathered", lambda _, mine: [mine])
     distributed.start_accelerator("cpu")
     (handler,) = given["kwargs_handlers"]
     assert handler.to_kwargs() == {"timeout": distributed.LONGEST_EXCHANGE}

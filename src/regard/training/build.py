@@ -22,6 +22,7 @@ from regard.models._onednn import without_strided_pointwise
 from regard.models.create import make_model
 from regard.models.fused import can_fuse, set_fused
 from regard.training.activation_checkpointing import set_checkpointing
+from regard.training.distributed import gathered
 from regard.training.loop import Trainer
 from regard.training.plan import (
     choose_precision,
@@ -106,7 +107,7 @@ def build_trainer(
         total=choose_steps(recipe, len(table), plan.processes),
         accelerator=accelerator,
         class_weights=None if weights is None else weights.to(device),
-        precision=_precision(plan, model, device),
+        precision=_precision(plan, model, accelerator),
         planned=recipe.accumulate * plan.processes if plan.rules else 0,
     )
 
@@ -125,12 +126,23 @@ def _weighted(plan: Plan, table: ImageTable) -> ImageTable:
     return _learned(plan, table) if plan.rules > 1 else table
 
 
-def _precision(plan: Plan, model: nn.Module, device: torch.device) -> str:
+def _precision(plan: Plan, model: nn.Module, accelerator: Accelerator) -> str:
     """The precision to train in; fp32 where bf16 gives wrong gradients on this device.
+
+    All processes train in the same one: gradients that only some of them scale can't be averaged.
 
     Raises:
         UsageError: the recipe asks for bf16 there, or for a precision that the device lacks.
     """
+    several = set(gathered(accelerator, _own_precision(plan, model, accelerator.device)))
+    if len(several) == 1:
+        return several.pop()
+    log.info(f"note: precision is fp32, as the run's devices differ ({', '.join(sorted(several))})")
+    return "fp32"
+
+
+def _own_precision(plan: Plan, model: nn.Module, device: torch.device) -> str:
+    """The precision that this process would train in alone; raises as `_precision` does."""
     asked, size = plan.recipe.precision, plan.preprocess.input_size
     precision = choose_precision(asked, device)
     if precision != "bf16" or device.type != "cpu" or not (name := jumped_over(model, size)):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -26,6 +27,7 @@ from regard.errors import FileError, RegardError, UsageError
 from regard.files import reason
 from regard.machine import choose_device
 from regard.training.places import checked_places, meeting, unreachable_told, waiting_told
+from regard.version import __version__
 
 # the others wait while the first process downloads, groups and hashes images; NCCL's default is
 # 10 minutes. A failed process is not waited for: see Watch
@@ -45,8 +47,8 @@ def start_accelerator(device: str = "auto") -> Accelerator:
         UsageError: this machine has no such device; `accelerate launch --cpu` was asked for
             several processes, which it does not start; Accelerate was configured for DeepSpeed,
             FSDP or another way of dividing the network; machines have different numbers of
-            processes; or the variables that give the rank and the number of processes are not
-            numbers or contradict each other.
+            processes, or versions of Regard, torch or timm; or the variables that give the rank
+            and the number of processes are not numbers or contradict each other.
         FileError: the processes can't reach each other.
     """
     global _runs
@@ -69,13 +71,31 @@ def start_accelerator(device: str = "auto") -> Accelerator:
                 InitProcessGroupKwargs(init_method=meeting(), timeout=LONGEST_EXCHANGE)
             ],
         )
-    here = os.environ.get("LOCAL_WORLD_SIZE")
-    if len(set(several := gathered(accelerator, here))) > 1:
-        raise UsageError(
-            f"the run's processes are on machines with {', '.join(sorted(map(str, set(several))))} "
-            "of them: each machine must have the same number"
-        )
+    _refuse_unlike_machines(accelerator)
     return accelerator
+
+
+def _refuse_unlike_machines(accelerator: Accelerator) -> None:
+    mine = {
+        "": os.environ.get("LOCAL_WORLD_SIZE"),
+        "Regard": __version__,
+        "torch": torch.__version__.partition("+")[0],
+        "timm": timm.__version__,
+    }
+    several = gathered(accelerator, mine)
+    for name in mine:
+        if len(found := {str(each.get(name)) for each in several}) == 1:
+            continue
+        listed = ", ".join(sorted(found))
+        if not name:
+            raise UsageError(
+                f"the run's processes are on machines with {listed} of them: each machine must "
+                "have the same number"
+            )
+        raise UsageError(
+            f"the run's machines have different versions of {name} ({listed}): install the same "
+            "on each"
+        )
 
 
 # variables by which `accelerate launch` says how the network is divided among processes

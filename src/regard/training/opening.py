@@ -3,19 +3,23 @@
 import dataclasses
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
 
+from regard.data.content import UNREADABLE, content_hashes
 from regard.data.members import on_disk
 from regard.data.sources import ImageTable, open_data
 from regard.errors import FileError, UsageError
+from regard.files import plural, spread
+from regard.log import Heartbeat
 from regard.runs import RunFolder, choose_out
-from regard.trained_on import changed_line, moved_table
+from regard.trained_on import COMPARED, changed_line, moved_table
 from regard.training.checkpoint import Checkpoints
-from regard.training.distributed import on_main
+from regard.training.distributed import Ranks, gathered, on_main
 from regard.training.run_plan import Plan, Request, new_plan, resumed_plan
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -61,11 +65,14 @@ def open_run(
         UsageError: there is no run to resume, or another one is in the folder; the data can't be
             used; there is no such network; or the request differs from what the run was started
             with.
+        FileError: a machine lacks the images, or has others.
     """
     opened: Opened = on_main(
         accelerator, lambda: _open(asked, out, resume, accelerator.num_processes)
     )
     _fetch_images(accelerator, asked, opened.table)
+    if not opened.finished:
+        _compare_images(accelerator, opened.table)
     return opened
 
 
@@ -115,3 +122,28 @@ def _fetch_images(accelerator: Accelerator, asked: Request, table: ImageTable) -
                 "the same absolute path"
             )
     accelerator.wait_for_everyone()
+
+
+def _compare_images(accelerator: Accelerator, table: ImageTable) -> None:
+    """Refuses images with other contents than the first machine's, which has hashed its own.
+
+    Up to COMPARED of them are compared, evenly spread. Those that a machine can't read are left
+    out later, by all of them.
+    """
+    ranks = Ranks(accelerator)
+    if table.files is None or ranks.local == ranks.count:
+        return
+    rows, mine = spread(len(table), COMPARED), None
+    if accelerator.is_local_main_process:
+        mine = content_hashes(table.select(rows), Heartbeat("images compared between machines"))
+    (_, first), *others = gathered(accelerator, (socket.gethostname(), mine))
+    for host, theirs in others:
+        if theirs is None:
+            continue
+        other = (theirs != first) & (theirs != UNREADABLE) & (first != UNREADABLE)
+        if other.any():
+            raise FileError(
+                f"{int(other.sum()):,} of {plural(len(rows), 'image')} that were compared are not "
+                f"the first machine's on {host}, such as {table.path(int(rows[other.argmax()]))}: "
+                "every machine needs the same images"
+            )

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -176,6 +177,8 @@ def load_split(
         with counting(f"checking {split} images", len(rows), show=show) as on_image:
             bad = _unreadable(reader, rows, skip, on_image)
     assert bad is not None
+    if ranks.local < ranks.count:  # the file may be there on another machine
+        bad = [(row, f"{why} (on {socket.gethostname()})") for row, why in bad]
     bad = sorted({row: (row, why) for found in ranks.all(bad) for row, why in found}.values())
     if left_out is None:
         return _without(reader, images, bad, ranks)
