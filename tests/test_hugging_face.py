@@ -88,6 +88,7 @@ class BrokenError(Exception):
         (Value("string"), ["cat", None, "ant", ""], ["ant", "cat"], [1, 0]),
         (Value("int64"), [10, 9, -1, 10], ["9", "10"], [1, 0, 1]),
         (Value("bool"), [True, False, None, True], ["False", "True"], [1, 0, 1]),
+        (Value("float64"), [10.0, 9.0, float("nan"), -1.0], ["9", "10"], [1, 0]),  # by pandas
         (ClassLabel("b", "a"), [1, 0, None, -1], ["b", "a"], [1, 0]),
     ],
 )
@@ -96,6 +97,29 @@ def test_labels_of_any_kind_are_classes(loads, feature, values, classes, labels)
     assert table.classes == classes
     assert table.labels.tolist() == labels
     assert f"{4 - len(labels)} image" in table.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "feature", "values", "splits", "told"),
+    [
+        ("train", Value("string"), ["train", "Validation", "test", None],
+         ["train", "val", "test", ""], None),
+        ("full", ClassLabel("test", "train"), [0, 1, 1, -1], ["test", "train", "train", ""], None),
+        ("train", Value("string"), ["train", "a", "b", "a"], ["train"] * 4, "holds 'a', 'b'"),
+        ("train", Value("string"), [None] * 4, ["train"] * 4, None),
+        ("test", Value("string"), ["test", "train", "test", "test"], ["test"] * 4, "test by its"),
+        ("test", Value("string"), ["test"] * 4, ["test"] * 4, None),
+        ("train", Value("float32"), [0.5] * 4, ["train"] * 4, None),
+    ],
+)  # fmt: skip
+def test_a_column_called_split_is_that_of_a_csv_file(loads, key, feature, values, splits, told):
+    """A file has no splits of its own: `datasets` calls all of it train, also the test images."""
+    label = (ClassLabel("a", "b"), [0, 1, 0, 1])
+    table = loads({key: Part(image=pictures(*"1234"), label=label, split=(feature, values))})
+    assert table.splits.tolist() == splits
+    assert [line for line in table.warnings if "'split'" in line] == list(table.warnings)
+    assert told is None or told in table.warnings[0]
+    assert bool(table.warnings) == (told is not None)
 
 
 def test_each_split_is_read_with_its_own_names(loads):
@@ -196,7 +220,8 @@ def test_of_several_columns_the_usual_names_are_taken(loads):
     [
         ({"train": Part(image=pictures("1"), label=(ClassLabel("a", "b"), [7]))}, "label 7, but"),
         ({"train": Part(image=pictures("1"), kind=(Value("string"), ["a"]))}, "has none"),
-        ({"train": Part(image=pictures("1"), label=(Value("float32"), [0.0]))}, "has none"),
+        ({"train": Part(image=pictures("1"), label=(Value("float32"), [0.5]))}, "not whole"),
+        ({"train": Part(image=pictures("1"), label=(Value("binary"), [b"a"]))}, "has none"),
         (
             {"train": Part(
                 image=pictures("1"), fine=(ClassLabel("a"), [0]), coarse=(ClassLabel("b"), [0]),
@@ -265,6 +290,36 @@ def test_a_cache_that_can_not_be_written_and_a_file_are_one_line(loads, tmp_path
         loads({"train": Part(image=pictures("1"), label=(ClassLabel("a"), [0]))})
     with pytest.raises(UsageError, match="is a file"):
         open_hugging_face("hf:pets", str(tmp_path / "cache"), tmp_path)
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(UsageError, match=r"is a Parquet file: give hf:.*a\.parquet"):
+        open_data(tmp_path / "a.parquet")
+
+
+def test_parquet_files_without_the_types_of_datasets(tmp_path, monkeypatch):
+    """As pandas and pyarrow write them: a file's bytes, alone or in a struct."""
+    datasets = pytest.importorskip("datasets", reason="the extra 'hf' is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    pandas = pytest.importorskip("pandas")
+    picture(tmp_path / "0.png", 40)
+    content = (tmp_path / "0.png").read_bytes()
+    for name, image in (("plain", content), ("struct", {"bytes": content, "path": "0.png"})):
+        rows = {"image": [image] * 3, "label": [1, 0, None], "split": ["test", "train", "train"]}
+        (tmp_path / name).mkdir()
+        pandas.DataFrame(rows).to_parquet(tmp_path / name / "data.parquet")
+        for source in (tmp_path / name, tmp_path / name / "data.parquet"):
+            table = open_data(f"hf:{source}", root=tmp_path / "cache")
+            assert class_counts(table) == {"train": {"0": 1, "1": 0}, "test": {"0": 0, "1": 1}}
+            assert table.read(0)[0, 0, 0] == 40
+
+
+def test_a_column_of_bytes_is_of_images_where_no_other_is(loads):
+    held, label = pictures("1")[1], (ClassLabel("a"), [0])
+    bytes_ = (Value("binary"), [b"x"])
+    assert len(loads({"train": Part(x=(Value("binary"), held), label=label)}).files) == 1
+    two = {"mask": bytes_, "image": (Value("large_binary"), held), "label": label}
+    assert len(loads({"train": Part(**two)}).files) == 1
+    with pytest.raises(UsageError, match="Image, has none"):
+        loads({"train": Part(x=bytes_, image=(Value("string"), ["a.png"]), label=label)})
 
 
 def test_what_save_to_disk_wrote_is_read(tmp_path, monkeypatch):

@@ -54,6 +54,19 @@ def split_cell(cell: str) -> str | None:
     return next((split for split, p in _PATTERNS.items() if p.fullmatch(word)), None)
 
 
+def unlike_name(cell: str, split: str, split_of: Mapping[str, str]) -> str | None:
+    """Another cell of the same split, if the two may mean different ones: dev, eval and test.
+
+    Args:
+        cell: in lower case.
+        split: that it stands for.
+        split_of: the splits of other cells, in lower case.
+    """
+    sure = {"training", "testing", *SPLIT_WORDS}
+    others = [other for other, its in split_of.items() if its == split and other != cell]
+    return next((other for other in others if not {cell, other} <= sure), None)
+
+
 def open_folder(name: str, root: str, splits: str = "auto") -> ImageTable:
     """The images of ROOT/CLASS or ROOT/SPLIT/CLASS.
 

@@ -1,4 +1,4 @@
-"""Data sets from the Hugging Face hub, and local ones that `datasets` reads."""
+"""Data sets from the Hugging Face hub, and local ones that `datasets` reads, also Parquet files."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from regard.data.folders import split_word
+from regard.data.folders import split_cell, split_word, unlike_name
 from regard.data.manifest import groups_line, may_be_groups
 from regard.data.table import ImageTable, all_or_no_groups
 from regard.errors import FileError, UsageError
@@ -20,21 +20,24 @@ from regard.files import plural, reason, shortened
 
 _IMAGES = ("image", "img")  # preferred column names if there are several
 _LABELS = ("label", "labels")
-_GROUP = "group"
+_GROUP, _SPLIT = "group", "split"
+PARQUET = ".parquet"
 _ADVICE = "load it with `datasets` and give the folder that `save_to_disk` writes"
 _WORDS = "ClassLabel, or of strings or integers called label"
+_BYTES = ("binary", "large_binary")
 _NUMBER = re.compile(r"-?[0-9]+")
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,9}")
 
 
 def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
-    """A data set of the hub or a local folder; its image files are unpacked into the cache.
+    """A data set of the hub, a local folder or Parquet file; its images are unpacked to the cache.
 
     For a data set with several configurations, `source` is NAME:CONFIG. Images come from the column
-    of type Image (if there are several, the one named image or img), labels from the column of type
-    ClassLabel (if there are several, the one named label or labels), else from strings or integers
-    in a column of that name, groups from one called group. Images without a label (None, -1 or "")
-    and rows without an image are left out with a warning, as are splits other than train,
+    of type Image (if there are several, the one named image or img), else from one of bytes; labels
+    from the column of type ClassLabel (if there are several, the one named label or labels), else
+    from strings or whole numbers in a column of that name; groups from one called group; and splits
+    from one called split, if the data does not come in several. Images without a label (None, NaN,
+    -1 or "") and rows without an image are left out with a warning, as are splits other than train,
     validation and test.
 
     Raises:
@@ -45,8 +48,8 @@ def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
     require("hf", name)
     source, configuration = name_and_configuration(source)
     path = os.path.expanduser(source)
-    if os.path.isfile(path):
-        raise UsageError(f"{name}: is a file; give the folder that holds it")
+    if os.path.isfile(path) and not path.lower().endswith(PARQUET):
+        raise UsageError(f"{name}: is a file; give a {PARQUET} file, or the folder that holds it")
     loaded = _load(name, path if os.path.exists(path) else source, configuration)
     rows = _labeled_rows(name, loaded, cache)
     if not rows.files:
@@ -56,6 +59,7 @@ def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
     inside = bool(location) and rows.files[0].startswith(os.path.join(location, ""))
     lines = [f"{plural(n, 'image')} of {what}" for what, n in rows.left_out.items() if n]
     warnings = [f"left out: {shortened(lines, 6)}"] if lines else []
+    warnings += rows.told
     groups = all_or_no_groups(name, rows.groups)
     if groups is None:
         told = (groups_line(c, found, len(rows.files)) for c, found in rows.further.items())
@@ -96,6 +100,8 @@ def _load(name: str, source: str, configuration: str | None) -> Mapping[str, Any
             return {str(part.split or "train"): part}
         if several:
             return dict(datasets.load_from_disk(source))
+        if os.path.isfile(source):
+            return dict(datasets.load_dataset("parquet", data_files=source))
         return dict(datasets.load_dataset(source, configuration))
     except Exception as error:  # the loader raises almost anything for broken files
         broken = isinstance(error, datasets.exceptions.DatasetGenerationError)
@@ -116,6 +122,7 @@ class _Rows:
     further: dict[str, set[str]] = field(default_factory=dict)  # values of what may be groups
     classes: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    told: list[str] = field(default_factory=list)
 
 
 def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
@@ -138,7 +145,11 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
         rows.left_out[f"{key} without an image"] += len(known) - len(files)
         rows.files += files.values()
         rows.labels += [str(labels[i]) for i in files]
-        rows.splits += [splits[key]] * len(files)
+        split, alone = splits[key], len(loaded) == 1 and splits[key] in ("", "train")
+        stated = _stated_splits(name, part, label, rows.told)
+        rows.splits += [stated.get(i, "" if stated else split) if alone else split for i in files]
+        if not alone and any(other != split for other in stated.values()):
+            rows.told.append(f"the column 'split' is not used: {key} is {split} by its name")
         grouped = _GROUP in part.features and label != _GROUP
         groups = _words(f"{name}: {key}", part, _GROUP) if grouped else {}
         rows.groups += [groups.get(i, "") for i in files]
@@ -151,6 +162,32 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
     return rows
 
 
+def _stated_splits(name: str, part: Any, label: str, told: list[str]) -> dict[int, str]:
+    """{row: train, val or test} by the column called split; empty without such a column.
+
+    Where the column holds something else, it is not used, and a line in `told` says so.
+
+    Raises:
+        UsageError: two names stand for one split, as dev and eval, which may be different ones.
+    """
+    feature = part.features.get(_SPLIT)
+    if label == _SPLIT or not (hasattr(feature, "names") or _is_word(feature)):
+        return {}
+    words = _words(name, part, _SPLIT)
+    if others := sorted({word for word in words.values() if split_cell(word) is None}):
+        told.append(f"the column 'split' is not used: it holds {shortened(map(repr, others))}")
+        return {}
+    split_of: dict[str, str] = {}
+    for word in sorted({word.lower() for word in words.values()}):
+        split = split_cell(word) or ""
+        if other := unlike_name(word, split, split_of):
+            raise UsageError(
+                f"{name}: the splits {word!r} and {other!r} are both a {split} split: name one"
+            )
+        split_of[word] = split
+    return {i: split_of[word.lower()] for i, word in words.items()}
+
+
 def _words(where: str, part: Any, column: str) -> dict[int, str]:
     """{row: value} of a column as text, without rows that have none.
 
@@ -161,7 +198,7 @@ def _words(where: str, part: Any, column: str) -> dict[int, str]:
     held = {i: v for i, v in held.items() if v is not None and v != "" and v == v}  # no NaN
     if (names := getattr(feature, "names", None)) is not None:
         return {i: str(names[v]).strip() for i, v in held.items() if v >= 0}
-    if str(getattr(feature, "dtype", "")).startswith("float"):  # integers with gaps, by pandas
+    if _is_float(feature):  # integers with gaps, by pandas
         if not all(float(v).is_integer() for v in held.values()):
             raise UsageError(f"{where}: the column {column!r} holds numbers that are not whole")
         held = {i: int(v) for i, v in held.items()}
@@ -196,6 +233,13 @@ def _image_column(name: str, features: Mapping[str, Any]) -> str:
         struct = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
         return struct or isinstance(feature, datasets.Image)
 
+    def holds_files(feature: Any) -> bool:  # as pandas writes them
+        return str(getattr(feature, "dtype", "")) in _BYTES
+
+    if not any(map(holds_images, features.values())):
+        usual = [column for column in _IMAGES if column in features] or list(features)
+        if len(files := [column for column in usual if holds_files(features[column])]) == 1:
+            return files[0]
     return _column(name, features, holds_images, "Image", _IMAGES)
 
 
@@ -214,8 +258,14 @@ def _labels(where: str, name: str, part: Any) -> tuple[list[str], list[str | Non
 
     if not any(map(named, features.values())):
         usual = {column: features[column] for column in _LABELS if column in features}
-        column = _column(name, usual, _is_word, _WORDS, _LABELS, features)
-        values = [None if v in (None, "", -1) else v for v in part[column]]
+        column = _column(
+            name, usual, lambda f: _is_word(f) or _is_float(f), _WORDS, _LABELS, features
+        )
+        held = list(part[column])
+        if _is_float(features[column]):  # integers with gaps, by pandas
+            known = _words(where, part, column)
+            held = [int(known[i]) if i in known else None for i in range(len(held))]
+        values = [None if v in (None, "", -1) else v for v in held]
         words = [None if v is None else str(v) for v in values]
         return list({word for word in words if word is not None}), words, column
     column = _column(name, features, named, "ClassLabel", _LABELS)
@@ -231,6 +281,11 @@ def _is_word(feature: Any) -> bool:
     """Whether a column holds strings or integers."""
     kind = str(getattr(feature, "dtype", ""))
     return kind in ("string", "large_string", "bool") or kind.lstrip("u").startswith("int")
+
+
+def _is_float(feature: Any) -> bool:
+    """Whether a column holds floats."""
+    return str(getattr(feature, "dtype", "")).startswith("float")
 
 
 def _column(

@@ -12,7 +12,7 @@ from typing import NoReturn, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from regard.data.folders import SPLIT_WORDS, split_cell
+from regard.data.folders import split_cell, unlike_name
 from regard.data.paths import PathList
 from regard.data.table import SPLITS, ImageTable
 from regard.errors import UsageError
@@ -21,7 +21,6 @@ from regard.files import shortened
 SUFFIXES = (".csv", ".tsv")
 _USED = ("path", "label", "split", "group")
 _SPLITS = ("", *SPLITS)
-_SURE = {"training", "testing", *SPLIT_WORDS}  # names of splits that may be mixed
 _MOST_VALUES = 100_000  # in a further column; one with more, such as free text, is not read
 # columns that may say which images belong together
 _OF_GROUPS = re.compile("patient|subject|participant|person|case|donor|animal|lesion|study")
@@ -156,9 +155,8 @@ class _Manifest:
             split = split_cell(cell)
             if split is None:
                 self.fault(f"split {cell!r}: choose train, val, test or leave it empty")
-            for other in (o for o, s in self.split_of.items() if s == split):
-                if not {word, other} <= _SURE:  # dev, eval and test may be three splits
-                    self.fault(f"split {cell!r} and {other!r} are both a {split} split: name one")
+            if other := unlike_name(word, split, self.split_of):
+                self.fault(f"split {cell!r} and {other!r} are both a {split} split: name one")
             self.split_of[word] = split
         return self.split_of[word]
 
