@@ -1,6 +1,7 @@
 """Writing files atomically, and a few phrases that messages about files and lists share."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -74,6 +75,9 @@ def read_npz(path: Path) -> "dict[str, NDArray[Any]]":
         raise StateError(f"{path} can't be read ({fault})") from error
 
 
+LEAST_FREE = 1_000_000  # bytes; where less is free, a disk is full
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes `path` atomically: `write` fills a temporary file, then fsync and rename.
 
@@ -93,7 +97,12 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's zip writer: RuntimeError
-        raise StateError(f"{path} can't be written ({reason(error)})") from error
+        why = reason(error)
+        if isinstance(error, RuntimeError):  # torch's zip writer names a line of its source
+            with contextlib.suppress(OSError):
+                if shutil.disk_usage(path.parent).free < LEAST_FREE:
+                    why = os.strerror(errno.ENOSPC)
+        raise StateError(f"{path} can't be written ({why})") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
