@@ -32,6 +32,7 @@ from regard.evaluation.calibration import Calibration, write_calibration
 from regard.files import signed, signed_range
 from regard.papers import parse_table
 from regard.runs import RunFolder, write_predictions
+from regard.studies import on_ray
 from regard.studies.compare_page import difference_words
 from regard.studies.page import write_page
 from regard.studies.plan import (
@@ -435,6 +436,26 @@ if not mark.exists():
         for name, each in (("whole", runs), ("ray", others))
     ]
     assert results[0] == results[1]
+
+
+def test_what_fails_in_a_ray_task_is_no_worker_that_died(tmp_path):
+    """A node without the study's folder, for example."""
+
+    class RayError(Exception):
+        pass
+
+    class RayTaskError(RayError):
+        cause = NotADirectoryError(20, "Not a directory", "/study")
+
+    def get(error):
+        raise error
+
+    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+    ray, (run, *_) = SimpleNamespace(exceptions=exceptions, get=get), planned(tmp_path, TABLE)[1]
+    told = on_ray._failure(ray, RayTaskError(), run)
+    assert told == "its task failed ([Errno 20] Not a directory: '/study')"
+    told = on_ray._failure(ray, RayError(), run)
+    assert told == "its worker died, even after 3 retries (RayError)"
 
 
 @pytest.fixture

@@ -339,7 +339,8 @@ def mean_of_shares(
     variance = np.array([known for _, known in parts])
     weight = np.ones(len(parts)) if weights is None else np.asarray(weights, dtype=np.float64)
     weight = weight / weight.sum()
-    mean, unknown = float(weight @ value), np.isnan(variance)
+    mean = float(np.clip(weight @ value, value.min(), value.max()))  # not 1 + 2e-16
+    unknown = np.isnan(variance)
     others = variance[~unknown].mean() if not unknown.all() else mean * (1 - mean)
     variance = np.where(unknown, others, variance)
     total = float(weight**2 @ variance) if variance_of_mean is None else variance_of_mean

@@ -109,6 +109,8 @@ def _failure(ray: Any, ready: Any, run: PlannedRun) -> str | None:
     """Why a task that has ended failed; None: its run is finished."""
     try:
         failure: str | None = ray.get(ready)
+    except ray.exceptions.RayTaskError as error:  # raised in the worker, such as by os.chdir
+        return f"its task failed ({' '.join(str(error.cause or error).split())[:200]})"
     except ray.exceptions.RayError as error:
         return f"its worker died, even after {RETRIES} retries ({type(error).__name__})"
     return failure or (None if is_finished(run) else _ELSEWHERE)
