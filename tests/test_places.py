@@ -112,7 +112,7 @@ def store(monkeypatch):
 
 def test_an_error_and_a_stop_of_one_run_are_none_of_the_next(store, place, monkeypatch):
     monkeypatch.setattr(distributed, "Accelerator", lambda **_: SimpleNamespace())
-    monkeypatch.setattr(distributed, "gathered", lambda *_: [None])
+    monkeypatch.setattr(distributed, "gathered", lambda _, mine: [mine])
     place()
 
     def requests() -> distributed.Requests:

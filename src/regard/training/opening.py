@@ -117,9 +117,11 @@ def _fetch_images(accelerator: Accelerator, asked: Request, table: ImageTable) -
         if asked.data.startswith("hf:") and not os.path.exists(first):
             open_data(asked.data, root=asked.root)
         if not os.path.exists(first):
+            # `datasets` names what it reads from a Parquet file by the file's times and inode
+            copy = " (of local hf: data, the folder that `save_to_disk` writes can be copied)"
             raise FileError(
                 f"{first} is not on this machine: every machine needs the images, under "
-                "the same absolute path"
+                f"the same absolute path{copy * asked.data.startswith('hf:')}"
             )
     accelerator.wait_for_everyone()
 
