@@ -76,6 +76,31 @@ def test_newcombes_interval_is_where_the_estimate_is_z_errors_away():
     assert newcombe(0.0, 30, 50, 0.95)[0] == 0.0
 
 
+def test_intervals_shrink_to_the_estimate():
+    """So that the p-value, the confidence at which an interval touches 0, can be near 1."""
+    for value in (1.0, 0.97, 0.5, 0.0):
+        low, high = newcombe(value, 20, 35, 1e-6)
+        assert low == pytest.approx(value, abs=1e-6)
+        assert high == pytest.approx(value, abs=1e-6)
+        lows, highs = zip(
+            *(newcombe(value, 20, 35, c) for c in (1e-9, 0.1, 0.9, 0.999)), strict=True
+        )
+        assert list(lows) == sorted(lows, reverse=True)
+        assert list(highs) == sorted(highs)
+
+
+@pytest.mark.parametrize("name", ["positive/roc_auc", "positive/average_precision"])
+def test_the_p_value_of_areas_is_where_the_interval_touches_zero(name):
+    a, b = networks([80, 8], (3.0, 2.4), 4)
+    options = {"positive": "ill", "metrics": [name], "resamples": 100}
+    (c,) = compare_metrics(a, b, **options)
+    assert c.test == "intervals of both areas"
+    assert 0.05 < c.p_value < 0.9
+    (there,) = compare_metrics(a, b, **options, confidence=1 - c.p_value)
+    nearest = min(abs(there.difference.low), abs(there.difference.high))
+    assert nearest == pytest.approx(0, abs=2e-3)
+
+
 @pytest.mark.parametrize(
     ("counts", "means", "spread"),
     [

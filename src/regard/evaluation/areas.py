@@ -80,14 +80,15 @@ def newcombe(area: float, m: float, n: float, confidence: float) -> tuple[float,
 
     q = quantile(confidence)
 
+    def beyond(true: float) -> float:
+        return (area - true) ** 2 - q * q * _variance(true, m, n)
+
     def end(edge: float) -> float:
         """Between the estimate and 0 or 1; not the estimate, where 0 or 1 solves it too."""
         near = area + (edge - area) * 1e-9
-
-        def beyond(true: float) -> float:
-            return (area - true) ** 2 - q * q * _variance(true, m, n)
-
-        return float(brentq(beyond, near, edge)) if beyond(near) < 0 < beyond(edge) else edge
+        if beyond(near) >= 0:  # of a confidence of almost 0, or no estimate could be nearer
+            return near
+        return float(brentq(beyond, near, edge))
 
     return end(0.0), end(1.0)
 
