@@ -360,6 +360,8 @@ def test_names_of_parts_are_whole_and_ticks_of_panels_stay_apart():
     ]  # fmt: skip
     assert ends[1][0].x0 - ends[0][-1].x1 > 4
     assert "tiny (4)" in chart.caption
+    titles = [axes.get_title(loc="left") for axes in chart.figure.axes]
+    assert set(re.findall("Largest gap in (.+?):", chart.caption)) == set(titles)
 
 
 def test_one_image_or_one_class_is_drawn_too():

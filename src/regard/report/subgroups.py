@@ -38,10 +38,10 @@ def shown_metrics(found: Subgroups) -> list[str]:
     return [name for name in wanted if name in has]
 
 
-def gap_sentences(found: Subgroups) -> list[str]:
-    """The largest gap in each metric that is shown."""
+def gap_sentences(found: Subgroups, metrics: Sequence[str] | None = None) -> list[str]:
+    """The largest gap in each of the metrics; default: those that a table shows."""
     sentences = []
-    for metric in shown_metrics(found):
+    for metric in shown_metrics(found) if metrics is None else metrics:
         if (gap := found.gap(metric)) is not None and gap[2] > 0:
             high, low, difference = gap
             size = f"{difference:.3f}" if metric == "roc_auc" else f"{100 * difference:.1f} points"
@@ -83,7 +83,7 @@ def subgroup_chart(found: Subgroups, width: float) -> Chart | None:
         [
             "Points with 95 % intervals; in brackets the images.",
             *_left_out(found, parts),
-            *gap_sentences(found),
+            *gap_sentences(found, metrics),
         ]
     )
     return Chart(
