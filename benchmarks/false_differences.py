@@ -69,7 +69,7 @@ def main() -> None:
             rows.append([str(n), str(group_size), name, f"{share:.3f}", str(count)])
             print(*rows[-1], flush=True)
     with RESULTS.open("w", newline="", encoding="utf-8") as file:  # not before all is measured
-        csv.writer(file).writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def main() -> None:
             print(*rows[-1], sep=",", flush=True)
     if arguments.out:
         with arguments.out.open("a", newline="") as file:
-            csv.writer(file).writerows(rows)
+            csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 if __name__ == "__main__":
