@@ -240,6 +240,23 @@ def test_a_network_that_ranks_a_few_ill_images_first_is_not_known_to_be_better()
     assert claims == 0
 
 
+def test_a_large_difference_is_shown_also_near_one_and_of_means_and_groups():
+    a, b = networks([200, 30], (4.5, 0.6), 0)
+    groups = np.arange(230) // 2
+    pairs = [(a, b), tuple(Predictions(p.probabilities, p.labels, p.classes, groups.astype(str))
+                           for p in (a, b))]  # fmt: skip
+    for pair in pairs:
+        (c,) = compare_metrics(*pair, positive="ill", metrics=["positive/roc_auc"], resamples=100)
+        assert c.shown == "better"
+        assert c.p_value < 0.01
+        assert c.difference.low > 0.05
+    for name in ("roc_auc_macro", "roc_auc_hand_till", "average_precision_macro"):
+        pair = three_classes(0, (5.0, 0.5), (60, 60, 40))
+        (c,) = compare_metrics(*pair, metrics=[name], resamples=100)
+        assert c.shown == "better"
+        assert c.p_value < 0.01
+
+
 def test_delongs_test_stays_where_enough_images_are_ranked_wrongly():
     a, b = networks([150, 150], (2.0, 1.2), 0)
     (c,) = compare_metrics(a, b, positive="ill", metrics=["positive/roc_auc"], resamples=60)

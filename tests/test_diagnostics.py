@@ -295,6 +295,13 @@ def test_rank_metrics_of_many_classes_take_bounded_time():
     assert kappa.p_value == 1.0
 
 
+def test_a_brier_score_of_three_classes_is_up_to_two_also_if_one_has_no_images():
+    p = Predictions(np.tile([0.02, 0.03, 0.95], (30, 1)), np.arange(30) % 2, ["a", "b", "c"])
+    brier = diagnose(p, resamples=50).metrics["brier"]
+    assert brier.value == pytest.approx(0.95**2 + (0.98**2 + 0.02**2 + 0.97**2 + 0.03**2) / 2)
+    assert brier.low < brier.value < brier.high <= 2
+
+
 def test_wrong_arguments_are_refused():
     p = make(20, 3)
     for options, message in (

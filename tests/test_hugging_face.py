@@ -105,9 +105,10 @@ def test_labels_of_any_kind_are_classes(loads, feature, values, classes, labels)
         ("train", Value("string"), ["train", "Validation", "test", None],
          ["train", "val", "test", ""], None),
         ("full", ClassLabel("test", "train"), [0, 1, 1, -1], ["test", "train", "train", ""], None),
-        ("train", Value("string"), ["train", "a", "b", "a"], ["train"] * 4, "holds 'a', 'b'"),
+        ("train", Value("string"), ["a", "b", "a", " "], ["train"] * 4, "holds 'a', 'b'"),
+        ("test", Value("string"), ["eval", "holdout", "test", "dev"], ["test"] * 4, "are test by"),
         ("train", Value("string"), [None] * 4, ["train"] * 4, None),
-        ("test", Value("string"), ["test", "train", "test", "test"], ["test"] * 4, "test by its"),
+        ("test", Value("string"), ["test", "train", "test", "test"], ["test"] * 4, "are test by"),
         ("test", Value("string"), ["test"] * 4, ["test"] * 4, None),
         ("train", Value("float32"), [0.5] * 4, ["train"] * 4, None),
     ],
@@ -120,6 +121,15 @@ def test_a_column_called_split_is_that_of_a_csv_file(loads, key, feature, values
     assert [line for line in table.warnings if "'split'" in line] == list(table.warnings)
     assert told is None or told in table.warnings[0]
     assert bool(table.warnings) == (told is not None)
+
+
+def test_rows_of_another_split_are_left_out_and_counted(loads):
+    """Also where the column says it: the test image does not become a training image."""
+    label, words = (ClassLabel("a", "b"), [0, 1, 0, 1]), ["train", "extra", "test", "extra"]
+    part = Part(image=pictures(*"1234"), label=label, split=(Value("string"), words))
+    table = loads({"train": part})
+    assert table.splits.tolist() == ["train", "test"]
+    assert "2 images of a split that is not train, validation or test" in table.warnings[0]
 
 
 def test_each_split_is_read_with_its_own_names(loads):

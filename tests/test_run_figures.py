@@ -464,12 +464,14 @@ def test_the_names_of_a_confusion_matrix_neither_overlap_nor_leave_the_figure_em
     assert chart.figure.get_size_inches()[1] - chart.figure.get_tightbbox().height < 0.1
 
 
-def test_letters_that_no_font_has_are_told_once(caplog):
+def test_letters_that_no_font_has_are_told_once(caplog, monkeypatch):
+    monkeypatch.setattr("regard.explanations.print_style._told", set())
     with caplog.at_level("WARNING"):
         assert printable("\ue0001 caf\u00e9") == "\ufffd1 caf\u00e9"
         assert caplog.messages == []  # no letter
         for _ in range(2):
             assert printable("\U0001e900x") == "\ufffdx"  # of the Adlam script
+        printable("\U0001e901")  # another name of the same script
     assert len(caplog.messages) == 1
     assert "no installed font has \U0001e900:" in caplog.messages[0]
 

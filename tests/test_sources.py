@@ -201,7 +201,7 @@ def test_a_manifest_names_splits_as_other_data_does(tmp_path, cells, splits):
         ("path,label,split\nx.png,a,not for training\n", "line 2: split 'not for training'"),
         (
             "path,label,split\nx.png,a,Eval\ny.png,a,test\n",
-            "line 3: split 'test' and 'eval' are both a test split",
+            "line 3: splits 'test' and 'eval' are both a test split",
         ),
         (
             'path,label\n"x.png",a\n\ny.png,a\n./x.png,b\n',

@@ -166,7 +166,7 @@ def shortened(names: Iterable[object], most: int = 3) -> str:
 
 def plural(count: int, noun: str) -> str:
     """ "1 image", "2,000 images", "3 classes": the noun gets an s, or es."""
-    ending = "es" if noun.endswith(("s", "ch", "x")) else "s"
+    ending = "es" if noun.endswith(("s", "x", "batch")) else "s"
     return f"{count:,} {noun}" + ending * (count != 1)
 
 

@@ -54,7 +54,7 @@ def split_cell(cell: str) -> str | None:
     return next((split for split, p in _PATTERNS.items() if p.fullmatch(word)), None)
 
 
-def unlike_name(cell: str, split: str, split_of: Mapping[str, str]) -> str | None:
+def unlike_name(cell: str, split: str, split_of: Mapping[str, str | None]) -> str | None:
     """Another cell of the same split, if the two may mean different ones: dev, eval and test.
 
     Args:
@@ -65,6 +65,11 @@ def unlike_name(cell: str, split: str, split_of: Mapping[str, str]) -> str | Non
     sure = {"training", "testing", *SPLIT_WORDS}
     others = [other for other, its in split_of.items() if its == split and other != cell]
     return next((other for other in others if not {cell, other} <= sure), None)
+
+
+def two_names(cell: str, other: str, split: str) -> str:
+    """What is wrong where `unlike_name` found another cell."""
+    return f"splits {cell!r} and {other!r} are both a {split} split: name one"
 
 
 def open_folder(name: str, root: str, splits: str = "auto") -> ImageTable:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from regard.data.folders import split_cell, split_word, unlike_name
+from regard.data.folders import split_cell, split_word, two_names, unlike_name
 from regard.data.manifest import groups_line, may_be_groups
 from regard.data.table import ImageTable, all_or_no_groups
 from regard.errors import FileError, UsageError
@@ -138,18 +138,18 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
         classes, labels, label = _labels(f"{name}: {key}", name, part)
         rows.classes += [c for c in classes if c not in rows.classes]
         known = {i for i, label in enumerate(labels) if label is not None}
+        split, alone = splits[key], len(loaded) == 1 and splits[key] in ("", "train")
+        stated = _stated_splits(name, part, label, None if alone else split, rows.told)
+        others = {i for i, its in stated.items() if its is None}
+        rows.left_out["a split that is not train, validation or test"] += len(others & known)
         named |= any(isinstance(f, datasets.ClassLabel) for f in part.features.values())
         encoded = part.cast_column(image, datasets.Image(decode=False))
-        files = _unpack(encoded, known, image, key, cache)
+        files = _unpack(encoded, known - others, image, key, cache)
         rows.left_out[f"{key} without a label"] += len(part) - len(known)
-        rows.left_out[f"{key} without an image"] += len(known) - len(files)
+        rows.left_out[f"{key} without an image"] += len(known - others) - len(files)
         rows.files += files.values()
         rows.labels += [str(labels[i]) for i in files]
-        split, alone = splits[key], len(loaded) == 1 and splits[key] in ("", "train")
-        stated = _stated_splits(name, part, label, rows.told)
-        rows.splits += [stated.get(i, "" if stated else split) if alone else split for i in files]
-        if not alone and any(other != split for other in stated.values()):
-            rows.told.append(f"the column 'split' is not used: {key} is {split} by its name")
+        rows.splits += [stated.get(i) or ("" if stated else split) for i in files]
         grouped = _GROUP in part.features and label != _GROUP
         groups = _words(f"{name}: {key}", part, _GROUP) if grouped else {}
         rows.groups += [groups.get(i, "") for i in files]
@@ -162,10 +162,20 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
     return rows
 
 
-def _stated_splits(name: str, part: Any, label: str, told: list[str]) -> dict[int, str]:
-    """{row: train, val or test} by the column called split; empty without such a column.
+def _stated_splits(
+    name: str, part: Any, label: str, own: str | None, told: list[str]
+) -> dict[int, str | None]:
+    """{row: its split by the column called split, None for another word than those of splits}.
 
-    Where the column holds something else, it is not used, and a line in `told` says so.
+    Empty without such a column, and where it is not used, of which a line in `told` says why: the
+    rows are in a split of their own, or no word of the column is one.
+
+    Args:
+        name: of the data.
+        part: rows of `datasets`.
+        label: the column of labels.
+        own: the split of these rows where the data is divided already; None: not divided.
+        told: lines for the user.
 
     Raises:
         UsageError: two names stand for one split, as dev and eval, which may be different ones.
@@ -173,19 +183,22 @@ def _stated_splits(name: str, part: Any, label: str, told: list[str]) -> dict[in
     feature = part.features.get(_SPLIT)
     if label == _SPLIT or not (hasattr(feature, "names") or _is_word(feature)):
         return {}
-    words = _words(name, part, _SPLIT)
-    if others := sorted({word for word in words.values() if split_cell(word) is None}):
-        told.append(f"the column 'split' is not used: it holds {shortened(map(repr, others))}")
+    words = {i: word.lower() for i, word in _words(name, part, _SPLIT).items()}
+    split_of = {word: split_cell(word) for word in sorted(set(words.values()))}
+    line = None
+    if own is not None:
+        other_than_own = any(split != own for split in split_of.values())
+        line = f"these images are {own} by the name of their split" if other_than_own else None
+    elif not any(split_of.values()) and split_of:
+        line = f"it holds {shortened(map(repr, split_of), 6)}"
+    if line is not None:
+        told.append(f"the column 'split' is not used: {line}")
+    if line is not None or own is not None:
         return {}
-    split_of: dict[str, str] = {}
-    for word in sorted({word.lower() for word in words.values()}):
-        split = split_cell(word) or ""
-        if other := unlike_name(word, split, split_of):
-            raise UsageError(
-                f"{name}: the splits {word!r} and {other!r} are both a {split} split: name one"
-            )
-        split_of[word] = split
-    return {i: split_of[word.lower()] for i, word in words.items()}
+    for word, split in split_of.items():
+        if split and (other := unlike_name(word, split, split_of)):
+            raise UsageError(f"{name}: {two_names(word, other, split)}")
+    return {i: split_of[word] for i, word in words.items()}
 
 
 def _words(where: str, part: Any, column: str) -> dict[int, str]:
@@ -195,7 +208,7 @@ def _words(where: str, part: Any, column: str) -> dict[int, str]:
         UsageError: the column holds neither strings nor whole numbers nor classes.
     """
     feature, held = part.features[column], dict(enumerate(part[column]))
-    held = {i: v for i, v in held.items() if v is not None and v != "" and v == v}  # no NaN
+    held = {i: v for i, v in held.items() if v is not None and str(v).strip() and v == v}
     if (names := getattr(feature, "names", None)) is not None:
         return {i: str(names[v]).strip() for i, v in held.items() if v >= 0}
     if _is_float(feature):  # integers with gaps, by pandas

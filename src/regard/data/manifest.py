@@ -12,7 +12,7 @@ from typing import NoReturn, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from regard.data.folders import split_cell, unlike_name
+from regard.data.folders import split_cell, two_names, unlike_name
 from regard.data.paths import PathList
 from regard.data.table import SPLITS, ImageTable
 from regard.errors import UsageError
@@ -156,7 +156,7 @@ class _Manifest:
             if split is None:
                 self.fault(f"split {cell!r}: choose train, val, test or leave it empty")
             if other := unlike_name(word, split, self.split_of):
-                self.fault(f"split {cell!r} and {other!r} are both a {split} split: name one")
+                self.fault(two_names(cell, other, split))
             self.split_of[word] = split
         return self.split_of[word]
 

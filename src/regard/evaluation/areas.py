@@ -38,7 +38,7 @@ class Kinds:
         """positive: (N,) whether each image is; unit: (N,) its group, or its own number."""
         both = positive, ~positive
         images, units = zip(
-            *((int(kind.sum()), len(np.unique(unit[kind]))) for kind in both), strict=True
+            *((int(kind.sum()), _units_with(kind, unit)) for kind in both), strict=True
         )
         return cls(images, units)
 
@@ -56,6 +56,10 @@ class Kinds:
         times = max(min(most, 1 + wrong), 1.0)
         m, n = (min(i, u * times) for i, u in zip(self.images, self.units, strict=True))
         return m, n
+
+
+def _units_with(kind: NDArray[np.bool_], unit: Ints) -> int:
+    return int(np.count_nonzero(np.bincount(unit[kind])))
 
 
 def _variance(area: float, m: float, n: float) -> float:
@@ -193,7 +197,7 @@ class ClassAreas:
         """A class against each other one: the others, weighted equally, count as fewer images."""
         counts = np.array(
             [
-                (int((of_c := statistic.true == c).sum()), len(np.unique(unit[of_c])))
+                (int((of_c := statistic.true == c).sum()), _units_with(of_c, unit))
                 for c in statistic.present
             ]
         )

@@ -282,7 +282,9 @@ class _Bootstrap:
             return {name: areas.interval(name, values, drawn, self.confidence) for name in values}
         rarest = rarer_units(self.labels if rare is None else rare, self.unit)
         two = rare is not None or len(np.unique(self.labels)) == 2
-        units, largest = (rarest, 1.0) if two else (self.n_units, 2.0)
+        units = rarest if two else self.n_units
+        halved = not isinstance(statistic, LabelStatistics) or statistic.n_classes == 2
+        largest = 1.0 if halved else 2.0
         found = {
             name: self._estimate(name, value, drawn[name], units, rarest, largest)
             for name, value in values.items()

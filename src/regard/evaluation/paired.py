@@ -9,7 +9,8 @@ Some metrics have a better one: top1 the test of `compare`, and the ROC AUC of t
 without groups, DeLong's. Areas near 1, or of few images of a kind, hardly vary in samples: their
 interval is at each end the wider of this and of what the two areas' own intervals tell
 (`areas_compared`), and the p-value the larger; ROC AUCs are left as they are if the wrong pairs
-amount to 5 or more units of the rarer kind (units times 1 - AUC).
+amount to 5 or more units of the rarer kind (units times 1 - AUC); means over three and more classes
+are not. Areas over all classes that would take minutes are not compared.
 The balanced accuracy is the mean of the classes' recalls, each with
 Bonett and Price's interval of a paired difference (`mean_of_differences`); where groups have images
 of several classes, its interval and p-value are the larger of these and the bootstrap's.

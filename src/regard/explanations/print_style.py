@@ -120,7 +120,10 @@ def new_figure(
 
 
 def line_style(i: int) -> dict[str, Any]:
-    """Color and line style of the i-th of several lines."""
+    """Color and line style of the i-th of several lines.
+
+    The numbers of colors and of styles have no common divisor: all their pairs are used.
+    """
     return {"color": CYCLE[i % len(CYCLE)], "linestyle": STYLES[i % len(STYLES)]}
 
 
@@ -133,10 +136,13 @@ def _glyphs() -> frozenset[int]:
     return frozenset(found)
 
 
-@lru_cache
+_told: set[str] = set()  # letters that no font has; the first of them are told once
+
+
 def _tell_of(letters: str) -> None:
-    """Warns, once for the same letters, that no font has them."""
-    if letters:
+    """Warns of letters that no font has; once, as each name may have others."""
+    if letters and not _told:
+        _told.update(letters)
         log.warning(
             "no installed font has %s: figures show \N{REPLACEMENT CHARACTER} instead (Noto Sans "
             "CJK, for example, has Chinese, Japanese and Korean)", letters,

@@ -5,6 +5,7 @@ A later call with the same network, image and settings reads the file instead of
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from regard.attention import StageMap, group_by_stage, stage_of
-from regard.explanations.explanation import GRADCAM, Explanation
+from regard.explanations.explanation import GRADCAM, Explanation, save_arrays
 from regard.explanations.faithfulness import ImageScore
 from regard.files import NPZ_FAULTS
 from regard.predict import Classifier
@@ -26,10 +27,12 @@ class Record:
     Attributes:
         explanation: its image may be a placeholder of the right size, see `read_record`.
         score: None if the maps were not scored.
+        marked: what the figure outlines: corners of boxes, or the masks' file ids.
     """
 
     explanation: Explanation
     score: ImageScore | None
+    marked: Sequence[Any] = ()
 
 
 def network_id(classifier: Classifier) -> str:
@@ -66,6 +69,7 @@ def write_record(
         "settings": settings,
         "size": list(shown.image.shape[:2]),
         "score_settings": score_settings if score is not None else None,
+        "marked": list(record.marked),
     }
     arrays: dict[str, Any] = {}
     if score is not None:
@@ -92,7 +96,20 @@ def read_record(
     except NPZ_FAULTS:
         return None
     shown = _explanation(about, arrays)
-    return Record(shown, None if score_settings is None else _score(about, arrays, shown))
+    score = None if score_settings is None else _score(about, arrays, shown)
+    return Record(shown, score, about.get("marked", []))
+
+
+def write_marked(path: Path, marked: Sequence[Any]) -> None:
+    """Changes what a record's figure outlines, and leaves its numbers as they are.
+
+    Raises:
+        FileError: it can't be written.
+    """
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    about = json.loads(str(arrays["about"])) | {"marked": list(marked)}
+    save_arrays(path, arrays | {"about": np.array(json.dumps(about))})
 
 
 def _explanation(about: dict[str, Any], arrays: dict[str, Any]) -> Explanation:

@@ -43,7 +43,14 @@ from regard.explanations.overlay import Picture
 from regard.explanations.pointing import Mask, Pointing, PointingScore, cells, point
 from regard.explanations.print_style import SOFTWARE, save
 from regard.explanations.reading import as_picture, read_to_explain
-from regard.explanations.records import Record, file_id, network_id, read_record, write_record
+from regard.explanations.records import (
+    Record,
+    file_id,
+    network_id,
+    read_record,
+    write_marked,
+    write_record,
+)
 from regard.files import plural, spread, write_atomically
 from regard.predict import Classifier
 
@@ -201,13 +208,20 @@ class Writer:
                 read_stored(source.path)  # raises with the reason; hashing would block on a pipe
             log_odds = getattr(self.classifier.model, "answers_log_probabilities", False)
             settings = self.options.settings(self.network, file_id(source.path), log_odds)
-            settings |= self._marks(source.name)
+            marks = self._marks(source.name)
             record = read_record(file, settings, score_settings) if picture.is_file() else None
             if record is None:
                 record = self._computed(source, scored)
                 picture.parent.mkdir(parents=True, exist_ok=True)
                 record.explanation.save_figure(picture)
-                write_record(file, record, settings, score_settings)
+                write_record(file, replace(record, marked=marks), settings, score_settings)
+            elif list(record.marked) != marks:
+                image = self._picture(source)
+                shown = replace(record.explanation, image=image)
+                shown = replace(shown, mask=self._mask(source.name, image.shape[:2]))
+                shown.save_figure(picture)
+                write_marked(file, marks)
+                record = replace(record, explanation=shown)
             else:
                 self.outcome.reused += 1
                 if len(self.sheet) < ON_A_SHEET:
@@ -240,13 +254,12 @@ class Writer:
         target = class_number(shown.target[0], classifier.class_names)
         return Record(shown, self.scorer.score(x, target))
 
-    def _marks(self, name: str) -> dict[str, Any]:
-        """What the figure outlines, for the settings; {} for an image without a mask."""
+    def _marks(self, name: str) -> list[Any]:
+        """What the figure outlines, as `Record.marked`; empty for an image without a mask."""
         if name in self.masks.problems:
-            return {}
+            return []
         boxes: list[Any] = [list(corners) for corners in self.masks.boxes.get(name, [])]
-        marks = boxes or [file_id(path) for path in self.masks.files.get(name, [])]
-        return {"marked": marks} if marks else {}
+        return boxes or [file_id(path) for path in self.masks.files.get(name, [])]
 
     def _mask(self, name: str, size: tuple[int, ...]) -> Mask | None:
         """What people marked in an image; None if nothing is. `_collect` says what is wrong."""

@@ -87,9 +87,9 @@ def as_markdown(methods: Methods) -> dict[str, str]:
     }
 
 
-def as_text(methods: Methods, markdown: bool) -> str:
+def as_text(methods: Methods, with_markup: bool) -> str:
     """The paragraph and the checklists as one text, in Markdown or plain."""
-    if markdown:
+    if with_markup:
         first, second = as_markdown(methods).values()
         return f"{first}\n{second.partition('-->')[2].lstrip()}"
     lines = [f"{SOFTWARE} wrote this file and may replace it: edit a copy.", "", "METHODS", "",
@@ -296,9 +296,12 @@ class _Sentences:
             )
         return (
             f"95 % intervals: Wilson's for shares{shares}, and for areas with the variance of 1000 "
-            f"bootstrap samples of {'whole groups' if grouped else 'images'}{calibration}; else "
-            "these samples' expanded percentiles, for the negative log-likelihood Student's t "
-            "where that is wider."
+            f"bootstrap samples of {'whole groups' if grouped else 'images'}, for ROC AUCs "
+            "Newcombe's (2006, method 5) where that is wider; for means of recalls, precisions or "
+            "areas over classes from the classes' own intervals (after Zou and Donner "
+            f"2008){calibration}; else the samples' expanded percentiles, for the negative "
+            "log-likelihood and the Brier score Student's t where that is wider, above also of "
+            "the logarithm."
         )
 
     def _threshold(self) -> str:

@@ -450,19 +450,23 @@ def _check_together(recipe: Recipe) -> None:
 
 
 def _check_weights(name: str, text: str) -> None:
-    """Refuses CLASS=WEIGHT,... that fits no data; a class may have commas and equals signs."""
+    """Refuses CLASS=WEIGHT,... whose last weight, or one of joined digits, is none.
+
+    More can't be told without the data, as the names of classes may have commas and equals signs.
+    """
     last = text.strip(", ").rpartition(",")[2].strip()
     if not text:
         return
     if "=" not in last:
         raise UsageError(f"{name}: {last!r} is not CLASS=WEIGHT")
-    said = _JOINED_DIGITS.findall(text)
-    try:
-        number_of(last.rpartition("=")[2])
-    except ValueError:
-        said.append(last)
-    if said:
+    if said := _JOINED_DIGITS.findall(text):
         raise UsageError(f"{name}: {said[0].strip()!r} has a weight that is not a number")
+    try:
+        weight = number_of(last.rpartition("=")[2])
+    except ValueError:
+        raise UsageError(f"{name}: {last!r} has a weight that is not a number") from None
+    if not 0 <= weight < math.inf:
+        raise UsageError(f"{name}: {last!r}: give a weight of at least 0")
 
 
 def fields_of() -> list[dataclasses.Field[Any]]:
