@@ -397,7 +397,8 @@ def test_held_images_are_cut_by_threads_ahead_for_a_device_alone(table):
 
     loader = Waiting(reader, None, 0, images, threads=3)
     assert len(list(loader.batches([(0, 4), (4, 4), (8, 4)]))) == 3
-    plan = SimpleNamespace(recipe=Recipe(random_crop="resized", workers=5))
+    recipe = Recipe(random_crop="resized", workers=5)
+    plan = SimpleNamespace(recipe=recipe, classes=table.classes, rules=2)
     part = SimpleNamespace(reader=reader, table=table, images=images, missing={})
     for device, threads in (("cpu", 0), ("cuda", 5)):
         assert build_loader(plan, "train", part, torch.device(device)).threads == threads

@@ -127,7 +127,7 @@ def test_the_shapes_of_schedules():
         ("epochs = 3\nsteps = 4", "give one of them"),
         ("schedule = 'linear'", "choose one of steps, onecycle, cosine, constant"),
         ("milestones = [3, 1]", "in increasing order"),
-        ("milestones = [1]\nlr_factors = [1.0]", "one more than the 1 milestones"),
+        ("milestones = [1]\nlr_factors = [1.0]", "one more than 1 milestone"),
         ("zoom = [1.0]", "2 numbers"),
         ("flip = true", "flip=True: a number is needed"),
         ("val = 0.6\ntest = 0.5", "leave nothing to train on"),
