@@ -90,7 +90,7 @@ def newcombe(area: float, m: float, n: float, confidence: float) -> tuple[float,
     def end(edge: float) -> float:
         """Between the estimate and 0 or 1; not the estimate, where 0 or 1 solves it too."""
         near = area + (edge - area) * 1e-9
-        if beyond(near) >= 0:  # of a confidence of almost 0, or no estimate could be nearer
+        if beyond(near) >= 0:  # the end is nearer, at a confidence of almost 0, or at the edge
             return near
         return float(brentq(beyond, near, edge))
 
@@ -243,12 +243,10 @@ class ClassAreas:
             )
             for each in names
         ]
-        value, found = (
-            values[name],
-            mean_of_shares(
-                parts, self.n_units, confidence, weights=weights, variance_of_mean=variance
-            ),
+        found = mean_of_shares(
+            parts, self.n_units, confidence, weights=weights, variance_of_mean=variance
         )
+        value = values[name]  # not rounded otherwise
         return Estimate(value, min(found.low, value), max(found.high, value))
 
 
