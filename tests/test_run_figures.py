@@ -464,6 +464,17 @@ def test_the_names_of_a_confusion_matrix_neither_overlap_nor_leave_the_figure_em
     assert chart.figure.get_size_inches()[1] - chart.figure.get_tightbbox().height < 0.1
 
 
+@pytest.mark.parametrize("count", [6, 12, 36])
+def test_long_names_leave_a_narrow_figure_to_the_matrix(count):
+    p = np.eye(count)[np.arange(3 * count) % count]
+    names = [f"a long name of a class {i:02}" for i in range(count)]
+    found = evaluate(Predictions(p, np.arange(3 * count) % count, names), resamples=2)
+    with for_print():
+        chart = confusion(found, 50 / 25.4)
+    axes = chart.figure.axes[0].get_window_extent()
+    assert axes.width > 0.3 * chart.figure.get_size_inches()[0] * chart.figure.dpi
+
+
 def test_letters_that_no_font_has_are_told_once(caplog, monkeypatch):
     monkeypatch.setattr("regard.explanations.print_style._told", set())
     with caplog.at_level("WARNING"):

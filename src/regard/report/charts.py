@@ -46,9 +46,10 @@ def confusion(evaluation: Evaluation, width: float) -> Chart | None:
     picture = axes.imshow(shares, cmap=shades, vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="true")
     axes.spines[:].set_visible(False)
+    letters = min(16, round(72 * width / 4 / (0.6 * SMALL)))  # of a name: a quarter of the width
     turned = 0 if flat else 45 if len(classes) <= MOST_NUMBERED else 90
     if len(classes) <= MOST_NAMED:
-        _name(axes, classes, 1, turned)
+        _name(axes, classes, 1, turned, letters)
     axes.tick_params(length=0, labelsize=SMALL)
     bar = figure.colorbar(picture, ax=axes, fraction=0.045, pad=0.02)
     bar.outline.set_visible(False)
@@ -58,7 +59,7 @@ def confusion(evaluation: Evaluation, width: float) -> Chart | None:
     room = 72 * axes.get_window_extent().width / figure.dpi
     apart = math.ceil(1.1 * SMALL * len(classes) / room)  # of names that do not overlap
     if apart > 1 and len(classes) <= MOST_NAMED:
-        _name(axes, classes, apart, turned)
+        _name(axes, classes, apart, turned, letters)
     _crop(figure)
     numbered = _cells(axes, counts, shares, room) if len(classes) <= MOST_NUMBERED else ""
     hits, total = int(np.trace(counts)), int(counts.sum())
@@ -72,10 +73,10 @@ def confusion(evaluation: Evaluation, width: float) -> Chart | None:
 _SHADE = "Shade: share of the true class"
 
 
-def _name(axes: Axes, classes: Sequence[str], apart: int, turned: int) -> None:
-    """Names every `apart`-th class at both axes."""
+def _name(axes: Axes, classes: Sequence[str], apart: int, turned: int, letters: int) -> None:
+    """Names every `apart`-th class at both axes, in up to so many letters."""
     places = range(0, len(classes), apart)
-    names = short_names(classes, 16)[::apart]
+    names = short_names(classes, letters)[::apart]
     axes.set_xticks(places, names, rotation=turned, ha="right" if turned else "center",
                     va="center" if turned == 90 else "top", rotation_mode="anchor",
                     parse_math=False)  # fmt: skip
