@@ -24,7 +24,7 @@ from regard.evaluation.intervals import (
     wilson_of_variance,
 )
 from regard.evaluation.significance import delong
-from regard.evaluation.statistics import RankStatistics
+from regard.evaluation.statistics import RankStatistics, resampled
 from tests.test_evaluation import ends
 
 
@@ -217,6 +217,21 @@ def test_the_mean_of_many_sure_areas_is_not_surer_than_a_class_of_few_images():
     assert "roc_auc_of_pairs" not in str(found.to_dict())
     weighted = found.metrics["roc_auc_weighted"]
     assert weighted.high - weighted.low < 0.03  # 6 of 306 images
+
+
+def test_samples_are_ranked_together():
+    """One by one, those of 100 classes take minutes."""
+    ranked, weights = RankStatistics(three_classes(0, (2.0, 2.0))[0]), []
+    unit, call = np.arange(306), RankStatistics.__call__
+    one_by_one = [ranked(times) for times in draws(306, 50, 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            RankStatistics, "__call__", lambda s, w: weights.append(w.shape) or call(s, w)
+        )
+        found = resampled(ranked, unit, 306, 50, 1)
+    assert weights == [(50, 306)]
+    for name, values in found.items():
+        assert values.tolist() == pytest.approx([each[name] for each in one_by_one])
 
 
 def test_a_difference_of_areas_by_hand():

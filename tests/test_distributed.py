@@ -1,6 +1,7 @@
 """Two real processes: they train as one, test as one, and stop and go on together."""
 
 import csv
+import importlib.metadata
 import json
 import re
 import shutil
@@ -475,11 +476,20 @@ def test_other_ways_to_divide_a_network_are_refused_by_name(monkeypatch):
     ],
 )
 def test_machines_have_as_many_processes_each_and_one_version(monkeypatch, name, values, named):
-    monkeypatch.setattr(
-        distributed, "gathered", lambda _, mine: [{**mine, name: value} for value in values]
-    )
+    own = {}
+
+    def gathered(_, mine):
+        own.update(mine)
+        return [{**mine, name: value} for value in values]
+
+    monkeypatch.setattr(distributed, "gathered", gathered)
     with pytest.raises(UsageError, match=named):
         distributed.start_accelerator("cpu")
+    versions = {
+        name: importlib.metadata.version(name).partition("+")[0] for name in ("torch", "timm")
+    }
+    assert {name: own[name] for name in versions} == versions
+    assert own["Regard"] == importlib.metadata.version("regard")
 
 
 def test_the_others_wait_for_what_the_first_prepares(monkeypatch):

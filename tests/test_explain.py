@@ -466,6 +466,15 @@ def chances(folder: str) -> dict[str, float]:
     return json.loads(Path(folder, "scores.json").read_text(encoding="utf-8"))["pointing"]
 
 
+def test_images_without_a_mask_are_told_in_one_line(small, scene, caplog):
+    mark("k/a/x.png", (0, 0, 12, 20))
+    shutil.copytree("b", "c")
+    with caplog.at_level("WARNING"):
+        assert command(small, "a", "b", "c", "--masks", "k", "--method", "attention") == 1
+    (line,) = (m for m in caplog.messages if "not compared" in m)
+    assert line == "b/x.png, c/x.png: not compared with a mask (k has no mask for it)"
+
+
 def test_masks_are_matched_by_relative_paths(small, scene, capsys):
     mark("k/a/x.png", (0, 0, 12, 20))
     mark("k/b/x_mask.png", (0, 0, 6, 10))

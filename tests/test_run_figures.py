@@ -427,13 +427,19 @@ def test_the_confusion_matrix_has_counts_and_shares():
         assert text.get_text() == f"{share:.0f} %\n{count}"
 
 
+def matrix_of(names, images, inches=3.3):
+    """The confusion matrix of so many images of each class, all right."""
+    labels = np.arange(len(names)).repeat(images)
+    found = evaluate(Predictions(np.eye(len(names))[labels], labels, names), resamples=2)
+    with for_print():
+        chart = confusion(found, inches)
+        chart.figure.draw_without_rendering()
+    return chart
+
+
 @pytest.mark.parametrize("count", [2, 8, 10, 12])
 def test_the_numbers_of_a_confusion_matrix_fit_their_cells_whatever_the_names(count):
-    labels = np.arange(count).repeat(120)
-    names = [f"a long name of a class {i}" for i in range(count)]
-    with for_print():
-        chart = confusion(evaluate(Predictions(np.eye(count)[labels], labels, names)), 3.3)
-        chart.figure.draw_without_rendering()
+    chart = matrix_of([f"a long name of a class {i}" for i in range(count)], 120)
     axes = chart.figure.axes[0]
     cell = axes.get_window_extent().width / count
     assert len(axes.texts) == count
@@ -446,11 +452,8 @@ def test_the_numbers_of_a_confusion_matrix_fit_their_cells_whatever_the_names(co
 
 @pytest.mark.parametrize(("count", "apart"), [(3, 1), (20, 2), (36, 3)])
 def test_the_names_of_a_confusion_matrix_neither_overlap_nor_leave_the_figure_empty(count, apart):
-    labels = np.arange(count).repeat(2)
     names = [f"class {i:02} of many letters" for i in range(count)]
-    with for_print():
-        chart = confusion(evaluate(Predictions(np.eye(count)[labels], labels, names)), 3.3)
-        chart.figure.draw_without_rendering()
+    chart = matrix_of(names, 2)
     axes = chart.figure.axes[0]
     for ticks in (axes.get_yticklabels(), axes.get_xticklabels()):
         assert [t.get_text()[:8] for t in ticks] == [n[:8] for n in names[::apart]]
@@ -466,17 +469,13 @@ def test_the_names_of_a_confusion_matrix_neither_overlap_nor_leave_the_figure_em
 
 @pytest.mark.parametrize("count", [6, 12, 36])
 def test_long_names_leave_a_narrow_figure_to_the_matrix(count):
-    p = np.eye(count)[np.arange(3 * count) % count]
-    names = [f"a long name of a class {i:02}" for i in range(count)]
-    found = evaluate(Predictions(p, np.arange(3 * count) % count, names), resamples=2)
-    with for_print():
-        chart = confusion(found, 50 / 25.4)
+    chart = matrix_of([f"a long name of a class {i:02}" for i in range(count)], 3, 50 / 25.4)
     axes = chart.figure.axes[0].get_window_extent()
     assert axes.width > 0.3 * chart.figure.get_size_inches()[0] * chart.figure.dpi
 
 
 def test_letters_that_no_font_has_are_told_once(caplog, monkeypatch):
-    monkeypatch.setattr("regard.explanations.print_style._told", set())
+    monkeypatch.setattr("regard.explanations.print_style._warned", set())
     with caplog.at_level("WARNING"):
         assert printable("\ue0001 caf\u00e9") == "\ufffd1 caf\u00e9"
         assert caplog.messages == []  # no letter

@@ -174,12 +174,15 @@ def _print_scores(found: "Faithfulness") -> None:
 
 
 def _print_pointing(outcome: "Outcome") -> None:
-    from regard.files import plural
+    from regard.files import plural, shortened
 
     for name, score in outcome.pointing.items():
         print(_pointing_line(name, score))
+    skipped: dict[str, list[str]] = {}  # often many: only some images have masks
     for name, reason in outcome.skipped_masks.items():
-        log.warning("%s: not compared with a mask (%s)", name, reason)
+        skipped.setdefault(reason, []).append(name)
+    for reason, names in skipped.items():
+        log.warning("%s: not compared with a mask (%s)", shortened(names), reason)
     if outcome.skipped_masks:
         log.warning("no usable mask: %s", plural(len(outcome.skipped_masks), "image"))
 

@@ -59,7 +59,7 @@ def open_hugging_face(name: str, source: str, cache: Path) -> ImageTable:
     inside = bool(location) and rows.files[0].startswith(os.path.join(location, ""))
     lines = [f"{plural(n, 'image')} of {what}" for what, n in rows.left_out.items() if n]
     warnings = [f"left out: {shortened(lines, 6)}"] if lines else []
-    warnings += rows.told
+    warnings += rows.warnings
     groups = all_or_no_groups(name, rows.groups)
     if groups is None:
         told = (groups_line(c, found, len(rows.files)) for c, found in rows.further.items())
@@ -122,7 +122,7 @@ class _Rows:
     further: dict[str, set[str]] = field(default_factory=dict)  # values of what may be groups
     classes: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
-    told: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
@@ -139,7 +139,7 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
         rows.classes += [c for c in classes if c not in rows.classes]
         known = {i for i, label in enumerate(labels) if label is not None}
         split, alone = splits[key], len(loaded) == 1 and splits[key] in ("", "train")
-        stated = _stated_splits(name, part, label, None if alone else split, rows.told)
+        stated = _stated_splits(name, part, label, None if alone else split, rows.warnings)
         others = {i for i, its in stated.items() if its is None}
         rows.left_out["a split that is not train, validation or test"] += len(others & known)
         named |= any(isinstance(f, datasets.ClassLabel) for f in part.features.values())
@@ -163,19 +163,19 @@ def _labeled_rows(name: str, loaded: Mapping[str, Any], cache: Path) -> _Rows:
 
 
 def _stated_splits(
-    name: str, part: Any, label: str, own: str | None, told: list[str]
+    name: str, part: Any, label: str, own: str | None, warnings: list[str]
 ) -> dict[int, str | None]:
     """{row: its split by the column called split, None for another word than those of splits}.
 
-    Empty without such a column, and where it is not used, of which a line in `told` says why: the
-    rows are in a split of their own, or no word of the column is one.
+    Empty without such a column, and where it is not used, of which a line in `warnings` says why:
+    the rows are in a split of their own, or no word of the column is one.
 
     Args:
         name: of the data.
         part: rows of `datasets`.
         label: the column of labels.
         own: the split of these rows where the data is divided already; None: not divided.
-        told: lines for the user.
+        warnings: lines for the user, to which one may be added.
 
     Raises:
         UsageError: two names stand for one split, as dev and eval, which may be different ones.
@@ -192,7 +192,7 @@ def _stated_splits(
     elif not any(split_of.values()) and split_of:
         line = f"it holds {shortened(map(repr, split_of), 6)}"
     if line is not None:
-        told.append(f"the column 'split' is not used: {line}")
+        warnings.append(f"the column 'split' is not used: {line}")
     if line is not None or own is not None:
         return {}
     for word, split in split_of.items():

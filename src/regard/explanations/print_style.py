@@ -136,13 +136,13 @@ def _glyphs() -> frozenset[int]:
     return frozenset(found)
 
 
-_told: set[str] = set()  # letters that no font has; the first of them are told once
+_warned: set[str] = set()  # the letters of the one warning
 
 
-def _tell_of(letters: str) -> None:
+def _warn_of(letters: str) -> None:
     """Warns of letters that no font has; once, as each name may have others."""
-    if letters and not _told:
-        _told.update(letters)
+    if letters and not _warned:
+        _warned.update(letters)
         log.warning(
             "no installed font has %s: figures show \N{REPLACEMENT CHARACTER} instead (Noto Sans "
             "CJK, for example, has Chinese, Japanese and Korean)", letters,
@@ -152,7 +152,7 @@ def _tell_of(letters: str) -> None:
 def printable(text: str) -> str:
     """The text with U+FFFD for what the fonts lack, such as undecodable bytes of file names."""
     glyphs = _glyphs()
-    _tell_of("".join(dict.fromkeys(c for c in text if ord(c) not in glyphs and c.isalpha())))
+    _warn_of("".join(dict.fromkeys(c for c in text if ord(c) not in glyphs and c.isalpha())))
     return "".join(c if ord(c) in glyphs else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

@@ -67,8 +67,8 @@ def _of_other_types(name: str, given: Mapping[str, Any]) -> str:
     asked = given.keys() - {"num_classes", "in_chans"}
     if not asked <= kinds.keys():  # perhaps there is no such argument
         return ""
-    told = [f"{k}: {kinds[k]}" for k in given if isinstance(kinds.get(k), str)]
-    return f"give {'; '.join(told)}" if told else ""
+    expected = [f"{k}: {kinds[k]}" for k in given if isinstance(kinds.get(k), str)]
+    return f"give {'; '.join(expected)}" if expected else ""
 
 
 def _check_rates(arguments: Mapping[str, Any]) -> None:

@@ -213,8 +213,8 @@ class _Sentences:
 
     def _leaks(self) -> str:
         """What the run warned of that two partitions share, such as near-duplicates."""
-        told = [w for w in self.facts.get("warnings", []) if "in different splits" in w]
-        return "".join(f" Warning: {w.partition('; keep_together')[0]}." for w in told)
+        leaks = [w for w in self.facts.get("warnings", []) if "in different splits" in w]
+        return "".join(f" Warning: {w.partition('; keep_together')[0]}." for w in leaks)
 
     @property
     def _started(self) -> bool:

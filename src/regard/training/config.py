@@ -452,7 +452,7 @@ def _check_together(recipe: Recipe) -> None:
 def _check_weights(name: str, text: str) -> None:
     """Refuses CLASS=WEIGHT,... whose last weight, or one of joined digits, is none.
 
-    More can't be told without the data, as the names of classes may have commas and equals signs.
+    More can't be checked without the data: names of classes may have commas and equals signs.
     """
     last = text.strip(", ").rpartition(",")[2].strip()
     if not text:
