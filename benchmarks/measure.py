@@ -16,7 +16,6 @@ from cases import (
     DEFAULT_MODELS,
     TRAIN_ENGINES,
     Case,
-    Step,
     input_size,
     peers_of,
     prepare,
@@ -24,7 +23,7 @@ from cases import (
     with_noise_statistics,
 )
 from regard.engines import ENGINES
-from regard.engines.bench import Clock, installed, time_in_rounds
+from regard.engines.bench import Clock, Guarded, installed, time_in_rounds
 from regard.engines.choose import missing_engines
 from regard.files import reason
 from regard.machine import describe, describe_machine
@@ -157,20 +156,6 @@ def measure(
         torch.set_num_threads(before)
 
 
-class _Guarded:
-    """A step whose first exception is stored; after it, calls do nothing."""
-
-    def __init__(self, step: Step) -> None:
-        self.step, self.error = step, None
-
-    def __call__(self) -> None:
-        if self.error is None:
-            try:
-                self.step()
-            except Exception as error:  # so that hours of other cases are not lost
-                self.error = error
-
-
 def measure_group(
     group: Sequence[Case], rounds: int, *, clock: Clock = time.perf_counter
 ) -> list[Result]:
@@ -180,7 +165,7 @@ def measure_group(
     log.info("%s, %s, batch %d: preparing %d (compiling takes up to minutes)",
              first.of, what, first.batch, len(group))  # fmt: skip
     results = [Result(case) for case in group]
-    ready: list[tuple[Result, _Guarded]] = []
+    ready: list[tuple[Result, Guarded]] = []
     second = SecondProcess()
     try:
         for number, r in enumerate(results, start=1):
@@ -191,7 +176,7 @@ def measure_group(
             except Exception as error:  # converters and compilers raise nearly anything
                 _fail(r, error)
                 continue
-            ready.append((r, _Guarded(step)))
+            ready.append((r, Guarded(step)))
             log.info("  %d/%d %s: ready in %.1f s", number, len(group), case, r.startup)
         timed = time_in_rounds([step for _, step in ready], rounds, clock)
         for (r, step), seconds in zip(ready, timed, strict=True):

@@ -114,6 +114,19 @@ def test_an_engine_that_fails_is_one_line_and_the_others_go_on(capsys, monkeypat
     assert run_command([*FLAGS, "--engine", "compiled"]) == 1
 
 
+def test_an_engine_that_fails_in_a_round_leaves_the_others(capsys, monkeypatch):
+    def made(*_):
+        answers = iter([None] * 2)
+        return lambda images: next(answers)
+
+    monkeypatch.setitem(bench.ENGINES, "compiled", made)
+    made.precisions, made.needs = ("fp32",), ()
+    assert run_command([*FLAGS, "--engine", "eager", "compiled"]) == 1
+    out, err = capsys.readouterr()
+    assert "regard: compiled, fp32: StopIteration" in err.splitlines()
+    assert [ln.split()[0] for ln in out.splitlines()[-2:]] == ["engine", "eager"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

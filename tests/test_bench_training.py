@@ -1,5 +1,6 @@
 """regard bench --train: what is measured, compared and printed; real steps, times that are set."""
 
+import itertools
 import json
 
 import pytest
@@ -25,7 +26,7 @@ def test_the_command_prints_every_network_with_its_ratio_to_the_plain_twin(capsy
         done.extend(steps)
         return [next(seconds) for _ in steps]
 
-    monkeypatch.setattr(bench, "time_in_rounds", rounds)
+    monkeypatch.setattr("regard.engines.bench.time_in_rounds", rounds)
     networks = ["resnet18", "cbam_resnet18", "--engine", "eager", "--batch-size", "4"]
     assert run_command(["bench", *networks, *FLAGS]) == 0
     assert len(done) == 2  # both networks in the same rounds
@@ -66,6 +67,23 @@ def test_a_case_that_fails_is_one_line_and_the_others_go_on(capsys, monkeypatch)
     assert run_command(["bench", "ag_sononet8", *FLAGS, "--batch-size", "2"]) == 1
     out, err = capsys.readouterr()
     assert "regard: ag_sononet8, compiled, fp32: no such compiler" in err.splitlines()
+    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["network", "ag_sononet8"]
+
+
+def test_a_case_that_fails_in_a_round_leaves_the_others(capsys, monkeypatch):
+    """Networks that each fit into the memory may not when they train in turn."""
+    step, count = Case.step, itertools.count(1)
+
+    def fails(case):
+        if case.timing.network == "sononet8" and next(count) > 4:  # in the first round
+            raise torch.OutOfMemoryError("out of\nmemory")
+        step(case)
+
+    monkeypatch.setattr(Case, "step", fails)
+    networks = ["sononet8", "ag_sononet8", "--engine", "eager", "--batch-size", "2"]
+    assert run_command(["bench", *networks, *FLAGS]) == 1
+    out, err = capsys.readouterr()
+    assert "regard: sononet8, eager, fp32: out of memory" in err.splitlines()
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["network", "ag_sononet8"]
 
 

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ class Timing:
     startup: float = 0.0
     fault: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.engine}, {self.precision}"
+
+    def fail(self, error: Exception) -> None:
+        """Keeps the reason, and warns of it."""
+        self.fault = reason(error, 300)
+        log.warning("%s: %s", self, self.fault)
+
     @property
     def quartiles(self) -> list[float]:
         """First quartile, median and third quartile of the seconds per call."""
@@ -68,7 +77,7 @@ def bench(
 
     `preprocess` has the input size to measure; `engines` are (engine, precision) from `installed`.
     """
-    images, steps, ready = noise(batch, preprocess.input_size), [], []
+    images, ready = noise(batch, preprocess.input_size), list[tuple[Timing, Guarded]]()
     timings = [Timing(name, precision) for name, precision in engines]
     for number, t in enumerate(timings, start=1):
         made: type[Engine] = OpenVinoInt8 if t.precision == "int8" else ENGINES[t.engine]
@@ -76,16 +85,38 @@ def bench(
         try:
             engine = made(model, preprocess, (batch,), t.precision)
         except Exception as error:  # converters and compilers raise almost anything
-            t.fault = reason(error, 300)
-            log.warning("%s, %s: %s", t.engine, t.precision, t.fault)
+            t.fail(error)
             continue
         t.startup = time.perf_counter() - started
         log.info("  %d/%d %r: ready in %.1f s", number, len(timings), engine, t.startup)
-        ready.append(t)
-        steps.append(lambda engine=engine: engine(images))
-    for t, seconds in zip(ready, time_in_rounds(steps, rounds, clock), strict=True):
-        t.seconds = seconds
+        ready.append((t, Guarded(partial(engine, images))))
+    time_all(ready, rounds, clock)
     return timings
+
+
+@dataclass
+class Guarded:
+    """A step that does nothing more once it has failed, so that what others took is not lost."""
+
+    step: Callable[[], object]
+    error: Exception | None = None
+
+    def __call__(self) -> None:
+        if self.error is None:
+            try:
+                self.step()
+            except Exception as error:  # out of memory, or nearly anything of a compiler's
+                self.error = error
+
+
+def time_all(ready: Sequence[tuple[Timing, Guarded]], rounds: int, clock: Clock) -> None:
+    """Sets the seconds of each timing, or the fault of one whose step fails in a round."""
+    timed = time_in_rounds([step for _, step in ready], rounds, clock)
+    for (timing, step), seconds in zip(ready, timed, strict=True):
+        if step.error is None:
+            timing.seconds = seconds
+        else:
+            timing.fail(step.error)
 
 
 def time_in_rounds(

@@ -8,7 +8,7 @@ already on the device: no decoding, augmentation or loader.
 import copy
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from regard.data.preprocess import Preprocess
-from regard.engines.bench import Clock, Timing, network, noise, time_in_rounds
+from regard.engines.bench import Clock, Guarded, Timing, network, noise, time_all
 from regard.errors import UsageError
-from regard.files import reason
 from regard.log import silence_libraries
 from regard.machine import fastest_kernels, has_bf16, keep_freed_memory, synchronize
 from regard.models._onednn import without_strided_pointwise
@@ -43,6 +42,9 @@ class TrainTiming(Timing):
 
     network: str = ""
     memory: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.network}, {super().__str__()}"
 
 
 @dataclass
@@ -111,7 +113,7 @@ def bench_training(
     """
     if device.type == "cpu":
         keep_freed_memory()
-    timings, steps, ready = [], list[Callable[[], None]](), list[TrainTiming]()
+    timings, ready = [], list[tuple[Timing, Guarded]]()
     networks = {name: network(name, size) for name in names}  # none is measured if one is wrong
     for name, (model, preprocess) in networks.items():
         for engine, precision in cases:
@@ -119,10 +121,8 @@ def bench_training(
             timings.append(timing)
             case = _prepared(model, preprocess, timing, recipe, device, batch)
             if case is not None:
-                ready.append(timing)
-                steps.append(case.step)
-    for timing, seconds in zip(ready, time_in_rounds(steps, rounds, clock), strict=True):
-        timing.seconds = seconds
+                ready.append((timing, Guarded(case.step)))
+    time_all(ready, rounds, clock)
     return timings
 
 
@@ -148,15 +148,10 @@ def _prepared(
     try:
         timing.memory = peak_of(start, device)
     except Exception as error:  # compilers and devices raise nearly anything
-        timing.fault = reason(error, 300)
-        what = f"{timing.network}, {timing.engine}, {timing.precision}"
-        log.warning("%s: %s", what, timing.fault)
+        timing.fail(error)
         return None
     timing.startup = time.perf_counter() - started
-    log.info(
-        "  %s, %s, %s: ready in %.1f s",
-        timing.network, timing.engine, timing.precision, timing.startup,
-    )  # fmt: skip
+    log.info("  %s: ready in %.1f s", timing, timing.startup)
     return cases[0]
 
 
