@@ -300,9 +300,6 @@ def test_a_cache_that_can_not_be_written_and_a_file_are_one_line(loads, tmp_path
         loads({"train": Part(image=pictures("1"), label=(ClassLabel("a"), [0]))})
     with pytest.raises(UsageError, match="is a file"):
         open_hugging_face("hf:pets", str(tmp_path / "cache"), tmp_path)
-    (tmp_path / "a.parquet").touch()
-    with pytest.raises(UsageError, match=r"is a Parquet file: give hf:.*a\.parquet"):
-        open_data(tmp_path / "a.parquet")
 
 
 def test_parquet_files_without_the_types_of_datasets(tmp_path, monkeypatch):

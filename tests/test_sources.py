@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from regard.data.sources import class_counts, open_data
-from regard.errors import ImageError
+from regard.errors import ImageError, UsageError
 
 
 def picture(path, value=0):
@@ -111,6 +111,18 @@ def test_folders_with_a_mistake(tmp_path, paths, told):
     with pytest.raises(ValueError, match=told) as caught:
         open_data(tree(tmp_path, *paths))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "prefix"), [("a.parquet", "hf"), ("a-000.TAR", "wds"), ("a.npz", "medmnist")]
+)
+def test_files_that_hold_many_images_are_told_how_to_give(tmp_path, monkeypatch, file, prefix):
+    monkeypatch.chdir(tree(tmp_path, f"data/{file}"))
+    with pytest.raises(UsageError, match=f"is a .* file: give {prefix}:data/{file}$"):
+        open_data(f"data/{file}")
+    with pytest.raises(UsageError, match="has no class folders") as caught:
+        open_data(".")
+    assert (f"files, give {prefix}:." in str(caught.value)) == (prefix != "medmnist")  # one file
 
 
 def test_links_are_followed_once(tmp_path):

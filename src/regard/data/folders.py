@@ -4,6 +4,7 @@ Where the top folders could be splits as well as classes, the user has to say wh
 that learned to distinguish training from test images would look like a good one.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from regard.errors import UsageError
 from regard.files import plural, shortened
 
 READINGS = ("auto", "yes", "no")
+CONTAINERS = {".parquet": "hf:", ".tar": "wds:"}  # of many images; how such DATA is given
 SPLIT_WORDS = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}  # taken unasked
 _WORDS = {
     "train": "train|training|trn|learning",
@@ -98,8 +100,17 @@ def open_folder(name: str, root: str, splits: str = "auto") -> ImageTable:
         if others := [top for top in tops if top not in split_of]:
             warnings.append(f"{name}: not splits, left out: {shortened(others)}")
     if not any(listed.values()):
-        raise UsageError(f"{name}: has no class folders with images (FOLDER/CLASS/IMAGE)")
+        message = f"{name}: has no class folders with images (FOLDER/CLASS/IMAGE)"
+        raise UsageError(message + _instead(name, root))
     return _table(name, root, listed, (*warnings, *skipped.lines()))
+
+
+def _instead(name: str, root: str) -> str:
+    """What to give for a folder of files that hold many images each; "" for another folder."""
+    files = (file for _, _, files in os.walk(root) for file in files)
+    suffixes = {os.path.splitext(file)[1].lower() for file in itertools.islice(files, 10_000)}
+    found = [suffix for suffix in CONTAINERS if suffix in suffixes]
+    return f"; for its {found[0]} files, give {CONTAINERS[found[0]]}{name}" if found else ""
 
 
 def _with_images(folder: str, skipped: Skipped) -> tuple[dict[str, str], list[str]]:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from regard.data.folders import READINGS, open_folder
-from regard.data.hugging_face import PARQUET, open_hugging_face
+from regard.data.folders import CONTAINERS, READINGS, open_folder
+from regard.data.hugging_face import open_hugging_face
 from regard.data.known import open_cifar, open_digits, open_medmnist
 from regard.data.manifest import SUFFIXES, open_manifest
 from regard.data.table import SPLITS, ImageTable, as_known, class_counts
@@ -172,8 +172,8 @@ def _opened(data: str, cache: Path, splits: str) -> ImageTable:
         raise UsageError(f"DATA {data!r} is not a file name ({error})") from error
     if "://" in data:
         raise UsageError(f"DATA {data!r} is a URL: download it, and give the file or folder")
-    if exists and path.suffix.lower() == PARQUET:
-        raise UsageError(f"DATA {data!r} is a Parquet file: give hf:{data}")
+    if exists and (prefix := {".npz": "medmnist:", **CONTAINERS}.get(path.suffix.lower())):
+        raise UsageError(f"DATA {data!r} is a {path.suffix} file: give {prefix}{data}")
     if exists:
         raise UsageError(f"DATA {data!r} is a file, but not a CSV file; choose {_CHOICES}")
     where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
