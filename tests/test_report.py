@@ -408,6 +408,7 @@ def test_the_same_report_is_the_same_page(tmp_path):
 
 
 # ---- of a run ----------------------------------------------------------------------------
+@pytest.mark.report
 @pytest.mark.slow
 def test_gallery_explain_and_scores_show_the_same_maps(tmp_path):
     """`attention92_cifar`, which has several masks in a stage: each shown under its own name."""
