@@ -107,6 +107,11 @@ def test_what_is_shown_and_what_could_have_been_are_said():
     error = math.sqrt((0.09 + 0.07 - 0.02**2) / 100)
     assert c.detectable == pytest.approx(2.8016 * error, rel=0.1)
     assert f"{c.detectable:.4f} or more" in c.sentence()
+    assert "p = 0.804, exact McNemar test);" in c.sentence()  # binomtest(9, 16)
+    both = compare_metrics(a, b, metrics=["top1", "kappa"], resamples=100)
+    assert both[0].adjusted > 1.2 * both[0].p_value
+    told = f"exact McNemar test; {both[0].adjusted:.3g} after Holm's correction);"
+    assert f"p = 0.804, {told}" in both[0].sentence()
     same = compare_metrics(a, a, resamples=50)
     assert all(c.shown == "not shown" for c in same)
     assert all("nan" not in c.sentence() for c in same)

@@ -126,7 +126,9 @@ class MetricComparison:
         if self.test == _TOO_LONG:
             how = "not compared: it would take minutes"
         elif not math.isnan(self.p_value):
-            how = f"{interval}p = {self.adjusted:.3g}, {self.test}"
+            how = f"{interval}p = {self.p_value:.3g}, {self.test}"
+            if self.adjusted != self.p_value:
+                how += f"; {self.adjusted:.3g} after Holm's correction"
         by = "difference not defined" if math.isnan(d.value) else f"difference {value}"
         numbers = f"{self.a:.4f} and {self.b:.4f}, {by} ({how})"
         if self.shown != "not shown":
@@ -135,9 +137,9 @@ class MetricComparison:
         if self.test == _TOO_LONG:
             could = "with fewer resamples, or fewer images or classes, it is compared"
         elif math.isfinite(self.detectable):
-            could = f"these {self.n} images could have shown one of {self.detectable:.4f} or more"
+            could = f"these {self.n:,} images could have shown one of {self.detectable:.4f} or more"
         elif math.isinf(self.detectable):
-            could = f"with these {self.n} images no difference could have been shown"
+            could = f"with these {self.n:,} images no difference could have been shown"
         return f"No difference between {a} and {b} in {name} is shown: {numbers}; {could}."
 
     def to_dict(self) -> dict[str, Any]:
