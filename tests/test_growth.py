@@ -14,11 +14,13 @@ from torch import Tensor, nn
 import regard
 from regard.data.images import read_image
 from regard.data.preprocess import Preprocess
-from regard.errors import ImageError, NotFiniteError, UsageError
+from regard.data.workers import worker_errors
+from regard.errors import ImageError, NotFiniteError, ResourceError, UsageError
+from regard.machine import memory_errors
 from regard.models import fused_torch
 from regard.models.fused import fused_at_every_size, set_fused
 from regard.predict import Classifier
-from regard.training.distributed import on_main, start_accelerator
+from regard.training.distributed import lost_processes, on_main, start_accelerator
 from regard.training.feed import _by_thread
 from regard.training.loop import Trainer
 
@@ -121,6 +123,22 @@ def test_a_training_that_ended_leaves_no_network_behind(scans, tmp_path, changes
     except NotFiniteError:
         assert "lr" in changes
     assert alive(nn.Module, Trainer) == before
+
+
+@pytest.mark.usefixtures("without_collection")
+def test_an_error_that_replaces_another_leaves_none_of_its_frames_behind():
+    """With contextlib.contextmanager it would, since Python 3.12."""
+
+    def run_out(model: nn.Module) -> None:
+        with memory_errors("this", "lower size"), worker_errors(), lost_processes(2):
+            raise torch.OutOfMemoryError(f"{type(model)}: out of memory")
+
+    before = alive(nn.Linear, BaseException)
+    with pytest.raises(ResourceError, match="this ran out of GPU memory: lower size") as caught:
+        run_out(nn.Linear(1, 1))
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    del caught
+    assert alive(nn.Linear, BaseException) == before
 
 
 @pytest.mark.usefixtures("without_collection")

@@ -5,7 +5,8 @@ call, `OSError` for a file), and carries the exit code of the command line: 2 fo
 1 for work that failed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any
 
 
@@ -123,3 +124,32 @@ def is_out_of_memory(error: BaseException) -> bool:
         or (isinstance(error, RuntimeError) and "not enough memory" in text)
         or (isinstance(error, RuntimeError) and "can't allocate memory" in text)
     )
+
+
+class Replacing:
+    """A context manager that raises, for an error within, another one from it.
+
+    `contextlib.contextmanager` would do, but since Python 3.12 an error that its generator replaces
+    is in a reference cycle: with it, all that the frames hold, such as a network on a GPU, would
+    stay until the next garbage collection.
+
+    Args:
+        replacement: returns the error to raise in place of one; None: that one.
+    """
+
+    def __init__(self, replacement: Callable[[Exception], Exception | None]) -> None:
+        self.replacement = replacement
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:  # fmt: skip
+        other = self.replacement(error) if isinstance(error, Exception) else None
+        try:
+            if other is not None:
+                raise other from error
+        finally:
+            del other  # whose traceback has this frame

@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import nn
 
-from regard.errors import ResourceError, UsageError
+from regard.errors import Replacing, ResourceError, UsageError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -277,8 +277,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def memory_errors(what: str, advice: str) -> Iterator[None]:
+def memory_errors(what: str, advice: str) -> Replacing:
     """Turns running out of memory, on the CPU or a GPU, into an error with advice.
 
     Args:
@@ -288,10 +287,11 @@ def memory_errors(what: str, advice: str) -> Iterator[None]:
     Raises:
         ResourceError: memory ran out.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
+
+    def explained(error: Exception) -> ResourceError | None:
         if isinstance(error, ResourceError) or not is_out_of_memory(error):
-            raise
+            return None
         where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
-        raise ResourceError(f"{what} ran out of {where}: {advice}") from error
+        return ResourceError(f"{what} ran out of {where}: {advice}")
+
+    return Replacing(explained)

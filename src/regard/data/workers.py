@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from regard.compat import release_killed
 from regard.cores import cores, processes_here
-from regard.errors import RegardError, ResourceError
+from regard.errors import RegardError, Replacing, ResourceError
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -114,50 +114,52 @@ def _poll(source: Iterator[Any], _: float) -> Any:
         raise
 
 
-@contextlib.contextmanager
-def worker_errors() -> Iterator[None]:
+def worker_errors() -> Replacing:
     """Turns torch's errors about its worker processes into a ResourceError.
 
     torch raises them wherever the main thread happens to be when a worker dies.
     """
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        text = str(error)
-        if "DataLoader worker (pid" in text:
-            cause = text.partition("killed by signal: ")[2].split(".")[0]
-            how = f"was killed ({cause})" if cause else "ended unexpectedly"
-            raise _worker_lost(how) from error
-        full = getattr(error, "errno", None) == errno.ENOSPC  # for semaphores, which live there
-        if full or "shared memory" in text or "shm" in text:
-            raise ResourceError(
-                "no shared memory (/dev/shm) is left for images that worker processes read: lower "
-                "workers (0 = no processes) or batch_size"
-            ) from error
-        if "Too many open files" in text or "ancdata" in text:
-            raise ResourceError(
-                "too many files are open for more worker processes: lower workers "
-                "(0 = no processes), or raise the limit (ulimit -n)"
-            ) from error
-        raise
+    return Replacing(_explained)
 
 
-@contextlib.contextmanager
-def lost_connections(workers: Iterable[BaseProcess]) -> Iterator[None]:
+def _explained(error: Exception) -> ResourceError | None:
+    if not isinstance(error, RuntimeError | OSError):
+        return None
+    text = str(error)
+    if "DataLoader worker (pid" in text:
+        cause = text.partition("killed by signal: ")[2].split(".")[0]
+        return _worker_lost(f"was killed ({cause})" if cause else "ended unexpectedly")
+    full = getattr(error, "errno", None) == errno.ENOSPC  # for semaphores, which live there
+    if full or "shared memory" in text or "shm" in text:
+        return ResourceError(
+            "no shared memory (/dev/shm) is left for images that worker processes read: lower "
+            "workers (0 = no processes) or batch_size"
+        )
+    if "Too many open files" in text or "ancdata" in text:
+        return ResourceError(
+            "too many files are open for more worker processes: lower workers "
+            "(0 = no processes), or raise the limit (ulimit -n)"
+        )
+    return None
+
+
+def lost_connections(workers: Iterable[BaseProcess]) -> Replacing:
     """Turns the error for a batch whose worker died before handing it over into a ResourceError.
 
     Its tensors arrive through a socket of the worker; which call fails depends on the moment.
     """
-    try:
-        yield
-    except (ConnectionError, EOFError, FileNotFoundError) as error:
+
+    def explained(error: Exception) -> ResourceError | None:
+        if not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+            return None
         ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], POLL)
         for worker in (worker for worker in workers if worker.sentinel in ended):
             worker.join(POLL)
             if worker.exitcode:
-                how = "was killed" if worker.exitcode < 0 else "ended unexpectedly"
-                raise _worker_lost(how) from error
-        raise
+                return _worker_lost("was killed" if worker.exitcode < 0 else "ended unexpectedly")
+        return None
+
+    return Replacing(explained)
 
 
 def _worker_lost(how: str) -> ResourceError:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -46,20 +47,26 @@ class _Protocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Reports when it listens; at shutdown closes connections that outlast GRACE."""
+    """Reports when it listens; closes connections that outlast GRACE or the second Ctrl-C."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self.ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
         self.ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self.force_exit:  # since Python 3.12.1, asyncio waits for open connections
+            self.loop.call_soon_threadsafe(self._hang_up)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # a request cut off by a second signal or the time limit is no error worth a traceback
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-        asyncio.get_running_loop().call_later(GRACE, self._hang_up)
+        self.loop.call_later(GRACE, self._hang_up)
         await super().shutdown(sockets=sockets)
 
     def _hang_up(self) -> None:

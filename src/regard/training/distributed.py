@@ -1,12 +1,11 @@
 """One run in several processes: starting them, deciding together, reporting an error once."""
 
-import contextlib
 import datetime
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import timm
@@ -23,7 +22,7 @@ from torch import Tensor
 from regard.called import is_told_by_another
 from regard.compat import default_store
 from regard.data.workers import kill_workers
-from regard.errors import FileError, RegardError, UsageError
+from regard.errors import FileError, RegardError, Replacing, UsageError
 from regard.files import reason
 from regard.machine import choose_device
 from regard.training.places import checked_places, meeting, unreachable_told, waiting_told
@@ -232,24 +231,24 @@ def lost_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in LOST)
 
 
-@contextlib.contextmanager
-def lost_processes(count: int) -> Iterator[None]:
+def lost_processes(count: int) -> Replacing:
     """Turns a lost connection to another of `count` processes into an error that explains it.
 
     Raises:
         FileError: another process has ended or can't be reached.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if count == 1 or not lost_process(error):
-            raise
+
+    def explained(error: Exception) -> FileError | None:
+        if count == 1 or not isinstance(error, RuntimeError) or not lost_process(error):
+            return None
         # without gloo's source location before it, and its advice after it
         why = re.sub(r"^\[\S+\] ", "", reason(error, 400)).partition(". ")[0][:120]
-        raise FileError(
+        return FileError(
             f"another of the run's {count} processes has ended, or can't be reached any more "
             f"({why}): its own output may say why; resume the run, or start it again"
-        ) from error
+        )
+
+    return Replacing(explained)
 
 
 class Watch:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from regard.data.loading import InMemoryLoader, StreamingLoader
 from regard.data.near_duplicates import leak_line
 from regard.data.table import ImageTable
 from regard.data.workers import WaitInterrupted, worker_errors
-from regard.errors import NotFiniteError, Stopped, UsageError
+from regard.errors import NotFiniteError, Replacing, Stopped, UsageError
 from regard.evaluation import Predictions
 from regard.files import about, check_space, plural, shortened
 from regard.machine import memory_errors, one_cpu_thread
@@ -142,8 +142,13 @@ class Run:
     def go(self) -> None:
         """Prepares, trains, tests and writes the run; see `train`."""
         lock = Lock(self.folder.path)
+        batch = self.plan.recipe.batch_size
+        advice = f"lower batch_size ({batch}) or size, or set fit_memory or grad_checkpointing"
         try:
-            with self._explained_errors():
+            with (
+                Replacing(self._with_images), memory_errors("training", advice), worker_errors(),
+                lost_processes(self.world),
+            ):  # fmt: skip
                 self._prepare(lock)
                 with self.signals.heard():
                     self._train()
@@ -453,19 +458,13 @@ class Run:
         for loader in loaders:
             loader.close()
 
-    @contextlib.contextmanager
-    def _explained_errors(self) -> Iterator[None]:
-        """Adds advice to errors that the user can do something about."""
-        batch = self.plan.recipe.batch_size
-        advice = f"lower batch_size ({batch}) or size, or set fit_memory or grad_checkpointing"
-        try:
-            with memory_errors("training", advice), worker_errors(), lost_processes(self.world):
-                yield
-        except NotFiniteError as error:
-            raise self._with_images(error) from error
+    def _with_images(self, error: Exception) -> NotFiniteError | None:
+        """The error with the names of the step's images, all of which run.json lists, and advice.
 
-    def _with_images(self, error: NotFiniteError) -> NotFiniteError:
-        """The error with the names of the step's images; run.json lists all of them."""
+        None for another error.
+        """
+        if not isinstance(error, NotFiniteError):
+            return None
         table = self.parts["train"].table
         files = [table.path(row) for row in error.rows]
         named = NotFiniteError(error.step, error.rate, error.rows)
