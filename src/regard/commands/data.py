@@ -178,10 +178,10 @@ def _lines(check: "DataCheck") -> Iterator[str]:
     for name in ("height", "width"):
         if extent := check.sizes[name]:
             yield f"{name}  {extent['min']} to {extent['max']}, median {extent['median']}"
-    common = ", ".join(f"{h} x {w} ({n})" for h, w, n in check.sizes["common"])
+    common = ", ".join(f"{h} x {w} ({n:,})" for h, w, n in check.sizes["common"])
     yield f"height x width  {common}"
-    yield "channels  " + ", ".join(f"{c} ({n})" for c, n in check.channels.items())
-    yield "depth  " + ", ".join(f"{d} ({n})" for d, n in check.depths.items())
+    yield "channels  " + ", ".join(f"{c} ({n:,})" for c, n in check.channels.items())
+    yield "depth  " + ", ".join(f"{d} ({n:,})" for d, n in check.depths.items())
     if check.value_range is not None:
         low, high = check.value_range
         span = f"values  {low:.6g} to {high:.6g}"

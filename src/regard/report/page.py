@@ -300,7 +300,9 @@ def _render(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=percent, percent_range=percent_range, code=_code)
+    environment.filters.update(
+        percent=percent, percent_range=percent_range, code=_code, thousands="{:,}".format
+    )
     environment.tests.update(nan=math.isnan)
     evaluation = report.evaluation
     wrong, right = _gallery(report.explanations)
