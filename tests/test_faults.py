@@ -190,6 +190,26 @@ def test_workers_that_are_killed_leave_no_temporary_files(scans, monkeypatch):
         assert os.listdir(folder) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="forks by default on Linux alone")
+@pytest.mark.parametrize(
+    ("chosen", "kind"), [(None, "ForkProcess"), ("forkserver", "ForkServerProcess")]
+)
+def test_workers_are_forked_whatever_the_version_of_python(scans, monkeypatch, chosen, kind):
+    """Python 3.14 starts a server of forks, and in each worker of each epoch torch anew."""
+    monkeypatch.setattr("regard.data.loading.shared_memory_free", lambda: float("inf"))
+    context = multiprocessing.context._default_context
+    servers = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(context, "_default_context", servers)
+    monkeypatch.setattr(context, "_actual_context", chosen and servers)
+    before = set(multiprocessing.active_children())
+    reader = Reader(open_data(str(scans)), Preprocess((1, 16, 16), (0.5,), (0.25,)), Augmentation())
+    loader = StreamingLoader(reader, None, 0, 1)
+    next(loader.batches([(0, 2), (2, 2)]))
+    (worker,) = set(multiprocessing.active_children()) - before
+    assert type(worker).__name__ == kind
+    loader.close()
+
+
 def test_waiting_for_images_has_a_limit(monkeypatch):
     monkeypatch.setattr("regard.data.workers.POLL", 0.05)
     monkeypatch.setattr("regard.data.workers.LONGEST_WAIT", 0.2)

@@ -77,6 +77,7 @@ def read_by_processes(
     multiprocessing.util.get_temp_dir()
     with warnings.catch_warnings(), _signals_blocked(), worker_errors():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
+        warnings.filterwarnings("ignore", message="This process .* is multi-threaded, use of fork")
         loader = DataLoader(
             batches,
             batch_size=None,
@@ -84,6 +85,7 @@ def read_by_processes(
             num_workers=workers,
             prefetch_factor=prefetch,
             worker_init_fn=_ignore_group_signals,
+            multiprocessing_context=_start_method(),
             timeout=POLL,
         )
         source = iter(loader)
@@ -167,6 +169,16 @@ def _worker_lost(how: str) -> ResourceError:
         f"a process that reads images {how}, as happens when memory runs out: lower "
         "workers (0 = no processes), batch_size or size"
     )
+
+
+def _start_method() -> str | None:
+    """How workers are started: as somebody has chosen, else on Linux by fork.
+
+    Python 3.14 changed its own choice to forkserver. Each worker would import torch in each epoch,
+    and a signal to the whole group, such as Ctrl-C, would end it while it does.
+    """
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    return "fork" if chosen is None and sys.platform == "linux" else chosen
 
 
 def _ignore_group_signals(_: int) -> None:
