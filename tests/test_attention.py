@@ -1,6 +1,7 @@
 """record(): the maps that the network used, each recomputed from what went into it."""
 
 import gc
+import re
 import weakref
 from contextlib import contextmanager
 from threading import Event, Thread, Timer
@@ -308,6 +309,72 @@ def test_modules_of_ones_own_are_recorded_when_they_say_so():
     with regard.record(model.where) as alone:
         model.where(x)
     assert torch.equal(alone[""].values, maps["where"].values)
+
+
+class Scored(nn.Module):
+    """A network of one's own: what `score` makes of its map is its attention."""
+
+    def __init__(self, score, kind):
+        super().__init__()
+        self.gate = Called(score)
+        self.gate.attention_kind = kind
+
+    def forward(self, x):
+        return self.gate(x)
+
+
+class Called(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_the_map_is_kept_when_the_network_goes_on_in_place():
+    class InPlace(Scored):
+        def forward(self, x):
+            return self.gate(x).add_(1).mul_(x)
+
+    x = torch.randn(2, 3, 4, 4)
+    model = InPlace(torch.sigmoid, "mixed")
+    for inference in (False, True):
+        with torch.inference_mode(inference), regard.record(model) as maps:
+            out = model(x)
+        assert torch.equal(maps["gate"].values, x.sigmoid())
+        assert torch.equal(out, (1 + x.sigmoid()) * x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "score", "told"),
+    [
+        ("spatial", lambda x: x.mean(1), "gate returns (2, 4, 5): a spatial map is (B, 1, H, W)"),
+        ("spatial", lambda x: x.mean(1)[..., None],
+         "gate returns (2, 4, 5, 1): a spatial map is (B, 1, H, W)"),
+        ("mixed", lambda x: x.flatten(2),
+         "gate returns (2, 3, 20): a mixed map is (B, C, H, W)"),
+        ("channel", lambda x: x.mean((2, 3))[:, None, None],
+         "gate returns (2, 1, 1, 3): a channel map is (B, C, 1, 1)"),
+        ("spatial", lambda x: (x, x.mean(1, keepdim=True)),
+         "gate returns a tuple: give the attention_kind to a submodule that returns its map alone"),
+        ("pixels", lambda x: x, "gate.attention_kind='pixels': choose one of mixed, channel, "
+         "spatial"),
+    ],
+)  # fmt: skip
+def test_what_is_no_map_of_its_kind_is_refused(kind, score, told):
+    model = Scored(score, kind)
+    with pytest.raises(ValueError, match=re.escape(told)), regard.record(model):
+        model(torch.randn(2, 3, 4, 5))
+    assert not model.gate._forward_hooks
+
+
+def test_a_channel_gate_may_give_a_vector():
+    model, x = Scored(lambda x: x.mean((2, 3)), "channel"), torch.randn(2, 3, 4, 5)
+    with regard.record(model) as maps:
+        model(x)
+    assert maps["gate"].spatial() is None
+    assert torch.equal(maps["gate"].values, x.mean((2, 3)))
 
 
 def test_a_grafted_network_is_recorded():

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from regard.compat import timm_channel_gates
 from regard.errors import UsageError
 
+SHAPES = {"mixed": "(B, C, H, W)", "channel": "(B, C, 1, 1)", "spatial": "(B, 1, H, W)"}
+"""The kinds of attention maps, and their shapes."""
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionMap:
@@ -30,7 +33,7 @@ class AttentionMap:
     Attributes:
         name: name of the submodule that made it, as in `model.get_submodule(name)`.
         kind: "mixed" (B, C, H, W), "channel" (B, C, 1, 1) or "spatial" (B, 1, H, W).
-        values: the map as the network used it, detached, on its device and in its dtype.
+        values: a copy of the map as the submodule returned it, on its device and in its dtype.
     """
 
     name: str
@@ -100,6 +103,29 @@ def _refuse_compiled(model: nn.Module) -> None:
             )
 
 
+def _check_kinds(kinds: Mapping[str, str]) -> None:
+    for name, kind in kinds.items():
+        if kind not in SHAPES:
+            where = name or "the network"
+            raise UsageError(f"{where}.attention_kind={kind!r}: choose one of {', '.join(SHAPES)}")
+
+
+def _check_map(name: str, kind: str, output: object) -> None:
+    """Refuses an output that would be read along other dimensions than its own."""
+    where = name or "the network"
+    if not isinstance(output, Tensor):
+        raise UsageError(
+            f"{where} returns a {type(output).__name__}: give the attention_kind to a submodule "
+            "that returns its map alone"
+        )
+    shape = tuple(output.shape)
+    fits = len(shape) == 4 and (kind == "mixed" or shape[1] == 1)
+    if kind == "channel":
+        fits = len(shape) > 1 and set(shape[2:]) <= {1}
+    if not fits:
+        raise UsageError(f"{where} returns {shape}: a {kind} map is {SHAPES[kind]}")
+
+
 def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A module's hook that ignores calls of other threads that use the same network."""
     own = threading.get_ident()
@@ -129,7 +155,8 @@ def record(model: nn.Module, *, this_thread: bool = False) -> Iterator[Attention
         this_thread: ignore calls of other threads that use the same network.
 
     Raises:
-        UsageError: the network has no attention maps, or is compiled.
+        UsageError: the network has no attention maps, or is compiled; or, when the network is
+            called, a submodule with an attention_kind does not return such a map.
         RuntimeError: the network is being compiled while it is recorded.
     """
     _refuse_compiled(model)
@@ -139,13 +166,16 @@ def record(model: nn.Module, *, this_thread: bool = False) -> Iterator[Attention
             f"{type(model).__name__} has no attention maps to record: use a network of Regard's, "
             "or give your own submodules an attention_kind"
         )
+    _check_kinds(kinds)
     maps = AttentionMaps(kinds)
 
     def keep(name: str, kind: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if torch.compiler.is_compiling():
                 raise RuntimeError("record() needs the uncompiled model: compile it afterwards")
-            maps._maps[name] = AttentionMap(name, kind, output.detach())
+            _check_map(name, kind, output)
+            # a copy, as the network may go on in place: mask.mul_(x)
+            maps._maps[name] = AttentionMap(name, kind, output.detach().clone())
 
         return hook
 
