@@ -416,3 +416,13 @@ def test_a_saved_network_is_loaded_with_other_classes(tmp_path, name, arguments)
     x = small_input(model)
     assert again.eval()(x).shape == (2, 5)
     assert torch.equal(again.forward_features(x), model.forward_features(x))
+
+
+@torch.no_grad()
+def test_a_network_with_another_pooling_is_saved_as_it_is_now(tmp_path):
+    model = copied("se_mobilenet_070")
+    model.reset_classifier(5, "catavgmax")  # a classifier twice as wide
+    regard.save_model(model, tmp_path / "run")
+    again = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    x = small_input(model)
+    assert torch.equal(again(x), model(x))
