@@ -600,6 +600,22 @@ def test_a_network_of_before_loads(tmp_path):
         other.load_state_dict({k: v for k, v in names.items() if "bn3.weight" not in k})
 
 
+def test_functional_call_uses_the_tensors_that_it_is_given_or_refuses_them():
+    """Those that a state dict calls otherwise than named_parameters() were passed over."""
+    grafted = moved("lcnet_050")
+    before = {name: t.clone() for name, t in grafted.state_dict().items()}
+    other = copy.deepcopy(grafted)
+    x = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+        given = dict(other.named_parameters())
+        assert torch.equal(torch.func.functional_call(grafted, given, x), other(x))
+        with pytest.raises(UsageError, match="has no weight of its own: functional_call takes"):
+            torch.func.functional_call(grafted, other.state_dict(), x)
+    assert all(torch.equal(t, before[name]) for name, t in grafted.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [("convnext_atto", {"depths": (1, 1, 1, 1)}), ("efficientnet_lite0", {})],

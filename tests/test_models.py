@@ -426,3 +426,13 @@ def test_a_network_with_another_pooling_is_saved_as_it_is_now(tmp_path):
     again = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
     x = small_input(model)
     assert torch.equal(again(x), model(x))
+
+
+@torch.no_grad()
+def test_the_cifar_stem_is_as_wide_as_what_follows():
+    for arguments, width in (({}, 64), ({"stem_type": "deep", "stem_width": 16}, 32)):
+        model = regard.create_model("cbam_resnet18", num_classes=3, stem="cifar", **arguments)
+        (first,) = model.eval().forward_intermediates(
+            torch.randn(1, 3, 16, 16), [0], intermediates_only=True, stop_early=True
+        )
+        assert first.shape == (1, width, 16, 16)

@@ -60,9 +60,9 @@ class AttentionResNet(ResNet):
         super().__init__(block_args=block_args, **kwargs)
         self._built, self._zero_init_last = True, zero_init_last
         if cifar:
-            old = next(self.parameters())
+            old, width = next(self.parameters()), self.feature_info[0]["num_chs"]
             self.conv1: nn.Module = nn.Conv2d(
-                self.in_chans, 64, 3, 1, 1, bias=False, device=old.device, dtype=old.dtype
+                self.in_chans, width, 3, 1, 1, bias=False, device=old.device, dtype=old.dtype
             )
             self.maxpool = nn.Identity()
             for info in self.feature_info:

@@ -70,6 +70,19 @@ class Gated(nn.Module):
         x = self.attention(x if self.scale == 1.0 else x * self.scale)
         return x.permute(0, 2, 3, 1) if self.channels_last else x
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses tensors: functional_call would set, by its name in a state dict, an unused one.
+
+        Raises:
+            UsageError: the value is a tensor.
+        """
+        if isinstance(value, Tensor):
+            raise UsageError(
+                f"a module with gates has no {name} of its own: functional_call takes the names "
+                "of named_parameters() and named_buffers(), not those of a state dict"
+            )
+        super().__setattr__(name, value)
+
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """Like nn.Module's, without the name of `module`."""
         found = self.module.state_dict(*args, prefix=prefix, **kwargs)
