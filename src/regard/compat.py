@@ -133,18 +133,6 @@ def save_config_for_hf(model: Any, path: Path, **entries: Any) -> None:
     save(model, str(path), **entries)
 
 
-def model_arguments(model: Any) -> dict[str, Any]:
-    """The arguments that `save_config_for_hf` writes: with changes since, as of pooling and size.
-
-    Seen in timm 1.0.31.
-    """
-    try:
-        from timm.models._input import get_model_args
-    except ImportError as error:
-        raise RuntimeError("this timm has get_model_args in another place") from error
-    return get_model_args(model)
-
-
 def mark_pretrained(name: str) -> None:
     """Makes timm (1.0.31) list a network as pretrained although its default entry has no weights.
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from regard.compat import model_arguments, save_config_for_hf
+from regard.compat import save_config_for_hf
 from regard.errors import FileError, UsageError
 from regard.files import plural, reason, shortened
 from regard.models.hub import FAMILIARITY, PREFIX, snapshot
@@ -114,7 +114,7 @@ def check_loadable(model: nn.Module) -> None:
     if name is None or not timm.is_model(name):
         raise UsageError(f"{type(model).__name__} was not made by create_model(): it has no name")
     with _described_as_it_is(model):
-        arguments = model_arguments(model)
+        arguments = timm.models.get_model_args(model)  # as timm writes them
     for argument, value in arguments.items():
         try:
             json.dumps(value)
