@@ -334,6 +334,21 @@ def test_evaluate_reports_what_is_stored_unless_told_otherwise(mine, capsys):
     assert other["one_class"]["positive"] == "2"
 
 
+def test_evaluate_writes_the_probabilities_that_predict_gives(mine, tmp_path, capsys):
+    """Of which the printed metrics are made; without the temperature where these are."""
+    assert regard.calibrate(mine, positive="1", rule="specificity=0.9").temperature != 1.0
+    for flags in ([], ["--no-calibrate"]):
+        file = tmp_path / f"said{len(flags)}.npz"
+        out, _ = call("evaluate", mine, "--json", "--predictions", file, *flags, capsys=capsys)
+        with np.load(file) as stored:
+            said, labels, paths = (stored[k] for k in ("probabilities", "labels", "paths"))
+        nll = -np.log(said[np.arange(len(said)), labels].astype(float)).mean()
+        assert json.loads(out)["metrics"]["nll"]["value"] == pytest.approx(nll, rel=1e-5)
+        network = regard.load(mine, calibrated=not flags)
+        expected = [p.probabilities for p in network.predict_each(paths.tolist())]
+        assert np.abs(said - np.array(expected)).max() < 1e-6
+
+
 def test_older_runs_compute_their_validation_probabilities(mine, capsys):
     out, _ = call("calibrate", mine, "--json", capsys=capsys)
     (mine / "validation.npz").unlink()

@@ -491,6 +491,22 @@ def test_an_option_in_a_form_is_not_passed_over(server, photo, path, option):
         assert server.ask("POST", f"/api/{path}", left_empty, **kind)[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("asked", "detail"),
+    [
+        ("explain?Target=1", "?Target=: no such option; choose target, form, top"),
+        ("explain?class=1", "?class=: no such option; choose target, form, top"),
+        ("explain?top=2&target=1&target=2", "?target= is given 2 times"),
+        ("predict?target=1", "?target=: no such option; choose top"),
+        ("predict?top=1&top=2", "?top= is given 2 times"),
+        ("predict?threshold", "?threshold=: no such option; choose top"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_not_passed_over(server, photo, asked, detail):
+    """`explain?class=1` showed where the network looked for another class."""
+    assert server.json("POST", f"/api/{asked}", photo) == (422, {"detail": detail})
+
+
 def test_it_says_that_it_is_no_diagnosis_and_how_well_it_did(server, whole, tmp_path, caplog):
     about = server.json("GET", "/api/model")[1]
     assert "not a diagnosis" in about["notice"]

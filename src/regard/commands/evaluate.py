@@ -98,7 +98,8 @@ def command(
     root
         Folder of cifar10 and cifar100.
     predictions
-        Write the probabilities of each image to this new .npz file, like a run's predictions.npz.
+        Write the probabilities of each image, of which the metrics are made (with the stored
+        temperature, if there is one), to this new .npz file, like a run's predictions.npz.
     json
         Print JSON.
     """
@@ -119,14 +120,14 @@ def command(
     }  # fmt: skip
     test = _Test(runs, source, split, images, numbers, parts, engine)
     test.run()
-    if predictions is not None:
-        from regard.runs import write_predictions
-
-        write_predictions(predictions, test.split, test.found)
     how = {**test.how, "ten_crop": input.ten_crop, "tta": tta}
     if not json:
         print(_heading(" + ".join(runs), source, test.split, input, how))
     result = study(test.found, numbers, test.validation, test.calibration)
+    if predictions is not None:
+        from regard.runs import write_predictions
+
+        write_predictions(predictions, test.split, result.predictions)
     columns = evaluated(result.predictions, parts, result.diagnostics.one_class)
     _print(result, columns, {"split": test.split, **how}, test.unreadable, json)
     for line in test.unreadable:

@@ -24,7 +24,7 @@ from regard.models.counting import count_parameters
 from regard.models.io import network_words
 from regard.predict import Classifier
 from regard.serve.safety import add_safety, is_loopback
-from regard.serve.uploads import Limits, check, read_image_bytes
+from regard.serve.uploads import Limits, check, check_options, read_image_bytes
 from regard.serve.worker import BatchingWorker, Upload
 from regard.version import __version__
 
@@ -140,6 +140,7 @@ def _add_api(app: FastAPI, classifier: Classifier, worker: BatchingWorker, limit
     most = len(classifier.class_names)
 
     async def image_of(request: Request, *options: str) -> Upload:
+        check_options(request, options)
         body = await read_image_bytes(request, limits, options)
         return Upload(body, await worker.in_reader(check, body, limits))
 

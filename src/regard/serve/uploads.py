@@ -55,6 +55,20 @@ class Limits:
                 raise UsageError(f"{name}={value}: must be positive and finite")
 
 
+def check_options(request: Request, options: Collection[str]) -> None:
+    """Refuses what the address asks for and nothing would read, such as ?Top=3.
+
+    Raises:
+        HTTPException: 422 an unknown option, or one that is given twice.
+    """
+    given = [name for name, _ in request.query_params.multi_items()]
+    for name in given:
+        if name not in options:
+            raise HTTPException(422, f"?{name}=: no such option; choose {', '.join(options)}")
+        if given.count(name) > 1:
+            raise HTTPException(422, f"?{name}= is given {given.count(name)} times")
+
+
 async def read_image_bytes(
     request: Request, limits: Limits, options: Collection[str] = ()
 ) -> bytes:
