@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import threading
 from pathlib import Path
 
@@ -15,11 +16,15 @@ from sklearn.datasets import load_sample_image
 import regard
 from regard.data.images import read_image
 from regard.data.preprocess import Preprocess
+from regard.ensemble import Ensemble
 from regard.errors import ImageError
 from regard.predict import Classifier
 
 PHOTO = load_sample_image("flower.jpg")  # (427, 640, 3)
 SMALL = np.ascontiguousarray(PHOTO[100:140, 200:260])  # (40, 60, 3)
+_FILE = io.BytesIO()
+Image.fromarray(SMALL).save(_FILE, "JPEG")
+JPEG = _FILE.getvalue()
 GRAY16 = np.arange(40 * 60, dtype=np.uint16).reshape(40, 60) * 27 + 3
 
 
@@ -143,6 +148,44 @@ def test_arrays_and_tensors_that_are_clear_are_taken():
     assert (net.decode(multiplied).float() - net.decode(alpha(True)).float()).abs().max() <= 3
     rgba = np.asarray(alpha(False))
     assert torch.equal(net.decode(rgba), net.decode(alpha(False)))
+
+
+def test_an_ensemble_reads_what_each_of_its_networks_reads(tmp_path):
+    """The frame that a PIL image is at, and a file from where it is, even if it can't go back."""
+    both = Ensemble([classifier(), classifier(side=24)], ["a", "b"])
+    frames = [Image.fromarray(SMALL), Image.fromarray(SMALL[::-1].copy())]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "late.jpg").write_bytes(b"header" + JPEG)
+
+    def answer(net, image) -> tuple[float, ...]:
+        return net.predict([image])[0].probabilities
+
+    def check(open_again) -> None:
+        each = np.mean([answer(m, open_again()) for m in both.members], axis=0)
+        assert answer(both, open_again()) == pytest.approx(each, abs=1e-6)
+
+    def second() -> Image.Image:
+        image = Image.open(io.BytesIO((tmp_path / "two.gif").read_bytes()))
+        image.seek(1)
+        return image
+
+    def late() -> io.BytesIO:
+        file = io.BytesIO((tmp_path / "late.jpg").read_bytes())
+        file.seek(len(b"header"))
+        return file
+
+    check(second)
+    check(late)
+    opened = second()
+    answer(both, opened)
+    assert opened.tell() == 1
+    read, write = os.pipe()
+    with os.fdopen(write, "wb") as file:
+        file.write(JPEG)
+    with os.fdopen(read, "rb") as pipe:
+        assert answer(both, pipe) == answer(both, JPEG)
+    with open(tmp_path / "late.jpg", encoding="latin-1") as text:
+        assert "opened as text" in str(next(iter(both.predict_each([text]))).error)
 
 
 REFUSED = {

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from regard.classifier import Classifier, load
-from regard.data.images import ImageSource, name_of
+from regard.data.images import ImageSource, name_of, rereadable
 from regard.data.loading import default_workers, read_ahead
 from regard.data.preprocess import Preprocess
 from regard.errors import ImageError, UsageError
@@ -201,19 +201,17 @@ class Ensemble(Classifier):
     def _views_or_error(self, numbered: tuple[int, ImageSource]) -> tuple[str, list[Tensor] | str]:
         """One image as each member's input; members with the same preprocessing share it."""
         number, image = numbered
-        name = name_of(image) or f"image {number}"
+        name, source = name_of(image) or f"image {number}", rereadable(image)
         known: dict[Any, Tensor] = {}
         views = []
         try:
             for member in self.members:
                 key = _view(member.preprocess)
                 if key not in known:
-                    if hasattr(image, "seek"):
-                        image.seek(0)
-                    known[key] = member.decode(image)
+                    known[key] = member.decode(source)
                 views.append(known[key])
         except ImageError as error:
-            return name, str(error) if name_of(image) else f"{name}: {error}"
+            return name, str(error) if name_of(source) else f"{name}: {error}"
         return name, views
 
     def _by_member(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, list[float | None]]]:

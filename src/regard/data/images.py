@@ -173,6 +173,17 @@ def name_of(source: ImageSource) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def rereadable(source: ImageSource) -> ImageSource:
+    """A source that can be read several times: of a file object, the content from its position."""
+    if not hasattr(source, "read"):
+        return source
+    try:
+        content = source.read()
+    except Exception:  # `read_image` says why
+        return source
+    return content if isinstance(content, bytes) else source
+
+
 def to_channels(pixels: NDArray[Any], channels: int | None) -> NDArray[Any]:
     """(H, W, 1 or 3) -> (H, W, channels); None changes nothing. dtype and range stay the same."""
     have = pixels.shape[2]

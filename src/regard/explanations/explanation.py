@@ -32,7 +32,7 @@ from regard.attention import (
     module_maps,
     record,
 )
-from regard.data.images import ImageSource, name_of
+from regard.data.images import ImageSource, name_of, rereadable
 from regard.errors import ImageError, UsageError
 from regard.explanations.averaging import average_explanations
 from regard.explanations.figure import contact_sheet, explanation_figure
@@ -252,7 +252,7 @@ def explain(
         if len(classifier.members) == 1 and not classifier.mirrors:
             explanations.append(_explained(classifier, image, name, target, options))
             continue
-        again = image.read() if hasattr(image, "read") else image  # it is read several times
+        again = rereadable(image)
         (said,) = classifier.predict([again], top=len(classifier.class_names))
         wanted = said.classes[0][0] if target is None else target
         each = [_explained(m, again, name, wanted, options) for m in classifier.members]
