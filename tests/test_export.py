@@ -178,6 +178,10 @@ def test_wrong_calls_are_one_line(whole, tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == [name]
         assert mine.read_text() == "mine"
         mine.unlink()
+    for to, suffix in (("onnx", "onnx"), ("torch", "pt2")):
+        with pytest.raises(UsageError, match=r"caf\\udce9.*not UTF-8"):
+            export(whole, to=to, out=tmp_path / f"caf\udce9.{suffix}")
+    assert [*tmp_path.iterdir()] == []
     os.mkfifo(out)
     assert "not a regular file" in run(
         "export", whole, "--to", "onnx", "--out", out, "--overwrite", code=2

@@ -184,7 +184,7 @@ def network(folder: Path, preprocess: Preprocess) -> Path:
         for head in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
             head.weight *= 8
     regard.save_model(
-        model, folder, class_names=["a", "b", "\u00e9t\u00e9"],
+        model, folder, class_names=["a", "b", "\u00e9t\udce9"],
         data_config=preprocess.data_config(), extra={"regard": preprocess.regard_config()},
     )  # fmt: skip
     return folder
@@ -193,7 +193,7 @@ def network(folder: Path, preprocess: Preprocess) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_the_program_answers_as_predict_does(name, photos, packages, scans, tmp_path):
     data = tmp_path / "data"
-    for k, label in enumerate(("a", "b", "\u00e9t\u00e9")):
+    for k, label in enumerate(("a", "b", "\u00e9t\udce9")):
         (data / label).mkdir(parents=True)
         (data / label / "0.png").write_bytes((photos / f"china-{k}.png").read_bytes())
     run = network(tmp_path / "net", CASES[name])

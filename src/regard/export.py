@@ -152,6 +152,8 @@ def _check_call(
         )
     file_format.require(int8)
     out = out.expanduser().resolve()
+    if any("\ud800" <= c <= "\udfff" for c in str(out)):
+        raise UsageError(f"{str(out)!a}: the runtimes can't open paths that are not UTF-8")
     parts = [*file_format.parts(out), program_path(out)]
     for part in parts:
         if part.exists() and not part.is_file():

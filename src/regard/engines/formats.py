@@ -182,5 +182,5 @@ FORMATS: dict[str, Format] = {f.name: f for f in (Onnx(), OpenVino(), Torch())}
 
 
 def _texts(facts: Facts) -> dict[str, str]:
-    """Each value as JSON, as the files store it."""
-    return {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
+    """Each value as JSON, as the files store it: ASCII, as a class name may not be valid UTF-8."""
+    return {name: json.dumps(value) for name, value in facts.items()}
