@@ -83,10 +83,13 @@ class _Sums:
             total, count = sums.get(path, (np.zeros(len(self.classes)), 0))
             sums[path] = total + row, count + 1
 
-    def of(self, path: str) -> tuple[NDArray[np.float64], int, bool]:
-        """Mean probabilities, the number of runs, and whether they are out of sample."""
+    def take(self, path: str) -> tuple[NDArray[np.float64], int, bool]:
+        """Mean probabilities, the number of runs, and whether they are out of sample; drops them.
+
+        With ImageNet's classes they are most of the memory.
+        """
         held_out = path in self.sums[True]
-        total, count = self.sums[held_out][path]
+        total, count = self.sums[held_out].pop(path)
         return total / count, count, held_out
 
 
@@ -195,9 +198,10 @@ def _of_split(
 def _ranked(sums: _Sums) -> list[Suspect]:
     paths = list(sums.labels)
     labels = np.array([sums.labels[path] for path in paths], np.int64)
-    means = [sums.of(path) for path in paths]
-    probabilities = np.array([mean for mean, _, _ in means])
-    held_out = np.array([out for _, _, out in means], bool)
+    probabilities = np.empty((len(paths), len(sums.classes)))
+    runs, held_out = np.empty(len(paths), int), np.empty(len(paths), bool)
+    for i, path in enumerate(paths):
+        probabilities[i], runs[i], held_out[i] = sums.take(path)
     own = probabilities[np.arange(len(paths)), labels]
     losses = -np.log(np.maximum(own, _SMALLEST))
     confident = _confident(labels, probabilities, held_out)
@@ -206,7 +210,7 @@ def _ranked(sums: _Sums) -> list[Suspect]:
         best = int(probabilities[i].argmax())
         suspects.append(Suspect(
             rank, paths[i], sums.classes[labels[i]], sums.classes[best], float(own[i]),
-            float(probabilities[i, best]), float(losses[i]), bool(held_out[i]), means[i][1],
+            float(probabilities[i, best]), float(losses[i]), bool(held_out[i]), int(runs[i]),
             confident.get(i),
         ))  # fmt: skip
     return suspects
@@ -228,7 +232,7 @@ def _confident(
     from cleanlab.filter import find_label_issues
 
     chosen = probabilities[np.ix_(at, present)]
-    chosen = np.maximum(chosen, _SMALLEST)
+    np.maximum(chosen, _SMALLEST, out=chosen)
     chosen /= chosen.sum(axis=1, keepdims=True)
     issues = find_label_issues(np.searchsorted(present, labels[at]), chosen, n_jobs=1)
     judged = np.isin(probabilities[at].argmax(axis=1), present)
