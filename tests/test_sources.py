@@ -219,6 +219,14 @@ def test_a_manifest_names_splits_as_other_data_does(tmp_path, cells, splits):
             'path,label\n"x.png",a\n\ny.png,a\n./x.png,b\n',
             r"line 5: path 'x.png' again, after line 2",
         ),
+        (
+            "path,label\nsub\\z.png,a\nx.png,b\nsub/z.png,b\n",  # backslashes as on Windows
+            "line 4: path 'sub/z.png' again, after line 2",
+        ),
+        (
+            "path,label\n.\\x.png,a\ny.png,b\nsub\\..\\x.png,b\n",
+            "line 4: path 'x.png' again, after line 2",
+        ),
         ("path,label\nq.png,a\nx.png,b\n", r"q\.png does not exist"),
         ("path,label\nx.png,a\ny.png,a\n", "only one class"),
     ],
@@ -228,6 +236,14 @@ def test_manifests_with_a_mistake(tmp_path, text, told):
         open_data(manifest(tmp_path, text))
     assert "\n" not in str(caught.value)
     assert "list.csv" in str(caught.value)
+
+
+def test_a_cell_may_have_quotes_after_a_space(tmp_path):
+    text = 'path, "label", split\nx.png, "a, b", "train"\ny.png,"a, b",train\nsub/z.png, c, test\n'
+    table = open_data(manifest(tmp_path, text))
+    assert table.classes == ["a, b", "c"]
+    assert table.labels.tolist() == [0, 0, 1]
+    assert table.splits.tolist() == ["train", "train", "test"]
 
 
 @pytest.mark.parametrize(

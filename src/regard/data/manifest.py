@@ -66,7 +66,9 @@ class _Manifest:
             self.head_line += 1
         delimiter = told[1] if told else max(",;\t", key=head.count)
         # strict: otherwise a quote that is never closed takes all further rows into one cell
-        self.reader = csv.reader(chain([head], file), delimiter=delimiter, strict=True)
+        self.reader = csv.reader(
+            chain([head], file), delimiter=delimiter, strict=True, skipinitialspace=True
+        )
         self.delimiter = delimiter
         self.before = self.after = 0  # lines from the header's on, before and after the current row
         self.columns: list[str] = []
@@ -109,6 +111,8 @@ class _Manifest:
         self.paths = PathList.of(self._rows())
         if not self.paths:
             raise UsageError(f"{self.name}: lists no images")
+        if not os.path.exists(self.paths[0]) and os.path.exists(_from_windows(self.paths[0])):
+            self.paths = PathList.of(map(_from_windows, self.paths))
         self._check_repeated()
         self._check_groups()
 
@@ -216,8 +220,6 @@ class _Manifest:
         Raises:
             UsageError: the first image does not exist.
         """
-        if not os.path.exists(self.paths[0]) and os.path.exists(_from_windows(self.paths[0])):
-            self.paths = PathList.of(map(_from_windows, self.paths))
         if not os.path.exists(self.paths[0]):
             raise UsageError(
                 f"{self.name} line {self.lines[0]}: {self.paths[0]} does not exist; "
@@ -299,7 +301,7 @@ def _suffix(path: str) -> str:
 
 
 def _from_windows(path: str) -> str:
-    return path.replace("\\", os.sep)
+    return os.path.normpath(path.replace("\\", os.sep))
 
 
 def _encodable(text: str) -> bool:
