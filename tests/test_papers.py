@@ -54,6 +54,14 @@ def test_a_rows_command_has_its_arguments_and_changes():
         (f"{ROW}evaluation = {{ size = [1, 2, 3] }}", "evaluation"),
         (f"{ROW}evaluation = {{ size = true }}", "evaluation"),
         (f"{ROW}evaluation = {{ ten_crop = 10 }}", "evaluation"),
+        (f"{ROW}arguments = [1]", r"row 1: arguments = \[1\]; give a table"),
+        (f"{ROW}changes = 5", "row 1: changes = 5; give a table"),
+        (f"{ROW}recipe = 5", "row 1: recipe = 5; give a string"),
+        (f"{ROW}data = 1979-05-27", "row 1: data = .*; give a string"),
+        (f"{ROW}paper = {{ top1_error = true }}", "row 1: paper = .*; give a table of numbers"),
+        (f"{ROW}paper = 'CBAM'", "row 1: paper = 'CBAM'; give a table of numbers"),
+        (f"recipe = 5\n{ROW}", "table x: recipe = 5; give a string"),
+        (f"metrics = 'top1'\n{ROW}", "table x: metrics = 'top1'; give a list of strings"),
         (f"tilte = 'x'\n{ROW}", "title"),
         ("[[rows", "TOML|table x"),
     ],
@@ -61,6 +69,12 @@ def test_a_rows_command_has_its_arguments_and_changes():
 def test_a_wrong_table_is_refused_with_the_reason(text, word):
     with pytest.raises(UsageError, match=word):
         parse_table(text, "x")
+
+
+def test_a_number_with_underscores_is_a_flag():
+    table = parse_table(f"{ROW}changes = {{ lr = 0.000_5 }}", "x")
+    words = train_command(table, table.rows[0], "photos")
+    assert words[-2:] == ["--lr", "0.0005"]
 
 
 def test_an_unknown_table_names_the_nearest():

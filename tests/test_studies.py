@@ -592,6 +592,10 @@ def test_a_recipe_of_ones_own_trains_all_rows(command, tmp_path, capsys):
         ("", ["--recipe", "quik"], "quick"),
         ("changes = { lrr = 1 }", [], "lrr"),
         ("changes = { lr = 'x' }", [], "lr"),
+        ("changes = { seed = 5 }", [], "changes can't set seed, --seeds sets it"),
+        ("changes = { fold = '1/3' }", [], "changes can't set fold, --folds sets it"),
+        ("changes = { model = 'sononet8' }", [], "changes can't set model, network sets it"),
+        ("changes = { random_start = { lr = 1.0 } }", [], "changes can't set random_start"),
         ("changes = { lr = 0.1 }", ["--lr", "0.2"], "gated"),
         ("changes = { milestones = [5] }", [], "onecycle"),
         ("changes = { epochs = 20, schedule = 'steps', milestones = [5] }",
@@ -897,6 +901,12 @@ def test_runs_of_another_recipe_are_not_pooled(edited):
     text = (other / "recipe.toml").read_text()
     (other / "recipe.toml").write_text(text.replace("steps = 6", "steps = 9"))
     with pytest.raises(UsageError, match="steps=9"):
+        gather(table, runs)
+    (other / "recipe.toml").write_text(text)  # by --pretrained auto, once there were weights
+    facts = json.loads((other / "run.json").read_text("utf-8"))
+    facts["plan"]["weights"] = "attention56_cifar.cifar10"
+    (other / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"weights=attention56_cifar.cifar10, and .* weights=none"):
         gather(table, runs)
 
 

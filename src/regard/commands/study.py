@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger(__name__)
 
+# what a row's `changes` can't set, although a recipe has it, and what sets it
+_SET_BY = {
+    "seed": "--seeds", "fold": "--folds", "model": "network", "model_args": "arguments",
+    "random_start": "a recipe's file",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TrainFlags:
@@ -185,6 +191,9 @@ def _asked(table: "Table", data: str, train: TrainFlags, flags: Any) -> "dict[st
         if twice := sorted(given.keys() & row.changes.keys()):
             flag = twice[0].replace("_", "-")
             raise UsageError(f"--{flag}: row {row.name!r} sets {twice[0]} itself; change it there")
+        if fixed := sorted(_SET_BY.keys() & row.changes.keys()):
+            by = _SET_BY[fixed[0]]
+            raise UsageError(f"row {row.name!r}: changes can't set {fixed[0]}, {by} sets it")
         base, changes = load_recipe(row.recipe or table.recipe), {**row.changes, **given}
         try:
             choose_model(row.network, base.changed(**changes), row.arguments)

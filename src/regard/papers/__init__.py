@@ -31,7 +31,7 @@ class Printed(float):
 
     def __new__(cls, text: str) -> "Printed":
         number = super().__new__(cls, text)
-        number.text = text
+        number.text = text.replace("_", "")  # TOML's 1_000.0, which no flag is
         return number
 
     text: str
@@ -124,7 +124,8 @@ def parse_table(text: str, key: str) -> Table:
     """Parses a table from TOML text.
 
     Raises:
-        UsageError: the text is not TOML, a key is unknown or missing, or two rows have one name.
+        UsageError: the text is not TOML, a key is unknown or missing, a value has another type, or
+            two rows have one name.
     """
     try:
         values = tomllib.loads(text, parse_float=Printed)
@@ -134,6 +135,7 @@ def parse_table(text: str, key: str) -> Table:
     if not isinstance(rows, list) or not rows:
         raise UsageError(f"table {key}: [[rows]] is needed, at least once")
     _known(values, Table, f"table {key}")
+    _check_types(values, f"table {key}")
     made = tuple(_row(row, f"table {key}, row {n}") for n, row in enumerate(rows, start=1))
     names = [row.name for row in made]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -148,6 +150,11 @@ def _row(values: Any, where: str) -> Row:
     _known(values, Row, where)
     if missing := [k for k in ("name", "network") if not isinstance(values.get(k), str)]:
         raise UsageError(f"{where}: {missing[0]} is needed, as a string")
+    paper = values.get("paper", {})  # a row's numbers; a table's is a name
+    _check_types({**values, "paper": ""}, where)
+    numbers = paper.values() if isinstance(paper, dict) else [None]
+    if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
+        raise UsageError(f"{where}: paper = {paper!r}; give a table of numbers")
     _check_evaluation(values.get("evaluation", {}), where)
     return Row(**values)
 
@@ -163,6 +170,20 @@ def _check_evaluation(values: Any, where: str) -> None:
             f"{where}: evaluation = {values!r}; give {{ size = 320 }}, {{ size = [224, 288] }}, "
             "{ ten_crop = true }, or both"
         )
+
+
+def _check_types(values: Mapping[str, Any], where: str) -> None:
+    """Checks that each value but `evaluation` is a table, a list of strings, or a string."""
+    for name, value in values.items():
+        if name in ("arguments", "changes"):
+            good, wanted = isinstance(value, dict), "a table of values"
+        elif name == "metrics":
+            good = isinstance(value, list) and all(isinstance(v, str) for v in value)
+            wanted = "a list of strings"
+        else:
+            good, wanted = isinstance(value, str) or name == "evaluation", "a string"
+        if not good:
+            raise UsageError(f"{where}: {name} = {value!r}; give {wanted}")
 
 
 def _known(values: Mapping[str, Any], kind: type, where: str) -> None:

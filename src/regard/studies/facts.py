@@ -190,9 +190,12 @@ def check_alike(row: str, folders: Sequence[Path]) -> None:
 
     Raises:
         UsageError: two recipes differ in more than seed, fold and values that depend only on the
-            machine.
+            machine; or the runs started from different weights.
     """
-    recipes = [RunFolder(folder).read_recipe() for folder in folders]
+    recipes = [
+        {**RunFolder(folder).read_recipe(), "weights": RunFolder(folder).read_plan().get("weights")}
+        for folder in folders
+    ]
     for folder, recipe in zip(folders, recipes, strict=True):
         for name in {**recipes[0], **recipe}:
             first, this = recipes[0].get(name), recipe.get(name)
