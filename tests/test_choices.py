@@ -602,6 +602,9 @@ def test_another_length_scales_milestones_and_warm_up_in_proportion(caplog):
     assert fitted(warm, epochs=3, warmup=1).warmup == 1
     open_end = Recipe(schedule="steps", milestones=(20,))  # its length is chosen by the images
     assert fitted(open_end, epochs=40).milestones == (20,)
+    # 1000 images in batches of 64: 15.625 steps an epoch, as those of the recipe are epochs
+    assert fitted(open_end, schedule_unit="steps").milestones == pytest.approx((312.5,), abs=1)
+    assert fitted(open_end, schedule_unit="steps", steps=500).milestones == pytest.approx((312.5,))
 
 
 @pytest.mark.parametrize(

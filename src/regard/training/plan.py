@@ -217,9 +217,10 @@ def fit_schedule(
     Raises:
         UsageError: milestones or a warm-up that are not scaled do not end before the run.
     """
-    end, whole = (_length(r, images, processes) for r in (recipe, base))
-    if base.epochs is None and base.steps is None:
-        whole = end  # the base has no length to scale from
+    # a base that leaves its length to the images is as long as the run
+    sized = recipe if base.epochs is None and base.steps is None else base
+    end = _length(recipe, recipe.schedule_unit, images, processes)
+    whole = _length(sized, base.schedule_unit, images, processes)
     changes: dict[str, Any] = {}
     for name in ("milestones", "warmup"):
         value = getattr(recipe, name)
@@ -248,9 +249,9 @@ def _listed(value: Any) -> str:
     return ", ".join(f"{v:.6g}" for v in (value if isinstance(value, tuple) else (value,)))
 
 
-def _length(recipe: Recipe, images: int, processes: int) -> float:
-    """The length of a run in the unit of its schedule."""
-    if recipe.schedule_unit == "steps":
+def _length(recipe: Recipe, unit: str, images: int, processes: int) -> float:
+    """The length of a run in epochs or steps."""
+    if unit == "steps":
         return choose_steps(recipe, images, processes)
     if recipe.steps is not None:
         return recipe.steps / step_plan(recipe, images, processes).an_epoch
