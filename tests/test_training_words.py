@@ -126,6 +126,13 @@ def test_a_step_is_of_all_batches_and_processes():
     assert "batch size 8," in training(_recipe(batch_size=8), FACTS)
 
 
+def test_weights_are_chosen_once_a_step_at_most():
+    """Two batches of all images are a step of two epochs."""
+    assert "measured every 0.5 epochs" in selection(_recipe(eval_every=0.5), FACTS)
+    few = FACTS | {"steps": 2, "epochs": 4.0}
+    assert "measured every 2 epochs" in selection(_recipe(eval_every=0.5), few)
+
+
 @pytest.mark.parametrize(
     ("changes", "given", "said", "unsaid"),
     [

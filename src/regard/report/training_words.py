@@ -282,7 +282,8 @@ def selection(recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     until = "up to" if decay else "of"
     if chosen["by"] == "the last epoch":
         return f"The weights are {what} {until} the last epoch; no image chose them."
-    every = about(recipe["eval_every"], "epoch").removeprefix("1 ")
+    a_step = facts["epochs"] / facts["steps"]  # more than an epoch, where images are few
+    every = about(max(recipe["eval_every"], a_step), "epoch").removeprefix("1 ")
     return (
         f"The weights are {what} {until} epoch {chosen['epoch']:g}, chosen by {chosen['by']}; it "
         f"was measured every {every}."
