@@ -227,6 +227,8 @@ def test_a_manifest_names_splits_as_other_data_does(tmp_path, cells, splits):
             "path,label\n.\\x.png,a\ny.png,b\nsub\\..\\x.png,b\n",
             "line 4: path 'x.png' again, after line 2",
         ),
+        ("path,label\nx.png,a\nPath,Label\ny.png,b\n", "line 3: the header again"),
+        ("path,label\nx.png,a\n\ufeffpath,label\ny.png,b\n", "line 3: the header again"),
         ("path,label\nq.png,a\nx.png,b\n", r"q\.png does not exist"),
         ("path,label\nx.png,a\ny.png,a\n", "only one class"),
     ],

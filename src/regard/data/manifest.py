@@ -139,6 +139,8 @@ class _Manifest:
             yield os.path.normpath(os.path.join(self.base, fields[at["path"]].strip()))
 
     def _add(self, row: dict[str, str]) -> None:
+        if [row[c].strip("\ufeff").lower() for c in ("path", "label")] == ["path", "label"]:
+            self.fault("the header again: files that were joined have one each")
         for column, cell in row.items():
             if cell == "" and column in ("path", "label"):
                 self.fault(f"empty {column}")
