@@ -101,30 +101,27 @@ def test_the_command_prints_a_table_or_json(capsys, monkeypatch):
     assert "pip install 'regard[openvino]'" in line
 
 
-def test_an_engine_that_fails_is_one_line_and_the_others_go_on(capsys, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("no such\noperator")
-
-    monkeypatch.setitem(bench.ENGINES, "compiled", broken)
-    broken.precisions, broken.needs = ("fp32",), ()
-    assert run_command([*FLAGS, "--engine", "eager", "compiled"]) == 1
-    out, err = capsys.readouterr()
-    assert "regard: compiled, fp32: no such operator" in err.splitlines()
-    assert [ln.split()[0] for ln in out.splitlines()[-2:]] == ["engine", "eager"]
-    assert run_command([*FLAGS, "--engine", "compiled"]) == 1
+def fails_at_once(*_):
+    raise RuntimeError("no such\noperator")
 
 
-def test_an_engine_that_fails_in_a_round_leaves_the_others(capsys, monkeypatch):
-    def made(*_):
-        answers = iter([None] * 2)
-        return lambda images: next(answers)
+def fails_in_the_first_round(*_):
+    answers = iter([None] * 2)
+    return lambda images: next(answers)
 
+
+@pytest.mark.parametrize(
+    ("made", "fault"),
+    [(fails_at_once, "no such operator"), (fails_in_the_first_round, "StopIteration")],
+)
+def test_an_engine_that_fails_is_one_line_and_the_others_go_on(capsys, monkeypatch, made, fault):
     monkeypatch.setitem(bench.ENGINES, "compiled", made)
     made.precisions, made.needs = ("fp32",), ()
     assert run_command([*FLAGS, "--engine", "eager", "compiled"]) == 1
     out, err = capsys.readouterr()
-    assert "regard: compiled, fp32: StopIteration" in err.splitlines()
+    assert f"regard: compiled, fp32: {fault}" in err.splitlines()
     assert [ln.split()[0] for ln in out.splitlines()[-2:]] == ["engine", "eager"]
+    assert run_command([*FLAGS, "--engine", "compiled"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import signal
 import socket
 import struct
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
 import pytest
 import tifffile
 import torch
+import uvicorn
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
@@ -20,7 +22,7 @@ from regard import load
 from regard.data.preprocess import Preprocess
 from regard.errors import FileError, ImageError, UsageError
 from regard.serve.app import create_app
-from regard.serve.server import _listen
+from regard.serve.server import _listen, _Server
 from regard.serve.uploads import Limits, check
 from regard.serve.worker import BatchingWorker, Upload
 from tests.helpers import Server
@@ -186,6 +188,16 @@ def test_no_host_is_refused_and_a_port_is_taken_at_once():
     first = _listen("127.0.0.1", 0)
     with first, pytest.raises(FileError, match="in use"):
         _listen("127.0.0.1", first.getsockname()[1])
+
+
+def test_a_second_signal_hangs_up_whatever_the_version_of_python():
+    """Since Python 3.12.1, asyncio would wait for the connections that are open."""
+    server, asked = _Server(uvicorn.Config(app=None), lambda: None), []
+    server.loop = SimpleNamespace(call_soon_threadsafe=asked.append)
+    server.handle_exit(signal.SIGINT, None)
+    assert asked == []
+    server.handle_exit(signal.SIGINT, None)
+    assert asked == [server._hang_up]
 
 
 def test_a_second_signal_ends_it_at_once_without_a_traceback(whole, photo):

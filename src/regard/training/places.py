@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from regard.errors import FileError, UsageError
+from regard.errors import FileError, Replacing, UsageError
 from regard.files import reason
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -134,21 +134,23 @@ def waiting_told() -> Iterator[None]:
         timer.cancel()
 
 
-@contextlib.contextmanager
-def unreachable_told() -> Iterator[None]:
+def unreachable_told() -> Replacing:
     """Reports in one line that the processes can't reach each other.
 
     Raises:
         FileError: a port is in use, an address is unknown, or some processes never joined.
     """
-    try:
-        yield
-    except torch.distributed.DistError as error:
+
+    def explained(error: Exception) -> FileError | None:
+        if not isinstance(error, torch.distributed.DistError):
+            return None
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise FileError(
+        return FileError(
             f"the run's processes can't reach each other at {at} ({reason(error, 160)}): is "
             "another run using it? torchrun --standalone chooses a free port"
-        ) from error
+        )
+
+    return Replacing(explained)
 
 
 # ------------------------------------------------------------------------------- restarts
