@@ -289,6 +289,29 @@ def test_what_is_done_stays_and_resume_goes_on(network, many, tmp_path, number):
     assert rows[-1]["error"]
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_stopped_command_tells_how_many_rows_are_in_its_file(
+    network, pictures, tmp_path, monkeypatch, capsys, moment
+):
+    """The signal comes just before or just after the second row is written."""
+    write, written = PredictionsCsv.write, []
+
+    def signaled(self, p):
+        written.append(p)
+        if len(written) == 2 and moment == "before":
+            signal.raise_signal(signal.SIGTERM)
+        write(self, p)
+        if len(written) == 2 and moment == "after":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(PredictionsCsv, "write", signaled)
+    out = tmp_path / "x.csv"
+    command = ["predict", str(network), str(pictures), "--csv", str(out)]
+    assert run_command(command) == 128 + signal.SIGTERM
+    assert "stopped after 2 images, all in" in capsys.readouterr().err
+    assert len(rows_of(out)) == 2
+
+
 def test_resume_refuses_rows_of_another_call(predict, network, pictures, tmp_path):
     a, b, out = pictures / "a.png", pictures / "b.jpg", tmp_path / "x.csv"
     assert "does not exist" in predict(a, "--csv", out, "--resume", code=2)

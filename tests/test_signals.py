@@ -28,3 +28,21 @@ def test_a_closed_terminal_is_ignored_under_nohup():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_what_must_be_done_as_a_whole_is_done_first():
+    done = []
+
+    def rows():
+        with signals_raise() as signals:
+            with signals.whole():
+                done.append("row")
+            with signals.whole():
+                signal.raise_signal(signal.SIGTERM)
+                done.append("row")
+            done.append("the next")
+
+    with pytest.raises(Signaled) as stopped:
+        rows()
+    assert stopped.value.number == signal.SIGTERM
+    assert done == ["row", "row"]

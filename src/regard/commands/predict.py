@@ -237,13 +237,16 @@ def _predict(
 ) -> int:
     """Writes all predictions but the first `repeated`, and returns the exit code."""
     try:
-        with signals_raise():
+        with signals_raise() as signals:
+            # what is printed may wait for its reader, which Ctrl-C must end
+            row = contextlib.nullcontext if counts.csv is None else signals.whole
             found = classifier.predict_each(map(_source, names), top)
             for prediction in islice(found, repeated, None):
                 if prediction.error is not None:
                     log.warning(prediction.error)
-                write(prediction)
-                counts.add(prediction.error is not None)
+                with row():
+                    write(prediction)
+                    counts.add(prediction.error is not None)
     except Signaled as stopped:
         log.warning(counts.stopped())
         return 128 + stopped.number
