@@ -98,9 +98,14 @@ def _entry(path: str, shown: str) -> str:
 
 def commands_page() -> str:
     """The output of `regard COMMAND --help`, for every command."""
-    from regard.cli import app
+    from regard.cli import COMMANDS, app
+    from regard.command_help import describe
 
+    for name in COMMANDS:
+        describe(app[name])
     text = app.generate_docs(output_format="markdown")
+    # cyclopts puts the command's name before a usage line that is given, which has it
+    text = re.sub(r"^regard (\w+) \1 ", r"regard \1 ", text, flags=re.M)
     text = re.sub(r"## Table of Contents.*?(?=\*\*Commands\*\*)", "", text, flags=re.S)
     codes = (
         "Exit codes: 0, all is done; 1, the work failed, in part or as a whole; 2, a wrong call or "

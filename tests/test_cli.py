@@ -1,5 +1,7 @@
 """The command line as a person meets it: real processes, exit codes, one-line errors."""
 
+import inspect
+import io
 import json
 import subprocess
 import sys
@@ -8,9 +10,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from rich.console import Console
 
 import regard
 from regard.cli import COMMANDS, app, run_command
+from regard.command_help import describe
 from tests.golden import authors_networks, fill
 from tests.helpers import start
 
@@ -68,6 +72,30 @@ def test_help_names_every_command():
     script = Path(sys.executable).with_name("regard")  # as it is installed
     told = subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout
     assert told.strip() == regard.__version__
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_has_its_whole_docstring_without_the_line_breaks(name):
+    describe(app[name])
+    printed = io.StringIO()
+    app.help_print([name], console=Console(file=printed, width=2000))
+    lines = [" ".join(line.split()) for line in printed.getvalue().splitlines()]
+    docstring = inspect.getdoc(app[name].default_command)
+    for paragraph in docstring.partition("\n\nParameters\n")[0].split("\n\n"):
+        assert " ".join(paragraph.split()) in lines
+    for argument in app[name].assemble_argument_collection():
+        told = " ".join((argument.parameter.help or "").split())
+        assert argument.parameter.show is False or any(told in line for line in lines), told
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("demo", ""), ("shrink", " DATA OUT"), ("study", " STUDY [DATA]"), ("compare", " RUN..."),
+     ("evaluate", " RUN [RUN...] [DATA]"), ("recipes", " [NAME]")],
+)  # fmt: skip
+def test_the_usage_of_a_command_names_its_arguments(name, arguments, capsys):
+    assert run_command([name, "-h"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"Usage: regard {name} [OPTIONS]{arguments}"
 
 
 def test_a_reader_that_has_enough_is_no_fault():

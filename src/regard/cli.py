@@ -49,6 +49,8 @@ COMMANDS = {
 }
 """The commands in the order of `regard --help`; each is `command` in a module of its name."""
 
+HELP = {"--help", "-h"}
+
 
 def _kinds(type_: Any) -> set[Any]:
     """The types that make up a type: `int` and `None` for `tuple[int, ...] | None`."""
@@ -131,6 +133,10 @@ def run_command(tokens: Sequence[str]) -> int:
     try:
         with as_command(tokens):
             _refuse_several_processes(tokens)
+            if tokens and tokens[0] in COMMANDS and not HELP.isdisjoint(tokens):
+                from regard.command_help import describe
+
+                describe(app[tokens[0]])
             return app(_with_resume_auto(tokens), exit_on_error=False, print_error=False) or 0
     except cyclopts.CycloptsError as error:
         if is_told_by_another():
