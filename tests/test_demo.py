@@ -24,23 +24,39 @@ def demo(folder: Path, *arguments: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, str]:
+    """A quarter of the demo; `test_in_all_its_epochs_it_does_well` has all of it."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    return folder, demo(folder)
+    return folder, demo(folder, "--epochs", "4")
 
 
-def test_it_tells_how_well_it_does_and_does_well(whole):
-    folder, said = whole
+def told(folder: Path, said: str) -> float:
+    """The accuracy that was said, which must be the measured one."""
     found = re.search(
         r"accuracy on the (\d+) test images: ([\d.]+)% \(95 % interval ([\d.]+)% to ([\d.]+)%\)",
         said,
     )
     images, accuracy, low, high = int(found[1]), *(float(found[i]) for i in (2, 3, 4))
     assert images == 359  # a fifth of 1,797
-    assert accuracy >= 98.5
     assert low <= accuracy <= high
-    assert len(re.findall(r"^epoch .* left$", said, re.M)) >= 14
     measured = json.loads((folder / "evaluation.json").read_text())["metrics"]["top1"]
     assert f"{measured['value']:.2%}" == f"{accuracy:.2f}%"
+    return accuracy
+
+
+def test_it_tells_how_well_it_does_and_does_well(whole):
+    folder, said = whole
+    assert told(folder, said) >= 97.0
+    assert len(re.findall(r"^epoch .* left$", said, re.M)) >= 3
+
+
+@pytest.mark.slow
+def test_in_all_its_epochs_it_does_well(tmp_path):
+    said = demo(tmp_path / "run")
+    assert told(tmp_path / "run", said) >= 98.5
+    assert len(re.findall(r"^epoch .* left$", said, re.M)) >= 14
+    rows = rows_of(tmp_path / "run" / "metrics.csv")
+    assert len(rows) == 15
+    assert float(rows[-1]["loss"]) < 0.2 * float(rows[0]["loss"])
 
 
 def test_the_folder_is_complete_and_timm_loads_it(whole):
@@ -48,8 +64,8 @@ def test_the_folder_is_complete_and_timm_loads_it(whole):
     for name in ("config.json", "model.safetensors", "metrics.csv", "report.html", "recipe.toml"):
         assert (folder / name).stat().st_size > 100, name
     rows = rows_of(folder / "metrics.csv")
-    assert len(rows) == 15
-    assert float(rows[-1]["loss"]) < 0.2 * float(rows[0]["loss"])
+    assert len(rows) == 4
+    assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     classifier = regard.load(folder)
     assert classifier.class_names == [str(d) for d in range(10)]

@@ -340,7 +340,10 @@ run_all(
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, None])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow), None],
+)
 def test_the_runs_of_a_stopped_study_save_at_the_same_time(tmp_path, number):
     """Also where its terminal is closed, and where the study itself fails."""
     (tmp_path / "saving.py").write_text(SAVING)
