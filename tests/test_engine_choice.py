@@ -69,10 +69,11 @@ def test_auto_measures_once_and_caches(tmp_path, monkeypatch, caplog):
     cache = tmp_path / "regard/engines.json"
     (entry,) = json.loads(cache.read_text()).values()
     assert entry["network"] == "sononet8"
-    cache.write_text("{ damaged")
-    assert choose() == "onnxruntime"
-    assert len([t for t in rounds if t]) == 2
-    json.loads(cache.read_text())
+    for damaged in ("{ damaged", "[1]"):
+        cache.write_text(damaged)
+        assert choose() == "onnxruntime"
+        assert len([t for t in rounds if t]) == 2
+        assert isinstance(json.loads(cache.read_text()), dict)
 
 
 def test_auto_says_what_is_not_installed_and_takes_the_next_when_a_package_is_gone(

@@ -19,6 +19,7 @@ from regard.data.loading import Reader
 from regard.data.preprocess import Preprocess
 from regard.data.sources import ImageTable, open_data
 from regard.errors import UsageError
+from regard.papers import load_table
 from regard.training.config import Recipe, fields_of
 from regard.training.optim import gate_and_head_parameters, make_optimizer, rate_factor
 from regard.training.plan import (
@@ -213,6 +214,7 @@ def test_values_on_top_of_a_recipe():
         ({"nesterov": {}}, "nesterov={}: true or false is needed"),
         ({"size": "32"}, "size='32': give a list of numbers"),
         ({"class_weights": {"a": 2}}, "class_weights={'a': 2}: a text is needed"),
+        ({"class_weights": ""}, "class_weights '': give none, balanced or CLASS=WEIGHT"),
         ({"lr": 10**400}, "lr=inf: must be < inf"),
         ({"steps": 10**400}, "must be <= 2147483648"),
         ({"epochs": 1e308}, "must be <= 1000000"),
@@ -222,6 +224,15 @@ def test_a_recipe_that_is_made_in_python_is_checked_as_one_in_a_file(values, mes
     for make in (lambda: Recipe(**values), lambda: Recipe().changed(**values)):
         with pytest.raises(UsageError, match=re.escape(message)):
             make()
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    """As Windows' editors save it."""
+    (tmp_path / "mine.toml").write_text("lr = 0.3\n", encoding="utf-8-sig")
+    assert load_recipe(tmp_path / "mine.toml").lr == 0.3
+    rows = '[[rows]]\nname = "a"\nnetwork = "ag_sononet8"\n'
+    (tmp_path / "study.toml").write_text(rows, encoding="utf-8-sig")
+    assert [row.name for row in load_table(tmp_path / "study.toml").rows] == ["a"]
 
 
 def test_a_recipe_that_is_made_in_python_has_its_fields_types():

@@ -387,7 +387,8 @@ def _write_cache(path: Path, key: str, facts: dict[str, Any], rows: list[Measure
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        content = {}
+        content = None
+    content = content if isinstance(content, dict) else {}
     measured = [asdict(row) for row in rows]
     content[key] = {**facts, "date": time.strftime("%Y-%m-%d"), "measured": measured}
     text = json.dumps(content, indent=1)

@@ -114,7 +114,7 @@ def load_table(source: str | Path) -> Table:
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UsageError(f"no table {str(source)!r}; {hint}choose {', '.join(tables())}, or a file")
     try:
-        return parse_table(path.read_text(encoding="utf-8"), path.stem)
+        return parse_table(path.read_text(encoding="utf-8-sig"), path.stem)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UsageError(f"{path}: can't be read as a table ({reason})") from error

@@ -426,6 +426,10 @@ def _check_together(recipe: Recipe) -> None:
         raise UsageError(f"size={recipe.size}: give one number, or height and width")
     if recipe.channels not in (None, 1, 3):
         raise UsageError(f"channels={recipe.channels}: choose 1 or 3")
+    if not recipe.class_weights.strip(", "):
+        raise UsageError(
+            f"class_weights {recipe.class_weights!r}: give none, balanced or CLASS=WEIGHT,..."
+        )
     if recipe.class_weights not in ("none", "balanced"):
         _check_weights("class_weights", recipe.class_weights)
     _check_weights("sampler_weights", recipe.sampler_weights)

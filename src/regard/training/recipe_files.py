@@ -41,7 +41,7 @@ def load_recipe(name: str | Path = "quick") -> Recipe:
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UsageError(f"no recipe {str(name)!r}; {hint}choose {', '.join(texts)}, or a file")
     try:
-        return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+        return parse_recipe(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: can't be read as a recipe ({error})") from error
 
