@@ -145,7 +145,10 @@ def test_recipes_are_listed_and_printed():
         (["models", "vgg"], "no network matches 'vgg'"),
         (["convert", "x.pth", "--model", "cbam_resnet5", "--out", "o"], "mean cbam_resnet50"),
         (["convert", "x.pth", "--model", "cbam_resnet50", "--out", "o"], "x.pth: no such file"),
-        (["predict", "nowhere", "x.png"], "nowhere holds no trained network"),
+        (["predict", "nowhere", "x.png"], "nowhere: no such folder"),
+        (["predict", "ag_sononet9", "x.png"], "no such folder; did you mean ag_sononet8.digits?"),
+        (["predict", __file__, "x.png"], "test_cli.py is a file: give a run's folder"),
+        (["predict", ".", "x.png"], ". holds no trained network (no config.json)"),
         (["train", "nowhere", "--model", "ag_sononet8"], "nowhere"),
         (["train", "digits", "--model", "ag_sonnet8"], "did you mean ag_sononet8"),
         (["train", "digits", "--recipe", "quik"], "did you mean quick"),
@@ -181,8 +184,15 @@ def test_recipes_are_listed_and_printed():
         (["train", "digits", "--bogus", "1"], "--bogus"),
         (["train", "digits", "--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
         (["data", "nowhere"], "nowhere"),
-        (["evaluate", "nowhere"], "nowhere is not a run's folder"),
-        (["report", "nowhere"], "nowhere holds no finished run"),
+        (["evaluate", "nowhere"], "nowhere: no such folder"),
+        (["evaluate", "nowhere", "digits"], "nowhere: no such folder"),
+        (["evaluate", "resnet18", "--weights", "x.pth"], "give labeled images"),
+        (["compare", "nowhere", "."], "nowhere: no such folder"),
+        (["calibrate", "nowhere", "--remove"], "nowhere: no such folder"),
+        (["push", "nowhere", "me/it"], "nowhere: no such folder"),
+        (["errors", "."], ". holds no finished run"),
+        (["report", "nowhere"], "nowhere: no such folder"),
+        (["report", "."], ". holds no finished run"),
         (["demo", "--epochs", "0"], "--epochs 0"),
         (["frobnicate"], "frobnicate"),
     ],
@@ -196,6 +206,17 @@ def test_a_wrong_call_gets_one_line_and_exit_code_2(
     assert line.startswith("regard: ")
     assert message in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_and_a_run_that_has_not_ended_are_told_apart(tmp_path, capsys):
+    run_folder = tmp_path / "runs" / "scans-cbam_resnet18"
+    run_folder.mkdir(parents=True)
+    (run_folder / "run.json").write_text('{"status": "running", "plan": {}, "facts": {}}')
+    for command in ("report", "figures"):
+        assert run_command([command, str(run_folder.with_name("scan-cbam_resnet18"))]) == 2
+        assert f"no such folder; did you mean {run_folder}?" in capsys.readouterr().err
+        assert run_command([command, str(run_folder)]) == 2
+        assert "holds a run that has not ended: resume it first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

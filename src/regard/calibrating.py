@@ -13,7 +13,7 @@ from regard.evaluation.familiarity import FILE as FAMILIARITY
 from regard.evaluation.familiarity import write_familiarity
 from regard.evaluation.predictions import Predictions
 from regard.familiarity import measure_familiarity
-from regard.files import plural, reason, write_text
+from regard.files import lacking, plural, reason, write_text
 from regard.predict import load, network_hash
 from regard.run_data import predictions_of, run_table
 from regard.runs import RunFolder
@@ -100,7 +100,7 @@ def remove_calibration(run: str | Path) -> bool:
     """
     path = Path(run) / FILE
     if not path.parent.is_dir():
-        raise UsageError(f"{run} is not a run's folder")
+        raise UsageError(lacking(run, "run"))
     try:
         path.unlink()
     except FileNotFoundError:

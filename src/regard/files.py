@@ -1,6 +1,7 @@
 """Writing files atomically, and a few phrases that messages about files and lists share."""
 
 import contextlib
+import difflib
 import errno
 import os
 import re
@@ -155,6 +156,28 @@ def reason(error: BaseException, most: int = 200) -> str:
     """The message of an error, on one line of at most `most` characters; never empty."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     return text[:most] or type(error).__name__
+
+
+def lacking(path: str | os.PathLike[str], what: str, others: Iterable[str] = ()) -> str:
+    """Why a path is not the folder that was meant: "runs holds no finished run", or worse.
+
+    Args:
+        path: what was given.
+        what: should be in the folder, such as "finished run".
+        others: names that could have been given as well as those of the folders beside it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return f"{path} holds no {what}"
+    if path.exists():
+        return f"{path} is a file: give a run's folder"
+    beside: list[str] = []
+    with contextlib.suppress(OSError):
+        beside = [each.name for each in path.absolute().parent.iterdir() if each.is_dir()]
+    near = [str(path.with_name(n)) for n in difflib.get_close_matches(path.name, beside, n=2)]
+    near += difflib.get_close_matches(path.name, list(others), n=2)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"{path}: no such folder{hint}"
 
 
 def shortened(names: Iterable[object], most: int = 3) -> str:

@@ -1,7 +1,6 @@
 """A run's network on labeled images: its own, split as for its training, or others."""
 
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from regard.files import plural
 from regard.log import Heartbeat
 from regard.machine import choose_device
 from regard.models.create import check_size, make_model, plain_source
-from regard.models.io import find_folder
+from regard.models.io import find_folder, network_folder
 from regard.models.original_weights import (
     arguments_of,
     authors_normalization,
@@ -101,17 +100,14 @@ def predictions_of(
     """
     if flips and ten_crop:
         raise UsageError("ten_crop and flips: ten crops are mirrored already; give one of them")
-    shared = None
-    folder = find_folder(run) if weights is None else None
-    if folder is not None:
+    shared = folder = None
+    if weights is None:
+        folder = network_folder(run)
         classifier = load(folder, device, calibrated=calibrated, flips=flips)
         table, shared = _run_table(folder, data, root, splits)
     else:
         if data is None:
-            missing = "" if os.path.exists(run) else " (no such folder) or shipped weights"
-            raise UsageError(
-                f"{run} is not a run's folder{missing}: a network's name needs data and weights"
-            )
+            raise UsageError(f"{run} with weights from elsewhere: give labeled images")
         table = open_data(data, root=root, splits=splits, min_classes=1)
         classifier = _named(str(run), table, weights)
         classifier.model.to(choose_device(device))
@@ -350,10 +346,8 @@ def choose_split(
     return chosen, table if at.all() else table.select(at)
 
 
-def _named(name: str, table: ImageTable, weights: str | Path | None) -> Classifier:
+def _named(name: str, table: ImageTable, weights: str | Path) -> Classifier:
     """A network by name, with weights from elsewhere."""
-    if weights is None:
-        raise UsageError(f"{name} is not a run's folder: to test a network by name, give weights")
     if Path(weights).is_dir():  # a run's folder: images are preprocessed as in that run
         other = load(weights)
         made_with: Any = getattr(other.model, "_model_args", None) or {}

@@ -23,7 +23,7 @@ from regard.data.sources import ImageTable
 from regard.data.splits_file import rows_of, write_splits
 from regard.errors import FileError, StateError, UsageError
 from regard.evaluation import Evaluation, Predictions, evaluate_subgroups, subgroup_columns
-from regard.files import read_npz, reason, write_atomically
+from regard.files import lacking, read_npz, reason, write_atomically
 from regard.log import Heartbeat
 
 RUNS = Path("runs")
@@ -105,6 +105,17 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether that run has finished, with its network written."""
         return self.exists and self._run()["status"] == "finished"
+
+    def require_finished(self) -> None:
+        """Refuses a folder without a finished run.
+
+        Raises:
+            UsageError: there is none; the message says what is there.
+        """
+        if not self.exists:
+            raise UsageError(lacking(self.path, "finished run"))
+        if not self.finished:
+            raise UsageError(f"{self.path} holds a run that has not ended: resume it first")
 
     def refuse_others(self) -> None:
         """Refuses a folder that holds anything but a run that ended before it started.

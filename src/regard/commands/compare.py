@@ -105,8 +105,7 @@ def _aligned(runs: list[Path]) -> tuple[str, list[Any]]:
     read = []
     for path in runs:
         folder = RunFolder(path)
-        if not folder.finished:
-            raise UsageError(f"{path} is not a finished run: train it to the end first")
+        folder.require_finished()
         read.append(folder.read_named())
     split, first = read[0]
     for path, (other, said) in zip(runs, read, strict=True):

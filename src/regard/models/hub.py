@@ -21,7 +21,7 @@ from huggingface_hub import constants
 
 from regard.compat import downloads_in_small_steps
 from regard.errors import FileError, UsageError
-from regard.files import reason
+from regard.files import lacking, reason
 from regard.models.initialization import preserved_rng_state
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -331,7 +331,7 @@ def push_files(folder: Path, repository: str) -> list[Path]:
     """
     _check_name(repository)
     if missing := [n for n in ("config.json", WEIGHTS, "README.md") if not (folder / n).is_file()]:
-        raise UsageError(f"{folder} holds no finished run: it has no {missing[0]}")
+        raise UsageError(lacking(folder, f"finished run: it has no {missing[0]}"))
     return [folder / name for name in FILES if (folder / name).is_file()]
 
 

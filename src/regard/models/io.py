@@ -21,7 +21,7 @@ from torch import nn
 
 from regard.compat import save_config_for_hf
 from regard.errors import FileError, UsageError
-from regard.files import plural, reason, shortened
+from regard.files import lacking, plural, reason, shortened
 from regard.models.hub import FAMILIARITY, PREFIX, snapshot
 from regard.weights import find_shipped, shipped
 
@@ -193,9 +193,10 @@ def network_folder(name: str | Path) -> Path:
     if timm.is_model(str(name)) and not os.path.exists(name):
         raise UsageError(
             f"no weights of {name} come with Regard, only {shortened(shipped(), 8)}; "
-            "train it, or give the folder of a run"
+            "train it, or give a run's folder"
         )
-    raise UsageError(f"{name} holds no trained network (no config.json)")
+    path = str(name).removeprefix("local-dir:")
+    raise UsageError(lacking(path, "trained network (no config.json)", shipped()))
 
 
 def load_model(folder: str | Path) -> tuple[Any, dict[str, Any]]:

@@ -25,7 +25,7 @@ from regard.data.splits_file import read_rows
 from regard.data.table import ImageTable
 from regard.errors import UsageError
 from regard.extras import is_installed
-from regard.files import plural, write_text
+from regard.files import lacking, plural, write_text
 from regard.report.data_page import Pictures
 from regard.report.words import percent
 from regard.run_data import predictions_of
@@ -106,7 +106,7 @@ def runs_below(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
         )  # fmt: skip
         finished = [path for path in below if RunFolder(path).finished]
         if not finished:
-            raise UsageError(f"{folder} holds no finished run")
+            raise UsageError(lacking(folder, "finished run"))
         runs += [path for path in finished if path not in runs]
     return runs
 

@@ -88,8 +88,7 @@ class RunSource:
         self, folder: Path, masks: Path | None = None, device: str = "cpu", precision: str = "fp32"
     ) -> None:
         self.run: RunFolder = RunFolder(folder)
-        if not self.run.finished:
-            raise UsageError(f"{folder} holds no finished run")
+        self.run.require_finished()
         self.plan: dict[str, Any] = self.run.read_plan()
         self.facts: dict[str, Any] = self.run.read_facts()
         self.recipe: dict[str, Any] = self.run.read_recipe()
