@@ -421,6 +421,31 @@ def is_gray(pixels: NDArray[Any]) -> bool:
     return pixels.shape[2] == 1 or bool((pixels[..., 1:] == pixels[..., :1]).all())
 
 
+def opacity(path: str | os.PathLike[str]) -> NDArray[np.uint8] | None:
+    """The alpha channel of an image file, (H, W), upright; None if it has no transparency.
+
+    Only for the files that Pillow reads: None for others.
+
+    Raises:
+        ImageError: it can't be read.
+    """
+    try:
+        if format_of(path) is None:
+            return None
+        with Image.open(path, formats=_formats()) as image:
+            if not image.has_transparency_data:
+                return None
+            image.load()
+            if image.mode.startswith("I;16"):
+                clear = np.asarray(image) == image.info["transparency"]
+                alpha = np.where(clear, 0, 255).astype(np.uint8)
+            else:
+                alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+            return _upright(alpha[..., None], orientation_of(image))[..., 0]
+    except Exception as error:  # decoders raise almost anything for broken files
+        raise ImageError(f"{os.fsdecode(path)}: {_fault(error)}") from error
+
+
 def _gray_alpha_16(content: bytes) -> NDArray[np.uint16]:
     """A PNG of 16-bit gray and alpha, over white; PIL would reduce it to 8 bits.
 

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from regard.cells import number_of
-from regard.data.images import IMAGE_SUFFIXES, read_stored, to_channels
+from regard.data.images import IMAGE_SUFFIXES, opacity, read_stored, to_channels
 from regard.errors import ImageError, UsageError
 from regard.explanations.inputs import Source
 from regard.explanations.pointing import Mask
@@ -31,8 +31,9 @@ class Masks:
     """The masks of images, by the images' names.
 
     Attributes:
-        boxes: left, top, right, bottom in the original's pixels; several form one mask.
-        files: mask images, marked where brighter than half their maximum; several are combined.
+        boxes: left, top, right, bottom in the original's pixels, upright; several form one mask.
+        files: mask images, marked where brighter than half their maximum, and never where they are
+            transparent; several are combined.
         problems: why an image has no usable mask.
         groups: of the images, such as patients, if the table has a column group.
     """
@@ -250,5 +251,9 @@ def _file_problem(image: Source, files: Sequence[Path], source: Path) -> dict[st
 
 
 def _marked(path: Path) -> Mask:
+    """Where a mask image is brighter than half its maximum. Transparent pixels mark nothing."""
     pixels = to_channels(read_stored(path).pixels, 1)[..., 0]
+    alpha = opacity(path)  # `pixels` has white where the file is transparent
+    if alpha is not None:
+        pixels = np.where(alpha > alpha.max() / 2, pixels, 0)
     return pixels > pixels.max() / 2
