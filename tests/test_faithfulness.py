@@ -178,6 +178,24 @@ def test_scores_are_the_same_each_time_and_name_their_controls(images):
         baseline_of(x, "zero")
 
 
+def test_the_center_is_the_center_also_for_maps_of_few_cells():
+    """Of a blob in 2x2 cells all pixels would be equal: the control would be a random order."""
+    x = torch.zeros(1, 1, 64, 64)
+    x[..., 24:40, 24:40] = 1.0  # 256 of 4,096 pixels
+
+    def predict(images):
+        there = images[:, 0, 24:40, 24:40].mean(dim=(1, 2))
+        return torch.stack([there, 1 - there], dim=1)
+
+    target = torch.zeros(1, dtype=torch.long)
+    for cells in (1, 2, 7):
+        maps = {"m": torch.zeros(1, cells, cells)}
+        deletion, insertion = measure(predict, x, maps, target, baseline="mean")[CENTER]
+        # after 2 of 20 steps, 410 pixels, all of the center is gone or there; the mean is 1 / 16
+        np.testing.assert_allclose(deletion[0, 2:], 1 / 16, atol=1e-6)
+        np.testing.assert_allclose(insertion[0, 2:], 1.0, atol=1e-6)
+
+
 def test_the_blurred_baseline_has_no_detail_left(images):
     x, _ = images
     blurred = baseline_of(x)

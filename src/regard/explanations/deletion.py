@@ -5,9 +5,9 @@ removed from the image, or added to a baseline without detail, step by step, and
 of the class is recorded. The better the map shows what the prediction depends on, the faster the
 probability falls (deletion) or rises (insertion). Every map is compared with the same random
 maps, which have the resolution of the finest map, and with a blob in the center, where
-photographers put things. In a random order, the pixels not yet deleted are a random part of the
-image, as are the pixels inserted, so its insertion equals its deletion on average, whatever the
-resolution; fine maps vary least.
+photographers put things, at the resolution of the input. In a random order, the pixels not yet
+deleted are a random part of the image, as are the pixels inserted, so its insertion equals its
+deletion on average, whatever the resolution; fine maps vary least.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -170,7 +170,8 @@ def measure(
     measured = {name: of(values, 0) for name, values in maps.items()}
     noise = [of(random_maps(shape, seed + 1 + k), k) for k in range(repeats)]
     measured[RANDOM] = np.mean(noise, axis=0)
-    measured[CENTER] = of(center_maps(shape), 0)
+    # at the input's size: a map of 2x2 or fewer cells has no center
+    measured[CENTER] = of(center_maps((len(x), x.shape[-2], x.shape[-1])), 0)
     return measured
 
 
