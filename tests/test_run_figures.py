@@ -626,3 +626,24 @@ def test_an_explanation_fits_a_column_with_its_true_class_its_mask_and_named_sca
         boxes = sorted((t.get_window_extent() for t in axes.texts[:3]), key=lambda b: b.x0)
         if len(axes.texts) == 4:
             assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("corner", [(2, 3), (1001, 1994), (1490, 1990)])
+def test_a_small_mask_in_a_large_image_is_outlined_where_it_is(corner):
+    """The outline is drawn on every sixth pixel or so, and a mask may lie between them."""
+    y, x = corner
+    mask = np.zeros((1500, 2000), bool)
+    mask[y : y + 6, x : x + 6] = True
+    shown = Explanation(
+        path="x.png", image=np.zeros((1500, 2000), np.uint8), box=(0, 0, 2000, 1500),
+        classes=[("a", 1.0)], target=("a", 1.0), maps=[], mask=mask,
+    )  # fmt: skip
+    (panel,) = (axes for axes in shown.figure().axes if axes.collections)
+    at = np.concatenate([p.vertices for p in panel.collections[0].get_paths()])
+    image = panel.images[0].get_array()
+    center = (at.min(axis=0) + at.max(axis=0) + 1) / 2 * 1500 / image.shape[0]
+    np.testing.assert_allclose(center, (x + 3, y + 3), atol=2000 / 320)
+    small = shown.reduced(160).mask
+    assert small.shape == (120, 160)
+    assert small[int((y + 3) * 0.08), int((x + 3) * 0.08)]
+    assert small.sum() <= 4

@@ -37,7 +37,7 @@ from regard.errors import ImageError, UsageError
 from regard.explanations.averaging import average_explanations
 from regard.explanations.figure import contact_sheet, explanation_figure
 from regard.explanations.gradcam import check_targets, default_layer, gradcam
-from regard.explanations.overlay import Box, Picture, overlay
+from regard.explanations.overlay import Box, Picture, overlay, shrink_mask
 from regard.explanations.print_style import SOFTWARE, for_print, save
 from regard.explanations.reading import read_to_explain
 from regard.files import plural, write_atomically
@@ -113,7 +113,7 @@ class Explanation:
             size = max(1, round(width * factor)), max(1, round(height * factor))
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
             if mask is not None:
-                mask = np.asarray(Image.fromarray(mask).resize(size))
+                mask = shrink_mask(mask, size[::-1])
         across, down = image.shape[1] / width, image.shape[0] / height
         left, top, right, bottom = self.box
         box = (left * across, top * down, right * across, bottom * down)

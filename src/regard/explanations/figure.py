@@ -26,6 +26,7 @@ from regard.explanations.overlay import (
     has_few_cells,
     overlay,
     resize_image,
+    shrink_mask,
     spread,
     sums_to_one,
 )
@@ -292,8 +293,8 @@ def _outline(axes: Axes, mask: Any, size: tuple[int, int]) -> None:
     """The border of what people marked, white on black."""
     most = 320 / max(mask.shape)
     if most < 1:
-        side = max(1, round(mask.shape[1] * most)), max(1, round(mask.shape[0] * most))
-        mask = np.asarray(Image.fromarray(mask).resize(side))
+        rows, columns = (max(1, round(n * most)) for n in mask.shape)
+        mask = shrink_mask(mask, (rows, columns))
     padded = np.pad(mask.astype(np.float32), 1)  # closes the outline at the image's border
     height, width = mask.shape
     x = (np.arange(-1, width + 1) + 0.5) * size[1] / width - 0.5

@@ -89,6 +89,16 @@ def resize_image(image: ArrayLike, size: tuple[int, int]) -> Picture:
     return np.asarray(picture.resize((width, height), how))
 
 
+def shrink_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """A mask (H, W) at a smaller size (height, width): a pixel is marked if any part of it is.
+
+    So nothing that is marked disappears, however small.
+    """
+    height, width = size
+    shares = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
+    return np.asarray(shares) > 0
+
+
 def has_few_cells(attention: ArrayLike) -> bool:
     """Whether a map (h, w) is so coarse that it is drawn as cells."""
     return np.size(attention) <= FEW_CELLS
