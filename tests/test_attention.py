@@ -13,8 +13,16 @@ import torch
 from torch import nn
 
 import regard
-from regard.attention import attention_kinds, evaluating, record
+from regard.attention import (
+    attention_kinds,
+    attention_stages,
+    evaluating,
+    own_maps,
+    record,
+)
+from regard.explanations.explanation import explain_batch
 from regard.explanations.gradcam import gradcam
+from regard.explanations.overlay import overlay
 from regard.features import inputs_of
 from tests.golden import filled_model
 
@@ -503,6 +511,56 @@ def test_what_another_thread_computes_meanwhile_is_not_recorded():
     with another_thread_within(model.fc, call), inputs_of([model.fc]) as given, torch.no_grad():
         model(x)
     assert [len(features) for features in given] == [1]
+
+
+class Gate(nn.Module):
+    attention_kind = "spatial"
+
+    def forward(self, x):
+        return x.mean(dim=1, keepdim=True).sigmoid()
+
+
+class Block(nn.Module):
+    """A convolution, and a gate on its output."""
+
+    def __init__(self, channels, stride):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(channels, 4, 3, stride, 1), Gate()
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x * self.gate(x)
+
+
+class Flat(nn.Module):
+    """Blocks of two sizes in one sequence, as in many networks of users."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(Block(3, 1), Block(4, 1), Block(4, 2), Block(4, 1))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.blocks(x).mean(dim=(2, 3)))
+
+
+def test_blocks_of_several_sizes_in_one_sequence_have_a_name_for_each_size():
+    torch.manual_seed(0)
+    model, x = Flat().eval(), torch.randn(2, 3, 16, 24)
+    with torch.no_grad(), record(model) as maps:
+        model(x)
+    each = [m.values[:, 0] for m in maps.values()]
+    wanted = {"blocks 16×24": (each[0] + each[1]) / 2, "blocks 8×12": (each[2] + each[3]) / 2}
+    assert [m.name for m in attention_stages(maps, 1)] == list(wanted)
+    found = own_maps(model, x)
+    assert list(found) == list(wanted)
+    for name, values in wanted.items():
+        torch.testing.assert_close(found[name], values)
+    pictures = [np.zeros((16, 24), np.uint8)] * 2
+    shown = explain_batch(model, x, pictures, classes=["a", "b"], methods=["attention"])[0]
+    for name, values in wanted.items():
+        drawn = overlay(pictures[0], values[0].numpy(), box=(0, 0, 24, 16))
+        np.testing.assert_array_equal(shown.overlay(name), drawn)
 
 
 def test_two_threads_do_not_restore_each_others_modes():

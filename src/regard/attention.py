@@ -8,6 +8,7 @@ have this attribute.
 
 import functools
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -279,20 +280,24 @@ def module_maps(maps: AttentionMaps, index: int, *, reduce: Reduce = "mean") -> 
 def group_by_stage(each: Iterable[StageMap]) -> list[StageMap]:
     """Averages the blocks of a stage whose maps have the same kind and size, as with CBAM.
 
-    "mixed" masks stay one per module. This is the only grouping: figures, scores, reports and
-    the server show its maps under its names.
+    "mixed" masks stay one per module. If a stage has blocks with maps of several sizes, as
+    where all blocks of a network form one sequence, the names have the sizes: "blocks 8×8". This is
+    the only grouping: figures, scores, reports and the server show its maps under its names.
     """
     groups: dict[Any, list[StageMap]] = {}
     for m in each:
         alone = m.name if m.kind == "mixed" else ""
         groups.setdefault((m.stage, m.kind, m.values.shape, alone), []).append(m)
+    averaged = Counter((stage, kind) for (stage, kind, *_), of in groups.items() if len(of) > 1)
     grouped = []
-    for (stage, kind, _, _), members in groups.items():
+    for (stage, kind, shape, _), members in groups.items():
         if len(members) == 1:
             grouped += members
             continue
         values = np.mean([m.values for m in members], axis=0)
-        grouped.append(StageMap(stage, kind, values, f"mean of {len(members)} blocks", stage))
+        size = f" {'×'.join(map(str, shape))}" if averaged[stage, kind] > 1 else ""
+        how = f"mean of {len(members)} blocks"
+        grouped.append(StageMap(f"{stage}{size}", kind, values, how, stage))
     return grouped
 
 
