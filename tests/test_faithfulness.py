@@ -442,6 +442,18 @@ def test_a_uniform_map_has_the_energy_of_chance_also_of_a_part_of_the_image():
     assert found.in_view == 1.0
 
 
+def test_a_map_of_zeros_points_nowhere_and_negative_values_hold_no_energy():
+    mask = np.zeros((40, 100), dtype=bool)
+    mask[:, :60] = True
+    found = point(np.zeros((7, 7)), mask)  # Grad-CAM of a class that nothing speaks for
+    assert (found.hit, found.energy, found.iou, found.dice) == (False, 0.0, 0.0, 0.0)
+    assert found.map_box == (0, 0, 0, 0)
+    assert (found.chance, found.in_view) == (0.6, 1.0)
+    signed = np.array([[4.0, -3.9], [4.0, -3.9]]).repeat(20, 0).repeat(50, 1)
+    assert point(signed, mask).energy == 1.0  # the sum is 40 times smaller than its part inside
+    assert point(-signed, mask).energy == 0.2
+
+
 def test_what_is_marked_outside_of_what_the_network_saw_is_no_miss():
     mask = np.zeros((40, 100), dtype=bool)
     mask[10:30, 20:40] = True

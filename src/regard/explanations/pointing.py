@@ -23,7 +23,7 @@ class Pointing:
 
     Attributes:
         hit: whether the map's highest value lies inside the mask.
-        energy: the share of the map's sum that lies inside the mask.
+        energy: the share of the map's sum that lies inside the mask; negative values count as 0.
         chance: the marked share of the area that the map covers: the energy of a uniform map.
         iou, dice: overlap of what the map marks, the pixels above half of its range, with the part
             of the mask that it covers.
@@ -91,10 +91,11 @@ class PointingScore:
 def point(attention: ArrayLike, mask: Mask, *, box: Box | None = None) -> Pointing:
     """The pointing game (Zhang et al., IJCV 2018) and the energy (Wang et al., Score-CAM, 2020).
 
-    Also the overlap of the map, thresholded at half of its range, with the mask.
+    Also the overlap of the map, thresholded at half of its range, with the mask. A map of zeros
+    points nowhere and marks nothing; a uniform one marks all that it covers.
 
     Args:
-        attention: (h, w), at least 0.
+        attention: (h, w).
         mask: (H, W), what people marked, in the original image's pixels.
         box: left, top, right, bottom of what the map covers; the whole image by default.
 
@@ -109,16 +110,18 @@ def point(attention: ArrayLike, mask: Mask, *, box: Box | None = None) -> Pointi
     if not mask[seen].any():
         raise UsageError("what is marked lies outside what the network saw")
     top = np.flatnonzero(seen & (grown == grown[seen].max()))
-    total = float(grown.sum())
-    energy = float(grown[mask].sum()) / total if total > 0 else 0.0
+    positive = grown.clip(min=0.0)
+    total = float(positive.sum())
+    energy = float(positive[mask].sum()) / total if total > 0 else 0.0
     values = np.asarray(attention)
     low, high = float(values.min()), float(values.max())
-    marked = (grown >= low + LEVEL * (high - low)) & seen
+    blank = low == high == 0.0  # as Grad-CAM's of a class that nothing speaks for
+    marked = (grown >= low + LEVEL * (high - low)) & seen & (not blank)
     both, either = int((marked & mask).sum()), int((marked | (mask & seen)).sum())
     return Pointing(
-        hit=bool(mask.flat[top].mean() > 0.5), energy=energy, chance=float(mask[seen].mean()),
-        iou=both / either, dice=2 * both / (both + either), map_box=_box(marked),
-        mask_box=_box(mask), in_view=float(seen[mask].mean()),
+        hit=not blank and bool(mask.flat[top].mean() > 0.5), energy=energy,
+        chance=float(mask[seen].mean()), iou=both / either, dice=2 * both / (both + either),
+        map_box=_box(marked), mask_box=_box(mask), in_view=float(seen[mask].mean()),
     )  # fmt: skip
 
 
