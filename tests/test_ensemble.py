@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import regard
+from regard.attention import StageMap
 from regard.cli import run_command
 from regard.data.preprocess import Flips, Preprocess
 from regard.ensemble import Ensemble
 from regard.evaluation import Predictions, average
 from regard.evaluation.familiarity import FILE
+from regard.explanations.averaging import average_explanations
+from regard.explanations.explanation import Explanation
 from regard.run_data import with_common_paths
 from tests.helpers import rows_of
 
@@ -261,6 +264,18 @@ def test_an_ensemble_shows_the_mean_of_its_networks_maps(scans):
     cropped = Ensemble([one, network(32, ["0", "1", "2"], "crop")], ["one", "two"])
     with pytest.raises(ValueError, match="different parts of the image"):
         cropped.explain(wide)
+
+
+def test_each_map_of_a_mean_counts_equally_whatever_its_sign():
+    def shown(values):
+        maps = [StageMap("gate", "spatial", np.array(values, np.float32), "", "gate")]
+        return Explanation(
+            path="x", image=np.zeros((4, 4), np.uint8), box=(0, 0, 4, 4), classes=[("a", 1.0)],
+            target=("a", 1.0), maps=maps,
+        )  # fmt: skip
+
+    both = average_explanations([shown([[-1, -4], [-2, -3]]), shown([[0, 5], [0, 0]])], [("a", 1)])
+    assert both.maps[0].values.tolist() == [[-0.125, 0.0], [-0.25, -0.375]]
 
 
 def test_a_mirrored_network_is_explained_on_the_image_as_it_is(whole, scans):

@@ -1,9 +1,9 @@
 """The explanation of an ensemble: the mean of its members' maps.
 
-All members explain the same class. Each map is divided by its own maximum, so that every member
-counts equally whatever the scale of its attention, upsampled to the finest grid, and averaged.
-Maps that not all members have, as with networks of different kinds, are left out of the mean;
-`Explanation.members` has each member's own maps.
+All members explain the same class. Each map is divided by its own largest magnitude, so that
+every member counts equally whatever the scale of its attention, upsampled to the finest grid, and
+averaged. Maps that not all members have, as with networks of different kinds, are left out of the
+mean; `Explanation.members` has each member's own maps.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,8 @@ def _named(explanation: "Explanation", name: str) -> StageMap:
 
 def _mean(maps: Sequence[StageMap]) -> StageMap:
     size = tuple(max(m.values.shape[axis] for m in maps) for axis in (0, 1))
-    scaled = [_enlarged(m.values / max(float(m.values.max()), 1e-12), size) for m in maps]
+    largest = [max(float(np.abs(m.values).max()), 1e-12) for m in maps]
+    scaled = [_enlarged(m.values / by, size) for m, by in zip(maps, largest, strict=True)]
     values: NDArray[np.float32] = np.mean(scaled, axis=0).astype(np.float32)
     how = f"mean of {len(maps)} networks"
     return replace(maps[0], values=values, reduction=how)
