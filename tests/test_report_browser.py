@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 import regard
+from regard.attention import StageMap
 from regard.data.images import read_image
 from regard.errors import UsageError
 from regard.explanations.overlay import overlay
 from regard.report import MAX_BYTES
-from regard.report.browse import Browser, _rounded, browser_of
+from regard.report.browse import Browser, _map, _rounded, browser_of
 from regard.report.build import report_run
 from regard.report.source import RunSource, choose
 
@@ -44,6 +45,20 @@ def data_of(folder):
                                           (0.25, 0.25)])  # fmt: skip
 def test_what_only_rounds_to_0_or_1_is_stored_as_neither(p, stored):
     assert _rounded(p) == stored
+
+
+def test_a_map_that_is_stored_smaller_has_the_colors_of_its_stated_range():
+    values = np.zeros((128, 128), np.float32)
+    values[::2, ::2] = 1.0  # 0.25 in each of the 2 x 2 cells that become one
+    values[:2, :2] = 1.0
+    values[2:4, :2] = 0.0
+    stored = _map(StageMap("gate", "spatial", values, "", "gate"))
+    assert (stored["size"], stored["cells"]) == ([64, 64], "128×128")
+    assert stored["range"].startswith("attention 0.00–1.00")
+    levels = np.frombuffer(base64.b64decode(stored["values"]), np.uint8).reshape(64, 64)
+    assert (levels[0, 0], levels[1, 0], levels[2, 2]) == (255, 0, 64)
+    even = _map(StageMap("gate", "spatial", np.tile([[0, 1], [1, 0]], (64, 64)), "", "gate"))
+    assert set(base64.b64decode(even["values"])) == {128}  # not 0, nothing: it is 0.5 everywhere
 
 
 def test_every_test_image_is_listed_with_its_name_answer_and_thumbnail(marked):

@@ -171,11 +171,11 @@ def _detail(shown: Explanation) -> dict[str, Any]:
 
 def _map(m: StageMap) -> dict[str, Any]:
     values = np.asarray(m.values, np.float32)
+    low, high = float(values.min()), float(values.max())  # what `range` says, also if reduced
     if max(values.shape) > _MAP_SIDE:
         factor = _MAP_SIDE / max(values.shape)
         size = max(1, round(values.shape[1] * factor)), max(1, round(values.shape[0] * factor))
         values = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BOX))
-    low, high = float(values.min()), float(values.max())
     flat = high - low <= 1e-6 * max(abs(low), abs(high))
     relative = np.zeros_like(values) if flat else (values - low) / (high - low)
     return {
