@@ -69,6 +69,24 @@ def test_a_mask_with_alpha_is_turned_upright(orientation, tmp_path, monkeypatch)
     np.testing.assert_array_equal(read(tmp_path / "masks"), INSIDE)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_an_image_of_several_labels_is_no_mask(dtype, tmp_path, monkeypatch):
+    """Above half of the maximum lies label 2 alone, and label 1 in an image without a 2."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "masks").mkdir()
+    labels = INSIDE.astype(dtype)
+    Image.fromarray(labels).save("masks/photo.png")
+    np.testing.assert_array_equal(read(tmp_path / "masks"), INSIDE)
+    labels[3, 5] = 2
+    Image.fromarray(labels).save("masks/photo.png")
+    with pytest.raises(ValueError, match=r"photo\.png holds the labels 0, 1, 2: a mask has two"):
+        read(tmp_path / "masks")
+    shades = np.where(INSIDE, 200, 0).astype(dtype)
+    shades[3, 5] = 120  # the soft edge of a drawn mask
+    Image.fromarray(shades).save("masks/photo.png")
+    np.testing.assert_array_equal(read(tmp_path / "masks"), INSIDE)
+
+
 def test_a_mask_of_black_on_clear_marks_nothing_and_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "masks").mkdir()

@@ -23,6 +23,7 @@ from regard.files import shortened
 
 Corners = tuple[float, float, float, float]
 _COLUMNS = ("path", "x0", "y0", "x1", "y1")
+_LABELS = 32  # whole numbers below this are numbers of labels, not shades
 _MASK = re.compile(r"(.+?)[ _.-](?:mask|seg|gt|label)s?(?:[ _-]?\d+)?$", re.IGNORECASE)
 
 
@@ -251,9 +252,18 @@ def _file_problem(image: Source, files: Sequence[Path], source: Path) -> dict[st
 
 
 def _marked(path: Path) -> Mask:
-    """Where a mask image is brighter than half its maximum. Transparent pixels mark nothing."""
+    """Where a mask image is brighter than half its maximum. Transparent pixels mark nothing.
+
+    Raises:
+        ImageError: it can't be read, or holds the numbers of several labels.
+    """
     pixels = to_channels(read_stored(path).pixels, 1)[..., 0]
     alpha = opacity(path)  # `pixels` has white where the file is transparent
     if alpha is not None:
         pixels = np.where(alpha > alpha.max() / 2, pixels, 0)
+    if pixels.dtype.kind in "iu" and pixels.max() < _LABELS:
+        values = np.unique(pixels).tolist()
+        if len(values) > 2:
+            some = shortened([str(v) for v in values])
+            raise ImageError(f"{path} holds the labels {some}: a mask has two values, or shades")
     return pixels > pixels.max() / 2
