@@ -234,7 +234,6 @@ def test_own_weights_are_taken_for_images_of_their_channels(elsewhere, table):  
     one = started("attention92_cifar", table, 32, AUTO.changed(channels=1), **own)
     assert one.weights is None
     assert "they are for images of 3 channels" in one.words
-    assert started("attention92_cifar", table, 32, in_chans=1, **own).weights is None
 
 
 def test_own_weights_that_saw_the_images_are_not_taken(elsewhere, table):  # noqa: F811

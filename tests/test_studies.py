@@ -946,6 +946,60 @@ def test_runs_of_other_data_are_not_passed_off(edited, scans):
     assert "0/00.png has another content in each" in err.splitlines()[-1]
 
 
+def test_images_that_changed_their_split_are_told(edited, scans):
+    """Of a CSV file that gives all of them, and of one that now gives those that were drawn."""
+    few = sorted(scans.rglob("*.png"))[::4]
+
+    def listed(split) -> None:
+        rows = [f"{p},{p.parent.name},{split(i)}\n" for i, p in enumerate(few)]
+        Path("few.csv").write_text("path,label,split\n" + "".join(rows), encoding="utf-8")
+
+    words = ("--steps", "1", "--rows", "A", "--seeds")
+    for before, after in (
+        (lambda i: ("train", "val", "test")[i % 3], lambda i: ("val", "train", "test")[i % 3]),
+        (lambda i: "", lambda i: ("train", "val", "test")[i % 3]),
+    ):
+        listed(before)
+        assert edited(*words, "1", data="few.csv")[0] == 0
+        assert edited(*words, "1", data="few.csv")[0] == 0
+        listed(after)
+        for seeds in ("1", "2"):
+            code, err = edited(*words, seeds, data="few.csv")
+            assert code == 2
+            assert re.search(r"before the data changed \(the split of .* was \w+ and is \w+\)", err)
+        assert not Path("my st/runs/a/seed-1").exists()
+        shutil.rmtree("my st")
+
+
+def test_rows_of_other_input_channels_are_told(edited):
+    words = ("--steps", "1", "--rows", "A", "--seeds")
+    assert edited(*words, "1", s=("[4, 8", "[4, 8"))[0] == 0
+    code, err = edited(*words, "2", s=("channels = [4", "in_chans = 3, channels = [4"))
+    assert code == 2
+    assert "channels=1, and this call asks for channels=3" in err.splitlines()[-1]
+    # the channels of its images, by name
+    assert edited(*words, "1", s=("channels = [4", "in_chans = 1, channels = [4"))[0] == 0
+    code, err = edited(
+        *words, "1", "--channels", "3", s=("channels = [4", "in_chans = 1, channels = [4")
+    )
+    assert code == 2
+    assert "row 'A': in_chans=1 and channels=3: give one of them" in err
+
+
+def test_a_schedule_edited_while_a_run_was_stopped_is_told(edited):
+    """Its length is known from its splits: nothing of it is measured yet."""
+    words = ("--steps", "6", "--rows", "A", "--seeds")
+    assert edited(*words, "1")[0] == 0
+    path = Path("my st/runs/a/seed-0/run.json")
+    content = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**content, "status": "running", "facts": {}}), encoding="utf-8")
+    for was, now in (("[1]", "[2]"), ("[1]", "[1.004]")):
+        code, err = edited(*words, "2", r=(was, now))
+        assert code == 2
+        assert "milestones=2, and this call asks for milestones=" in err.splitlines()[-1]
+    assert not Path("my st/runs/a/seed-1").exists()
+
+
 def test_images_that_came_after_a_limited_run_are_told(edited, scans):
     """They would have been chosen among, so the next run would train on others."""
     shutil.copytree(scans, "few")

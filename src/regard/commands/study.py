@@ -182,6 +182,7 @@ def _asked(table: "Table", data: str, train: TrainFlags, flags: Any) -> "dict[st
             is trained; or a flag is given for what a row sets.
     """
     from regard.commands.study_runs import Asked
+    from regard.training.config import with_channels
     from regard.training.plan import choose_model
     from regard.training.recipe_files import load_recipe
 
@@ -194,15 +195,16 @@ def _asked(table: "Table", data: str, train: TrainFlags, flags: Any) -> "dict[st
         if fixed := sorted(_SET_BY.keys() & row.changes.keys()):
             by = _SET_BY[fixed[0]]
             raise UsageError(f"row {row.name!r}: changes can't set {fixed[0]}, {by} sets it")
-        base, changes = load_recipe(row.recipe or table.recipe), {**row.changes, **given}
+        base = load_recipe(row.recipe or table.recipe)
+        # as the run's command line reads them
+        read = parse_arguments([f"{k}={v}" for k, v in row.arguments.items()])
         try:
-            choose_model(row.network, base.changed(**changes), row.arguments)
+            arguments, changes = with_channels(read, {**row.changes, **given})
+            choose_model(row.network, base.changed(**changes), arguments)
         except UsageError as error:
             raise UsageError(f"row {row.name!r}: {error}") from error
         found[row.name] = Asked(
-            network=row.network, base=base, data=data, changes=changes,
-            # as the run's command line reads them
-            arguments=parse_arguments([f"{k}={v}" for k, v in row.arguments.items()]),
+            network=row.network, base=base, data=data, changes=changes, arguments=arguments,
             root=None if train.root is None else str(train.root), splits=train.splits,
             weights=None if train.weights is None else str(train.weights),
         )  # fmt: skip

@@ -4,13 +4,11 @@ A recipe's file, a study's file or a flag may have changed since a run was train
 may be the same, or nowhere any more. Its folder has every value that it was trained with.
 """
 
-import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -26,12 +24,18 @@ from regard.studies.facts import OF_THE_MACHINE, shown
 from regard.studies.plan import PlannedRun
 from regard.studies.runner import is_finished
 from regard.training.config import Recipe, fields_of
-from regard.training.plan import choose_model, choose_splits, fit_schedule, is_scaled, plain_twin
+from regard.training.plan import (
+    SCALED,
+    choose_model,
+    choose_splits,
+    plain_twin,
+    scale_schedule,
+    together,
+)
 from regard.training.recipe_files import load_recipe
 from regard.training.start import full_name, network_of
 
-_FROM_DATA = ("in_chans", "img_size", "stem")  # arguments that a run chooses by its images
-_CLOSE = 0.01  # relative: the images that can't be read are not counted when a run is planned
+_FROM_DATA = ("img_size", "stem")  # arguments that a run chooses by its images
 
 _Difference = tuple[str, Any, Any]  # name, the run's value, the other value
 
@@ -113,17 +117,21 @@ class _Opened:
         self._contents |= {some.key(i): content for i, content in enumerate(hashes.tolist())}
         return self._contents
 
-    def limited(self, recipe: Recipe) -> ImageTable:
-        """The images that a run with a limit trains and tests on."""
+    def chosen(self, recipe: Recipe) -> ImageTable:
+        """The images that a run with this recipe trains and tests on, with their splits."""
         names = ("limit", "split_seed", "val", "test", "fold", "keep_together")
         values = tuple(getattr(recipe, name) for name in names)
         if values not in self._chosen:
-            self._chosen[values] = choose_splits(self.table, recipe)
+            self._chosen[values] = choose_splits(self.table, recipe, lambda _: self._together)
         return self._chosen[values]
+
+    @cached_property
+    def _together(self) -> ImageTable:
+        return together(self.table)  # once for all folds
 
 
 def _check_images(run: PlannedRun, images: _Opened, rows: Sequence[Row], *, more: bool) -> None:
-    """That the run's images still are those of the data, with the same labels and groups.
+    """That the run's images still are those of the data, with the same labels, groups and splits.
 
     Args:
         run: was started.
@@ -135,22 +143,28 @@ def _check_images(run: PlannedRun, images: _Opened, rows: Sequence[Row], *, more
         UsageError: they are not.
     """
     table, recipe = images.table, load_recipe(run.folder / "recipe.toml")
-    if recipe.limit:
+    regrouped = (table.groups is None) != (not any(row.group for row in rows))
+    if regrouped and more:
+        now = "no groups" if table.groups is None else "groups"
+        raise _changed(run, f"{table.name} has {now} now")
+    # near-duplicates are found by looking at every image
+    resplit = bool(rows) and not regrouped and (more or not recipe.keep_together)
+    if recipe.limit or resplit:
         try:
-            table = images.limited(recipe)  # others, if there are more images now
+            table = images.chosen(recipe)  # others, if there are more images now
         except UsageError as error:
             raise _changed(run, str(error)) from error
-    if (table.groups is None) != (not any(row.group for row in rows)):
-        if more:
-            now = "no groups" if table.groups is None else "groups"
-            raise _changed(run, f"{table.name} has {now} now")
+    if regrouped:
         table = replace(table, groups=None)
     try:
-        read_splits(table, run.folder / "splits.csv")
+        before = read_splits(table, run.folder / "splits.csv").splits
     except UsageError as error:
         if not _same_contents(rows, table):  # files may have been moved
             raise _changed(run, str(error)) from error
         return
+    for i in np.flatnonzero(before != table.splits)[:1].tolist() if resplit else ():
+        was, now = before[i] or "none", table.splits[i] or "none"
+        raise _changed(run, f"the split of {table.key(i)} was {was} and is {now}")
     found = images.contents(row.key for row in rows) if more else {}
     for row in rows:
         if found.get(row.key) and row.content and row.content != found[row.key]:
@@ -186,56 +200,40 @@ def _differences(run: PlannedRun, asked: Asked) -> Iterator[_Difference]:
         yield "root", plan.get("root"), asked.root
     if plan.get("reading", asked.splits) != asked.splits:
         yield "splits", plan["reading"], asked.splits
-    yield from _of_the_network(stored, wanted, asked)
+    yield from _of_the_network(plan, wanted, asked)
     yield from _of_the_start(plan, wanted, asked)
-    done = folder.read_facts().get("counts", {}).get("train")
+    planned: list[Recipe] = []
     for f in fields_of():
         was, now = getattr(stored, f.name), getattr(wanted, f.name)
         if f.name in ("seed", "pretrained", *OF_THE_MACHINE):
             continue
-        if f.name in ("milestones", "warmup") and f.name not in asked.changes and (was or now):
-            if done is None and is_scaled(f.name, was, now):
-                continue
-            now = _scheduled(f.name, wanted, asked, done, plan)
-            if _close(was, now):
-                continue
+        if f.name == "channels" and now is not None:  # which in_chans gave to older runs
+            was = plan["preprocess"]["input_size"][0]
+        if f.name in SCALED and f.name not in asked.changes and (was or now):
+            planned = planned or [_planned(folder, wanted, asked)]
+            now = getattr(planned[0], f.name)
         if was != now:
             yield f.name, was, now
 
 
-def _scheduled(
-    name: str, wanted: Recipe, asked: Asked, images: int | None, plan: Mapping[str, Any]
-) -> Any:
-    """A value of the schedule, in proportion to the run's length; as it is without `images`."""
-    if images is None:
-        return getattr(wanted, name)
-    log = logging.getLogger(fit_schedule.__module__)
-    before, log.disabled = log.disabled, True  # the run said it when it was planned
-    try:
-        processes = plan.get("processes", 1)
-        return getattr(fit_schedule(wanted, asked.base, asked.changes, images, processes), name)
-    finally:
-        log.disabled = before
+def _planned(folder: RunFolder, wanted: Recipe, asked: Asked) -> Recipe:
+    """The recipe with its schedule in proportion to the run's length."""
+    images = sum(row.split == "train" for row in read_rows(folder.path / "splits.csv"))
+    processes = folder.read_plan().get("processes", 1)
+    return scale_schedule(wanted, asked.base, asked.changes, images, processes)[0]
 
 
-def _close(was: Any, now: Any) -> bool:
-    one, other = (v if isinstance(v, tuple) else (v,) for v in (was, now))
-    return len(one) == len(other) and all(
-        math.isclose(a, b, rel_tol=_CLOSE) for a, b in zip(one, other, strict=True)
-    )
-
-
-def _of_the_network(stored: Recipe, wanted: Recipe, asked: Asked) -> Iterator[_Difference]:
-    if stored.model is None:
+def _of_the_network(plan: Mapping[str, Any], wanted: Recipe, asked: Asked) -> Iterator[_Difference]:
+    if plan.get("model") is None:
         return
     network, arguments = choose_model(
         asked.network, wanted, asked.arguments, network_of(asked.weights, asked.network)
     )
-    if stored.model not in (network, plain_twin(network)):  # `choose_stem` makes it the twin
-        yield "model", stored.model, network
-    for name in {**stored.model_args, **arguments}:
-        was, now = (_listed(a.get(name)) for a in (stored.model_args, arguments))
-        if was == now or name == "in_chans" or (name in _FROM_DATA and now is None):
+    if plan["model"] not in (network, plain_twin(network)):  # `choose_stem` makes it the twin
+        yield "model", plan["model"], network
+    for name in {**plan["model_args"], **arguments}:
+        was, now = (_listed(a.get(name)) for a in (plan["model_args"], arguments))
+        if was == now or (name in _FROM_DATA and now is None):
             continue
         yield name, was, now
 

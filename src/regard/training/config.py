@@ -50,7 +50,8 @@ class Recipe:
 
     Attributes:
         size: (height, width); a single number stands for both.
-        model, model_args: the network and its arguments, a TOML file's [model] table.
+        model, model_args: the network and its arguments, a TOML file's [model] table. Its in_chans
+            is another name of `channels`, and is kept there.
         random_start: values that apply when the weights start at random, the [random_start] table;
             `for_start` applies them. They belong together: `changed` drops all of them if it sets
             one of them to another value, or if one of them is unused with the other values.
@@ -302,6 +303,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "random_start", _checked_table(self.random_start))
+        arguments, values = with_channels(self.model_args, {"channels": self.channels})
+        object.__setattr__(self, "model_args", arguments)
+        object.__setattr__(self, "channels", values["channels"])
         for f in fields_of():
             value = convert(f.name, getattr(self, f.name), _HINTS[f.name])
             check(f.name, value, _HINTS[f.name])
@@ -471,6 +475,22 @@ def _check_weights(name: str, text: str) -> None:
         raise UsageError(f"{name}: {last!r} has a weight that is not a number") from None
     if not 0 <= weight < math.inf:
         raise UsageError(f"{name}: {last!r}: give a weight of at least 0")
+
+
+def with_channels(
+    arguments: Mapping[str, Any], values: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A network's arguments without in_chans, and a recipe's values with it as their `channels`.
+
+    Raises:
+        UsageError: both are given, and differ.
+    """
+    arguments, values = dict(arguments), dict(values)
+    if (own := arguments.pop("in_chans", None)) is None:
+        return arguments, values
+    if values.get("channels") not in (None, own):
+        raise UsageError(f"in_chans={own} and channels={values['channels']}: give one of them")
+    return arguments, {**values, "channels": own}
 
 
 def fields_of() -> list[dataclasses.Field[Any]]:

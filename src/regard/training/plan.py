@@ -32,6 +32,7 @@ log: logging.Logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "cbam_resnet18"
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
 CIFAR_STEM_UP_TO = 48  # pixels; timm's weights are for larger images
+SCALED = ("milestones", "warmup")  # the lengths in a recipe that follow the run's
 CPU_SIZE = 128  # the largest size chosen without a GPU; --size overrides it
 
 
@@ -105,12 +106,11 @@ def choose_preprocess(
     # gray images are repeated; color is dropped only on request
     wanted = max(seen.channels, start_channels(height, seen.channels))
     channels = recipe.channels or wanted
-    in_chans = int(arguments.pop("in_chans", channels))
-    mean, std = (0.5,) * in_chans, (0.25,) * in_chans
-    if cfg is not None and len(cfg.mean) == in_chans:
+    mean, std = (0.5,) * channels, (0.25,) * channels
+    if cfg is not None and len(cfg.mean) == channels:
         mean, std = tuple(cfg.mean), tuple(cfg.std)
     preprocess = Preprocess(
-        input_size=(in_chans, height, width), mean=mean, std=std, resize=recipe.resize,
+        input_size=(channels, height, width), mean=mean, std=std, resize=recipe.resize,
         crop_pct=recipe.crop_pct if recipe.resize == "crop" else 1.0,
         normalization="image" if recipe.normalization == "image" else "fixed",
         value_range=seen.value_range, resize_first=recipe.resize_first,
@@ -202,7 +202,17 @@ def choose_steps(recipe: Recipe, images: int, processes: int) -> int:
 def fit_schedule(
     recipe: Recipe, base: Recipe, given: Container[str], images: int, processes: int
 ) -> Recipe:
-    """The recipe with the milestones and warm-up of `base` scaled to its own length.
+    """As `scale_schedule`; what is scaled is logged."""
+    fitted, words = scale_schedule(recipe, base, given, images, processes)
+    if words:
+        log.info(words)
+    return fitted
+
+
+def scale_schedule(
+    recipe: Recipe, base: Recipe, given: Container[str], images: int, processes: int
+) -> tuple[Recipe, str]:
+    """The recipe with the milestones and warm-up of `base` scaled to its own length; in words.
 
     If a run is a tenth as long as the base recipe's, its learning rate falls at a tenth of the base
     recipe's milestones. Values that were given are not scaled.
@@ -211,8 +221,11 @@ def fit_schedule(
         recipe: with the changes.
         base: without them.
         given: names of the changed fields.
-        images: number of training images.
+        images: number of training images, whether or not they can be read.
         processes: number of processes that train.
+
+    Returns:
+        The recipe, and what was scaled; "" if nothing was.
 
     Raises:
         UsageError: milestones or a warm-up that are not scaled do not end before the run.
@@ -222,7 +235,7 @@ def fit_schedule(
     end = _length(recipe, recipe.schedule_unit, images, processes)
     whole = _length(sized, base.schedule_unit, images, processes)
     changes: dict[str, Any] = {}
-    for name in ("milestones", "warmup"):
+    for name in SCALED:
         value = getattr(recipe, name)
         last = max(value, default=0.0) if isinstance(value, tuple) else value
         if name not in given and last < whole:
@@ -231,13 +244,14 @@ def fit_schedule(
             shown = _listed(value)
             raise UsageError(f"{name}={shown}: the run ends after {end:.6g} {recipe.schedule_unit}")
     changed = [n for n, value in changes.items() if value != getattr(recipe, n)]
-    if changed:
-        parts = [f"{n} {_listed(getattr(recipe, n))} -> {_listed(changes[n])}" for n in changed]
-        log.info(
-            f"schedule scaled to {end:.6g} {recipe.schedule_unit} (the recipe: {whole:.6g} "
-            f"{base.schedule_unit}): {'; '.join(parts)}"
-        )
-    return recipe.changed(**{n: changes[n] for n in changed})
+    if not changed:
+        return recipe, ""
+    parts = [f"{n} {_listed(getattr(recipe, n))} -> {_listed(changes[n])}" for n in changed]
+    words = (
+        f"schedule scaled to {end:.6g} {recipe.schedule_unit} (the recipe: {whole:.6g} "
+        f"{base.schedule_unit}): {'; '.join(parts)}"
+    )
+    return recipe.changed(**{n: changes[n] for n in changed}), words
 
 
 def _scaled(value: Any, scale: float) -> Any:
@@ -256,25 +270,6 @@ def _length(recipe: Recipe, unit: str, images: int, processes: int) -> float:
     if recipe.steps is not None:
         return recipe.steps / step_plan(recipe, images, processes).an_epoch
     return choose_epochs(recipe, images)
-
-
-def is_scaled(name: str, was: Any, now: Any) -> bool:
-    """Whether a resumed run's value `was` may be the requested `now`, scaled by `fit_schedule`."""
-    if name == "warmup":
-        return bool(was) and bool(now)
-    if name != "milestones" or len(was) != len(now):
-        return False
-    return all(math.isclose(a * now[-1], b * was[-1]) for a, b in zip(was, now, strict=True))
-
-
-def own_recipe(
-    recipe: Recipe, name: str, arguments: Mapping[str, Any], preprocess: Preprocess
-) -> Recipe:
-    """The recipe with the run's network filled in, so that it trains the same network again."""
-    own = dict(arguments)
-    if "in_chans" in recipe.model_args:  # not an argument any more, but the input's channels
-        own["in_chans"] = preprocess.input_size[0]
-    return recipe.changed(model=name, model_args=own)
 
 
 def check_batch(model: nn.Module, recipe: Recipe, images: int) -> None:
@@ -405,10 +400,24 @@ def precision_note(precision: str, device: torch.device) -> str | None:
     return f"note: this {what} emulates {precision}: fp32 may be faster"
 
 
-def choose_splits(table: ImageTable, recipe: Recipe) -> ImageTable:
+def together(table: ImageTable) -> ImageTable:
+    """The table with near-duplicates in one group, as keep_together splits it."""
+    return grouped_by_content(table, Heartbeat("images compared"))
+
+
+def choose_splits(
+    table: ImageTable,
+    recipe: Recipe,
+    together: Callable[[ImageTable], ImageTable] = together,
+) -> ImageTable:
     """The table with missing splits added, or with the recipe's fold as its test split.
 
     `recipe.limit` reduces the training images to that many; the other splits stay whole.
+
+    Args:
+        table: all images.
+        recipe: the run's.
+        together: groups near-duplicates, which looks at every image.
 
     Raises:
         UsageError: see `assign_splits` and `assign_folds`; or the limit is below the number of
@@ -416,7 +425,7 @@ def choose_splits(table: ImageTable, recipe: Recipe) -> ImageTable:
     """
     groups = table.groups
     if recipe.keep_together:
-        table = grouped_by_content(table, Heartbeat("images compared"))
+        table = together(table)
     if recipe.fold_of is None:
         table = assign_splits(table, val=recipe.val, test=recipe.test, seed=recipe.split_seed)
     else:

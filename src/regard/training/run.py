@@ -34,7 +34,7 @@ from regard.runs import RunFolder
 from regard.training.build import build_loader, build_model, build_trainer, settle_norms
 from regard.training.checkpoint import KEPT, Checkpoints
 from regard.training.compile import choose_compiled
-from regard.training.config import Recipe
+from regard.training.config import Recipe, with_channels
 from regard.training.distributed import (
     Ranks,
     Requests,
@@ -95,12 +95,13 @@ def train(
         base = on_main(  # only the first process may have the file
             accelerator, lambda: recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         )
+        arguments, changes = with_channels(model_args or {}, changes)
         chosen = base.changed(**changes)
         asked = Request(
             data=str(data), model=model, recipe=chosen,
             weights=None if weights is None else str(weights),
             root=None if root is None else str(root), splits=splits,
-            model_args=dict(model_args or {}), base=base,
+            model_args=arguments, base=base,
             changes={name: getattr(chosen, name) for name in changes},  # as the recipe has them
             has_recipe=not (isinstance(recipe, str) and recipe == "quick"),
         )  # fmt: skip
@@ -274,7 +275,7 @@ class Run:
         return trainer, chosen
 
     def _start(self, chosen: dict[str, Any]) -> None:
-        text = recipe_toml(self.plan.recipe, self.plan.header())
+        text = recipe_toml(self.plan.recipe, self.plan.header(self.table.reading))
         plan = dataclasses.asdict(self.plan)
         if not self.resumed:
             write_start(self.folder.path, plan)

@@ -13,20 +13,21 @@ import numpy as np
 from regard.called import command_words
 from regard.data.preprocess import Preprocess
 from regard.data.sources import NAMES, ImageTable, open_data
+from regard.data.splits_file import read_rows
 from regard.errors import UsageError
 from regard.files import plural
 from regard.models._common import as_json
 from regard.runs import RunFolder
 from regard.training.config import Recipe
 from regard.training.plan import (
+    SCALED,
     choose_model,
     choose_preprocess,
     choose_splits,
     choose_stem,
     fit_schedule,
-    is_scaled,
-    own_recipe,
     plain_twin,
+    scale_schedule,
 )
 from regard.training.recipe_files import load_recipe
 from regard.training.start import (
@@ -124,13 +125,20 @@ class Plan:
         inserted = self.recipe.graft
         return self.model if inserted == "none" else f"{self.model} + {inserted.upper()}"
 
-    def header(self) -> str:
-        """The comment at the top of the run's recipe.toml: a description and the command."""
+    def header(self, splits: str = "auto") -> str:
+        """The comment at the top of the run's recipe.toml: a description and the command.
+
+        Args:
+            splits: how the data was read, as for `open_data`.
+        """
         of = f"{self.network} on {self.data}"
         first = f"The recipe of this run (run.json has what the machine decided): {of}"
-        start = "" if self.weights is None else f" --weights {shlex.quote(self.weights)}"
-        again = f"regard train {shlex.quote(self.data)} --recipe THIS_FILE{start}"
-        made = f"regard {shlex.join(words)}" if (words := command_words()) else again
+        words = ["regard", "train", self.data, "--recipe", "THIS_FILE"]
+        words += ["--weights", self.weights] if self.weights is not None else []
+        words += ["--root", self.root] if self.root is not None else []
+        words += ["--splits", splits] if splits != "auto" else []
+        again = shlex.join(words)
+        made = f"regard {shlex.join(called)}" if (called := command_words()) else again
         return f"{first}\n{made}\nThe same run again: {again}"
 
 
@@ -172,7 +180,9 @@ def new_plan(asked: Request, processes: int) -> tuple[Plan, ImageTable]:
     recipe = recipe.changed(pretrained="yes" if start.pretrained else "no")
     recipe = recipe.for_start(start.random)
     images = int(np.count_nonzero(table.splits == "train"))
-    recipe = own_recipe(recipe, name, arguments, preprocess)
+    # its own network, so that it trains the same one again; of another size, if one is given
+    own = {k: v for k, v in arguments.items() if k != "img_size" or recipe.size is None}
+    recipe = recipe.changed(model=name, model_args=own)
     recipe = fit_schedule(recipe, asked.base, asked.changes, images, processes)
     plan = Plan(
         asked.data, asked.root, name, arguments, start.weights, start.pretrained, recipe,
@@ -192,16 +202,20 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
     if asked.has_recipe:
         random = not stored["pretrained"] and stored["weights"] is None
         wanted = asked.recipe.for_start(random)
+        if any(getattr(wanted, name) for name in SCALED):
+            images = sum(row.split == "train" for row in read_rows(folder.path / "splits.csv"))
+            then = stored.get("processes", processes)
+            wanted, _ = scale_schedule(wanted, asked.base, asked.changes, images, then)
         given = {f.name: getattr(wanted, f.name) for f in dataclasses.fields(Recipe)}
     model = asked.model or stored["model"]
     if plain_twin(model) == stored["model"]:  # the network that choose_stem replaced it by
         model = stored["model"]
-    then = stored["weights"] and full_name(stored["weights"])
+    start = stored["weights"] and full_name(stored["weights"])
     now: dict[str, tuple[Any, Any]] = {
         # a folder or file may have moved: its images are compared afterwards
         "data": (stored["data"], same_place(stored, asked.data)),
         "model": (stored["model"], model),
-        "weights": (then, full_name(asked.weights) if asked.weights else then),
+        "weights": (start, full_name(asked.weights) if asked.weights else start),
     }
     if given.pop("pretrained", "auto") == "yes":  # auto was resolved when the run was started
         now["pretrained"] = ("yes" if stored["pretrained"] else "no", "yes")
@@ -209,10 +223,9 @@ def resumed_plan(folder: RunFolder, asked: Request, processes: int) -> Plan:
         name: (getattr(recipe, name), value)
         for name, value in given.items()
         if name not in ("model", "model_args", *OPERATIONAL)
-        # a recipe's schedule was scaled to the run's length; one that is given was not
-        and (name in asked.changes or not is_scaled(name, getattr(recipe, name), value))
     }
-    now |= {name: (recipe.model_args.get(name), value) for name, value in asked.model_args.items()}
+    own = stored["model_args"]
+    now |= {name: (own.get(name), value) for name, value in asked.model_args.items()}
     for name, (was, is_now) in now.items():
         if as_json(was) != as_json(is_now):  # TOML reads tuples back as lists
             raise UsageError(

@@ -121,8 +121,7 @@ def choose_start(
         reasons.append(f"timm's weights of {base}: {why}")
     for each in (w for w in shipped().values() if w.architecture == name and w.start):
         _, own = choose_stem(name, arguments, height, pretrained=False, weights=None)
-        asked = arguments.get("in_chans", recipe.channels)
-        if (why := _unfit_shipped(each, own, height, table, channels, asked)) is None:
+        if (why := _unfit_shipped(each, own, height, table, channels, recipe.channels)) is None:
             start = Start(False, each.name, f"Regard's own weights {each.name}")
             return _with_scale(start, each.name, name)
         reasons.append(f"{each.name}: {why}")
