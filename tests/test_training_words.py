@@ -21,6 +21,7 @@ from regard.report.training_words import (
     with_defaults,
 )
 from regard.training.config import Recipe, fields_of
+from regard.training.steps import StepPlan
 from tests.helpers import run
 
 PREPROCESS = {"input_size": (3, 32, 32), "resize": "crop", "crop_pct": 1.0, "value_range": None}
@@ -124,6 +125,33 @@ def test_a_step_is_of_all_batches_and_processes():
     parallel = training(_recipe(batch_size=8), FACTS | {"processes": 4})
     assert "steps of 32 images" in parallel
     assert "batch size 8," in training(_recipe(batch_size=8), FACTS)
+
+
+def test_an_epoch_ends_as_its_images_are_divided():
+    for count, batches, steps, epochs, said in (
+        (52, [7, 1], 20, 2.5, "20 steps (2.5 epochs, each ending with a smaller batch)"),
+        (52, [13, 1], 8, 2.0, "8 steps (2 epochs)"),
+        (52, [17, 1], 6, 2.0, "6 steps (2 epochs, each without its last 1 image)"),
+        (52, [8, 2], 8, 2.0, "8 steps (2 epochs, each ending with a smaller batch)"),
+        (52, [7, 1], 3, 3 / 8, "3 steps (0.375 epochs)"),
+    ):
+        facts = {"counts": {"train": count}, "batches": batches, "steps": steps, "epochs": epochs}
+        plan = StepPlan(count, *batches, partial=True)
+        assert plan.an_epoch == steps / epochs
+        assert said in training(_recipe(partial_batch=True), FACTS | facts)
+        assert "each" not in training(_recipe(), FACTS | facts)
+
+
+def test_the_decay_of_an_average_is_what_its_steps_had():
+    """0.999 is not reached before step 8,990."""
+    said = training(_recipe(ema_decay=0.999), FACTS)
+    assert "(decay 0.999, but at most (1 + t) / (10 + t) at step t from 0)" in said
+
+
+def test_images_are_normalized_as_the_starting_weights_were():
+    own = {**PREPROCESS, "normalization": "image"}
+    said = preprocessing(_recipe(normalization="model"), own, started=True)
+    assert "normalized with each image's own mean and deviation" in said
 
 
 def test_weights_are_chosen_once_a_step_at_most():

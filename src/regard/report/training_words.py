@@ -127,8 +127,11 @@ def preprocessing(
     whose = "starting weights" if started else "network's configuration"
     normal = {
         "data": "with the mean and deviation of the training images",
-        "image": "with each image's own mean and deviation",
-    }.get(recipe["normalization"], f"with the mean and deviation of the {whose}")
+        "image": "with each image's own mean and deviation",  # also if the starting weights' is
+    }.get(
+        "image" if preprocess.get("normalization") == "image" else recipe["normalization"],
+        f"with the mean and deviation of the {whose}",
+    )
     channels = "grayscale" if c == 1 else "color" if c == 3 else f"{c} channels"
     said = f"Images were {how} {w}×{h} pixels{cut}{first}, {channels}, and normalized {normal}."
     if (values := preprocess.get("value_range")) is not None:
@@ -199,7 +202,7 @@ def training(
         f"self-adaptive training (momentum {r['self_adaptive']:g})" if r["self_adaptive"] else ""
     )
     clip = f"gradients clipped to a norm of {r['clip_grad']:g}" if r["clip_grad"] else ""
-    average = f"moving average of the weights (decay {r['ema_decay']:g})" if r["ema_decay"] else ""
+    average = f"moving average of the weights ({_average_decay(r)})" if r["ema_decay"] else ""
     parts = [
         _OPTIMIZERS.get(r["optimizer"], r["optimizer"]), rate, _schedule(r), _momentum(r),
         _decay(r), clip, average, _epochs(facts, r), batches(facts, r), loss, smoothing, adaptive,
@@ -248,9 +251,27 @@ def batches(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     return f"steps of {size * parts * processes} images ({each}{where}{shared})"
 
 
+def _average_decay(r: Mapping[str, Any]) -> str:
+    return f"decay {r['ema_decay']:g}, but at most (1 + t) / (10 + t) at step t from 0"
+
+
 def _epochs(facts: Mapping[str, Any], r: Mapping[str, Any]) -> str:
-    partial = ", each ending with a smaller batch" if r["partial_batch"] else ""
-    return f"{plural(facts['steps'], 'step')} ({about(facts['epochs'], 'epoch')}{partial})"
+    ends = _ends(facts, r) if r["partial_batch"] else ""
+    return f"{plural(facts['steps'], 'step')} ({about(facts['epochs'], 'epoch')}{ends})"
+
+
+def _ends(facts: Mapping[str, Any], r: Mapping[str, Any]) -> str:
+    """How epochs that begin no other one ended."""
+    if (count := facts.get("counts", {}).get("train")) is None:
+        return ", each ending with a smaller batch"
+    size, parts = facts.get("batches") or (r["batch_size"], r["accumulate"])
+    images = size * parts * facts.get("processes", 1)
+    full, rest = divmod(count, images)
+    if not rest or facts["steps"] <= full:  # or it ended before
+        return ""
+    if facts["steps"] / facts["epochs"] > full + 0.5:
+        return ", each ending with a smaller batch"
+    return f", each without its last {plural(rest, 'image')}" if full else ""
 
 
 def imbalance(recipe: Mapping[str, Any]) -> str:
