@@ -969,6 +969,14 @@ def test_images_that_changed_their_split_are_told(edited, scans):
             assert re.search(r"before the data changed \(the split of .* was \w+ and is \w+\)", err)
         assert not Path("my st/runs/a/seed-1").exists()
         shutil.rmtree("my st")
+    listed(lambda i: "")
+    folds = (*words, "1", "--folds", "2")
+    assert edited(*folds, data="few.csv")[0] == 0
+    assert edited(*folds, data="few.csv")[0] == 0
+    listed(lambda i: ("train", "val", "test")[i % 3])
+    code, err = edited(*folds, data="few.csv")
+    assert code == 2
+    assert "before the data changed (few.csv: already has splits" in err
 
 
 def test_rows_of_other_input_channels_are_told(edited):

@@ -147,8 +147,9 @@ def _check_images(run: PlannedRun, images: _Opened, rows: Sequence[Row], *, more
     if regrouped and more:
         now = "no groups" if table.groups is None else "groups"
         raise _changed(run, f"{table.name} has {now} now")
-    # near-duplicates are found by looking at every image
-    resplit = bool(rows) and not regrouped and (more or not recipe.keep_together)
+    # near-duplicates are found by looking at every image; folds are the same for the same images
+    given = recipe.fold is None or bool((table.splits != "").any())
+    resplit = bool(rows) and not regrouped and given and (more or not recipe.keep_together)
     if recipe.limit or resplit:
         try:
             table = images.chosen(recipe)  # others, if there are more images now
