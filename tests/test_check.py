@@ -244,6 +244,22 @@ def test_printing(folder, capsys):
     assert told["mean"] == check.mean
 
 
+def test_a_picture_with_many_copies_is_one_short_line(folder, capsys):
+    """A blank image may be there a thousand times; each of its splits has an example."""
+    for i in range(10):
+        shutil.copy(folder / "train/china/0.png", folder / f"train/china/copy{i}.png")
+    shutil.copy(folder / "train/china/0.png", folder / "test/china/0.png")
+    check = check_data(open_data(str(folder)), near_duplicates=False)
+    assert len(check.leaks[0]) == 12
+    print_check(check)
+    lines = capsys.readouterr().out.splitlines()
+    line = lines[lines.index("in several splits:") + 1]
+    assert line.count(".png") == 4
+    assert "test/china/0.png (test)" in line
+    assert "train/china/0.png (train)" in line
+    assert line.endswith(" = 8 more")
+
+
 def test_without_a_terminal_a_line_every_half_minute(folder, monkeypatch, caplog, capsys):
     now = iter(range(0, 1000, 7))  # seconds; a call each 7
     monkeypatch.setattr("regard.log.time.monotonic", lambda: next(now))

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from regard.data.audit import DataCheck
 
 log: logging.Logger = logging.getLogger(__name__)
+
+_COPIES = 4  # named of one picture: one of each split, and of images without one
 
 
 def command(
@@ -192,7 +194,7 @@ def _lines(check: "DataCheck") -> Iterator[str]:
         yield f"groups  {g['number']} of {g['smallest']} to {g['largest']}, median {g['median']}"
     yield from _listed("can't be read", [f"{p}: {reason}" for p, reason in check.unreadable])
     for title, groups in (("in several splits", check.leaks), ("twice", check.duplicates)):
-        yield from _listed(title, [" = ".join(f"{p} ({s or '-'})" for p, s in g) for g in groups])
+        yield from _listed(title, list(map(_copies, groups)))
     for title, reason in (
         ("near-duplicates with different labels", "labels"),
         ("near-duplicates in different splits", "splits"),
@@ -207,6 +209,17 @@ def _lines(check: "DataCheck") -> Iterator[str]:
     flags = ["size", "channels"] + ["resize"] * (advice["resize"] != "none")  # is no --resize
     shown = ", ".join(f"{key} {advice[key]}" for key in flags)
     yield f"suggestion: {shown}"
+
+
+def _copies(group: Sequence[tuple[str, str]]) -> str:
+    """A few of the copies of a picture, in each split one at least, and the number of others."""
+    first: dict[str, str] = {}
+    for path, split in group:
+        first.setdefault(split, path)
+    examples = [(path, split) for split, path in first.items()]
+    shown = [*examples, *(copy for copy in group if copy not in examples)][:_COPIES]
+    more = f" = {len(group) - _COPIES:,} more" if len(group) > _COPIES else ""
+    return " = ".join(f"{path} ({split or '-'})" for path, split in shown) + more
 
 
 def _pair(pair: dict[str, Any]) -> str:
