@@ -199,6 +199,11 @@ def test_the_factor_is_decided_when_a_run_is_planned():
     quick = load_recipe("quick")
     assert quick.for_start(random=True).gate_lr_scale == 0.01
     assert quick.for_start(random=False).gate_lr_scale is None  # SGD
+    ran = quick.for_start(random=True)  # as a run's recipe.toml, which the next run may change
+    assert ran.changed(lr=0.01).gate_lr_scale == 0.01
+    assert ran.changed(optimizer="sgd", lr=0.05).gate_lr_scale is None
+    assert ran.changed(optimizer="adamw", gate_lr_scale=0.01).gate_lr_scale == 0.01
+    assert ran.changed(gate_lr_scale=0.2).changed(optimizer="sgd").gate_lr_scale == 0.2
     own = quick.changed(gate_lr_scale=0.2)
     assert [own.for_start(random=r).gate_lr_scale for r in (True, False)] == [0.2, 0.2]
     cbam = regard.create_model("cbam_resnet18", num_classes=3, **NETWORK)

@@ -352,7 +352,8 @@ class Recipe:
         """A copy of the recipe with other values; lists are accepted for tuples.
 
         A value replaces those that it excludes: `steps` removes the epochs, another `schedule` the
-        old one's milestones, and a value other than `random_start`'s removes that whole table.
+        old one's milestones, another `optimizer` Muon's default of `gate_lr_scale`, and a value
+        other than `random_start`'s removes that whole table.
 
         Raises:
             UsageError: a name is unknown, or a value has a wrong type, is out of range or is unused
@@ -370,6 +371,8 @@ class Recipe:
             if f.name in given:
                 raise UsageError(f"{f.name}={after[f.name]!r}: not used with {reason}")
             values[f.name] = f.default
+        if self.optimizer == "muon" != after["optimizer"] and self.gate_lr_scale == GATES_WITH_MUON:
+            values.setdefault("gate_lr_scale", None)  # Muon's default, which a run's recipe has
         table = self.random_start
         moved = any(after[k] != value for k, value in table.items() if k in given)
         started = {**after, **table}
