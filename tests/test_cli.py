@@ -220,6 +220,36 @@ def test_a_folder_that_is_not_there_and_a_run_that_has_not_ended_are_told_apart(
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        "evaluate nowhere --subgroups site --subgroups-csv mine.csv",
+        "compare a b --html mine.csv",
+        "compare a b --html mine.html",
+        "data nowhere --html mine.csv",
+        "data nowhere --table1 mine.csv",
+        "errors nowhere --html mine.csv",
+        "errors nowhere --csv mine.csv",
+    ],
+)
+def test_a_file_that_regard_did_not_write_is_not_replaced(tmp_path, monkeypatch, capsys, call):
+    monkeypatch.chdir(tmp_path)
+    files = {"mine.csv": "path,label\na.png,cat\n", "mine.html": "<p>notes</p>\n"}
+    for name, text in files.items():
+        Path(name).write_text(text, encoding="utf-8")
+    assert run_command(call.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{' '.join(call.split()[-2:])}: " in line
+    assert "it is not replaced" in line
+    assert {name: Path(name).read_text(encoding="utf-8") for name in files} == files
+
+
+@pytest.mark.parametrize("call", ["compare a b --html", "errors a --html", "errors a --csv"])
+def test_a_folder_that_does_not_exist_is_told_before_the_work(call, tmp_path, capsys):
+    assert run_command([*call.split(), str(tmp_path / "no" / "file")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "name", "words"),
     [
         ("explain RUN a.png --method attention gradcam", "method", ["attention", "gradcam"]),

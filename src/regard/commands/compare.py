@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from regard.commands.flags import check_page
 from regard.errors import UsageError
 from regard.files import plural
 
@@ -50,7 +51,7 @@ def command(
     seed
         Random seed of the bootstrap.
     html
-        Write a page as well.
+        Write a page to this file as well.
     json
         Print JSON.
     """
@@ -60,6 +61,8 @@ def command(
 
     if len(runs) < 2:
         raise UsageError("compare needs at least two runs")
+    if html is not None:
+        check_page(html)
     if len({run.resolve() for run in runs}) < len(runs):
         raise UsageError("compare: the same run is given twice")
     split, predictions = _aligned(runs)

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from regard.commands.flags import SplitsFlag, naming_flags, progress_bar, require_data
+from regard.commands.flags import (
+    SplitsFlag,
+    check_page,
+    naming_flags,
+    progress_bar,
+    require_data,
+)
 from regard.errors import UsageError
 from regard.files import plural, write_text
 
@@ -109,17 +115,6 @@ def command(
         if not json:
             print(f"the page: {html}")
     return 0
-
-
-def check_page(path: Path) -> None:
-    """Refuses a page that can't be written, or that would replace something else, at once."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        kind = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise UsageError(f"--html {path}: {kind}")
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(15).lower() != b"<!doctype html>":
-                raise UsageError(f"--html {path}: is not an HTML page; it is not replaced")
 
 
 def _check_table(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from regard.commands.data import check_page
+from regard.commands.flags import check_page
 from regard.errors import UsageError
 from regard.log import info_on_stderr
 
@@ -53,6 +53,8 @@ def command(
         check_page(html)
     if csv is not None and csv.exists():
         raise UsageError(f"--csv {csv}: exists; it is not replaced")
+    if csv is not None and not csv.absolute().parent.is_dir():
+        raise UsageError(f"--csv {csv}: its folder does not exist")
     from regard.files import write_text
     from regard.report.label_errors import (
         find_label_errors,

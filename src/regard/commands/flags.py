@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -162,6 +163,21 @@ def check_image_names(images: Sequence[str]) -> None:
         raise UsageError("-: standard input is read as one image; give - once")
     if "-" in images and sys.stdin is None:
         raise UsageError("-: standard input is closed")
+
+
+def check_page(path: Path) -> None:
+    """Refuses a page that can't be written, or that would replace something else, at once.
+
+    Raises:
+        UsageError: the path is a folder or lies in none, or the file there is no HTML page.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        kind = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise UsageError(f"--html {path}: {kind}")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(15).lower() != b"<!doctype html>":
+                raise UsageError(f"--html {path}: is not an HTML page; it is not replaced")
 
 
 def leading_networks(names: Sequence[str]) -> int:

@@ -69,7 +69,10 @@ class SubgroupFlags:
         ),
     ] = 10
     subgroups_csv: Annotated[
-        Path | None, Parameter(help="Write the subgroups to this CSV file, which is replaced.")
+        Path | None,
+        Parameter(
+            help="Write the subgroups to this CSV file; an earlier one of Regard's is replaced."
+        ),
     ] = None
 
     @property
@@ -103,6 +106,12 @@ class SubgroupFlags:
             raise UsageError(f"--subgroups-csv {path}: name the columns with --subgroups")
         if path.suffix.lower() != ".csv" or path.is_dir() or not path.absolute().parent.is_dir():
             raise UsageError(f"--subgroups-csv {path}: give a .csv file in a folder that exists")
+        from regard.explanations.inputs import is_ours
+
+        if path.exists() and not is_ours(path):
+            raise UsageError(
+                f"--subgroups-csv {path}: exists and was not written by Regard; it is not replaced"
+            )
 
     def check_columns(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """Checks the columns before the images are classified.
