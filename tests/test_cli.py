@@ -194,6 +194,10 @@ def test_recipes_are_listed_and_printed():
         (["report", "nowhere"], "nowhere: no such folder"),
         (["report", "."], ". holds no finished run"),
         (["demo", "--epochs", "0"], "--epochs 0"),
+        (["compare", "a", "b", "--seed", "-1"], '"-1" for --seed. Must be >= 0'),
+        (["data", "digits", "--seed", "-1"], '"-1" for --seed. Must be >= 0'),
+        (["demo", "--seed", "-1"], '"-1" for --seed. Must be >= 0'),
+        (["explain", "r", "a.png", "--seed", "-1"], '"-1" for --seed. Must be >= 0'),
         (["frobnicate"], "frobnicate"),
     ],
 )  # fmt: skip

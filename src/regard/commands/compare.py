@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from regard.commands.flags import check_page
+from regard.commands.flags import SeedFlag, check_page
 from regard.errors import UsageError
 from regard.files import plural
 
@@ -26,7 +26,7 @@ def command(
     metric: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
     positive: str | None = None,
     resamples: int = 1000,
-    seed: int = 0,
+    seed: SeedFlag = 0,
     html: Path | None = None,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from regard.commands.flags import (
+    SeedFlag,
     SplitsFlag,
     check_page,
     naming_flags,
@@ -33,7 +34,7 @@ def command(
     *,
     val: float = 0.1,
     test: float = 0.2,
-    seed: int = 0,
+    seed: SeedFlag = 0,
     limit: int | None = None,
     workers: int | None = None,
     splits: SplitsFlag = "auto",

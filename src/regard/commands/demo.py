@@ -12,6 +12,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from regard.commands.flags import SeedFlag
 from regard.errors import Stopped, UsageError
 
 SHIPPED = "ag_sononet8.digits"
@@ -20,7 +21,7 @@ SHIPPED = "ag_sononet8.digits"
 def command(
     *,
     out: Path = Path("runs/demo"),
-    seed: int = 0,
+    seed: SeedFlag = 0,
     epochs: int = 15,
     fast: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag, PrecisionFlag, check_image_names
+from regard.commands.flags import DeviceFlag, PrecisionFlag, SeedFlag, check_image_names
 from regard.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def command(
     score: Annotated[bool, Parameter(negative=())] = False,
     masks: Path | None = None,
     baseline: Literal["blur", "mean"] = "blur",
-    seed: int = 0,
+    seed: SeedFlag = 0,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     device: DeviceFlag = "auto",
     precision: PrecisionFlag = "fp32",

@@ -59,6 +59,10 @@ SizeFlag = Annotated[
 ]
 
 
+SeedFlag = Annotated[int, Parameter(validator=Number(gte=0, lte=2**31))]
+"""A random seed, in the range that recipes have."""
+
+
 def height_and_width(size: Sequence[int] | None) -> tuple[int, int] | None:
     """A --size as two numbers.
 
