@@ -198,6 +198,12 @@ def test_recipes_are_listed_and_printed():
         (["data", "digits", "--seed", "-1"], '"-1" for --seed. Must be >= 0'),
         (["demo", "--seed", "-1"], '"-1" for --seed. Must be >= 0'),
         (["explain", "r", "a.png", "--seed", "-1"], '"-1" for --seed. Must be >= 0'),
+        (["data", "digits", "--val", "2"], "regard: --val 2.0: at least 0"),
+        (["study", "twins", "digits", "--seeds", "0"], "regard: --seeds 0, folds=1: give at"),
+        (["study", "twins", "digits", "--only", "3/2"], "regard: --only '3/2': give i/n"),
+        (["study", "ran-1", "digits", "--model", "x"], "regard: --model 'x': only twins"),
+        (["train", "digits", "--log", "foo"], "regard: --log foo: choose tensorboard"),
+        (["compare", "seed=1", "b"], "regard: seed=1 is not a finished run"),
         (["frobnicate"], "frobnicate"),
     ],
 )  # fmt: skip

@@ -168,7 +168,7 @@ def test_wrong_calls_are_one_line(whole, tmp_path):
     out = tmp_path / "net.onnx"
     assert '"openvino"' in run("export", whole, "--to", "tflite", "--out", out, code=2)
     assert "ends in .xml" in run("export", whole, "--to", "openvino", "--out", out, code=2)
-    assert "int8: only with onnx or openvino" in run(
+    assert "regard: --int8: only with --to onnx or --to openvino" in run(
         "export", whole, "--to", "torch", "--out", tmp_path / "a.pt2", "--int8", code=2
     )
     for name in ("net.onnx", "net.py"):

@@ -235,10 +235,10 @@ def test_what_a_run_was_started_with_is_not_changed(scans, tmp_path, whole, caps
     kept = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     for flags, named in (
         (["--ema-decay", "0.9"], "ema_decay=0.9: .* was started with 0.0; leave it out"),
-        (["--weights", whole], "weights=.* was started with None"),
+        (["--weights", whole], "--weights .* was started with None"),
         (["--pretrained", "yes"], "pretrained=yes: .* was started with no"),
         (["--recipe", "cbam-cifar"], "optimizer=sgd: .* was started with muon"),
-        (["--model", "sononet8"], "model=sononet8: .* was started with ag_sononet8"),
+        (["--model", "sononet8"], "--model sononet8: .* was started with ag_sononet8"),
     ):
         asked = [*settings(scans, out), "--resume", *flags]
         if "--model" in flags:  # given twice is an error of its own

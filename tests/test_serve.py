@@ -367,13 +367,13 @@ def test_wrong_calls(whole, tmp_path, server, capsys):
     for code, message, call in (
         (2, "holds no trained network", [tmp_path]),
         (1, f"can't listen on 127.0.0.1:{server.port}", [whole, "--port", server.port]),
-        (2, "port 70000: choose", [whole, "--port", 70000]),
-        (2, "host='': a name or an address", [whole, "--host", ""]),
-        (2, r"host='\udcff': a name or an address", [whole, "--host", os.fsdecode(b"\xff")]),
-        (2, "requests=0: must be positive", [whole, "--requests", 0]),
-        (2, "megabytes=-1.0: must be positive", [whole, "--megabytes", -1]),
-        (2, "megapixels=nan: must be positive", [whole, "--megapixels", "nan"]),
-        (2, "seconds=inf: must be positive", [whole, "--seconds", "inf"]),
+        (2, "--port 70000: choose", [whole, "--port", 70000]),
+        (2, "--host '': a name or an address", [whole, "--host", ""]),
+        (2, r"--host '\udcff': a name or an address", [whole, "--host", os.fsdecode(b"\xff")]),
+        (2, "--requests 0: must be positive", [whole, "--requests", 0]),
+        (2, "--megabytes -1.0: must be positive", [whole, "--megabytes", -1]),
+        (2, "--megapixels nan: must be positive", [whole, "--megapixels", "nan"]),
+        (2, "--seconds inf: must be positive", [whole, "--seconds", "inf"]),
     ):
         assert run_command(["serve", *map(str, call)]) == code
         said = capsys.readouterr().err

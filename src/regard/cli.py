@@ -5,6 +5,7 @@ import functools
 import io
 import operator
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -153,7 +154,7 @@ def run_command(tokens: Sequence[str]) -> int:
     except Exception as error:
         if os.environ.get("REGARD_DEBUG") == "1":
             traceback.print_exception(error)
-        return _explained(error)
+        return _explained(_naming_flags(error, tokens))
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
@@ -190,6 +191,38 @@ def _with_resume_auto(tokens: Sequence[str]) -> list[str]:
         if words[k - 1 : k + 1] == ["--resume", "auto"]:
             words[k - 1 : k + 1] = ["--resume-auto"]
     return words
+
+
+def _naming_flags(error: Exception, tokens: Sequence[str]) -> Exception:
+    """The error of a wrong call with the command's flags, --x, where a library names arguments, x=.
+
+    Words of the call keep their spelling, and what a recipe's or a study's file may have set its
+    name, unless the flag is in the call.
+    """
+    if not isinstance(error, UsageError) or not tokens or tokens[0] not in COMMANDS:
+        return error
+    given = {word.partition("=")[0] for word in tokens}
+    by_file = tokens[0] in ("train", "study")
+    flags = {}
+    for argument in app[tokens[0]].assemble_argument_collection():
+        flag = argument.name
+        if by_file and (_is_of_a_recipe(argument) or flag not in {*given, "--splits"}):
+            continue
+        flags[flag.removeprefix("--").replace("-", "_")] = flag
+
+    def as_flag(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if name not in flags or any(word.startswith(found[0]) for word in tokens):
+            return found[0]
+        return flags[name] if value == "True" else f"{flags[name]} {value}"
+
+    return type(error)(re.sub(r"(?<![^\s(])([a-z_]\w*)=([-'./\w]+)", as_flag, str(error)))
+
+
+def _is_of_a_recipe(argument: Any) -> bool:
+    groups = argument.parameter.group
+    groups = groups if isinstance(groups, tuple) else (groups,)
+    return any(getattr(group, "name", "").endswith("(recipe)") for group in groups)
 
 
 def _explained(error: Exception) -> int:

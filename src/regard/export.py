@@ -99,7 +99,7 @@ def export(
     classifier = load(folder, device)
     shown = spatial_maps(classifier.model) if maps else []
     if maps and not shown:
-        raise UsageError(f"maps: the network of {run} has no spatial attention maps")
+        raise UsageError(f"maps=True: the network of {run} has no spatial attention maps")
     images = _images(folder, classifier, data, root)
     folded = fold_batch_norms(classifier.model).cpu().float()
     deployed = Deployed(
@@ -136,13 +136,13 @@ def _check_call(
 ) -> tuple[Format, list[Path]]:
     """The format, and all files to write, with links resolved: `out` first, the program last."""
     if to not in FORMATS:
-        raise UsageError(f"to {to}: choose one of {', '.join(FORMATS)}")
+        raise UsageError(f"to={to}: choose one of {', '.join(FORMATS)}")
     file_format = FORMATS[to]
     if out.suffix != file_format.suffix:
         raise UsageError(f"{out}: a file for {to} ends in {file_format.suffix}")
     if int8 and file_format.int8_needs is None:
         able = [f.name for f in FORMATS.values() if f.int8_needs is not None]
-        raise UsageError(f"int8: only with {' or '.join(able)}")
+        raise UsageError(f"int8=True: only with to={' or to='.join(able)}")
     if precision not in TOLERANCE:
         raise UsageError(f"precision={precision!r}: choose {' or '.join(TOLERANCE)}")
     if precision == "bf16" and (to != "torch" or int8):
@@ -159,7 +159,7 @@ def _check_call(
         if part.exists() and not part.is_file():
             raise UsageError(f"{part} is not a regular file: choose another name")
         if part.exists() and not overwrite:
-            raise UsageError(f"{part} already exists: choose another name, or overwrite it")
+            raise UsageError(f"{part} already exists: choose another name, or give overwrite=True")
     return file_format, parts
 
 

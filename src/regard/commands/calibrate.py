@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag, SplitsFlag, TtaFlag, naming_flags, require_data
+from regard.commands.flags import DeviceFlag, SplitsFlag, TtaFlag, require_data
 from regard.errors import UsageError
 from regard.files import plural
 
@@ -71,11 +71,10 @@ def command(
     require_data(source)
     from regard.calibrating import calibrate
 
-    with naming_flags():
-        found = calibrate(
-            run, source, positive=positive, rule=at, temperature=temperature, split=split,
-            root=root, splits=splits, device=device, tta=tta,
-        )  # fmt: skip
+    found = calibrate(
+        run, source, positive=positive, rule=at, temperature=temperature, split=split,
+        root=root, splits=splits, device=device, tta=tta,
+    )  # fmt: skip
     if json:
         print(dumps(found.to_dict(), indent=2))
     else:

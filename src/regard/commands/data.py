@@ -13,7 +13,6 @@ from regard.commands.flags import (
     SeedFlag,
     SplitsFlag,
     check_page,
-    naming_flags,
     progress_bar,
     require_data,
 )
@@ -88,19 +87,18 @@ def command(
     from regard.data import assign_splits, check_data, open_data
     from regard.data.near_duplicates import grouped_by_content
 
-    with naming_flags():
-        table = open_data(source, root=root, splits=splits)
-        groups = table.groups
-        if keep_together:
-            with progress_bar("comparing the images") as progress:
-                table = grouped_by_content(table, progress)
-        table = assign_splits(table, val=val, test=test, seed=seed)
-        table = replace(table, groups=groups)
-        with progress_bar("looking at the images") as progress:
-            check = check_data(
-                table, progress=progress, workers=workers, limit=limit,
-                near_duplicates=near_duplicates,
-            )  # fmt: skip
+    table = open_data(source, root=root, splits=splits)
+    groups = table.groups
+    if keep_together:
+        with progress_bar("comparing the images") as progress:
+            table = grouped_by_content(table, progress)
+    table = assign_splits(table, val=val, test=test, seed=seed)
+    table = replace(table, groups=groups)
+    with progress_bar("looking at the images") as progress:
+        check = check_data(
+            table, progress=progress, workers=workers, limit=limit,
+            near_duplicates=near_duplicates,
+        )  # fmt: skip
     print_check(check, as_json=json)
     if table1 is not None:
         from regard.data.table_one import as_csv, as_markdown, table_one

@@ -19,7 +19,6 @@ from regard.commands.flags import (
     TtaFlag,
     height_and_width,
     leading_networks,
-    naming_flags,
     require_data,
     use_engine,
 )
@@ -210,10 +209,9 @@ class _Test:
     ) -> "tuple[str, Predictions, list[str]]":
         from regard.run_data import predictions_of
 
-        with naming_flags():
-            return predictions_of(
-                run, source, split=split, prepare=prepare, calibrated=calibrated, **self.images
-            )
+        return predictions_of(
+            run, source, split=split, prepare=prepare, calibrated=calibrated, **self.images
+        )
 
     def _prepare_alone(self, classifier: Any, reader: Any) -> None:
         """Takes the calibration from the network, as its predictions are scaled afterwards."""

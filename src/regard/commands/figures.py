@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag, naming_flags
+from regard.commands.flags import DeviceFlag
 from regard.commands.subgroups import BandsFlag, parse_bands
-from regard.errors import UsageError
 
 
 def command(
@@ -68,21 +67,17 @@ def command(
     from regard.report.methods import as_markdown, methods_of
     from regard.report.source import RunSource
 
-    try:
-        options = FigureOptions(
-            formats=tuple(dict.fromkeys(format or ["pdf"])), dpi=dpi, images=images,
-            width=width_in_inches(width), positive=positive, bands=limits, scored=scored,
-            overwrite=overwrite,
-        )  # fmt: skip
-    except UsageError as error:
-        raise UsageError(f"--{str(error).replace('=', ' ', 1)}") from error
+    options = FigureOptions(
+        formats=tuple(dict.fromkeys(format or ["pdf"])), dpi=dpi, images=images,
+        width=width_in_inches(width), positive=positive, bands=limits, scored=scored,
+        overwrite=overwrite,
+    )  # fmt: skip
     source = RunSource(run, masks, device)
     written = write_figures(
         source, out or run / "figures", options,
         lambda measured: as_markdown(methods_of(source, measured, source.command)),
         ("methods.md", "checklists.md"),
     )  # fmt: skip
-    with naming_flags():
-        for path in written:
-            print(path)
+    for path in written:
+        print(path)
     return 0

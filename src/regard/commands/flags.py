@@ -238,19 +238,6 @@ SplitsFlag = Annotated[
 
 
 @contextlib.contextmanager
-def naming_flags() -> Iterator[None]:
-    """Has a library's errors name the flag --x where they name the argument x=."""
-    try:
-        yield
-    except UsageError as error:
-        text = re.sub(
-            r"\b(splits|split|limit|workers|positive|bands|side|quality)=(?=[-'\w])", r"--\1 ",
-            str(error),
-        )  # fmt: skip
-        raise type(error)(text) from error
-
-
-@contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar, called with (done, total); without a terminal a line every half minute."""
     from rich.console import Console

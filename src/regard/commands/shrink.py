@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from regard.commands.flags import SplitsFlag, naming_flags, progress_bar, require_data
+from regard.commands.flags import SplitsFlag, progress_bar, require_data
 from regard.commands.signals import Signaled, signals_raise
 from regard.files import plural
 
@@ -63,7 +63,7 @@ def command(
     done = 0
 
     try:
-        with signals_raise(), naming_flags():
+        with signals_raise():
             table = open_data(source, root=root, splits=splits)
             for line in table.warnings:
                 log.warning(line)

@@ -14,7 +14,6 @@ from regard.called import is_told_by_another
 from regard.commands.flags import (
     DeviceFlag,
     SplitsFlag,
-    naming_flags,
     parse_arguments,
     require_data,
 )
@@ -106,7 +105,7 @@ def command(
         take --log as its own flag.
     """
     changes = {k: v for k, v in vars(flags).items() if v is not None}
-    with naming_flags(), _told_once():
+    with _told_once():
         require_data(source)
         for name in log or ():
             if name in EXTRAS:

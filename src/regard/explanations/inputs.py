@@ -85,7 +85,7 @@ def refuse_to_replace(
         exists = "exists and was" if len(foreign) == 1 else "exist and were"
         raise UsageError(
             f"{plural(len(foreign), 'file')} ({shortened(foreign)}) {exists} not written by "
-            "Regard: choose another folder, or overwrite"
+            "Regard: choose another folder, or give overwrite=True"
         )
 
 

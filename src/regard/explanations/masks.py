@@ -89,10 +89,10 @@ def open_masks(source: Path, images: Sequence[Source]) -> Masks:
     elif source.is_file():
         masks = _from_csv(source, images)
     else:
-        raise UsageError(f"masks {source}: there is no such file or folder")
+        raise UsageError(f"masks={source}: there is no such file or folder")
     if len(masks.problems) == len(images):
         name, reason = next(iter(masks.problems.items()))
-        raise UsageError(f"masks {source}: no image has a usable one ({name}: {reason})")
+        raise UsageError(f"masks={source}: no image has a usable one ({name}: {reason})")
     return masks
 
 

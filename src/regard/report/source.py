@@ -153,7 +153,7 @@ class RunSource:
     def _open_masks(self, masks: Path) -> Masks:
         if self.found is None or self.found.table.files is None:
             why = self.problem or "its images are no files"
-            raise UsageError(f"masks {masks}: {self.run.path} has no image files ({why})")
+            raise UsageError(f"masks={masks}: {self.run.path} has no image files ({why})")
         files = self.found.table.files
         return open_masks(masks, [Source(Path(path), path) for path in files])
 

@@ -127,7 +127,7 @@ def serve(
         SystemExit: 0, after a signal.
     """
     if not 0 <= port <= 65535:
-        raise UsageError(f"port {port}: choose one from 0 to 65535")
+        raise UsageError(f"port={port}: choose one from 0 to 65535")
     listener = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}/"
