@@ -106,6 +106,11 @@ def predictions_of(
         classifier = load(folder, device, calibrated=calibrated, flips=flips)
         table, shared = _run_table(folder, data, root, splits)
     else:
+        if weights is not None and os.path.isdir(run):
+            raise UsageError(
+                f"weights={weights}: only with the name of a network; {run} is a folder, whose "
+                "weights are its own"
+            )
         if data is None:
             raise UsageError(f"{run} with weights from elsewhere: give labeled images")
         table = open_data(data, root=root, splits=splits, min_classes=1)

@@ -24,7 +24,7 @@ def command(
     /,
     *,
     train: Annotated[bool, Parameter(negative=())] = False,
-    recipe: str = "quick",
+    recipe: str | None = None,
     engine: Annotated[list[EngineName] | None, Several] = None,
     precision: Annotated[list[Precision] | None, Several] = None,
     batch_size: Annotated[list[int] | None, Several] = None,
@@ -49,7 +49,7 @@ def command(
         Measure training steps. Networks named together are timed in the same rounds, and
         attention networks are compared with their plain twin if that is named too.
     recipe
-        Recipe whose optimizer and loss a training step uses.
+        With --train: the recipe whose optimizer and loss a step uses; default: quick.
     engine
         Engines to measure; default: all installed ones; eager and compiled with --train. fused
         (--train only) computes the end of ResNet blocks with CBAM as one operator; graphs (--train
@@ -73,9 +73,11 @@ def command(
             raise UsageError(f"--{flag} {' '.join(map(str, numbers))}: at least 1")
     if threads is not None and threads > MOST_THREADS:
         raise UsageError(f"--threads {threads}: at most {MOST_THREADS}")
+    if recipe is not None and not train:
+        raise UsageError(f"--recipe {recipe}: only with --train")
     asked = _Asked(
         list(network or NETWORKS), engine, precision or ["auto"], batches, height_and_width(size),
-        rounds, recipe,
+        rounds, recipe or "quick",
     )  # fmt: skip
     from regard.machine import choose_device, describe_machine
 

@@ -61,12 +61,15 @@ def command(
     root
         Folder of cifar10 and cifar100.
     remove
-        Remove the stored calibration.
+        Remove the stored calibration; RUN is given alone.
     json
         Print JSON.
     """
     if remove:
-        return _remove(run, positive, at, source)
+        given = (source, positive, at, split, root, tta)
+        if any(each is not None for each in given) or not temperature or splits != "auto" or json:
+            raise UsageError("--remove: give RUN alone")
+        return _remove(run)
     _check(positive, at, temperature, split, source)
     require_data(source)
     from regard.calibrating import calibrate
@@ -82,11 +85,9 @@ def command(
     return 0
 
 
-def _remove(run: Path, positive: str | None, at: str | None, source: str | None) -> int:
+def _remove(run: Path) -> int:
     from regard.calibrating import remove_calibration
 
-    if positive or at or source:
-        raise UsageError("--remove: give RUN alone")
     print(f"{run}: {'removed' if remove_calibration(run) else 'has no'} calibration")
     return 0
 

@@ -348,13 +348,18 @@ def _print(
 
 
 def _renamed(pairs: list[str]) -> dict[str, str]:
-    """CLASS=NAME pairs as a dictionary."""
-    renamed = {}
+    """CLASS=NAME pairs as a dictionary.
+
+    Raises:
+        UsageError: a pair is none, or a class has two names.
+    """
+    renamed: dict[str, str] = {}
     for pair in pairs:
         old, equals, new = pair.rpartition("=")
         if not equals or not old:
             raise UsageError(
                 f"--map {pair}: give CLASS=NAME, or CLASS= to leave the class out; DATA goes before"
             )
-        renamed[old] = new
+        if renamed.setdefault(old, new) != new:
+            raise UsageError(f"--map {pair}: {old} has another name already; name each class once")
     return renamed

@@ -33,12 +33,12 @@ def command(
         Parameter(negative=(), consume_multiple=True),
     ] = None,
     target: str | None = None,
-    reduce: str = "mean",
+    reduce: str | None = None,
     layer: str | None = None,
     channels: Annotated[bool, Parameter(negative=())] = False,
     score: Annotated[bool, Parameter(negative=())] = False,
     masks: Path | None = None,
-    baseline: Literal["blur", "mean"] = "blur",
+    baseline: Literal["blur", "mean"] | None = None,
     seed: SeedFlag = 0,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     device: DeviceFlag = "auto",
@@ -61,13 +61,14 @@ def command(
     method
         attention (the network's own maps), gradcam, or both (default: both).
     target
-        Class that Grad-CAM explains (default: the predicted class).
+        Class that Grad-CAM explains and --score follows (default: the predicted class).
     reduce
-        How the channels of a mask become one map: mean, max or a channel number.
+        How the channels of an attention mask become one map: mean, max or a channel number
+        (default: mean).
     layer
         Layer of Grad-CAM (default: the last feature map).
     channels
-        Store every channel of the masks in the .npz files.
+        Store every channel of the attention masks in the .npz files.
     score
         Measure deletion and insertion against random maps and the image's center, and whether
         the maps depend on the weights and on the image.
@@ -75,7 +76,7 @@ def command(
         Masks to outline and to compare with: a CSV file (path, x0, y0, x1, y1 in pixels, and group
         for intervals over groups) or a folder of mask images.
     baseline
-        Replacement of deleted pixels: blur or mean.
+        Replacement of the pixels that --score deletes: blur or mean (default: blur).
     seed
         Random seed of the random maps, the random weights and the intervals.
     overwrite
@@ -87,9 +88,11 @@ def command(
     from regard.predict import load
     from regard.trained_on import watch
 
+    methods = tuple(method or METHODS)
+    _check_used(methods, layer, reduce, channels, baseline if not score else None)
     options = Options(
-        target=target, methods=tuple(method or METHODS), reduce=_reduction(reduce), layer=layer,
-        keep_channels=channels, score=score, masks=masks, baseline=baseline, seed=seed,
+        target=target, methods=methods, reduce=_reduction(reduce or "mean"), layer=layer,
+        keep_channels=channels, score=score, masks=masks, baseline=baseline or "blur", seed=seed,
         overwrite=overwrite, precision=precision,
     )  # fmt: skip
     run = network_folder(run)
@@ -103,6 +106,23 @@ def command(
     if outcome.unreadable == 0 and not outcome.skipped_masks:
         return 0
     return 1 if outcome.explained else 2
+
+
+def _check_used(
+    methods: Sequence[str],
+    layer: str | None,
+    reduce: str | None,
+    channels: bool,
+    baseline: str | None,
+) -> None:
+    """Refuses what would change nothing: flags of another method, or a baseline without scores."""
+    if baseline is not None:
+        raise UsageError(f"--baseline {baseline}: only with --score")
+    if layer is not None and "gradcam" not in methods:
+        raise UsageError(f"--layer {layer}: only with --method gradcam")
+    for flag, given in ((f"--reduce {reduce}", reduce is not None), ("--channels", channels)):
+        if given and "attention" not in methods:
+            raise UsageError(f"{flag}: only with --method attention")
 
 
 def _reduction(text: str) -> Any:

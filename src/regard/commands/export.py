@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from regard.commands.flags import DeviceFlag, PrecisionFlag, require_data
+from regard.errors import UsageError
 from regard.extras import require
 
 
@@ -49,10 +50,12 @@ def command(
         Quantize weights and activations to 8 bits (onnx, openvino), calibrated on training images;
         the loss of accuracy is measured on the validation images.
     force
-        Write an 8-bit file even if it loses more than 1 point of accuracy.
+        With --int8: write the file even if it loses more than 1 point of accuracy.
     overwrite
         Replace an existing file.
     """
+    if force and not int8:
+        raise UsageError("--force: only with --int8")
     if to == "onnx":
         require("onnxruntime", "--to onnx")
     if to == "openvino":

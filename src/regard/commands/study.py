@@ -128,6 +128,11 @@ def command(
         with_recipe,
     )
 
+    if slurm is not None and (dry_run or only is not None):
+        flag = "--dry-run" if dry_run else f"--only {only}"
+        raise UsageError(f"{flag}: not with --slurm, whose jobs would have it too")
+    if dry_run and json:
+        raise UsageError("--json: not with --dry-run, which trains nothing")
     if ray is not None and jobs != 1:
         raise UsageError(f"--jobs {jobs}: not used with --ray: its cluster distributes the runs")
     table = choose_rows(open_study(study, model), rows or [])

@@ -32,18 +32,23 @@ def parse_bands(given: Sequence[str] | None) -> dict[str, list[float]]:
     """The limits of --bands by column.
 
     Raises:
-        UsageError: they are not COLUMN=A,B,C with increasing numbers.
+        UsageError: they are not COLUMN=A,B,C with increasing numbers, or name a column twice.
     """
-    found = {}
+    found: dict[str, list[float]] = {}
     for each in given or ():
         column, _, numbers = each.partition("=")
+        column = column.strip().lower()
         try:
-            limits = [number_of(n) for n in numbers.split(",")]
+            limits = [number_of(n) for n in numbers.split(",")] if column else []
         except ValueError:
-            raise UsageError(f"--bands {each}: give COLUMN=A,B,C, such as age=40,60") from None
+            limits = []
+        if not limits:
+            raise UsageError(f"--bands {each}: give COLUMN=A,B,C, such as age=40,60")
+        if column in found:
+            raise UsageError(f"--bands {each}: {column} has bands already; name it once")
         if limits != sorted(set(limits)) or not all(map(math.isfinite, limits)):
             raise UsageError(f"--bands {each}: give increasing limits")
-        found[column.strip().lower()] = limits
+        found[column] = limits
     return found
 
 
