@@ -181,8 +181,9 @@ def test_explanations_are_made_again_with_another_temperature(mine, scans, tmp_p
         if change:
             call(*change, capsys=capsys)
         for unchanged in (False, True):
-            said, _ = call("explain", mine, picture, "--out", out, capsys=capsys)
+            said, err = call("explain", mine, picture, "--out", out, capsys=capsys)
             assert ("unchanged" in said) is unchanged, change
+            assert (f"{mine}: temperature " in err) is (change == ["calibrate", mine])
         with np.load(out / "03.png.explained.npz") as numbers:
             shares.append(json.loads(str(numbers["about"]))["classes"][0])
         figures.append((out / "03.png.explained.png").read_bytes())
@@ -430,7 +431,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(mine, capsys):
 @pytest.mark.native
 def test_an_export_answers_and_decides_as_predict_does(mine, scans, tmp_path, capsys):
     found = regard.calibrate(mine, positive="1", rule="sensitivity=1")
-    call("export", mine, "--to", "onnx", "--out", tmp_path / "net.onnx", capsys=capsys)
+    said, _ = call("export", mine, "--to", "onnx", "--out", tmp_path / "net.onnx", capsys=capsys)
+    assert regard.load(mine).calibration.sentence() in said
     done = subprocess.run(
         [sys.executable, tmp_path / "net.py", scans / "1"], capture_output=True, text=True,
     )  # fmt: skip

@@ -126,6 +126,8 @@ def export(
         raise FileError(f"{out} can't be written ({reason(error)})") from error
     size = sum(p.stat().st_size for p in file_format.parts(out)) / 1e6
     shape = "x".join(map(str, classifier.preprocess.input_size))
+    if classifier.calibration is not None:
+        log.info("%s: %s", run, classifier.calibration.sentence())
     log.info("%s (%.1f MB): any batch of %s in 0..255 -> probabilities", out, size, shape)
     log.info("%s: predicts image files without Regard", parts[-1])
     return out

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from regard.commands.flags import DeviceFlag, PrecisionFlag, SeedFlag, check_image_names
 from regard.errors import UsageError
+from regard.log import info_on_stderr
 
 if TYPE_CHECKING:
     from regard.explanations.faithfulness import Faithfulness
@@ -97,7 +98,11 @@ def command(
     )  # fmt: skip
     run = network_folder(run)
     with _sources(images) as sources:
-        outcome = Writer(load(run, device, precision=precision), sources, out, options).run()
+        classifier = load(run, device, precision=precision)
+        if classifier.calibration is not None:
+            with info_on_stderr():
+                log.info(f"{run}: {classifier.calibration.sentence()}")
+        outcome = Writer(classifier, sources, out, options).run()
         list(watch(run, [source.path for source in sources if source.path.is_file()]))
     if outcome.faithfulness is not None:
         _print_scores(outcome.faithfulness)
