@@ -98,6 +98,19 @@ def test_the_usage_of_a_command_names_its_arguments(name, arguments, capsys):
     assert capsys.readouterr().out.splitlines()[0] == f"Usage: regard {name} [OPTIONS]{arguments}"
 
 
+def test_all_commands_are_called_alike():
+    """An argument is no flag as well, and --json has no opposite."""
+    for command in COMMANDS:
+        for argument in app[command].assemble_argument_collection():
+            if argument.field_info.is_positional:
+                assert not any(name.startswith("-") for name in argument.names), command
+            if argument.name == "--json":
+                assert argument.names == ("--json",), command
+    assert set(app["study"].assemble_argument_collection()["--log"].names) == {
+        "--log", "--trackers"
+    }  # fmt: skip
+
+
 def test_a_reader_that_has_enough_is_no_fault():
     """`regard recipes NAME | head -1`, with more written than a pipe holds."""
     code = "from regard.cli import main, app\n"
@@ -230,6 +243,7 @@ def test_recipes_are_listed_and_printed():
         (["study", "twins", "digits", "--slurm", "2", "--dry-run"], "--dry-run: not with --slurm"),
         (["study", "twins", "digits", "--slurm", "2", "--only", "1/2"], "--only 1/2: not with"),
         (["study", "twins", "digits", "--dry-run", "--json"], "--json: not with --dry-run"),
+        (["recipes", "no.toml"], "no.toml: can't be read as a recipe (No such file or directory)"),
         (["frobnicate"], "frobnicate"),
     ],
 )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag, SizeFlag, height_and_width
+from regard.commands.flags import DeviceFlag, JsonFlag, SizeFlag, height_and_width
 from regard.errors import UsageError
 from regard.log import info_on_stderr
 
@@ -32,7 +32,7 @@ def command(
     threads: int | None = None,
     rounds: int = 10,
     device: DeviceFlag = "auto",
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: JsonFlag = False,
 ) -> int:
     """Measure how fast networks predict or train on this machine, engine by engine.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag, SplitsFlag, TtaFlag, require_data
+from regard.commands.flags import DeviceFlag, JsonFlag, SplitsFlag, TtaFlag, require_data
 from regard.errors import UsageError
 from regard.files import plural
 
@@ -31,7 +31,7 @@ def command(
     device: DeviceFlag = "auto",
     tta: TtaFlag = None,
     remove: Annotated[bool, Parameter(negative=())] = False,
-    json: bool = False,
+    json: JsonFlag = False,
 ) -> int:
     """Fit a temperature and choose a threshold on a run's validation images.
 

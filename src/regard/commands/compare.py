@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from regard.commands.flags import SeedFlag, check_page
+from regard.commands.flags import JsonFlag, SeedFlag, check_page
 from regard.errors import UsageError
 from regard.files import plural
 
@@ -28,7 +28,7 @@ def command(
     resamples: int = 1000,
     seed: SeedFlag = 0,
     html: Path | None = None,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: JsonFlag = False,
 ) -> int:
     """Compare finished runs on the same test images.
 

@@ -14,7 +14,8 @@ log: logging.Logger = logging.getLogger(__name__)
 
 
 def command(
-    source: Path,
+    source: Annotated[Path, Parameter(name="SOURCE")],
+    /,
     *,
     model: str,
     out: Path,

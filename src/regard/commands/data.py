@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from regard.commands.flags import (
+    JsonFlag,
     SeedFlag,
     SplitsFlag,
     check_page,
@@ -42,7 +43,7 @@ def command(
     keep_together: Annotated[bool, Parameter(negative=())] = False,
     html: Path | None = None,
     table1: Path | None = None,
-    json: bool = False,
+    json: JsonFlag = False,
 ) -> int:
     """Check a data set before training: counts, sizes, faults, leakage.
 
@@ -53,9 +54,9 @@ def command(
         (path, label, split, group), digits, cifar10, cifar100, medmnist:FILE.npz,
         wds:SHARDS (tar files) or hf:NAME.
     val
-        Validation share, if the data has no such split.
+        Validation fraction, for data without a validation split.
     test
-        Test share, if the data has no such split.
+        Test fraction, for data without a test split.
     seed
         Random seed for those splits.
     limit

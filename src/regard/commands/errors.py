@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from regard.commands.flags import check_page
+from regard.commands.flags import JsonFlag, check_page
 from regard.errors import UsageError
 from regard.log import info_on_stderr
 
@@ -21,7 +21,7 @@ def command(
     top: int = 100,
     html: Path | None = None,
     csv: Path | None = None,
-    json: bool = False,
+    json: JsonFlag = False,
     root: Path | None = None,
 ) -> int:
     """Rank the images whose labels may be wrong, by the loss of networks trained on the others.

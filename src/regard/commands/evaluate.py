@@ -14,6 +14,7 @@ from regard.commands.diagnostics import DiagnosticFlags, Study, study
 from regard.commands.flags import (
     DeviceFlag,
     EngineFlags,
+    JsonFlag,
     SizeFlag,
     SplitsFlag,
     TtaFlag,
@@ -70,7 +71,7 @@ def command(
     device: DeviceFlag = "auto",
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
     parts: Annotated[SubgroupFlags, Parameter(name="*")] = SubgroupFlags(),  # noqa: B008
-    json: bool = False,
+    json: JsonFlag = False,
 ) -> int:
     """Evaluate a network on labeled images, with 95 % intervals.
 

@@ -59,6 +59,9 @@ SizeFlag = Annotated[
 ]
 
 
+JsonFlag = Annotated[bool, Parameter(negative=())]
+
+
 SeedFlag = Annotated[int, Parameter(validator=Number(gte=0, lte=2**31))]
 """A random seed, in the range that recipes have."""
 

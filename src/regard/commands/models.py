@@ -4,7 +4,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from json import dumps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from regard.commands.flags import JsonFlag
 
 if TYPE_CHECKING:
     from regard.models.zoo import ZooEntry
@@ -12,7 +16,9 @@ if TYPE_CHECKING:
 log: logging.Logger = logging.getLogger(__name__)
 
 
-def command(pattern: str = "*", *, json: bool = False) -> int:
+def command(
+    pattern: Annotated[str, Parameter(name="PATTERN")] = "*", /, *, json: JsonFlag = False
+) -> int:
     """List the networks: parameters, multiply-adds, the papers' figures, and shipped weights.
 
     Parameters

@@ -19,6 +19,7 @@ from cyclopts import Parameter
 from regard.commands.flags import (
     DeviceFlag,
     EngineFlags,
+    JsonFlag,
     TtaFlag,
     check_image_names,
     leading_networks,
@@ -47,7 +48,7 @@ def command(
     device: DeviceFlag = "auto",
     tta: TtaFlag = None,
     engine: Annotated[EngineFlags, Parameter(name="*")] = EngineFlags(),  # noqa: B008
-    json: bool = False,
+    json: JsonFlag = False,
     csv: Path | None = None,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     resume: Annotated[bool, Parameter(negative=())] = False,

@@ -2,17 +2,20 @@
 
 import logging
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 log: logging.Logger = logging.getLogger(__name__)
 
 
-def command(name: str | None = None) -> int:
+def command(name: Annotated[str | None, Parameter(name="NAME")] = None, /) -> int:
     """List the training recipes, or print one.
 
     Parameters
     ----------
     name
-        Name of a recipe; its TOML file is printed, to start your own from.
+        Name of a recipe, or path of a TOML file; the file is printed, to start your own from.
     """
     from regard.training.recipe_files import load_recipe, shipped, summary
 

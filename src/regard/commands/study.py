@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from regard.called import command_words
-from regard.commands.flags import DeviceFlag, SplitsFlag, parse_arguments
+from regard.commands.flags import DeviceFlag, JsonFlag, SplitsFlag, parse_arguments
 from regard.commands.train import RecipeFlags
 from regard.errors import UsageError
 from regard.log import info_on_stderr
@@ -50,7 +50,10 @@ class TrainFlags:
     log: Annotated[
         list[str] | None,
         Parameter(
-            negative=(), consume_multiple=True, help="Experiment trackers of the runs, or none."
+            alias="--trackers",
+            negative=(),
+            consume_multiple=True,
+            help="Experiment trackers of the runs, as for train, or none. Default: tensorboard.",
         ),
     ] = None
 
@@ -77,7 +80,7 @@ def command(
     ray: str | None = None,
     slurm: int | None = None,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: JsonFlag = False,
     device: DeviceFlag = "auto",
     train: Annotated[TrainFlags, Parameter(name="*")] = TrainFlags(),
     flags: Annotated[RecipeFlags, Parameter(name="*")] = RecipeFlags(),  # type: ignore[valid-type]  # noqa: B008

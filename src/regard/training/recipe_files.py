@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.errors import UsageError
+from regard.files import reason
 from regard.training.config import Recipe, cast, fields_of
 
 
@@ -43,7 +44,7 @@ def load_recipe(name: str | Path = "quick") -> Recipe:
     try:
         return parse_recipe(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: can't be read as a recipe ({error})") from error
+        raise UsageError(f"{path}: can't be read as a recipe ({reason(error)})") from error
 
 
 def parse_recipe(text: str, name: str) -> Recipe:
