@@ -217,6 +217,8 @@ def test_recipes_are_listed_and_printed():
         (["study", "ran-1", "digits", "--model", "x"], "regard: --model 'x': only twins"),
         (["train", "digits", "--log", "foo"], "regard: --log foo: choose tensorboard"),
         (["compare", "seed=1", "b"], "regard: seed=1 is not a finished run"),
+        (["calibrate", "nowhere"], "nowhere is not a run's folder, in which the calibration is"),
+        (["calibrate", "ag_sononet8", "digits"], "ag_sononet8 is not a run's folder, in which"),
         (["calibrate", "r", "--remove", "--split", "val"], "--remove: give RUN alone"),
         (["calibrate", "r", "--remove", "--tta", "flips"], "--remove: give RUN alone"),
         (["calibrate", "r", "--remove", "--no-temperature"], "--remove: give RUN alone"),

@@ -65,6 +65,8 @@ def calibrate(
     """
     if tta not in (None, "flips"):
         raise UsageError(f"tta={tta!r}: choose flips")
+    if not Path(run).is_dir():
+        raise UsageError(f"{run} is not a run's folder, in which the calibration is stored")
     validation = validation_predictions(
         run, data, split=split, root=root, splits=splits, device=device, tta=tta
     )
