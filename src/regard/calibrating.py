@@ -14,10 +14,12 @@ from regard.evaluation.familiarity import write_familiarity
 from regard.evaluation.predictions import Predictions
 from regard.familiarity import measure_familiarity
 from regard.files import lacking, plural, reason, write_text
+from regard.models.hub import PREFIX
 from regard.predict import load, network_hash
 from regard.run_data import predictions_of, run_table
 from regard.runs import RunFolder
 from regard.trained_on import Overlap
+from regard.weights import find_shipped
 
 log: logging.Logger = logging.getLogger(__name__)
 _BEGIN, _END = "<!-- regard calibrate -->\n", "<!-- end -->\n\n"  # of a model card's section
@@ -66,7 +68,9 @@ def calibrate(
     if tta not in (None, "flips"):
         raise UsageError(f"tta={tta!r}: choose flips")
     if not Path(run).is_dir():
-        raise UsageError(f"{run} is not a run's folder, in which the calibration is stored")
+        known = str(run).startswith(PREFIX) or find_shipped(str(run)) is not None
+        why = f"{run} is no folder, in which the calibration is stored: give a run's folder"
+        raise UsageError(why if known else lacking(run, "run"))
     validation = validation_predictions(
         run, data, split=split, root=root, splits=splits, device=device, tta=tta
     )

@@ -106,7 +106,7 @@ def predictions_of(
         classifier = load(folder, device, calibrated=calibrated, flips=flips)
         table, shared = _run_table(folder, data, root, splits)
     else:
-        if weights is not None and os.path.isdir(run):
+        if Path(run).is_dir():
             raise UsageError(
                 f"weights={weights}: only with the name of a network; {run} is a folder, whose "
                 "weights are its own"
