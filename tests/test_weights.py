@@ -178,7 +178,7 @@ def test_commands_take_the_name(tmp_path, capsys, monkeypatch):
     assert [w["name"] for w in shown] == [DIGITS]
     assert run_command(["models", DIGITS]) == 0
     assert "arguments of ag_sononet8" in capsys.readouterr().out
-    for name, word in (("ag_sononet8.other", DIGITS), ("resnet18", DIGITS), ("x", "no trained")):
+    for name, word in (("ag_sononet8.other", DIGITS), ("resnet18", DIGITS), ("x", "no such")):
         assert run_command(["predict", name, "a b.png"]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
