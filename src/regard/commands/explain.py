@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag, PrecisionFlag, SeedFlag, check_image_names
+from regard.commands.flags import DeviceFlag, PrecisionFlag, SeedFlag, check_folder, check_image_names
 from regard.errors import UsageError
 from regard.log import info_on_stderr
 
@@ -83,6 +83,7 @@ def command(
     overwrite
         Replace files in the output folder that Regard did not write.
     """
+    check_folder(out)
     from regard.explanations.explanation import METHODS
     from regard.explanations.writing import Options, Writer
     from regard.models.io import network_folder

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag
+from regard.commands.flags import DeviceFlag, check_folder
 from regard.commands.subgroups import BandsFlag, parse_bands
 
 
@@ -61,6 +61,7 @@ def command(
     overwrite
         Replace files in the output folder that Regard did not write.
     """
+    check_folder(out)
     limits = parse_bands(bands)
     from regard.explanations.print_style import width_in_inches
     from regard.report.figures import FigureOptions, write_figures

@@ -172,6 +172,17 @@ def check_image_names(images: Sequence[str]) -> None:
         raise UsageError("-: standard input is closed")
 
 
+def check_folder(out: Path | None) -> None:
+    """Refuses a file as the folder to write to, before any work.
+
+    Raises:
+        UsageError: it is a file, or lies in one.
+    """
+    for path in (out, *out.parents) if out is not None else ():
+        if path.is_file():
+            raise UsageError(f"--out {out}: {path} is a file; give a folder")
+
+
 def check_page(path: Path) -> None:
     """Refuses a page that can't be written, or that would replace something else, at once.
 

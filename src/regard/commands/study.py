@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from regard.called import command_words
-from regard.commands.flags import DeviceFlag, JsonFlag, SplitsFlag, parse_arguments
+from regard.commands.flags import DeviceFlag, JsonFlag, SplitsFlag, check_folder, parse_arguments
 from regard.commands.train import RecipeFlags
 from regard.errors import UsageError
 from regard.log import info_on_stderr
@@ -138,6 +138,7 @@ def command(
         raise UsageError("--json: not with --dry-run, which trains nothing")
     if ray is not None and jobs != 1:
         raise UsageError(f"--jobs {jobs}: not used with --ray: its cluster distributes the runs")
+    check_folder(out)
     table = choose_rows(open_study(study, model), rows or [])
     table = on_one_data_set(table, source)
     start_alike = flags.pretrained is None and all(  # type: ignore[attr-defined]
@@ -148,6 +149,7 @@ def command(
     table = table if train.recipe is None else with_recipe(table, train.recipe)
     data = source or table.rows[0].data or table.data
     asked = _asked(table, str(data), train, flags)
+    _check_start(train)
     _check_data(study, source, str(data), train.root)
     if out is None:
         from regard.runs import data_name
@@ -229,6 +231,20 @@ def _asked(table: "Table", data: str, train: TrainFlags, flags: Any) -> "dict[st
 def _starts_at_random(asked: "Asked") -> bool:
     """Whether the row keeps its recipe's values for random weights."""
     return bool(asked.base.changed(**asked.changes).random_start)
+
+
+def _check_start(train: TrainFlags) -> None:
+    """Refuses trackers and weights that are not there, before each run does.
+
+    Raises:
+        UsageError: a tracker is unknown or not installed, or there are no such weights.
+    """
+    from regard.models.io import network_folder
+    from regard.training.trackers import check_trackers
+
+    check_trackers(train.log or ())
+    if train.weights is not None and not train.weights.is_file():
+        network_folder(train.weights)
 
 
 def _check_data(study: str, source: str | None, data: str, root: Path | None) -> None:

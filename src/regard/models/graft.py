@@ -124,7 +124,7 @@ def graft(plain: nn.Module, attention: Callable[..., CBAM] = CBAM) -> nn.Module:
     kind, arguments = _kind_of(attention)
     if not getattr(plain, "pretrained_cfg", None):
         raise UsageError(f"graft() takes a timm network, not {type(plain).__name__}")
-    _refuse_attention(plain)
+    refuse_attention(plain)
     x = _probe_image(plain)
     ends = resnet_ends(plain) or find_ends(plain, x)
     taps = {name: end.tap for name, end in ends.items()}
@@ -164,7 +164,12 @@ def _kind_of(attention: Callable[..., CBAM]) -> tuple[str, dict[str, Any]]:
     raise UsageError(f"attention={attention!r}: give CBAM, SE or a partial of CBAM")
 
 
-def _refuse_attention(plain: nn.Module) -> None:
+def refuse_attention(plain: nn.Module) -> None:
+    """Refuses a network with attention, which would be counted as the plain one's.
+
+    Raises:
+        UsageError: it has attention.
+    """
     for name, module in plain.named_modules():
         if isinstance(plain, ResNet) and isinstance(getattr(module, "se", None), nn.Module):
             raise UsageError(f"this network has attention already: {type(module.se).__name__}")

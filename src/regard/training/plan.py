@@ -23,6 +23,7 @@ from regard.log import Heartbeat
 from regard.machine import has_bf16, has_fp16
 from regard.models.attention_resnet import AttentionResNet
 from regard.models.create import _outline
+from regard.models.graft import refuse_attention
 from regard.models.zoo import twins_of
 from regard.training.config import Recipe
 from regard.training.steps import step_plan
@@ -53,10 +54,13 @@ def choose_model(
             apply unless others are given.
 
     Raises:
-        UsageError: there is no such network, or it does not take an argument.
+        UsageError: there is no such network, it does not take an argument, or it has attention
+            and the recipe inserts some.
     """
     chosen = name or recipe.model or trained[0] or DEFAULT_MODEL
     outline = _outline(chosen)  # an unknown name is an error before any image is read
+    if recipe.graft != "none":
+        refuse_attention(outline)
     arguments = dict(recipe.model_args)
     if name is not None and recipe.model is not None and name != recipe.model:
         if type(outline) is not type(_outline(recipe.model)):
