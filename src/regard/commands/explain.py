@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from regard.commands.flags import DeviceFlag, PrecisionFlag, SeedFlag, check_folder, check_image_names
+from regard.commands.flags import (
+    DeviceFlag,
+    PrecisionFlag,
+    SeedFlag,
+    check_folder,
+    check_image_names,
+)
 from regard.errors import UsageError
 from regard.log import info_on_stderr
 
