@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 import regard
 from regard.cli import COMMANDS, app, run_command
 from regard.command_help import describe
+from regard.log import info_on_stderr, show_messages
 from tests.golden import authors_networks, fill
 from tests.helpers import start
 
@@ -109,6 +111,21 @@ def test_all_commands_are_called_alike():
     assert set(app["study"].assemble_argument_collection()["--log"].names) == {
         "--log", "--trackers"
     }  # fmt: skip
+
+
+def test_information_is_on_standard_error_until_the_last_thread_needs_it_there(capsys):
+    """One that began later ends later: its end had left all information there."""
+    show_messages(force=True)
+    logger = logging.getLogger("regard.somewhere")
+    first, second = info_on_stderr(), info_on_stderr()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    logger.info("between")
+    second.__exit__(None, None, None)
+    logger.info("after")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("after\n", "between\n")
 
 
 def test_a_reader_that_has_enough_is_no_fault():

@@ -8,8 +8,9 @@ functions of the Python API do.
 import contextlib
 import logging
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _ROOT = "regard"
@@ -24,11 +25,12 @@ class _Current(logging.StreamHandler):
     def __init__(self, stream: str) -> None:
         logging.Handler.__init__(self)
         self._name_of_stream = stream
+        self.diverted = 0  # contexts that are open, in any thread
 
     @property
     def stream(self):
         """The current stream."""
-        return getattr(sys, self._name_of_stream)
+        return getattr(sys, "stderr" if self.diverted else self._name_of_stream)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Lets a broken pipe end the command, as print would."""
@@ -43,16 +45,25 @@ def silence_libraries() -> None:
 
 @contextlib.contextmanager
 def info_on_stderr() -> Iterator[None]:
-    """Sends information to standard error within the context: standard output is for results."""
+    """Sends information to standard error within the context: standard output is for results.
+
+    Several threads may be in it; it ends with the last of them.
+    """
     handlers = [h for h in logging.getLogger(_ROOT).handlers if isinstance(h, _Current)]
-    before = [h._name_of_stream for h in handlers]
-    for handler in handlers:
-        handler._name_of_stream = "stderr"
+    _divert(handlers, 1)
     try:
         yield
     finally:
-        for handler, name in zip(handlers, before, strict=True):
-            handler._name_of_stream = name
+        _divert(handlers, -1)
+
+
+_DIVERTING = threading.Lock()
+
+
+def _divert(handlers: Iterable[_Current], by: int) -> None:
+    with _DIVERTING:
+        for handler in handlers:
+            handler.diverted += by
 
 
 def show_messages(*, force: bool = False) -> None:
