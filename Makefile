@@ -1,6 +1,6 @@
 # These commands do everything on a machine that has only Python (3.11 or newer) and make:
 #   make demo   trains an attention network on real digits and shows where it looks
-#   make test   runs the checks and the tests, in under 10 minutes on two cores
+#   make test   runs the checks and the tests, in about 10 minutes on two cores
 #   make test-all   also runs the slow tests
 #   make check  runs the linters, the types and a quick subset of the tests, in under 90 s
 #   make docs   builds the documentation's site into build/site; a broken link or reference fails

@@ -216,7 +216,7 @@ def _naming_flags(error: Exception, tokens: Sequence[str]) -> Exception:
             return found[0]
         return flags[name] if value == "True" else f"{flags[name]} {value}"
 
-    return type(error)(re.sub(r"(?<![^\s(])([a-z_]\w*)=([-'./\w]+)", as_flag, str(error)))
+    return UsageError(re.sub(r"(?<![^\s(])([a-z_]\w*)=([-'./\w]+)", as_flag, str(error)))
 
 
 def _is_of_a_recipe(argument: Any) -> bool:
